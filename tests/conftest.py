@@ -1,0 +1,102 @@
+"""What all tests share: one thread per library, a runtime folder of their own, a watch over what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when Triton is first imported (transformers does that): kernels run in its interpreter, without a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import psutil
+import pytest
+
+LEAVE_SECONDS = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_base() -> Iterator[Path]:
+    """A base for runtime folders that no other test process uses; short, because socket paths are."""
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="zt-", dir=shared if os.access(shared, os.W_OK) else None))
+    before = os.environ.get("ZPPO_RUNTIME_DIR")
+    os.environ["ZPPO_RUNTIME_DIR"] = str(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    if before is None:
+        del os.environ["ZPPO_RUNTIME_DIR"]
+    else:
+        os.environ["ZPPO_RUNTIME_DIR"] = before
+
+
+@pytest.fixture(autouse=True)
+def hygiene(runtime_base: Path) -> Iterator[None]:
+    """Fail a test that leaves a child process or a runtime folder behind."""
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
+    yield
+    new = [child for child in me.children(recursive=True) if child not in before]
+    _, alive = psutil.wait_procs(new, timeout=LEAVE_SECONDS)
+    commands = [_command(child) for child in alive]
+    for child in alive:
+        child.kill()
+    folders = sorted(path.name for path in runtime_base.glob("zppo-*"))
+    for name in folders:
+        shutil.rmtree(runtime_base / name, ignore_errors=True)
+    assert not commands, f"processes left behind: {commands}"
+    assert not folders, f"runtime folders left behind: {folders}"
+
+
+def _command(child: psutil.Process) -> str:
+    try:
+        return " ".join(child.cmdline())
+    except psutil.Error:
+        return str(child.pid)
+
+
+# ---- a small run on disk, for tests of the doors ------------------------------------------------------------------
+
+CONFIG = {
+    "hidden_size": 8,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 16,
+}
+TOPOLOGY = """\
+run: {name: small, directory: small-run, steps: 4}
+data: {train: train.jsonl, max_prompt_tokens: 16}
+student: {model: student, sampling: {max_new_tokens: 8}}
+teacher: {model: teacher, sampling: {max_new_tokens: 8}}
+scheduler: {new_questions: 2}
+"""
+
+
+def write_model(folder: Path) -> None:
+    """A folder that looks like a model to everything that does not load it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a topology, questions and two model folders; it is the current folder."""
+    for name in ("student", "teacher"):
+        write_model(tmp_path / name)
+    rows = [{"id": f"q{i}", "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "topology.yaml").write_text(TOPOLOGY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
