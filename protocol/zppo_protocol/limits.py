@@ -1,0 +1,44 @@
+"""Every bound of the wire in one place: bytes, queue lengths and waiting times.
+
+Invariant: no buffer and no wait in `codec` or `sockets` is unbounded. A header is decoded into Python objects, which
+take up to about 64 times its size in the worst (hostile) case, so its bound is far tighter than the payload's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+MIB = 2**20
+MAX_FRAMES = 2
+MAX_DIMENSIONS = 2
+MAX_IDENTITY_BYTES = 64
+MAX_IPC_PATH_BYTES = 107
+"""`sun_path` of a Unix socket holds 108 bytes with its final zero."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bounds of one socket.
+
+    `header_bytes` and `payload_bytes` bound the two frames of a message. `queue` is the high-water mark, in messages,
+    of each direction of each peer: with credits it is never reached by a peer that reads. `send_seconds` bounds how
+    long a dealer waits for a controller that does not read, `linger_seconds` how long closing waits for unsent ones.
+    """
+
+    header_bytes: Annotated[int, Meta(ge=1)] = 64 * MIB
+    payload_bytes: Annotated[int, Meta(ge=1)] = 1024 * MIB
+    queue: Annotated[int, Meta(ge=1)] = 1000
+    send_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
+    linger_seconds: Annotated[float, Meta(ge=0.0, le=60.0)] = 1.0
+
+    @property
+    def frame_bytes(self) -> int:
+        """The larger of the two frames: what the transport refuses before it allocates."""
+        return max(self.header_bytes, self.payload_bytes)
+
+
+def limits_for(max_message_mib: int) -> Limits:
+    """Limits of a run whose topology allows messages of `max_message_mib` MiB (`transport.max_message_mib`)."""
+    payload_bytes = max_message_mib * MIB
+    return Limits(payload_bytes=payload_bytes, header_bytes=min(payload_bytes, 64 * MIB))

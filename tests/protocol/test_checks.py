@@ -1,0 +1,129 @@
+"""Arrays that contradict each other: refused when built and when decoded, in one sentence that names the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from zppo_protocol import messages as m
+from zppo_protocol.checks import ProtocolError
+from zppo_protocol.codec import decode, dumps, loads
+
+GOOD: dict[str, Any] = {
+    "prompt_ids": np.array([1, 2, 3], np.int32),
+    "token_ids": np.array([4, 5, 6, 7, 8], np.int32),
+    "log_probs": np.array([-0.5, -1.0, 0.0, -2.0, 0.0009], np.float32),
+    "offsets": np.array([0, 2, 5], np.int32),
+    "version_spans": np.array([[4, 7], [1, 8]], np.int32),
+    "texts": ["four", "5"],
+    "finish_reasons": ["stop", "length"],
+}
+
+
+def int32(*values: Any) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def float32(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+BAD_SAMPLES = [
+    ({"prompt_ids": [1, 2]}, "prompt_ids must be a numpy array, got list"),
+    ({"prompt_ids": int32()}, "prompt_ids must hold at least one token"),
+    ({"prompt_ids": int32(1, -2)}, "prompt_ids must not be negative, got -2"),
+    ({"token_ids": np.arange(5)}, "token_ids must be int32, got int64"),
+    ({"token_ids": int32(4, 5, -1, 7, 8)}, "token_ids must not be negative, got -1"),
+    ({"token_ids": int32([4, 5, 6, 7, 8])}, "token_ids must have 1 dimension(s), got shape (1, 5)"),
+    ({"token_ids": int32(4)}, "log_probs must have one entry per token (1), got 5"),
+    ({"log_probs": np.zeros(5)}, "log_probs must be float32, got float64"),
+    ({"log_probs": float32(-1, -1)}, "log_probs must have one entry per token (5), got 2"),
+    ({"log_probs": float32(0, 0, np.nan, 0, 0)}, "log_probs must be finite and at most 0.001"),
+    ({"log_probs": float32(0, 0, -np.inf, 0, 0)}, "log_probs must be finite and at most 0.001"),
+    ({"log_probs": float32(0, 0, np.inf, 0, 0)}, "log_probs must be finite and at most 0.001"),
+    ({"log_probs": float32(0, 0, 0.002, 0, 0)}, "log_probs must be finite and at most 0.001"),
+    ({"offsets": int32(0)}, "offsets must bound at least one completion, got 1 entries"),
+    ({"offsets": int32(0, 2, 4)}, "offsets must run from 0 to 5, got 0 to 4"),
+    ({"offsets": int32(1, 2, 5)}, "offsets must run from 0 to 5, got 1 to 5"),
+    ({"offsets": int32(0, 6, 5)}, "offsets must not fall"),
+    ({"offsets": int32(0, -1, 5)}, "offsets must not fall"),
+    ({"version_spans": int32([5, 7, 1])}, "version_spans must have shape [S, 2], got (1, 3)"),
+    ({"version_spans": int32(5, 7)}, "version_spans must have 2 dimension(s), got shape (2,)"),
+    ({"version_spans": int32([4, 7])}, "version_spans must cover 5 tokens, got 4"),
+    ({"version_spans": int32([2**31 - 1, 7], [2**31 - 1, 7], [7, 7])}, "must cover 5 tokens, got 4294967301"),
+    ({"version_spans": int32([5, 7], [0, 8])}, "version_spans must hold counts >= 1 and versions >= -1"),
+    ({"version_spans": int32([5, -2])}, "version_spans must hold counts >= 1 and versions >= -1"),
+    ({"texts": ["one"]}, "texts must have 2 entries (or none at all), got 1"),
+    ({"finish_reasons": ["stop"]}, "finish_reasons must have 2 entries, got 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BAD_SAMPLES, ids=[sentence for _, sentence in BAD_SAMPLES])
+def test_samples_that_contradict_themselves_cannot_be_built(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        m.GroupSamples(**{**GOOD, **change})
+    assert sentence in str(caught.value)
+
+
+class Loose(msgspec.Struct):
+    """GroupSamples without its checks: what a broken or hostile peer can write."""
+
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    offsets: np.ndarray
+    version_spans: np.ndarray
+    texts: list[str]
+    finish_reasons: list[str]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BAD_SAMPLES[1:], ids=[sentence for _, sentence in BAD_SAMPLES[1:]])
+def test_and_cannot_be_read_either(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ProtocolError):
+        loads(dumps(Loose(**{**GOOD, **change})), m.GroupSamples)
+
+
+def test_the_loose_twin_is_read_when_it_is_good() -> None:
+    assert loads(dumps(Loose(**GOOD)), m.GroupSamples).texts == ["four", "5"]
+
+
+def test_empty_completions_and_an_empty_group_axis_are_fine() -> None:
+    nothing = {"token_ids": int32(), "log_probs": float32(), "offsets": int32(0, 0, 0)}
+    samples = m.GroupSamples(**{**GOOD, **nothing, "version_spans": np.zeros((0, 2), np.int32)})
+    assert len(samples.token_ids) == 0
+
+
+def test_texts_may_be_left_out_for_the_trainer_but_not_in_an_answer() -> None:
+    samples = m.GroupSamples(**{**GOOD, "texts": []})
+    m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=float32(0, 1))
+    with pytest.raises(ProtocolError, match="texts must have 2 entries, got 0"):
+        m.GenerateResult(task_id="t", samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sentence"),
+    [
+        (float32(1), r"one entry per completion \(2\), got 1"),
+        (float32(0, np.nan), "finite numbers from 0 to 1"),
+        (float32(0, 1.5), "finite numbers from 0 to 1"),
+        (float32(-0.5, 1), "finite numbers from 0 to 1"),
+        (np.array([0, 1]), "rewards must be float32, got int64"),
+        ([0.0, 1.0], "rewards must be a numpy array, got list"),
+    ],
+)
+def test_rewards_of_a_group(rewards: Any, sentence: str) -> None:
+    samples = m.GroupSamples(**GOOD)
+    with pytest.raises(ProtocolError, match=sentence):
+        m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=rewards)
+
+
+def test_the_sentence_of_a_decoded_message_says_where() -> None:
+    broken = Loose(**{**GOOD, "offsets": int32(0, 6, 5)})
+    blob = dumps({"type": "GenerateResult", "task_id": "t", "samples": broken})
+    header_bytes = int.from_bytes(blob[8:16], "little")
+    payload = blob[16 + -(-header_bytes // 8) * 8 :]
+    with pytest.raises(ProtocolError, match=r"not a message: offsets must not fall - at `\$\.samples`"):
+        decode([blob[16 : 16 + header_bytes], payload])

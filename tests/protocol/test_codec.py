@@ -1,0 +1,415 @@
+"""The codec: every message survives the trip, and no bytes whatsoever raise anything but ProtocolError."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec import inspect
+
+from zppo_protocol import messages as m
+from zppo_protocol.checks import ProtocolError
+from zppo_protocol.codec import decode, dumps, encode, loads
+from zppo_protocol.limits import Limits
+
+MESSAGE_TYPES = get_args(m.AnyMessage)
+SHORT = {"max_size": 4}
+packed = msgspec.msgpack.encode
+
+
+# ---- any message, from its own type information ------------------------------------------------------------------
+
+
+@st.composite
+def group_samples(draw: st.DrawFn) -> m.GroupSamples:
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
+    tokens = sum(lengths)
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=3))) if tokens > 1 else []
+    counts = np.diff([0, *cuts, tokens]) if tokens else []
+    int32 = st.integers(0, 2**31 - 1)
+    floats = st.floats(-(2.0**99), 0.0, width=32, allow_subnormal=False)
+    return m.GroupSamples(
+        prompt_ids=np.array(draw(st.lists(int32, min_size=1, max_size=5)), np.int32),
+        token_ids=np.array(draw(st.lists(int32, min_size=tokens, max_size=tokens)), np.int32),
+        log_probs=np.array(draw(st.lists(floats, min_size=tokens, max_size=tokens)), np.float32),
+        offsets=np.cumsum([0, *lengths]).astype(np.int32),
+        version_spans=np.array([(c, draw(st.integers(-1, 99))) for c in counts], np.int32).reshape(-1, 2),
+        texts=draw(st.lists(st.text(**SHORT), min_size=len(lengths), max_size=len(lengths))),
+        finish_reasons=[draw(st.sampled_from(["stop", "length"])) for _ in lengths],
+    )
+
+
+@st.composite
+def train_groups(draw: st.DrawFn) -> m.TrainGroup:
+    samples = draw(group_samples())
+    n = len(samples.finish_reasons)
+    rewards = np.array(
+        draw(st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=n, max_size=n)), np.float32
+    )
+    name = st.text(min_size=1, **SHORT)
+    return m.TrainGroup(group_id=draw(name), question_id=draw(name), kind="bcq", samples=samples, rewards=rewards)
+
+
+def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
+    """Hypothesis values for a msgspec type: the bounds come from the messages themselves, so a new one is covered."""
+    match kind:
+        case inspect.StrType():
+            return st.text(min_size=kind.min_length or 0, **SHORT)
+        case inspect.IntType():
+            return st.integers(kind.ge if kind.ge is not None else -(2**63), kind.le or 2**63)
+        case inspect.FloatType():
+            low = kind.ge if kind.ge is not None else kind.gt
+            exclude = kind.gt is not None
+            return st.floats(low, kind.le, exclude_min=exclude, allow_nan=False, allow_infinity=False)
+        case inspect.BoolType():
+            return st.booleans()
+        case inspect.NoneType():
+            return st.none()
+        case inspect.LiteralType():
+            return st.sampled_from(kind.values)
+        case inspect.ListType():
+            return st.lists(values(kind.item_type), max_size=3)
+        case inspect.DictType():
+            return st.dictionaries(values(kind.key_type), values(kind.value_type), max_size=3)
+        case inspect.UnionType():
+            return st.one_of([values(part) for part in kind.types])
+        case inspect.StructType():
+            return structs(kind)
+    raise NotImplementedError(kind)
+
+
+def structs(kind: inspect.StructType) -> st.SearchStrategy[Any]:
+    special = {m.GroupSamples: group_samples, m.TrainGroup: train_groups}
+    if kind.cls in special:
+        return special[kind.cls]()
+    return st.builds(kind.cls, **{field.name: values(field.type) for field in kind.fields})
+
+
+def any_message(cls: type) -> st.SearchStrategy[Any]:
+    return values(inspect.type_info(cls))
+
+
+def plain(value: Any) -> Any:
+    """The value with its arrays as (dtype, shape, list), which can be compared."""
+    return msgspec.to_builtins(value, enc_hook=lambda array: (array.dtype.str, array.shape, array.tolist()))
+
+
+def example_result(texts: tuple[str, ...] = ("four", "5")) -> m.GenerateResult:
+    samples = m.GroupSamples(
+        prompt_ids=np.array([1, 2, 3], np.int32),
+        token_ids=np.array([4, 5, 6, 7, 8], np.int32),
+        log_probs=np.array([-0.5, -1.0, 0.0, -2.0, -0.25], np.float32),
+        offsets=np.array([0, 2, 5], np.int32),
+        version_spans=np.array([[4, 7], [1, 8]], np.int32),
+        texts=list(texts),
+        finish_reasons=["stop", "length"],
+    )
+    return m.GenerateResult(task_id="12/q-17/bcq", samples=samples)
+
+
+# ---- what goes in comes out --------------------------------------------------------------------------------------
+
+
+def test_the_union_holds_every_message() -> None:
+    assert set(MESSAGE_TYPES) == set(m.Message.__subclasses__())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", MESSAGE_TYPES, ids=lambda cls: cls.__name__)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_every_message_survives_the_trip(cls: type, data: st.DataObject) -> None:
+    message = data.draw(any_message(cls))
+    assert plain(decode(encode(message))) == plain(message)
+    assert plain(loads(dumps(message), cls)) == plain(message)
+
+
+def test_a_message_without_arrays_is_one_frame_and_with_arrays_two() -> None:
+    assert len(encode(m.Credits(count=3))) == 1
+    header, payload = encode(example_result())
+    assert len(payload) == 16 + 24 + 24 + 16 + 16
+    assert b"\x07\x00\x00\x00" not in header, "numbers of arrays belong to the payload"
+
+
+def test_arrays_are_read_only_views_of_the_payload() -> None:
+    header, payload = encode(example_result())
+    samples = decode([header, payload]).samples
+    base = np.frombuffer(payload, np.uint8)
+    for array in (samples.token_ids, samples.log_probs, samples.version_spans):
+        assert np.shares_memory(array, base) and not array.flags.writeable
+
+
+def test_a_payload_at_an_odd_address_still_gives_aligned_arrays() -> None:
+    header, payload = encode(example_result())
+    shifted = memoryview(b"x" + payload)[1:]
+    decoded = decode([header, shifted])
+    assert decoded.samples.token_ids.flags.aligned
+    assert plain(decoded) == plain(example_result())
+
+
+def test_arrays_need_not_be_contiguous_or_little_endian_to_be_written() -> None:
+    value = {"rows": np.arange(12, dtype=np.int64).reshape(3, 4).T, "big": np.array([1.5, -2.0], ">f4")}
+    back = loads(dumps(value), dict[str, np.ndarray])
+    assert np.array_equal(back["rows"], value["rows"]) and np.array_equal(back["big"], value["big"])
+
+
+# ---- what is refused where it is made ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (m.StepTrained(step=1, group_ids=[], metrics={"loss": float("nan")}, seconds=1.0), "metrics"),
+        (m.StepTrained(step=1, group_ids=[], metrics={}, seconds=float("inf")), "seconds"),
+        (m.Goodbye(reason="x" * 20_001), "length <= 20000"),
+        (m.Goodbye(reason="\ud800"), "surrogates"),
+        (m.Credits(count=-1), ">= 0"),
+        (m.Credits(count="3"), "Expected `int`"),
+        (m.Credits(count=object()), "a value of type object"),
+        (m.Credits(count=2**70), "cannot be sent"),
+        ("hello", "Expected `object`"),
+    ],
+)
+def test_encode_refuses_what_decode_would_refuse(message: Any, sentence: str) -> None:
+    with pytest.raises(ProtocolError, match=sentence):
+        encode(message)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(2), np.zeros(2, np.float16), np.array(["a"]), np.array([None]), np.zeros((1, 1, 1), np.int32)]
+)
+def test_arrays_off_the_allow_list_are_refused(array: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="cannot be sent"):
+        dumps([array])
+
+
+def test_limits_hold_for_both_frames_in_both_directions() -> None:
+    message, small = example_result(), Limits(header_bytes=1000, payload_bytes=50)
+    with pytest.raises(ProtocolError, match="a payload of 96 bytes is over the limit of 50"):
+        encode(message, small)
+    with pytest.raises(ProtocolError, match="a payload of 96 bytes is over the limit of 50"):
+        decode(encode(message), small)
+    with pytest.raises(ProtocolError, match=r"a header of \d+ bytes is over the limit of 100"):
+        decode(encode(example_result(("x" * 200, ""))), Limits(header_bytes=100))
+
+
+# ---- hostile bytes -----------------------------------------------------------------------------------------------
+
+
+def refused_or_fine(frames: list[Any]) -> None:
+    """Decode; anything but a message or ProtocolError escapes and fails the test."""
+    try:
+        message = decode(frames)
+    except ProtocolError:
+        return
+    assert isinstance(message, m.Message)
+
+
+@pytest.mark.parametrize("count", [0, 3, 20_000])
+def test_wrong_number_of_frames(count: int) -> None:
+    with pytest.raises(ProtocolError, match=f"one or two frames, got {count}"):
+        decode([b"\x80"] * count)
+
+
+def test_truncation_at_every_byte_is_refused() -> None:
+    header, payload = encode(example_result())
+    for cut in range(len(header)):
+        with pytest.raises(ProtocolError):
+            decode([header[:cut], payload])
+    for cut in range(len(payload)):
+        with pytest.raises(ProtocolError):
+            decode([header, payload[:cut]])
+
+
+def test_trailing_bytes_are_refused() -> None:
+    header, payload = encode(example_result())
+    for frames in ([header + b"\x00", payload], [header, payload + bytes(8)], [*encode(m.Credits(count=1)), b"\x00"]):
+        with pytest.raises(ProtocolError):
+            decode(frames)
+
+
+@pytest.mark.slow
+def test_every_header_byte_replaced_by_every_other() -> None:
+    header, payload = encode(example_result())
+    for at in range(len(header)):
+        for byte in range(0, 256, 3):
+            refused_or_fine([header[:at] + bytes([byte]) + header[at + 1 :], payload])
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(flips=st.lists(st.integers(0, 10_000), min_size=1, max_size=8))
+def test_flipped_bits_in_the_header(flips: list[int]) -> None:
+    header, payload = encode(example_result())
+    broken = bytearray(header)
+    for flip in flips:
+        broken[flip // 8 % len(broken)] ^= 1 << flip % 8
+    refused_or_fine([bytes(broken), payload])
+
+
+@settings(max_examples=300, deadline=None)
+@given(header=st.binary(max_size=300), payload=st.none() | st.binary(max_size=64))
+def test_random_bytes(header: bytes, payload: bytes | None) -> None:
+    with pytest.raises(ProtocolError):
+        decode([header] if payload is None else [header, payload])
+
+
+msgpack_junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(**SHORT) | st.binary(**SHORT),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(**SHORT) | st.integers(0, 9), inner, max_size=3)
+    ),
+    max_leaves=8,
+).map(packed) | st.sampled_from([b"\x81\x80\x01", b"\x81\x91\x01\x01", b"\xc7\x0c\xff" + b"\xff" * 12, b"\xd4\x05\x00"])
+
+
+def header_with(field: bytes, value: bytes) -> bytes:
+    """The header of an empty-handed GenerateResult in which one array reference is replaced by raw msgpack."""
+    fields = {
+        b"prompt_ids": packed(["i4", [1], 0]),
+        b"token_ids": packed(["i4", [0], 8]),
+        b"log_probs": packed(["f4", [0], 8]),
+        b"offsets": packed(["i4", [2], 8]),
+        b"version_spans": packed(["i4", [0, 2], 16]),
+        b"texts": packed([""]),
+        b"finish_reasons": packed(["stop"]),
+    }
+    fields[field] = value
+    body = b"".join(packed(key.decode()) + part for key, part in fields.items())
+    samples = bytes([0x80 | len(fields)]) + body
+    tag = packed("type") + packed("GenerateResult") + packed("task_id") + packed("t")
+    return b"\x83" + tag + packed("samples") + samples
+
+
+def test_the_hand_made_header_is_right_to_begin_with() -> None:
+    message = decode([header_with(b"texts", packed(["x"])), bytes(16)])
+    assert isinstance(message, m.GenerateResult) and message.samples.texts == ["x"]
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(field=st.sampled_from([b"prompt_ids", b"version_spans", b"texts", b"finish_reasons"]), value=msgpack_junk)
+def test_junk_in_place_of_a_field(field: bytes, value: bytes) -> None:
+    refused_or_fine([header_with(field, value), bytes(16)])
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ["i4", [1], 8],
+        ["i4", [1], -8],
+        ["i4", [1], 0.0],
+        ["i4", [1], False],
+        ["i4", [1], 2**63],
+        ["i4", [True], 0],
+        ["i4", [-1], 0],
+        ["i4", [2**53], 0],
+        ["i4", [0, 2**53], 0],
+        ["i4", [0, 2**64 - 1], 0],
+        ["i4", [2**52, 2**52], 0],
+        ["i4", [1, 1, 1], 0],
+        ["i4", 1, 0],
+        ["i4", [1]],
+        ["O", [1], 0],
+        ["f8", [1], 0],
+        [["i4"], [1], 0],
+        {"i4": 1},
+        "i4",
+        None,
+    ],
+    ids=repr,
+)
+def test_array_references_that_lie(reference: Any) -> None:
+    with pytest.raises(ProtocolError):
+        decode([header_with(b"prompt_ids", packed(reference)), bytes(16)])
+
+
+def test_one_array_cannot_be_named_twice() -> None:
+    with pytest.raises(ProtocolError, match="does not lie in 16 bytes in order"):
+        decode([header_with(b"token_ids", packed(["i4", [1], 0])), bytes(16)])
+
+
+BOMBS = {
+    "nested lists": b"\x91" * 1_000_000,
+    "nested maps": b"\x81\xa1x" * 1_000_000,
+    "nested in a field": header_with(b"prompt_ids", b"\x91" * 1_000_000),
+    "huge array": b"\xdd\xff\xff\xff\xff",
+    "huge map": b"\xdf\xff\xff\xff\xff",
+    "huge text": b"\xdb\xff\xff\xff\xff",
+    "huge bytes in a field": header_with(b"prompt_ids", b"\xc6\xff\xff\xff\xff"),
+    "huge list in a field": header_with(b"prompt_ids", b"\xdd\xff\xff\xff\xff"),
+    "huge text in a list": header_with(b"texts", b"\x91\xdb\xff\xff\xff\xff"),
+    "huge extension": header_with(b"prompt_ids", b"\xc9\xff\xff\xff\xff\x05"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_fail_without_allocating(name: str) -> None:
+    bomb = BOMBS[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode([bomb, bytes(16)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_header_grows_at_most_72_fold_in_memory() -> None:
+    header = header_with(b"prompt_ids", b"\xdd" + (100_000).to_bytes(4, "big") + b"\x90" * 100_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode([header, bytes(16)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 72 * len(header)
+
+
+# ---- blobs -------------------------------------------------------------------------------------------------------
+
+
+class State(msgspec.Struct):
+    cursor: int
+    groups: dict[str, m.TrainGroup]
+
+
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
+@given(cursor=st.integers(0, 2**40), groups=st.dictionaries(st.text(**SHORT), train_groups(), max_size=3))
+def test_a_blob_holds_any_struct_with_arrays(cursor: int, groups: dict[str, m.TrainGroup]) -> None:
+    state = State(cursor, groups)
+    assert plain(loads(dumps(state), State)) == plain(state)
+
+
+def test_a_blob_cut_or_extended_anywhere_is_refused() -> None:
+    blob = dumps(example_result())
+    for cut in range(len(blob)):
+        with pytest.raises(ProtocolError):
+            loads(blob[:cut], m.GenerateResult)
+    with pytest.raises(ProtocolError):
+        loads(blob + bytes(8), m.GenerateResult)
+
+
+def test_a_blob_of_another_version_or_type_is_refused() -> None:
+    blob = dumps(example_result())
+    with pytest.raises(ProtocolError, match="not a blob of this version"):
+        loads(b"ZPPO\x00\x00\x00\x02" + blob[8:], m.GenerateResult)
+    with pytest.raises(ProtocolError, match="cut off"):
+        loads(blob[:8] + b"\xff" * 8 + blob[16:], m.GenerateResult)
+    with pytest.raises(ProtocolError):
+        loads(blob, State)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=80))
+def test_random_blobs(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        loads(b"ZPPO\x00\x00\x00\x01" + data, State)

@@ -1,0 +1,456 @@
+"""Real sockets: who is heard, who is not, and that no peer can hold up or bring down the router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+import zppo_protocol
+from zppo_protocol import messages as m
+from zppo_protocol.checks import ProtocolError
+from zppo_protocol.codec import encode
+from zppo_protocol.limits import MIB, Limits, limits_for
+from zppo_protocol.sockets import AsyncDealer, Dealer, Router, ipc_path
+
+PATIENCE = 20.0
+PEER = Path(__file__).with_name("socket_peer.py")
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="zp-") as folder:
+        yield f"ipc://{folder}/controller.sock"
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Any], Any]]:
+    """Register a socket (or process) to be closed at the end, so that a failing test leaves nothing behind."""
+    things: list[Any] = []
+
+    def register(thing: Any) -> Any:
+        things.append(thing)
+        return thing
+
+    yield register
+    for thing in reversed(things):
+        thing.close()
+
+
+class Peer:
+    """A dealer process."""
+
+    def __init__(self, address: str, identity: str, incarnation: int = 0, then: str = "echo") -> None:
+        environment = {**os.environ, "PYTHONPATH": str(Path(zppo_protocol.__file__).parents[1])}
+        command = [sys.executable, str(PEER), address, identity, str(incarnation), then]
+        self.process = subprocess.Popen(command, env=environment)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+def heard(router: Router) -> tuple[str, Any]:
+    got = router.receive(PATIENCE)
+    assert got is not None, "nothing arrived"
+    return got
+
+
+def result(tokens: int) -> m.GenerateResult:
+    samples = m.GroupSamples(
+        prompt_ids=np.array([1], np.int32),
+        token_ids=np.arange(tokens, dtype=np.int32),
+        log_probs=np.full(tokens, -1.0, np.float32),
+        offsets=np.array([0, tokens], np.int32),
+        version_spans=np.array([[tokens, 3]] if tokens else [], np.int32).reshape(-1, 2),
+        texts=[""],
+        finish_reasons=["stop"],
+    )
+    return m.GenerateResult(task_id="t", samples=samples)
+
+
+def raw_dealer(address: str, identity: bytes | None) -> zmq.Socket[bytes]:
+    """A peer without our manners."""
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    if identity is not None:
+        socket.set(zmq.IDENTITY, identity)
+    socket.set(zmq.LINGER, 0)
+    socket.connect(address)
+    return socket
+
+
+# ---- plain talk --------------------------------------------------------------------------------------------------
+
+
+def test_a_question_and_its_answer(address: str, opened: Any) -> None:
+    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+    dealer.send(m.Credits(count=4))
+    assert heard(router) == ("rollout-0", m.Credits(count=4))
+    assert router.send("rollout-0", m.Welcome(heartbeat_seconds=1.0))
+    assert dealer.receive(PATIENCE) == m.Welcome(heartbeat_seconds=1.0)
+
+
+def test_receive_returns_none_when_time_is_up(address: str, opened: Any) -> None:
+    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+    assert router.receive(0.0) is None and router.receive(0.01) is None
+    assert dealer.receive(0.0) is None and dealer.receive(0.01) is None
+
+
+def test_many_messages_keep_their_order(address: str, opened: Any) -> None:
+    router, dealer = opened(Router(address)), opened(Dealer(address, "trainer"))
+    for i in range(300):
+        dealer.send(m.Heartbeat(progress=i))
+    assert [heard(router)[1].progress for _ in range(300)] == list(range(300))
+
+
+def test_a_large_answer_outlives_its_socket(address: str, opened: Any) -> None:
+    router, dealer = Router(address), opened(Dealer(address, "rollout-0"))
+    dealer.send(result(1_000_000))
+    samples = heard(router)[1].samples
+    router.close()
+    assert np.array_equal(samples.token_ids, np.arange(1_000_000)) and not samples.token_ids.flags.writeable
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 100, 1000, 4000])
+def test_small_answers_come_out_aligned(address: str, opened: Any, tokens: int) -> None:
+    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+    dealer.send(result(tokens))
+    samples = heard(router)[1].samples
+    assert samples.token_ids.flags.aligned and samples.log_probs.flags.aligned
+    assert np.array_equal(samples.token_ids, np.arange(tokens))
+
+
+def test_async_dealer_speaks_the_same(address: str, opened: Any) -> None:
+    router = opened(Router(address))
+
+    async def talk() -> Any:
+        dealer = AsyncDealer(address, "rollout-0")
+        try:
+            await dealer.send(m.Credits(count=2))
+            assert await asyncio.to_thread(heard, router) == ("rollout-0", m.Credits(count=2))
+            assert router.send("rollout-0", m.Shutdown(reason="done"))
+            return await asyncio.wait_for(dealer.receive(), PATIENCE)
+        finally:
+            dealer.close()
+
+    assert asyncio.run(talk()) == m.Shutdown(reason="done")
+
+
+# ---- coming and going --------------------------------------------------------------------------------------------
+
+
+def test_dealers_may_start_before_the_router(address: str, opened: Any) -> None:
+    dealer = opened(Dealer(address, "rollout-0"))
+    dealer.send(m.Credits(count=4))
+    assert dealer.receive(0.05) is None
+    assert heard(opened(Router(address))) == ("rollout-0", m.Credits(count=4))
+
+
+def test_a_dealer_finds_a_router_that_was_started_anew(address: str, opened: Any) -> None:
+    router, dealer = Router(address), opened(Dealer(address, "rollout-0"))
+    dealer.send(m.Credits(count=1))
+    heard(router)
+    router.close()
+    second = opened(Router(address))
+    dealer.send(m.Credits(count=2))
+    assert heard(second) == ("rollout-0", m.Credits(count=2))
+
+
+def test_the_newer_of_two_with_one_name_is_the_one_that_counts(address: str, opened: Any) -> None:
+    router = opened(Router(address))
+    old, new = opened(Dealer(address, "rollout-0")), None
+    old.send(m.Heartbeat(progress=1))
+    heard(router)
+    new = opened(Dealer(address, "rollout-0"))
+    new.send(m.Heartbeat(progress=2))
+    assert heard(router) == ("rollout-0", m.Heartbeat(progress=2))
+    for version in range(50):
+        old.send(m.Heartbeat(progress=1))
+        assert router.send("rollout-0", m.ReleasePolicy(version=version))
+        assert new.receive(PATIENCE) == m.ReleasePolicy(version=version)
+    assert old.receive(0.05) is None
+    assert router.receive(0.05) is None, "the old one is no longer heard"
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_and_its_next_incarnation_is_heard(address: str, opened: Any) -> None:
+    router = opened(Router(address))
+    first = opened(Peer(address, "rollout-0", incarnation=0))
+    assert heard(router)[1].incarnation == 0
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait(PATIENCE)
+    opened(Peer(address, "rollout-0", incarnation=1))
+    assert heard(router)[1].incarnation == 1
+    assert router.send("rollout-0", m.ReleasePolicy(version=7))
+    assert heard(router) == ("rollout-0", m.ReleasePolicy(version=7))
+
+
+def test_nobody_is_there_to_send_to(address: str, opened: Any) -> None:
+    router = opened(Router(address))
+    assert router.send("rollout-9", m.Shutdown(reason="done")) is False
+    dealer = Dealer(address, "rollout-0")
+    dealer.send(m.Goodbye())
+    heard(router)
+    dealer.close()
+    deadline = time.monotonic() + PATIENCE
+    while router.send("rollout-0", m.ReleasePolicy(version=1)):
+        assert time.monotonic() < deadline, "the router still takes messages for a peer that left"
+        router.receive(0.01)
+
+
+def test_goodbye_is_sent_even_when_the_dealer_closes_at_once(address: str, opened: Any) -> None:
+    router, dealer = opened(Router(address)), Dealer(address, "rollout-0")
+    dealer.send(m.Goodbye(reason="told to"))
+    dealer.close()
+    dealer.close()
+    assert heard(router) == ("rollout-0", m.Goodbye(reason="told to"))
+
+
+# ---- peers that do not read --------------------------------------------------------------------------------------
+
+
+def fill(router: Router, peer: str, message: m.AnyMessage, most: int) -> int:
+    """Send until the router refuses; return how many it took."""
+    for taken in range(most):
+        if not router.send(peer, message):
+            return taken
+    raise AssertionError(f"the router took {most} messages for a peer that does not read")
+
+
+def test_a_peer_that_never_reads_is_refused_and_others_are_served(address: str, opened: Any) -> None:
+    limits = Limits(queue=4)
+    router = opened(Router(address, limits))
+    stuck, lively = opened(Dealer(address, "rollout-0", limits)), opened(Dealer(address, "rollout-1", limits))
+    for dealer in (stuck, lively):
+        dealer.send(m.Credits(count=1))
+        heard(router)
+    window = m.TrainWindow(step=0, groups=[train_group(100_000)])
+    assert fill(router, "rollout-0", window, most=40) >= 4
+    assert router.send("rollout-1", m.ReleasePolicy(version=1))
+    assert lively.receive(PATIENCE) == m.ReleasePolicy(version=1)
+    stuck.receive(PATIENCE)
+    stuck.send(m.Credits(count=2))
+    assert heard(router) == ("rollout-0", m.Credits(count=2)), "it is still heard"
+
+
+@pytest.mark.slow
+def test_a_stopped_process_holds_up_nobody(address: str, opened: Any) -> None:
+    limits = Limits(queue=4)
+    router = opened(Router(address, limits))
+    peer = opened(Peer(address, "rollout-0"))
+    heard(router)
+    peer.process.send_signal(signal.SIGSTOP)
+    taken = fill(router, "rollout-0", m.Shutdown(reason="x" * 20_000), most=1000)
+    peer.process.send_signal(signal.SIGCONT)
+    assert [heard(router)[1].reason for _ in range(taken)] == ["x" * 20_000] * taken, "what was taken arrives"
+
+
+def test_a_dealer_says_so_when_the_controller_reads_nothing(address: str, opened: Any) -> None:
+    limits = Limits(queue=2, send_seconds=0.1, linger_seconds=0.0)
+    opened(Router(address, limits))
+    dealer = opened(Dealer(address, "rollout-0", limits))
+    with pytest.raises(TimeoutError, match=r"the controller has read nothing for 0\.1 seconds"):
+        for _ in range(200):
+            dealer.send(result(100_000))
+
+
+def test_an_async_dealer_says_so_too(address: str) -> None:
+    limits = Limits(queue=2, send_seconds=0.1, linger_seconds=0.0)
+
+    async def talk() -> None:
+        dealer = AsyncDealer(address, "rollout-0", limits)
+        try:
+            for _ in range(4):
+                await dealer.send(m.Credits(count=1))
+        finally:
+            dealer.close()
+
+    with pytest.raises(TimeoutError, match="the controller has read nothing"):
+        asyncio.run(talk())
+
+
+def train_group(tokens: int) -> m.TrainGroup:
+    rewards = np.ones(1, np.float32)
+    return m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=result(tokens).samples, rewards=rewards)
+
+
+# ---- peers without manners ---------------------------------------------------------------------------------------
+
+RUDE = {
+    "random bytes": [b"\x00\xff\x13"],
+    "nothing in a frame": [b""],
+    "random payload": [encode(result(3))[0], b"\x00" * 9],
+    "three frames": [b"a", b"b", b"c"],
+    "twenty thousand frames": [b"a"] * 20_000,
+    "a pickle": [b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x05hello\x94."],
+    "unknown tag": [b"\x81\xa4type\xa4Evil"],
+    "unknown field": [encode(m.Credits(count=1))[0].replace(b"\x82", b"\x83", 1) + b"\xa1x\x01"],
+    "nesting": [b"\x91" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name", RUDE)
+def test_malformed_messages_are_counted_and_dropped(address: str, opened: Any, name: str) -> None:
+    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    rude.send_multipart(RUDE[name])
+    rude.send_multipart(encode(m.Credits(count=1)))
+    assert heard(router) == ("rollout-0", m.Credits(count=1))
+    assert router.rejected == 1
+
+
+def test_of_many_frames_only_one_too_many_is_kept(address: str, opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    rude.send_multipart([b"a"] * 20_000)
+    rude.send_multipart(encode(m.Credits(count=1)))
+    heard(router)
+    assert "a message has one or two frames, got 3" in caplog.text
+
+
+@pytest.mark.parametrize("identity", [None, b"\xff\xfe", b"a b", b"../up", b"x" * 65, b"-x", b"a\n"])
+def test_peers_without_an_actor_name_are_not_heard(address: str, opened: Any, identity: bytes | None) -> None:
+    router, rude = opened(Router(address)), opened(raw_dealer(address, identity))
+    rude.send_multipart(encode(m.Credits(count=1)))
+    good = opened(Dealer(address, "rollout-0"))
+    while router.rejected == 0:
+        assert router.receive(0.05) is None
+    good.send(m.Credits(count=2))
+    assert heard(router) == ("rollout-0", m.Credits(count=2))
+
+
+def test_a_flood_of_rubbish_does_not_keep_the_router(address: str, opened: Any) -> None:
+    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    for _ in range(500):
+        rude.send(b"rubbish")
+    calls = 0
+    while router.rejected < 500:
+        assert router.receive(0.0) is None
+        calls += 1
+    assert calls >= 500, "a call whose time is up looks at one message only"
+
+
+def test_rejections_are_logged_ever_more_rarely(address: str, opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    for _ in range(100):
+        rude.send(b"rubbish")
+    rude.send_multipart(encode(m.Credits(count=1)))
+    with caplog.at_level(logging.WARNING, logger="zppo_protocol.sockets"):
+        heard(router)
+    assert router.rejected == 100
+    assert [record.args[0] for record in caplog.records] == [1, 2, 4, 8, 16, 32, 64]
+    assert "rejected message 1, from b'rollout-0': not a message" in caplog.text
+
+
+def test_a_dealer_skips_what_it_cannot_read(address: str, opened: Any) -> None:
+    """A router of another version, say, must not bring an actor down."""
+    rude = opened(zmq.Context.instance().socket(zmq.ROUTER))
+    rude.bind(address)
+    dealer = opened(Dealer(address, "rollout-0"))
+    dealer.send(m.Credits(count=1))
+    rude.recv_multipart()
+    rude.send_multipart([b"rollout-0", b"rubbish"])
+    rude.send_multipart([b"rollout-0", *encode(m.Shutdown(reason="done"))])
+    assert dealer.receive(PATIENCE) == m.Shutdown(reason="done")
+    assert dealer.rejected == 1
+
+
+def test_an_oversize_frame_never_reaches_the_router(address: str, opened: Any) -> None:
+    limits = Limits(header_bytes=10_000, payload_bytes=100_000)
+    router, rude = opened(Router(address, limits)), opened(raw_dealer(address, b"rollout-0"))
+    rude.send(b"x" * 200_000)
+    good = opened(Dealer(address, "rollout-1", limits))
+    good.send(m.Credits(count=1))
+    assert heard(router) == ("rollout-1", m.Credits(count=1))
+    assert router.rejected == 0, "the transport has dropped the connection before reading the frame"
+    rude.send_multipart(encode(m.Credits(count=2)))
+    assert heard(router) == ("rollout-0", m.Credits(count=2)), "the peer connects anew"
+
+
+def test_an_oversize_header_below_the_frame_limit_is_rejected(address: str, opened: Any) -> None:
+    limits = Limits(header_bytes=1_000, payload_bytes=100_000)
+    router, peer = opened(Router(address, limits)), opened(Dealer(address, "rollout-0"))
+    peer.send(m.Goodbye(reason="x" * 2_000))
+    peer.send(m.Goodbye())
+    assert heard(router) == ("rollout-0", m.Goodbye())
+    assert router.rejected == 1
+
+
+def test_what_is_too_large_is_refused_where_it_is_sent(address: str, opened: Any) -> None:
+    limits = limits_for(1)
+    router, dealer = opened(Router(address, limits)), opened(Dealer(address, "rollout-0", limits))
+    with pytest.raises(ProtocolError, match=f"over the limit of {MIB}"):
+        dealer.send(result(200_000))
+    dealer.send(result(100_000))
+    assert len(heard(router)[1].samples.token_ids) == 100_000
+
+
+# ---- addresses and names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("tcp://*:5555", r"address 'tcp://\*:5555' must start with ipc://"),
+        ("tcp://127.0.0.1:5555", "must start with ipc://"),
+        ("inproc://x", "must start with ipc://"),
+        ("/tmp/x.sock", "must start with ipc://"),
+        ("ipc://x.sock", "must name an absolute path"),
+        ("ipc://@abstract", "must name an absolute path"),
+        ("ipc://*", "must name an absolute path"),
+        ("ipc:///" + "x" * 107, "longer than the 107 bytes"),
+    ],
+)
+def test_only_ipc_paths_are_addresses(address: str, sentence: str) -> None:
+    for make in (Router, lambda a: Dealer(a, "rollout-0")):
+        with pytest.raises(ValueError, match=sentence):
+            make(address)
+
+
+def test_the_longest_path_is_fine() -> None:
+    assert ipc_path("ipc:///" + "x" * 106) == Path("/" + "x" * 106)
+
+
+@pytest.mark.parametrize("identity", ["", "a b", "../up", "x" * 65, "ü", ".hidden"])
+def test_names_that_are_no_actor_names(address: str, identity: str) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 64 letters, digits"):
+        Dealer(address, identity)
+
+
+def test_a_folder_that_others_may_enter_is_refused(address: str) -> None:
+    folder = ipc_path(address).parent
+    folder.chmod(0o755)
+    with pytest.raises(ValueError, match=r"must be mine alone \(mode 0700\), its mode is 0755"):
+        Router(address)
+    with pytest.raises(ValueError, match="does not exist"):
+        Router(f"ipc://{folder}/missing/controller.sock")
+
+
+def test_the_socket_is_private_and_everything_is_given_back(address: str) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def talk() -> None:
+        router, dealer = Router(address), Dealer(address, "rollout-0")
+        assert ipc_path(address).stat().st_mode & 0o077 == 0
+        dealer.send(m.Credits(count=1))
+        heard(router)
+        dealer.close()
+        router.close()
+        router.close()
+
+    talk()
+    before = descriptors()
+    for _ in range(5):
+        talk()
+    assert descriptors() == before
