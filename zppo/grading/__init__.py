@@ -1,0 +1,19 @@
+"""Grading: a response's final answer against the gold answer, by named rules."""
+
+from zppo.grading.boxes import last_boxed, parse_answer
+from zppo.grading.graders import GRADERS, Grader, get_grader, grade, quick_grade
+from zppo.grading.judge import JUDGE, JUDGE_SAMPLING, judged, says_correct
+
+__all__ = [
+    "GRADERS",
+    "JUDGE",
+    "JUDGE_SAMPLING",
+    "Grader",
+    "get_grader",
+    "grade",
+    "judged",
+    "last_boxed",
+    "parse_answer",
+    "quick_grade",
+    "says_correct",
+]

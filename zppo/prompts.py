@@ -1,0 +1,187 @@
+"""Prompts from templates: the plain question, its BCQ and NCQ reformulations, the compression and the judge request.
+
+Templates are Jinja2 files, `plain.j2`, `bcq.j2`, `ncq.j2`, `compress.j2` and `judge.j2`; a user's folder replaces them
+one by one (docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` element. Words of
+models pass through `neutral`, which takes structural tags and chat control marks out, so no response can close its
+element early, open another, or end the user's turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from jinja2 import (
+    ChoiceLoader,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    TemplateSyntaxError,
+    meta,
+)
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from zppo.errors import UserError, nearest
+from zppo.questions import Question
+from zppo_protocol.messages import ChatMessage, MediaReference, Prompt
+
+DEFAULT_TEMPLATES = Path(__file__).parent / "templates" / "default"
+Value: TypeAlias = str | int | Sequence[str]
+VARIABLES: dict[str, dict[str, Value]] = {
+    "plain.j2": {"question": "@question"},
+    "bcq.j2": {"question": "@question", "candidates": ["@first", "@second"]},
+    "ncq.j2": {"question": "@question", "wrong_answers": ["@wrong", "@false"], "candidates": ["@first", "@second"]},
+    "compress.j2": {"question": "@question", "response": "@response", "max_tokens": 512, "max_lines": 5},
+    "judge.j2": {"question": "@question", "gold": "@gold", "response": "@response"},
+}
+"""Template -> its variables, with dummies that `validate` looks for in the rendered text."""
+
+_STRUCTURE = re.compile(r"<\s*/?\s*(?:candidate|think|hint)\b[^<>]*>|<\|[^<>|]{1,64}\|>", re.IGNORECASE)
+
+
+def neutral(text: str) -> str:
+    """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`) and chat marks such as `<|end|>`.
+
+    Removal repeats until nothing is left to remove, since taking one tag out may join two halves of another.
+    """
+    while (shorter := _STRUCTURE.sub("", text)) != text:
+        text = shorter
+    return text.strip()
+
+
+def distinct_answers(answers: Iterable[str | None]) -> list[str]:
+    """NCQ's list of wrong answers (paper, step 4): parsed answers without repeats, in order of first appearance."""
+    return list(dict.fromkeys(answer for answer in answers if answer))
+
+
+class PromptSet:
+    """The templates of one run. `system_prompt` goes first in every prompt a student or teacher answers."""
+
+    def __init__(self, templates: Path | None = None, system_prompt: str | None = None) -> None:
+        """`templates` is a folder of replacements; a file that it lacks comes from the built-in set."""
+        if templates is not None and not templates.is_dir():
+            raise UserError(f"data.templates: {templates} is not a folder; expected one with .j2 templates")
+        folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
+        self._own = templates
+        self._system = [ChatMessage(role="system", content=system_prompt)] if system_prompt else []
+        self._environment = ImmutableSandboxedEnvironment(
+            loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,
+        )
+
+    def validate(self) -> None:
+        """Render every template once. Raises UserError naming file and line, or the variable that is never shown."""
+        self._refuse_unknown_files()
+        for name, variables in VARIABLES.items():
+            rendered = self._render(name, variables)
+            for variable, value in variables.items():
+                if not all(dummy in rendered for dummy in _dummies(value)):
+                    raise UserError(
+                        f"{self._file(name)}: never shows {variable!r}; expected {{{{ {variable} }}}} in it"
+                    )
+
+    def plain(self, question: Question) -> Prompt:
+        """The question as it is, with the closing instruction."""
+        return self._prompt("plain.j2", question.media, question=question.text)
+
+    def bcq(self, question: Question, candidates: Sequence[str]) -> Prompt:
+        """Binary candidate-included question (paper, step 4): two compressed candidates in the order to be shown."""
+        if len(candidates) != 2:
+            raise ValueError(f"a BCQ shows 2 candidates, got {len(candidates)}")
+        return self._prompt(
+            "bcq.j2", question.media, question=question.text, candidates=[neutral(text) for text in candidates]
+        )
+
+    def ncq(self, question: Question, wrong_answers: Sequence[str], candidates: Sequence[str]) -> Prompt:
+        """Negative candidate-included question (paper, step 4): every wrong answer, every wrong candidate."""
+        return self._prompt(
+            "ncq.j2",
+            question.media,
+            question=question.text,
+            wrong_answers=distinct_answers(neutral(answer) for answer in wrong_answers),
+            candidates=[neutral(text) for text in candidates],
+        )
+
+    def compress(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+        """Ask the teacher to shorten a candidate: one instruction and one cap for teacher's and student's texts."""
+        return self._prompt(
+            "compress.j2",
+            (),
+            question=question,
+            response=neutral(response),
+            max_tokens=max_tokens,
+            max_lines=max_lines,
+        )
+
+    def judge(self, question: str, gold: str, response: str) -> Prompt:
+        """Ask the teacher to compare a free-form response with the reference (paper, section Reward)."""
+        return self._prompt("judge.j2", (), question=question, gold=gold, response=neutral(response))
+
+    def _prompt(self, name: str, media: Sequence[MediaReference], **variables: Value) -> Prompt:
+        user = ChatMessage(role="user", content=self._render(name, variables))
+        return Prompt(messages=[*self._system, user], media=list(media))
+
+    def _render(self, name: str, variables: Mapping[str, Value]) -> str:
+        try:
+            return self._environment.get_template(name).render(variables).strip()
+        except TemplateSyntaxError as error:
+            place = f"{error.filename or self._file(name)}:{error.lineno}"
+            raise UserError(f"{place}: broken template: {error.message}") from None
+        except TemplateNotFound as error:
+            hint = nearest(str(error.name), self._environment.list_templates())
+            raise UserError(
+                f"{self._place(name, error)}: includes {error.name!r}, which does not exist{hint}"
+            ) from None
+        except TemplateError as error:
+            raise UserError(f"{self._place(name, error)}: {error.message}; expected one of {_names(name)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self._file(name)}: is not UTF-8 text; expected a Jinja2 template") from None
+        except Exception as error:  # a template may divide by zero, recurse or call what is not callable
+            raise UserError(f"{self._place(name, error)}: the template fails: {error}") from None
+
+    def _place(self, name: str, error: Exception) -> str:
+        """`file:line` of the innermost template frame; Jinja2 puts template lines into the traceback."""
+        place, trace = str(self._file(name)), error.__traceback__
+        while trace is not None:
+            file = trace.tb_frame.f_code.co_filename
+            place = f"{file}:{trace.tb_lineno}" if file.endswith(".j2") else place
+            trace = trace.tb_next
+        return place
+
+    def _file(self, name: str) -> Path:
+        own = self._own / name if self._own is not None else None
+        return own if own is not None and own.is_file() else DEFAULT_TEMPLATES / name
+
+    def _refuse_unknown_files(self) -> None:
+        """A misspelt file name must not fall back to the built-in template in silence."""
+        if self._own is None:
+            return
+        files = sorted(path.relative_to(self._own).as_posix() for path in self._own.rglob("*.j2"))
+        included = {target for name in {*files, *VARIABLES} for target in self._references(name)}
+        for name in files:
+            if name not in VARIABLES and name not in included:
+                raise UserError(
+                    f"{self._own / name}: no prompt and no other template uses this file{nearest(name, VARIABLES)}"
+                )
+
+    def _references(self, name: str) -> set[str]:
+        try:
+            source = self._file(name).read_text(encoding="utf-8")
+            return {target for target in meta.find_referenced_templates(self._environment.parse(source)) if target}
+        except (TemplateSyntaxError, UnicodeDecodeError):
+            return set()  # rendering it says what is wrong, with its line
+
+
+def _dummies(value: Value) -> Sequence[str]:
+    """The texts to look for; limits given as numbers need not be shown."""
+    return [] if isinstance(value, int) else [value] if isinstance(value, str) else value
+
+
+def _names(name: str) -> str:
+    return ", ".join(VARIABLES.get(name, {}))
