@@ -1,0 +1,269 @@
+"""Scripted worlds around the scheduler: actors without processes, a virtual clock, answers that are a function of the
+task. One seed drives the order in which things finish, get lost and crash."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from zppo.config import Topology
+from zppo.dispatch import Assignment
+from zppo.evaluation import EvaluationResult
+from zppo.methods import get_method
+from zppo.prompts import PromptSet
+from zppo.questions import Question
+from zppo.scheduler import Scheduler, SchedulerState, Trained
+from zppo.window import Window
+from zppo_protocol import codec
+from zppo_protocol.messages import GenerateTask, Grade, GradeTask, GroupSamples
+
+PROMPTS = PromptSet()
+Rewards = Callable[[str, int], list[float]]
+
+
+def topology(**sections: dict[str, Any]) -> Topology:
+    """A small topology; keyword arguments are sections."""
+    raw: dict[str, Any] = {
+        "data": {"train": "train.jsonl"},
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher"},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return msgspec.convert(raw, Topology)
+
+
+def questions(count: int, prefix: str = "q") -> list[Question]:
+    return [Question(id=f"{prefix}{i}", text=f"what is {i}?", answer=str(i)) for i in range(count)]
+
+
+def scripted_rewards(seed: int, difficulty: float = 0.5) -> Rewards:
+    """Rewards that depend on nothing but the group's id; each question has its own chance of being answered."""
+
+    def rewards(group_id: str, n: int) -> list[float]:
+        kind = group_id.rsplit("/", 1)[1]
+        question = group_id.split("/")[1]
+        skill = random.Random(f"{seed}/{question}").choice([0.0, 0.2, 0.5, 0.9, 1.0])
+        chance = 0.7 if kind == "teacher" else skill * (1 - difficulty) * 2
+        rng = random.Random(f"{seed}/{group_id}")
+        return [float(rng.random() < chance) for _ in range(n)]
+
+    return rewards
+
+
+def samples(task: GenerateTask, versions: list[int]) -> GroupSamples:
+    """`n` completions of two tokens each; `versions` are the two versions that sampled them."""
+    n = task.n
+    return GroupSamples(
+        prompt_ids=np.array([1, 2], np.int32),
+        token_ids=np.zeros(2 * n, np.int32),
+        log_probs=np.zeros(2 * n, np.float32),
+        offsets=np.arange(0, 2 * n + 1, 2, dtype=np.int32),
+        version_spans=np.array([[1, v] for _ in range(n) for v in versions], np.int32),
+        texts=[f"{task.task_id} says \\boxed{{{i % 3}}}" for i in range(n)],
+        finish_reasons=["stop"] * n,
+    )
+
+
+@dataclass
+class Fake:
+    """One fake actor: what it may still be sent, what it works on, what it has loaded."""
+
+    name: str
+    role: str
+    capacity: int
+    incarnation: int = 0
+    version: int = -1
+    granted: int = 0
+    held: dict[str, Assignment] = field(default_factory=dict)
+    began: dict[str, int] = field(default_factory=dict)
+
+
+class World:
+    """Drives a scheduler to the end of its run. What must hold at an instant is asserted where it happens."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        corpus: list[Question],
+        *,
+        seed: int,
+        rewards: Rewards | None = None,
+        heldout: list[Question] | None = None,
+        crash_rate: float = 0.0,
+        failure_rate: float = 0.0,
+    ) -> None:
+        self.topology, self.corpus, self.heldout = topology, corpus, heldout or []
+        self.method = get_method(topology.method.name)
+        self.rng = random.Random(seed)
+        self.rewards = rewards or scripted_rewards(seed)
+        self.crash_rate, self.failure_rate = crash_rate, failure_rate
+        self.now = 0.0
+        self.steps: list[Trained] = []
+        self.evaluations: list[EvaluationResult] = []
+        self.saved: tuple[bytes, int] | None = None
+        self.restores = 0
+        self.shipped: Window | None = None
+        self.scheduler = self.build(None)
+        self.actors: dict[str, Fake] = {}
+        self.join_all()
+
+    def build(self, state: SchedulerState | None) -> Scheduler:
+        return Scheduler(self.topology, self.method, self.corpus, self.heldout, PROMPTS, state, self.now)
+
+    def join_all(self) -> None:
+        self.actors = {}
+        capacity = max(self.topology.method.group_size, self.topology.method.teacher_group_size, 4)
+        for role, count in (("rollout", 2), ("teacher", 1), ("grader", 2)):
+            for i in range(count):
+                self.join(Fake(f"{role}-{i}", role, capacity if role != "grader" else 2))
+        self.scheduler.trainer_free(self.now)
+
+    def join(self, actor: Fake) -> None:
+        self.actors[actor.name] = actor
+        self.scheduler.actor_joined(actor.name, actor.role, actor.incarnation)
+        if actor.role == "rollout":
+            actor.version = self.scheduler.published
+            self.scheduler.policy_loaded(actor.name, actor.version)
+        actor.granted = actor.capacity
+        self.scheduler.granted(actor.name, actor.capacity)
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self, max_events: int = 100_000) -> World:
+        for _ in range(max_events):
+            if self.scheduler.finished:
+                return self
+            self.turn()
+        raise AssertionError(f"the run does not end: {self.scheduler.waiting()}")
+
+    def turn(self) -> None:
+        """Let the scheduler act, then let one random thing happen."""
+        self.now += 1.0
+        for assignment in self.scheduler.assignments(self.now):
+            self.receive(assignment)
+        flying = [v.question.id for w in self.scheduler.windows.values() for v in w.visits]
+        assert len(flying) == len(set(flying)), "a question is in flight twice"
+        window = self.scheduler.next_window(self.now)
+        if window is not None:
+            self.take_window(window)
+        result = self.scheduler.evaluation_done()
+        if result is not None:
+            self.evaluations.append(result)
+        if self.rng.random() < self.crash_rate:
+            self.crash()
+            return
+        happenings = [(actor, task_id) for actor in self.actors.values() for task_id in actor.held]
+        loads = [a for a in self.actors.values() if a.role == "rollout" and a.version < self.scheduler.published]
+        choices = [*happenings, *loads, *(["publish", "train"] if self.shipped is not None else [])]
+        if choices:
+            self.happen(self.rng.choice(choices))
+
+    def happen(self, what: Any) -> None:
+        if what == "publish":
+            self.scheduler.policy_published(self.scheduler.trained + 1)
+        elif what == "train":
+            self.train()
+        elif isinstance(what, Fake):
+            what.version = self.scheduler.published
+            self.scheduler.policy_loaded(what.name, what.version)
+        else:
+            self.finish(*what)
+
+    def receive(self, assignment: Assignment) -> None:
+        actor, job = self.actors[assignment.worker], assignment.job
+        actor.granted -= job.cost
+        assert actor.granted >= 0, "dispatched without credit"
+        if isinstance(job.message, GenerateTask) and actor.role == "rollout":
+            self.check_dispatch(actor, job.message)
+        actor.held[job.id] = assignment
+        actor.began[job.id] = actor.version
+
+    def check_dispatch(self, actor: Fake, task: GenerateTask) -> None:
+        index = int(task.task_id.split("/")[0])
+        bound = self.topology.scheduler.max_staleness
+        if task.kind != "evaluate":
+            assert index <= self.scheduler.horizon + bound, "a window was dispatched too early"
+            assert actor.version >= index - bound, "an engine with too old a policy got a task"
+
+    def finish(self, actor: Fake, task_id: str) -> None:
+        assignment = actor.held.pop(task_id)
+        began = actor.began.pop(task_id)
+        message = assignment.job.message
+        if self.rng.random() < self.failure_rate:
+            self.scheduler.failed(task_id, actor.name, actor.incarnation, "scripted", True, self.now)
+        elif isinstance(message, GradeTask):
+            group = task_id.removesuffix("/grade")
+            rewards = self.rewards(group, len(message.responses))
+            grades = [Grade(reward=r, answer=str(i % 3)) for i, r in enumerate(rewards)]
+            assert self.scheduler.graded(task_id, actor.name, actor.incarnation, grades, self.now)
+            assert not self.scheduler.graded(task_id, actor.name, actor.incarnation, grades, self.now), "twice"
+        else:
+            versions = [-1, -1] if actor.role == "teacher" else [began, actor.version]
+            answer = samples(message, versions)
+            if message.kind == "judge":
+                answer = msgspec.structs.replace(answer, texts=[self.judge(task_id)])
+            assert self.scheduler.sampled(task_id, actor.name, actor.incarnation, answer, self.now)
+        actor.granted += assignment.job.cost
+        self.scheduler.granted(actor.name, assignment.job.cost)
+
+    def judge(self, task_id: str) -> str:
+        """What an honest judge says about one response of a group."""
+        group, _, response = task_id.rpartition("/judge-")
+        method = self.topology.method
+        size = method.teacher_group_size if group.endswith("/teacher") else method.group_size
+        return '{"verdict": "%s"}' % ("correct" if self.rewards(group, size)[int(response)] else "wrong")
+
+    # ---- the trainer -----------------------------------------------------------------------------------------------
+
+    def take_window(self, window: Window) -> None:
+        assert self.shipped is None
+        assert window.index == self.scheduler.trained, "windows must be trained in order"
+        for group in window.groups():
+            assert group.samples is not None
+            versions = group.samples.version_spans[:, 1]
+            bound = self.topology.scheduler.max_staleness
+            assert window.index - bound <= versions.min() <= versions.max() <= window.index, "the staleness bound"
+        self.shipped = window
+
+    def train(self) -> None:
+        assert self.shipped is not None
+        step = self.shipped.index
+        self.shipped = None
+        self.scheduler.policy_published(step + 1)
+        self.steps.append(self.scheduler.step_trained(step, 1.0))
+        self.scheduler.trainer_free(self.now)
+        if self.rng.random() < 0.5:
+            self.saved = (codec.dumps(self.scheduler.state()), len(self.steps))
+
+    # ---- faults ----------------------------------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        """An actor dies, or (rarely) the controller does and the run continues from its last checkpoint."""
+        if self.rng.random() < 0.1:
+            self.restore()
+            return
+        actor = self.actors[self.rng.choice(sorted(self.actors))]
+        self.scheduler.actor_left(actor.name)
+        for task_id, assignment in actor.held.items():
+            late = assignment.job.message
+            if isinstance(late, GenerateTask):
+                answer = samples(late, [0, 0])
+                old = actor.incarnation
+                assert not self.scheduler.sampled(task_id, actor.name, old, answer, self.now), "late answer counted"
+        self.join(Fake(actor.name, actor.role, actor.capacity, incarnation=actor.incarnation + 1))
+
+    def restore(self) -> None:
+        self.restores += 1
+        data, count = self.saved or (None, 0)
+        self.shipped = None
+        self.steps = self.steps[:count]
+        state = codec.loads(data, SchedulerState) if data is not None else None
+        self.evaluations = [e for e in self.evaluations if state is not None and e.step in state.evaluated]
+        self.scheduler = self.build(state)
+        self.join_all()

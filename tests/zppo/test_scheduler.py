@@ -1,0 +1,285 @@
+"""The scheduler against a naive transcription of Algorithm 1, and its invariants under disorder and crashes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.algorithm1 import Naive
+from worlds import World, questions, scripted_rewards, topology
+
+from zppo.data import shuffled
+from zppo.methods import get_method, method_names
+from zppo.scheduler import RunFailure
+from zppo.window import Window
+
+WORLDS = 100
+"""Scripted worlds per test of agreement; five tests of them make 500."""
+
+
+def random_settings(rng: random.Random, method: str, max_staleness: int) -> dict[str, Any]:
+    return {
+        "method": {
+            "name": method,
+            "group_size": rng.choice([2, 4, 8]),
+            "teacher_group_size": rng.choice([1, 2, 4]),
+            "hard_threshold": rng.choice([0.3, 0.5, 0.75]),
+        },
+        "scheduler": {
+            "max_staleness": max_staleness,
+            "new_questions": rng.randint(1, 6),
+            "rho_replay": rng.choice([0.0, 0.25, 0.5, 1.0]),
+            "rho_aug": rng.choice([0.0, 0.25, 0.5, 1.0]),
+            "buffer_capacity": rng.randint(1, 6),
+            "max_attempts": 1000,
+        },
+        "run": {"seed": rng.randint(0, 99)},
+        "teacher": {"compression": rng.choice(["teacher", "rule"])},
+    }
+
+
+def oracle(window: Window) -> dict[str, Any]:
+    """What chance decided in a window."""
+    return {
+        "replayed": [v.question.id for v in window.visits if v.origin == "replay"],
+        "candidates": {
+            (v.question.id, r.kind): [(c.source, c.index) for c in r.candidates]
+            for v in window.visits
+            for r in v.reformulations
+        },
+    }
+
+
+def naive_of(world: World) -> Naive:
+    config, corpus, method = world.topology, world.corpus, world.method
+    return Naive(
+        order=[corpus[i].id for i in shuffled(len(corpus), config.run.seed, 0)],
+        rewards=world.rewards,
+        new=config.scheduler.new_questions,
+        rho_replay=config.scheduler.rho_replay,
+        rho_aug=config.scheduler.rho_aug,
+        tau=config.method.hard_threshold,
+        capacity=config.scheduler.buffer_capacity,
+        g_s=config.method.group_size,
+        g_t=config.method.teacher_group_size,
+        replay=method.replay,
+        teacher=method.needs_teacher,
+        kinds=[r.kind for r in method.reformulations],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(5))
+def test_without_staleness_the_scheduler_is_algorithm_1(batch: int) -> None:
+    for seed in range(batch * WORLDS, (batch + 1) * WORLDS):
+        rng = random.Random(seed)
+        config = topology(**random_settings(rng, rng.choice(method_names()), max_staleness=0))
+        world = World(config, questions(rng.randint(1, 14)), seed=seed)
+        naive = naive_of(world)
+        while not world.scheduler.finished:
+            done = len(world.steps)
+            world.turn()
+            for trained in world.steps[done:]:
+                window = trained.window
+                expected = naive.step(window.index, oracle(window))
+                seen = [v.question.id for v in window.visits if v.origin == "new"]
+                assert seen == expected["x_new"], seed
+                assert {g.id for g in window.groups()} == expected["groups"], seed
+                taught = {v.question.id for v in window.visits if v.teacher is not None}
+                assert taught == expected["taught"], seed
+                buffer = world.scheduler.buffer.entries()
+                assert [e.question.id for e in buffer] == naive.buffer, seed
+                assert all(e.entry_accuracy == naive.entry_accuracy[e.question.id] for e in buffer), seed
+
+
+def check_run(world: World) -> None:
+    """What must be true of any finished run."""
+    config, windows = world.topology.scheduler, [trained.window for trained in world.steps]
+    assert [w.index for w in windows] == list(range(len(windows)))
+    new = [v.question.id for w in windows for v in w.visits if v.origin == "new"]
+    epochs = world.topology.run.epochs
+    assert sorted(new) == sorted([q.id for q in world.corpus] * epochs), "each question exactly once per pass"
+    for window in windows:
+        replayed = sum(v.origin == "replay" for v in window.visits)
+        augmented = sum(len(v.reformulations) for v in window.visits)
+        assert replayed <= config.rho_replay * window.new_count + 1e-9
+        assert augmented <= config.rho_aug * window.new_count + 1e-9
+        assert len({v.question.id for v in window.visits}) == len(window.visits)
+    assert len(world.scheduler.buffer) <= config.buffer_capacity
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**9), bound=st.integers(0, 4), crash=st.sampled_from([0.0, 0.02, 0.1]))
+def test_invariants_hold_under_disorder_crashes_and_restores(seed: int, bound: int, crash: float) -> None:
+    rng = random.Random(seed)
+    config = topology(**random_settings(rng, rng.choice(method_names()), bound))
+    failure = rng.choice([0.0, 0.1])
+    world = World(config, questions(rng.randint(1, 20)), seed=seed, crash_rate=crash, failure_rate=failure)
+    check_run(world.run())
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), epochs=st.integers(2, 3))
+def test_every_pass_over_the_corpus_sees_each_question_once(seed: int, epochs: int) -> None:
+    rng = random.Random(seed)
+    sections = random_settings(rng, "zppo", max_staleness=rng.randint(0, 3))
+    sections["run"] = {"epochs": epochs}
+    world = World(topology(**sections), questions(rng.randint(1, 12)), seed=seed, crash_rate=0.02)
+    check_run(world.run())
+
+
+def test_replay_is_full_when_the_buffer_is() -> None:
+    config = topology(
+        method={"name": "grpo_replay", "group_size": 2},
+        scheduler={"new_questions": 4, "rho_replay": 0.5, "max_staleness": 0},
+    )
+    world = World(config, questions(40), seed=1, rewards=lambda group, n: [0.0] * n).run()
+    replayed = [sum(v.origin == "replay" for v in t.window.visits) for t in world.steps]
+    assert replayed == [0, *[2] * 9]
+
+
+def test_a_run_repeats_exactly() -> None:
+    def groups(seed: int) -> list[list[str]]:
+        config = topology(**random_settings(random.Random(5), "zppo", 2))
+        world = World(config, questions(12), seed=seed, rewards=scripted_rewards(3)).run()
+        return [[g.id for g in t.window.groups()] for t in world.steps]
+
+    assert groups(8) == groups(8)
+
+
+def test_without_staleness_order_of_arrival_does_not_matter() -> None:
+    def prompts(seed: int) -> list[str]:
+        config = topology(
+            method={"name": "zppo", "group_size": 4},
+            scheduler={"new_questions": 5, "rho_replay": 0.5, "rho_aug": 1.0, "max_staleness": 0},
+        )
+        world = World(config, questions(20), seed=seed, rewards=scripted_rewards(3, difficulty=0.7)).run()
+        return [g.prompt.messages[-1].content for t in world.steps for g in t.window.groups()]
+
+    first = prompts(1)
+    assert any("candidate" in prompt for prompt in first)
+    assert first == prompts(2)
+
+
+def test_heldout_is_evaluated_before_during_and_after() -> None:
+    config = topology(
+        method={"name": "grpo", "group_size": 2},
+        scheduler={"new_questions": 2, "max_staleness": 1},
+        evaluation={"every": 3, "samples": 2},
+    )
+    world = World(config, questions(16), seed=3, heldout=questions(5, "h")).run()
+    steps = [e.step for e in world.evaluations]
+    assert steps[0] == 0 and steps[-1] == 8 and len(steps) >= 3
+    assert world.evaluations[0].questions == 5 and world.evaluations[0].samples == 10
+    trained = {v.question.id for t in world.steps for v in t.window.visits}
+    assert not trained & {q.id for q in world.heldout}
+
+
+def test_the_first_evaluation_comes_before_any_window() -> None:
+    config = topology(method={"name": "grpo"}, scheduler={"new_questions": 2})
+    world = World(config, questions(4), seed=3, heldout=questions(2, "h"))
+    kinds = {a.job.message.kind for a in world.scheduler.assignments(0.0)}
+    assert kinds == {"evaluate"}
+    assert not world.scheduler.windows
+
+
+def test_stop_keeps_windows_in_flight_for_the_next_life() -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 2, "max_staleness": 2})
+    world = World(config, questions(20), seed=4)
+    while len(world.steps) < 2:
+        world.turn()
+    open_windows = sorted(world.scheduler.windows)
+    world.scheduler.stopping = True
+    for _ in range(50):
+        world.turn()
+    assert open_windows and sorted(world.scheduler.windows) == open_windows
+    assert world.scheduler.next_window(world.now) is None
+    resumed = world.build(world.scheduler.state())
+    assert sorted(resumed.windows) == sorted(world.scheduler.windows)
+    assert resumed.trained == world.scheduler.trained
+
+
+def test_a_task_that_keeps_killing_its_workers_ends_the_run() -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1, "max_attempts": 3})
+    world = World(config, questions(3), seed=4)
+    with pytest.raises(RunFailure, match=r"task 0/q\d/plain failed 3 times: its worker was lost each time"):
+        for _ in range(10):
+            for assignment in world.scheduler.assignments(0.0):
+                world.scheduler.actor_left(assignment.worker)
+            for name in ("rollout-0", "rollout-1"):
+                world.scheduler.actor_joined(name, "rollout", 1)
+                world.scheduler.policy_loaded(name, 0)
+                world.scheduler.granted(name, 8)
+
+
+def test_a_plain_prompt_that_no_engine_can_take_ends_the_run_with_its_reason() -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1})
+    world = World(config, questions(1), seed=4)
+    (assignment,) = world.scheduler.assignments(0.0)
+    reason = "prompt of 900 tokens, the context has 512"
+    with pytest.raises(RunFailure, match="task 0/q0/plain cannot be done: prompt of 900 tokens"):
+        world.scheduler.failed(assignment.job.id, assignment.worker, 0, reason, False, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["bcq", "ncq", "teacher", "compress"])
+def test_the_teacher_and_rewritten_prompts_can_be_done_without(kind: str) -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 2},
+        scheduler={"new_questions": 3, "rho_aug": 1.0},
+    )
+    world = World(config, questions(9), seed=4, rewards=lambda g, n: [float("teacher" in g)] * n)
+    original = world.finish
+
+    def finish(actor: Any, task_id: str) -> None:
+        message = actor.held[task_id].job.message
+        if getattr(message, "kind", None) != kind:
+            original(actor, task_id)
+            return
+        job = actor.held.pop(task_id).job
+        world.scheduler.failed(task_id, actor.name, actor.incarnation, "too long", False, world.now)
+        world.scheduler.granted(actor.name, job.cost)
+        actor.granted += job.cost
+
+    world.finish = finish  # type: ignore[method-assign]
+    check_run(world.run())
+    kinds = {g.kind for t in world.steps for g in t.window.groups()}
+    lost = {"bcq": {"bcq"}, "ncq": {"ncq"}, "teacher": {"bcq"}, "compress": set()}[kind]
+    assert kinds == {"plain", "bcq", "ncq"} - lost
+
+
+def test_free_form_answers_are_graded_by_the_judge() -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 4, "teacher_group_size": 2},
+        scheduler={"new_questions": 4, "rho_aug": 1.0},
+    )
+    corpus = [msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge") for q in questions(8)]
+    world = World(config, corpus, seed=6, crash_rate=0.05)
+    check_run(world.run())
+    for trained in world.steps:
+        for group in trained.window.groups():
+            assert group.rewards.tolist() == world.rewards(group.id, 4)
+    assert any(v.reformulations for t in world.steps for v in t.window.visits)
+
+
+def test_waiting_names_who_waits_for_whom() -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 2, "max_staleness": 0})
+    world = World(config, questions(6), seed=4)
+    world.scheduler.assignments(0.0)
+    assert world.scheduler.waiting() == [
+        "the trainer waits for window 0",
+        "window 0 waits for 2 plain (rollout-0, rollout-1)",
+        "window 1 waits for step 0 (staleness bound)",
+    ]
+
+
+def test_methods_differ_only_by_their_values() -> None:
+    assert get_method("zppo").replay and get_method("zppo").needs_teacher
+    assert [r.kind for r in get_method("zppo").reformulations] == ["bcq", "ncq"]
+    assert not get_method("grpo").uses_teacher and not get_method("grpo").replay
+    assert get_method("grpo_replay").replay and not get_method("grpo_replay").uses_teacher

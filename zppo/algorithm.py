@@ -1,0 +1,161 @@
+"""Algorithm 1 of the paper, as pure functions in the paper's order.
+
+Step 1  plain rollouts        `draw_replayed`       X = X_new ∪ X_replay
+Step 2  teacher rollouts      `is_hard`             afresh for every x with r̄_x < τ
+Step 3  pre-cap               `pre_cap`             the ρ_aug·|X_new| hardest that admit a reformulation
+Step 4  build prompts         `Reformulator.prompt` from candidates compressed by the teacher
+Step 5  post-cap              `post_cap`            at most ρ_aug·|X_new| BCQ + NCQ instances together
+Step 6  update and refresh    `zppo.training`, `refresh_buffer`
+
+Nothing here knows of time, processes or versions; `zppo.scheduler` calls these functions when their inputs are known.
+Which groups a window gets depends only on the graded rollouts, so both caps are decided before anything is compressed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from zppo.buffer import ReplayBuffer
+from zppo.config import Topology
+from zppo.methods.base import Method
+from zppo.questions import Question
+from zppo.reformulations import Reformulator
+from zppo.window import Reformulation, Visit, Window
+
+
+class Recipe(Struct, frozen=True, kw_only=True):
+    """A method with the numbers Algorithm 1 needs."""
+
+    method: Method
+    hard_threshold: float
+    rho_replay: float
+    rho_aug: float
+    seed: int
+
+    @classmethod
+    def of(cls, topology: Topology, method: Method) -> Recipe:
+        return cls(
+            method=method,
+            hard_threshold=topology.method.hard_threshold,
+            rho_replay=topology.scheduler.rho_replay,
+            rho_aug=topology.scheduler.rho_aug,
+            seed=topology.run.seed,
+        )
+
+    def rng(self, *where: object) -> random.Random:
+        """A generator that depends only on the seed and the place it is used, so order of arrival cannot matter."""
+        return random.Random("/".join(map(str, (self.seed, *where))))
+
+
+def quota(rho: float, new_questions: int) -> int:
+    """⌊ρ·|X_new|⌋, forgiving the rounding of a product that should be whole."""
+    return math.floor(rho * new_questions + 1e-9)
+
+
+# ---- step 1 ------------------------------------------------------------------------------------------------------
+
+
+def draw_replayed(new: list[Question], buffer: ReplayBuffer, recipe: Recipe, window: int) -> list[Question]:
+    """X_replay of X = X_new ∪ X_replay: ρ_replay·|X_new| questions drawn uniformly from B, on top of X_new."""
+    for question in new:
+        buffer.hold(question.id)
+    count = quota(recipe.rho_replay, len(new)) if recipe.method.replay else 0
+    return buffer.draw(count, recipe.rng(window, "replay"))
+
+
+# ---- step 2 ------------------------------------------------------------------------------------------------------
+
+
+def is_hard(visit: Visit, recipe: Recipe) -> bool:
+    """r̄_x < τ on the plain rollouts."""
+    return visit.accuracy < recipe.hard_threshold
+
+
+def wants_teacher(visit: Visit, recipe: Recipe) -> bool:
+    """Whether the teacher answers this question afresh now."""
+    return recipe.method.teacher_draws == "hard" and is_hard(visit, recipe)
+
+
+# ---- steps 3 to 5 ------------------------------------------------------------------------------------------------
+
+
+def add_reformulations(window: Window, recipe: Recipe) -> None:
+    """Decide the window's reformulated groups: pre-cap, post-cap, draw of the candidates."""
+    window.hard_questions = sum(is_hard(visit, recipe) for visit in window.visits)
+    window.reformulated = True
+    limit = quota(recipe.rho_aug, window.new_count)
+    for visit, reformulator in post_cap(pre_cap(window, recipe, limit), recipe, limit):
+        rng = recipe.rng(window.index, visit.question.id, reformulator.kind)
+        visit.reformulations.append(Reformulation(kind=reformulator.kind, candidates=reformulator.draw(visit, rng)))
+
+
+def pre_cap(window: Window, recipe: Recipe, limit: int) -> list[Visit]:
+    """The `limit` hardest base questions (ascending r̄_x) that admit at least one reformulation.
+
+    Equal accuracies keep the order of the window.
+    """
+    admitting = [v for v in window.visits if is_hard(v, recipe) and any(_admitted(v, recipe))]
+    return sorted(admitting, key=lambda visit: visit.accuracy)[:limit]
+
+
+def post_cap(visits: Iterable[Visit], recipe: Recipe, limit: int) -> list[tuple[Visit, Reformulator]]:
+    """Walk the questions in ascending r̄_x and add BCQ, then NCQ, of each; the one past the cap ends the walk."""
+    walk = [(visit, reformulator) for visit in visits for reformulator in _admitted(visit, recipe)]
+    return walk[:limit]
+
+
+def _admitted(visit: Visit, recipe: Recipe) -> list[Reformulator]:
+    return [r for r in recipe.method.reformulations if r.admits(visit)]
+
+
+# ---- step 6 ------------------------------------------------------------------------------------------------------
+
+FateName: TypeAlias = Literal["admitted", "graduated", "kept", "evicted", "none"]
+
+
+class Fate(Struct, frozen=True, kw_only=True):
+    """What a window did to one question. `visits` counts plain visits from admission to this one."""
+
+    question_id: str
+    fate: FateName
+    entry_accuracy: float
+    visits: int
+
+
+def refresh_buffer(buffer: ReplayBuffer, window: Window, recipe: Recipe) -> list[Fate]:
+    """Admit, graduate and evict, from plain rollouts only; reformulated rollouts never count."""
+    if not recipe.method.replay:
+        return []
+    fates = [_refresh(buffer, visit, recipe, window.index) for visit in window.visits]
+    for entry in buffer.evict():
+        fates.append(
+            Fate(
+                question_id=entry.question.id,
+                fate="evicted",
+                entry_accuracy=entry.entry_accuracy,
+                visits=len(entry.visits),
+            )
+        )
+    return fates
+
+
+def _refresh(buffer: ReplayBuffer, visit: Visit, recipe: Recipe, step: int) -> Fate:
+    question, accuracy = visit.question, visit.accuracy
+    known = question.id in buffer
+    if not is_hard(visit, recipe):
+        if not known:
+            return Fate(question_id=question.id, fate="none", entry_accuracy=accuracy, visits=1)
+        fate: FateName = "graduated"
+        entry = buffer.graduate(question.id, accuracy, step)
+    elif known:
+        fate = "kept"
+        entry = buffer.revisit(question.id, accuracy, step)
+    else:
+        fate = "admitted"
+        entry = buffer.admit(question, accuracy, step)
+    return Fate(question_id=question.id, fate=fate, entry_accuracy=entry.entry_accuracy, visits=len(entry.visits))

@@ -1,0 +1,53 @@
+"""Held-out accuracy: the student answers questions it never trains on, a few samples each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from zppo.window import Group
+
+
+class EvaluationResult(Struct, frozen=True, kw_only=True):
+    """Mean accuracy over questions with its 95 % normal interval (the unit of sampling is the question)."""
+
+    step: int
+    accuracy: float
+    low: float
+    high: float
+    questions: int
+    samples: int
+
+
+class Evaluation(Struct, kw_only=True):
+    """The groups of one evaluation. `step` is the policy version it asks for; later versions may answer as well."""
+
+    step: int
+    groups: list[Group]
+
+    @property
+    def done(self) -> bool:
+        return all(group.done for group in self.groups)
+
+    def result(self) -> EvaluationResult:
+        accuracies = [group.accuracy for group in self.groups]
+        mean, half = mean_and_half_width(accuracies)
+        return EvaluationResult(
+            step=self.step,
+            accuracy=mean,
+            low=max(0.0, mean - half),
+            high=min(1.0, mean + half),
+            questions=len(self.groups),
+            samples=sum(len(group.grades or []) for group in self.groups),
+        )
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % normal interval (0 for fewer than two values)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(values))

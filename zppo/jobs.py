@@ -1,0 +1,135 @@
+"""From what a window needs to the job that a worker can do: task ids, pools, priorities, sampling, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from zppo.config import Topology
+from zppo.dispatch import Job
+from zppo.grading import JUDGE, JUDGE_SAMPLING
+from zppo.prompts import PromptSet
+from zppo.questions import Question
+from zppo.window import COMPRESS, EVALUATE, TEACHER, Candidate, Group, Visit, Window
+from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling
+
+Stage: TypeAlias = Literal["sample", "grade", "judge", "compress"]
+ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", "teacher", "grader"
+STAGE_ORDER = {COMPRESS: 0, "bcq": 0, "ncq": 0}
+"""Within a window the later stages go first: they are nearest to completing it. All other kinds come after."""
+EVALUATION_ORDER = -1
+"""Evaluations go before all windows, so that they see the policy they ask for."""
+
+
+class Target(Struct, kw_only=True):
+    """Where the result of a job belongs: a group to sample or grade, one `response` of it to judge, or a candidate to
+    compress. Evaluation groups belong to no window."""
+
+    stage: Stage
+    question: Question
+    group: Group | None = None
+    window: Window | None = None
+    visit: Visit | None = None
+    candidate: Candidate | None = None
+    response: int = 0
+
+    @property
+    def the_group(self) -> Group:
+        assert self.group is not None, f"a {self.stage} job has a group"
+        return self.group
+
+
+class JobFactory:
+    """Turns targets into jobs, by the settings of the topology."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._student = topology.student.sampling
+        self._teacher = topology.teacher
+
+    @property
+    def teacher_compresses(self) -> bool:
+        """Whether candidates are compressed by the teacher; by rule otherwise."""
+        return self._teacher is not None and self._teacher.compression == "teacher"
+
+    @property
+    def compression_limits(self) -> tuple[int, int]:
+        """(maximal lines, maximal tokens) of a compressed candidate; one shared cap for right and wrong ones."""
+        if self._teacher is None:
+            return 5, 512
+        return self._teacher.compression_max_lines, self._teacher.compression_sampling.max_new_tokens
+
+    def job(self, target: Target, min_version: int, prompts: PromptSet) -> Job:
+        """The job for a target. Task ids are a function of the target, so asking twice gives the same job."""
+        window = target.window.index if target.window is not None else EVALUATION_ORDER
+        if target.stage == "grade":
+            return self._grade(target, window)
+        if target.stage == "judge":
+            return self._judge(target, window, prompts)
+        if target.stage == "compress":
+            return self._compress(target, window, prompts)
+        return self._sample(target, window, min_version)
+
+    def _sample(self, target: Target, window: int, min_version: int) -> Job:
+        group = target.the_group
+        teacher = group.kind == TEACHER
+        n, sampling = self._decoding(group.kind)
+        message = self._generate(group.id, group.kind, group.prompt, n, sampling, -1 if teacher else min_version)
+        order = (window, STAGE_ORDER.get(group.kind, 1))
+        pool = TEACHER_POOL if teacher else ROLLOUT_POOL
+        return Job(id=group.id, pool=pool, order=order, cost=n, message=message, min_version=message.min_version)
+
+    def _grade(self, target: Target, window: int) -> Job:
+        group = target.the_group
+        assert group.samples is not None, "a group is graded after it is sampled"
+        question = target.question
+        task_id = f"{group.id}/grade"
+        message = GradeTask(
+            task_id=task_id, gold=question.answer, responses=group.samples.texts, grader=question.grader
+        )
+        order = (window, STAGE_ORDER.get(group.kind, 1))
+        return Job(id=task_id, pool=GRADER_POOL, order=order, cost=1, message=message)
+
+    def _judge(self, target: Target, window: int, prompts: PromptSet) -> Job:
+        group, question = target.the_group, target.question
+        assert group.samples is not None, "a group is judged after it is sampled"
+        task_id = f"{group.id}/judge-{target.response}"
+        prompt = prompts.judge(question.text, question.answer, group.samples.texts[target.response])
+        message = self._generate(task_id, JUDGE, prompt, 1, JUDGE_SAMPLING, -1)
+        order = (window, STAGE_ORDER.get(group.kind, 1))
+        return Job(id=task_id, pool=TEACHER_POOL, order=order, cost=1, message=message)
+
+    def _compress(self, target: Target, window: int, prompts: PromptSet) -> Job:
+        candidate = target.candidate
+        assert candidate is not None and self._teacher is not None
+        lines, tokens = self.compression_limits
+        task_id = f"{window}/{target.question.id}/{COMPRESS}/{candidate.source}-{candidate.index}"
+        prompt = prompts.compress(target.question.text, candidate.text, tokens, lines)
+        message = self._generate(task_id, COMPRESS, prompt, 1, self._teacher.compression_sampling, -1)
+        return Job(id=task_id, pool=TEACHER_POOL, order=(window, STAGE_ORDER[COMPRESS]), cost=1, message=message)
+
+    def _decoding(self, kind: str) -> tuple[int, Sampling]:
+        """(completions, sampling) of a group: G_T from the teacher, G_S from the student."""
+        topology = self._topology
+        if kind == TEACHER:
+            assert self._teacher is not None, "a method that draws from a teacher has one"
+            return topology.method.teacher_group_size, self._teacher.sampling
+        if kind == EVALUATE:
+            return topology.evaluation.samples, topology.evaluation.sampling or self._student
+        return topology.method.group_size, self._student
+
+    def _generate(
+        self, task_id: str, kind: str, prompt: Prompt, n: int, sampling: Sampling, min_version: int
+    ) -> GenerateTask:
+        seed = hashlib.blake2b(f"{self._topology.run.seed}/{task_id}".encode(), digest_size=7).digest()
+        return GenerateTask(
+            task_id=task_id,
+            kind=kind,
+            prompt=prompt,
+            n=n,
+            sampling=sampling,
+            seed=int.from_bytes(seed, "big"),
+            min_version=min_version,
+        )

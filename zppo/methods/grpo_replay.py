@@ -1,0 +1,9 @@
+"""GRPO†: GRPO with the replay buffer of hard questions."""
+
+from zppo.methods.base import Method
+
+METHOD = Method(
+    name="grpo_replay",
+    summary="plain prompts, hard ones come back",
+    replay=True,
+)

@@ -1,0 +1,12 @@
+"""GRPO† + BCQ (ablation)."""
+
+from zppo.methods.base import Method
+from zppo.reformulations import BinaryCandidateIncluded
+
+METHOD = Method(
+    name="grpo_replay_bcq",
+    summary="plain and BCQ prompts, hard questions come back",
+    replay=True,
+    teacher_draws="hard",
+    reformulations=(BinaryCandidateIncluded(),),
+)

@@ -1,0 +1,11 @@
+"""GRPO† + NCQ (ablation): the teacher only compresses."""
+
+from zppo.methods.base import Method
+from zppo.reformulations import NegativeCandidateIncluded
+
+METHOD = Method(
+    name="grpo_replay_ncq",
+    summary="plain and NCQ prompts, hard questions come back",
+    replay=True,
+    reformulations=(NegativeCandidateIncluded(),),
+)

@@ -1,0 +1,12 @@
+"""ZPPO (Algorithm 1): GRPO† + BCQ + NCQ. The teacher stands in the prompt, never in the gradient."""
+
+from zppo.methods.base import Method
+from zppo.reformulations import BinaryCandidateIncluded, NegativeCandidateIncluded
+
+METHOD = Method(
+    name="zppo",
+    summary="plain, BCQ and NCQ prompts, hard questions come back",
+    replay=True,
+    teacher_draws="hard",
+    reformulations=(BinaryCandidateIncluded(), NegativeCandidateIncluded()),
+)
