@@ -1,0 +1,88 @@
+"""From files to a trainer and back: the student's folder, and the trainer's share of a checkpoint.
+
+The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, tokenizer),
+`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step and the count of updates. There is no
+generator state: everything random in the trainer derives from the run's seed, the step and the count of updates, so
+these files continue a run bit for bit (on one device, with deterministic kernels and a fixed number of threads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zppo.checkpoint import MODEL, write_file
+from zppo.config import Topology
+from zppo.errors import UserError
+from zppo.optimizer import AdamW, Gradients
+from zppo.training.policy import Policy
+from zppo.training.step import StepSettings, Trainer
+
+MOMENTS, RECORD = "trainer.safetensors", "trainer.json"
+TRAINABLE_DTYPES = ("float32", "bfloat16")
+
+
+class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`step`: steps trained, which is also the policy version. `updates`: optimizer updates applied."""
+
+    format: int = 1
+    step: int
+    updates: int
+
+
+def build_trainer(topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None) -> Trainer:
+    """Load the student from `student.model`, or everything from a checkpoint folder.
+
+    Raises UserError if the model cannot be loaded, its dtype cannot be trained, or the checkpoint does not fit.
+    """
+    settings = StepSettings.of(topology)
+    source = str(checkpoint / MODEL) if checkpoint is not None else topology.student.model
+    model = load_model(source, topology.student.dtype, topology.actors.trainer.device)
+    policy = Policy(model)
+    if topology.actors.trainer.gradient_checkpointing:
+        policy.recompute_layers()
+    parameters = policy.parameters()
+    optimizer = AdamW(parameters, topology.optimizer, seed=topology.run.seed)
+    if checkpoint is not None:
+        load_optimizer(optimizer, checkpoint)
+    return Trainer(policy, optimizer, Gradients(parameters), settings, clock)
+
+
+def load_model(source: str, dtype: str, device: str) -> Any:
+    """Load a causal LM in `dtype` onto `device`."""
+    if dtype not in TRAINABLE_DTYPES:
+        raise UserError(f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(TRAINABLE_DTYPES)}")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"student.model: cannot load {source!r}: {str(error).splitlines()[0]}") from error
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"actors.trainer.device: cannot use {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def save_share(trainer: Trainer, folder: Path, *, step: int, tokenizer_source: str) -> None:
+    """Write the trainer's share of the checkpoint of `step` into `folder`; `checkpoint.commit` syncs the files."""
+    trainer.policy.model.save_pretrained(folder / MODEL)
+    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder / MODEL)
+    save_file(dict(trainer.optimizer.tensors()), folder / MOMENTS)
+    record = TrainerRecord(step=step, updates=trainer.optimizer.updates)
+    write_file(folder / RECORD, msgspec.json.encode(record))
+
+
+def load_optimizer(optimizer: AdamW, folder: Path) -> None:
+    """Take over the moments of a checkpoint. Raises UserError if they do not fit the model or the topology."""
+    try:
+        record = msgspec.json.decode((folder / RECORD).read_bytes(), type=TrainerRecord)
+        optimizer.load(load_file(folder / MOMENTS), updates=record.updates)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: the trainer cannot continue from this checkpoint: {error}") from error
