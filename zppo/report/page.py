@@ -1,0 +1,104 @@
+"""The page: figures, numbers, sentences and the question browser put into one self-contained HTML file.
+
+Nothing is fetched from anywhere, and the page's own content security policy forbids it: the only script and the only
+style sheet that run are those whose digests are in the policy. All text of the run is escaped by the template or goes
+through `textContent`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from zppo.report.browser import BrowserData, browser_data, embed
+from zppo.report.figures import draw_all
+from zppo.report.load import RunData
+from zppo.report.sentences import duration, sentences
+
+ASSETS = Path(__file__).parent
+
+
+def render_page(run: RunData) -> str:
+    """The whole page as text."""
+    browser = browser_data(run)
+    drawings = draw_all(run)
+    script, style = (ASSETS / "browser.js").read_text("utf-8"), (ASSETS / "page.css").read_text("utf-8")
+    return _environment().get_template("page.html.j2").render(
+        title=run.setting("run", "name", default=run.run_dir.name),
+        method=run.summary["method"],
+        run=run.run,
+        folder=run.run_dir.name,
+        verdict=run.summary["verdict"] or "no verdict recorded",
+        tiles=tiles(run.summary),
+        sentences=sentences(run),
+        sections=[(name, list(group)) for name, group in groupby(drawings, key=lambda drawing: drawing.section)],
+        summary=run.summary,
+        settings=list(flatten(run.run.get("topology", {}))),
+        browser_note=browser_note(browser),
+        has_questions=bool(browser.questions),
+        data=Markup(embed(browser)),
+        script=Markup(script),
+        style=Markup(style),
+        script_digest=digest(script),
+        style_digest=digest(style),
+    )  # fmt: skip
+
+
+def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The headline numbers: (value, what it is, a detail)."""
+
+    def change(before: float | None, after: float | None) -> str:
+        return " → ".join("–" if value is None else f"{100 * value:.0f} %" for value in (before, after))
+
+    kept = summary["trained_twice"] == 0 and summary["lost"] == 0
+    detail = f"{summary['trained_twice']} trained twice, {summary['lost']} lost"
+    return [
+        (f"{summary['steps']:,}", "rollout steps", duration(summary["wall_seconds"])),
+        (change(summary["heldout_before"], summary["heldout_after"]), "held-out accuracy", "before → after"),
+        (change(summary["accuracy_first"], summary["accuracy_last"]), "on new questions", "first → last tenth"),
+        (f"{summary['graduated']:,}", "graduated", f"of {summary['admitted']:,} admitted"),
+        (f"{summary['max_staleness_seen']}", "versions", "greatest staleness"),
+        ("kept" if kept else "broken", "exactly-once", detail),
+    ]
+
+
+def browser_note(browser: BrowserData) -> str:
+    """How much of the run the browser shows."""
+    shown = len(browser.questions)
+    if shown == browser.total:
+        return f"All {shown:,} questions that were hard at some visit."
+    return (
+        f"{shown:,} of {browser.total:,} questions that were hard at some visit: those with the most reformulated "
+        "prompts and visits, each fate in turn, as many as one page can carry. The rollout store holds them all."
+    )
+
+
+def flatten(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The resolved topology as (path, value) lines."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, "–" if node is None else str(node)
+
+
+def digest(text: str) -> str:
+    """The content security policy's name for an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,93 @@
+"""The run in plain sentences: what a reader should take away before the first figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zppo.report.load import RunData
+
+
+def sentences(run: RunData) -> list[str]:
+    """What happened, in whole sentences; those the run has no numbers for are left out."""
+    summary = run.summary
+    if summary["steps"] == 0:
+        return ["No step has been trained yet.", *_evaluated(run)]
+    parts = [_work(summary), *_evaluated(run), *_buffer(summary), _staleness(run), _promise(summary)]
+    return [part for part in parts if part]
+
+
+def duration(seconds: float) -> str:
+    """`52 s`, `12 min 5 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _work(summary: Mapping[str, Any]) -> str:
+    rewritten = summary["groups_bcq"] + summary["groups_ncq"]
+    text = (
+        f"{summary['steps']:,} rollout steps in {duration(summary['wall_seconds'])} trained on "
+        f"{summary['questions_new']:,} new and {summary['questions_replayed']:,} replayed questions"
+    )
+    if rewritten:
+        text += f", and on {summary['groups_bcq']:,} BCQ and {summary['groups_ncq']:,} NCQ groups"
+    return f"{text}; {summary['tokens_generated']:,} response tokens entered the loss."
+
+
+def _evaluated(run: RunData) -> list[str]:
+    before, after = run.summary["heldout_before"], run.summary["heldout_after"]
+    if before is None:
+        return []
+    if after is None:
+        return [f"The untrained student answers {100 * before:.1f} % of the held-out questions."]
+    change = 100 * (after - before)
+    direction = "up" if change >= 0 else "down"
+    return [
+        f"Held-out accuracy went {direction} by {abs(change):.1f} points, "
+        f"from {100 * before:.1f} % to {100 * after:.1f} %{_intervals(run)}."
+    ]
+
+
+def _intervals(run: RunData) -> str:
+    """The 95 % intervals of the first and the last evaluation, so that nobody reads noise as progress."""
+    lines = sorted(run.heldout, key=lambda line: line["step"])
+    ends = [line for line in (lines[0], lines[-1]) if "low" in line and "high" in line]
+    if len(ends) < 2:
+        return ""
+    first, last = (f"{100 * line['low']:.0f}–{100 * line['high']:.0f} %" for line in ends)
+    return f" (95 % intervals {first} and {last})"
+
+
+def _buffer(summary: Mapping[str, Any]) -> list[str]:
+    if not summary["admitted"]:
+        return []
+    share = 100 * summary["graduated"] / summary["admitted"]
+    return [
+        f"The replay buffer admitted {summary['admitted']:,} hard questions; {summary['graduated']:,} of them "
+        f"({share:.0f} %) graduated and {summary['evicted']:,} were evicted."
+    ]
+
+
+def _staleness(run: RunData) -> str:
+    bound, seen = run.setting("scheduler", "max_staleness"), run.summary["max_staleness_seen"]
+    if bound is None:
+        return f"No token was older than {_versions(seen)} when it was trained on."
+    verdict = "within" if seen <= bound else "ABOVE"
+    return f"The oldest token trained on was {_versions(seen)} behind, {verdict} the bound of {bound}."
+
+
+def _versions(number: float) -> str:
+    return f"{number:g} policy version" + ("" if number == 1 else "s")
+
+
+def _promise(summary: Mapping[str, Any]) -> str:
+    if summary["trained_twice"] == 0 and summary["lost"] == 0:
+        return "Every new question was trained exactly once: none was lost, no group was trained twice."
+    return (
+        f"THE EXACTLY-ONCE PROMISE WAS BROKEN: {summary['trained_twice']:,} groups or questions were trained twice and "
+        f"{summary['lost']:,} questions were lost."
+    )

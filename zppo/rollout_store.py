@@ -1,0 +1,188 @@
+"""The rollout store: every rollout of a trained window, one Parquet file a step, one row a rollout.
+
+A file is written aside, synced and renamed, so `rollouts/step-NNNNNN.parquet` is whole or absent. The teacher's answers
+are rows too (kind `teacher`, `trained` false): a reader can retell each visit from this folder alone. Any Parquet tool
+opens the files; `read_step` gives rows back as Structs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from zppo.metrics import version_ranges
+from zppo.window import TEACHER, Candidate, Group, Visit, Window
+from zppo_protocol.messages import Prompt
+
+FILE_PATTERN = "step-[0-9]*.parquet"
+OUTCOMES = ("admitted", "kept", "graduated", "none")
+
+
+class RolloutRow(Struct, kw_only=True):
+    """One rollout. Versions are None where no policy sampled it (teacher), `log_prob_mean` where it has no token."""
+
+    step: int
+    window: int
+    question_id: str
+    question: str
+    gold: str
+    origin: str
+    """`new` from the corpus or `replay` from the buffer."""
+    outcome: str
+    """What the buffer did with the question after this visit: `admitted`, `kept`, `graduated` or `none`."""
+    question_accuracy: float
+    """r̄ of the plain group of this visit."""
+    group_id: str
+    kind: str
+    trained: bool
+    rollout: int
+    prompt: str
+    """The messages as they were given to the engine, joined by newlines, before the chat template."""
+    response: str
+    answer: str | None
+    reward: float
+    note: str
+    finish_reason: str
+    length: int
+    """Response tokens."""
+    prompt_length: int
+    """Prompt tokens, chat template included."""
+    version_min: int | None
+    version_max: int | None
+    log_prob_mean: float | None
+    """Mean behaviour log-prob of the response tokens, natural logarithm."""
+    candidates: str | None
+    """JSON list of the `zppo.window.Candidate`s shown in a reformulated prompt, in the order shown."""
+
+
+_ARROW_TYPES = {
+    "step": "int32", "window": "int32", "rollout": "int32", "length": "int32", "prompt_length": "int32",
+    "version_min": "int32", "version_max": "int32", "question_accuracy": "float32", "reward": "float32",
+    "log_prob_mean": "float32", "trained": "bool",
+}  # fmt: skip
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.parquet"
+
+
+def write_step(folder: Path, step: int, window: Window, outcome: Mapping[str, str]) -> Path:
+    """Write all rollouts of a trained window and return the file's path; the folder is made if need be.
+
+    `outcome` maps question ids to one of `OUTCOMES`; those left out have `none`. A file of the same step is replaced.
+    """
+    import pyarrow.parquet as parquet
+
+    rows = [row for visit in window.visits for row in _visit_rows(visit, step, window.index, outcome)]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = step_path(folder, step)
+    aside = path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        parquet.write_table(_to_table(rows), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path
+
+
+def read_step(
+    path: Path, columns: Sequence[str] | None = None, question_ids: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of one file as dicts; `columns` and `question_ids` read only those.
+
+    `msgspec.convert(row, RolloutRow)` types a row that has all columns.
+    """
+    import pyarrow.parquet as parquet
+
+    filters = None if question_ids is None else [("question_id", "in", set(question_ids))]
+    # The handle is ours, so nothing but this one file is ever opened.
+    with path.open("rb") as file:
+        return parquet.read_table(file, columns=list(columns) if columns else None, filters=filters).to_pylist()
+
+
+def step_files(folder: Path) -> Iterator[Path]:
+    """Whole files of the store in step order."""
+    yield from sorted(folder.glob(FILE_PATTERN))
+
+
+def roll_back(folder: Path, step: int) -> None:
+    """On resume: remove the files of steps >= `step` and whatever a crash left half written."""
+    for path in folder.glob("step-*.partial"):
+        path.unlink()
+    for path in step_files(folder):
+        if int(path.stem.removeprefix("step-")) >= step:
+            path.unlink()
+
+
+def _to_table(rows: Sequence[RolloutRow]) -> Any:
+    import pyarrow
+
+    names = RolloutRow.__struct_fields__
+    types = {name: pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string")) for name in names}
+    # Texts are repeated down a group; dictionary pages of Parquet store each once.
+    columns = {name: pyarrow.array([getattr(row, name) for row in rows], types[name]) for name in names}
+    return pyarrow.table(columns)
+
+
+def _visit_rows(visit: Visit, step: int, window: int, outcome: Mapping[str, str]) -> Iterator[RolloutRow]:
+    question = visit.question
+    shared = {
+        "step": step,
+        "window": window,
+        "question_id": question.id,
+        "question": question.text,
+        "gold": question.answer,
+        "origin": visit.origin,
+        "outcome": outcome.get(question.id, "none"),
+        "question_accuracy": visit.accuracy,
+    }
+    yield from _group_rows(visit.plain, shared, None)
+    if visit.teacher is not None:
+        yield from _group_rows(visit.teacher, shared, None)
+    for reformulation in visit.reformulations:
+        if reformulation.group is not None:
+            yield from _group_rows(reformulation.group, shared, reformulation.candidates)
+
+
+def _group_rows(group: Group, shared: dict[str, Any], candidates: list[Candidate] | None) -> Iterator[RolloutRow]:
+    """One row per completion that was sampled and graded; a group still without either has none."""
+    if group.samples is None or group.grades is None:
+        return
+    samples, trained = group.samples, group.kind != TEACHER
+    shown = None if candidates is None else msgspec.json.encode(candidates).decode()
+    prompt, ranges = prompt_text(group.prompt), version_ranges(samples)
+    for i, grade in enumerate(group.grades):
+        start, end = int(samples.offsets[i]), int(samples.offsets[i + 1])
+        low, high = (ranges[i] if trained else None) or (None, None)
+        yield RolloutRow(
+            **shared,
+            group_id=group.id,
+            kind=group.kind,
+            trained=trained,
+            rollout=i,
+            prompt=prompt,
+            response=samples.texts[i],
+            answer=grade.answer,
+            reward=grade.reward,
+            note=grade.note,
+            finish_reason=samples.finish_reasons[i],
+            length=end - start,
+            prompt_length=int(samples.prompt_ids.size),
+            version_min=low,
+            version_max=high,
+            log_prob_mean=float(np.mean(samples.log_probs[start:end])) if end > start else None,
+            candidates=shown,
+        )
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The messages of a prompt as one text; the role is named where there is more than the user's message."""
+    if len(prompt.messages) == 1:
+        return prompt.messages[0].content
+    return "\n".join(f"[{message.role}]\n{message.content}" for message in prompt.messages)
