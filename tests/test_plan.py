@@ -1,0 +1,164 @@
+"""The resolved plan: processes, window sizes, memory, and what the machine cannot give."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology, TrainerConfig
+from zppo.errors import UserError
+from zppo.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
+from zppo.model_folder import inspect_model
+from zppo.plan import ENGINE_ARGUMENTS, GIB, Machine, make_plan
+from zppo.processes import ProcessPlan, processes
+from zppo.topology import load
+from zppo_actors.engines import ENGINES
+
+MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
+
+
+def topology_of(small: Path, *overrides: str) -> Topology:
+    return load(small / "topology.yaml", overrides)
+
+
+def test_numbers_of_a_window(small: Path) -> None:
+    overrides = ("scheduler.new_questions=4", "scheduler.rho_replay=0.5", "scheduler.rho_aug=0.25", "run.steps=null")
+    windows = make_plan(topology_of(small, *overrides), 10, MACHINE).windows
+    assert (windows.new, windows.replayed, windows.reformulated, windows.steps) == (4, 2, 1, 3)
+    assert windows.largest_bytes == (4 + 2 + 1) * 8 * 8 * 8  # groups, of 8 responses, of 8 tokens, of 8 bytes
+
+
+def test_methods_without_buffer_or_reformulation_have_smaller_windows(small: Path) -> None:
+    windows = make_plan(topology_of(small, "method.name=grpo", "scheduler.new_questions=4"), 10, MACHINE).windows
+    assert (windows.replayed, windows.reformulated) == (0, 0)
+
+
+def test_teacher_is_not_started_without_work(small: Path) -> None:
+    plan = make_plan(topology_of(small, "method.name=grpo"), 6, MACHINE)
+    assert [entry.name for entry in plan.processes] == ["controller", "trainer", "rollout-0", "grader-0"]
+    assert "the method 'grpo' has no work for the teacher; it is not started" in plan.notes
+
+
+def test_notes_say_what_may_surprise(small: Path) -> None:
+    overrides = ("scheduler.max_staleness=0", "data.max_prompt_tokens=60", "method.hard_threshold=0")
+    assert make_plan(topology_of(small, *overrides), 6, MACHINE).notes == [
+        "scheduler.rho_aug leaves no room for a single reformulated question in a window",
+        "method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed",
+        "prompts and responses may have 68 tokens together, the student's context has 64: long prompts get shorter "
+        "responses",
+        "scheduler.max_staleness is 0: sampling and training take turns, exactly as in Algorithm 1",
+    ]
+
+
+@given(
+    cores=st.integers(1, 256),
+    rollouts=st.integers(1, 8),
+    teachers=st.integers(1, 8),
+    threads=st.none() | st.integers(1, 64),
+)
+def test_threads_are_shared_out_evenly(cores: int, rollouts: int, teachers: int, threads: int | None) -> None:
+    topology = Topology(
+        data=DataConfig(train="q"),
+        student=ModelConfig(model="s"),
+        teacher=TeacherConfig(model="t"),
+        actors=ActorsConfig(
+            rollout=ActorConfig(count=rollouts, devices=["cpu", "cuda:1"]),
+            teacher=ActorConfig(count=teachers),
+            trainer=TrainerConfig(threads=threads),
+        ),
+    )
+    table = processes(topology, cores)
+    assert len({entry.name for entry in table}) == len(table) == rollouts + teachers + 3
+    engines = [entry for entry in table if entry.role in ("rollout", "teacher")]
+    assert len({entry.threads for entry in engines}) == 1
+    shared = engines[0].threads * (len(engines) + 1)
+    assert engines[0].threads == 1 or shared <= cores
+    trainer = next(entry for entry in table if entry.role == "trainer")
+    assert trainer.threads == (threads or engines[0].threads)
+    assert [entry.device for entry in table if entry.role == "rollout"] == ["cpu", "cuda:1"] * (rollouts // 2) + [
+        "cpu"
+    ] * (rollouts % 2)
+
+
+def test_facts_of_a_model_folder(small: Path) -> None:
+    facts = inspect_model(small / "student", "student.model")
+    assert (facts.parameters, facts.context, facts.layers, facts.kv_heads, facts.head_dim) == (8, 64, 1, 2, 4)
+
+
+def test_memory_of_the_trainer_by_hand(small: Path) -> None:
+    topology = topology_of(small, "student.dtype=float32", "actors.trainer.micro_batch_tokens=100")
+    models = inspect_models(topology, with_teacher=False)
+    size = need(ProcessPlan(name="trainer", role="trainer", device="cpu"), topology, models)
+    weights_gradients_states = 8 * (4 + 4 + 2 + 2)
+    activations = 34 * 100 * 8 * 1 * 4 // 2
+    logits = 2 * 1024 * 16 * 4
+    assert size.host == MODEL_LIBRARIES + 1.25 * (weights_gradients_states + activations + logits)
+
+
+def test_memory_goes_to_the_device(small: Path) -> None:
+    topology = topology_of(small)
+    models = inspect_models(topology, with_teacher=True)
+    on_cpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cpu"), topology, models)
+    on_gpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cuda:0"), topology, models)
+    assert (on_gpu.host, on_gpu.device) == (MODEL_LIBRARIES, on_cpu.host - MODEL_LIBRARIES)
+    cache = 64 * (16 + 8) * 1 * 2 * 2 * 4 * 2  # sequences, length, layers, keys and values, heads, width, bytes
+    assert on_gpu.device == 8 * 2 + cache + 64 * 16 * 4
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_published_versions_in_shared_memory(small: Path, staleness: int) -> None:
+    topology = topology_of(small, f"scheduler.max_staleness={staleness}")
+    assert shared_bytes(topology, inspect_models(topology, with_teacher=False)) == (staleness + 2) * 8 * 2
+
+
+REFUSALS = [
+    (
+        (),
+        replace(MACHINE, memory=GIB),
+        "the plan needs 1.8 GiB of memory but 1.0 GiB are free; the largest part is trainer with 0.4 GiB",
+    ),
+    (
+        (),
+        replace(MACHINE, shared=7),
+        "the plan keeps weights of 0.0 GiB in the runtime folder but 0.0 GiB are free there; lower "
+        "scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder",
+    ),
+    (
+        ("actors.rollout.devices=[cuda:1]",),
+        replace(MACHINE, gpus=[GIB]),
+        "actors.rollout.devices names 'cuda:1'; this machine has 1 CUDA devices",
+    ),
+    (
+        ("actors.trainer.device=cuda", "actors.trainer.micro_batch_tokens=1000000"),
+        replace(MACHINE, gpus=[GIB // 8]),
+        "the plan needs 0.3 GiB on cuda:0 but 0.1 GiB are free",
+    ),
+    (
+        ("transport.max_message_mib=1", "scheduler.new_questions=3000"),
+        MACHINE,
+        "transport.max_message_mib is 1; expected at least 3, the size of a window whose responses all have full "
+        "length",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "machine", "sentence"), REFUSALS)
+def test_what_the_machine_cannot_give(
+    small: Path, overrides: tuple[str, ...], machine: Machine, sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides), 3000, machine)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.slow
+def test_engine_names_and_arguments_are_those_of_the_engines() -> None:
+    assert set(ENGINE_ARGUMENTS) == set(ENGINES)
+    for name, module in ENGINES.items():
+        fields = import_module(module).Arguments.__struct_fields__
+        assert set(fields) == set(ENGINE_ARGUMENTS[name])

@@ -1,0 +1,9 @@
+"""`python -m zppo` is the console script `zppo`."""
+
+from __future__ import annotations
+
+import sys
+
+from zppo.cli import main
+
+sys.exit(main())

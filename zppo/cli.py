@@ -1,0 +1,76 @@
+"""The console script `zppo`: a short way to the doors of the package.
+
+`zppo launch …` is `python -m zppo.launch …`, `zppo report …` is `python -m zppo.report …`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+
+from zppo.errors import UserError, nearest
+
+USAGE = """\
+usage: zppo COMMAND …
+
+  zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml)
+  zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
+  zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
+  zppo --version
+"""
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"zppo: there is no command {command!r}{nearest(command, COMMANDS)}")
+        return COMMANDS[command](rest)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _init(arguments: list[str]) -> int:
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"zppo init: expected one file name, got {' '.join(arguments)!r}")
+    from zppo.init import write_topology
+
+    path = Path(arguments[0] if arguments else "topology.yaml")
+    write_topology(path)
+    print(f"wrote {path}; name your questions and models in it, then: zppo launch --topology {path} --dry-run")
+    return 0
+
+
+def _door(module: str) -> Callable[[list[str]], int]:
+    """A command whose module is imported only when it is called."""
+
+    def call(arguments: list[str]) -> int:
+        exit_code: int = import_module(module).main(arguments)
+        return exit_code
+
+    return call
+
+
+def _version(arguments: list[str]) -> int:
+    print(f"zppo {metadata.version('zppo')}")
+    return 0
+
+
+def _help(arguments: list[str]) -> int:
+    print(USAGE, end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "init": _init,
+    "launch": _door("zppo.launch"),
+    "report": _door("zppo.report.cli"),
+    "--version": _version,
+    "--help": _help,
+    "-h": _help,
+}

@@ -1,0 +1,102 @@
+"""How much memory a run needs, process by process: upper estimates that are made before anything starts.
+
+Legend of the terms, all in bytes: weights = parameters · width; gradients = weights; optimizer = 2 · parameters ·
+state width; activations ≈ 34 · tokens · hidden · layers at two bytes a number (Korthikanti et al. 2022, §4, without the
+part of the attention that fused attention never stores); key-value cache = sequences · length · layers · 2 · heads ·
+head width.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from msgspec import Struct
+
+from zppo.config import ActorConfig, ModelConfig, Topology
+from zppo.model_folder import ModelFacts, inspect_model
+from zppo.processes import ProcessPlan
+
+MIB = 1 << 20
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
+"""What a process takes before it does anything; those that run a model take `MODEL_LIBRARIES`."""
+MODEL_LIBRARIES = 450 * MIB
+RETAINED = 1.25
+"""What the allocators of the trainer keep beyond what is in use."""
+LOGITS_ROWS = 1024
+"""Rows of logits that exist at once, in float32, in the trainer's chunked loss."""
+DEFAULT_SEQUENCES = 64
+PUBLISHED_MARGIN = 2
+"""Policy versions in shared memory beyond max_staleness: the newest one and the one being written."""
+
+
+class Need(Struct, frozen=True, kw_only=True):
+    """Bytes one process needs on its device and on the host."""
+
+    device: int
+    host: int
+
+
+class Models(Struct, frozen=True, kw_only=True):
+    """Facts of the models of a run; `teacher` is None where no teacher model is loaded."""
+
+    student: ModelFacts | None
+    teacher: ModelFacts | None
+
+
+def inspect_models(topology: Topology, with_teacher: bool) -> Models:
+    """Read the model folders that the run will load. Raises UserError."""
+    teacher = topology.teacher if with_teacher and topology.actors.teacher.engine != "simulated" else None
+    return Models(
+        student=inspect_model(Path(topology.student.model), "student.model"),
+        teacher=inspect_model(Path(teacher.model), "teacher.model") if teacher else None,
+    )
+
+
+def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
+    """Memory of one process."""
+    if plan.role == "trainer" and models.student is not None:
+        return _on(plan.device, _trainer_bytes(topology, models.student))
+    if plan.role == "rollout" and models.student is not None:
+        return _on(plan.device, _engine_bytes(topology, topology.actors.rollout, topology.student, models.student))
+    if plan.role == "teacher" and models.teacher is not None and topology.teacher is not None:
+        return _on(plan.device, _engine_bytes(topology, topology.actors.teacher, topology.teacher, models.teacher))
+    return Need(device=0, host=LIBRARIES.get(plan.role, MODEL_LIBRARIES))
+
+
+def shared_bytes(topology: Topology, models: Models) -> int:
+    """Published policies that lie in the runtime folder at once."""
+    if models.student is None:
+        return 0
+    versions = topology.scheduler.max_staleness + PUBLISHED_MARGIN
+    return versions * models.student.parameters * BYTES[topology.student.dtype]
+
+
+def _on(device: str, size: int) -> Need:
+    if device == "cpu":
+        return Need(device=0, host=size + MODEL_LIBRARIES)
+    return Need(device=size, host=MODEL_LIBRARIES)
+
+
+def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
+    width = BYTES[topology.student.dtype]
+    trainer = topology.actors.trainer
+    weights_and_gradients = 2 * facts.parameters * width
+    optimizer = 2 * facts.parameters * BYTES[topology.optimizer.state_dtype]
+    per_layer = trainer.micro_batch_tokens * facts.hidden * width
+    stored = 34 * per_layer // 2
+    activations = facts.layers * per_layer + stored if trainer.gradient_checkpointing else facts.layers * stored
+    logits = 2 * LOGITS_ROWS * facts.vocabulary * 4
+    return math.ceil(RETAINED * (weights_and_gradients + optimizer + activations + logits))
+
+
+def _engine_bytes(topology: Topology, actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> int:
+    if actor.engine == "simulated":
+        return 0
+    width = BYTES[model.dtype]
+    sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
+    longest = topology.data.max_prompt_tokens + model.sampling.max_new_tokens
+    length = min(facts.context, int(actor.engine_args.get("max_length") or longest))
+    cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
+    return facts.parameters * width + cache + sequences * facts.vocabulary * 4

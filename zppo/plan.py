@@ -1,0 +1,302 @@
+"""The resolved plan of a run, and the refusal of settings that cannot work together.
+
+`make_plan` checks what spans several settings and what the machine can give, without starting or writing anything. Each
+refusal names the path of the setting, its value and the way out. What is odd but works becomes a note.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from zppo.algorithm import quota
+from zppo.config import ActorConfig, Topology
+from zppo.errors import UserError, nearest
+from zppo.grading import JUDGE, get_grader
+from zppo.memory import DEFAULT_SEQUENCES, Models, Need, inspect_models, need, shared_bytes
+from zppo.methods import Method, get_method
+from zppo.processes import ProcessPlan, processes, uses_teacher
+
+ENGINE_ARGUMENTS = {"transformers": ("max_sequences", "max_length"), "simulated": ("script", "max_sequences")}
+"""Engines and their arguments; the engines themselves are not imported here."""
+BYTES_PER_TOKEN = 8
+"""A token id and its log-prob on the wire."""
+GIB = 1 << 30
+
+
+class Machine(Struct, frozen=True, kw_only=True):
+    """What the machine can give: cores, free bytes in memory, in the runtime folder, and of each CUDA device."""
+
+    cores: int
+    memory: int
+    shared: int
+    gpus: list[int] = []
+
+
+class Windows(Struct, frozen=True, kw_only=True):
+    """Sizes of one window and of the run, in questions, groups and steps."""
+
+    new: int
+    replayed: int
+    reformulated: int
+    steps: int
+    largest_bytes: int
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """Everything `--dry-run` shows."""
+
+    topology: Topology
+    method: Method
+    processes: list[ProcessPlan]
+    needs: list[Need]
+    shared: int
+    windows: Windows
+    notes: list[str]
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host, published policies included."""
+        return sum(entry.host for entry in self.needs) + self.shared
+
+
+def measure_machine(cores: int, runtime_base: Path, wants_gpu: bool) -> Machine:
+    """Ask the operating system, and torch only if a GPU is wanted (it takes seconds to import)."""
+    gpus: list[int] = []
+    if wants_gpu:
+        import torch
+
+        gpus = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    memory = min(psutil.virtual_memory().available, _control_group_free())
+    return Machine(cores=cores, memory=memory, shared=shutil.disk_usage(runtime_base).free, gpus=gpus)
+
+
+def _control_group_free() -> int:
+    """Free bytes of the control group (a container's limit), or a very large number where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def wants_gpu(topology: Topology) -> bool:
+    """Whether any setting names a device other than the CPU."""
+    actors = topology.actors
+    return any(device != "cpu" for device in (actors.trainer.device, *actors.rollout.devices, *actors.teacher.devices))
+
+
+def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
+    """Check the topology for a corpus of `questions` against `machine` and lay out the run. Raises UserError."""
+    method = get_method(topology.method.name)
+    for check in CHECKS:
+        check(topology, method)
+    models = inspect_models(topology, uses_teacher(topology))
+    table = processes(topology, machine.cores)
+    plan = Plan(
+        topology=topology,
+        method=method,
+        processes=table,
+        needs=[need(entry, topology, models) for entry in table],
+        shared=shared_bytes(topology, models),
+        windows=_windows(topology, method, questions),
+        notes=_notes(topology, method, models),
+    )
+    _check_contexts(topology, models)
+    _check_message_size(plan)
+    _check_devices(plan, machine)
+    _check_memory(plan, machine)
+    return plan
+
+
+# ---- checks of settings alone ------------------------------------------------------------------------------------
+
+
+def _check_teacher(topology: Topology, method: Method) -> None:
+    if method.needs_teacher and topology.teacher is None:
+        raise UserError(f"teacher: is missing; expected a section, because the method {method.name!r} needs a teacher")
+    if topology.data.grader == JUDGE and topology.teacher is None:
+        raise UserError("teacher: is missing; expected a section, because data.grader 'judge' asks the teacher")
+    if uses_teacher(topology) and topology.actors.teacher.count == 0:
+        raise UserError("actors.teacher.count is 0; expected at least 1, because the run asks the teacher")
+
+
+def _check_engines(topology: Topology, method: Method) -> None:
+    if topology.actors.rollout.count == 0:
+        raise UserError("actors.rollout.count is 0; expected at least 1")
+    _check_engine(topology.actors.rollout, "actors.rollout", topology.method.group_size, "method.group_size")
+    if topology.data.heldout is not None:
+        samples = topology.evaluation.samples
+        _check_engine(topology.actors.rollout, "actors.rollout", samples, "evaluation.samples")
+    if uses_teacher(topology):
+        size = topology.method.teacher_group_size
+        _check_engine(topology.actors.teacher, "actors.teacher", size, "method.teacher_group_size")
+
+
+def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str) -> None:
+    if actor.engine not in ENGINE_ARGUMENTS:
+        hint = nearest(actor.engine, ENGINE_ARGUMENTS)
+        raise UserError(f"{where}.engine is {actor.engine!r}; expected the name of an engine{hint}")
+    known = ENGINE_ARGUMENTS[actor.engine]
+    for name in actor.engine_args:
+        if name not in known:
+            raise UserError(f"{where}.engine_args.{name}: the engine {actor.engine!r} has no such argument"
+                            f"{nearest(name, known)}")
+    sequences = actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES)
+    if not isinstance(sequences, int) or isinstance(sequences, bool):
+        raise UserError(f"{where}.engine_args.max_sequences is {sequences!r}; expected a whole number of at least 1")
+    if sequences < group:
+        raise UserError(f"{where}.engine_args.max_sequences is {sequences}; expected at least {group}, "
+                        f"the {group_setting}, because a group is sampled as a whole")
+
+
+def _check_hosts(topology: Topology, method: Method) -> None:
+    for name, actor in (("rollout", topology.actors.rollout), ("teacher", topology.actors.teacher)):
+        for host in actor.hosts:
+            if host != "localhost":
+                raise UserError(f"actors.{name}.hosts names {host!r}; this version runs on one host, 'localhost'")
+        if not actor.devices:
+            raise UserError(f"actors.{name}.devices is empty; expected at least one device, such as cpu or cuda:0")
+
+
+def _check_recipe(topology: Topology, method: Method) -> None:
+    config, scheduler = topology.method, topology.scheduler
+    if config.group_size < 2:
+        raise UserError("method.group_size is 1; expected at least 2, because a group of one has no advantage")
+    if topology.evaluation.every is not None and topology.data.heldout is None:
+        raise UserError(f"evaluation.every is {topology.evaluation.every}; expected null, or a file in data.heldout")
+    if scheduler.lease_seconds <= 2 * topology.transport.heartbeat_seconds:
+        raise UserError(
+            f"scheduler.lease_seconds is {scheduler.lease_seconds:g}; expected more than "
+            f"{2 * topology.transport.heartbeat_seconds:g}, two of transport.heartbeat_seconds"
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(topology.optimizer, name) >= 1.0:
+            raise UserError(f"optimizer.{name} is 1; expected a number below 1")
+
+
+def _check_names(topology: Topology, method: Method) -> None:
+    get_grader(topology.data.grader)
+    name = topology.run.name
+    if not name or name in (".", "..") or any(character in "/\\\0" for character in name):
+        raise UserError(f"run.name is {name!r}; expected a name that can be the name of a folder")
+
+
+CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
+    _check_names,
+    _check_teacher,
+    _check_hosts,
+    _check_engines,
+    _check_recipe,
+)
+
+
+# ---- checks against models and machine ---------------------------------------------------------------------------
+
+
+def _check_contexts(topology: Topology, models: Models) -> None:
+    pairs = [("student", topology.student, models.student), ("teacher", topology.teacher, models.teacher)]
+    for where, config, facts in pairs:
+        if config is not None and facts is not None and config.sampling.max_new_tokens >= facts.context:
+            raise UserError(
+                f"{where}.sampling.max_new_tokens is {config.sampling.max_new_tokens}; expected less than "
+                f"{facts.context}, the context of {config.model!r}"
+            )
+
+
+def _check_message_size(plan: Plan) -> None:
+    limit = plan.topology.transport.max_message_mib
+    needed = math.ceil(plan.windows.largest_bytes / (1 << 20))
+    if needed > limit:
+        raise UserError(f"transport.max_message_mib is {limit}; expected at least {needed}, the size of a window whose "
+                        "responses all have full length")
+
+
+def _check_devices(plan: Plan, machine: Machine) -> None:
+    for entry in plan.processes:
+        kind, _, index = entry.device.partition(":")
+        if not entry.device or entry.device == "cpu":
+            continue
+        if kind != "cuda" or (index and not index.isdigit()):
+            raise UserError(f"{_device_setting(entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
+        if int(index or 0) >= len(machine.gpus):
+            raise UserError(f"{_device_setting(entry)} names {entry.device!r}; "
+                            f"this machine has {len(machine.gpus)} CUDA devices")
+
+
+def _device_setting(entry: ProcessPlan) -> str:
+    return "actors.trainer.device" if entry.role == "trainer" else f"actors.{entry.role}.devices"
+
+
+def _check_memory(plan: Plan, machine: Machine) -> None:
+    if plan.host_bytes > machine.memory:
+        name, size = max(zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host)
+        raise UserError(
+            f"the plan needs {gib(plan.host_bytes)} of memory but {gib(machine.memory)} are free; "
+            f"the largest part is {name.name} with {gib(size.host)}"
+        )
+    if plan.shared > machine.shared:
+        raise UserError(
+            f"the plan keeps weights of {gib(plan.shared)} in the runtime folder but {gib(machine.shared)} are free "
+            "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
+        )
+    for index, free in enumerate(machine.gpus):
+        needed = _gpu_bytes(plan, index)
+        if needed > free:
+            raise UserError(f"the plan needs {gib(needed)} on cuda:{index} but {gib(free)} are free")
+
+
+def _gpu_bytes(plan: Plan, index: int) -> int:
+    names = (f"cuda:{index}", "cuda") if index == 0 else (f"cuda:{index}",)
+    pairs = zip(plan.processes, plan.needs, strict=True)
+    return sum(size.device for entry, size in pairs if entry.device in names)
+
+
+def gib(size: int) -> str:
+    """A size in GiB, for people."""
+    return f"{size / GIB:.1f} GiB"
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def _windows(topology: Topology, method: Method, questions: int) -> Windows:
+    scheduler = topology.scheduler
+    total = topology.run.epochs * questions
+    steps = math.ceil(total / scheduler.new_questions)
+    new = min(scheduler.new_questions, questions)
+    replayed = quota(scheduler.rho_replay, new) if method.replay else 0
+    reformulated = quota(scheduler.rho_aug, new) if method.reformulations else 0
+    responses = (new + replayed + reformulated) * topology.method.group_size
+    return Windows(
+        new=new,
+        replayed=replayed,
+        reformulated=reformulated,
+        steps=min(steps, topology.run.steps or steps),
+        largest_bytes=responses * topology.student.sampling.max_new_tokens * BYTES_PER_TOKEN,
+    )
+
+
+def _notes(topology: Topology, method: Method, models: Models) -> list[str]:
+    """What works but may surprise."""
+    notes = []
+    scheduler, student = topology.scheduler, models.student
+    if method.reformulations and quota(scheduler.rho_aug, scheduler.new_questions) == 0:
+        notes.append("scheduler.rho_aug leaves no room for a single reformulated question in a window")
+    if method.reformulations and topology.method.hard_threshold == 0.0:
+        notes.append("method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed")
+    if topology.teacher is not None and not uses_teacher(topology):
+        notes.append(f"the method {method.name!r} has no work for the teacher; it is not started")
+    longest = topology.data.max_prompt_tokens + topology.student.sampling.max_new_tokens
+    if student is not None and longest > student.context:
+        notes.append(f"prompts and responses may have {longest} tokens together, the student's context has "
+                     f"{student.context}: long prompts get shorter responses")
+    if scheduler.max_staleness == 0:
+        notes.append("scheduler.max_staleness is 0: sampling and training take turns, exactly as in Algorithm 1")
+    return notes
