@@ -1,0 +1,56 @@
+"""The one interface every engine offers to its actor, and the errors it may raise.
+
+An engine samples groups from token prompts (token-in/token-out), takes new weights while it samples, and says how much
+it can take on. It knows nothing of windows, questions or sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+
+
+class EngineError(RuntimeError):
+    """This task cannot be sampled. `retryable` is false when any other try must fail as well (e.g. prompt too long)."""
+
+    def __init__(self, reason: str, *, retryable: bool) -> None:
+        super().__init__(reason)
+        self.retryable = retryable
+
+
+class Engine(Protocol):
+    """All methods may be called from one asyncio loop; `generate` calls overlap freely."""
+
+    @property
+    def capacity(self) -> int:
+        """How many sequences the engine samples at once; the actor grants this many credits."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that sample the next token; -1 for a frozen model (a teacher)."""
+
+    @property
+    def progress(self) -> int:
+        """Tokens sampled so far; rises while the engine is alive and has work."""
+
+    @property
+    def broken(self) -> str | None:
+        """Why the engine cannot go on at all, so that its process must end; None while it works."""
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
+        """Sample `task.n` completions. Raises EngineError.
+
+        `finished(k)` is called in the caller's loop when k more sequences have ended, so that their room can be given
+        away before the last one of the group is done. An engine that cannot tell need not call it.
+        """
+
+    async def load_policy(self, manifest: PolicyManifest) -> str:
+        """Load new weights between two tokens, keep running sequences, and return the digest of what was loaded.
+
+        Raises EngineError (old weights stay) if the file, its names, shapes, dtypes or digest do not match.
+        """
+
+    async def close(self) -> None:
+        """Stop sampling and free the device."""

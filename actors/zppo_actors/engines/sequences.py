@@ -1,0 +1,64 @@
+"""One completion: while it runs, and when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from zppo_protocol.messages import GroupSamples, Sampling
+
+if TYPE_CHECKING:  # engines without a model need this module but no torch
+    from zppo_actors.engines.sampling import UniformStream
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A response: token ids [n] int32, behaviour log-probs [n] float32, spans of (token count, policy version)."""
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    version_spans: list[tuple[int, int]]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class Running:
+    """A response in the making. `budget` is the most tokens it may have; `owner` is whatever the caller needs."""
+
+    prompt_ids: np.ndarray
+    sampling: Sampling
+    budget: int
+    index: int
+    uniforms: UniformStream
+    owner: Any = None
+    uniforms_laid_out: int = 0
+    version_starts: list[tuple[int, int]] = field(default_factory=list)
+    """(number of the first token, policy version that samples from there on), in order."""
+
+    def sampled_by(self, version: int, tokens: int) -> None:
+        """From token number `tokens` on, `version` samples."""
+        if self.version_starts and self.version_starts[-1][0] == tokens:
+            self.version_starts.pop()
+        self.version_starts.append((tokens, version))
+
+    def spans(self, tokens: int) -> list[tuple[int, int]]:
+        """Run-length encoding of the policy versions of `tokens` tokens."""
+        ends = [start for start, _ in self.version_starts[1:]] + [tokens]
+        return [(end - start, version) for (start, version), end in zip(self.version_starts, ends, strict=True)]
+
+
+def group_samples(prompt_ids: np.ndarray, completions: list[Completion], texts: list[str]) -> GroupSamples:
+    """Lay the completions of one prompt end to end."""
+    lengths = [len(completion.token_ids) for completion in completions]
+    spans = [span for completion in completions for span in completion.version_spans if span[0]]
+    return GroupSamples(
+        prompt_ids=prompt_ids,
+        token_ids=np.concatenate([completion.token_ids for completion in completions]),
+        log_probs=np.concatenate([completion.log_probs for completion in completions]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        version_spans=np.asarray(spans, dtype=np.int32).reshape(-1, 2),
+        texts=texts,
+        finish_reasons=[completion.finish_reason for completion in completions],
+    )

@@ -1,0 +1,197 @@
+"""Scripted answers and latencies: an engine without a model, for tests, simulations and trying out a topology.
+
+The script (JSON, `engine_args.script`) says per question how often the answer is right and how long it takes:
+`{"default": {…}, "questions": {"3 * 17": {"answer": "5", "accuracy": 0.25, "accuracy_bcq": 0.5, "wrong": ["7", "9"],
+"tokens": 12}}, "seconds_per_token": 0.0}`. A question entry applies to prompts that contain its key; the longest key
+wins. Everything follows from the task's seed. Token ids are numbers below 16, log-probs those of a uniform choice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from zppo.errors import UserError, nearest
+from zppo_actors.engines.base import EngineError
+from zppo_actors.engines.sequences import Completion, group_samples
+from zppo_actors.engines.spec import EngineSpec, read_arguments
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+
+VOCABULARY = 16
+LOG_PROB = -float(np.log(VOCABULARY))
+BOX = re.compile(r"\\boxed\{\s*([^{}]*[^{}\s])\s*\}")
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class Behaviour(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one question is answered. `accuracies` holds the `accuracy_KIND` keys; `fail` and `hang` are faults."""
+
+    answer: str = "1"
+    accuracy: Share = 0.5
+    accuracies: dict[str, Share] = {}
+    wrong: tuple[str, ...] = ("0",)
+    tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 8
+    fail: str | None = None
+    """Reason of a failure that comes instead of an answer."""
+    hang: bool = False
+    """Never answer and make no progress."""
+
+    def share_right(self, kind: str) -> float:
+        return self.accuracies.get(kind, self.accuracy)
+
+
+class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    default: Behaviour = Behaviour()
+    questions: dict[str, Behaviour] = {}
+    seconds_per_token: Annotated[float, Meta(ge=0.0, le=3600.0)] = 0.0
+
+    def behaviour(self, text: str) -> Behaviour:
+        """The entry of the longest key that the prompt contains."""
+        found = max((key for key in self.questions if key in text), key=len, default=None)
+        return self.default if found is None else self.questions[found]
+
+
+class Arguments(Struct, frozen=True, kw_only=True):
+    """`engine_args` of this engine; without a script every question has the default behaviour."""
+
+    script: str | None = None
+    max_sequences: Annotated[int, Meta(ge=1, le=65_536)] = 64
+
+
+def create(spec: EngineSpec) -> SimulatedEngine:
+    """Read the script. Raises UserError naming the file, the key and the nearest valid one."""
+    arguments = read_arguments(spec, Arguments)
+    where = f"{spec.where}.engine_args.script"
+    script = Script() if arguments.script is None else read_script(Path(arguments.script), where)
+    return SimulatedEngine(script, arguments.max_sequences)
+
+
+def read_script(path: Path, where: str) -> Script:
+    """Read a script file. Raises UserError."""
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+        return msgspec.convert(_with_accuracies(raw, f"{where}: {path}"), Script)
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {str(path)!r} ({error.strerror})") from error
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise UserError(f"{where}: {str(path)!r} is not a script of the simulated engine: {error}") from error
+
+
+class SimulatedEngine:
+    """Answers from a script; it holds no weights but checks and stamps every policy version as a real engine does."""
+
+    def __init__(self, script: Script, max_sequences: int) -> None:
+        self._script = script
+        self._max_sequences = max_sequences
+        self._version = -1
+        self._progress = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._max_sequences
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    @property
+    def progress(self) -> int:
+        return self._progress
+
+    @property
+    def broken(self) -> str | None:
+        return None
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
+        text = "\n".join(message.content for message in task.prompt.messages)
+        behaviour = self._script.behaviour(text)
+        if behaviour.fail is not None:
+            raise EngineError(behaviour.fail, retryable=True)
+        if behaviour.hang:
+            await asyncio.get_running_loop().create_future()
+        tokens = min(behaviour.tokens, task.sampling.max_new_tokens)
+        spans = await self._pass_time(task.n, tokens)
+        if finished is not None:
+            finished(task.n)
+        reason = "stop" if tokens == behaviour.tokens else "length"
+        ids = np.random.default_rng(task.seed).integers(0, VOCABULARY, size=(task.n, tokens), dtype=np.int32)
+        log_probs = np.full(tokens, LOG_PROB, dtype=np.float32)
+        completions = [Completion(ids[i], log_probs, spans, reason) for i in range(task.n)]  # type: ignore[arg-type]
+        return group_samples(_prompt_ids(text), completions, self._texts(task, text, behaviour))
+
+    async def load_policy(self, manifest: PolicyManifest) -> str:
+        """Verify the file as a real engine would, then serve under its version."""
+        from zppo_actors import weights  # only here, so that a run without weights needs no torch
+
+        await asyncio.to_thread(weights.open_policy, manifest)
+        self._version = manifest.version
+        return manifest.digest
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+    async def _pass_time(self, sequences: int, tokens: int) -> list[tuple[int, int]]:
+        """Let the tokens of all sequences tick by; returns the spans of the versions that were serving meanwhile."""
+        spans: list[tuple[int, int]] = []
+        for _ in range(tokens):
+            if self._script.seconds_per_token > 0.0:
+                await asyncio.sleep(self._script.seconds_per_token)
+            if spans and spans[-1][1] == self._version:
+                spans[-1] = (spans[-1][0] + 1, self._version)
+            else:
+                spans.append((1, self._version))
+            self._progress += sequences
+        return spans
+
+    def _texts(self, task: GenerateTask, text: str, behaviour: Behaviour) -> list[str]:
+        if task.kind == "compress":
+            return [_compressed(text)] * task.n
+        return [self._text(random.Random(f"{task.seed}/{i}"), task.kind, behaviour) for i in range(task.n)]
+
+    def _text(self, numbers: random.Random, kind: str, behaviour: Behaviour) -> str:
+        right = numbers.random() < behaviour.share_right(kind)
+        answer = behaviour.answer if right else numbers.choice(behaviour.wrong or ("",))
+        return f"The answer is \\boxed{{{answer}}}"
+
+
+def _compressed(text: str) -> str:
+    """A faithful compression keeps the last answer of the text, right or wrong."""
+    boxes = BOX.findall(text)
+    return f"In short: \\boxed{{{boxes[-1]}}}" if boxes else "In short: no answer"
+
+
+def _prompt_ids(text: str) -> np.ndarray:
+    """Token ids [P] int32, one per byte, the same for the same prompt."""
+    return np.frombuffer(text.encode() or b"\0", dtype=np.uint8).astype(np.int32) % VOCABULARY
+
+
+def _with_accuracies(raw: dict[str, object], where: str) -> dict[str, object]:
+    """Gather the `accuracy_KIND` keys of every behaviour, and check the names of the others."""
+    changed = dict(raw)
+    if isinstance(default := raw.get("default"), dict):
+        changed["default"] = _behaviour(default, f"{where}, default")
+    if isinstance(questions := raw.get("questions"), dict):
+        changed["questions"] = {
+            key: _behaviour(value, f"{where}, question {key!r}") if isinstance(value, dict) else value
+            for key, value in questions.items()
+        }
+    return changed
+
+
+def _behaviour(raw: dict[str, object], where: str) -> dict[str, object]:
+    prefix = "accuracy_"
+    known = Behaviour.__struct_fields__
+    for key in raw:
+        if key not in known and not key.startswith(prefix):
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+    accuracies = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
+    return {**{key: value for key, value in raw.items() if not key.startswith(prefix)}, "accuracies": accuracies}

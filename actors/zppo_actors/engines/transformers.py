@@ -1,0 +1,291 @@
+"""The embedded engine: one process, one model of transformers, continuous batching on a CPU or one GPU.
+
+A worker thread runs the decode loop; asyncio callers post commands (a new group, new weights, a cancellation) that it
+takes between two tokens. New weights therefore change the policy in mid-sentence: keys and values stay, and every token
+carries the version that sampled it. A failure of the loop fails the tasks that run, never the process; one that keeps
+coming back marks the engine as broken, and its actor leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+
+from zppo_actors import weights
+from zppo_actors.engines.base import EngineError
+from zppo_actors.engines.decoder import Decoder, Ended
+from zppo_actors.engines.models import adopt_slots, context_length, load_model
+from zppo_actors.engines.sampling import UniformStream
+from zppo_actors.engines.sequences import Completion, Running, group_samples
+from zppo_actors.engines.spec import EngineSpec, read_arguments
+from zppo_actors.engines.tokenization import PromptTokenizer
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+
+log = logging.getLogger("zppo.engine")
+
+FAILURES_IN_A_ROW = 3
+"""So many failures without a token between them mean that the device or the model is beyond help."""
+
+
+class Arguments(Struct, frozen=True, kw_only=True):
+    """`engine_args` of this engine. `max_length` null is all the context the model has."""
+
+    max_sequences: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    max_length: Annotated[int, Meta(ge=2)] | None = None
+
+
+def create(spec: EngineSpec) -> TransformersEngine:
+    """Load tokenizer and model, check that they can be served, and start the decode thread. Raises UserError."""
+    arguments = read_arguments(spec, Arguments)
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    tokenizer = PromptTokenizer(spec.model.model, spec.model_where)
+    model = load_model(spec)
+    adopt_slots(model, spec.model.model, spec.model_where)
+    context = context_length(model.config.get_text_config())
+    max_length = min(context, arguments.max_length or context)
+    return TransformersEngine(model, tokenizer, arguments.max_sequences, max_length)
+
+
+class Job:
+    """A group being sampled, as the decode thread sees it."""
+
+    def __init__(
+        self, task: GenerateTask, prompt_ids: np.ndarray, budget: int, finished: Callable[[int], None]
+    ) -> None:
+        self.task = task
+        self.prompt_ids = prompt_ids
+        self.budget = budget
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Completion]] = self.loop.create_future()
+        self.completions: list[Completion | None] = [None] * task.n
+        self.admitted = 0
+        self.cancelled = False
+        self._finished = finished
+
+    def next_members(self, limit: int) -> list[Running]:
+        """Up to `limit` sequences that have not been admitted yet."""
+        members = range(self.admitted, min(self.admitted + limit, self.task.n))
+        self.admitted = members.stop
+        return [self._member(index) for index in members]
+
+    def add(self, index: int, completion: Completion) -> None:
+        """Note one finished sequence; the last one answers the caller."""
+        if self.cancelled:
+            return
+        if not np.isfinite(completion.log_probs).all():
+            self.fail(EngineError("the model gives probabilities that are not finite numbers", retryable=True))
+            return
+        self.completions[index] = completion
+        self._post(self._finished, 1)
+        if all(entry is not None for entry in self.completions):
+            self._post(self._settle, self.completions)
+
+    def fail(self, error: EngineError) -> None:
+        self.cancelled = True
+        self._post(self._settle, error)
+
+    def _member(self, index: int) -> Running:
+        uniforms = UniformStream(self.task.seed, index)
+        return Running(self.prompt_ids, self.task.sampling, self.budget, index, uniforms, owner=self)
+
+    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            log.debug("the caller's loop is closed; nobody waits for %s", self.task.task_id)
+
+    def _settle(self, outcome: Any) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, EngineError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class TransformersEngine:
+    """See the module. `close` must be awaited to end the thread."""
+
+    def __init__(self, model: Any, tokenizer: PromptTokenizer, max_sequences: int, max_length: int) -> None:
+        """`model` has our attention already; `max_length` bounds prompt and response together, in tokens."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_sequences = max_sequences
+        self._max_length = max_length
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self._decoder = Decoder(model, tokenizer.end_ids, max_sequences, max_length)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._progress = 0
+        self._failures = 0
+        self._broken: str | None = None
+        self._closing = False
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    @property
+    def capacity(self) -> int:
+        return self._max_sequences
+
+    @property
+    def policy_version(self) -> int:
+        return self._decoder.version
+
+    @property
+    def progress(self) -> int:
+        return self._progress
+
+    @property
+    def broken(self) -> str | None:
+        return self._broken
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
+        """Sample `task.n` completions; `finished(k)` is called in the loop whenever k more sequences have ended."""
+        if self._broken is not None:
+            raise EngineError(self._broken, retryable=True)
+        prompt_ids = self._tokenizer.encode(task.prompt)
+        job = Job(task, prompt_ids, self._budget(task, prompt_ids), finished or _ignore)
+        self._commands.put(lambda: self._waiting.append(job))
+        try:
+            completions = await job.future
+        except asyncio.CancelledError:
+            self._commands.put(lambda: self._cancel(job))
+            raise
+        texts = self._tokenizer.decode([completion.token_ids for completion in completions])
+        return group_samples(prompt_ids, completions, texts)
+
+    async def load_policy(self, manifest: PolicyManifest) -> str:
+        """Verify in a helper thread while sampling goes on, then copy between two tokens."""
+        pairs = await asyncio.to_thread(weights.match, self._model, manifest)
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[str] = loop.create_future()
+        self._commands.put(lambda: self._load(pairs, manifest, loop, loaded))
+        return await loaded
+
+    async def close(self) -> None:
+        self._commands.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def _budget(self, task: GenerateTask, prompt_ids: np.ndarray) -> int:
+        """Tokens a response may have. Raises EngineError for a prompt that leaves no room or is not of this model."""
+        if len(prompt_ids) >= self._max_length:
+            reason = f"the prompt has {len(prompt_ids)} tokens, which leaves no room in a context of {self._max_length}"
+            raise EngineError(reason, retryable=False)
+        if (largest := int(prompt_ids.max())) >= self._vocabulary:
+            reason = f"the prompt holds token id {largest}, but the model has {self._vocabulary} tokens"
+            raise EngineError(reason, retryable=False)
+        return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
+
+    # ---- the decode thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The decode loop.
+
+        Consumes: commands of the asyncio side. Produces: completions, posted back to each caller's loop.
+        Waits for: a command, and only while nothing runs or waits. Is unblocked by: `generate`, `load_policy`, `close`.
+        """
+        torch.set_num_threads(self._threads)  # OpenMP counts threads per thread
+        with torch.inference_mode():
+            while not self._closing:
+                self._take_commands()
+                try:
+                    self._advance()
+                except Exception as error:
+                    self._fail_all(error)
+        self._abandon(EngineError("the engine was closed", retryable=True))
+
+    def _take_commands(self) -> None:
+        idle = not (self._decoder.running or self._waiting)
+        while idle or not self._commands.empty():
+            self._commands.get()()
+            idle = False
+
+    def _advance(self) -> None:
+        self._admit()
+        if not self._decoder.running:
+            return
+        rows = len(self._decoder.running)
+        ended = self._decoder.step()
+        self._progress += rows
+        self._failures = 0
+        if ended:
+            self._hand_back(ended)
+
+    def _admit(self) -> None:
+        """Fill free slots from the waiting groups, first come first served; a group may come in parts."""
+        groups: list[list[Running]] = []
+        free = self._decoder.free
+        while free and self._waiting:
+            job = self._waiting[0]
+            members = [] if job.cancelled else job.next_members(free)
+            if members:
+                groups.append(members)
+                free -= len(members)
+            if job.cancelled or job.admitted == job.task.n:
+                self._waiting.popleft()
+        if groups:
+            self._decoder.admit(groups)
+
+    def _hand_back(self, ended: list[Ended]) -> None:
+        for sequence, completion in ended:
+            sequence.owner.add(sequence.index, completion)
+        if any(sequence.owner.cancelled for sequence, _ in ended):
+            self._decoder.drop(lambda sequence: sequence.owner.cancelled)
+
+    def _cancel(self, job: Job) -> None:
+        job.cancelled = True
+        self._decoder.drop(lambda sequence: sequence.owner is job)
+
+    def _load(
+        self, pairs: weights.Pairs, manifest: PolicyManifest, loop: asyncio.AbstractEventLoop, done: asyncio.Future[str]
+    ) -> None:
+        weights.copy(pairs)
+        self._decoder.set_version(manifest.version)
+        loop.call_soon_threadsafe(_resolve, done, manifest.digest)
+
+    def _stop(self) -> None:
+        self._closing = True
+
+    def _fail_all(self, error: Exception) -> None:
+        """Give every task back with the reason and start afresh."""
+        log.exception("the decode loop failed with %d sequences running", len(self._decoder.running))
+        reason = self._reason(error)
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            self._broken = f"the engine failed {self._failures} times in a row; the last time: {reason}"
+        self._abandon(EngineError(reason, retryable=True))
+
+    def _abandon(self, error: EngineError) -> None:
+        jobs = {id(s.owner): s.owner for s in self._decoder.running} | {id(job): job for job in self._waiting}
+        self._waiting.clear()
+        self._decoder.reset()
+        for job in jobs.values():
+            job.fail(error)
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return (
+                f"out of memory with up to {self._max_sequences} sequences of up to {self._max_length} tokens; "
+                "lower engine_args max_sequences or max_length"
+            )
+        return f"{type(error).__name__}: {error}"[:2000]
+
+
+def _ignore(count: int) -> None:
+    """The caller does not want to know about single sequences."""
+
+
+def _resolve(future: asyncio.Future[str], value: str) -> None:
+    if not future.done():
+        future.set_result(value)

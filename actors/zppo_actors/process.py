@@ -1,0 +1,138 @@
+"""What every actor process is before it is a role: its context, its signals, its log, and its tie to the supervisor.
+
+Invariant: no actor outlives its supervisor. The supervisor keeps the writing end of a pipe and never writes; a thread
+here reads the other end, so its end of file means that the supervisor is gone, in whatever way. On Linux the kernel
+kills all actors but the controller as well, because native code that never returns would keep that thread waiting; the
+controller runs no such code and removes the runtime folder before it leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zppo.config import Topology
+from zppo.errors import UserError
+from zppo.run_dir import read
+from zppo_actors import runtime
+
+ROLES = ("controller", "rollout", "teacher", "grader", "trainer")
+EXIT_FAILED, EXIT_USER_ERROR = 1, 2
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("zppo")
+
+
+@dataclass(frozen=True)
+class ActorContext:
+    """Where and who an actor is. `start_version` is the policy version that this life of the run begins with."""
+
+    run_dir: Path
+    runtime: Path
+    actor: str
+    role: str
+    incarnation: int
+    topology: Topology
+    run_id: str
+    start_version: int
+
+    @property
+    def address(self) -> str:
+        """Address of the controller's socket."""
+        return runtime.controller_address(self.runtime)
+
+    @property
+    def index(self) -> int:
+        """Number of this actor among those of its role, e.g. 1 for `rollout-1`."""
+        _, _, number = self.actor.rpartition("-")
+        return int(number) if number.isdigit() else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one actor as `ROLE --run … --runtime … --actor … --incarnation … --parent-fd …`; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    runtime_folder = Path(arguments.runtime)
+    tie_to_supervisor(arguments.parent_fd, runtime_folder, kernel_too=arguments.role != "controller")
+    set_signals()
+    start_log()
+    return guarded(lambda: _run_role(arguments, runtime_folder))
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """Run `body`; a UserError becomes one sentence on stderr and exit code 2, anything else a traceback and 1."""
+    try:
+        return body()
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except Exception:
+        log.exception("stopped by an unexpected error")
+        return EXIT_FAILED
+
+
+def tie_to_supervisor(parent_fd: int, runtime_folder: Path, *, kernel_too: bool) -> None:
+    """End this process when the supervisor has ended."""
+    if kernel_too and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.set_inheritable(parent_fd, False)
+    threading.Thread(target=_wait_for_end, args=(parent_fd, runtime_folder), daemon=True, name="parent").start()
+
+
+def set_signals() -> None:
+    """Ctrl-C is the supervisor's business; SIGTERM leaves in order; SIGUSR1 prints where every thread is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def start_log() -> None:
+    """Log to stderr, which the supervisor leads into `logs/NAME.log`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:
+    while os.read(parent_fd, 1):
+        pass
+    runtime.remove(runtime_folder)
+    os._exit(EXIT_FAILED)
+
+
+def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
+    run_dir = Path(arguments.run)
+    record = read(run_dir)
+    context = ActorContext(
+        run_dir=run_dir,
+        runtime=runtime_folder,
+        actor=arguments.actor,
+        role=arguments.role,
+        incarnation=arguments.incarnation,
+        topology=record.topology,
+        run_id=record.run_id,
+        start_version=record.start_step,
+    )
+    # Imported late: a grader should not wait for, or pay the memory of, what only a trainer needs.
+    module = importlib.import_module(f"zppo_actors.{arguments.role}")
+    exit_code: int = module.main(context)
+    return exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m zppo_actors", description="One actor process of a run.")
+    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("--run", required=True, metavar="RUN_DIR")
+    parser.add_argument("--runtime", required=True, metavar="FOLDER")
+    parser.add_argument("--actor", required=True, metavar="NAME")
+    parser.add_argument("--incarnation", required=True, type=int, metavar="N")
+    parser.add_argument("--parent-fd", required=True, type=int, metavar="FD")
+    return parser

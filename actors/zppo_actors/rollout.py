@@ -1,0 +1,12 @@
+"""The rollout actor: samples the student. It opens for work once it has loaded its first published policy."""
+
+from __future__ import annotations
+
+from zppo_actors import engine_actor
+from zppo_actors.process import ActorContext
+
+
+def main(context: ActorContext) -> int:
+    """Serve the student until told to leave; returns the exit code. Raises UserError."""
+    topology = context.topology
+    return engine_actor.run(context, topology.actors.rollout, topology.student, "rollout")

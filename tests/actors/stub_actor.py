@@ -1,0 +1,128 @@
+"""A small actor for the supervisor's tests: the real ties, signals and sockets of a process, scripted behaviour.
+
+`RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave), "die" (exit 3),
+"leave" (exit 0), "refuse" (a user error), "spawn" (live, with a child of its own). The controller writes what it hears
+to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends the run when that incarnation has
+said hello, "restart NAME" asks for a restart of its first incarnation, "deaf" ignores stop requests. It ends only after
+all peers were heard: a router cannot reach those that are not connected yet.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from zppo.errors import UserError
+from zppo.processes import processes
+from zppo.run_dir import read
+from zppo_actors import process
+from zppo_actors.runtime import controller_address
+from zppo_protocol.messages import ActorExited, Hello, RestartActor, RunEnded, Shutdown, StopRequested
+from zppo_protocol.sockets import Dealer, Router
+
+
+def main(argv: list[str]) -> int:
+    arguments = process._parser().parse_args(argv)
+    folder, run_dir = Path(arguments.runtime), Path(arguments.run)
+    process.tie_to_supervisor(arguments.parent_fd, folder, kernel_too=arguments.role != "controller")
+    process.set_signals()
+    script = json.loads((run_dir / "script.json").read_text())
+    words = script.get(arguments.actor, ["live"])
+    word = words[min(arguments.incarnation, len(words) - 1)]
+    if arguments.role == "controller":
+        return Controller(folder, run_dir, words).run()
+    return process.guarded(lambda: act(word, arguments, folder))
+
+
+def act(word: str, arguments: object, folder: Path) -> int:
+    dealer = Dealer(controller_address(folder), arguments.actor)
+    dealer.send(hello(arguments))
+    try:
+        if word == "die":
+            print("the stub dies as its script says", flush=True)
+            return 3
+        if word == "leave":
+            return 0
+        if word == "refuse":
+            raise UserError("student.model: the stub does not like it")
+        if word == "spawn":
+            subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        while not isinstance(dealer.receive(60.0), Shutdown):
+            pass
+        return 0
+    finally:
+        dealer.close()
+
+
+def hello(arguments: object) -> Hello:
+    return Hello(
+        protocol_version=1,
+        run_id="stub",
+        actor=arguments.actor,
+        role=arguments.role,
+        incarnation=arguments.incarnation,
+        pid=1,
+        capacity=1,
+    )
+
+
+class Controller:
+    def __init__(self, folder: Path, run_dir: Path, words: list[str]) -> None:
+        self.router = Router(controller_address(folder))
+        self.run_dir, self.words = run_dir, words
+        self.peers: set[str] = set()
+        plans = processes(read(run_dir).topology, available_cores=1)
+        self.expected = {"supervisor", *(plan.name for plan in plans if plan.role != "controller")}
+
+    def run(self) -> int:
+        end: RunEnded | None = None
+        while True:
+            received = self.router.receive(60.0)
+            if received is None:
+                return 4
+            peer, message = received
+            self.peers.add(peer)
+            end = self.heed(peer, message) or end
+            if self.peers == self.expected:
+                self.ask_for_restarts()
+                if end is not None:
+                    self.finish(end)
+                    return 0
+
+    def heed(self, peer: str, message: object) -> RunEnded | None:
+        match message:
+            case Hello(actor=actor, incarnation=incarnation):
+                self.note(f"hello {actor} {incarnation}")
+                if "die" in self.words and actor == "trainer":
+                    sys.exit(5)
+                if f"finish when {actor} {incarnation}" in self.words:
+                    return RunEnded(verdict="finished", exit_code=0)
+            case ActorExited(actor=actor, incarnation=incarnation, verdict=verdict, restarting=restarting):
+                self.note(f"exited {actor} {incarnation} {restarting}: {verdict}")
+            case StopRequested(reason=reason):
+                self.note(f"stop: {reason}")
+                if "deaf" not in self.words:
+                    return RunEnded(verdict="interrupted after step 3", exit_code=130)
+        return None
+
+    def ask_for_restarts(self) -> None:
+        for word in [word for word in self.words if word.startswith("restart ")]:
+            self.words.remove(word)
+            actor = word.removeprefix("restart ")
+            self.router.send("supervisor", RestartActor(actor=actor, incarnation=0, reason="it sampled nothing"))
+
+    def finish(self, end: RunEnded) -> None:
+        for peer in self.peers - {"supervisor"}:
+            self.router.send(peer, Shutdown(reason="the run has ended"))
+        self.router.send("supervisor", end)
+        self.router.close()
+
+    def note(self, line: str) -> None:
+        with (self.run_dir / "heard.txt").open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

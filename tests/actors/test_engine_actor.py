@@ -1,0 +1,366 @@
+"""Rollout and teacher actors: as real processes on a real socket, and their book-keeping around a made-up engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+from engine_helpers import completions, forced_log_probs, make_model, make_task, save, versions, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zppo import run_dir
+from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology
+from zppo_actors import runtime, weights
+from zppo_actors.engine_actor import EngineActor
+from zppo_actors.engines.base import EngineError
+from zppo_actors.process import ActorContext
+from zppo_protocol.messages import (
+    AnyMessage,
+    Credits,
+    GenerateResult,
+    GenerateTask,
+    Goodbye,
+    GroupSamples,
+    Heartbeat,
+    Hello,
+    LoadPolicy,
+    PolicyLoaded,
+    PolicyRefused,
+    Rejected,
+    Shutdown,
+    TaskFailed,
+    Welcome,
+)
+from zppo_protocol.sockets import Router
+
+WAIT_SECONDS = 60.0
+Wanted = TypeVar("Wanted")
+
+
+class Stage:
+    """A run directory, a runtime folder, the controller's socket, and one actor process."""
+
+    def __init__(self, tmp_path: Path, topology: Topology) -> None:
+        self.run = tmp_path / "run"
+        self.record = run_dir.create(self.run, topology)
+        self.folder, self._lock = runtime.create(self.record.run_id)
+        self.router = Router(runtime.controller_address(self.folder))
+        self.process: subprocess.Popen[bytes] | None = None
+        self._pipe: int | None = None
+        self.name = ""
+        self._early: list[AnyMessage] = []
+
+    def start(self, role: str) -> None:
+        self.name = f"{role}-0"
+        read_end, self._pipe = os.pipe()
+        command = [sys.executable, "-m", "zppo_actors", role, "--run", str(self.run), "--runtime", str(self.folder)]
+        command += ["--actor", self.name, "--incarnation", "1", "--parent-fd", str(read_end)]
+        log = (self.run / "logs" / f"{self.name}.log").open("wb")
+        self.process = subprocess.Popen(command, pass_fds=(read_end,), stdout=log, stderr=log)
+        os.close(read_end)
+        log.close()
+
+    def send(self, message: AnyMessage) -> None:
+        assert self.router.send(self.name, message)
+
+    def next(self, wanted: type[Wanted]) -> Wanted:
+        """The next message of this type; others are kept for later."""
+        for message in self._early:
+            if isinstance(message, wanted):
+                self._early.remove(message)
+                return message
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            alive = self._alive()
+            received = self.router.receive(0.2)
+            if received is None and not alive:
+                break
+            if received is not None and isinstance(received[1], wanted):
+                return received[1]
+            if received is not None:
+                self._early.append(received[1])
+        pytest.fail(f"no {wanted.__name__} came; log: {self.log()}")
+
+    def _alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def seen(self, kind: type[Any]) -> bool:
+        """Whether a message of this type came and was not taken."""
+        return any(isinstance(message, kind) for message in self._early)
+
+    def credits(self, count: int) -> None:
+        """Take exactly `count` credits."""
+        while count > 0:
+            count -= self.next(Credits).count
+        assert count == 0
+
+    def exit_code(self) -> int:
+        assert self.process is not None
+        return self.process.wait(WAIT_SECONDS)
+
+    def log(self) -> str:
+        return (self.run / "logs" / f"{self.name}.log").read_text()
+
+    def close(self) -> None:
+        self.router.close()
+        if self._pipe is not None:
+            os.close(self._pipe)
+        if self.process is not None:
+            self.process.wait(WAIT_SECONDS)
+        os.close(self._lock)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Callable[[Topology], Stage]]:
+    made: list[Stage] = []
+
+    def make(topology: Topology) -> Stage:
+        made.append(Stage(tmp_path, topology))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def simulated(tmp_path: Path, script: dict[str, Any], **engine_args: Any) -> Topology:
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps(script))
+    engine = ActorConfig(engine="simulated", engine_args={"script": str(path), **engine_args})
+    model = ModelConfig(model="unused", dtype="float32")
+    teacher = TeacherConfig(model="unused", dtype="float32")
+    actors = ActorsConfig(rollout=engine, teacher=engine)
+    return Topology(data=DataConfig(train="unused"), student=model, teacher=teacher, actors=actors)
+
+
+def publish(stage: Stage, version: int, seed: int = 0) -> LoadPolicy:
+    manifest = weights.publish(make_model(seed=seed).state_dict(), version, stage.folder)
+    return LoadPolicy(manifest=manifest)
+
+
+@pytest.mark.slow
+def test_rollout_opens_with_its_first_policy_and_gives_every_credit_back(
+    stage: Callable[[Topology], Stage], tmp_path: Path
+) -> None:
+    on = stage(simulated(tmp_path, {"default": {"tokens": 4}}, max_sequences=10))
+    on.start("rollout")
+    hello = on.next(Hello)
+    assert (hello.actor, hello.role, hello.incarnation, hello.capacity) == ("rollout-0", "rollout", 1, 10)
+    assert (hello.run_id, hello.policy_version) == (on.record.run_id, -1)
+    on.send(Welcome(heartbeat_seconds=0.05))
+    on.next(Heartbeat)
+    assert not on.seen(Credits)
+    load = publish(on, version=3)
+    on.send(load)
+    loaded = on.next(PolicyLoaded)
+    assert (loaded.version, loaded.digest) == (3, load.manifest.digest)
+    on.credits(10)
+
+    on.send(make_task("q", n=4, task_id="a"))
+    result = on.next(GenerateResult)
+    assert result.task_id == "a" and versions(result.samples) == [3] * 16
+    on.credits(4)
+
+    on.send(msgspec.structs.replace(make_task("q", n=2, task_id="b"), min_version=4))
+    failed = on.next(TaskFailed)
+    assert failed == TaskFailed(task_id="b", reason="needs policy version 4, loaded is 3", retryable=True)
+    on.credits(2)
+
+    on.send(Shutdown(reason="done"))
+    assert on.next(Goodbye).reason == ""
+    assert on.exit_code() == 0
+    assert not on.seen(Credits)
+
+
+@pytest.mark.slow
+def test_teacher_opens_when_welcomed_and_reports_failures(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+    script = {"questions": {"bad": {"fail": "no answer today"}, "stuck": {"hang": True}}}
+    on = stage(simulated(tmp_path, script, max_sequences=8))
+    on.start("teacher")
+    assert on.next(Hello).role == "teacher"
+    on.send(Welcome(heartbeat_seconds=0.05))
+    on.credits(8)
+    on.send(make_task("stuck", n=1, task_id="s"))
+    on.send(make_task("stuck", n=2, task_id="s"))
+    on.send(make_task("bad", n=4, task_id="f"))
+    assert on.next(TaskFailed) == TaskFailed(task_id="f", reason="no answer today", retryable=True)
+    on.credits(4)
+    on.send(make_task("good", n=3, task_id="g"))
+    assert versions(on.next(GenerateResult).samples) == [-1] * 24
+    on.credits(3)
+    while (beat := on.next(Heartbeat)).progress != 24 or beat.tasks != ["s", "s"]:
+        pass
+    assert beat.stats["running"] == 3.0
+    on.send(Shutdown(reason="done"))
+    assert on.exit_code() == 0
+
+
+@pytest.mark.slow
+def test_rejected_actor_leaves_with_exit_code_1(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+    on = stage(simulated(tmp_path, {}))
+    on.start("rollout")
+    on.next(Hello)
+    on.send(Rejected(reason="another run"))
+    assert on.next(Goodbye).reason == "the controller refuses to work with this process: another run"
+    assert on.exit_code() == 1
+
+
+@pytest.mark.slow
+def test_real_student_refuses_a_torn_policy_and_goes_on(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+    folder = save(make_model(seed=0), tmp_path / "student")
+    topology = Topology(
+        data=DataConfig(train="unused"),
+        student=ModelConfig(model=str(folder), dtype="float32"),
+        actors=ActorsConfig(rollout=ActorConfig(engine_args={"max_sequences": 4}, threads=1)),
+    )
+    on = stage(topology)
+    on.start("rollout")
+    on.next(Hello)
+    on.send(Welcome(heartbeat_seconds=5.0))
+    on.send(publish(on, version=0, seed=1))
+    on.next(PolicyLoaded)
+    on.credits(4)
+
+    torn = publish(on, version=1, seed=2)
+    with open(torn.manifest.path, "r+b") as file:
+        file.truncate(64)
+    on.send(torn)
+    refused = on.next(PolicyRefused)
+    assert refused.version == 1 and "the file has 64 bytes where the manifest needs" in refused.reason
+
+    on.send(make_task(words(9), n=4, task_id="a"))
+    samples = on.next(GenerateResult).samples
+    assert set(versions(samples)) == {0}
+    assert abs(forced_log_probs(make_model(seed=1), samples) - samples.log_probs).max() < 1e-4
+    assert len(completions(samples)) == 4
+    on.credits(4)
+    on.send(Shutdown(reason="done"))
+    assert on.exit_code() == 0
+
+
+@pytest.mark.slow
+def test_user_error_is_one_sentence_and_exit_code_2(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+    topology = msgspec.structs.replace(
+        simulated(tmp_path, {}), actors=ActorsConfig(rollout=ActorConfig(engine="transfomers"))
+    )
+    on = stage(topology)
+    on.start("rollout")
+    assert on.exit_code() == 2
+    expected = "actors.rollout.engine: no engine is called 'transfomers' (did you mean 'transformers'?)\n"
+    assert on.log() == expected
+
+
+# ---- book-keeping around a made-up engine ------------------------------------------------------------------------
+
+
+class Line:
+    """A dealer without a socket: plays the controller's messages, notes the actor's."""
+
+    def __init__(self) -> None:
+        self.incoming: asyncio.Queue[AnyMessage] = asyncio.Queue()
+        self.sent: list[AnyMessage] = []
+
+    async def receive(self) -> AnyMessage:
+        return await self.incoming.get()
+
+    async def send(self, message: AnyMessage) -> None:
+        self.sent.append(message)
+        await asyncio.sleep(0)
+
+    def all(self, kind: type[Wanted]) -> list[Wanted]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+
+class Moody:
+    """An engine that ends its sequences as told by `plans`: how many at a time, and whether it fails in the end."""
+
+    capacity, policy_version, progress = 100, -1, 0
+
+    def __init__(self, plans: dict[str, tuple[list[int], bool]]) -> None:
+        self.plans = plans
+        self.broken: str | None = None
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None]) -> GroupSamples:
+        ends, fails = self.plans[task.task_id]
+        for count in ends:
+            await asyncio.sleep(0)
+            finished(count)
+        if fails:
+            raise EngineError("moody", retryable=True)
+        ids, log_probs = np.zeros(task.n, dtype=np.int32), np.zeros(task.n, dtype=np.float32)
+        offsets, spans = np.arange(task.n + 1, dtype=np.int32), np.array([[task.n, -1]], dtype=np.int32)
+        return GroupSamples(
+            prompt_ids=ids[:1],
+            token_ids=ids,
+            log_probs=log_probs,
+            offsets=offsets,
+            version_spans=spans,
+            texts=["x"] * task.n,
+            finish_reasons=["stop"] * task.n,
+        )
+
+
+async def serve(engine: Moody, line: Line, messages: list[AnyMessage], answers: int) -> int:
+    """Run a teacher actor until it has given so many answers, then tell it to leave; returns its exit code."""
+    topology = Topology(data=DataConfig(train="unused"), student=ModelConfig(model="unused"))
+    context = ActorContext(Path(), Path(), "teacher-0", "teacher", 0, topology, "run", 0)
+    actor = asyncio.create_task(EngineActor(context, engine, line, "teacher").run())  # type: ignore[arg-type]
+    for message in [Welcome(heartbeat_seconds=1000.0), *messages]:
+        line.incoming.put_nowait(message)
+    while not actor.done() and len(line.all(GenerateResult)) + len(line.all(TaskFailed)) < answers:
+        await asyncio.sleep(0)
+    for _ in range(5):  # lets the last credits go out
+        await asyncio.sleep(0)
+    line.incoming.put_nowait(Shutdown(reason="done"))
+    return await actor
+
+
+PLANS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), max_size=5), st.booleans()), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans=PLANS, twice=st.booleans())
+def test_every_credit_comes_back_once_and_every_task_has_one_answer(
+    plans: list[tuple[int, list[int], bool]], twice: bool
+) -> None:
+    engine = Moody({f"t{i}": (ends, fails) for i, (_, ends, fails) in enumerate(plans)})
+    tasks: list[AnyMessage] = [make_task("q", n=n, task_id=f"t{i}") for i, (n, _, _) in enumerate(plans)]
+    tasks *= 2 if twice else 1
+
+    async def work() -> Line:
+        line = Line()
+        assert await serve(engine, line, tasks, len(tasks)) == 0
+        return line
+
+    line = asyncio.run(work())
+    assert all(credit.count > 0 for credit in line.all(Credits))
+    cost = sum(n for n, _, _ in plans) * (2 if twice else 1)
+    assert sum(credit.count for credit in line.all(Credits)) == engine.capacity + cost
+    answers = [result.task_id for result in line.all(GenerateResult)] + [f.task_id for f in line.all(TaskFailed)]
+    assert sorted(answers) == sorted(task.task_id for task in tasks if isinstance(task, GenerateTask))
+
+
+def test_actor_leaves_when_its_engine_is_broken() -> None:
+    engine = Moody({"t": ([], True)})
+    engine.broken = "the device is gone"
+
+    async def work() -> tuple[int, Line]:
+        line = Line()
+        return await serve(engine, line, [make_task("q", task_id="t")], 1), line
+
+    code, line = asyncio.run(work())
+    assert code == 1 and line.sent[-1] == Goodbye(reason="the device is gone")
+    assert [failed.task_id for failed in line.all(TaskFailed)] == ["t"]

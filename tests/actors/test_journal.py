@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zppo_actors.journal import Journal, TrainedRow
+
+
+def row(question: str, kind: str = "plain", origin: str = "new", window: int = 0) -> TrainedRow:
+    return f"{window}/{question}/{kind}", question, kind, origin
+
+
+def test_a_clean_run_counts_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for question in ("a", "b"):
+        journal.record_dispatched(question, 0)
+    journal.record_trained(0, 0, [row("a"), row("a", "bcq"), row("b")])
+    journal.record_dispatched("c", 1)
+    assert journal.counts() == (0, 0)
+    journal.close()
+
+
+def test_a_group_trained_twice_shows(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.record_trained(0, 0, [row("a"), row("a", "bcq")])
+    journal.record_trained(1, 0, [row("a", "bcq")])
+    assert journal.counts().trained_twice == 1
+    journal.close()
+
+
+def test_a_question_may_be_new_again_only_in_another_epoch(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.record_dispatched("a", 0, epoch=0)
+    journal.record_dispatched("a", 5, epoch=1)
+    journal.record_trained(0, 0, [row("a")])
+    journal.record_trained(5, 5, [row("a", window=5)])
+    assert journal.counts().trained_twice == 0
+    journal.record_dispatched("a", 6, epoch=1)
+    journal.record_trained(6, 6, [row("a", window=6)])
+    assert journal.counts().trained_twice == 1
+    journal.close()
+
+
+def test_replays_are_not_double_training(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.record_dispatched("a", 0)
+    for window in range(3):
+        journal.record_trained(window, window, [row("a", origin="new" if window == 0 else "replay", window=window)])
+    assert journal.counts() == (0, 0)
+    journal.close()
+
+
+def test_a_dropped_question_is_lost_once_its_window_is_past(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.record_dispatched("a", 0)
+    journal.record_dispatched("b", 0)
+    assert journal.counts().lost == 0
+    journal.record_trained(0, 0, [row("a"), row("b", "bcq")])
+    assert journal.counts().lost == 1
+    journal.close()
+
+
+def test_roll_back_forgets_later_steps_and_dispatches(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for window in range(3):
+        journal.record_dispatched(f"q{window}", window)
+        journal.record_trained(window, window, [row(f"q{window}", window=window)])
+    journal.roll_back(1)
+    journal.record_dispatched("q1", 1)
+    journal.record_dispatched("q1", 1)
+    journal.record_trained(1, 1, [row("q1", window=1)])
+    assert journal.counts() == (0, 0)
+    journal.close()
+
+
+def test_events_are_kept_in_order_across_openings(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for second in range(5):
+        journal.record_event(float(second), "rollout-0", "died", f"signal {second}")
+    journal.close()
+    again = Journal(tmp_path)
+    assert again.events(limit=2) == [(3.0, "rollout-0", "died", "signal 3"), (4.0, "rollout-0", "died", "signal 4")]
+    again.close()
+
+
+questions = st.sampled_from("abcd")
+trained = st.tuples(st.integers(0, 3), questions, st.sampled_from(["plain", "bcq"]), st.sampled_from(["new", "replay"]))
+dispatched = st.tuples(questions, st.integers(0, 4))
+
+
+def naive_counts(rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]) -> tuple[int, int]:
+    groups = Counter((question, window, kind) for window, question, kind, _ in rows)
+    as_new: dict[str, set[int]] = {}
+    for window, question, kind, origin in rows:
+        if kind == "plain" and origin == "new":
+            as_new.setdefault(question, set()).add(window)
+    plain = {(question, window) for window, question, kind, _ in rows if kind == "plain"}
+    last = max((window for window, *_ in rows), default=-1)
+    twice = sum(n > 1 for n in groups.values()) + sum(len(windows) > 1 for windows in as_new.values())
+    return twice, sum(pair not in plain and pair[1] <= last for pair in sent)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(st.lists(trained, max_size=12), st.sets(dispatched, max_size=8))
+def test_counts_agree_with_plain_python(rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        journal = Journal(Path(folder))
+        for question, window in sent:
+            journal.record_dispatched(question, window)
+        for window, question, kind, origin in rows:
+            journal.record_trained(window, window, [row(question, kind, origin, window)])
+        assert journal.counts() == naive_counts(rows, sent)
+        journal.close()
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from zppo_actors.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+journal.record_trained(0, 0, [("0/a/plain", "a", "plain", "new")])
+
+def rows():
+    yield ("1/a/plain", "a", "plain", "replay")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+journal.record_trained(1, 1, rows())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_writer_leaves_whole_steps(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    journal = Journal(tmp_path)
+    journal.record_trained(1, 1, [row("a", origin="replay", window=1)])
+    assert journal.counts() == (0, 0)
+    journal.close()

@@ -1,0 +1,103 @@
+"""The shared beginning of every actor: context, ties, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zppo import run_dir
+from zppo.config import DataConfig, ModelConfig, Topology
+from zppo.errors import UserError
+from zppo_actors.process import ActorContext, guarded
+
+pytestmark = pytest.mark.slow
+TIMEOUT_SECONDS = 30
+
+TIED = """
+import sys, time
+from pathlib import Path
+from zppo_actors import process
+process.tie_to_supervisor(int(sys.argv[1]), Path(sys.argv[2]), kernel_too=False)
+process.set_signals()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def make_context(tmp_path: Path, actor: str) -> ActorContext:
+    topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
+    return ActorContext(tmp_path, tmp_path / "rt", actor, actor.partition("-")[0], 0, topology, "ab", 0)
+
+
+def start_tied(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
+    read_end, write_end = os.pipe()
+    (tmp_path / "rt").mkdir()
+    command = [sys.executable, "-P", "-c", TIED, str(read_end), str(tmp_path / "rt")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=(read_end,))
+    os.close(read_end)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process, write_end
+
+
+def test_context_knows_its_number_and_address(tmp_path: Path) -> None:
+    context = make_context(tmp_path, "rollout-3")
+    assert context.index == 3
+    assert context.address == f"ipc://{tmp_path}/rt/controller.sock"
+    assert make_context(tmp_path, "trainer").index == 0
+
+
+def test_end_of_the_parent_pipe_ends_the_process_and_its_folder(tmp_path: Path) -> None:
+    process, write_end = start_tied(tmp_path)
+    os.close(write_end)
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 1
+    assert not (tmp_path / "rt").exists()
+
+
+def test_ctrl_c_is_ignored_and_sigterm_leaves(tmp_path: Path) -> None:
+    process, write_end = start_tied(tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    os.close(write_end)
+
+
+def test_user_error_is_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        raise UserError("student.model: no such folder")
+
+    assert guarded(body) == 2
+    assert capsys.readouterr().err == "student.model: no such folder\n"
+
+
+def test_other_errors_exit_1(caplog: pytest.LogCaptureFixture) -> None:
+    assert guarded(lambda: 1 // 0) == 1
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_actor_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    options = ["--run", str(tmp_path), "--runtime", str(tmp_path / "rt"), "--actor", "grader-0"]
+    command = [sys.executable, "-P", "-m", "zppo_actors", "grader", *options]
+    command += ["--incarnation", "0", "--parent-fd", str(read_end)]
+    done = subprocess.run(command, capture_output=True, text=True, pass_fds=(read_end,), timeout=TIMEOUT_SECONDS)
+    os.close(read_end)
+    os.close(write_end)
+    assert done.returncode == 2
+    assert done.stderr == f"'{tmp_path}' is not a run directory: it has no run.json\n"
+
+
+def test_run_record_survives_and_damage_is_named(tmp_path: Path) -> None:
+    topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
+    record = run_dir.create(tmp_path / "run", topology)
+    assert run_dir.read(tmp_path / "run") == record
+    (tmp_path / "run/run.json").write_text('{"run_id": 3}')
+    with pytest.raises(UserError, match=r"is not the record of a run: Expected `str`, got `int` - at `\$.run_id`"):
+        run_dir.read(tmp_path / "run")

@@ -1,0 +1,253 @@
+"""The supervisor with real processes, signals and sockets; the actors are stubs with a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from msgspec.structs import replace
+
+from zppo import checkpoint, run_dir
+from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, RunConfig, Topology
+from zppo.processes import ProcessPlan
+from zppo_actors import runtime
+from zppo_actors import supervisor as supervisor_module
+from zppo_actors.supervisor import End, Interrupts, backoff_seconds, supervise
+
+STUB = Path(__file__).with_name("stub_actor.py")
+PATIENCE_SECONDS = 30.0
+pytestmark = pytest.mark.slow
+
+
+class Lines:
+    """A view that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def update(self, status: object) -> None: ...
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+    def close(self, verdict: str = "") -> None: ...
+
+
+def stub_command(plan: ProcessPlan) -> list[str]:
+    return [sys.executable, "-P", str(STUB), plan.role]
+
+
+def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
+    actors = ActorsConfig(rollout=ActorConfig(count=2), max_restarts=limits.get("actor", 2))
+    topology = Topology(
+        data=DataConfig(train="train.jsonl"),
+        student=ModelConfig(model="student"),
+        run=RunConfig(max_restarts=limits.get("run", 0)),
+        actors=actors,
+    )
+    run_dir.create(path, topology)
+    (path / "script.json").write_text(json.dumps(script))
+    return path
+
+
+def live(path: Path, script: dict[str, list[str]], **limits: int) -> tuple[End, list[str], list[str]]:
+    """Supervise a scripted run to its end; returns the end, what the controller heard, and what the view said."""
+    view = Lines()
+    end = supervise(make_run(path, script, **limits), view, Interrupts(), stub_command)
+    return end, (path / "heard.txt").read_text().splitlines(), view.lines
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_run_that_finishes(tmp_path: Path) -> None:
+    end, heard, _ = live(tmp_path / "run", {"controller": ["finish when rollout-1 0"]})
+    assert end == End(verdict="finished", exit_code=0)
+    assert "hello supervisor 0" in heard
+
+
+def test_dead_rollout_actor_is_restarted_and_reported(tmp_path: Path) -> None:
+    script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["die", "live"]}
+    end, heard, said = live(tmp_path / "run", script)
+    assert end.exit_code == 0
+    assert "exited rollout-0 0 True: rollout-0 ended with exit code 3" in heard
+    assert heard.index("hello rollout-0 1") > heard.index("exited rollout-0 0 True: rollout-0 ended with exit code 3")
+    assert said == ["restarting rollout-0 in 0.5 s"]
+
+
+def test_budget_of_restarts_ends_the_run_with_the_log(tmp_path: Path) -> None:
+    end, heard, _ = live(tmp_path / "run", {"rollout-1": ["die"]}, actor=1)
+    assert (end.verdict, end.exit_code) == ("rollout-1 ended with exit code 3 after 1 restarts", 1)
+    assert heard[-2:] == [
+        "exited rollout-1 1 False: rollout-1 ended with exit code 3 after 1 restarts",
+        "stop: rollout-1 ended with exit code 3 after 1 restarts",
+    ]
+    assert end.log is not None
+    assert "the stub dies as its script says" in end.log.read_text()
+
+
+def test_user_error_of_an_actor_is_not_retried(tmp_path: Path) -> None:
+    end, heard, _ = live(tmp_path / "run", {"rollout-0": ["refuse"]})
+    assert end.verdict == "rollout-0: student.model: the stub does not like it"
+    assert end.exit_code == 2
+    assert "hello rollout-0 1" not in heard
+
+
+def test_dead_trainer_begins_another_life_from_the_checkpoint(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", {"trainer": ["die"]}, run=1)
+    checkpoint.write_file(checkpoint.begin(path, 4) / "weights", b"1234")
+    checkpoint.commit(path, 4)
+    first, view = run_dir.read(path), Lines()
+    end = supervise(path, view, Interrupts(), stub_command)
+    second = run_dir.read(path)
+    assert (end.verdict, end.exit_code) == ("trainer ended with exit code 3", 1)
+    assert view.lines == ["trainer ended with exit code 3; the run begins again from step 4"]
+    assert (path / "logs/trainer.log").read_text().count("the stub dies") == 2
+    assert second.run_id != first.run_id
+    assert second.start_step == 4
+
+
+def test_dead_controller_ends_the_run(tmp_path: Path) -> None:
+    end, _, _ = live(tmp_path / "run", {"controller": ["die"]})
+    assert (end.verdict, end.exit_code) == ("controller ended with exit code 5", 1)
+
+
+def test_stuck_actor_is_restarted_on_request(tmp_path: Path) -> None:
+    script = {"controller": ["restart rollout-0", "finish when rollout-0 1"]}
+    end, heard, _ = live(tmp_path / "run", script)
+    assert end.exit_code == 0
+    verdict = "rollout-0 was killed by SIGKILL because it sampled nothing"
+    assert f"exited rollout-0 0 True: {verdict}" in heard
+
+
+def test_actor_that_leaves_unasked_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "LEAVE_SECONDS", 0.2)
+    script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["leave", "live"]}
+    end, heard, _ = live(tmp_path / "run", script)
+    assert end.exit_code == 0
+    assert "exited rollout-0 0 True: rollout-0 left without being told to" in heard
+
+
+def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:
+    script = {"controller": ["restart rollout-0", "finish when rollout-0 1"], "rollout-0": ["spawn"]}
+    end, _, _ = live(tmp_path / "run", script)
+    assert end.exit_code == 0  # and the hygiene fixture looks for the orphans
+
+
+# ---- signals: the supervisor as a process of its own -----------------------------------------------------------------
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_supervisor as t
+from zppo_actors.supervisor import Interrupts, supervise
+interrupts, view = Interrupts(), t.Lines()
+with interrupts.listening():
+    end = supervise(Path(sys.argv[1]), view, interrupts, t.stub_command)
+print(end.verdict)
+sys.exit(end.exit_code)
+"""
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
+    def start(script: dict[str, list[str]]) -> tuple[subprocess.Popen[str], Path]:
+        path = make_run(tmp_path / "run", script)
+        command = [sys.executable, "-P", "-c", DRIVER, str(path), str(STUB.parent)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        heard = path / "heard.txt"
+        names = ("trainer 0", "rollout-0 0", "rollout-1 0", "grader-0 0")
+        wait_for(lambda: heard.exists() and all(f"hello {name}" in heard.read_text() for name in names))
+        return process, path
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_interrupt_ends_in_order(supervisor: Callable, number: signal.Signals) -> None:
+    process, path = supervisor({})
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    assert output == "interrupted after step 3\n"
+    assert "stop: interrupted" in (path / "heard.txt").read_text()
+
+
+def test_two_interrupts_end_at_once(supervisor: Callable) -> None:
+    process, path = supervisor({"controller": ["deaf"]})
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "stop: interrupted" in (path / "heard.txt").read_text())
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, output) == (130, "stopped at once\n")
+
+
+def test_sigkill_of_the_supervisor_leaves_nothing(supervisor: Callable, runtime_base: Path) -> None:
+    process, _ = supervisor({"rollout-0": ["spawn"]})
+    family = psutil.Process(process.pid).children()
+    assert len(family) == 5
+    folders = list(runtime_base.glob(f"zppo-{os.getuid()}-*"))
+    assert len(folders) == 1
+    for grandchild in psutil.Process(process.pid).children(recursive=True):
+        if grandchild not in family:
+            grandchild.kill()  # a stub's own child has no tie; a real one ends with its stdin
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
+    assert not alive
+    wait_for(lambda: not folders[0].exists())
+
+
+# ---- small parts -----------------------------------------------------------------------------------------------------
+
+
+def test_backoff_doubles_up_to_ten_seconds() -> None:
+    assert [backoff_seconds(n) for n in (0, 1, 2, 10)] == [0.5, 1.0, 2.0, 10.0]
+
+
+def test_sweep_removes_only_what_nobody_holds(tmp_path: Path) -> None:
+    held, lock = runtime.create("aaaa", tmp_path)
+    dead, dead_lock = runtime.create("bbbb", tmp_path)
+    os.close(dead_lock)
+    (tmp_path / f"zppo-{os.getuid()}-file").write_text("not a folder")
+    assert runtime.sweep(tmp_path) == [dead]
+    assert held.exists()
+    os.close(lock)
+
+
+def test_runtime_folder_is_private(tmp_path: Path) -> None:
+    folder, lock = runtime.create("aaaa", tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    os.close(lock)
+
+
+def test_a_run_is_held_once(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", {})
+    first = run_dir.hold(path)
+    assert first is not None
+    assert run_dir.hold(path) is None
+    os.close(first)
+    again = run_dir.hold(path)
+    assert again is not None
+    os.close(again)
+
+
+def test_renewed_run_has_another_id(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", {})
+    before = run_dir.read(path)
+    after = run_dir.renew(path, 7)
+    assert after.run_id != before.run_id
+    assert replace(after, run_id=before.run_id, start_step=0) == before

@@ -1,0 +1,311 @@
+"""The trainer actor: a real process over a real socket for what it does, a scripted line for how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zppo import checkpoint, run_dir
+from zppo.config import (
+    ActorsConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Topology,
+    TrainerConfig,
+    TransportConfig,
+)
+from zppo.errors import UserError
+from zppo.training.batch import StalenessError
+from zppo_actors import runtime, weights
+from zppo_actors.process import ActorContext
+from zppo_actors.trainer import TrainerActor, starting_checkpoint
+from zppo_protocol.messages import (
+    AnyMessage,
+    CheckpointSaved,
+    Credits,
+    Goodbye,
+    GroupSamples,
+    Heartbeat,
+    Hello,
+    PolicyPublished,
+    Rejected,
+    ReleasePolicy,
+    Sampling,
+    SaveCheckpoint,
+    Shutdown,
+    StepTrained,
+    TrainGroup,
+    TrainWindow,
+    Welcome,
+)
+from zppo_protocol.sockets import Router
+
+STUDENT = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
+PATIENCE_SECONDS = 120.0
+pytestmark = pytest.mark.slow
+
+
+def topology(*, micro_batch_tokens: int = 512) -> Topology:
+    return Topology(
+        data=DataConfig(train="train.jsonl"),
+        student=ModelConfig(model=str(STUDENT), dtype="float32", sampling=Sampling(max_new_tokens=16)),
+        method=MethodConfig(updates_per_step=2, group_size=4),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=micro_batch_tokens, threads=1)),
+        transport=TransportConfig(heartbeat_seconds=0.01),
+    )
+
+
+def window(step: int, *, groups: int = 3, version: int | None = None) -> TrainWindow:
+    """Random groups of four rollouts with mixed rewards; the same for the same step."""
+    random = np.random.default_rng(step)
+    return TrainWindow(
+        step=step,
+        groups=[_group(f"{step}/{index}", random, step if version is None else version) for index in range(groups)],
+    )
+
+
+def _group(name: str, random: np.random.Generator, version: int) -> TrainGroup:
+    lengths = random.integers(1, 9, 4)
+    total = int(lengths.sum())
+    samples = GroupSamples(
+        prompt_ids=random.integers(3, 40, 6).astype(np.int32),
+        token_ids=random.integers(3, 40, total).astype(np.int32),
+        log_probs=-random.uniform(1, 3, total).astype(np.float32),
+        offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int32),
+        version_spans=np.array([[total, version]], np.int32),
+        texts=[],
+        finish_reasons=["stop"] * 4,
+    )
+    rewards = np.array([1, 0, 0, 1], np.float32)
+    return TrainGroup(group_id=name, question_id=name, kind="plain", samples=samples, rewards=rewards)
+
+
+class Controller:
+    """The other end of the line, in the test's own hands."""
+
+    def __init__(self, router: Router, process: subprocess.Popen[bytes]) -> None:
+        self.router = router
+        self.process = process
+        self.heartbeats: list[Heartbeat] = []
+
+    def expect(self, kind: type) -> AnyMessage:
+        """The next message that is no heartbeat; it must be of this kind."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            received = self.router.receive(0.2)
+            if received is None:
+                continue
+            peer, message = received
+            assert peer == "trainer"
+            if isinstance(message, Heartbeat) and kind is not Heartbeat:
+                self.heartbeats.append(message)
+                continue
+            assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+            return message
+        raise AssertionError(f"no {kind.__name__} came; exit code {self.process.poll()}")
+
+    def say(self, message: AnyMessage) -> None:
+        assert self.router.send("trainer", message)
+
+    def greet(self) -> PolicyPublished:
+        """Answer the greeting and return the first publication."""
+        hello = self.expect(Hello)
+        assert isinstance(hello, Hello) and (hello.role, hello.capacity) == ("trainer", 1)
+        self.say(Welcome(heartbeat_seconds=0.01))
+        published = self.expect(PolicyPublished)
+        self.expect(Credits)
+        assert isinstance(published, PolicyPublished)
+        return published
+
+    def train(self, task: TrainWindow) -> tuple[PolicyPublished, StepTrained]:
+        self.say(task)
+        published, trained = self.expect(PolicyPublished), self.expect(StepTrained)
+        self.expect(Credits)
+        assert isinstance(published, PolicyPublished) and isinstance(trained, StepTrained)
+        return published, trained
+
+    def leave(self) -> int:
+        self.say(Shutdown(reason="the run is over"))
+        assert self.expect(Goodbye) == Goodbye()
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+@contextmanager
+def trainer_process(run: Path, base: Path) -> Iterator[Controller]:
+    """A trainer process of this run, tied to us by its pipe."""
+    folder = Path(tempfile.mkdtemp(prefix="trainer-", dir=base))
+    router = Router(runtime.controller_address(folder))
+    reading, writing = os.pipe()
+    names = ("--run", str(run), "--runtime", str(folder), "--actor", "trainer", "--incarnation", "0")
+    command = [sys.executable, "-m", "zppo_actors", "trainer", *names, "--parent-fd", str(reading)]
+    process = subprocess.Popen(command, pass_fds=[reading], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(reading)
+    try:
+        yield Controller(router, process)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writing)
+        router.close()
+
+
+def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(tmp_path: Path, runtime_base: Path) -> None:
+    run = tmp_path / "run"
+    run_dir.create(run, topology())
+    with trainer_process(run, runtime_base) as controller:
+        first = controller.greet()
+        assert first.manifest.version == 0
+        _same_weights(weights.open_policy(first.manifest), STUDENT)
+
+        second, trained = controller.train(window(0))
+        assert second.manifest.version == 1 and second.manifest.digest != first.manifest.digest
+        assert trained.step == 0 and trained.group_ids == ["0/0", "0/1", "0/2"]
+        assert trained.metrics["updates"] == 2 and trained.metrics["accuracy_plain"] == 0.5
+
+        controller.say(ReleasePolicy(version=0))
+        third, _ = controller.train(window(1))
+        assert not Path(first.manifest.path).exists() and Path(second.manifest.path).exists()
+        controller.say(SaveCheckpoint(step=2))
+        assert controller.expect(CheckpointSaved) == CheckpointSaved(step=2)
+        folder = checkpoint.commit(run, 2)
+        _same_weights(weights.open_policy(third.manifest), folder / checkpoint.MODEL)
+        assert len(AutoTokenizer.from_pretrained(folder / checkpoint.MODEL)) > 0
+
+        straight, _ = controller.train(window(2))
+        assert controller.heartbeats[-1].progress > 0
+        assert controller.leave() == 0
+
+    assert checkpoint.find_latest(run).step == 2
+    run_dir.renew(run, start_step=2)
+    with trainer_process(run, runtime_base) as controller:
+        again = controller.greet()
+        assert (again.manifest.version, again.manifest.digest) == (2, third.manifest.digest)
+        resumed, _ = controller.train(window(2))
+        assert (resumed.manifest.version, resumed.manifest.digest) == (3, straight.manifest.digest)
+        assert controller.leave() == 0
+
+
+def _same_weights(published: dict[str, torch.Tensor], folder: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
+    assert published.keys() <= saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in published.items())
+
+
+def test_shutdown_ends_a_step_half_way(tmp_path: Path, runtime_base: Path) -> None:
+    run = tmp_path / "run"
+    run_dir.create(run, topology(micro_batch_tokens=1))
+    with trainer_process(run, runtime_base) as controller:
+        controller.greet()
+        controller.say(window(0, groups=2000))
+        while not (heartbeat := controller.expect(Heartbeat)).stats.get("running"):  # type: ignore[union-attr]
+            pass
+        assert isinstance(heartbeat, Heartbeat)
+        assert controller.leave() == 0
+
+
+class ScriptedDealer:
+    """Gives out scripted messages, one a look; keeps what is sent."""
+
+    def __init__(self, *script: AnyMessage) -> None:
+        self.script = list(script)
+        self.sent: list[AnyMessage] = []
+
+    def receive(self, timeout_s: float) -> AnyMessage | None:
+        if timeout_s == 0.0:
+            return None
+        return self.script.pop(0)
+
+    def send(self, message: AnyMessage) -> None:
+        self.sent.append(message)
+
+
+def actor(tmp_path: Path, *script: AnyMessage, start_version: int = 0) -> tuple[TrainerActor, ScriptedDealer]:
+    context = ActorContext(
+        run_dir=tmp_path,
+        runtime=tmp_path,
+        actor="trainer",
+        role="trainer",
+        incarnation=0,
+        topology=topology(),
+        run_id="0123",
+        start_version=start_version,
+    )
+    dealer = ScriptedDealer(*script)
+    return TrainerActor(context, dealer), dealer  # type: ignore[arg-type]
+
+
+def test_a_refused_trainer_leaves_with_a_failure(tmp_path: Path) -> None:
+    trainer, dealer = actor(tmp_path, Rejected(reason="another run"))
+    assert trainer.run() == 1
+    assert dealer.sent[-1] == Goodbye()
+
+
+def test_a_stale_window_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
+    trainer, dealer = actor(tmp_path, Welcome(heartbeat_seconds=60), window(5, version=2))
+    trainer.version = 5
+    with pytest.raises(StalenessError):
+        trainer.run()
+    reason = dealer.sent[-1]
+    assert isinstance(reason, Goodbye)
+    assert reason.reason == (
+        "step 5: group '5/0' holds tokens of policy version 2, which is 3 versions old where max_staleness allows 1; "
+        "the pacing of windows is broken"
+    )
+    assert not any(isinstance(message, StepTrained) for message in dealer.sent)
+    published = [message.manifest.version for message in dealer.sent if isinstance(message, PolicyPublished)]
+    assert published == [5]
+
+
+def test_orders_are_obeyed_in_turn(tmp_path: Path) -> None:
+    script = (Welcome(heartbeat_seconds=60), SaveCheckpoint(step=0), window(0), Shutdown(reason="over"))
+    trainer, dealer = actor(tmp_path, *script)
+    trainer.run()
+    kinds = [type(message).__name__ for message in dealer.sent if not isinstance(message, Heartbeat)]
+    expected = ["Hello", "PolicyPublished", "Credits", "CheckpointSaved", "PolicyPublished", "StepTrained", "Credits"]
+    assert kinds == [*expected, "Goodbye"]
+    saved = checkpoint.partial_folder(tmp_path, 0) / checkpoint.MODEL
+    _same_weights(AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").state_dict(), saved)
+
+
+@pytest.mark.parametrize(
+    ("order", "sentence"),
+    [
+        (SaveCheckpoint(step=3), "a checkpoint of step 3 was asked for, but the weights are of step 0"),
+        (window(3), "a window of step 3 came, but the weights are of step 0"),
+    ],
+)
+def test_an_order_out_of_turn_is_never_obeyed(tmp_path: Path, order: AnyMessage, sentence: str) -> None:
+    trainer, dealer = actor(tmp_path, Welcome(heartbeat_seconds=60), order)
+    with pytest.raises(RuntimeError, match=sentence):
+        trainer.run()
+    assert not (tmp_path / "checkpoints").exists()
+    assert sum(isinstance(message, PolicyPublished) for message in dealer.sent) == 1
+
+
+def test_an_unexpected_message_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, dealer = actor(tmp_path)
+    dealer.script = [Credits(count=1), Shutdown(reason="over")]
+    assert trainer.run() == 0
+    assert "unexpected message Credits is ignored" in caplog.text
+
+
+def test_a_missing_starting_checkpoint_is_named(tmp_path: Path) -> None:
+    trainer, _ = actor(tmp_path, start_version=7)
+    folder = checkpoint.final_folder(tmp_path, 7)
+    with pytest.raises(UserError, match="the checkpoint that the run should continue from does not exist") as error:
+        starting_checkpoint(trainer.context)
+    assert str(folder) in str(error.value)

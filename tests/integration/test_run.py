@@ -1,0 +1,172 @@
+"""Whole runs with real processes, sockets and models: faults, resume, Ctrl-C, clean exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from zppo import checkpoint
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart.yaml"
+PATIENCE = 240.0
+SMALL = {
+    "scheduler.new_questions": 8,
+    "scheduler.lease_seconds": 60,
+    "evaluation.limit": 8,
+    "evaluation.samples": 2,
+    "evaluation.every": "null",
+    "actors.rollout.engine_args.max_sequences": 32,
+    "actors.teacher.engine_args.max_sequences": 16,
+}
+
+pytestmark = pytest.mark.slow
+
+
+class Run:
+    """One `python -m zppo.launch` and what it left."""
+
+    def __init__(self, directory: Path, *arguments: str, **settings: Any) -> None:
+        self.directory = directory
+        command = [sys.executable, "-P", "-m", "zppo.launch", *arguments]
+        for name, value in settings.items():
+            command += ["--set", f"{name}={value}"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    @classmethod
+    def new(cls, directory: Path, steps: int, **settings: Any) -> Run:
+        merged = {**SMALL, "run.directory": directory, "run.steps": steps, **settings}
+        return cls(directory, "--topology", str(QUICKSTART), **merged)
+
+    @classmethod
+    def resume(cls, directory: Path, **settings: Any) -> Run:
+        return cls(directory, "--resume", str(directory), **settings)
+
+    def wait(self) -> str:
+        """Wait for the end and return everything it printed."""
+        try:
+            output, _ = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"the run hangs:\n{self.process.communicate()[0]}\n{self.logs()}") from None
+        return output
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is true of the running run."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, f"the run ended early:\n{self.wait()}\n{self.logs()}"
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.02)
+
+    def steps(self) -> int:
+        file = self.directory / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def actor(self, name: str) -> psutil.Process | None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if name in child.cmdline():
+                    return child
+            except psutil.Error:
+                continue
+        return None
+
+    def kill_actor(self, name: str) -> None:
+        found: list[psutil.Process] = []
+
+        def there() -> bool:
+            child = self.actor(name)
+            found.extend([child] if child else [])
+            return bool(found)
+
+        self.until(there)
+        found[0].kill()
+
+    def summary(self) -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "zppo.report", str(self.directory), "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def logs(self) -> str:
+        logs = sorted((self.directory / "logs").glob("*.log"))
+        return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+
+
+def test_a_killed_rollout_actor_costs_nothing(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=3)
+    run.until(lambda: run.steps() >= 1)
+    run.kill_actor("rollout-1")
+    output = run.wait()
+    assert run.process.returncode == 0, output + run.logs()
+    summary = run.summary()
+    assert summary["steps"] == 3
+    assert summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 24
+    assert summary["max_staleness_seen"] <= 2
+    assert summary["heldout_before"] is not None and summary["heldout_after"] is not None
+    assert "rollout-1 was killed" in output
+
+
+def test_the_run_continues_after_the_trainer_was_killed(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=4, **{"checkpoints.every": 2})
+    run.until(lambda: checkpoint.find_latest(run.directory).step == 2)
+    run.kill_actor("trainer")
+    output = run.wait()
+    assert run.process.returncode == 0, output + run.logs()
+    assert "the run begins again from step 2" in output
+    summary = run.summary()
+    assert summary["steps"] == 4 and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 32
+
+
+def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=4)
+    run.until(lambda: run.steps() >= 1)
+    run.process.send_signal(signal.SIGINT)
+    output = run.wait()
+    assert run.process.returncode == 130, output + run.logs()
+    reached = checkpoint.find_latest(run.directory).step
+    assert reached >= 1
+    assert f"continue: python -m zppo.launch --resume {run.directory}" in output
+    resumed = Run.resume(run.directory)
+    output = resumed.wait()
+    assert resumed.process.returncode == 0, output + resumed.logs()
+    summary = resumed.summary()
+    assert summary["steps"] == 4 and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 32
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=4)
+    run.until(lambda: run.steps() >= 1)
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait()
+    assert run.process.returncode == 130
+
+
+def test_nothing_survives_a_killed_supervisor(tmp_path: Path, runtime_base: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=50)
+    run.until(lambda: run.steps() >= 1)
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    assert len(children) >= 6
+    run.process.kill()
+    run.process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    deadline = time.monotonic() + 10
+    while list(runtime_base.glob("zppo-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(runtime_base.glob("zppo-*"))
