@@ -3,8 +3,9 @@
 `RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave), "die" (exit 3),
 "leave" (exit 0), "refuse" (a user error), "spawn" (live, with a child of its own). The controller writes what it hears
 to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends the run when that incarnation has
-said hello, "restart NAME" asks for a restart of its first incarnation, "deaf" ignores stop requests. It ends only after
-all peers were heard: a router cannot reach those that are not connected yet.
+said hello, "restart NAME" asks for a restart of its first incarnation, "deaf" ignores stop requests, "fail" ends the
+run with exit code 1 as soon as the supervisor is there. Otherwise it ends only after all peers were heard: a router
+cannot reach those that are not connected yet.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ class Controller:
             peer, message = received
             self.peers.add(peer)
             end = self.heed(peer, message) or end
+            if end is not None and end.exit_code == 1:
+                self.router.send("supervisor", end)
+                self.router.close()
+                return 1
             if self.peers == self.expected:
                 self.ask_for_restarts()
                 if end is not None:
@@ -97,6 +102,8 @@ class Controller:
                 self.note(f"hello {actor} {incarnation}")
                 if "die" in self.words and actor == "trainer":
                     sys.exit(5)
+                if "fail" in self.words and actor == "supervisor":
+                    return RunEnded(verdict="nothing moved for 3 s", exit_code=1)
                 if f"finish when {actor} {incarnation}" in self.words:
                     return RunEnded(verdict="finished", exit_code=0)
             case ActorExited(actor=actor, incarnation=incarnation, verdict=verdict, restarting=restarting):

@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from zppo import checkpoint, run_dir
 from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, RunConfig, Topology
 from zppo.processes import ProcessPlan
-from zppo_actors import runtime
-from zppo_actors import supervisor as supervisor_module
-from zppo_actors.supervisor import End, Interrupts, backoff_seconds, supervise
+from zppo_actors import life, runtime
+from zppo_actors.interrupts import Interrupts
+from zppo_actors.life import End, backoff_seconds
+from zppo_actors.supervisor import supervise
 
 STUB = Path(__file__).with_name("stub_actor.py")
 PATIENCE_SECONDS = 30.0
@@ -124,6 +125,12 @@ def test_dead_controller_ends_the_run(tmp_path: Path) -> None:
     assert (end.verdict, end.exit_code) == ("controller ended with exit code 5", 1)
 
 
+def test_verdict_of_a_controller_that_leaves_at_once_is_heard(tmp_path: Path) -> None:
+    end, heard, _ = live(tmp_path / "run", {"controller": ["fail"]}, run=3)
+    assert end == End(verdict="nothing moved for 3 s", exit_code=1)
+    assert "hello supervisor 1" not in heard
+
+
 def test_stuck_actor_is_restarted_on_request(tmp_path: Path) -> None:
     script = {"controller": ["restart rollout-0", "finish when rollout-0 1"]}
     end, heard, _ = live(tmp_path / "run", script)
@@ -133,7 +140,7 @@ def test_stuck_actor_is_restarted_on_request(tmp_path: Path) -> None:
 
 
 def test_actor_that_leaves_unasked_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(life, "LEAVE_SECONDS", 0.2)
     script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["leave", "live"]}
     end, heard, _ = live(tmp_path / "run", script)
     assert end.exit_code == 0
@@ -153,7 +160,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_supervisor as t
-from zppo_actors.supervisor import Interrupts, supervise
+from zppo_actors.interrupts import Interrupts
+from zppo_actors.supervisor import supervise
 interrupts, view = Interrupts(), t.Lines()
 with interrupts.listening():
     end = supervise(Path(sys.argv[1]), view, interrupts, t.stub_command)

@@ -201,7 +201,8 @@ def test_rows_of_the_sampler_do_not_see_each_other(rows: list[Sampling], seed: i
 def test_quickstart_student_writes_answers_in_boxes() -> None:
     folder = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
     engine = build(folder)
-    [samples] = run(engine, sample(engine, make_task("3 * 17 * 5 mod 23", n=32, max_new_tokens=40)))
+    task = make_task("3 * 17 * 5 mod 23 ?\nanswer in \\boxed{ }", n=32, max_new_tokens=24)
+    [samples] = run(engine, sample(engine, task))
     assert sum("\\boxed{" in text for text in samples.texts) > 16 and samples.finish_reasons.count("stop") > 16
 
 
