@@ -53,8 +53,8 @@ SETTING_MISTAKES = [
     ("actors.teacher.count=0", "actors.teacher.count is 0; expected at least 1, because the run asks the teacher"),
     ("actors.rollout.count=0", "actors.rollout.count is 0; expected at least 1"),
     (
-        "actors.rollout.engine=vllm",
-        "actors.rollout.engine is 'vllm'; expected the name of an engine (valid: simulated, transformers)",
+        "actors.rollout.engine=vlm",
+        "actors.rollout.engine is 'vlm'; expected the name of an engine (did you mean 'vllm'?)",
     ),
     (
         "actors.rollout.engine_args.max_sequence=9",

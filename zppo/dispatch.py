@@ -33,6 +33,11 @@ class Job(Struct, frozen=True, kw_only=True):
     message: GenerateTask | GradeTask
     min_version: int = -1
 
+    @property
+    def answers(self) -> int:
+        """How many completions or grades the answer must have."""
+        return self.message.n if isinstance(self.message, GenerateTask) else len(self.message.responses)
+
 
 class Assignment(Struct, frozen=True):
     worker: str
@@ -108,6 +113,12 @@ class Dispatcher:
     def accept(self, job_id: str, worker: str, incarnation: int) -> Job | None:
         """The job if this worker holds its lease, exactly once; None for a late or foreign answer."""
         return self._leases.accept(job_id, worker, incarnation)
+
+    def leased(self, job_id: str, worker: str, incarnation: int) -> Job | None:
+        """The job if this worker holds its lease now."""
+        lease = self._leases.holder(job_id)
+        held = lease is not None and (lease.actor, lease.incarnation) == (worker, incarnation)
+        return lease.payload if lease is not None and held else None
 
     def give_back(self, job_id: str, worker: str, incarnation: int) -> Job | None:
         """The worker could not do it: end its lease, without queueing the job again. None for a foreign answer."""

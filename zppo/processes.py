@@ -9,6 +9,7 @@ from msgspec import Struct
 from zppo.config import ActorConfig, Topology
 from zppo.grading import JUDGE
 from zppo.methods import get_method
+from zppo.openai_arguments import OPENAI
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
@@ -28,17 +29,18 @@ def cores() -> int:
 def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
     """All actor processes in the order in which they start; the controller comes first.
 
-    Threads that the topology leaves open are shared out evenly among the processes that run a model; the controller
-    and the graders take one each, which is not counted, because they mostly wait.
+    Threads that the topology leaves open are shared out evenly among the processes that run a model; the controller,
+    the graders and teachers behind a server take one each, which is not counted, because they mostly wait.
     """
     rollout, teacher, trainer = topology.actors.rollout, topology.actors.teacher, topology.actors.trainer
     teachers = teacher.count if uses_teacher(topology) else 0
-    share = max(1, available_cores // (rollout.count + teachers + 1))
+    served = teacher.engine == OPENAI
+    share = max(1, available_cores // (rollout.count + (0 if served else teachers) + 1))
     return [
         ProcessPlan(name="controller", role="controller"),
         ProcessPlan(name="trainer", role="trainer", device=trainer.device, threads=trainer.threads or share),
         *_engines("rollout", rollout, rollout.count, share),
-        *_engines("teacher", teacher, teachers, share),
+        *(_served_teachers(teachers) if served else _engines("teacher", teacher, teachers, share)),
         *(ProcessPlan(name=f"grader-{i}", role="grader") for i in range(topology.actors.grader.count)),
     ]
 
@@ -56,3 +58,7 @@ def _engines(role: str, config: ActorConfig, count: int, share: int) -> list[Pro
         ProcessPlan(name=f"{role}-{i}", role=role, device=devices[i % len(devices)], threads=threads)
         for i in range(count)
     ]
+
+
+def _served_teachers(count: int) -> list[ProcessPlan]:
+    return [ProcessPlan(name=f"teacher-{i}", role="teacher") for i in range(count)]

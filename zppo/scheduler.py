@@ -205,7 +205,7 @@ class Scheduler:
 
     def sampled(self, task_id: str, actor: str, incarnation: int, samples: GroupSamples, now: float) -> bool:
         """Completions of a group, or the teacher's compression of one candidate. False if nobody waits for them."""
-        target = self._accept(task_id, actor, incarnation)
+        target = self._accept(task_id, actor, incarnation, len(samples.texts), now)
         if target is None:
             return False
         if target.stage == "compress":
@@ -219,7 +219,7 @@ class Scheduler:
 
     def graded(self, task_id: str, actor: str, incarnation: int, grades: list[Grade], now: float) -> bool:
         """Verdicts on all responses of a group. False if nobody waits for them."""
-        target = self._accept(task_id, actor, incarnation)
+        target = self._accept(task_id, actor, incarnation, len(grades), now)
         if target is None:
             return False
         target.the_group.grades = grades
@@ -379,9 +379,14 @@ class Scheduler:
             return self.pacer.min_version(target.window.index)
         return self.evaluation.step if self.evaluation is not None else 0
 
-    def _accept(self, task_id: str, actor: str, incarnation: int) -> Target | None:
-        job = self.dispatcher.accept(task_id, actor, incarnation)
-        return self._targets.pop(task_id) if job is not None else None
+    def _accept(self, task_id: str, actor: str, incarnation: int, answers: int, now: float) -> Target | None:
+        """The target of an answer that counts, once. One with too few or too many parts is a failed try."""
+        job = self.dispatcher.leased(task_id, actor, incarnation)
+        if job is not None and answers != job.answers:
+            reason = f"{actor} answered with {answers} parts instead of {job.answers}"
+            self.failed(task_id, actor, incarnation, reason, True, now)
+            return None
+        return self._targets.pop(task_id) if self.dispatcher.accept(task_id, actor, incarnation) is not None else None
 
     def _completed(self, task_id: str, target: Target, now: float) -> None:
         if target.window is None or target.visit is None:

@@ -18,6 +18,8 @@ from msgspec.structs import replace
 
 from zppo.config import ActorConfig, Topology
 from zppo.errors import UserError, nearest
+from zppo.openai_arguments import OPENAI
+from zppo.sources import is_procedural
 from zppo.strict_yaml import parse
 
 Key = str | int
@@ -50,19 +52,24 @@ def override(topology: Topology, overrides: Sequence[str]) -> Topology:
 
 
 def resolve(topology: Topology, base: Path) -> Topology:
-    """The same topology with absolute paths; relative ones are taken from `base`, `~` is the home folder."""
+    """The same topology with absolute paths; relative ones are taken from `base`, `~` is the home folder.
+
+    The model of a teacher behind a server is a name, not a path.
+    """
     data, teacher, actors = topology.data, topology.teacher, topology.actors
+    if teacher is not None and actors.teacher.engine != OPENAI:
+        teacher = replace(teacher, model=_absolute(teacher.model, base))
     data = replace(
         data,
-        train=_absolute(data.train, base),
-        heldout=data.heldout and _absolute(data.heldout, base),
+        train=_question_source(data.train, base),
+        heldout=data.heldout and _question_source(data.heldout, base),
         templates=data.templates and _absolute(data.templates, base),
     )
     return replace(
         topology,
         data=data,
         student=replace(topology.student, model=_absolute(topology.student.model, base)),
-        teacher=teacher and replace(teacher, model=_absolute(teacher.model, base)),
+        teacher=teacher,
         actors=replace(actors, rollout=_with_script(actors.rollout, base), teacher=_with_script(actors.teacher, base)),
     )
 
@@ -289,6 +296,11 @@ def _read(path: Path) -> str:
 
 def _absolute(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).absolute())
+
+
+def _question_source(source: str, base: Path) -> str:
+    """Procedural questions have a specification instead of a path."""
+    return source if is_procedural(source) else _absolute(source, base)
 
 
 def _with_script(config: ActorConfig, base: Path) -> ActorConfig:

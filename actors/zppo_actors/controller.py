@@ -30,6 +30,7 @@ from zppo_actors.process import ActorContext
 from zppo_actors.recorder import Recorder
 from zppo_actors.status import StepClock, build_status
 from zppo_protocol import codec, messages
+from zppo_protocol.checks import ProtocolError
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import AnyMessage, TrainGroup, TrainWindow
 from zppo_protocol.sockets import Router
@@ -38,6 +39,24 @@ TICK_SECONDS = 0.05
 STATUS_SECONDS = 0.5
 LEAVE_SECONDS = 10.0
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, messages.Goodbye)
+ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
+SPEAKS: dict[str, tuple[type, ...]] = {
+    "rollout": (*ENGINE_SPEAKS, messages.PolicyLoaded, messages.PolicyRefused),
+    "teacher": ENGINE_SPEAKS,
+    "grader": (*WORKER_SPEAKS, messages.GradeResult),
+    "trainer": (
+        messages.Heartbeat,
+        messages.Credits,
+        messages.PolicyPublished,
+        messages.StepTrained,
+        messages.CheckpointSaved,
+        messages.Goodbye,
+    ),
+    "supervisor": (messages.ActorExited, messages.StopRequested),
+}
+"""What each role may say after its Hello; anything else is logged and ignored."""
 
 log = logging.getLogger("zppo.controller")
 
@@ -221,6 +240,9 @@ class Controller:
         if peer is None:
             self.router.send(name, messages.Rejected(reason="say Hello first"))
             return
+        if not isinstance(message, SPEAKS[peer.role]):
+            log.warning("%s sent %s, which is not for it to say", name, type(message).__name__)
+            return
         match message:
             case messages.Heartbeat():
                 self._heartbeat(peer, message, now)
@@ -256,8 +278,6 @@ class Controller:
                 if message.reason:
                     self.recorder.event(name, "left", message.reason)
                 self._lost(name)
-            case _:
-                log.warning("%s sent %s, which is not for a controller", name, type(message).__name__)
 
     def _greet(self, name: str, hello: messages.Hello) -> None:
         problem = self.peers.problem(name, hello)
@@ -283,8 +303,11 @@ class Controller:
         if peer.role == "trainer":
             self.scheduler.trainer_free(now)
             self.clock.trainer_free(now)
-        else:
+            return
+        try:
             self.scheduler.granted(peer.name, count)
+        except ProtocolError as error:
+            log.warning("%s", error)
 
     def _failed(self, peer: Peer, message: messages.TaskFailed, now: float) -> None:
         self.recorder.event(peer.name, "task_failed", f"{message.task_id}: {message.reason}")

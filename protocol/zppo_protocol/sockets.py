@@ -16,7 +16,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Router:
         self.rejected = 0
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._close = _close_when_dropped(self, self._socket, self._context)
         _set_bounds(self._socket, limits)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -81,8 +83,7 @@ class Router:
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
-        self._socket.close()
-        self._context.term()
+        self._close()
 
 
 class Dealer:
@@ -94,6 +95,7 @@ class Dealer:
         self.rejected = 0
         self._context = zmq.Context()
         self._socket = _connected(self._context, address, identity, limits)
+        self._close = _close_when_dropped(self, self._socket, self._context)
 
     def receive(self, timeout_s: float) -> AnyMessage | None:
         """Return the next message, or None after `timeout_s` seconds. Malformed messages are skipped."""
@@ -114,8 +116,7 @@ class Dealer:
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
-        self._socket.close()
-        self._context.term()
+        self._close()
 
 
 class AsyncDealer:
@@ -127,6 +128,7 @@ class AsyncDealer:
         self.rejected = 0
         self._context = zmq.asyncio.Context()
         self._socket = _connected(self._context, address, identity, limits)
+        self._close = _close_when_dropped(self, self._socket, self._context)
 
     async def receive(self) -> AnyMessage:
         """Return the next message. Malformed messages are skipped."""
@@ -147,8 +149,22 @@ class AsyncDealer:
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
-        self._socket.close()
-        self._context.term()
+        self._close()
+
+
+def _close_when_dropped(owner: object, socket: Any, context: Any) -> Callable[[], object]:
+    """Close when called or when `owner` is collected, whichever comes first, and only once.
+
+    Left to itself, the collector may end the context while the socket is open, and that waits for ever.
+    """
+    closing = weakref.finalize(owner, _close, socket, context)
+    closing.atexit = False
+    return closing
+
+
+def _close(socket: Any, context: Any) -> None:
+    socket.close()
+    context.term()
 
 
 def ipc_path(address: str) -> Path:

@@ -454,3 +454,14 @@ def test_the_socket_is_private_and_everything_is_given_back(address: str) -> Non
     for _ in range(5):
         talk()
     assert descriptors() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["Router({0!r})", "Dealer({0!r}, 'rollout-0')"])
+def test_end_dropped_in_a_cycle_does_not_hang_the_collector(address: str, end: str) -> None:
+    program = (
+        "import gc; from zppo_protocol.sockets import Dealer, Router\n"
+        f"cycle = [{end.format(address)}]; cycle.append(cycle); del cycle; gc.collect()"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

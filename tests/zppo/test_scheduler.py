@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.algorithm1 import Naive
-from worlds import World, questions, scripted_rewards, topology
+from worlds import World, questions, samples, scripted_rewards, topology
 
 from zppo.data import shuffled
 from zppo.methods import get_method, method_names
 from zppo.scheduler import RunFailure
 from zppo.window import Window
+from zppo_protocol.messages import GenerateTask
 
 WORLDS = 100
 """Scripted worlds per test of agreement; five tests of them make 500."""
@@ -265,6 +266,20 @@ def test_free_form_answers_are_graded_by_the_judge() -> None:
         for group in trained.window.groups():
             assert group.rewards.tolist() == world.rewards(group.id, 4)
     assert any(v.reformulations for t in world.steps for v in t.window.visits)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_answer_with_the_wrong_number_of_parts_is_a_failed_try(parts: int) -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1})
+    world = World(config, questions(1), seed=4)
+    (assignment,) = world.scheduler.assignments(0.0)
+    message = assignment.job.message
+    assert isinstance(message, GenerateTask)
+    answer = samples(msgspec.structs.replace(message, n=parts), [0, 0])
+    assert not world.scheduler.sampled(message.task_id, assignment.worker, 0, answer, 0.0)
+    world.scheduler.granted(assignment.worker, 2)
+    (again,) = world.scheduler.assignments(0.0)
+    assert again.job.id == message.task_id
 
 
 def test_waiting_names_who_waits_for_whom() -> None:
