@@ -80,6 +80,7 @@ class Fake:
     incarnation: int = 0
     version: int = -1
     granted: int = 0
+    hangs: bool = False
     held: dict[str, Assignment] = field(default_factory=dict)
     began: dict[str, int] = field(default_factory=dict)
 
@@ -97,12 +98,13 @@ class World:
         heldout: list[Question] | None = None,
         crash_rate: float = 0.0,
         failure_rate: float = 0.0,
+        hang_rate: float = 0.0,
     ) -> None:
         self.topology, self.corpus, self.heldout = topology, corpus, heldout or []
         self.method = get_method(topology.method.name)
         self.rng = random.Random(seed)
         self.rewards = rewards or scripted_rewards(seed)
-        self.crash_rate, self.failure_rate = crash_rate, failure_rate
+        self.crash_rate, self.failure_rate, self.hang_rate = crash_rate, failure_rate, hang_rate
         self.now = 0.0
         self.steps: list[Trained] = []
         self.evaluations: list[EvaluationResult] = []
@@ -152,17 +154,32 @@ class World:
         window = self.scheduler.next_window(self.now)
         if window is not None:
             self.take_window(window)
+        self.watch()
         result = self.scheduler.evaluation_done()
         if result is not None:
             self.evaluations.append(result)
         if self.rng.random() < self.crash_rate:
             self.crash()
             return
-        happenings = [(actor, task_id) for actor in self.actors.values() for task_id in actor.held]
+        happenings = [(a, task_id) for a in self.actors.values() if not a.hangs for task_id in a.held]
         loads = [a for a in self.actors.values() if a.role == "rollout" and a.version < self.scheduler.published]
         choices = [*happenings, *loads, *(["publish", "train"] if self.shipped is not None else [])]
         if choices:
             self.happen(self.rng.choice(choices))
+
+    def watch(self) -> None:
+        """Some actors hang, some lose a task; the scheduler must notice both, and the actor starts anew."""
+        for actor in self.actors.values():
+            if not actor.hangs:
+                self.scheduler.progressed(actor.name, self.now)
+            if actor.held and self.rng.random() < self.hang_rate:
+                actor.hangs = self.rng.random() < 0.5
+                if not actor.hangs:
+                    actor.held.pop(self.rng.choice(sorted(actor.held)))
+        stuck = self.scheduler.without_progress(self.now)
+        stuck += [a.name for a in self.actors.values() if self.scheduler.heard(a.name, list(a.held), self.now)]
+        for name in dict.fromkeys(stuck):
+            self.replace(self.actors[name])
 
     def happen(self, what: Any) -> None:
         if what == "publish":
@@ -187,7 +204,9 @@ class World:
     def check_dispatch(self, actor: Fake, task: GenerateTask) -> None:
         index = int(task.task_id.split("/")[0])
         bound = self.topology.scheduler.max_staleness
-        if task.kind != "evaluate":
+        if task.kind == "evaluate":
+            assert actor.version >= index, "an evaluation was answered by a policy older than it asks for"
+        else:
             assert index <= self.scheduler.horizon + bound, "a window was dispatched too early"
             assert actor.version >= index - bound, "an engine with too old a policy got a task"
 
@@ -249,6 +268,10 @@ class World:
             self.restore()
             return
         actor = self.actors[self.rng.choice(sorted(self.actors))]
+        self.replace(actor)
+
+    def replace(self, actor: Fake) -> None:
+        """The next incarnation of an actor; late answers of the old one must not count."""
         self.scheduler.actor_left(actor.name)
         for task_id, assignment in actor.held.items():
             late = assignment.job.message

@@ -109,6 +109,12 @@ MUTANTS = (
         "for question_id in [e.question.id for e in state.entries]:",
     ),
     Mutant("zppo/buffer.py", "self._remove(next(iter(self._entries)))", "self._remove(next(reversed(self._entries)))"),
+    Mutant("zppo/dispatch.py", "        self._queue_again(expired)\n", ""),
+    Mutant("zppo/dispatch.py", "return self._queue_again(old)", "return [lease.task_id for lease in old]"),
+    Mutant("zppo/scheduler.py", "return self.evaluation.step if self.evaluation is not None else 0", "return 0"),
+    Mutant("zppo/scheduler.py", "evaluated=list(self.evaluated),", "evaluated=[],"),
+    Mutant("zppo/buffer.py", "available=list(self._available)", "available=sorted(self._available)"),
+    Mutant("zppo/scheduler.py", "if job is not None and answers != job.answers", "if False"),
 )
 
 

@@ -40,7 +40,6 @@ class Entry(Struct, kw_only=True):
 class BufferState(Struct, kw_only=True):
     """Serialised form: entries in FIFO order, and the order of the available ones, so that draws repeat."""
 
-    capacity: int
     entries: list[Entry]
     available: list[str]
 
@@ -75,7 +74,7 @@ class ReplayBuffer:
         return len(self._available)
 
     def draw(self, count: int, rng: random.Random) -> list[Question]:
-        """Take up to `count` available questions uniformly without replacement; they are in flight until `release`."""
+        """Take up to `count` available questions uniformly without replacement; they are in flight until seen again."""
         drawn = []
         for _ in range(min(count, len(self._available))):
             question_id = self._available[rng.randrange(len(self._available))]
@@ -118,15 +117,14 @@ class ReplayBuffer:
         return evicted
 
     def state(self) -> BufferState:
-        return BufferState(capacity=self.capacity, entries=self.entries(), available=list(self._available))
+        return BufferState(entries=self.entries(), available=list(self._available))
 
-    @classmethod
-    def restore(cls, state: BufferState) -> ReplayBuffer:
-        buffer = cls(state.capacity)
-        buffer._entries = OrderedDict((entry.question.id, entry) for entry in state.entries)
+    def restore(self, state: BufferState) -> None:
+        """Take over the content of a saved buffer; the capacity stays, and the next `evict` applies it."""
+        self._entries = OrderedDict((entry.question.id, entry) for entry in state.entries)
+        self._available, self._position = [], {}
         for question_id in state.available:
-            buffer._show(question_id)
-        return buffer
+            self._show(question_id)
 
     def _show(self, question_id: str) -> None:
         if question_id not in self._position:

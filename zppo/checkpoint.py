@@ -28,7 +28,7 @@ SCHEDULER = "scheduler.msgpack"
 MODEL = "model"
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
-_LEFTOVER = re.compile(r"\.step-\d+\.(partial|removed)")
+_LEFTOVER = re.compile(r"\.step-(\d+)\.(?:partial|removed)")
 _BLOCK = 1 << 20
 
 
@@ -115,17 +115,19 @@ def commit(run_dir: Path, step: int) -> Path:
     return final
 
 
-def prune(run_dir: Path, keep: int) -> list[int]:
-    """Remove all but the `keep` newest checkpoints, and what crashes left behind. Returns the steps removed.
+def prune(run_dir: Path, keep: int, newest: int) -> list[int]:
+    """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes left behind.
 
-    Call it after `commit`; partial folders still being written must not exist then. `keep` must be at least 1.
+    Call it after `commit` of `newest`. Later checkpoints belong to a future that was lost (a resume stepped over them)
+    and go as well; a later partial folder is being written and stays. Returns the steps removed. `keep` is at least 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    steps = list_steps(run_dir)[keep:]
+    kept = [step for step in list_steps(run_dir) if step <= newest][:keep]
+    steps = [step for step in list_steps(run_dir) if step not in kept]
     for step in steps:
         _remove(final_folder(run_dir, step))
-    for path in _leftovers(run_dir):
+    for path in _leftovers(run_dir, newest):
         shutil.rmtree(path)
     return steps
 
@@ -212,8 +214,9 @@ def _directories(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_dir())
 
 
-def _leftovers(run_dir: Path) -> list[Path]:
-    return [path for path in checkpoints_folder(run_dir).iterdir() if _LEFTOVER.fullmatch(path.name)]
+def _leftovers(run_dir: Path, newest: int) -> list[Path]:
+    found = ((path, _LEFTOVER.fullmatch(path.name)) for path in checkpoints_folder(run_dir).iterdir())
+    return [path for path, match in found if match and int(match[1]) <= newest]
 
 
 def _record(path: Path, *, sync: bool) -> FileRecord:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
 
 from msgspec import Struct
 
@@ -90,12 +91,26 @@ class Dispatcher:
         if name in self.workers:
             self._leases.progress(name, self.workers[name].incarnation, now)
 
-    def expire(self, now: float) -> list[Worker]:
-        """Queue again the jobs of workers without progress for the lease time, and return those workers."""
+    def expire(self, now: float) -> dict[str, list[str]]:
+        """Queue again the jobs of workers without progress for the lease time: worker -> ids of its jobs."""
         expired = self._leases.expired(now)
         self._queue_again(expired)
-        names = dict.fromkeys(lease.actor for lease in expired)
-        return [self.workers[name] for name in names if name in self.workers]
+        late: dict[str, list[str]] = {}
+        for lease in expired:
+            late.setdefault(lease.actor, []).append(lease.task_id)
+        return late
+
+    def forgotten(self, name: str, known: Iterable[str], now: float) -> list[str]:
+        """Queue again the jobs that a worker has held for the lease time and does not speak of, and return their ids.
+
+        `known` are the jobs it says it holds. A job that was lost on the way shows here although the worker is busy.
+        """
+        named = set(known)
+        held = [self._leases.holder(job_id) for job_id in self._leases.held_by(name) if job_id not in named]
+        old = [lease for lease in held if lease is not None and now - lease.issued >= self._leases.lease_seconds]
+        for lease in old:
+            self._leases.release(lease.task_id, lease.actor, lease.incarnation)
+        return self._queue_again(old)
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from msgspec import Struct
 
 from zppo.window import Group
 
 
 class EvaluationResult(Struct, frozen=True, kw_only=True):
-    """Mean accuracy over questions with its 95 % normal interval (the unit of sampling is the question)."""
+    """Mean accuracy over questions with its 95 % normal interval (the unit of sampling is the question).
+
+    `step` is the policy version that was asked for; `newest_version` the latest that sampled a token. They differ only
+    in the middle of a run, where generation goes on while new weights come.
+    """
 
     step: int
+    newest_version: int
     accuracy: float
     low: float
     high: float
@@ -36,12 +42,19 @@ class Evaluation(Struct, kw_only=True):
         mean, half = mean_and_half_width(accuracies)
         return EvaluationResult(
             step=self.step,
+            newest_version=max([self.step, *(newest_version(group) for group in self.groups)]),
             accuracy=mean,
             low=max(0.0, mean - half),
             high=min(1.0, mean + half),
             questions=len(self.groups),
             samples=sum(len(group.grades or []) for group in self.groups),
         )
+
+
+def newest_version(group: Group) -> int:
+    """The latest policy version that sampled a token of the group; -1 if it has none."""
+    spans = group.samples.version_spans if group.samples is not None else np.zeros((0, 2), np.int32)
+    return int(spans[:, 1].max()) if len(spans) else -1
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:

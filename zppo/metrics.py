@@ -53,7 +53,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("length/mean", "tokens", "Mean response length of the trained rollouts."),
     Metric("length/truncated", "share", "Share of trained rollouts that hit the length limit."),
     Metric("tokens/generated", "tokens", "Response tokens of the trained rollouts of this step."),
-    Metric("tokens/teacher", "tokens", "Response tokens of the teacher's answers in this step."),
+    Metric("tokens/teacher", "tokens", "Response tokens of the teacher's answers, as far as its engine counts them."),
     Metric("buffer/size", "questions", "Questions in the replay buffer after this step."),
     Metric("buffer/fill", "share", "Size over capacity."),
     Metric("buffer/admitted", "questions", "Questions admitted at this step."),
@@ -75,6 +75,7 @@ FATE_FIELDS: tuple[Metric, ...] = (
 
 HELDOUT_FIELDS: tuple[Metric, ...] = (
     Metric("step", "steps", "Trained steps of the policy that was evaluated; 0 is the untrained student."),
+    Metric("newest_version", "version", "Latest policy that sampled a token; above step only in the middle of a run."),
     Metric("accuracy", "share", "Mean reward."),
     Metric("samples", "rollouts", "Answers that were graded."),
     Metric("questions", "questions", "Questions they belong to."),
@@ -131,6 +132,28 @@ def version_ranges(samples: GroupSamples) -> list[tuple[int, int] | None]:
     versions, offsets = versions_T(samples), samples.offsets
     parts = (versions[start:end] for start, end in pairwise(offsets))
     return [(int(part.min()), int(part.max())) if part.size else None for part in parts]
+
+
+def response_lengths(samples: GroupSamples) -> list[int | None]:
+    """Response tokens of each of the N completions; None where only a server counted them, and several together."""
+    if not samples.text_only:
+        return [int(length) for length in np.diff(samples.offsets)]
+    lengths = [
+        use.completion_tokens if use.completions == 1 else None for use in samples.usage for _ in range(use.completions)
+    ]
+    return lengths or [None] * len(samples.texts)
+
+
+def prompt_length(samples: GroupSamples) -> int | None:
+    """Prompt tokens, chat template included; None where nobody counted them."""
+    if not samples.text_only:
+        return int(samples.prompt_ids.size)
+    return next((use.prompt_tokens for use in samples.usage if use.prompt_tokens is not None), None)
+
+
+def response_tokens(samples: GroupSamples) -> int:
+    """Response tokens of the whole group; what a server did not count is left out."""
+    return int(samples.token_ids.size) + sum(use.completion_tokens or 0 for use in samples.usage)
 
 
 def mean_accuracy(groups: Iterable[Group]) -> float | None:
@@ -228,7 +251,7 @@ def _lengths(groups: Sequence[Group]) -> Scalars:
 
 
 def _tokens(group: Group | None) -> int:
-    return int(group.samples.token_ids.size) if group is not None and group.samples is not None else 0
+    return response_tokens(group.samples) if group is not None and group.samples is not None else 0
 
 
 def table_row(metric: Metric) -> str:

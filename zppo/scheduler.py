@@ -22,7 +22,7 @@ from zppo.algorithm import Fate, Recipe, draw_replayed, refresh_buffer
 from zppo.buffer import BufferState, ReplayBuffer
 from zppo.config import Topology
 from zppo.corpus import CorpusCursor, CursorState
-from zppo.dispatch import Assignment, Dispatcher, Worker
+from zppo.dispatch import Assignment, Dispatcher
 from zppo.evaluation import Evaluation, EvaluationResult
 from zppo.jobs import JobFactory, Target
 from zppo.methods.base import Method
@@ -76,7 +76,9 @@ class Scheduler:
         self.stages = Stages(self.recipe, prompts, self.jobs, self._ask)
         self.dispatcher = Dispatcher(config.lease_seconds)
         self.cursor = CorpusCursor(questions, topology.run.seed, topology.run.epochs, state.cursor if state else None)
-        self.buffer = ReplayBuffer.restore(state.buffer) if state else ReplayBuffer(config.buffer_capacity)
+        self.buffer = ReplayBuffer(config.buffer_capacity)
+        if state is not None:
+            self.buffer.restore(state.buffer)
         self.pacer = Pacer(config.max_staleness, state.pacer if state else None)
         self.heldout = list(heldout)
         self.trained = state.trained if state else 0
@@ -112,7 +114,7 @@ class Scheduler:
     @property
     def finished(self) -> bool:
         """Whether every step is trained and the last held-out evaluation is in."""
-        return self.trained >= self.total_steps and not self._evaluation_due() and self.evaluation is None
+        return self.trained >= self.total_steps and self._evaluation_due() is None and self.evaluation is None
 
     def state(self) -> SchedulerState:
         """A snapshot that `Scheduler(..., state=…)` continues from."""
@@ -186,9 +188,23 @@ class Scheduler:
         for task_id in self.dispatcher.leave(actor):
             self._check_attempts(task_id, f"its worker was lost each time, last {actor}")
 
-    def without_progress(self, now: float) -> list[Worker]:
-        """Workers that hold jobs and did nothing for the lease time; the jobs are queued again."""
-        return self.dispatcher.expire(now)
+    def without_progress(self, now: float) -> list[str]:
+        """Actors that hold jobs and did nothing for the lease time; the jobs are queued again.
+
+        Raises RunFailure for a job that keeps hanging its workers.
+        """
+        late = self.dispatcher.expire(now)
+        for actor, task_ids in late.items():
+            for task_id in task_ids:
+                self._check_attempts(task_id, f"its worker made no progress, last {actor}")
+        return list(late)
+
+    def heard(self, actor: str, tasks: list[str], now: float) -> list[str]:
+        """The jobs the actor says it holds. Returns the ids of those it has lost, which are queued again."""
+        lost = self.dispatcher.forgotten(actor, tasks, now)
+        for task_id in lost:
+            self._check_attempts(task_id, f"{actor} lost it")
+        return lost
 
     def granted(self, actor: str, count: int) -> None:
         self.dispatcher.grant(actor, count)

@@ -35,6 +35,12 @@ class Group(Struct, kw_only=True):
         return self.grades is not None
 
     @property
+    def the_samples(self) -> GroupSamples:
+        """The samples of a group that has them."""
+        assert self.samples is not None, f"group {self.id} is not sampled"
+        return self.samples
+
+    @property
     def accuracy(self) -> float:
         """Mean reward r̄ of the group."""
         assert self.grades is not None

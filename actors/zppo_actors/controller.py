@@ -20,11 +20,14 @@ from msgspec import structs
 from zppo import checkpoint
 from zppo.data import load_questions
 from zppo.methods import get_method
+from zppo.processes import cores, processes
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.scheduler import RunFailure, Scheduler, SchedulerState
 from zppo.window import Window
-from zppo_actors.peers import Peer, Peers
+from zppo_actors.background import Background
+from zppo_actors.checkpointer import Checkpointer
+from zppo_actors.peers import SUPERVISOR, TRAINER, Peer, Peers
 from zppo_actors.policy_board import PolicyBoard
 from zppo_actors.process import ActorContext
 from zppo_actors.recorder import Recorder
@@ -101,14 +104,14 @@ class Controller:
         now = time.monotonic()
         self.context, self.router = context, router
         self.scheduler = load_scheduler(context, now)
-        self.recorder = Recorder(context, context.start_version if is_later_life(context) else None)
+        self.background = Background()
+        self.recorder = Recorder(context, context.start_version if is_later_life(context) else None, self.background)
+        self.checkpointer = Checkpointer(context, self.recorder, self.background)
         self.board = PolicyBoard()
-        self.peers = Peers(context.run_id)
+        self.peers = Peers(context.run_id, {plan.name: plan.role for plan in processes(context.topology, cores())})
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None
         self.stop_reason: str | None = None
-        self._saving: tuple[int, bytes] | None = None
-        self._saved = context.start_version
         self._last_progress = now
         self._next_status = now
         for window in self.scheduler.windows.values():
@@ -122,6 +125,8 @@ class Controller:
                 self._act(time.monotonic())
         except RunFailure as failure:
             self.verdict = messages.RunEnded(verdict=str(failure), exit_code=EXIT_FAILED)
+        except OSError as error:
+            self.verdict = messages.RunEnded(verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED)
         return self._leave(self.verdict)
 
     # ---- loop ----------------------------------------------------------------------------------------------------
@@ -142,18 +147,23 @@ class Controller:
             self.recorder.opened(opened)
         self._ship(now)
         self._finish_evaluation()
-        self._watch(now)
+        self.background.check()
         self._end_if_done()
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
+            self._watch(now)
             self.clock.sample(self.peers)
-            self._send("supervisor", build_status(self.context, self.scheduler, self.peers, self.recorder, self.clock))
+            self._send(SUPERVISOR, self._status())
+
+    def _status(self) -> messages.Status:
+        status = build_status(self.scheduler, self.peers, self.recorder, self.clock)
+        return structs.replace(status, waiting=self._waiting())
 
     def _ship(self, now: float) -> None:
         window = self.scheduler.next_window(now)
         if window is not None:
             self.clock.shipped(now)
-            self._send(self.peers.trainer, train_window(window))
+            self._send(TRAINER, train_window(window))
 
     def _announce_policies(self) -> None:
         for peer in self.peers.of_role("rollout"):
@@ -161,7 +171,7 @@ class Controller:
             if manifest is not None:
                 self._send(peer.name, messages.LoadPolicy(manifest=manifest))
         for version in self.board.release():
-            self._send(self.peers.trainer, messages.ReleasePolicy(version=version))
+            self._send(TRAINER, messages.ReleasePolicy(version=version))
 
     def _finish_evaluation(self) -> None:
         result = self.scheduler.evaluation_done()
@@ -170,23 +180,27 @@ class Controller:
             self.recorder.event("evaluation", "held_out", f"{result.accuracy:.3f} after {result.step} steps")
 
     def _watch(self, now: float) -> None:
-        for worker in self.scheduler.without_progress(now):
-            self._restart(worker.name, f"it made no progress for {self.context.topology.scheduler.lease_seconds:g} s")
+        for actor in self.scheduler.without_progress(now):
+            self._restart(actor, f"it made no progress for {self.context.topology.scheduler.lease_seconds:g} s")
         limit = self.context.topology.run.no_progress_seconds
         if now - self._last_progress > limit:
-            waiting = "; ".join(self.scheduler.waiting()) or "no actor has greeted"
-            raise RunFailure(f"nothing moved for {limit:g} s: {waiting}")
+            raise RunFailure(f"nothing moved for {limit:g} s: {'; '.join(self._waiting()) or 'no actor has greeted'}")
+
+    def _waiting(self) -> list[str]:
+        step = self.checkpointer.waiting_for
+        saving = [f"the checkpoint of step {step} waits for the trainer"] if step is not None else []
+        return saving + self.scheduler.waiting()
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def _end_if_done(self) -> None:
         """Finished: every step is trained, evaluated and saved. Stopped: the trainer is idle, its last step saved."""
-        if self._saving is not None or self.scheduler.training is not None:
+        if self.checkpointer.busy or self.scheduler.training is not None:
             return
         stopped = self.stop_reason is not None
         if not stopped and not self.scheduler.finished:
             return
-        if self._saved < self.scheduler.trained:
+        if self.checkpointer.saved < self.scheduler.trained:
             self._save()
             return
         steps = f"{self.scheduler.trained} of {self.scheduler.total_steps} steps"
@@ -199,11 +213,15 @@ class Controller:
 
     def _leave(self, verdict: messages.RunEnded) -> int:
         log.info("run ended: %s", verdict.verdict)
+        try:
+            self.background.close()
+        except OSError as error:
+            verdict = structs.replace(verdict, verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED)
+        self.router.send(SUPERVISOR, self._status())
         self.recorder.close(verdict.verdict)
-        self._send("supervisor", build_status(self.context, self.scheduler, self.peers, self.recorder, self.clock))
         for peer in self.peers.actors():
-            self._send(peer.name, messages.Shutdown(reason=verdict.verdict))
-        self._send("supervisor", verdict)
+            self.router.send(peer.name, messages.Shutdown(reason=verdict.verdict))
+        self.router.send(SUPERVISOR, verdict)
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.peers.actors() and time.monotonic() < deadline:
             received = self.router.receive(TICK_SECONDS)
@@ -211,24 +229,11 @@ class Controller:
                 self.peers.forget(getattr(received[1], "actor", received[0]))
         return verdict.exit_code
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
     def _save(self) -> None:
-        """Ask for the trainer's share, and keep the scheduler as it is at this very step to go with it."""
+        """Keep the scheduler as it is at this very step, and ask for the trainer's share to go with it."""
         step = self.scheduler.trained
-        self._saving = (step, codec.dumps(self.scheduler.state()))
-        self._send(self.peers.trainer, messages.SaveCheckpoint(step=step))
-
-    def _commit(self, step: int) -> None:
-        if self._saving is None or self._saving[0] != step:
-            raise RunFailure(f"the trainer saved step {step}, which nobody asked for")
-        folder = checkpoint.partial_folder(self.context.run_dir, step)
-        checkpoint.write_file(folder / checkpoint.SCHEDULER, self._saving[1])
-        self.recorder.sinks.sync()
-        checkpoint.commit(self.context.run_dir, step)
-        checkpoint.prune(self.context.run_dir, self.context.topology.checkpoints.keep)
-        self._saving, self._saved = None, step
-        self.recorder.event("controller", "checkpoint", f"step {step}")
+        self.checkpointer.begin(step, self.scheduler.state())
+        self._send(TRAINER, messages.SaveCheckpoint(step=step))
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
@@ -257,8 +262,7 @@ class Controller:
             case messages.TaskFailed():
                 self._failed(peer, message, now)
             case messages.PolicyPublished():
-                self.board.publish(message.manifest)
-                self.scheduler.policy_published(message.manifest.version)
+                self._published(message.manifest)
                 self._last_progress = now
             case messages.PolicyLoaded():
                 self._loaded(peer, message)
@@ -268,7 +272,8 @@ class Controller:
             case messages.StepTrained():
                 self._step_trained(message, now)
             case messages.CheckpointSaved():
-                self._commit(message.step)
+                self.checkpointer.share_written(message.step)
+                self.recorder.event("controller", "checkpoint", f"step {message.step}")
             case messages.ActorExited():
                 self._exited(message)
             case messages.StopRequested():
@@ -289,7 +294,7 @@ class Controller:
             self._lost(name)
         self.peers.add(name, hello)
         self._send(name, messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds))
-        if hello.role not in ("supervisor", "trainer"):
+        if hello.role not in (SUPERVISOR, TRAINER):
             self.scheduler.actor_joined(name, hello.role, hello.incarnation)
         log.info("%s joined (incarnation %d, process %d)", name, hello.incarnation, hello.pid)
 
@@ -298,6 +303,9 @@ class Controller:
             self._last_progress = now
             self.scheduler.progressed(peer.name, now)
         peer.progress, peer.stats = message.progress, message.stats
+        lost = self.scheduler.heard(peer.name, message.tasks, now)
+        if lost:
+            self._restart(peer.name, f"it lost {len(lost)} of its tasks, first {lost[0]}")
 
     def _credits(self, peer: Peer, count: int, now: float) -> None:
         if peer.role == "trainer":
@@ -312,6 +320,13 @@ class Controller:
     def _failed(self, peer: Peer, message: messages.TaskFailed, now: float) -> None:
         self.recorder.event(peer.name, "task_failed", f"{message.task_id}: {message.reason}")
         self.scheduler.failed(message.task_id, peer.name, peer.incarnation, message.reason, message.retryable, now)
+
+    def _published(self, manifest: messages.PolicyManifest) -> None:
+        try:
+            self.board.publish(manifest)
+        except ValueError as error:
+            raise RunFailure(str(error)) from None
+        self.scheduler.policy_published(manifest.version)
 
     def _loaded(self, peer: Peer, message: messages.PolicyLoaded) -> None:
         if self.board.loaded(peer.name, message.version, message.digest):
@@ -337,6 +352,7 @@ class Controller:
         if peer is not None and peer.incarnation <= message.incarnation:
             self._lost(message.actor)
         if message.restarting:
+            self.recorder.event(message.actor, "restarting")
             self.recorder.totals["restarts"] += 1
 
     def _restart(self, name: str, reason: str) -> None:
@@ -345,20 +361,26 @@ class Controller:
         if peer is None:
             return
         self.recorder.event(name, "restart_asked", reason)
-        self._send("supervisor", messages.RestartActor(actor=name, incarnation=peer.incarnation, reason=reason))
+        self._send(SUPERVISOR, messages.RestartActor(actor=name, incarnation=peer.incarnation, reason=reason))
         self._lost(name)
 
     def _lost(self, name: str) -> None:
         peer = self.peers.forget(name)
         self.board.forget(name)
-        if peer is not None and peer.role not in ("supervisor", "trainer"):
+        if peer is not None and peer.role not in (SUPERVISOR, TRAINER):
             self.scheduler.actor_left(name)
 
     def _send(self, name: str, message: AnyMessage) -> None:
         """Send, or treat the peer as lost: its jobs go to others and its next incarnation greets anew."""
-        if name in self.peers and not self.router.send(name, message):
+        try:
+            sent = name not in self.peers or self.router.send(name, message)
+        except ProtocolError as error:
+            raise RunFailure(
+                f"a {type(message).__name__} for {name} cannot be sent: {error}; raise transport.max_message_mib"
+            ) from None
+        if not sent:
             log.warning("%s cannot be reached", name)
-            if name != "supervisor":
+            if name != SUPERVISOR:
                 self._lost(name)
 
 
@@ -376,11 +398,10 @@ def train_window(window: Window) -> TrainWindow:
                 group_id=group.id,
                 question_id=visit.question.id,
                 kind=group.kind,
-                samples=structs.replace(group.samples, texts=[]),
+                samples=structs.replace(group.the_samples, texts=[]),
                 rewards=group.rewards,
             )
             for visit in window.visits
             for group in visit.trained_groups()
-            if group.samples is not None
         ],
     )

@@ -51,6 +51,14 @@ class Journal:
             self._connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
             self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
 
+    def count(self, event: str) -> int:
+        """How many events of this name there were, over all lives of the run."""
+        return int(self._connection.execute("SELECT COUNT(*) FROM events WHERE event = ?", (event,)).fetchone()[0])
+
+    def sync(self) -> None:
+        """Force everything recorded so far to the disk."""
+        self._connection.execute("PRAGMA wal_checkpoint(FULL)")
+
     def counts(self) -> JournalCounts:
         """(trained_twice, lost): groups or new questions trained more than once; new questions that were dropped."""
         return journal_counts(self._connection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec import Struct, field
 
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello, Role
@@ -21,12 +23,12 @@ class Peer(Struct, kw_only=True):
 
 
 class Peers:
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
+    """`roles` is the process table of the run: no other name may greet, and none in another's role."""
+
+    def __init__(self, run_id: str, roles: Mapping[str, str]) -> None:
+        self._run_id, self._roles = run_id, {**roles, SUPERVISOR: SUPERVISOR}
         self._peers: dict[str, Peer] = {}
         self._newest: dict[str, int] = {}
-
-    trainer = TRAINER
 
     def __contains__(self, name: str) -> bool:
         return name in self._peers
@@ -49,6 +51,8 @@ class Peers:
             return f"it belongs to run {hello.run_id}, this is run {self._run_id}"
         if hello.actor != name:
             return f"it calls itself {hello.actor} on the connection of {name}"
+        if self._roles.get(name) != hello.role:
+            return f"this run has no {hello.role} called {name}"
         if hello.incarnation < self._newest.get(name, 0):
             return f"incarnation {hello.incarnation} came after incarnation {self._newest[name]}"
         return None

@@ -14,6 +14,7 @@ from zppo.metrics import LASTING_FATES, Scalars, buffer_metrics, entry_name, out
 from zppo.scheduler import Trained
 from zppo.summary import read_lines
 from zppo.window import Window
+from zppo_actors.background import Background
 from zppo_actors.journal import Journal
 from zppo_actors.process import ActorContext
 from zppo_actors.sinks import MetricSinks
@@ -23,7 +24,8 @@ SHOWN_EVENTS = 20
 
 
 class Recorder:
-    def __init__(self, context: ActorContext, resume_step: int | None) -> None:
+    def __init__(self, context: ActorContext, resume_step: int | None, background: Background) -> None:
+        self._background = background
         self.journal = Journal(context.run_dir)
         self.sinks = MetricSinks(context.run_dir, context.topology, resume_step)
         if resume_step is not None:
@@ -64,7 +66,7 @@ class Recorder:
         }
         line = self.sinks.write(message.step, metrics)
         self.sinks.write_fate(message.step, lasting)
-        self.sinks.write_rollouts(message.step, window, outcomes(fates))
+        self._background.submit(self.sinks.write_rollouts, message.step, window, outcomes(fates))
         self._add(line)
 
     def evaluated(self, result: EvaluationResult) -> None:
@@ -82,6 +84,7 @@ class Recorder:
             self._add(line)
         for line in read_lines(context.run_dir / "heldout.jsonl"):
             self._heldout(line["step"], line["accuracy"])
+        self.totals["restarts"] = self.journal.count("restarting")
 
     def _add(self, line: Scalars) -> None:
         for total, name in _SUMMED.items():

@@ -7,7 +7,6 @@ from collections import deque
 from zppo.metrics import Scalars
 from zppo.scheduler import Scheduler
 from zppo_actors.peers import Peer, Peers
-from zppo_actors.process import ActorContext
 from zppo_actors.recorder import Recorder, entry_counters
 from zppo_protocol.messages import ActorStatus, Status
 
@@ -60,9 +59,7 @@ class StepClock:
         return sum(waited for _, waited in self._recent) / total if total else 0.0
 
 
-def build_status(
-    context: ActorContext, scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: StepClock
-) -> Status:
+def build_status(scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: StepClock) -> Status:
     step, total = scheduler.trained, scheduler.total_steps
     windows = list(scheduler.windows)
     ready = sum(scheduler.ready(index) for index in windows)

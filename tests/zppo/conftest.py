@@ -166,7 +166,9 @@ class FakeRun:
     def evaluate(self, sinks: MetricSinks, step: int, accuracy: float) -> None:
         low, high = accuracy - 0.03, accuracy + 0.03
         sinks.write_heldout(
-            EvaluationResult(step=step, accuracy=accuracy, low=low, high=high, questions=200, samples=800)
+            EvaluationResult(
+                step=step, newest_version=step, accuracy=accuracy, low=low, high=high, questions=200, samples=800
+            )
         )
 
     def step(self, step: int, sinks: MetricSinks, journal: Journal) -> None:

@@ -19,6 +19,12 @@ def question(number: int) -> Question:
     return Question(id=f"q{number}", text=f"question {number}", answer="1")
 
 
+def copy_of(state: BufferState, capacity: int = 5) -> ReplayBuffer:
+    buffer = ReplayBuffer(capacity)
+    buffer.restore(state)
+    return buffer
+
+
 accuracies = st.sampled_from([0.0, 0.125, 0.25, 0.375])
 
 
@@ -82,10 +88,11 @@ class BufferMachine(RuleBasedStateMachine):
     @rule()
     def save_and_restore(self) -> None:
         data = codec.dumps(self.buffer.state())
-        before = [q.id for q in ReplayBuffer.restore(codec.loads(data, BufferState)).draw(3, random.Random(1))]
-        self.buffer = ReplayBuffer.restore(codec.loads(data, BufferState))
-        after = [q.id for q in ReplayBuffer.restore(self.buffer.state()).draw(3, random.Random(1))]
-        assert before == after
+        restored = copy_of(codec.loads(data, BufferState))
+        assert [q.id for q in restored.draw(3, random.Random(1))] == [
+            q.id for q in copy_of(self.buffer.state()).draw(3, random.Random(1))
+        ]
+        self.buffer = copy_of(codec.loads(data, BufferState))
 
     @invariant()
     def same_as_the_model(self) -> None:
@@ -100,12 +107,30 @@ TestBuffer.settings = settings(max_examples=200, stateful_step_count=40, deadlin
 TestBuffer.pytestmark = [pytest.mark.slow]
 
 
+def test_a_restored_buffer_draws_what_the_first_would_have_drawn() -> None:
+    buffer = ReplayBuffer(8)
+    for i in range(8):
+        buffer.admit(question(i), 0.0, 0)
+    for drawn in buffer.draw(4, random.Random(3)):
+        buffer.revisit(drawn.id, 0.0, 1)  # the draw order is no longer the order of entry
+    restored = copy_of(codec.loads(codec.dumps(buffer.state()), BufferState), 8)
+    assert restored.draw(4, random.Random(4)) == buffer.draw(4, random.Random(4))
+
+
+def test_a_smaller_capacity_takes_effect_after_a_restore() -> None:
+    buffer = ReplayBuffer(8)
+    for i in range(8):
+        buffer.admit(question(i), 0.0, 0)
+    restored = copy_of(buffer.state(), 3)
+    assert [e.question.id for e in restored.evict()] == [f"q{i}" for i in range(5)]
+
+
 def test_the_draw_is_uniform() -> None:
     buffer = ReplayBuffer(8)
     for i in range(8):
         buffer.admit(question(i), 0.0, 0)
     rng = random.Random(0)
-    counts = Counter(q.id for _ in range(4000) for q in ReplayBuffer.restore(buffer.state()).draw(2, rng))
+    counts = Counter(q.id for _ in range(4000) for q in copy_of(buffer.state(), 8).draw(2, rng))
     expected = 4000 * 2 / 8
     chi_square = sum((counts[f"q{i}"] - expected) ** 2 / expected for i in range(8))
     assert chi_square < 24.3, "the 0.1 % point of chi-square with 7 degrees of freedom"

@@ -127,7 +127,7 @@ def test_prune_keeps_the_newest(tmp_path_factory: pytest.TempPathFactory, steps:
         (run_dir / "checkpoints" / f"step-{step}").mkdir(parents=True)
     begin(run_dir, 5000)
     newest_first = sorted(steps, reverse=True)
-    assert prune(run_dir, keep) == newest_first[keep:]
+    assert prune(run_dir, keep, newest=5000) == newest_first[keep:]
     assert list_steps(run_dir) == newest_first[:keep]
     assert not partial_folder(run_dir, 5000).exists()
     shutil.rmtree(run_dir)
@@ -136,13 +136,23 @@ def test_prune_keeps_the_newest(tmp_path_factory: pytest.TempPathFactory, steps:
 def test_prune_leaves_foreign_names_alone(tmp_path: Path) -> None:
     for name in ("notes", "step-x", "step-007", ".step-3.backup"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert prune(tmp_path, 1) == []
+    assert prune(tmp_path, 1, newest=9) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
 def test_prune_must_keep_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
-        prune(tmp_path, 0)
+        prune(tmp_path, 0, newest=9)
+
+
+def test_prune_after_a_resume_removes_the_lost_future_and_keeps_the_whole_checkpoint(tmp_path: Path) -> None:
+    for step in (10, 12):
+        make(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-20").mkdir()
+    begin(tmp_path, 14)
+    assert prune(tmp_path, 1, newest=12) == [20, 10]
+    assert find_latest(tmp_path).step == 12
+    assert partial_folder(tmp_path, 14).exists(), "the next checkpoint may be on its way already"
 
 
 KILLED = """
@@ -169,7 +179,7 @@ folder = checkpoint.begin(run_dir, 3)
 for name in ("model.safetensors", "scheduler.msgpack"):
     checkpoint.write_file(folder / name, b"3" * 1000)
 checkpoint.commit(run_dir, 3)
-checkpoint.prune(run_dir, 1)
+checkpoint.prune(run_dir, 1, newest=3)
 """
 
 
@@ -187,6 +197,6 @@ def test_a_kill_at_any_write_or_rename_leaves_a_whole_checkpoint(tmp_path: Path)
         assert found.folder is not None and found.warnings == []
         seen.add(found.step)
         make(run_dir, 5)
-        assert prune(run_dir, 1) is not None and find_latest(run_dir).step == 5
+        assert prune(run_dir, 1, newest=5) is not None and find_latest(run_dir).step == 5
         assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-5"]
     assert code == 0 and seen == {1, 3} and fatal > 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -37,6 +38,7 @@ def random_settings(rng: random.Random, method: str, max_staleness: int) -> dict
             "rho_aug": rng.choice([0.0, 0.25, 0.5, 1.0]),
             "buffer_capacity": rng.randint(1, 6),
             "max_attempts": 1000,
+            "lease_seconds": 50.0,
         },
         "run": {"seed": rng.randint(0, 99)},
         "teacher": {"compression": rng.choice(["teacher", "rule"])},
@@ -81,7 +83,9 @@ def test_without_staleness_the_scheduler_is_algorithm_1(batch: int) -> None:
         config = topology(**random_settings(rng, rng.choice(method_names()), max_staleness=0))
         world = World(config, questions(rng.randint(1, 14)), seed=seed)
         naive = naive_of(world)
+        turns = itertools.count()
         while not world.scheduler.finished:
+            assert next(turns) < 100_000, world.scheduler.waiting()
             done = len(world.steps)
             world.turn()
             for trained in world.steps[done:]:
@@ -119,8 +123,9 @@ def check_run(world: World) -> None:
 def test_invariants_hold_under_disorder_crashes_and_restores(seed: int, bound: int, crash: float) -> None:
     rng = random.Random(seed)
     config = topology(**random_settings(rng, rng.choice(method_names()), bound))
-    failure = rng.choice([0.0, 0.1])
-    world = World(config, questions(rng.randint(1, 20)), seed=seed, crash_rate=crash, failure_rate=failure)
+    rates = {"crash_rate": crash, "failure_rate": rng.choice([0.0, 0.1]), "hang_rate": rng.choice([0.0, 0.02])}
+    heldout = questions(rng.choice([0, 3]), "h")
+    world = World(config, questions(rng.randint(1, 20)), seed=seed, heldout=heldout, **rates)
     check_run(world.run())
 
 
@@ -166,6 +171,25 @@ def test_without_staleness_order_of_arrival_does_not_matter() -> None:
     first = prompts(1)
     assert any("candidate" in prompt for prompt in first)
     assert first == prompts(2)
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped() -> None:
+    def prompts(restores: int) -> list[str]:
+        config = topology(
+            method={"name": "zppo", "group_size": 4},
+            scheduler={"new_questions": 5, "rho_replay": 1.0, "rho_aug": 1.0, "max_staleness": 0},
+            evaluation={"every": 2},
+        )
+        world = World(config, questions(40), seed=1, rewards=scripted_rewards(3, 0.7), heldout=questions(2, "h"))
+        for done in range(restores):
+            while len(world.steps) <= done * 2 or world.saved is None:
+                world.turn()
+            world.restore()
+        world.run()
+        assert [e.step for e in world.evaluations] == [0, 2, 4, 6, 8]
+        return [g.prompt.messages[-1].content for t in world.steps for g in t.window.groups()]
+
+    assert prompts(restores=0) == prompts(restores=3)
 
 
 def test_heldout_is_evaluated_before_during_and_after() -> None:
@@ -217,6 +241,34 @@ def test_a_task_that_keeps_killing_its_workers_ends_the_run() -> None:
                 world.scheduler.actor_joined(name, "rollout", 1)
                 world.scheduler.policy_loaded(name, 0)
                 world.scheduler.granted(name, 8)
+
+
+def test_a_task_that_keeps_hanging_its_workers_ends_the_run() -> None:
+    config = topology(
+        method={"name": "grpo", "group_size": 2},
+        scheduler={"new_questions": 1, "max_attempts": 3, "lease_seconds": 10.0},
+    )
+    world = World(config, questions(1), seed=4)
+    with pytest.raises(
+        RunFailure, match=r"task 0/q0/plain failed 3 times: its worker made no progress, last rollout-\d"
+    ):
+        for now in range(0, 100, 20):
+            world.scheduler.assignments(float(now))
+            world.scheduler.without_progress(now + 15.0)
+            world.scheduler.granted("rollout-0", 2)
+            world.scheduler.granted("rollout-1", 2)
+
+
+def test_a_lost_task_is_done_by_another_although_its_worker_is_busy() -> None:
+    config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1, "lease_seconds": 10.0})
+    scheduler = World(config, questions(1), seed=4).scheduler
+    ((first,), lost) = (scheduler.assignments(0.0), "0/q0/plain")
+    scheduler.progressed(first.worker, 9.0)
+    assert scheduler.heard(first.worker, [], 9.0) == [], "it may be on its way"
+    scheduler.progressed(first.worker, 12.0)
+    assert scheduler.heard(first.worker, [lost], 12.0) == [], "it says that it has it"
+    assert scheduler.heard(first.worker, ["another"], 12.0) == [lost]
+    assert [a.job.id for a in scheduler.assignments(12.0)] == [lost]
 
 
 def test_a_plain_prompt_that_no_engine_can_take_ends_the_run_with_its_reason() -> None:

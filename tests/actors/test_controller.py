@@ -1,0 +1,324 @@
+"""The controller with a scripted router: who is let in, what is ignored, how runs end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import samples, topology
+
+from zppo import checkpoint, run_dir
+from zppo.config import Topology
+from zppo_actors import controller as controller_module
+from zppo_actors.controller import Controller
+from zppo_actors.process import ActorContext
+from zppo_protocol import messages
+from zppo_protocol.checks import ProtocolError
+from zppo_protocol.messages import AnyMessage
+
+
+class ScriptedRouter:
+    """Hands out what the test queued; a plain list of what was sent. `play` may answer each message."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[tuple[str, AnyMessage]] = deque()
+        self.sent: list[tuple[str, AnyMessage]] = []
+        self.gone: set[str] = set()
+        self.too_large: type | None = None
+
+    def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
+        if not self.inbox and timeout_s > 0.0:
+            time.sleep(0.001)  # lets the file thread work, as the real socket's wait does
+        return self.inbox.popleft() if self.inbox else None
+
+    def send(self, peer: str, message: AnyMessage) -> bool:
+        if self.too_large is not None and isinstance(message, self.too_large):
+            raise ProtocolError("payload of 9 bytes, the limit is 8")
+        self.sent.append((peer, message))
+        return peer not in self.gone
+
+    def to(self, peer: str, kind: type) -> list[Any]:
+        return [message for name, message in self.sent if name == peer and isinstance(message, kind)]
+
+
+class Stage:
+    """A controller, its router, and actors that greet and do their work at once."""
+
+    def __init__(self, folder: Path, settings: Topology, start: int = 0) -> None:
+        if not folder.exists():
+            run_dir.create(folder, settings)
+        self.context = ActorContext(
+            run_dir=folder, runtime=folder, actor="controller", role="controller", incarnation=0,
+            topology=settings, run_id="run", start_version=start,
+        )  # fmt: skip
+        self.router = ScriptedRouter()
+        self.controller = Controller(self.context, self.router)  # type: ignore[arg-type]
+        self.answered = 0
+
+    def say(self, peer: str, message: AnyMessage) -> None:
+        self.router.inbox.append((peer, message))
+
+    def greet(self, peer: str, role: Any, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "protocol_version": messages.PROTOCOL_VERSION, "run_id": "run", "actor": peer, "role": role,
+            "incarnation": 0, "pid": 1, "capacity": 8, **changes,
+        }  # fmt: skip
+        self.say(peer, messages.Hello(**fields))
+
+    def turn(self, now: float = 0.0) -> None:
+        self.controller._receive()
+        self.controller._act(now)
+
+    def everybody(self) -> None:
+        start = self.context.start_version
+        for name in ("supervisor", "trainer", "rollout-0", "grader-0"):
+            self.greet(name, name.split("-")[0])
+        self.say("grader-0", messages.Credits(count=8))
+        self.say("trainer", messages.PolicyPublished(manifest=manifest(start)))
+        self.say("trainer", messages.Credits(count=1))
+
+    def work(self) -> None:
+        """Answer everything that was sent since the last call."""
+        new, self.answered = self.router.sent[self.answered :], len(self.router.sent)
+        for name, message in new:
+            match message:
+                case messages.LoadPolicy():
+                    version = message.manifest.version
+                    self.say(name, messages.PolicyLoaded(version=version, digest=f"d{version}", seconds=0.0))
+                    if version == self.context.start_version:
+                        self.say(name, messages.Credits(count=8))
+                case messages.GenerateTask():
+                    answer = samples(message, [message.min_version] * 2)
+                    self.say(name, messages.GenerateResult(task_id=message.task_id, samples=answer))
+                    self.say(name, messages.Credits(count=message.n))
+                case messages.GradeTask():
+                    grades = [messages.Grade(reward=float(i == 0)) for i in range(len(message.responses))]
+                    self.say(name, messages.GradeResult(task_id=message.task_id, grades=grades))
+                    self.say(name, messages.Credits(count=1))
+                case messages.TrainWindow():
+                    self.train(message)
+                case messages.SaveCheckpoint():
+                    folder = checkpoint.begin(self.context.run_dir, message.step)
+                    checkpoint.write_file(folder / "share", b"weights")
+                    self.say(name, messages.CheckpointSaved(step=message.step))
+                case messages.Shutdown():
+                    self.say(name, messages.Goodbye())
+
+    def train(self, window: messages.TrainWindow) -> None:
+        self.say("trainer", messages.PolicyPublished(manifest=manifest(window.step + 1)))
+        ids = [group.group_id for group in window.groups]
+        self.say("trainer", messages.StepTrained(step=window.step, group_ids=ids, metrics={"loss": 0.5}, seconds=1.0))
+        self.say("trainer", messages.Credits(count=1))
+
+    def run(self) -> messages.RunEnded:
+        """Let everybody work until the run has ended, then let the controller leave."""
+        for _ in range(20_000):
+            if self.controller.verdict is not None:
+                break
+            self.turn()
+            self.work()
+        assert self.controller.verdict is not None, self.controller._waiting()
+        self.controller._leave(self.controller.verdict)
+        (ended,) = self.router.to("supervisor", messages.RunEnded)
+        return ended
+
+
+def manifest(version: int) -> messages.PolicyManifest:
+    return messages.PolicyManifest(version=version, path=f"/p{version}", tensors=[], digest=f"d{version}")
+
+
+@pytest.fixture(autouse=True)
+def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most actors here do not say Goodbye; the controller need not wait long for it."""
+    monkeypatch.setattr(controller_module, "LEAVE_SECONDS", 0.05)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Topology:
+    data = tmp_path / "train.jsonl"
+    data.write_text(
+        "".join(json.dumps({"id": f"q{i}", "question": f"{i}?", "answer": str(i)}) + "\n" for i in range(6))
+    )
+    return topology(
+        data={"train": str(data)},
+        teacher={"model": "teacher"},
+        method={"name": "grpo_replay", "group_size": 2},
+        scheduler={"new_questions": 2, "max_staleness": 1},
+        actors={"rollout": {"count": 1}},
+        checkpoints={"every": 2, "keep": 1},
+        sinks={"tensorboard": False},
+    )
+
+
+@pytest.fixture
+def stage(tmp_path: Path, settings: Topology) -> Stage:
+    return Stage(tmp_path / "run", settings)
+
+
+def test_a_run_from_hello_to_the_last_word(stage: Stage) -> None:
+    stage.everybody()
+    ended = stage.run()
+    assert (ended.verdict, ended.exit_code) == ("finished: 3 of 3 steps", 0)
+    assert checkpoint.find_latest(stage.context.run_dir).step == 3
+    assert checkpoint.list_steps(stage.context.run_dir) == [3]
+    assert stage.controller.recorder.totals["questions_new"] == 6
+    assert [m.version for m in stage.router.to("trainer", messages.ReleasePolicy)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("peer", "changes", "reason"),
+    [
+        ("rollout-0", {"role": "trainer"}, "this run has no trainer called rollout-0"),
+        ("rollout-9", {"role": "rollout"}, "this run has no rollout called rollout-9"),
+        (
+            "rollout-0",
+            {"role": "rollout", "actor": "trainer"},
+            "it calls itself trainer on the connection of rollout-0",
+        ),
+        ("rollout-0", {"role": "rollout", "run_id": "old"}, "it belongs to run old, this is run run"),
+        ("rollout-0", {"role": "rollout", "protocol_version": 9}, "it speaks protocol version 9, this run speaks 1"),
+    ],
+)
+def test_who_is_not_let_in(stage: Stage, peer: str, changes: dict[str, Any], reason: str) -> None:
+    stage.greet(peer, changes.pop("role"), **changes)
+    stage.turn()
+    assert [m.reason for m in stage.router.to(peer, messages.Rejected)] == [reason]
+
+
+def test_an_old_incarnation_is_not_let_in(stage: Stage) -> None:
+    stage.greet("rollout-0", "rollout", incarnation=2)
+    stage.greet("rollout-0", "rollout", incarnation=1)
+    stage.turn()
+    (rejected,) = stage.router.to("rollout-0", messages.Rejected)
+    assert rejected.reason == "incarnation 1 came after incarnation 2"
+
+
+def test_nobody_speaks_before_hello(stage: Stage) -> None:
+    stage.say("rollout-0", messages.Credits(count=8))
+    stage.turn()
+    (rejected,) = stage.router.to("rollout-0", messages.Rejected)
+    assert rejected.reason == "say Hello first"
+
+
+def test_what_a_role_may_not_say_changes_nothing(stage: Stage) -> None:
+    stage.greet("rollout-0", "rollout")
+    stage.say("rollout-0", messages.PolicyPublished(manifest=manifest(7)))
+    stage.say("rollout-0", messages.StepTrained(step=0, group_ids=[], metrics={}, seconds=0.0))
+    stage.say("rollout-0", messages.StopRequested(reason="mine"))
+    stage.say("rollout-0", messages.GenerateResult(task_id="none", samples=a_sample()))
+    stage.say("rollout-0", messages.Credits(count=2**53))
+    stage.turn()
+    assert stage.controller.scheduler.published == 0 and not stage.controller.scheduler.stopping
+    assert stage.controller.scheduler.dispatcher.credits("rollout-0") == 0
+
+
+def a_sample() -> messages.GroupSamples:
+    task = messages.GenerateTask(
+        task_id="none",
+        kind="plain",
+        prompt=messages.Prompt(messages=[]),
+        n=1,
+        sampling=messages.Sampling(max_new_tokens=2),
+        seed=0,
+    )
+    return samples(task, [0, 0])
+
+
+def test_stopped_before_the_first_step_it_ends_at_once(stage: Stage) -> None:
+    stage.everybody()
+    stage.say("supervisor", messages.StopRequested(reason="interrupted"))
+    ended = stage.run()
+    assert (ended.verdict, ended.exit_code) == ("interrupted: 0 of 3 steps are trained and saved", 130)
+    assert checkpoint.list_steps(stage.context.run_dir) == []
+
+
+def test_stopped_in_the_middle_it_saves_and_the_next_life_goes_on(stage: Stage, settings: Topology) -> None:
+    stage.everybody()
+    while not stage.router.to("trainer", messages.TrainWindow):
+        stage.turn()
+        stage.work()
+    stage.say("supervisor", messages.StopRequested(reason="interrupted"))
+    ended = stage.run()
+    assert (ended.verdict, ended.exit_code) == ("interrupted: 1 of 3 steps are trained and saved", 130)
+    again = Stage(stage.context.run_dir, settings, start=1)
+    again.everybody()
+    assert again.run().verdict == "finished: 3 of 3 steps"
+    assert again.controller.recorder.totals["questions_new"] == 6
+
+
+def test_versions_that_go_backwards_end_the_run(stage: Stage) -> None:
+    stage.everybody()
+    stage.say("trainer", messages.PolicyPublished(manifest=manifest(0)))
+    assert stage.controller.run() == 1
+    (ended,) = stage.router.to("supervisor", messages.RunEnded)
+    assert ended.verdict == "policy version 0 was published after version 0"
+
+
+def test_a_window_too_large_to_send_names_the_setting(stage: Stage) -> None:
+    stage.router.too_large = messages.TrainWindow
+    stage.everybody()
+    with pytest.raises(controller_module.RunFailure, match=r"payload of 9 bytes, the limit is 8; raise transport\.max"):
+        for _ in range(100):
+            stage.turn()
+            stage.work()
+
+
+def test_the_watchdog_names_the_stuck_edge(stage: Stage) -> None:
+    stage.everybody()
+    while not stage.router.to("trainer", messages.TrainWindow):
+        stage.turn()
+        stage.work()
+    stage.controller._next_status = 0.0
+    with pytest.raises(controller_module.RunFailure, match="nothing moved for 600 s: step 0 is in the trainer"):
+        stage.controller._act(stage.controller._last_progress + 601.0)
+
+
+def test_the_watchdog_names_a_save_that_never_ends(stage: Stage) -> None:
+    stage.everybody()
+    for turn in itertools.count():
+        assert turn < 1000
+        stage.turn()
+        if stage.controller.checkpointer.waiting_for is not None:
+            break
+        stage.work()
+    assert stage.controller._waiting()[0] == "the checkpoint of step 2 waits for the trainer"
+
+
+def test_an_unreachable_peer_does_not_keep_the_last_word_back(stage: Stage) -> None:
+    stage.everybody()
+    stage.turn()
+    stage.router.gone.add("rollout-0")
+    stage.controller.verdict = messages.RunEnded(verdict="over", exit_code=1)
+    stage.work()
+    stage.controller.peers.forget("grader-0")
+    stage.controller.peers.forget("rollout-0")
+    stage.say("trainer", messages.Goodbye())
+    assert stage.controller._leave(stage.controller.verdict) == 1
+    assert [m.verdict for m in stage.router.to("supervisor", messages.RunEnded)] == ["over"]
+
+
+def test_a_task_that_an_actor_has_lost_brings_a_new_incarnation(stage: Stage) -> None:
+    stage.everybody()
+    while not stage.router.to("rollout-0", messages.GenerateTask):
+        stage.turn()
+        if not stage.router.to("rollout-0", messages.GenerateTask):
+            stage.work()
+    late = stage.controller._last_progress + 400.0
+    heartbeat = messages.Heartbeat(progress=5, tasks=[])
+    stage.controller._handle("rollout-0", heartbeat, late)
+    (asked,) = stage.router.to("supervisor", messages.RestartActor)
+    assert asked.actor == "rollout-0" and "it lost 4 of its tasks, first 0/q" in asked.reason
+
+
+def test_an_actor_that_loaded_other_bytes_is_restarted(stage: Stage) -> None:
+    stage.everybody()
+    stage.turn()
+    stage.say("rollout-0", messages.PolicyLoaded(version=0, digest="other", seconds=0.0))
+    stage.turn()
+    (asked,) = stage.router.to("supervisor", messages.RestartActor)
+    assert asked.reason == "it loaded other weights than version 0"
