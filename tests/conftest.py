@@ -71,9 +71,21 @@ CONFIG = {
     "num_hidden_layers": 1,
     "vocab_size": 16,
 }
+TOKENIZER = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"<eos>": 0, "<unk>": 1}, "unk_token": "<unk>"},
+}
+"""One token a word."""
 TOPOLOGY = """\
 run: {name: small, directory: small-run, steps: 4}
-data: {train: train.jsonl, max_prompt_tokens: 16}
+data: {train: train.jsonl, max_prompt_tokens: 24}
 student: {model: student, sampling: {max_new_tokens: 8}}
 teacher: {model: teacher, sampling: {max_new_tokens: 8}}
 scheduler: {new_questions: 2}
@@ -84,7 +96,7 @@ def write_model(folder: Path) -> None:
     """A folder that looks like a model to everything that does not load it."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     header = json.dumps({"w": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from zppo import checkpoint, launch, run_dir
+from zppo_actors.journal import Journal
 
 Launch = Callable[..., tuple[int | None, str]]
 
@@ -81,6 +82,21 @@ SETTING_MISTAKES = [
     (
         "scheduler.lease_seconds=2",
         "scheduler.lease_seconds is 2; expected more than 2, two of transport.heartbeat_seconds",
+    ),
+    (
+        "student.dtype=float16",
+        "student.dtype is 'float16'; expected 'bfloat16' or 'float32', because gradients in float16 vanish without "
+        "loss scaling",
+    ),
+    (
+        "method.dual_clip=1.25",
+        "method.dual_clip is 1.25; expected null or at least 1.28, 1 + method.clip_high, because a bound within the "
+        "clip range would hold ordinary tokens",
+    ),
+    (
+        "data.max_prompt_tokens=20",
+        "data.train: the question 'q0' makes a prompt of 21 tokens; expected at most 20, data.max_prompt_tokens "
+        "(6 questions are longer)",
     ),
     ("optimizer.beta2=1", "optimizer.beta2 is 1; expected a number below 1"),
     ("run.name=a/b", "run.name is 'a/b'; expected a name that can be the name of a folder"),
@@ -171,9 +187,7 @@ MODEL_MISTAKES = [
 
 
 @pytest.mark.parametrize(("damage", "sentence"), MODEL_MISTAKES)
-def test_folder_that_is_no_model(
-    start: Launch, small: Path, damage: Callable[[Path], None], sentence: str
-) -> None:
+def test_folder_that_is_no_model(start: Launch, small: Path, damage: Callable[[Path], None], sentence: str) -> None:
     size = (small / "student/model.safetensors").stat().st_size
     damage(small / "student")
     before = files(small)
@@ -231,6 +245,22 @@ def test_broken_template(start: Launch, small: Path) -> None:
     assert code == 2
     assert said.startswith("templates/plain.j2:1: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "refused"), [(3, False), (4, True)])
+def test_longest_prompt(start: Launch, small: Path, words: int, refused: bool) -> None:
+    """21 words are the prompt of every training question, 16 of them its closing instruction."""
+    (small / "heldout.jsonl").write_text(
+        '{"id": "short", "question": "Why?", "answer": "1"}\n'
+        + json.dumps({"id": "long", "question": "so " * (5 + words), "answer": "2"})
+    )
+    code, said = start("--topology", "topology.yaml", "--set", "data.heldout=heldout.jsonl")
+    sentence = (
+        "data.heldout: the question 'long' makes a prompt of 25 tokens; expected at most 24, data.max_prompt_tokens "
+        "(1 question is longer)\n"
+    )
+    assert (code, said) == ((2, sentence) if refused else (None, ""))
+    assert (small / "small-run").exists() is not refused
 
 
 COMMAND_MISTAKES = [
@@ -357,8 +387,12 @@ RESUME_MISTAKES = [
         "old bound",
     ),
     (
+        "run.steps=1",
+        "--resume: run.steps is 1 and the run has reached step 2; extend it, for example with --set run.steps=4",
+    ),
+    (
         "run.steps=2",
-        "--resume: run.steps is 2 and the run has reached step 2; extend it, for example with --set run.steps=4",
+        "--resume: the run is finished, step 2 was its last; extend it, for example with --set run.steps=4",
     ),
 ]
 
@@ -367,6 +401,54 @@ RESUME_MISTAKES = [
 def test_resume_that_would_be_another_run(start: Launch, interrupted: Path, setting: str, sentence: str) -> None:
     before = run_dir.read(interrupted)
     assert start("--topology", "topology.yaml", "--set", setting, "--resume") == (2, sentence + "\n")
+    assert run_dir.read(interrupted) == before
+
+
+def finish(path: Path, step: int) -> None:
+    """The run has a checkpoint of `step`, the last one."""
+    checkpoint.write_file(checkpoint.begin(path, step) / "weights", b"1234")
+    checkpoint.commit(path, step)
+
+
+def test_run_stopped_in_its_last_evaluation_may_go_on(start: Launch, small: Path) -> None:
+    (small / "heldout.jsonl").write_text('{"question": "Why?", "answer": "1"}\n')
+    start("--topology", "topology.yaml", "--set", "data.heldout=heldout.jsonl", "--set", "run.steps=2")
+    path = small / "small-run"
+    finish(path, 2)
+    (path / "heldout.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n')
+    assert start("--resume", "small-run") == (None, "")
+    with (path / "heldout.jsonl").open("a") as file:
+        file.write('{"step": 2, "accuracy": 0.5}\n')
+    sentence = "--resume: the run is finished, step 2 was its last; extend it, for example with --set run.steps=4\n"
+    assert start("--resume", "small-run") == (2, sentence)
+    assert start("--resume", "small-run", "--set", "run.steps=3") == (None, "")
+
+
+@pytest.mark.parametrize("verdict", ["interrupted: 3 of 3 steps are trained and saved", "finished: 3 of 3 steps"])
+def test_run_to_the_end_of_the_corpus_is_finished_when_it_said_so(start: Launch, small: Path, verdict: str) -> None:
+    start("--topology", "topology.yaml", "--set", "run.steps=null")
+    path = small / "small-run"
+    finish(path, 3)
+    journal = Journal(path)
+    journal.record_event(0.0, "controller", "run_ended", verdict)
+    journal.close()
+    sentence = "--resume: the run is finished, step 3 was its last; extend it, for example with --set run.epochs=2\n"
+    assert start("--resume", "small-run") == ((2, sentence) if verdict.startswith("finished") else (None, ""))
+    assert start("--resume", "small-run", "--set", "run.epochs=2") == (None, "")
+
+
+@pytest.mark.parametrize("row", ['{"id": "q1", "question": "What is 1 + 1?", "answer": "3"}', None])
+def test_resume_with_edited_questions(start: Launch, interrupted: Path, small: Path, row: str | None) -> None:
+    """An answer was changed, or two rows changed places; the path is the same."""
+    lines = (small / "train.jsonl").read_text().splitlines()
+    lines[:2] = [lines[1], lines[0]] if row is None else [lines[0], row]
+    before = run_dir.read(interrupted)
+    (small / "train.jsonl").write_text("\n".join(lines) + "\n")
+    sentence = (
+        "--resume: the questions of data.train, 'train.jsonl', are not those that the run began with; they cannot "
+        "change, because the data cursor counts questions of another corpus\n"
+    )
+    assert start("--resume", "small-run") == (2, sentence)
     assert run_dir.read(interrupted) == before
 
 
@@ -385,5 +467,5 @@ def test_resume_of_a_run_that_has_not_ended(start: Launch, interrupted: Path) ->
 
 def test_run_record_can_be_read_by_anyone(interrupted: Path) -> None:
     record = json.loads((interrupted / "run.json").read_text())
-    assert set(record) == {"run_id", "created", "start_step", "versions", "topology"}
+    assert set(record) == {"run_id", "created", "start_step", "corpus", "versions", "topology"}
     assert record["versions"]["zppo"]

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
+from msgspec import Struct
 from rich.console import Console
 
 from zppo import checkpoint, run_dir
 from zppo.config import Topology
 from zppo.data import Corpus, bad_rows_text, held_out_overlap, load_questions
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_USER_ERROR
 from zppo.plan import Plan, make_plan, measure_machine, wants_gpu
 from zppo.plan_view import show
 from zppo.processes import cores
 from zppo.prompts import PromptSet
+from zppo.questions import Question, digest
+from zppo.run_dir import RunRecord
+from zppo.summary import read_lines, summarise
+from zppo.tokenization import encode_prompts, load_tokenizer
 from zppo.topology import load, override, resolve, run_directory
 
-EXIT_USER_ERROR = 2
 FIXED = {
     "method": "the trained steps were made by another recipe",
     "data": "the data cursor counts questions of another corpus",
@@ -35,6 +40,17 @@ FIXED = {
     "optimizer.state_dtype": "the checkpoint holds optimizer states of another kind",
 }
 """Settings that a resumed run must keep, and why."""
+PROMPT_BATCH = 1024
+"""Prompts tokenised at once: enough to keep the tokenizer busy, few enough to take little memory."""
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """What the checks have read and laid out. `heldout` is empty without `data.heldout`."""
+
+    corpus: Corpus
+    heldout: list[Question]
+    prompts: PromptSet
+    plan: Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,11 +72,13 @@ def _launch(arguments: argparse.Namespace) -> int:
     directory = run_directory(topology)
     if directory.exists():
         raise UserError(run_dir.in_the_way(directory))
-    corpus, plan = _check(topology)
+    checked = _check(topology)
+    _check_prompts(topology, checked)
     if arguments.dry_run:
-        show(plan, directory, Console())
+        show(checked.plan, directory, Console())
         return 0
-    run_dir.create(directory, topology)
+    corpus = checked.corpus
+    run_dir.create(directory, topology, digest(corpus.questions))
     if corpus.bad_rows:
         (directory / "bad_rows.txt").write_text(bad_rows_text(corpus), encoding="utf-8")
     become_supervisor(directory)
@@ -76,12 +94,13 @@ def _resume(arguments: argparse.Namespace) -> int:
         problem = f"has no whole checkpoint to continue from{torn}"
         raise UserError(f"--resume: {str(directory)!r} {problem}; remove it to begin anew")
     topology = _resumed_topology(arguments, record.topology)
-    _check_steps(topology, found.step)
-    _, plan = _check(topology)
+    checked = _check(topology)
+    _check_corpus(topology, checked.corpus, record)
+    _check_steps(topology, checked.plan.windows.steps, directory, found.step)
     for warning in found.warnings:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
-        show(plan, directory, Console())
+        show(checked.plan, directory, Console())
         return 0
     run_dir.renew(directory, found.step, topology)
     become_supervisor(directory)
@@ -98,18 +117,22 @@ def become_supervisor(directory: Path) -> NoReturn:
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def _check(topology: Topology) -> tuple[Corpus, Plan]:
+def _check(topology: Topology) -> Checked:
     """Everything that can be wrong with settings, data, templates, models and machine. Raises UserError."""
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
     _check_media("data.train", corpus, topology)
+    heldout: list[Question] = []
     if topology.data.heldout is not None:
-        heldout = load_questions(topology.data.heldout, topology.data, Path.cwd())
-        _check_media("data.heldout", heldout, topology)
-        _check_overlap(corpus, heldout)
+        held = load_questions(topology.data.heldout, topology.data, Path.cwd())
+        _check_media("data.heldout", held, topology)
+        _check_overlap(corpus, held)
+        heldout = held.questions
     templates = Path(topology.data.templates) if topology.data.templates else None
-    PromptSet(templates, topology.data.system_prompt).validate()
+    prompts = PromptSet(templates, topology.data.system_prompt)
+    prompts.validate()
     machine = measure_machine(cores(), run_dir.runtime_base(), wants_gpu(topology))
-    return corpus, make_plan(topology, len(corpus.questions), machine)
+    plan = make_plan(topology, len(corpus.questions), machine)
+    return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
 
 
 def _check_media(where: str, corpus: Corpus, topology: Topology) -> None:
@@ -128,6 +151,31 @@ def _check_overlap(train: Corpus, heldout: Corpus) -> None:
             f"data.heldout: {len(shared)} of its questions are in data.train too, first the training question "
             f"{shared[0]!r}; expected none in both"
         )
+
+
+def _check_prompts(topology: Topology, checked: Checked) -> None:
+    """Every plain prompt is as short as `data.max_prompt_tokens` says, in tokens of the student."""
+    tokenizer = load_tokenizer(topology.student.model, "student.model")
+    limit = topology.data.max_prompt_tokens
+    for where, questions in (("data.train", checked.corpus.questions), ("data.heldout", checked.heldout)):
+        lengths = _prompt_lengths(questions, checked.prompts, tokenizer)
+        longer = [(question, length) for question, length in zip(questions, lengths, strict=True) if length > limit]
+        if longer:
+            question, length = longer[0]
+            count = "1 question is" if len(longer) == 1 else f"{len(longer)} questions are"
+            raise UserError(
+                f"{where}: the question {question.id!r} makes a prompt of {length} tokens; expected at most {limit}, "
+                f"data.max_prompt_tokens ({count} longer)"
+            )
+
+
+def _prompt_lengths(questions: list[Question], prompts: PromptSet, tokenizer: Any) -> list[int]:
+    batches = (questions[start : start + PROMPT_BATCH] for start in range(0, len(questions), PROMPT_BATCH))
+    return [
+        len(ids)
+        for batch in batches
+        for ids in encode_prompts(tokenizer, [prompts.plain(question) for question in batch])
+    ]
 
 
 def _resumed_directory(arguments: argparse.Namespace) -> Path:
@@ -164,12 +212,36 @@ def _resumed_topology(arguments: argparse.Namespace, old: Topology) -> Topology:
     return new
 
 
-def _check_steps(topology: Topology, step: int) -> None:
-    if topology.run.steps is not None and topology.run.steps <= step:
+def _check_corpus(topology: Topology, corpus: Corpus, record: RunRecord) -> None:
+    """The paths alone do not say whether a file was edited."""
+    if digest(corpus.questions) != record.corpus:
         raise UserError(
-            f"--resume: run.steps is {topology.run.steps} and the run has reached step {step}; "
-            "extend it, for example with --set run.steps=" + str(2 * step)
+            f"--resume: the questions of data.train, {topology.data.train!r}, are not those that the run began with; "
+            "they cannot change, because the data cursor counts questions of another corpus"
         )
+
+
+def _check_steps(topology: Topology, total: int, directory: Path, step: int) -> None:
+    """Something is left to do: steps of `total`, or the held-out evaluation after the last of them."""
+    steps, epochs = topology.run.steps, topology.run.epochs
+    extend = f"run.steps={2 * step}" if steps is not None and steps <= total else f"run.epochs={epochs + 1}"
+    extend = f"extend it, for example with --set {extend}"
+    if steps is not None and step > steps:
+        raise UserError(f"--resume: run.steps is {steps} and the run has reached step {step}; {extend}")
+    if step >= total and _finished(topology, directory, step):
+        raise UserError(f"--resume: the run is finished, step {step} was its last; {extend}")
+
+
+def _finished(topology: Topology, directory: Path, step: int) -> bool:
+    """Whether a run with a checkpoint of its last step has its last held-out evaluation too.
+
+    Where the corpus ends the run, not `run.steps`, only the run itself knows its last step: windows may have changed
+    their size on the way. Then its verdict counts.
+    """
+    if topology.run.steps != step:
+        return str(summarise(directory)["verdict"]).startswith("finished")
+    evaluated = {line["step"] for line in read_lines(directory / "heldout.jsonl")}
+    return topology.data.heldout is None or step in evaluated
 
 
 def _at(topology: Topology, path: str) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
 from msgspec import Struct
 
 from zppo_protocol.messages import MediaReference
@@ -15,3 +19,11 @@ class Question(Struct, frozen=True, kw_only=True):
     answer: str
     media: tuple[MediaReference, ...] = ()
     grader: str = "math"
+
+
+def digest(questions: Iterable[Question]) -> str:
+    """SHA-256 (hex) of ids, texts and answers in their order: the same digest is the same corpus to a data cursor."""
+    sha = hashlib.sha256()
+    for question in questions:
+        sha.update(msgspec.json.encode((question.id, question.text, question.answer)) + b"\n")
+    return sha.hexdigest()

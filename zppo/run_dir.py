@@ -28,11 +28,13 @@ RECORDED_PACKAGES = ("zppo", "torch", "transformers", "triton", "numpy", "numba"
 
 
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Content of `run.json`. `start_step`: the step of the checkpoint that this life begins from, else 0."""
+    """Content of `run.json`. `start_step`: the step of the checkpoint that this life begins from, else 0. `corpus`: the
+    digest of the training questions (`zppo.questions.digest`)."""
 
     run_id: str
     created: str
     start_step: int
+    corpus: str
     versions: dict[str, str]
     topology: Topology
 
@@ -46,8 +48,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def create(path: Path, topology: Topology) -> RunRecord:
-    """Make the directory of a new run. Raises UserError if it exists or cannot be made."""
+def create(path: Path, topology: Topology, corpus: str = "") -> RunRecord:
+    """Make the directory of a new run that trains on the questions of digest `corpus`.
+
+    Raises UserError if it exists or cannot be made.
+    """
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -56,7 +61,7 @@ def create(path: Path, topology: Topology) -> RunRecord:
         raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
     for folder in ("checkpoints", "logs", "rollouts"):
         (path / folder).mkdir()
-    record = _new_record(topology, start_step=0)
+    record = _new_record(topology, start_step=0, corpus=corpus)
     write(path, record)
     return record
 
@@ -80,9 +85,8 @@ def read(path: Path) -> RunRecord:
 def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunRecord:
     """Begin another life of the run from the checkpoint of `start_step`, under a new run id."""
     old = read(path)
-    record = msgspec.structs.replace(
-        _new_record(topology if topology is not None else old.topology, start_step), created=old.created
-    )
+    topology = topology if topology is not None else old.topology
+    record = msgspec.structs.replace(_new_record(topology, start_step, old.corpus), created=old.created)
     write(path, record)
     return record
 
@@ -122,11 +126,12 @@ def runtime_base() -> Path:
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def _new_record(topology: Topology, start_step: int) -> RunRecord:
+def _new_record(topology: Topology, start_step: int, corpus: str) -> RunRecord:
     return RunRecord(
         run_id=secrets.token_hex(4),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         start_step=start_step,
+        corpus=corpus,
         versions=package_versions(),
         topology=topology,
     )

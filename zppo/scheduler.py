@@ -292,7 +292,7 @@ class Scheduler:
         """The window to train next, once; None while the trainer is busy or the window is not ready."""
         index = self.trained
         blocked = self.stopping or self._shipped is not None or self._trainer_idle_since is None
-        if blocked or not self.ready(index):
+        if blocked or index >= self.total_steps or not self.ready(index):
             return None
         waited = now - self._trainer_idle_since if self._trainer_idle_since is not None else 0.0
         self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)

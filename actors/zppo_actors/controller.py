@@ -17,12 +17,14 @@ from pathlib import Path
 
 from msgspec import structs
 
-from zppo import checkpoint
+from zppo import checkpoint, run_dir
 from zppo.data import load_questions
+from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo.methods import get_method
 from zppo.processes import cores, processes
 from zppo.prompts import PromptSet
-from zppo.questions import Question
+from zppo.questions import Question, digest
 from zppo.scheduler import RunFailure, Scheduler, SchedulerState
 from zppo.window import Window
 from zppo_actors.background import Background
@@ -41,7 +43,6 @@ from zppo_protocol.sockets import Router
 TICK_SECONDS = 0.05
 STATUS_SECONDS = 0.5
 LEAVE_SECONDS = 10.0
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, messages.Goodbye)
 ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
@@ -77,6 +78,10 @@ def main(context: ActorContext) -> int:
 def load_scheduler(context: ActorContext, now: float) -> Scheduler:
     """The scheduler of this life: fresh, or continued from the checkpoint of `context.start_version`."""
     topology, base = context.topology, Path.cwd()
+    questions = load_questions(topology.data.train, topology.data, base).questions
+    recorded = run_dir.read(context.run_dir).corpus
+    if recorded and recorded != digest(questions):
+        raise UserError(f"data.train: {topology.data.train!r} has changed since the run began; put the old file back")
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         heldout = load_questions(topology.data.heldout, topology.data, base).questions
@@ -84,7 +89,7 @@ def load_scheduler(context: ActorContext, now: float) -> Scheduler:
     return Scheduler(
         topology,
         get_method(topology.method.name),
-        load_questions(topology.data.train, topology.data, base).questions,
+        questions,
         heldout,
         PromptSet(templates, topology.data.system_prompt),
         load_state(context),

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from zppo.exit_codes import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from zppo.processes import ProcessPlan, cores, processes
 from zppo.run_dir import RunRecord
 from zppo_actors import children, runtime
@@ -38,12 +39,13 @@ from zppo_protocol.messages import (
 )
 from zppo_protocol.sockets import Dealer
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 TICK_SECONDS = 0.1
 LEAVE_SECONDS = 10.0
 LAST_WORDS_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 10.0
 IRREPLACEABLE = ("controller", "trainer")
+FINAL = {EXIT_USER_ERROR: EXIT_USER_ERROR, EXIT_FATAL: EXIT_FAILED}
+"""Exit codes of an actor that no restart would mend, and the exit code of the run that they end."""
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -253,9 +255,9 @@ class Life:
     def _on_death(self, child: Child) -> None:
         reason = self._reasons.pop((child.name, child.incarnation), "")
         verdict = f"{child.verdict} because {reason}" if reason else child.verdict
-        if child.exit_code == EXIT_USER_ERROR:
+        if child.exit_code in FINAL:
             sentence = (children.tail(child.log, lines=1) or [child.verdict])[0]
-            self._give_up(child, End(verdict=f"{child.name}: {sentence}", exit_code=EXIT_USER_ERROR))
+            self._give_up(child, End(verdict=f"{child.name}: {sentence}", exit_code=FINAL[child.exit_code]))
         elif child.role in IRREPLACEABLE:
             self._end = self._end or End(
                 verdict=verdict, exit_code=EXIT_FAILED, renewable=not self._stopping, log=child.log
@@ -276,6 +278,8 @@ class Life:
         self._restarts_due[child.name] = (time.monotonic() + pause, child.incarnation + 1)
 
     def _start_due(self) -> None:
+        if self._stopping or self._ended is not None or self._end is not None:
+            self._restarts_due.clear()
         now = time.monotonic()
         for name, (due, incarnation) in list(self._restarts_due.items()):
             if due <= now:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from zppo.config import Topology
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FAILED, EXIT_USER_ERROR
 from zppo.run_dir import read
 from zppo_actors import runtime
 
 ROLES = ("controller", "rollout", "teacher", "grader", "trainer")
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("zppo")

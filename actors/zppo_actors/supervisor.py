@@ -14,20 +14,11 @@ from pathlib import Path
 
 from zppo import checkpoint
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from zppo.run_dir import hold, read, renew
 from zppo_actors import children, runtime
 from zppo_actors.interrupts import Interrupts
-from zppo_actors.life import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
-    Commands,
-    End,
-    Life,
-    View,
-    actor_command,
-    backoff_seconds,
-)
+from zppo_actors.life import Commands, End, Life, View, actor_command, backoff_seconds
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -68,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         except BaseException:
             view.close()
             raise
-        view.close("" if _failed(end) else end.verdict)
+        view.close(end.verdict)
     _say(run_dir, end)
     return end.exit_code
 
@@ -95,7 +86,10 @@ def _failed(end: End) -> bool:
 
 
 def _say(run_dir: Path, end: End) -> None:
-    """Last words below the view's summary: what went wrong, the end of the log that explains it, and how to go on."""
+    """Last words below the view's summary: what went wrong, the end of the log that explains it, and how to go on.
+
+    The verdict of a failure is in the summary on stdout too; here it is the sentence on stderr.
+    """
     lines = [end.verdict] if _failed(end) else []
     if end.log is not None:
         lines += [f"the last lines of {end.log}:", *(f"  {line}" for line in children.tail(end.log))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -17,11 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from zppo import checkpoint
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FAILED, EXIT_FATAL
 from zppo.training.batch import StalenessError
 from zppo.training.state import build_trainer, save_share
 from zppo.training.step import Trainer, train_step
 from zppo_actors import weights
-from zppo_actors.process import EXIT_FAILED, ActorContext
+from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
@@ -49,11 +51,17 @@ log = logging.getLogger("zppo.trainer")
 
 
 def main(context: ActorContext) -> int:
-    """Run the trainer until it is told to leave; returns the exit code of the process."""
+    """Run the trainer until it is told to leave; returns the exit code of the process.
+
+    A stale window breaks the promise of the run, and a new life would hide it: the exit code says not to begin one.
+    """
     disable_progress_bar()
     dealer = Dealer(context.address, context.actor, limits_for(context.topology.transport.max_message_mib))
     try:
         return TrainerActor(context, dealer).run()
+    except StalenessError as error:
+        print(error, file=sys.stderr, flush=True)
+        return EXIT_FATAL
     finally:
         dealer.close()
 

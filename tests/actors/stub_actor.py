@@ -1,11 +1,12 @@
 """A small actor for the supervisor's tests: the real ties, signals and sockets of a process, scripted behaviour.
 
 `RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave), "die" (exit 3),
-"leave" (exit 0), "refuse" (a user error), "spawn" (live, with a child of its own). The controller writes what it hears
-to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends the run when that incarnation has
-said hello, "restart NAME" asks for a restart of its first incarnation, "deaf" ignores stop requests, "fail" ends the
-run with exit code 1 as soon as the supervisor is there. Otherwise it ends only after all peers were heard: a router
-cannot reach those that are not connected yet.
+"leave" (exit 0), "refuse" (a user error), "break" (a broken promise), "spawn" (live, with a child of its own),
+"linger" (as "live", but it leaves late). The controller writes what it hears to `RUN_DIR/heard.txt`, a line each, and
+obeys its words: "finish when NAME N" ends the run when that incarnation has said hello, "restart NAME" asks for a
+restart of its first incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
+supervisor is there. Otherwise it ends only after all peers were heard: a router cannot reach those that are not
+connected yet.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FATAL
 from zppo.processes import processes
 from zppo.run_dir import read
 from zppo_actors import process
@@ -48,10 +51,15 @@ def act(word: str, arguments: object, folder: Path) -> int:
             return 0
         if word == "refuse":
             raise UserError("student.model: the stub does not like it")
+        if word == "break":
+            print("step 3: the stub is stale", file=sys.stderr, flush=True)
+            return EXIT_FATAL
         if word == "spawn":
             subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         while not isinstance(dealer.receive(60.0), Shutdown):
             pass
+        if word == "linger":
+            time.sleep(1.0)
         return 0
     finally:
         dealer.close()

@@ -19,9 +19,11 @@ from zppo import checkpoint, run_dir
 from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, RunConfig, Topology
 from zppo.processes import ProcessPlan
 from zppo_actors import life, runtime
+from zppo_actors import supervisor as supervisor_module
 from zppo_actors.interrupts import Interrupts
 from zppo_actors.life import End, backoff_seconds
 from zppo_actors.supervisor import supervise
+from zppo_protocol.messages import RunEnded
 
 STUB = Path(__file__).with_name("stub_actor.py")
 PATIENCE_SECONDS = 30.0
@@ -104,6 +106,61 @@ def test_user_error_of_an_actor_is_not_retried(tmp_path: Path) -> None:
     assert end.verdict == "rollout-0: student.model: the stub does not like it"
     assert end.exit_code == 2
     assert "hello rollout-0 1" not in heard
+
+
+def test_broken_promise_ends_the_run_in_its_first_life(tmp_path: Path) -> None:
+    end, heard, said = live(tmp_path / "run", {"trainer": ["break"]}, run=3)
+    assert end == End(verdict="trainer: step 3: the stub is stale", exit_code=1)
+    assert not any("begins again" in line for line in said)
+    assert "hello supervisor 1" not in heard
+
+
+def test_nothing_is_restarted_once_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Ctrl-C comes while the restart is due; the controller ends the life long after that."""
+    monkeypatch.setattr(life, "backoff_seconds", lambda restarts: 0.2)
+    interrupts, started = Interrupts(), []
+
+    class Impatient(Lines):
+        def log(self, line: str) -> None:
+            super().log(line)
+            interrupts.count = 1 if line.startswith("restarting") else interrupts.count
+
+    def command(plan: ProcessPlan) -> list[str]:
+        started.append(plan.name)
+        return stub_command(plan)
+
+    path = make_run(tmp_path / "run", {"rollout-0": ["die", "live"], "rollout-1": ["linger"]})
+    end = supervise(path, Impatient(), interrupts, command)
+    assert end.exit_code == 130
+    assert started.count("rollout-0") == 1
+
+
+def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
+    started: list[str] = []
+    path = make_run(tmp_path / "run", {})
+    last = life.Life(path, run_dir.read(path), 0, Lines(), Interrupts(), lambda plan: started.append(plan.name) or [])
+    last._restarts_due["rollout-0"] = (0.0, 1)
+    last._on_message(RunEnded(verdict="finished", exit_code=0))
+    last._start_due()
+    assert started == []
+
+
+@pytest.mark.parametrize("end", [End(verdict="trainer: no", exit_code=2), End(verdict="finished", exit_code=0)])
+def test_view_closes_with_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], end: End
+) -> None:
+    verdicts: list[str] = []
+
+    class Closing(Lines):
+        def close(self, verdict: str = "") -> None:
+            verdicts.append(verdict)
+
+    path = make_run(tmp_path / "run", {})
+    monkeypatch.setattr(supervisor_module, "_live_view", lambda run: Closing())
+    monkeypatch.setattr(supervisor_module, "supervise", lambda *arguments: end)
+    assert supervisor_module.main(["--run", str(path)]) == end.exit_code
+    assert verdicts == [end.verdict]
+    assert capsys.readouterr().err == ("trainer: no\n" if end.exit_code else "")
 
 
 def test_dead_trainer_begins_another_life_from_the_checkpoint(tmp_path: Path) -> None:

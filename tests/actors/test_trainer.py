@@ -28,6 +28,7 @@ from zppo.config import (
     TransportConfig,
 )
 from zppo.errors import UserError
+from zppo.exit_codes import EXIT_FATAL
 from zppo.training.batch import StalenessError
 from zppo_actors import runtime, weights
 from zppo_actors.process import ActorContext
@@ -145,14 +146,16 @@ class Controller:
 
 
 @contextmanager
-def trainer_process(run: Path, base: Path) -> Iterator[Controller]:
-    """A trainer process of this run, tied to us by its pipe."""
+def trainer_process(run: Path, base: Path, errors: Path = Path(os.devnull)) -> Iterator[Controller]:
+    """A trainer process of this run, tied to us by its pipe; what it says goes to the file `errors`."""
     folder = Path(tempfile.mkdtemp(prefix="trainer-", dir=base))
     router = Router(runtime.controller_address(folder))
     reading, writing = os.pipe()
     names = ("--run", str(run), "--runtime", str(folder), "--actor", "trainer", "--incarnation", "0")
     command = [sys.executable, "-m", "zppo_actors", "trainer", *names, "--parent-fd", str(reading)]
-    process = subprocess.Popen(command, pass_fds=[reading], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, pass_fds=[reading], env=environment, stderr=stderr)
     os.close(reading)
     try:
         yield Controller(router, process)
@@ -268,6 +271,18 @@ def test_a_stale_window_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
     assert not any(isinstance(message, StepTrained) for message in dealer.sent)
     published = [message.manifest.version for message in dealer.sent if isinstance(message, PolicyPublished)]
     assert published == [5]
+
+
+def test_a_stale_window_ends_the_process_so_that_nobody_retries_it(tmp_path: Path, runtime_base: Path) -> None:
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    run_dir.create(run, topology())
+    with trainer_process(run, runtime_base, errors) as controller:
+        controller.greet()
+        controller.say(window(0, version=1))
+        reason = controller.expect(Goodbye)
+        assert reason == Goodbye(reason="step 0: group '0/0' holds tokens of the later version 1")
+        assert controller.process.wait(PATIENCE_SECONDS) == EXIT_FATAL
+    assert errors.read_text().splitlines()[-1] == reason.reason
 
 
 def test_orders_are_obeyed_in_turn(tmp_path: Path) -> None:

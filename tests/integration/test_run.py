@@ -153,8 +153,26 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
     run.until(lambda: run.steps() >= 1)
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
-    run.wait()
+    output = run.wait()
     assert run.process.returncode == 130
+    assert "stopped at once" in output
+
+
+def test_a_run_stopped_in_its_last_evaluation_makes_it_up(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=1, **{"evaluation.limit": 64})
+    run.until(lambda: run.steps() == 1)
+    run.process.send_signal(signal.SIGINT)
+    output = run.wait()
+    assert run.process.returncode == 130, output + run.logs()
+    assert checkpoint.find_latest(run.directory).step == 1
+    assert run.summary()["heldout_after"] is None
+    resumed = Run.resume(run.directory)
+    output = resumed.wait()
+    assert resumed.process.returncode == 0, output + resumed.logs()
+    summary = resumed.summary()
+    assert summary["heldout_after"] is not None and summary["steps"] == 1
+    again = Run.resume(run.directory)
+    assert "the run is finished, step 1 was its last" in again.wait()
 
 
 def test_nothing_survives_a_killed_supervisor(tmp_path: Path, runtime_base: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from zppo.errors import UserError
+from zppo.tokenization import encode_prompts, load_tokenizer
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import Prompt
 
@@ -16,12 +17,7 @@ class PromptTokenizer:
     """A tokenizer with the ids that end a response (the tokenizer's own and those of the generation config)."""
 
     def __init__(self, folder: str, where: str) -> None:
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{where}: {folder!r} has no tokenizer that can be loaded ({_first_line(error)})"
-            ) from error
+        self._tokenizer: Any = load_tokenizer(folder, where)
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{where}: the tokenizer of {folder!r} has no end token, so no response would ever stop")
         self.end_ids = frozenset({int(self._tokenizer.eos_token_id), *_configured_ends(folder)})
@@ -30,7 +26,7 @@ class PromptTokenizer:
         """Token ids [P] int32 of the prompt, up to where the response starts. Raises EngineError if it has none."""
         if prompt.media:
             raise EngineError("this engine takes text only, but the prompt has pictures or videos", retryable=False)
-        ids = self._encode(prompt)
+        [ids] = encode_prompts(self._tokenizer, [prompt])
         if not ids:
             raise EngineError("the prompt has no tokens", retryable=False)
         return np.asarray(ids, dtype=np.int32)
@@ -42,16 +38,6 @@ class PromptTokenizer:
         )
         return texts
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            ids: list[int] = self._tokenizer.encode("\n".join(message.content for message in prompt.messages))
-            return ids
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        ids = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return ids
-
 
 def _configured_ends(folder: str) -> list[int]:
     """End ids of generation_config.json; chat models often list more than the tokenizer's one."""
@@ -60,7 +46,3 @@ def _configured_ends(folder: str) -> list[int]:
     except OSError:
         return []
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
