@@ -17,6 +17,7 @@ from zppo.model_folder import inspect_model
 from zppo.plan import ENGINE_ARGUMENTS, GIB, Machine, make_plan
 from zppo.processes import ProcessPlan, processes
 from zppo.topology import load
+from zppo.vllm_arguments import VLLM
 from zppo_actors.engines import ENGINES
 
 MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
@@ -106,7 +107,7 @@ def test_memory_goes_to_the_device(small: Path) -> None:
     on_cpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cpu"), topology, models)
     on_gpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cuda:0"), topology, models)
     assert (on_gpu.host, on_gpu.device) == (MODEL_LIBRARIES, on_cpu.host - MODEL_LIBRARIES)
-    cache = 64 * (16 + 8) * 1 * 2 * 2 * 4 * 2  # sequences, length, layers, keys and values, heads, width, bytes
+    cache = 64 * (24 + 8) * 1 * 2 * 2 * 4 * 2  # sequences, length, layers, keys and values, heads, width, bytes
     assert on_gpu.device == 8 * 2 + cache + 64 * 16 * 4
 
 
@@ -158,7 +159,7 @@ def test_what_the_machine_cannot_give(
 
 @pytest.mark.slow
 def test_engine_names_and_arguments_are_those_of_the_engines() -> None:
-    assert set(ENGINE_ARGUMENTS) == set(ENGINES)
-    for name, module in ENGINES.items():
-        fields = import_module(module).Arguments.__struct_fields__
-        assert set(fields) == set(ENGINE_ARGUMENTS[name])
+    assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES)  # the arguments of vLLM are vLLM's own
+    for name, arguments in ENGINE_ARGUMENTS.items():
+        fields = import_module(ENGINES[name]).Arguments.__struct_fields__
+        assert set(fields) == set(arguments)

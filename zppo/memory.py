@@ -15,13 +15,21 @@ from msgspec import Struct
 
 from zppo.config import ActorConfig, ModelConfig, Topology
 from zppo.model_folder import ModelFacts, inspect_model
+from zppo.openai_arguments import OPENAI
 from zppo.processes import ProcessPlan
+from zppo.vllm_arguments import VLLM, sequence_bytes
 
 MIB = 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
 """What a process takes before it does anything; those that run a model take `MODEL_LIBRARIES`."""
 MODEL_LIBRARIES = 450 * MIB
+CLIENT_LIBRARIES = 200 * MIB
+"""A teacher actor whose model runs behind a server."""
+VLLM_LIBRARIES = 1800 * MIB
+"""The three processes of a vLLM engine beside the actor's own libraries."""
+WITHOUT_FOLDER = ("simulated", OPENAI)
+"""Engines of a teacher that read no model folder."""
 RETAINED = 1.25
 """What the allocators of the trainer keep beyond what is in use."""
 LOGITS_ROWS = 1024
@@ -47,7 +55,7 @@ class Models(Struct, frozen=True, kw_only=True):
 
 def inspect_models(topology: Topology, with_teacher: bool) -> Models:
     """Read the model folders that the run will load. Raises UserError."""
-    teacher = topology.teacher if with_teacher and topology.actors.teacher.engine != "simulated" else None
+    teacher = topology.teacher if with_teacher and topology.actors.teacher.engine not in WITHOUT_FOLDER else None
     return Models(
         student=inspect_model(Path(topology.student.model), "student.model"),
         teacher=inspect_model(Path(teacher.model), "teacher.model") if teacher else None,
@@ -62,6 +70,8 @@ def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
         return _on(plan.device, _engine_bytes(topology, topology.actors.rollout, topology.student, models.student))
     if plan.role == "teacher" and models.teacher is not None and topology.teacher is not None:
         return _on(plan.device, _engine_bytes(topology, topology.actors.teacher, topology.teacher, models.teacher))
+    if plan.role == "teacher" and topology.actors.teacher.engine == OPENAI:
+        return Need(device=0, host=CLIENT_LIBRARIES)
     return Need(device=0, host=LIBRARIES.get(plan.role, MODEL_LIBRARIES))
 
 
@@ -94,9 +104,17 @@ def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
 def _engine_bytes(topology: Topology, actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> int:
     if actor.engine == "simulated":
         return 0
+    if actor.engine == VLLM:
+        return _vllm_bytes(actor, model, facts)
     width = BYTES[model.dtype]
     sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
     longest = topology.data.max_prompt_tokens + model.sampling.max_new_tokens
     length = min(facts.context, int(actor.engine_args.get("max_length") or longest))
     cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
     return facts.parameters * width + cache + sequences * facts.vocabulary * 4
+
+
+def _vllm_bytes(actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> int:
+    """The least that vLLM must have: it fits its cache to what is free, from one full sequence on."""
+    cache = actor.engine_args.get("kv_cache_memory_bytes") or sequence_bytes(actor.engine_args, facts, model.dtype)
+    return 2 * facts.parameters * BYTES[model.dtype] + int(cache) + VLLM_LIBRARIES

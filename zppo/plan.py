@@ -20,10 +20,18 @@ from zppo.errors import UserError, nearest
 from zppo.grading import JUDGE, get_grader
 from zppo.memory import DEFAULT_SEQUENCES, Models, Need, inspect_models, need, shared_bytes
 from zppo.methods import Method, get_method
+from zppo.openai_arguments import OPENAI, Arguments, check_openai, refuse_rollout
 from zppo.processes import ProcessPlan, processes, uses_teacher
+from zppo.vllm_arguments import VLLM, check_vllm_arguments
 
-ENGINE_ARGUMENTS = {"transformers": ("max_sequences", "max_length"), "simulated": ("script", "max_sequences")}
-"""Engines and their arguments; the engines themselves are not imported here."""
+ENGINE_ARGUMENTS = {
+    "transformers": ("max_sequences", "max_length"),
+    "simulated": ("script", "max_sequences"),
+    OPENAI: Arguments.__struct_fields__,
+}
+"""Engines and their arguments; the engines themselves are not imported here. Those of vLLM are its own."""
+CAPACITY_ARGUMENTS = {OPENAI: "max_concurrent", VLLM: "max_num_seqs"}
+"""The argument that says how many sequences an engine takes on; `max_sequences` where none is named here."""
 BYTES_PER_TOKEN = 8
 """A token id and its log-prob on the wire."""
 GIB = 1 << 30
@@ -137,23 +145,34 @@ def _check_engines(topology: Topology, method: Method) -> None:
     if uses_teacher(topology):
         size = topology.method.teacher_group_size
         _check_engine(topology.actors.teacher, "actors.teacher", size, "method.teacher_group_size")
+        check_openai(topology)
 
 
 def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str) -> None:
-    if actor.engine not in ENGINE_ARGUMENTS:
-        hint = nearest(actor.engine, ENGINE_ARGUMENTS)
+    if actor.engine not in (*ENGINE_ARGUMENTS, VLLM):
+        hint = nearest(actor.engine, (*ENGINE_ARGUMENTS, VLLM))
         raise UserError(f"{where}.engine is {actor.engine!r}; expected the name of an engine{hint}")
+    refuse_rollout(where, actor.engine)
+    _check_arguments(actor, where)
+    capacity = CAPACITY_ARGUMENTS.get(actor.engine, "max_sequences")
+    sequences = actor.engine_args.get(capacity, DEFAULT_SEQUENCES)
+    if not isinstance(sequences, int) or isinstance(sequences, bool):
+        raise UserError(f"{where}.engine_args.{capacity} is {sequences!r}; expected a whole number of at least 1")
+    if sequences < group:
+        raise UserError(f"{where}.engine_args.{capacity} is {sequences}; expected at least {group}, "
+                        f"the {group_setting}, because a group is sampled as a whole")
+
+
+def _check_arguments(actor: ActorConfig, where: str) -> None:
+    if actor.engine == VLLM:
+        model_where = "student.model" if where == "actors.rollout" else "teacher.model"
+        check_vllm_arguments(actor.engine_args, where, model_where)
+        return
     known = ENGINE_ARGUMENTS[actor.engine]
     for name in actor.engine_args:
         if name not in known:
             raise UserError(f"{where}.engine_args.{name}: the engine {actor.engine!r} has no such argument"
                             f"{nearest(name, known)}")
-    sequences = actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES)
-    if not isinstance(sequences, int) or isinstance(sequences, bool):
-        raise UserError(f"{where}.engine_args.max_sequences is {sequences!r}; expected a whole number of at least 1")
-    if sequences < group:
-        raise UserError(f"{where}.engine_args.max_sequences is {sequences}; expected at least {group}, "
-                        f"the {group_setting}, because a group is sampled as a whole")
 
 
 def _check_hosts(topology: Topology, method: Method) -> None:
@@ -169,6 +188,22 @@ def _check_recipe(topology: Topology, method: Method) -> None:
     config, scheduler = topology.method, topology.scheduler
     if config.group_size < 2:
         raise UserError("method.group_size is 1; expected at least 2, because a group of one has no advantage")
+    if topology.student.dtype == "float16":
+        raise UserError(
+            "student.dtype is 'float16'; expected 'bfloat16' or 'float32', because gradients in float16 vanish without "
+            "loss scaling"
+        )
+    least = 1.0 + config.clip_high
+    if config.dual_clip is not None and config.dual_clip < least:
+        raise UserError(
+            f"method.dual_clip is {config.dual_clip:g}; expected null or at least {least:g}, 1 + method.clip_high, "
+            "because a bound within the clip range would hold ordinary tokens"
+        )
+    if topology.student.sampling.presence_penalty != 0.0:
+        raise UserError(
+            f"student.sampling.presence_penalty is {topology.student.sampling.presence_penalty:g}; expected 0, because "
+            "the trainer computes log-probs without a penalty"
+        )
     if topology.evaluation.every is not None and topology.data.heldout is None:
         raise UserError(f"evaluation.every is {topology.evaluation.every}; expected null, or a file in data.heldout")
     if scheduler.lease_seconds <= 2 * topology.transport.heartbeat_seconds:

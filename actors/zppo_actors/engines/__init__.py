@@ -11,6 +11,8 @@ from zppo_actors.engines.spec import EngineSpec
 ENGINES: dict[str, str] = {
     "transformers": "zppo_actors.engines.transformers",
     "simulated": "zppo_actors.engines.simulated",
+    "vllm": "zppo_actors.engines.vllm",
+    "openai": "zppo_actors.engines.openai",
 }
 """Name -> module with `create(spec) -> Engine`."""
 

@@ -1,0 +1,136 @@
+"""How long a weight update stops a vLLM engine, against a plain copy of the same bytes.
+
+    python -P benches/weight_update.py --model models/smollm2 [--dtype bfloat16] [--sequences 8] [--repeats 5] [--json]
+
+A group is being sampled all the time. Every update publishes the model's weights as a new version into shared memory
+and loads it: *verify* runs beside the sampling, *pause* is the time from the request to pause until sampling goes on.
+*copy* is the floor: one thread maps such a file anew and copies its tensors into tensors that exist already, as every
+engine must. Copies and updates take turns, and the medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from zppo.config import ModelConfig
+from zppo_actors import weights
+from zppo_actors.engines import EngineSpec, create
+from zppo_actors.engines.vllm_publication import FileIdentity, Update
+from zppo_protocol.messages import ChatMessage, GenerateTask, PolicyManifest, Prompt, Sampling
+
+
+def spec_of(options: argparse.Namespace) -> EngineSpec:
+    """The engine as an actor would build it."""
+    return EngineSpec(
+        model=ModelConfig(model=options.model, dtype=options.dtype),
+        where="actors.rollout",
+        model_where="student.model",
+        device=options.device,
+        threads=options.threads,
+        engine_args={"max_num_seqs": options.sequences, "max_model_len": 2048, "enforce_eager": options.eager},
+    )
+
+
+def endless(number: int, n: int) -> GenerateTask:
+    """A group that is still being sampled when the last update has come."""
+    prompt = Prompt(messages=[ChatMessage(role="user", content="Tell me a very long story.")])
+    sampling = Sampling(max_new_tokens=1500)
+    return GenerateTask(task_id=str(number), kind="plain", prompt=prompt, n=n, sampling=sampling, seed=number)
+
+
+def copy_seconds(manifest: PolicyManifest, target: dict[str, torch.Tensor]) -> float:
+    """Map the file and copy every tensor of it."""
+    # Imported here: it is a part of vLLM's worker, and importing it starts with importing vLLM.
+    from zppo_actors.engines.vllm_weights import map_file, tensors
+
+    update = Update(manifest, FileIdentity.of(Path(manifest.path).stat()))
+    begin = time.perf_counter()
+    weights.copy([(target[name], tensor) for name, tensor in tensors(map_file(update), manifest.tensors)])
+    return time.perf_counter() - begin
+
+
+async def measure(engine: Any, tensors: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Update, copy, update, copy, … while groups are being sampled."""
+    rows: dict[str, list[float]] = {"verify": [], "pause": [], "copy": [], "tokens_per_second": []}
+    target = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    sampling = asyncio.ensure_future(sample_for_ever(engine, options.sequences))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for version in range(options.repeats + 1):
+            manifest = await asyncio.to_thread(weights.publish, tensors, version, Path(folder))
+            before, begin = engine.progress, time.perf_counter()
+            await asyncio.sleep(1.0)
+            rate = (engine.progress - before) / (time.perf_counter() - begin)
+            await engine.load_policy(manifest)
+            seconds = await asyncio.to_thread(copy_seconds, manifest, target)
+            weights.remove(Path(folder), version)
+            if version:  # the first one warms everything up
+                rows["tokens_per_second"].append(rate)
+                rows["verify"].append(engine.last_load.verified)
+                rows["pause"].append(engine.last_load.paused)
+                rows["copy"].append(seconds)
+    sampling.cancel()
+    await asyncio.gather(sampling, return_exceptions=True)
+    return {name: statistics.median(values) for name, values in rows.items()}
+
+
+async def sample_for_ever(engine: Any, n: int) -> None:
+    number = 0
+    while True:
+        await engine.generate(endless(number := number + 1, n))
+
+
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    tensors = dict(weights.untied(model.state_dict()))
+    engine = create("vllm", spec_of(options))
+    try:
+        result = await measure(engine, tensors, options)
+    finally:
+        await engine.close()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        "model": options.model,
+        "dtype": options.dtype,
+        "bytes": size,
+        **result,
+        "ratio": result["pause"] / result["copy"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of vLLM")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", default="/dev/shm", help="where weights are published")
+    parser.add_argument("--eager", action="store_true", help="do not let vLLM compile the model")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = asyncio.run(run(options))
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    verify, pause, copy = (result[name] * 1e3 for name in ("verify", "pause", "copy"))
+    print(
+        f"{result['bytes'] / 2**20:.0f} MiB: sampling paused for {pause:.0f} ms, plain copy {copy:.0f} ms, "
+        f"ratio {result['ratio']:.1f}; verified beside it in {verify:.0f} ms; "
+        f"{result['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    main()

