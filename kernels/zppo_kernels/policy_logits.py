@@ -1,0 +1,202 @@
+"""The clipped policy loss from materialised logits, with the gradient formed in the forward pass.
+
+One row operation reads the logits and writes their gradient, into a new tensor or (in_place) over the logits
+themselves. Rows whose mask or advantage is zero are not read; their gradient is written as 0.
+
+Shapes: T rows, V vocabulary, S sequences, M metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import backend_for
+from .gradients import keep_logits_gradient, logits_backward, refuse_double_backward
+from .metrics import LOGIT_METRICS, POLICY_METRICS, named, reduce_partials
+from .policy_inputs import Count, check_logits, check_row_ids, prepare_rows
+from .policy_reference import PolicyLossOutput, PolicyRows, live_of
+from .policy_terms import policy_terms
+from .row_chunks import accumulator_of, deliver, destination_of, row_chunks, widened
+from .settings import PolicyLossSettings, settings_from, settings_values
+
+_DEFAULTS = PolicyLossSettings()
+
+
+def policy_loss_from_logits(
+    logits_TV: Tensor,
+    target_ids_T: Tensor,
+    *,
+    sequence_ids_T: Tensor,
+    advantages_S: Tensor,
+    proximal_log_probs_T: Tensor,
+    token_count: Count,
+    behaviour_log_probs_T: Tensor | None = None,
+    reference_log_probs_T: Tensor | None = None,
+    mask_T: Tensor | None = None,
+    sequence_count: Count | None = None,
+    settings: PolicyLossSettings = _DEFAULTS,
+    full_metrics: bool = False,
+    in_place: bool = False,
+) -> PolicyLossOutput:
+    """`policy_loss_from_hidden` for logits that exist already; arguments and errors as there.
+
+    logits_TV: before division by the temperature; the gradient has their dtype.
+    in_place: the logits' storage becomes the gradient's (no second [T, V] tensor); the logits are gone afterwards, and
+        a second backward pass raises RuntimeError.
+    """
+    check_logits(logits_TV, target_ids_T)
+    rows = prepare_rows(
+        target_ids_T,
+        sequence_ids_T=sequence_ids_T,
+        advantages_S=advantages_S,
+        proximal_log_probs_T=proximal_log_probs_T,
+        behaviour_log_probs_T=behaviour_log_probs_T,
+        reference_log_probs_T=reference_log_probs_T,
+        mask_T=mask_T,
+        token_count=token_count,
+        sequence_count=sequence_count,
+        settings=settings,
+    )
+    wants_gradient = torch.is_grad_enabled() and logits_TV.requires_grad
+    if in_place and wants_gradient:
+        loss, values_M = _InPlace.apply(logits_TV, rows, settings, full_metrics)
+    else:
+        loss, values_M, _ = _policy_logits(
+            logits_TV, *rows.tensors(), *settings_values(settings), full_metrics, wants_gradient
+        )
+    return PolicyLossOutput(loss, named(POLICY_METRICS, values_M))
+
+
+def _evaluate(
+    logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, full_metrics: bool, gradient_TV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics [M]; the gradient goes to `gradient_TV`, which may be the logits."""
+    check_row_ids(rows, logits_TV.shape[1])
+    backend = backend_for(logits_TV)
+    rows, sample_metrics = backend.weighted(rows, settings)
+    rows = rows if full_metrics else replace(rows, mask_T=live_of(rows, settings))
+    evaluate = _by_sequence if settings.ratio_level == "sequence" else _by_token
+    loss, partials = evaluate(logits_TV, rows, settings, gradient_TV)
+    return loss, torch.cat([sample_metrics, reduce_partials(LOGIT_METRICS, partials)])
+
+
+def _by_token(
+    logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_TV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    backend = backend_for(logits_TV)
+    losses = [torch.zeros((), dtype=accumulator_of(logits_TV), device=logits_TV.device)]
+    partials = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=logits_TV.device)]
+    for part in row_chunks(logits_TV):
+        logits_CV = widened(logits_TV[part])
+        gradient_CV = destination_of(logits_CV, gradient_TV, part)
+        loss, values_M = backend.policy(logits_CV, rows.part(part), settings, gradient_CV)
+        deliver(gradient_CV, gradient_TV, part)
+        losses.append(loss)
+        partials.append(values_M)
+    return torch.stack(losses).sum(), torch.stack(partials)
+
+
+def _by_sequence(
+    logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_TV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All log-probs first, then coefficients, then gradients."""
+    backend, temperature = backend_for(logits_TV), settings.temperature
+    empty_T = torch.zeros(0, dtype=accumulator_of(logits_TV), device=logits_TV.device)
+    columns = [
+        backend.statistics(widened(logits_TV[part]), rows.target_ids_T[part], temperature)
+        for part in row_chunks(logits_TV)
+    ]
+    log_probs_T, entropy_T, lse_T = (torch.cat(column) for column in zip(*columns, (empty_T,) * 3, strict=True))
+    terms = policy_terms(log_probs_T, entropy_T, rows, settings)
+    slopes_T = terms.coefficients_L / temperature
+    for part in row_chunks(logits_TV):
+        logits_CV = widened(logits_TV[part])
+        gradient_CV = destination_of(logits_CV, gradient_TV, part)
+        if gradient_CV is None:
+            break
+        slopes_C = slopes_T[part]
+        backend.gradient(logits_CV, lse_T[part], -slopes_C, rows.target_ids_T[part], slopes_C, temperature, gradient_CV)
+        deliver(gradient_CV, gradient_TV, part)
+    return terms.loss, terms.metrics_M.unsqueeze(0)
+
+
+@torch.library.custom_op("zppo_kernels::policy_loss_from_logits", mutates_args=())
+def _policy_logits(
+    logits: Tensor,
+    target_ids: Tensor,
+    sequence_ids: Tensor,
+    advantages: Tensor,
+    scales: Tensor,
+    proximal: Tensor,
+    mask: Tensor,
+    behaviour: Tensor | None,
+    reference: Tensor | None,
+    numbers: list[float],
+    correction: str,
+    ratio_level: str,
+    full_metrics: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics [M] and the gradient of the loss by the logits (empty where not wanted)."""
+    rows = PolicyRows(target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference)
+    settings = settings_from(numbers, correction, ratio_level)
+    gradient_TV = torch.empty_like(logits) if wants_gradient else None
+    loss, values_M = _evaluate(logits, rows, settings, full_metrics, gradient_TV)
+    return loss, values_M, logits.new_empty(0) if gradient_TV is None else gradient_TV
+
+
+@_policy_logits.register_fake
+def _(
+    logits: Tensor,
+    target_ids: Tensor,
+    sequence_ids: Tensor,
+    advantages: Tensor,
+    scales: Tensor,
+    proximal: Tensor,
+    mask: Tensor,
+    behaviour: Tensor | None,
+    reference: Tensor | None,
+    numbers: list[float],
+    correction: str,
+    ratio_level: str,
+    full_metrics: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty((), dtype=accumulator_of(logits))
+    values_M = logits.new_empty(len(POLICY_METRICS), dtype=torch.float64)
+    return loss, values_M, torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
+
+
+_policy_logits.register_autograd(logits_backward("policy_loss_from_logits", 13), setup_context=keep_logits_gradient)
+
+
+class _InPlace(torch.autograd.Function):
+    """The same loss, its gradient written over the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, full_metrics: bool
+    ) -> tuple[Tensor, Tensor]:
+        storage_TV = (
+            logits_TV.detach()
+        )  # shares the version counter: whoever saved the logits for its backward will say so
+        loss, values_M = _evaluate(storage_TV, rows, settings, full_metrics, storage_TV)
+        torch.autograd.graph.increment_version(logits_TV)
+        ctx.gradient_TV = storage_TV
+        ctx.mark_non_differentiable(values_M)
+        ctx.set_materialize_grads(False)
+        return loss, values_M
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("policy_loss_from_logits")
+        if ctx.gradient_TV is None:
+            raise RuntimeError("the in-place gradient was given out already; use in_place=False to run backward twice")
+        gradient_TV, ctx.gradient_TV = ctx.gradient_TV, None
+        if outer[0] is not None:
+            backend_for(gradient_TV).scale(gradient_TV, outer[0])
+        return gradient_TV if outer[0] is not None else None, None, None, None

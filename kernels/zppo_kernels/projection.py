@@ -1,0 +1,96 @@
+"""The LM head's three matrix products over a chunk of rows, with float32 logits and a float32 weight gradient.
+
+Invariant: logits are never rounded below float32 (half a unit in the last place of a bf16 logit of 16 to 32 is 0.06
+nat), and the weight gradient is summed over chunks in float32 whatever the weight's dtype.
+
+Shapes: C rows of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+# On a CPU a chunk's logits should stay near the caches: 6.3 M float32 are 25 MB, 128 rows of a vocabulary of 49,152.
+_CPU_LOGITS = 128 * 49_152
+# On a GPU small chunks pay in weight-gradient traffic; one float32 buffer of 2,048 rows is 1.2 GB at V = 151,936.
+_GPU_ROWS = 2048
+# Rows start 64 bytes apart or a multiple of it, so that kernels may load 16 bytes at a time for any vocabulary.
+_ALIGNMENT = 32
+
+
+def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
+    """How many rows' logits exist at one time."""
+    most = _CPU_LOGITS // vocabulary if device.type == "cpu" else _GPU_ROWS
+    return max(1, min(rows, max(most, 16)))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """LM head with the dtypes its device computes in: half precision stays on a GPU, a CPU computes in float32."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+
+    @staticmethod
+    def of(weight_VH: Tensor, bias_V: Tensor | None) -> Projection:
+        """float64 stays float64 (the oracle of the tests)."""
+        weight_VH = weight_VH.detach()
+        if not weight_VH.is_cuda and weight_VH.dtype in _HALF:
+            weight_VH = weight_VH.float()
+        return Projection(weight_VH, None if bias_V is None else bias_V.detach())
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of logits and weight gradient."""
+        return torch.float64 if self.weight_VH.dtype == torch.float64 else torch.float32
+
+    def operand(self, hidden_CH: Tensor) -> Tensor:
+        """Hidden states in the dtype of the products."""
+        return hidden_CH.detach().to(self.weight_VH.dtype)
+
+    def buffer(self, rows: int) -> Tensor:
+        """Uninitialised logits [rows, V] with aligned rows."""
+        vocabulary = self.weight_VH.shape[0]
+        padded = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
+        storage = torch.empty(rows, padded, dtype=self.accumulator, device=self.weight_VH.device)
+        return storage[:, :vocabulary]
+
+    def logits(self, hidden_CH: Tensor, buffer_CV: Tensor) -> Tensor:
+        """hidden @ weight.T + bias into the first rows of the buffer, which are returned."""
+        logits_CV = buffer_CV[: len(hidden_CH)]
+        weight_HV = self.weight_VH.T
+        if self.weight_VH.dtype in _HALF:
+            torch.ops.aten.mm.dtype_out(hidden_CH, weight_HV, torch.float32, out=logits_CV)
+        else:
+            torch.mm(hidden_CH, weight_HV, out=logits_CV)
+        return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
+
+    def gradient_view(self, logits_CV: Tensor) -> Tensor:
+        """Where the row kernel writes the gradient: over the logits, in the dtype the next two products take.
+
+        bf16 gradients go to the front of each float32 row's own storage. float16 would lose small ones, so it stays
+        float32.
+        """
+        if self.weight_VH.dtype != torch.bfloat16:
+            return logits_CV
+        rows, vocabulary = logits_CV.shape
+        return logits_CV.view(torch.bfloat16).as_strided((rows, vocabulary), (2 * logits_CV.stride(0), 1))
+
+    def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
+        """gradient @ weight: [C, H]."""
+        return torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype))
+
+    def add_weight_gradient(self, total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, is_first: bool) -> None:
+        """total (+)= gradient.T @ hidden, in float32; the first chunk overwrites, so the total needs no zeroing."""
+        beta = 0.0 if is_first else 1.0
+        gradient_VC = gradient_CV.T
+        if gradient_CV.dtype in _HALF:
+            torch.ops.aten.addmm.dtype_out(
+                total_VH, gradient_VC, hidden_CH, torch.float32, beta=beta, alpha=1.0, out=total_VH
+            )
+        else:
+            total_VH.addmm_(gradient_VC, hidden_CH.to(gradient_CV.dtype), beta=beta)

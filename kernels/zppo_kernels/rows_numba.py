@@ -1,0 +1,163 @@
+"""Row operations over the vocabulary for CPUs: one fused pass per row while the row sits in the cache, compiled by
+numba.
+
+Invariant: equal to `rows_torch.TorchRows` up to rounding; float32 logits only (others fall back to it). Rows are shared
+out to as many threads as torch uses; the compiled code holds no interpreter lock and no state.
+
+Shapes: C rows of a chunk, V vocabulary, M metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _numba_policy as compiled
+from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
+from .policy_reference import PolicyRows
+from .rows_torch import TorchRows
+from .settings import PolicyLossSettings
+
+_CORRECTIONS = {"none": 0, "truncate": 1, "mask": 2}
+# Below this many logits a second thread costs more than it saves.
+_LOGITS_PER_THREAD = 1 << 18
+
+
+class NumbaRows(TorchRows):
+    """The CPU backend where numba is installed."""
+
+    name = "numba"
+
+    def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
+        """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
+        if rows.proximal_log_probs_T.dtype != torch.float32:
+            return super().weighted(rows, settings)
+        behaviour_T = rows.behaviour_log_probs_T
+        weights_T = torch.empty_like(rows.proximal_log_probs_T)
+        metrics_M = np.zeros(len(SAMPLE_METRICS))
+        compiled.sample_rows(
+            rows.mask_T.numpy(),
+            rows.sequence_ids_T.numpy(),
+            rows.advantages_S.numpy(),
+            rows.proximal_log_probs_T.numpy(),
+            (rows.proximal_log_probs_T if behaviour_T is None else behaviour_T).numpy(),
+            behaviour_T is not None,
+            _CORRECTIONS[settings.correction],
+            settings.correction_cap,
+            settings.kl_coefficient > 0,
+            weights_T.numpy(),
+            metrics_M,
+        )
+        return replace(rows, weights_T=weights_T), torch.from_numpy(metrics_M)
+
+    def statistics(self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read of the logits."""
+        if logits_CV.dtype != torch.float32:
+            return super().statistics(logits_CV, target_ids_C, temperature)
+        logits, targets = _array(logits_CV), target_ids_C.numpy()
+        results = torch.empty(3, len(targets))
+        _shared_out(
+            logits_CV,
+            lambda part: compiled.statistics_rows(logits[part], targets[part], temperature, results.numpy()[:, part]),
+        )
+        log_probs_C, entropy_C, lse_C = results.unbind(0)
+        return log_probs_C, entropy_C, lse_C
+
+    def policy(
+        self, logits_CV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_CV: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to `gradient_CV`."""
+        if logits_CV.dtype != torch.float32 or (gradient_CV is not None and gradient_CV.dtype != torch.float32):
+            return super().policy(logits_CV, rows, settings, gradient_CV)
+        logits = _array(logits_CV)
+        gradient = logits if gradient_CV is None else _array(gradient_CV)
+        columns = _row_columns(rows)
+        constants = _constants(settings, rows.reference_log_probs_T is not None)
+
+        def run(part: slice) -> np.ndarray:
+            result_M = np.zeros(1 + len(LOGIT_METRICS))
+            arguments: list[Any] = [
+                logits[part],
+                gradient[part],
+                gradient_CV is not None,
+                *(column[part] for column in columns),
+            ]
+            arguments += [rows.advantages_S.numpy(), rows.scales_S.numpy(), constants, result_M]
+            compiled.policy_rows(*arguments)
+            return result_M
+
+        partials_PM = torch.from_numpy(np.stack(_shared_out(logits_CV, run)))
+        total_M = reduce_partials(("loss", *LOGIT_METRICS), partials_PM)
+        return total_M[0].float(), total_M[1:]
+
+    def gradient(
+        self,
+        logits_CV: Tensor,
+        lse_C: Tensor,
+        probability_C: Tensor,
+        target_ids_C: Tensor,
+        label_C: Tensor,
+        temperature: float,
+        gradient_CV: Tensor,
+    ) -> None:
+        """gradient = probability_C * softmax + label_C * onehot(target)."""
+        if logits_CV.dtype != torch.float32 or gradient_CV.dtype != torch.float32:
+            super().gradient(logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV)
+            return
+        logits, gradient = _array(logits_CV), _array(gradient_CV)
+        columns = [column.numpy() for column in (lse_C, probability_C, target_ids_C, label_C)]
+
+        def run(part: slice) -> None:
+            arguments: list[Any] = [logits[part], gradient[part], *(column[part] for column in columns), temperature]
+            compiled.gradient_rows(*arguments)
+
+        _shared_out(logits_CV, run)
+
+
+def _array(matrix_CV: Tensor) -> np.ndarray:
+    array: np.ndarray = matrix_CV.detach().numpy()
+    return array
+
+
+def _row_columns(rows: PolicyRows) -> list[np.ndarray]:
+    reference_T = rows.reference_log_probs_T
+    weights_T = rows.weights_T if rows.weights_T is not None else torch.ones_like(rows.proximal_log_probs_T)
+    columns = (
+        rows.mask_T,
+        rows.target_ids_T,
+        rows.sequence_ids_T,
+        rows.proximal_log_probs_T,
+        weights_T,
+        rows.proximal_log_probs_T if reference_T is None else reference_T,
+    )
+    return [column.numpy() for column in columns]
+
+
+def _constants(settings: PolicyLossSettings, has_reference: bool) -> np.ndarray:
+    """The order `_numba_policy.policy_rows` unpacks."""
+    dual_clip = np.inf if settings.dual_clip is None else settings.dual_clip
+    bounds = (settings.clip_low, settings.clip_high, dual_clip)
+    return np.array([*bounds, settings.temperature, settings.kl_coefficient, float(has_reference)])
+
+
+def _shared_out(logits_CV: Tensor, run: Callable[[slice], np.ndarray | None]) -> list[np.ndarray]:
+    """Run over all rows, in several threads where it pays; results in row order."""
+    rows = logits_CV.shape[0]
+    threads = max(1, min(torch.get_num_threads(), rows, logits_CV.numel() // _LOGITS_PER_THREAD))
+    bounds = [rows * index // threads for index in range(threads + 1)]
+    parts = [slice(first, last) for first, last in pairwise(bounds)]
+    results = [run(parts[0])] if threads == 1 else list(_threads(threads).map(run, parts))
+    return [result for result in results if result is not None]
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="zppo-kernels")

@@ -1,0 +1,217 @@
+"""Row operations over the vocabulary for GPUs: launches of the kernels in `triton_rows` and `triton_samples`.
+
+Invariant: no launch waits for the device, and no tensor larger than a few floats a row is allocated here.
+
+Shapes: C rows of a chunk, V vocabulary, P programs, M metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
+from .policy_reference import PolicyRows
+from .rows_torch import TorchRows
+from .settings import PolicyLossSettings
+from .triton_jsd import jsd_kernel
+from .triton_rows import gradient_kernel, policy_kernel, scale_kernel, statistics_kernel
+from .triton_samples import samples_kernel
+
+_CORRECTIONS = {"none": 0, "truncate": 1, "mask": 2}
+_SAMPLE_BLOCK = 1024
+TILE_BYTES = 16_384
+
+
+class TritonRows(TorchRows):
+    """The GPU backend; under TRITON_INTERPRET=1 it also takes CPU tensors, which is how it is tested without a GPU."""
+
+    name = "triton"
+
+    def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
+        """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
+        count = len(rows.mask_T)
+        proximal_T, behaviour_T = rows.proximal_log_probs_T, rows.behaviour_log_probs_T
+        programs = triton.cdiv(count, _SAMPLE_BLOCK)
+        weights_T = torch.empty_like(proximal_T)
+        partials_PM = torch.zeros(programs, len(SAMPLE_METRICS), dtype=torch.float32, device=proximal_T.device)
+        if count:
+            with on_device(proximal_T):
+                samples_kernel[(programs,)](
+                    rows.mask_T, rows.sequence_ids_T, rows.advantages_S, proximal_T,
+                    proximal_T if behaviour_T is None else behaviour_T, weights_T, partials_PM, count,
+                    _constant(settings.correction_cap, proximal_T.device),
+                    CORRECTION=_CORRECTIONS[settings.correction], HAS_BEHAVIOUR=behaviour_T is not None,
+                    HAS_KL=settings.kl_coefficient > 0, BLOCK=_SAMPLE_BLOCK,
+                )  # fmt: skip
+        return replace(rows, weights_T=weights_T), reduce_partials(SAMPLE_METRICS, partials_PM)
+
+    def statistics(self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read of the logits."""
+        rows, vocabulary = logits_CV.shape
+        logits_CV = _with_unit_columns(logits_CV)
+        log_probs_C, entropy_C, lse_C = torch.empty(3, rows, device=logits_CV.device).unbind(0)
+        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
+        if rows:
+            with on_device(logits_CV):
+                statistics_kernel[(rows,)](
+                    logits_CV, target_ids_C, log_probs_C, entropy_C, lse_C, vocabulary, logits_CV.stride(0),
+                    INVERSE_TEMPERATURE=1.0 / temperature, BLOCK=block, num_warps=warps,
+                )  # fmt: skip
+        return log_probs_C, entropy_C, lse_C
+
+    def policy(
+        self, logits_CV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_CV: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to `gradient_CV`."""
+        count, vocabulary = logits_CV.shape
+        source_CV = _with_unit_columns(logits_CV)
+        destination_CV = source_CV if gradient_CV is None else gradient_CV
+        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
+        lines_CM = torch.zeros(count, 1 + len(LOGIT_METRICS), device=logits_CV.device)
+        proximal_T, reference_T = rows.proximal_log_probs_T, rows.reference_log_probs_T
+        weights_T = torch.ones_like(proximal_T) if rows.weights_T is None else rows.weights_T
+        if count:
+            with on_device(source_CV):
+                policy_kernel[(program_count(source_CV),)](
+                    source_CV, destination_CV, rows.mask_T, rows.target_ids_T, rows.sequence_ids_T, proximal_T,
+                    weights_T, proximal_T if reference_T is None else reference_T, rows.advantages_S, rows.scales_S,
+                    lines_CM, count, vocabulary, source_CV.stride(0), destination_CV.stride(0),
+                    **policy_constants(settings, reference_T is not None), HAS_GRADIENT=gradient_CV is not None,
+                    SHARES_STORAGE=_shares_storage(source_CV, destination_CV), BLOCK=block, num_warps=warps,
+                )  # fmt: skip
+        total_M = reduce_partials(("loss", *LOGIT_METRICS), lines_CM)
+        return total_M[0].float(), total_M[1:]
+
+    def gradient(
+        self,
+        logits_CV: Tensor,
+        lse_C: Tensor,
+        probability_C: Tensor,
+        target_ids_C: Tensor,
+        label_C: Tensor,
+        temperature: float,
+        gradient_CV: Tensor,
+    ) -> None:
+        """gradient = probability_C * softmax + label_C * onehot(target)."""
+        rows, vocabulary = logits_CV.shape
+        source_CV = _with_unit_columns(logits_CV)
+        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
+        if rows:
+            with on_device(source_CV):
+                gradient_kernel[(rows,)](
+                    source_CV, gradient_CV, lse_C.contiguous(), probability_C.contiguous(), target_ids_C,
+                    label_C.contiguous(), vocabulary, source_CV.stride(0), gradient_CV.stride(0),
+                    TEMPERATURE=temperature, INVERSE_TEMPERATURE=1.0 / temperature,
+                    SHARES_STORAGE=_shares_storage(source_CV, gradient_CV), BLOCK=block, num_warps=warps,
+                )  # fmt: skip
+
+    def scale(self, gradient_TV: Tensor, factor: Tensor) -> None:
+        """gradient *= factor (0-dim), in place; decided on the device, without waiting for it."""
+        rows, vocabulary = gradient_TV.shape
+        block, warps = block_and_warps(vocabulary, gradient_TV.element_size())
+        if rows:
+            with on_device(gradient_TV):
+                scale_kernel[(rows,)](
+                    gradient_TV, factor, vocabulary, gradient_TV.stride(0), BLOCK=block, num_warps=warps
+                )
+
+    def jsd(
+        self,
+        student_CV: Tensor,
+        teacher_CW: Tensor,
+        mask_C: Tensor,
+        beta: float,
+        temperature: float,
+        gradient_CV: Tensor | None,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence [C] and student entropy [C], 0 where masked; scale * gradient by the student's logits to
+        `gradient_CV`.
+        """
+        rows, vocabulary = student_CV.shape
+        student_CV, teacher_CW = _with_unit_columns(student_CV), _with_unit_columns(teacher_CW)
+        destination_CV = student_CV if gradient_CV is None else gradient_CV
+        divergence_C, entropy_C = torch.empty(2, rows, device=student_CV.device).unbind(0)
+        block, warps = block_and_warps(vocabulary, 2 * student_CV.element_size())
+        if rows:
+            with on_device(student_CV):
+                jsd_kernel[(program_count(student_CV, 2),)](
+                    student_CV, teacher_CW, destination_CV, mask_C, divergence_C, entropy_C, scale.float(), rows,
+                    vocabulary, min(vocabulary, teacher_CW.shape[1]), student_CV.stride(0), teacher_CW.stride(0),
+                    destination_CV.stride(0), BETA=beta, INVERSE_TEMPERATURE=1.0 / temperature,
+                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(student_CV, destination_CV),
+                    BLOCK=block, num_warps=warps,
+                )  # fmt: skip
+        return divergence_C, entropy_C
+
+
+def policy_constants(settings: PolicyLossSettings, has_reference: bool) -> dict[str, float | bool]:
+    """The settings as compile-time constants: they do not change during a run."""
+    return {
+        "INVERSE_TEMPERATURE": 1.0 / settings.temperature,
+        "LOWEST": 1.0 - settings.clip_low,
+        "HIGHEST": 1.0 + settings.clip_high,
+        # Beyond exp(LOG_RATIO_BOUND) nothing is ever clipped; an infinite constant would not compile.
+        "DUAL_CLIP": 1e30 if settings.dual_clip is None else settings.dual_clip,
+        "KL_COEFFICIENT": settings.kl_coefficient,
+        "HAS_REFERENCE": has_reference,
+    }
+
+
+def block_and_warps(vocabulary: int, element_size: int) -> tuple[int, int]:
+    """Tile width and warps: two 16-byte loads a thread and tile at full width, and two tiles in flight."""
+    block = min(TILE_BYTES // element_size, triton.next_power_of_2(vocabulary))
+    return block, min(16, max(1, block * element_size // 1024))
+
+
+def program_count(logits_CV: Tensor, rows_read: int = 1) -> int:
+    """How many programs share the rows: one per multiprocessor, fewer where their rows together would not fit the L2
+    cache.
+
+    rows_read: matrices a program reads a row of.
+    Never fewer than half the multiprocessors: below that they cannot draw the full memory bandwidth.
+    """
+    rows, vocabulary = logits_CV.shape
+    if not logits_CV.is_cuda:
+        return min(rows, 4)
+    properties = _properties(logits_CV.device)
+    fitting = int(0.75 * properties.L2_cache_size) // (rows_read * vocabulary * logits_CV.element_size())
+    processors: int = properties.multi_processor_count
+    if fitting >= 2 * processors:
+        processors *= 2
+    return min(rows, max(processors // 2, min(processors, fitting)))
+
+
+@cache
+def _properties(device: torch.device) -> torch._C._CudaDeviceProperties:
+    return torch.cuda.get_device_properties(device)
+
+
+@cache
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float32, device=device)
+
+
+def _shares_storage(source_CV: Tensor, destination_CV: Tensor) -> bool:
+    return source_CV.dtype != destination_CV.dtype and source_CV.data_ptr() == destination_CV.data_ptr()
+
+
+def _with_unit_columns(matrix_CV: Tensor) -> Tensor:
+    return matrix_CV if matrix_CV.stride(1) == 1 else matrix_CV.contiguous()
+
+
+@contextmanager
+def on_device(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's own GPU, whichever is current."""
+    if not tensor.is_cuda:
+        yield
+        return
+    with torch.cuda.device(tensor.device):
+        yield

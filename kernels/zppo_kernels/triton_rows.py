@@ -1,0 +1,309 @@
+"""Triton kernels over rows of logits: statistics, the fused policy row, and the gradient of a known coefficient.
+
+Invariants: offsets of a row are int64; the main loop over the vocabulary loads 16 bytes a thread, and only the tail is
+masked column by column; a padded column is -inf and never counts; every constant is a `tl.constexpr`, none is a float
+argument.
+
+Shapes: rows of V logits, `stride` elements apart; everything per row or per sequence is contiguous.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# settings.LOG_RATIO_BOUND; kernels may only read globals that are constexpr.
+_BOUND = tl.constexpr(20.0)
+ROW_METRICS = tl.constexpr(12)  # loss, then metrics.LOGIT_METRICS in order
+
+
+@triton.jit
+def _add_tile(logits, highest, total, weighted, INVERSE_TEMPERATURE: tl.constexpr):
+    """Online softmax sums of one more tile; a row that is -inf so far stays at 0 instead of becoming NaN."""
+    raised = tl.maximum(highest, tl.max(logits, axis=0))
+    anchor = tl.where(raised == float("-inf"), 0.0, raised)
+    shift = (highest - anchor) * INVERSE_TEMPERATURE
+    keep = tl.exp(shift)
+    moved = tl.where(keep == 0.0, 0.0, keep * shift)
+    x = (logits - anchor) * INVERSE_TEMPERATURE
+    p = tl.exp(x)
+    weighted = weighted * keep + total * moved + tl.where(p == 0.0, 0.0, p * x)
+    total = total * keep + p
+    return raised, total, weighted
+
+
+@triton.jit
+def load_first(row, vocabulary, BLOCK: tl.constexpr):
+    """The first full tile, or -inf where the vocabulary is smaller than a tile."""
+    columns = tl.arange(0, BLOCK)
+    return tl.load(row + columns, mask=columns < vocabulary // BLOCK * BLOCK, other=float("-inf"))
+
+
+@triton.jit
+def load_tail(row, vocabulary, BLOCK: tl.constexpr):
+    """What is left behind the full tiles, -inf beyond the vocabulary."""
+    columns = vocabulary // BLOCK * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(row + columns, mask=columns < vocabulary, other=float("-inf"))
+
+
+@triton.jit
+def row_sums(row, vocabulary, INVERSE_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr):
+    """Highest logit, sum of exp(x) and of exp(x) * x, with x = (logit - highest) / temperature.
+
+    Each tile is loaded while the one before it is summed: the maximum is a barrier, and a lone tile would wait for
+    memory there.
+    """
+    columns = tl.arange(0, BLOCK)
+    highest = float("-inf")
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    full = vocabulary // BLOCK * BLOCK
+    tile = load_first(row, vocabulary, BLOCK)
+    for start in range(BLOCK, full, BLOCK):
+        ahead = tl.load(row + start + columns)
+        highest, total, weighted = _add_tile(tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
+        tile = ahead
+    tail = load_tail(row, vocabulary, BLOCK)
+    highest, total, weighted = _add_tile(tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
+    highest, total, weighted = _add_tile(tail.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
+    return highest, tl.sum(total, axis=0), tl.sum(weighted, axis=0)
+
+
+@triton.jit
+def target_logit(row, target, vocabulary):
+    """The logit of the target; NaN for an id out of the vocabulary, so that the loss says so."""
+    inside = (target >= 0) & (target < vocabulary)
+    return tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def fill_zero(row, vocabulary, BLOCK: tl.constexpr):
+    """Zeros over one row."""
+    columns = tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), tl.float32).to(row.dtype.element_ty)
+    full = vocabulary // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        tl.store(row + start + columns, zeros)
+    if full < vocabulary:
+        tl.store(row + full + columns, zeros, mask=full + columns < vocabulary)
+
+
+@triton.jit
+def _softmax_tile(logits, columns, anchor, factor, target, label, INVERSE_TEMPERATURE: tl.constexpr):
+    """factor * exp(x), and at the target the label's entry, formed in float32 before any rounding."""
+    values = factor * tl.exp((logits.to(tl.float32) - anchor) * INVERSE_TEMPERATURE)
+    return tl.where(columns == target, label, values)
+
+
+@triton.jit
+def write_softmax(
+    source,
+    destination,
+    vocabulary,
+    anchor,
+    factor,
+    target,
+    label,
+    INVERSE_TEMPERATURE: tl.constexpr,
+    SHARES_STORAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """destination = factor * exp((source - anchor) / temperature), label at the target.
+
+    The first barrier lets every thread read the target's logit before one overwrites it, where both are the same
+    memory. With SHARES_STORAGE a narrower destination row begins where the source row does: tile k is written at or
+    before what tile k reads, so all threads must have read their part of a tile before one writes.
+    """
+    columns = tl.arange(0, BLOCK)
+    full = vocabulary // BLOCK * BLOCK
+    tl.debug_barrier()
+    tile = load_first(source, vocabulary, BLOCK)
+    for start in range(0, full, BLOCK):
+        following = start + BLOCK + columns
+        ahead = tl.load(source + following, mask=following < full, other=float("-inf"))
+        values = _softmax_tile(tile, start + columns, anchor, factor, target, label, INVERSE_TEMPERATURE)
+        if SHARES_STORAGE:
+            tl.debug_barrier()
+        tl.store(destination + start + columns, values.to(destination.dtype.element_ty))
+        tile = ahead
+    tail = load_tail(source, vocabulary, BLOCK)
+    values = _softmax_tile(tail, full + columns, anchor, factor, target, label, INVERSE_TEMPERATURE)
+    if SHARES_STORAGE:
+        tl.debug_barrier()
+    tl.store(destination + full + columns, values.to(destination.dtype.element_ty), mask=full + columns < vocabulary)
+
+
+@triton.jit
+def statistics_kernel(
+    logits,
+    target_ids,
+    log_probs,
+    entropies,
+    lse,
+    vocabulary,
+    stride,
+    INVERSE_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: log-prob of the target, entropy, log-sum-exp of the scaled logits."""
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * stride
+    highest, total, weighted = row_sums(row, vocabulary, INVERSE_TEMPERATURE, BLOCK)
+    log_total = tl.log(total)
+    picked = target_logit(row, tl.load(target_ids + index), vocabulary)
+    tl.store(log_probs + index, (picked - highest) * INVERSE_TEMPERATURE - log_total)
+    tl.store(entropies + index, log_total - weighted / total)
+    empty = highest == float("-inf")
+    tl.store(lse + index, tl.where(empty, highest, highest * INVERSE_TEMPERATURE + log_total))
+
+
+@triton.jit
+def gradient_kernel(
+    logits,
+    gradient,
+    lse,
+    probability,
+    target_ids,
+    label,
+    vocabulary,
+    logits_stride,
+    gradient_stride,
+    TEMPERATURE: tl.constexpr,
+    INVERSE_TEMPERATURE: tl.constexpr,
+    SHARES_STORAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: gradient = probability * softmax + label * onehot(target)."""
+    index = tl.program_id(0).to(tl.int64)
+    source, destination = logits + index * logits_stride, gradient + index * gradient_stride
+    factor, target, extra = tl.load(probability + index), tl.load(target_ids + index), tl.load(label + index)
+    row_lse = tl.load(lse + index)
+    at_target = factor * tl.exp(target_logit(source, target, vocabulary) * INVERSE_TEMPERATURE - row_lse)
+    entry = tl.where(factor == 0.0, 0.0, at_target) + extra
+    if factor == 0.0:
+        fill_zero(destination, vocabulary, BLOCK)
+        tl.debug_barrier()
+        tl.store(destination + target, entry.to(gradient.dtype.element_ty), mask=extra != 0.0)
+    else:
+        write_softmax(
+            source,
+            destination,
+            vocabulary,
+            row_lse * TEMPERATURE,
+            factor,
+            target,
+            entry,
+            INVERSE_TEMPERATURE,
+            SHARES_STORAGE,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _clamped(x):
+    """x within the log-ratio bound; unlike minimum and maximum, a NaN stays one."""
+    return tl.where(x > _BOUND, _BOUND, tl.where(x < -_BOUND, -_BOUND, x))
+
+
+@triton.jit
+def policy_kernel(
+    logits,
+    gradient,
+    mask,
+    target_ids,
+    sequence_ids,
+    proximal,
+    weights,
+    reference,
+    advantages,
+    scales,
+    row_metrics,
+    rows,
+    vocabulary,
+    logits_stride,
+    gradient_stride,
+    INVERSE_TEMPERATURE: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    KL_COEFFICIENT: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    SHARES_STORAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The fused row, for a fixed number of programs that share the rows out: softmax, ratio, clips, loss, metrics,
+    gradient.
+
+    Few enough programs keep their rows in the L2 cache, so that the second sweep does not go to device memory. Each row
+    writes one line of `row_metrics` (zeros before): no atomics, so the sums are the same in every run.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    while index < rows:
+        source, destination = logits + index * logits_stride, gradient + index * gradient_stride
+        coefficient = 0.0
+        highest, total, label = 0.0, 1.0, 0.0
+        target = tl.load(target_ids + index)
+        if tl.load(mask + index) != 0:
+            highest, total, weighted = row_sums(source, vocabulary, INVERSE_TEMPERATURE, BLOCK)
+            log_total = tl.log(total)
+            log_prob = (target_logit(source, target, vocabulary) - highest) * INVERSE_TEMPERATURE - log_total
+            sequence = tl.load(sequence_ids + index)
+            advantage, scale = tl.load(advantages + sequence), tl.load(scales + sequence)
+            weight = tl.load(weights + index)
+            difference = log_prob - tl.load(proximal + index)
+            log_ratio = _clamped(difference)
+            ratio = tl.exp(log_ratio)
+            is_low = (advantage < 0.0) & (ratio < LOWEST)
+            is_high = (advantage > 0.0) & (ratio > HIGHEST)
+            is_dual = (advantage < 0.0) & (ratio > DUAL_CLIP)
+            bounded = tl.where(is_low, LOWEST, tl.where(is_high, HIGHEST, tl.where(is_dual, DUAL_CLIP, ratio)))
+            policy_loss = -advantage * bounded * weight
+            is_active = ~(is_low | is_high | is_dual) & (tl.abs(difference) < _BOUND)
+            slope = tl.where(is_active, -advantage * ratio * weight, 0.0)
+            divergence = 0.0
+            if HAS_REFERENCE:
+                gap = tl.load(reference + index) - log_prob
+                bounded_gap = _clamped(gap)
+                divergence = tl.exp(bounded_gap) - 1.0 - bounded_gap
+                slope += tl.where(tl.abs(gap) < _BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0)
+            coefficient = slope * scale * INVERSE_TEMPERATURE
+            label = coefficient * (1.0 - tl.exp(log_prob))
+            line = row_metrics + index * ROW_METRICS
+            tl.store(line + 0, scale * (policy_loss + KL_COEFFICIENT * divergence))
+            tl.store(line + 1, 1.0)
+            tl.store(line + 2, log_prob)
+            tl.store(line + 3, log_total - weighted / total)
+            tl.store(line + 4, ratio)
+            tl.store(line + 5, ratio - 1.0 - log_ratio)
+            tl.store(line + 6, is_low.to(tl.float32))
+            tl.store(line + 7, is_high.to(tl.float32))
+            tl.store(line + 8, is_dual.to(tl.float32))
+            tl.store(line + 9, policy_loss)
+            tl.store(line + 10, divergence)
+            tl.store(line + 11, ratio)
+        if HAS_GRADIENT:
+            if coefficient == 0.0:
+                fill_zero(destination, vocabulary, BLOCK)
+            else:
+                factor = -coefficient / total
+                write_softmax(
+                    source, destination, vocabulary, highest, factor, target, label,
+                    INVERSE_TEMPERATURE, SHARES_STORAGE, BLOCK,
+                )  # fmt: skip
+        index += tl.num_programs(0)
+
+
+@triton.jit
+def scale_kernel(matrix, factor, columns_count, stride, BLOCK: tl.constexpr):
+    """One program a row: row *= factor, and nothing at all where the factor, read on the device, is 1."""
+    value = tl.load(factor).to(tl.float32)
+    if value == 1.0:
+        return
+    row = matrix + tl.program_id(0).to(tl.int64) * stride
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, columns_count, BLOCK):
+        inside = start + columns < columns_count
+        scaled = tl.load(row + start + columns, mask=inside).to(tl.float32) * value
+        tl.store(row + start + columns, scaled.to(matrix.dtype.element_ty), mask=inside)

@@ -1,0 +1,49 @@
+"""The package alone: it imports Triton only where it is used, and works where neither numba nor Triton is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numba", "triton", "zppo", "zppo_actors", "zppo_protocol", "transformers"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import zppo_kernels as kernels
+from zppo_kernels.backends import backend_for
+
+assert backend_for(torch.zeros(1)).name == "torch"
+hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+ids = torch.tensor([1, 2, 3, 4, -100])
+log_probs, _ = kernels.token_log_probs(hidden, weight, ids)
+advantages = kernels.group_advantages(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]))
+output = kernels.policy_loss_from_hidden(
+    hidden, weight, ids, sequence_ids_T=torch.tensor([0, 0, 1, 1, 1]), advantages_S=advantages,
+    proximal_log_probs_T=log_probs, token_count=4,
+)
+output.loss.backward()
+assert weight.grad.abs().max() > 0
+assert kernels.balanced_partition([3, 2, 1], 2) == [[0], [1, 2]]
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_plain_torch_is_enough() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.slow
+def test_triton_is_imported_late() -> None:
+    script = "import sys, zppo_kernels; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
