@@ -11,16 +11,17 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from zppo.errors import UserError, nearest
+from zppo.exit_codes import EXIT_USER_ERROR
 
 USAGE = """\
 usage: zppo COMMAND …
 
   zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml)
   zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
+  zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
   zppo --version
 """
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +70,7 @@ def _help(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
     "launch": _door("zppo.launch"),
+    "evaluate": _door("zppo.evaluate"),
     "report": _door("zppo.report.cli"),
     "--version": _version,
     "--help": _help,

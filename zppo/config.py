@@ -56,7 +56,7 @@ class MethodConfig(Config, frozen=True, kw_only=True):
 
 
 class DataConfig(Config, frozen=True, kw_only=True):
-    """Question files (JSONL) and the limits on them. `fields` maps our names to the file's column names."""
+    """Sources of questions (docs/data.md) and the limits on them. `fields` maps our names to column names."""
 
     train: str
     heldout: str | None = None

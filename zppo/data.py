@@ -1,19 +1,18 @@
-"""The corpus: question files in, checked `Question`s out, and the order in which an epoch visits them.
+"""The corpus: rows of a source in, checked `Question`s out, and the order in which an epoch visits them.
 
 The invariant: a question that enters the corpus can be trained on: it has a text, a gold answer, an id of its own and
-readable pictures. A row that cannot is a *bad row*: counted, listed with its line, and refused above
-`data.max_bad_rows`. A reader turns one file format into raw rows; other sources join as further readers.
+readable pictures. A row that cannot is a *bad row*: counted, listed with its number, and refused above
+`data.max_bad_rows`. Where rows come from, files, folders or procedures, is the business of `zppo.sources`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -22,6 +21,9 @@ from zppo.errors import UserError, nearest
 from zppo.grading import get_grader
 from zppo.pictures import picture_problem
 from zppo.questions import Question
+from zppo.sources import OWN_COLUMNS, Columns, Source, open_source
+from zppo.sources.base import Unit, same_words
+from zppo.sources.jsonl import kind_of
 from zppo_protocol.messages import MediaReference
 
 MAX_TEXT = 1_000_000
@@ -29,91 +31,51 @@ MAX_TEXT = 1_000_000
 MAX_ID = 200
 """Characters of an id: group ids are built from it and must fit a protocol name."""
 MAX_PATH = 512
-DEFAULT_FIELDS = {"id": "id", "question": "question", "answer": "answer", "images": "images"}
-
-RawRow = tuple[int, dict[str, Any] | str]
-"""(1-based line, the row's columns or the reason why there are none)."""
 
 
 class BadRow(Struct, frozen=True, kw_only=True):
-    """A row that was left out: its 1-based line and one reason."""
+    """A row that was left out: its 1-based number (JSONL: its line) and one reason."""
 
     line: int
     reason: str
 
 
 class Corpus(Struct, frozen=True, kw_only=True):
-    """Questions in the order of the file, and the rows that did not make it."""
+    """Questions in the order of the source, and the rows that did not make it, numbered in `unit`s."""
 
     questions: list[Question]
     bad_rows: list[BadRow]
+    unit: Unit = "line"
 
 
 class RowError(ValueError):
     """Why one row is bad; becomes a `BadRow`."""
 
 
-def read_jsonl(path: Path) -> Iterator[RawRow]:
-    """Yield one raw row per non-blank line; lines that are not UTF-8 or not a JSON object carry their reason."""
-    with path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
-            if line == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if data.strip():
-                yield line, _decode_row(data)
-
-
-def _decode_row(data: bytes) -> dict[str, Any] | str:
-    try:
-        data.decode("utf-8")
-        row = msgspec.json.decode(data)
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 text (byte {error.start + 1} of the line)"
-    except (msgspec.DecodeError, RecursionError) as error:
-        return f"not a JSON value ({error})"
-    return row if isinstance(row, dict) else f"a {_kind(row)} where a JSON object was expected"
-
-
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {".jsonl": read_jsonl}
-"""File suffix -> reader."""
-
-
 def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
-    """Read and check a question file.
+    """Read and check a question file, a data set folder, or a procedural source (docs/data.md).
 
     `path` is relative to `base` (the topology's folder); picture paths are relative to the question file's own folder.
-    Raises UserError when the file is missing, of an unknown kind or without a good row, when the grader is unknown, and
-    when more than `config.max_bad_rows` rows are bad.
+    Raises UserError when the source is missing, damaged, of an unknown kind or without a good row, when the grader is
+    unknown, and when more than `config.max_bad_rows` rows are bad.
     """
-    file = base / path
-    rows = _reader(file)(file)
-    builder = _CorpusBuilder(file, config)
-    try:
-        for line, row in rows:
-            builder.add(line, row)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); expected a question file") from None
+    columns = Columns(names=OWN_COLUMNS | dict(config.fields), chosen=frozenset(config.fields))
+    builder = _CorpusBuilder(open_source(path, columns, base), config)
+    for number, row in builder.source.rows:
+        builder.add(number, row)
     return builder.finish()
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[RawRow]]:
-    if not file.is_file():
-        siblings = [p.name for p in file.parent.glob("*") if p.suffix in READERS] if file.parent.is_dir() else []
-        hint = nearest(file.name, siblings) if siblings else ""
-        raise UserError(f"{file}: no such question file{hint}")
-    if file.suffix not in READERS:
-        raise UserError(f"{file}: unknown kind of question file {file.suffix!r}{nearest(file.suffix, READERS)}")
-    return READERS[file.suffix]
 
 
 class _CorpusBuilder:
     """Collects good and bad rows, and remembers where each id and each question was seen first."""
 
-    def __init__(self, file: Path, config: DataConfig) -> None:
-        self.file = file
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        self.source = source
         self.config = config
-        self.grader = get_grader(config.grader)
-        self.columns = DEFAULT_FIELDS | dict(config.fields)
+        self.columns = source.columns
+        get_grader(config.grader)
+        self.grader_name = source.grader or config.grader
+        self.grader = get_grader(self.grader_name)
         self.questions: list[Question] = []
         self.bad_rows: list[BadRow] = []
         self.line_of_id: dict[str, int] = {}
@@ -133,8 +95,8 @@ class _CorpusBuilder:
     def finish(self) -> Corpus:
         self._refuse_too_many()
         if not self.questions:
-            raise UserError(f"{self.file}: holds no question; expected at least one row")
-        return Corpus(questions=self.questions, bad_rows=self.bad_rows)
+            raise UserError(f"{self.source.name}: holds no question; expected at least one row")
+        return Corpus(questions=self.questions, bad_rows=self.bad_rows, unit=self.source.unit)
 
     def _refuse_too_many(self) -> None:
         count, limit = len(self.bad_rows), self.config.max_bad_rows
@@ -142,7 +104,7 @@ class _CorpusBuilder:
             first = self.bad_rows[0]
             rows = "1 bad row" if count == 1 else f"{count} bad rows"
             raise UserError(
-                f"{self.file}:{first.line}: {first.reason}; {rows} where data.max_bad_rows allows {limit}: "
+                f"{self.source.place(first.line)}: {first.reason}; {rows} where data.max_bad_rows allows {limit}: "
                 "mend the file or raise the limit"
             )
 
@@ -152,9 +114,9 @@ class _CorpusBuilder:
         media = tuple(self._media(row))
         if not self.grader.usable(answer):
             raise RowError(
-                f"the gold answer is {answer[:40]!r}, which the grader {self.config.grader!r} can never meet"
+                f"the gold answer is {answer[:40]!r}, which the grader {self.grader_name!r} can never meet"
             )
-        return Question(id=self._id(row, text, media), text=text, answer=answer, media=media, grader=self.config.grader)
+        return Question(id=self._id(row, text, media), text=text, answer=answer, media=media, grader=self.grader_name)
 
     def _text(self, row: dict[str, Any], field: str) -> str:
         """Required text. Numbers are accepted and become their text; everything else is a bad row."""
@@ -175,7 +137,7 @@ class _CorpusBuilder:
         column = self.columns["id"]
         if row.get(column) is None:
             content = "\0".join([text, *(m.path for m in media)])
-            return f"{self.file.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+            return f"{self.source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         name = _as_text(row[column], f"the id ({column!r})")
         if not name.strip() or len(name) > MAX_ID or not name.isprintable():
             raise RowError(f"the id ({column!r}) is {name[:40]!r}; expected 1 to {MAX_ID} printable characters")
@@ -185,13 +147,15 @@ class _CorpusBuilder:
         column = self.columns["images"]
         value = row.get(column)
         paths = [value] if isinstance(value, str) else [] if value is None else value
+        if isinstance(value, dict) and "bytes" in value:
+            raise RowError(f"the images ({column!r}) lie inside the table; expected paths of picture files")
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise RowError(f"the images ({column!r}) are a {_kind(value)}; expected a path or a list of paths")
+            raise RowError(f"the images ({column!r}) are a {kind_of(value)}; expected a path or a list of paths")
         for path in paths:
             yield MediaReference(kind="image", path=self._picture(path))
 
     def _picture(self, path: str) -> str:
-        full = (self.file.parent / _clean(path, "an image path")).absolute()
+        full = (self.source.folder / _clean(path, "an image path")).absolute()
         if len(str(full)) > MAX_PATH:
             raise RowError(f"image path {path[:40]!r}… is longer than {MAX_PATH} characters")
         problem = picture_problem(full)
@@ -203,9 +167,9 @@ class _CorpusBuilder:
         earlier = self.line_of_id.get(question.id)
         same = self.line_of_text.get(_identity(question))
         if same is not None:
-            raise RowError(f"asks the same as line {same}")
+            raise RowError(f"asks the same as {self.source.unit} {same}")
         if earlier is not None:
-            raise RowError(f"the id {question.id!r} was used on line {earlier}")
+            raise RowError(f"the id {question.id!r} was used on {self.source.unit} {earlier}")
         self.line_of_id[question.id] = line
         self.line_of_text[_identity(question)] = line
 
@@ -214,8 +178,10 @@ def _as_text(value: object, name: str) -> str:
     if isinstance(value, str):
         return _clean(value, name)
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RowError(f"{name} is not a finite number")
         return str(value)
-    raise RowError(f"{name} is a {_kind(value)}; expected text or a number")
+    raise RowError(f"{name} is a {kind_of(value)}; expected text or a number")
 
 
 def _clean(value: str, name: str) -> str:
@@ -225,15 +191,9 @@ def _clean(value: str, name: str) -> str:
     return value
 
 
-def _kind(value: object) -> str:
-    names = {bool: "true/false value", dict: "JSON object", list: "list", str: "text", type(None): "null"}
-    return names.get(type(value), "number")
-
-
 def _identity(question: Question) -> tuple[object, ...]:
     """What makes two questions the same: the text up to case, width and white space, and the pictures."""
-    text = " ".join(unicodedata.normalize("NFKC", question.text).casefold().split())
-    return (text, *(media.path for media in question.media))
+    return (same_words(question.text), *(media.path for media in question.media))
 
 
 def held_out_overlap(train: Iterable[Question], heldout: Iterable[Question]) -> list[str]:
@@ -253,5 +213,5 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def bad_rows_text(corpus: Corpus) -> str:
-    """The body of `bad_rows.txt`: one `line N: reason` each."""
-    return "".join(f"line {row.line}: {row.reason}\n" for row in corpus.bad_rows)
+    """The body of `bad_rows.txt`: one `line N: reason` each (`row N` of a table)."""
+    return "".join(f"{corpus.unit} {row.line}: {row.reason}\n" for row in corpus.bad_rows)

@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from zppo.metrics import version_ranges
+from zppo.grading import shown_gold
+from zppo.metrics import prompt_length, response_lengths, version_ranges
 from zppo.window import TEACHER, Candidate, Group, Visit, Window
 from zppo_protocol.messages import Prompt
 
@@ -25,7 +26,10 @@ OUTCOMES = ("admitted", "kept", "graduated", "none")
 
 
 class RolloutRow(Struct, kw_only=True):
-    """One rollout. Versions are None where no policy sampled it (teacher), `log_prob_mean` where it has no token."""
+    """One rollout. Versions are None where no policy sampled it (teacher), `log_prob_mean` where it has no token.
+
+    Lengths are None where an engine that sees only text did not count them.
+    """
 
     step: int
     window: int
@@ -49,9 +53,9 @@ class RolloutRow(Struct, kw_only=True):
     reward: float
     note: str
     finish_reason: str
-    length: int
+    length: int | None
     """Response tokens."""
-    prompt_length: int
+    prompt_length: int | None
     """Prompt tokens, chat template included."""
     version_min: int | None
     version_max: int | None
@@ -137,7 +141,7 @@ def _visit_rows(visit: Visit, step: int, window: int, outcome: Mapping[str, str]
         "window": window,
         "question_id": question.id,
         "question": question.text,
-        "gold": question.answer,
+        "gold": shown_gold(question.answer, question.grader),
         "origin": visit.origin,
         "outcome": outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
@@ -156,7 +160,7 @@ def _group_rows(group: Group, shared: dict[str, Any], candidates: list[Candidate
         return
     samples, trained = group.samples, group.kind != TEACHER
     shown = None if candidates is None else msgspec.json.encode(candidates).decode()
-    prompt, ranges = prompt_text(group.prompt), version_ranges(samples)
+    prompt, ranges, lengths = prompt_text(group.prompt), version_ranges(samples), response_lengths(samples)
     for i, grade in enumerate(group.grades):
         start, end = int(samples.offsets[i]), int(samples.offsets[i + 1])
         low, high = (ranges[i] if trained else None) or (None, None)
@@ -172,8 +176,8 @@ def _group_rows(group: Group, shared: dict[str, Any], candidates: list[Candidate
             reward=grade.reward,
             note=grade.note,
             finish_reason=samples.finish_reasons[i],
-            length=end - start,
-            prompt_length=int(samples.prompt_ids.size),
+            length=lengths[i],
+            prompt_length=prompt_length(samples),
             version_min=low,
             version_max=high,
             log_prob_mean=float(np.mean(samples.log_probs[start:end])) if end > start else None,

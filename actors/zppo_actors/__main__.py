@@ -1,4 +1,4 @@
-"""`python -m zppo_actors ROLE …` starts one process of a run: the supervisor, or an actor that it spawns."""
+"""`python -m zppo_actors ROLE …` starts one process: the supervisor of a run, an actor of it, or an evaluation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def main(argv: list[str]) -> int:
         from zppo_actors import supervisor
 
         return process.guarded(lambda: supervisor.main(argv[1:]))
+    if argv[:1] == ["evaluate"]:
+        from zppo_actors import evaluate
+
+        return process.guarded(lambda: evaluate.main(argv[1:]))
     return process.main(argv)
 
 

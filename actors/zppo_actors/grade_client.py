@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from zppo_actors.grade_worker import HEADER, WARM_UP, GradeRequest, pack
+from zppo.sources import is_procedural
+from zppo_actors.grade_worker import HEADER, PROCEDURAL, WARM_UP, GradeRequest, pack
 from zppo_protocol.messages import Grade
 
 COMMAND = (sys.executable, "-P", "-m", "zppo_actors.grade_worker")
@@ -31,6 +32,12 @@ MAX_FAILED_STARTS = 3
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 log = logging.getLogger("zppo.grader")
+
+
+def worker_command(*sources: str | None) -> list[str]:
+    """The command of a worker that grades the questions of these sources (`data.train`, `data.heldout`)."""
+    procedural = any(source is not None and is_procedural(source) for source in sources)
+    return [*COMMAND, *([PROCEDURAL] if procedural else [])]
 
 
 class GradeWorker:

@@ -21,12 +21,15 @@ import msgspec
 from msgspec import Struct
 
 from zppo.grading import grade
+from zppo.reasoning_gym_tasks import task_names
 from zppo_protocol.messages import Grade
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 64 * 2**20
 MAX_MEMORY = 4 * 2**30
 """Bytes of address space; 9^9^9^9 asks for more than any machine has."""
+PROCEDURAL = "--procedural"
+"""Loads the scorers of procedural tasks, seconds of work, before the first time limit runs."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,13 +64,15 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return body if len(body) == size else None
 
 
-def main() -> int:
-    """Answer requests until stdin ends."""
+def main(arguments: list[str]) -> int:
+    """Answer requests until stdin ends; with PROCEDURAL among the arguments, be ready for procedural tasks too."""
     _die_with_parent()
     requests, replies = _private_pipes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _limit_memory()
+    if PROCEDURAL in arguments:
+        task_names("grade worker")
     while (body := read_frame(requests)) is not None:
         request = msgspec.msgpack.decode(body, type=GradeRequest)
         signal.setitimer(signal.ITIMER_REAL, request.seconds)
@@ -106,4 +111,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -41,19 +41,20 @@ def check_samples(samples: GroupSamples) -> None:
     check_array("log_probs", samples.log_probs, np.float32)
     check_array("offsets", samples.offsets, np.int32)
     check_array("version_spans", samples.version_spans, np.int32, dimensions=2)
-    if len(samples.prompt_ids) == 0:
-        raise ProtocolError("prompt_ids must hold at least one token")
     _check_ids("prompt_ids", samples.prompt_ids)
     _check_ids("token_ids", samples.token_ids)
     _check_log_probs(samples.log_probs, len(samples.token_ids))
     _check_offsets(samples.offsets, len(samples.token_ids))
     _check_spans(samples.version_spans, len(samples.token_ids))
     _check_completions(samples, len(samples.offsets) - 1)
+    _check_text_only(samples, len(samples.offsets) - 1)
 
 
 def check_train_group(group: TrainGroup) -> None:
     """Check that there is one reward in [0, 1] per completion. Raises ProtocolError."""
     check_array("rewards", group.rewards, np.float32)
+    if group.samples.text_only:
+        raise ProtocolError("samples must have token ids to be trained on, got texts only")
     completions = len(group.samples.offsets) - 1
     if len(group.rewards) != completions:
         raise ProtocolError(f"rewards must have one entry per completion ({completions}), got {len(group.rewards)}")
@@ -105,3 +106,19 @@ def _check_completions(samples: GroupSamples, completions: int) -> None:
         raise ProtocolError(f"finish_reasons must have {completions} entries, got {len(samples.finish_reasons)}")
     if samples.texts and len(samples.texts) != completions:
         raise ProtocolError(f"texts must have {completions} entries (or none at all), got {len(samples.texts)}")
+
+
+def _check_text_only(samples: GroupSamples, completions: int) -> None:
+    if not samples.text_only:
+        if samples.usage:
+            raise ProtocolError("usage must be empty where the token ids are known")
+        return
+    if len(samples.token_ids):
+        raise ProtocolError("prompt_ids must hold at least one token, unless there are texts and no token ids at all")
+    if len(samples.texts) != completions:
+        raise ProtocolError(
+            f"texts must have {completions} entries where there are no token ids, got {len(samples.texts)}"
+        )
+    counted = sum(usage.completions for usage in samples.usage)
+    if samples.usage and counted != completions:
+        raise ProtocolError(f"usage must cover {completions} completions, got {counted}")

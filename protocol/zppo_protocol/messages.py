@@ -57,12 +57,24 @@ class Prompt(Value, frozen=True):
 
 
 class Sampling(Value, frozen=True):
-    """Decoding settings of one task; `top_k` 0 and `top_p` 1.0 mean no truncation. `temperature` 0 is greedy."""
+    """Decoding settings of one task; `top_k` 0 and `top_p` 1.0 mean no truncation. `temperature` 0 is greedy.
+
+    `presence_penalty` is taken from the logits of tokens that the response holds already, before the temperature.
+    """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_048_576)]
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+
+
+class Usage(Value, frozen=True):
+    """What a server counted for so many consecutive completions of a group, all together; None where it did not say."""
+
+    completions: Annotated[int, Meta(ge=1, le=65_536)]
+    completion_tokens: Count | None = None
+    prompt_tokens: Count | None = None
 
 
 class GroupSamples(Value, frozen=True):
@@ -72,6 +84,9 @@ class GroupSamples(Value, frozen=True):
     them. `log_probs` are *behaviour* log-probs: natural logarithms under the distribution that was sampled.
     `version_spans` [S, 2] int32 run-length encodes, along the same axis T, (token count, policy version). `texts` has N
     entries, or none where nobody reads them (a trainer's window). Raises ProtocolError if they do not fit together.
+
+    An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are empty, `texts` has all
+    N entries, and `usage` may tell the lengths. Such samples are graded and shown like others, but never trained on.
     """
 
     prompt_ids: np.ndarray
@@ -81,6 +96,12 @@ class GroupSamples(Value, frozen=True):
     version_spans: np.ndarray
     texts: list[Text]
     finish_reasons: list[Literal["stop", "length"]]
+    usage: list[Usage] = []
+
+    @property
+    def text_only(self) -> bool:
+        """Whether token ids and log-probs are unknown."""
+        return len(self.prompt_ids) == 0
 
     def __post_init__(self) -> None:
         check_samples(self)

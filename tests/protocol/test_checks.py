@@ -10,7 +10,7 @@ import pytest
 
 from zppo_protocol import messages as m
 from zppo_protocol.checks import ProtocolError
-from zppo_protocol.codec import decode, dumps, loads
+from zppo_protocol.codec import decode, dumps, encode, loads
 
 GOOD: dict[str, Any] = {
     "prompt_ids": np.array([1, 2, 3], np.int32),
@@ -88,6 +88,41 @@ def test_and_cannot_be_read_either(change: dict[str, Any], sentence: str) -> Non
 
 def test_the_loose_twin_is_read_when_it_is_good() -> None:
     assert loads(dumps(Loose(**GOOD)), m.GroupSamples).texts == ["four", "5"]
+
+
+TEXTS = {
+    **GOOD,
+    "prompt_ids": int32(),
+    "token_ids": int32(),
+    "log_probs": float32(),
+    "offsets": int32(0, 0, 0),
+    "version_spans": np.zeros((0, 2), np.int32),
+}
+"""The samples of an engine that sees only text."""
+
+
+def test_texts_alone_are_samples_but_cannot_be_trained_on() -> None:
+    usage = [m.Usage(completions=1, completion_tokens=7, prompt_tokens=3), m.Usage(completions=1)]
+    samples = m.GroupSamples(**TEXTS, usage=usage)
+    result = m.GenerateResult(task_id="t", samples=samples)
+    decoded = decode(encode(result))
+    assert isinstance(decoded, m.GenerateResult) and decoded.samples.text_only
+    assert (decoded.samples.texts, decoded.samples.usage) == (["four", "5"], usage)
+    with pytest.raises(ProtocolError, match="samples must have token ids to be trained on, got texts only"):
+        m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=float32(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"texts": []}, "texts must have 2 entries where there are no token ids, got 0"),
+        ({"usage": [m.Usage(completions=3)]}, "usage must cover 2 completions, got 3"),
+        ({**GOOD, "usage": [m.Usage(completions=2)]}, "usage must be empty where the token ids are known"),
+    ],
+)
+def test_texts_alone_must_be_whole(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ProtocolError, match=sentence):
+        m.GroupSamples(**{**TEXTS, **change})
 
 
 def test_empty_completions_and_an_empty_group_axis_are_fine() -> None:

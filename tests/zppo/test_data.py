@@ -149,7 +149,9 @@ def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:
     write(tmp_path, GOOD, name="train.csv")
     with pytest.raises(UserError) as error:
         load_questions("train.csv", DataConfig(train="train.csv"), tmp_path)
-    assert str(error.value) == f"{tmp_path / 'train.csv'}: unknown kind of question file '.csv' (valid: .jsonl)"
+    assert str(error.value) == (
+        f"{tmp_path / 'train.csv'}: unknown kind of question file '.csv' (valid: .arrow, .jsonl, .parquet)"
+    )
 
 
 def test_an_unknown_grader_is_refused(tmp_path: Path) -> None:

@@ -198,3 +198,11 @@ def test_the_quick_half_takes_any_text(response: str, gold: str, grader: str) ->
     for text in (response, boxed(response)):
         graded = quick_grade(text, gold, grader)
         assert graded is None or graded.reward in (0.0, 1.0)
+
+
+def test_the_tables_that_measure_graders_are_large_and_share_no_pair() -> None:
+    measured = [line for line in (TABLE.parent / "answer_pairs_more.tsv").read_text(encoding="utf-8").splitlines()]
+    more = [tuple(line.split("\t")) for line in measured if not line.startswith("# ")]
+    assert all(len(row) == 3 and row[2] in ("yes", "no") for row in more)
+    assert len(set(more)) == len(more) and len(more) + len(answer_pairs()) >= 500
+    assert not {row[:2] for row in more} & {(gold, answer) for gold, answer, _ in answer_pairs()}

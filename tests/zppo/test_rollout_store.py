@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from zppo import rollout_store
+from zppo.metrics import window_metrics
 from zppo.rollout_store import RolloutRow
 from zppo.window import Candidate, Window
-from zppo_protocol.messages import ChatMessage, Prompt
+from zppo_protocol.messages import ChatMessage, GroupSamples, Prompt, Usage
 
 
 def rows_of(window: Window, folder: Path, **outcome: str) -> list[RolloutRow]:
@@ -67,6 +68,28 @@ def test_a_completion_without_tokens_has_no_versions_and_no_log_prob(window: Win
     window.visits[0].plain.samples = msgspec.structs.replace(samples, offsets=offsets)
     first = rows_of(window, tmp_path)[0]
     assert (first.length, first.version_min, first.log_prob_mean) == (0, None, None)
+
+
+def test_lengths_that_only_a_server_may_know(window: Window, tmp_path: Path) -> None:
+    teacher = window.visits[0].teacher
+    assert teacher is not None and teacher.samples is not None
+    texts, nothing = teacher.samples.texts, np.zeros(0, np.int32)
+    rest = Usage(completions=len(texts) - 1, completion_tokens=30)
+    teacher.samples = GroupSamples(
+        prompt_ids=nothing,
+        token_ids=nothing,
+        log_probs=np.zeros(0, np.float32),
+        offsets=np.zeros(len(texts) + 1, np.int32),
+        version_spans=np.zeros((0, 2), np.int32),
+        texts=texts,
+        finish_reasons=["stop"] * len(texts),
+        usage=[Usage(completions=1, completion_tokens=12, prompt_tokens=9), rest],
+    )
+    rows = [row for row in rows_of(window, tmp_path) if row.kind == "teacher"]
+    assert [row.response for row in rows] == texts
+    assert [row.length for row in rows] == [12] + [None] * (len(texts) - 1)
+    assert {(row.prompt_length, row.log_prob_mean) for row in rows} == {(9, None)}
+    assert window_metrics(window, 4)["tokens/teacher"] == 42
 
 
 def test_columns_and_questions_can_be_picked(window: Window, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Grading: a response's final answer against the gold answer, by named rules."""
 
 from zppo.grading.boxes import last_boxed, parse_answer
-from zppo.grading.graders import GRADERS, Grader, get_grader, grade, quick_grade
+from zppo.grading.graders import GRADERS, Grader, get_grader, grade, quick_grade, shown_gold
 from zppo.grading.judge import JUDGE, JUDGE_SAMPLING, judged, says_correct
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "parse_answer",
     "quick_grade",
     "says_correct",
+    "shown_gold",
 ]

@@ -16,6 +16,8 @@ from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed, shown, tidy
 from zppo.grading.judge import JUDGE
 from zppo.grading.maths import full_maths, gold_answer, quick_maths
+from zppo.grading.procedural import is_entry, reference_answer, scorer
+from zppo.reasoning_gym_tasks import PREFIX
 from zppo_protocol.messages import Grade
 
 NO_BOX = "no boxed answer"
@@ -73,10 +75,18 @@ GRADERS: dict[str, Grader] = {
 
 
 def get_grader(name: str) -> Grader:
-    """The grader of this name. Raises UserError with the nearest name."""
+    """The grader of this name; `reasoning_gym:TASK` is the scorer of a task. Raises UserError with the nearest name."""
+    family, colon, rest = name.partition(":")
+    if family == PREFIX and colon:
+        return Grader(*scorer(rest), is_entry)
     if name not in GRADERS:
         raise UserError(f"data.grader: unknown grader {name!r}{nearest(name, GRADERS)}")
     return GRADERS[name]
+
+
+def shown_gold(gold: str, grader: str) -> str:
+    """The gold answer for people: as it is, but the reference answer alone of a procedural question."""
+    return reference_answer(gold) if grader.startswith(f"{PREFIX}:") else gold
 
 
 def quick_grade(response: str, gold: str, grader: str) -> Grade | None:

@@ -22,12 +22,14 @@ MAX_DEPTH = 30
 """Nested braces and brackets of such an answer."""
 
 _SIGNS = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])|\\circ(?![a-zA-Z])|°|\\?%")
+_MARKED = re.compile(r"^####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ ,'’-]+[^\W\d_]+)*", re.UNICODE)
 
 
 def gold_answer(gold: str) -> str:
-    """The tidy gold answer; one that is written in a box is taken out of it."""
-    return tidy(last_boxed(gold) or gold)
+    """The tidy gold answer; out of a worked solution, that in its last box or behind the `####` of its last line."""
+    boxed, marked = last_boxed(gold), _MARKED.search(gold)
+    return tidy(boxed or (marked[1] if marked else gold))
 
 
 def without_signs(answer: str) -> str:

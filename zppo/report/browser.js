@@ -113,7 +113,8 @@
   }
 
   function facts(rollout) {
-    const parts = [`reward ${rollout.reward}`, `${rollout.length} tokens`];
+    const parts = [`reward ${rollout.reward}`];
+    if (rollout.length !== null) parts.push(`${rollout.length} tokens`);
     if (rollout.finish_reason !== "stop") parts.push(`ended by ${rollout.finish_reason}`);
     const [low, high] = rollout.versions;
     if (low !== undefined) parts.push(low === high ? `policy ${low}` : `policy ${low}–${high}`);

@@ -30,7 +30,7 @@ class Rollout(Struct, kw_only=True):
     response: str
     answer: str | None
     reward: float
-    length: int
+    length: int | None
     finish_reason: str
     note: str
     versions: list[int]

@@ -115,9 +115,20 @@ class Decoder:
             places_B = np.arange(rows, dtype=np.int64) * columns + self._position_R[:rows]
             self._places_B = torch.from_numpy(places_B).to(self._device)
             self._positions_B = torch.from_numpy(self._position_R[:rows].copy()).to(self._device)
-            self._sampler = Sampler([sequence.sampling for sequence in self.running], self._device)
+            self._sampler = Sampler([sequence.sampling for sequence in self.running], self._device, self._seen())
             self._changed = False
         self._cache.at_tokens(self._places_B, min(_round_up(furthest + 1), self._cache.cursor.columns))
+
+    def _seen(self) -> Tensor | None:
+        """Which tokens each row has sampled so far, [B, V] bool; None if no row is penalised for them."""
+        if not any(sequence.sampling.presence_penalty for sequence in self.running):
+            return None
+        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        seen_BV = torch.zeros((len(self.running), vocabulary), dtype=torch.bool, device=self._device)
+        for row, sequence in enumerate(self.running):
+            first = len(sequence.prompt_ids)
+            seen_BV[row, self._ids_RC[row, first : first + self._count(row)]] = True
+        return seen_BV
 
     def _logits(self) -> Tensor:
         """Next-token logits [B, V]."""

@@ -1,6 +1,6 @@
 """Vectorised sampling: one uniform number per row and token picks the token by inverse CDF, in float32.
 
-The behaviour log-prob is that of the distribution really sampled: after temperature, top-k and top-p, renormalised.
+The behaviour log-prob is that of the distribution really sampled: after penalty, temperature, top-k and top-p.
 Rows do not see each other: which truncation a neighbour uses changes nothing, so a row's tokens depend on its own
 logits and its own uniform numbers alone.
 
@@ -36,7 +36,10 @@ class UniformStream:
 class Sampler:
     """The decoding settings of the rows now in the batch, laid out as tensors once per change of the batch."""
 
-    def __init__(self, settings: Sequence[Sampling], device: torch.device) -> None:
+    def __init__(self, settings: Sequence[Sampling], device: torch.device, seen_BV: Tensor | None = None) -> None:
+        """`seen_BV` (bool) marks the tokens each row holds already and is kept up to date; None: no penalties."""
+        self._penalty_B1 = _column([setting.presence_penalty for setting in settings], device)
+        self._seen_BV = seen_BV
         temperatures = [setting.temperature for setting in settings]
         self._temperature_B1 = _column([t or 1.0 for t in temperatures], device)
         self._tempered = any(t not in (0.0, 1.0) for t in temperatures)
@@ -50,6 +53,8 @@ class Sampler:
     def __call__(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sample one token per row: ids [B] int64 and natural log-probs [B] float32."""
         logits_BV = logits_BV.float()
+        if self._seen_BV is not None:
+            logits_BV = logits_BV - self._penalty_B1 * self._seen_BV
         if self._tempered:
             logits_BV = logits_BV / self._temperature_B1
         log_probs_BV = torch.log_softmax(logits_BV, dim=-1)
@@ -61,6 +66,8 @@ class Sampler:
             tokens_K1, chosen_K1 = self._truncated(log_probs_BV[self._cut_K], uniforms_B[self._cut_K, None])
             tokens_B1.index_copy_(0, self._cut_K, tokens_K1)
             chosen_B1.index_copy_(0, self._cut_K, chosen_K1)
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, tokens_B1, True)
         return tokens_B1[:, 0], chosen_B1[:, 0]
 
     def _truncated(self, log_probs_KV: Tensor, uniforms_K1: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import msgspec
 from msgspec import Struct
 
 from zppo.config import ModelConfig
-from zppo.errors import UserError, nearest
+from zppo.engine_arguments import convert_arguments
 
 Arguments = TypeVar("Arguments", bound=Struct)
 
@@ -27,14 +26,4 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
 
 def read_arguments(spec: EngineSpec, arguments: type[Arguments]) -> Arguments:
     """Convert `spec.engine_args` into the engine's own Struct. Raises UserError with path and nearest name."""
-    where = f"{spec.where}.engine_args"
-    known = arguments.__struct_fields__
-    for name in spec.engine_args:
-        if name not in known:
-            raise UserError(f"{where}.{name}: unknown engine argument{nearest(name, known)}")
-    try:
-        return msgspec.convert(dict(spec.engine_args), arguments)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        name = path.rstrip("`")
-        raise UserError(f"{where}{'.' + name if name else ''}: {reason[0].lower()}{reason[1:]}") from error
+    return convert_arguments(spec.engine_args, arguments, spec.where)

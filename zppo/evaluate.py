@@ -1,0 +1,282 @@
+"""`python -m zppo.evaluate`: accuracy of a checkpoint, a model folder or a server on a set of questions.
+
+Everything that can be wrong is checked first; then this process becomes the one that loads the model and asks
+(`python -m zppo_actors evaluate`). Decoding is the paper's for evaluations unless options say otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+from msgspec.structs import replace
+
+from zppo.config import DataConfig, ModelConfig
+from zppo.data import Corpus, load_questions
+from zppo.errors import UserError
+from zppo.evaluation_plan import (
+    DTYPES,
+    PAPER_SAMPLING,
+    EvaluationOrder,
+    Located,
+    Served,
+    locate_model,
+    served_folder,
+)
+from zppo.exit_codes import EXIT_USER_ERROR
+from zppo.grading import JUDGE, JUDGE_SAMPLING
+from zppo.prompts import PromptSet
+from zppo.strict_yaml import parse
+from zppo_protocol.messages import Sampling
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the order and become the evaluating process. Returns 2 after a user error; else it does not return."""
+    try:
+        order = read_order(_parser().parse_args(argv))
+        _check_out(order.out)
+        _check_questions(load_questions(order.data.train, order.data, Path.cwd()), order)
+        templates = Path(order.data.templates) if order.data.templates else None
+        PromptSet(templates, order.data.system_prompt).validate()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    become_evaluator(order)
+
+
+def become_evaluator(order: EvaluationOrder) -> NoReturn:
+    """Replace this process by the one that evaluates."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-P", "-m", "zppo_actors", "evaluate", msgspec.json.encode(order).decode()]
+    os.execv(sys.executable, command)
+
+
+def read_order(arguments: argparse.Namespace) -> EvaluationOrder:
+    """The order that the command line gives. Raises UserError."""
+    _check_model_options(arguments)
+    located = locate_model(arguments.model) if arguments.model is not None else None
+    sampling = _sampling(arguments)
+    served, notes = _served(arguments, located, sampling)
+    return EvaluationOrder(
+        label=str(arguments.model or f"{arguments.served_model} at {arguments.server}"),
+        data=_data(arguments, located),
+        served=served,
+        judge=_judge(arguments),
+        samples=arguments.samples,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        grader_seconds=arguments.grader_seconds,
+        out=arguments.out,
+        json=arguments.json,
+        notes=[*(located.notes if located else []), *notes],
+    )
+
+
+# ---- parts of the order ------------------------------------------------------------------------------------------
+
+
+def _check_model_options(arguments: argparse.Namespace) -> None:
+    if (arguments.model is None) == (arguments.server is None):
+        raise UserError("zppo evaluate: expected either --model FOLDER or --server URL")
+    if arguments.server is not None and arguments.served_model is None:
+        raise UserError("--served-model is missing; expected the name under which --server serves the model")
+    if arguments.server is not None and arguments.engine is not None:
+        raise UserError(f"--engine is {arguments.engine!r}; expected none, because --server has its own")
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "presence_penalty")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    try:
+        return msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, Sampling)
+    except msgspec.ValidationError as error:
+        reason, _, field = str(error).partition(" - at `$.")
+        option = "--" + field.rstrip("`").replace("_", "-")
+        value = given[field.rstrip("`")]
+        raise UserError(f"{option} is {value}; {reason[0].lower()}{reason[1:]}") from None
+
+
+def _served(arguments: argparse.Namespace, located: Located | None, sampling: Sampling) -> tuple[Served, list[str]]:
+    engine_args = dict(_pair(text, "--engine-arg") for text in arguments.engine_arg)
+    if located is None:
+        model = ModelConfig(model=arguments.served_model, sampling=sampling)
+        return _server(arguments.server, model, engine_args, "--server"), []
+    engine = arguments.engine or "transformers"
+    dtype = arguments.dtype or (located.topology.student.dtype if located.topology else None)
+    model, notes = served_folder(located, sampling, dtype, engine, "--model")
+    if engine == "simulated" and sampling.presence_penalty:
+        notes.append("the engine 'simulated' knows no presence penalty")
+    return Served(
+        model=model, engine=engine, engine_args=engine_args, device=arguments.device, threads=arguments.threads
+    ), notes
+
+
+def _server(url: str, model: ModelConfig, engine_args: dict[str, Any], where: str) -> Served:
+    from zppo.openai_arguments import OPENAI, read_openai_arguments
+
+    engine_args = {"base_url": url, **engine_args}
+    read_openai_arguments(engine_args, where)
+    return Served(model=model, engine=OPENAI, engine_args=engine_args, where=where)
+
+
+def _judge(arguments: argparse.Namespace) -> Served | None:
+    if arguments.judge is not None and arguments.judge_server is not None:
+        raise UserError("zppo evaluate: expected --judge FOLDER or --judge-server URL, not both")
+    if arguments.judge_server is not None:
+        if arguments.judge_model is None:
+            raise UserError("--judge-model is missing; expected the name under which --judge-server serves the judge")
+        model = ModelConfig(model=arguments.judge_model, sampling=JUDGE_SAMPLING)
+        return _server(arguments.judge_server, model, {}, "--judge-server")
+    if arguments.judge is None:
+        return None
+    located = locate_model(arguments.judge)
+    engine = "simulated" if arguments.engine == "simulated" else "transformers"
+    model, _ = served_folder(located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge")
+    return Served(model=model, engine=engine, device=arguments.device, threads=arguments.threads, where="--judge")
+
+
+def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
+    """The questions: those named, else those that the run holds out. Prompts are made as the run makes them."""
+    run = located.topology.data if located and located.topology else None
+    if arguments.data is None and (run is None or run.heldout is None):
+        raise UserError("--data is missing; expected a question file, a data set folder, or reasoning_gym:TASK?…")
+    data = run or DataConfig(train="")
+    if arguments.data is not None:
+        data = replace(data, train=arguments.data, fields={}, grader="math")
+    else:
+        data = replace(data, train=data.heldout)
+    fields = dict(_pair(text, "--field") for text in arguments.field) or data.fields
+    given = {
+        "fields": fields,
+        "grader": arguments.grader or data.grader,
+        "max_bad_rows": arguments.max_bad_rows,
+        "templates": _absolute(arguments.templates) or data.templates,
+        "system_prompt": arguments.system_prompt or data.system_prompt,
+        "heldout": None,
+    }
+    try:
+        return msgspec.convert({**msgspec.to_builtins(data), **given}, DataConfig)
+    except msgspec.ValidationError as error:
+        raise UserError(f"--field: {error}; expected id, question, answer or images = COLUMN") from None
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"{option} {text}: expected NAME=VALUE")
+    return name, parse(value, f"{option} {text}").data
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_out(out: str | None) -> None:
+    if out is None:
+        return
+    path = Path(out)
+    if path.exists():
+        raise UserError(f"--out: {out!r} exists already; name another file or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out: there is no folder {str(path.absolute().parent)!r}")
+
+
+def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
+    chosen = corpus.questions[: order.limit]
+    pictured = next((question.id for question in chosen if question.media), None)
+    if pictured is not None and order.served.engine in ("transformers", "simulated"):
+        raise UserError(
+            f"{order.data.train}: the question {pictured!r} has pictures; expected text only, because the engine "
+            f"{order.served.engine!r} cannot show them to the model"
+        )
+    if order.judge is None and any(question.grader == JUDGE for question in chosen):
+        raise UserError("--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL")
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake on the command line as one sentence, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="zppo evaluate", description="Accuracy of a model on a set of questions, with its 95 % interval."
+    )
+    _add_model_options(parser.add_argument_group("model"))
+    _add_question_options(parser.add_argument_group("questions"))
+    _add_decoding_options(parser.add_argument_group("decoding (defaults: those of the paper)"))
+    parser.add_argument("--out", metavar="FILE", help="write one JSON line per question, with all responses")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", type=Path, metavar="FOLDER", help="run directory, checkpoint step-N, or model folder")
+    group.add_argument("--server", metavar="URL", help="OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
+    group.add_argument("--served-model", metavar="NAME", help="name of the model at --server")
+    group.add_argument("--engine", metavar="NAME", help="engine for --model: transformers (default) or vllm")
+    group.add_argument(
+        "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="of the engine; may be repeated"
+    )
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
+    group.add_argument("--dtype", choices=DTYPES, help="default: that of the model")
+    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    group.add_argument("--judge", type=Path, metavar="FOLDER", help="model that compares answers not found right")
+    group.add_argument("--judge-server", metavar="URL", help="server of such a model")
+    group.add_argument("--judge-model", metavar="NAME", help="name of the judge at --judge-server")
+
+
+def _add_question_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data", metavar="SOURCE", help="file, folder, or reasoning_gym:TASK?… (docs/data.md)")
+    group.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
+    group.add_argument("--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem")
+    group.add_argument("--grader", help="math, exact, choice or judge")
+    group.add_argument("--grader-seconds", type=_seconds, default=5.0, metavar="S", help="time limit of one grading")
+    group.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out")
+    group.add_argument("--templates", metavar="FOLDER", help="folder with plain.j2 (docs/templates.md)")
+    group.add_argument("--system-prompt", metavar="TEXT")
+
+
+def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
+    defaults = PAPER_SAMPLING
+    group.add_argument("--samples", type=_positive, default=4, metavar="N", help="responses to each question (4)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest response ({defaults.max_new_tokens})")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy ({defaults.temperature})")
+    group.add_argument("--top-p", type=float, help=f"1 is off ({defaults.top_p})")
+    group.add_argument("--top-k", type=int, help=f"0 is off ({defaults.top_k})")
+    group.add_argument("--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

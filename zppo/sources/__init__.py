@@ -1,0 +1,53 @@
+"""Where questions come from: files and folders by their kind, and procedural sources by their prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from zppo.errors import UserError, nearest
+from zppo.reasoning_gym_tasks import PREFIX
+from zppo.sources.base import OWN_COLUMNS, Columns, RawRow, Source
+from zppo.sources.folders import open_folder, open_split
+from zppo.sources.jsonl import open_jsonl
+from zppo.sources.reasoning_gym import open_reasoning_gym
+from zppo.sources.tables import open_table
+
+__all__ = ["FILES", "OWN_COLUMNS", "PROCEDURAL", "Columns", "RawRow", "Source", "is_procedural", "open_source"]
+
+FILES: dict[str, Callable[[Path, Columns], Source]] = {
+    ".jsonl": open_jsonl,
+    ".parquet": open_table,
+    ".arrow": open_table,
+}
+"""File suffix -> reader."""
+PROCEDURAL: dict[str, Callable[[str], Source]] = {PREFIX: open_reasoning_gym}
+"""Prefix of a specification `PREFIX:…` -> its source."""
+
+
+def is_procedural(path: str) -> bool:
+    """Whether `path` is no path but the specification of a procedural source."""
+    prefix, colon, _ = path.partition(":")
+    return bool(colon) and prefix in PROCEDURAL
+
+
+def open_source(path: str, columns: Columns, base: Path) -> Source:
+    """Open what `data.train` or `data.heldout` names; relative paths start at `base`. Raises UserError."""
+    if is_procedural(path):
+        return PROCEDURAL[path.partition(":")[0]](path)
+    full = base / path
+    if full.is_dir():
+        return open_folder(full, columns)
+    if not full.is_file():
+        split = open_split(full, columns) if full.suffix not in FILES else None
+        if split is not None:
+            return split
+        raise UserError(f"{full}: no such question file{_nearest_file(full)}")
+    if full.suffix not in FILES:
+        raise UserError(f"{full}: unknown kind of question file {full.suffix!r}{nearest(full.suffix, FILES)}")
+    return FILES[full.suffix](full, columns)
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [p.name for p in path.parent.glob("*") if p.suffix in FILES] if path.parent.is_dir() else []
+    return nearest(path.name, siblings) if siblings else ""
