@@ -1,7 +1,8 @@
 """The asyncio shell around one engine, shared by rollout and teacher actors.
 
 Invariant: of every task's n credits each is given back exactly once, one by one as its sequences end and the rest when
-the task is answered, and every task is answered exactly once, with its samples or with a reason.
+the task is answered, and every task is answered exactly once, with its samples or with a reason. Heartbeats list a task
+from its arrival until its answer is sent, whether its sequences run or wait.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import time
 from typing import Literal
 
 from zppo.config import ActorConfig, ModelConfig
+from zppo.exit_codes import EXIT_FAILED
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
-from zppo_actors.process import EXIT_FAILED, ActorContext
+from zppo_actors.process import ActorContext
 from zppo_protocol.checks import ProtocolError
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
@@ -226,6 +228,7 @@ class EngineActor:
             try:
                 digest = await self._engine.load_policy(message.manifest)
             except EngineError as error:
+                self._check_engine()  # a refusal says that the old weights keep serving
                 log.warning("%s", error)
                 await self._dealer.send(PolicyRefused(version=version, reason=str(error)))
                 return

@@ -3,6 +3,7 @@
 Consumes `GradeTask`s, one credit each. Produces one `GradeResult` per task. Waits for the controller's messages and for
 its worker process. Unblocked by either, and by the time limit of a response. Most responses are decided here, by text
 and exact numbers; only what needs real mathematics goes to the worker. Progress counts graded responses.
+Heartbeats list a task from its arrival until its answer is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from msgspec import Struct
 
 from zppo.errors import UserError
 from zppo.grading import parse_answer, quick_grade
-from zppo_actors.grade_client import TIMED_OUT, GradeWorker
+from zppo_actors.grade_client import TIMED_OUT, GradeWorker, worker_command
 from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
@@ -47,7 +48,8 @@ log = logging.getLogger("zppo.grader")
 def main(context: ActorContext) -> int:
     """Grade until told to leave; returns the exit code."""
     topology = context.topology
-    worker = GradeWorker(topology.actors.grader.timeout_seconds)
+    command = worker_command(topology.data.train, topology.data.heldout)
+    worker = GradeWorker(topology.actors.grader.timeout_seconds, command)
     dealer = Dealer(context.address, context.actor, limits_for(topology.transport.max_message_mib))
     try:
         return GraderActor(context, dealer, worker).run()
@@ -177,6 +179,6 @@ class GraderActor:
 
     def _answer(self, message: GradeResult | TaskFailed) -> None:
         """Close the first job: send its answer and give its credit back."""
-        self._jobs.popleft()
         self._dealer.send(message)
+        self._jobs.popleft()
         self._dealer.send(Credits(count=1))

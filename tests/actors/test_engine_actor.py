@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zppo import run_dir
-from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology
+from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology, TransportConfig
 from zppo_actors import runtime, weights
 from zppo_actors.engine_actor import EngineActor
 from zppo_actors.engines.base import EngineError
@@ -37,6 +37,7 @@ from zppo_protocol.messages import (
     Hello,
     LoadPolicy,
     PolicyLoaded,
+    PolicyManifest,
     PolicyRefused,
     Rejected,
     Shutdown,
@@ -313,13 +314,22 @@ class Moody:
         )
 
 
+def start_actor(engine: Moody, line: Line, messages: list[AnyMessage], heartbeat_seconds: float) -> asyncio.Task[int]:
+    """A teacher actor with these messages before it."""
+    topology = Topology(
+        data=DataConfig(train="unused"),
+        student=ModelConfig(model="unused"),
+        transport=TransportConfig(heartbeat_seconds=heartbeat_seconds),
+    )
+    context = ActorContext(Path(), Path(), "teacher-0", "teacher", 0, topology, "run", 0)
+    for message in [Welcome(heartbeat_seconds=heartbeat_seconds), *messages]:
+        line.incoming.put_nowait(message)
+    return asyncio.create_task(EngineActor(context, engine, line, "teacher").run())  # type: ignore[arg-type]
+
+
 async def serve(engine: Moody, line: Line, messages: list[AnyMessage], answers: int) -> int:
     """Run a teacher actor until it has given so many answers, then tell it to leave; returns its exit code."""
-    topology = Topology(data=DataConfig(train="unused"), student=ModelConfig(model="unused"))
-    context = ActorContext(Path(), Path(), "teacher-0", "teacher", 0, topology, "run", 0)
-    actor = asyncio.create_task(EngineActor(context, engine, line, "teacher").run())  # type: ignore[arg-type]
-    for message in [Welcome(heartbeat_seconds=1000.0), *messages]:
-        line.incoming.put_nowait(message)
+    actor = start_actor(engine, line, messages, heartbeat_seconds=1000.0)
     while not actor.done() and len(line.all(GenerateResult)) + len(line.all(TaskFailed)) < answers:
         await asyncio.sleep(0)
     for _ in range(5):  # lets the last credits go out
@@ -364,3 +374,77 @@ def test_actor_leaves_when_its_engine_is_broken() -> None:
     code, line = asyncio.run(work())
     assert code == 1 and line.sent[-1] == Goodbye(reason="the device is gone")
     assert [failed.task_id for failed in line.all(TaskFailed)] == ["t"]
+
+
+class Holding(Line):
+    """Keeps the sender of an answer waiting until `reading` is set, as a full queue does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = asyncio.Event()
+
+    async def send(self, message: AnyMessage) -> None:
+        if isinstance(message, GenerateResult | TaskFailed):
+            await self.reading.wait()
+        await super().send(message)
+
+    async def next_tasks(self) -> list[str]:
+        """The tasks of the second heartbeat from now; the first may have been on its way already."""
+        wanted = len(self.all(Heartbeat)) + 2
+        while len(self.all(Heartbeat)) < wanted:
+            await asyncio.sleep(0)
+        return self.all(Heartbeat)[-1].tasks
+
+
+class Stuck(Moody):
+    """Never answers a task called `stuck`."""
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None]) -> GroupSamples:
+        if task.task_id == "stuck":
+            await asyncio.Event().wait()
+        return await super().generate(task, finished)
+
+
+def test_heartbeats_list_every_task_until_its_answer_is_sent() -> None:
+    """Running, waiting for room, ended well or badly: until then the controller must not think that it is lost."""
+    engine = Stuck({"good": ([2], False), "bad": ([], True)})
+    tasks: list[AnyMessage] = [make_task("q", n=n, task_id=i) for i, n in (("stuck", 150), ("good", 2), ("bad", 1))]
+
+    async def work() -> Line:
+        line = Holding()
+        actor = start_actor(engine, line, tasks, heartbeat_seconds=0.01)
+        await line.next_tasks()
+        assert await line.next_tasks() == ["stuck", "good", "bad"]
+        line.reading.set()
+        while await line.next_tasks() != ["stuck"]:
+            pass
+        line.incoming.put_nowait(Shutdown(reason="done"))
+        assert await actor == 0
+        return line
+
+    line = asyncio.run(work())
+    answers = [message for message in line.sent if isinstance(message, GenerateResult | TaskFailed)]
+    assert sorted(answer.task_id for answer in answers) == ["bad", "good"]
+    assert line.all(Heartbeat)[-1].stats["waiting"] == 50.0
+
+
+class Torn(Moody):
+    """Breaks while it loads."""
+
+    async def load_policy(self, manifest: PolicyManifest) -> str:
+        self.broken = "half a policy"
+        raise EngineError(self.broken, retryable=True)
+
+
+def test_actor_leaves_when_a_load_broke_its_engine() -> None:
+    """It must not say that the policy was refused, which means that the old one serves on."""
+
+    async def work() -> tuple[int, Line]:
+        line = Line()
+        manifest = PolicyManifest(version=1, path="unused", digest="0" * 32, tensors=[])
+        actor = start_actor(Torn({}), line, [LoadPolicy(manifest=manifest)], heartbeat_seconds=1000.0)
+        return await asyncio.wait_for(actor, WAIT_SECONDS), line
+
+    code, line = asyncio.run(work())
+    assert code == 1 and line.sent[-1] == Goodbye(reason="half a policy")
+    assert not line.all(PolicyRefused)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,8 @@ from zppo.config import ActorsConfig, DataConfig, GraderConfig, ModelConfig, Top
 from zppo_actors import runtime
 from zppo_actors.grade_client import CRASHED, TIMED_OUT, GradeWorker
 from zppo_actors.grade_worker import WARM_UP, GradeRequest, pack, read_frame
-from zppo_actors.grader import CAPACITY
+from zppo_actors.grader import CAPACITY, GraderActor
+from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
@@ -58,7 +59,7 @@ def full(answer, gold):
     return answer == gold
 
 GRADERS["scripted"] = Grader(lambda answer, gold: None, full, bool)
-sys.exit(grade_worker.main())
+sys.exit(grade_worker.main([]))
 """
 """A worker whose grader does what the answer says."""
 
@@ -179,6 +180,71 @@ def test_a_killed_worker_is_replaced_and_the_task_answered_once(controller: Cont
     results = controller.until(GradeResult, 2)
     assert [result.task_id for result in results if isinstance(result, GradeResult)] == ["t", "u"]
     assert gone(first) and controller.worker().pid != first.pid
+
+
+@pytest.mark.parametrize("controller", [1.0], indirect=True)
+def test_heartbeats_list_queued_and_running_tasks_until_they_are_answered(controller: Controller) -> None:
+    names = ["hanging", "next", "last"]
+    for name in names:
+        controller.ask(name, "x^2-1", HANGS if name == "hanging" else NEEDS_MATHS)
+    controller.until(GradeResult, 3)
+    beats = len([message for message in controller.heard if isinstance(message, Heartbeat)])
+    controller.until(Heartbeat, beats + 1)
+    assert any(isinstance(message, Heartbeat) and message.tasks == names for message in controller.heard)
+    listed: list[str] = []
+    for message in controller.heard:
+        if isinstance(message, GradeResult):
+            listed.remove(message.task_id)
+        elif isinstance(message, Heartbeat):
+            assert message.tasks[: len(listed)] == listed
+            listed = message.tasks
+    assert listed == []
+
+
+class BeatsWhileItSends:
+    """A dealer that lets a heartbeat go out just before each answer."""
+
+    def __init__(self) -> None:
+        self.sent: list[AnyMessage] = []
+        self.beat: Callable[[], None] = list
+
+    def send(self, message: AnyMessage) -> None:
+        if isinstance(message, GradeResult | TaskFailed):
+            self.beat()
+        self.sent.append(message)
+
+
+class Unused:
+    """A worker that is ready and never needed."""
+
+    ready = True
+
+
+def test_a_task_leaves_the_heartbeats_only_after_its_answer() -> None:
+    topology = Topology(
+        data=DataConfig(train="unused"),
+        student=ModelConfig(model="unused"),
+        transport=TransportConfig(heartbeat_seconds=0.001),
+    )
+    dealer = BeatsWhileItSends()
+    context = ActorContext(Path(), Path(), "grader-0", "grader", 0, topology, "run", 0)
+    actor = GraderActor(context, dealer, Unused())  # type: ignore[arg-type]
+
+    def beat() -> None:
+        actor._next_beat = 0.0
+        actor._beat()
+
+    dealer.beat = beat
+    for name, grader in (("good", "math"), ("bad", "maths")):
+        actor._handle(GradeTask(task_id=name, gold="7", responses=[r"\boxed{7}"], grader=grader))
+    while actor._jobs:
+        actor._work()
+    beat()
+    assert [message.tasks for message in dealer.sent if isinstance(message, Heartbeat)] == [
+        ["good", "bad"],
+        ["bad"],
+        [],
+    ]
 
 
 def test_shutdown_in_the_middle_leaves_nothing_behind(controller: Controller) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import shutil
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,24 @@ def test_truncated_sampling_stays_inside_and_is_renormalised(folder: Path) -> No
     assert set(samples.token_ids.tolist()) <= set(expected) and kept > 1
     for token, log_prob in zip(samples.token_ids.tolist(), samples.log_probs.tolist(), strict=True):
         assert log_prob == pytest.approx(expected[token], abs=1e-4)
+
+
+def test_presence_penalty_counts_what_the_response_holds_and_nothing_else(folder: Path) -> None:
+    """Against a plain loop, in the company of rows without a penalty that come and go."""
+    engine = build(folder, max_sequences=6)
+    penalised = make_task(words(8), n=2, seed=5, max_new_tokens=24, presence_penalty=1.5, temperature=0.7)
+    company = [make_task(words(4 + i), n=2, seed=i, max_new_tokens=3 + 5 * i) for i in range(4)]
+    *_, samples = run(engine, sample(engine, *company, penalised))
+    model, prompt = make_model(), torch.from_numpy(samples.prompt_ids.astype(np.int64))
+    parts = np.split(samples.log_probs, samples.offsets[1:-1])
+    for token_ids, log_probs in zip(completions(samples), parts, strict=True):
+        tokens = torch.tensor(token_ids)
+        logits = model(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        for position, token in enumerate(token_ids):
+            penalty = torch.zeros(logits.shape[-1])
+            penalty[tokens[:position].unique()] = 1.5
+            expected = ((logits[position] - penalty) / 0.7).log_softmax(-1)[token]
+            assert log_probs[position] == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_prompts_of_many_lengths_are_read_in_several_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +367,111 @@ def test_engine_that_keeps_failing_says_that_it_is_broken(folder: Path, monkeypa
 
     run(engine, work())
     assert engine.broken == "the engine failed 3 times in a row; the last time: RuntimeError: device lost"
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+def test_group_that_fails_while_it_is_admitted_is_answered(
+    n: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or in part: a group is neither waiting nor running at that moment."""
+    engine = build(folder, max_sequences=4)
+    prefill, faults = engine._decoder._prefill, [torch.OutOfMemoryError("no memory")]
+
+    def faulty(groups: Any) -> None:
+        if faults:
+            raise faults.pop()
+        prefill(groups)
+
+    monkeypatch.setattr(engine._decoder, "_prefill", faulty)
+
+    async def work() -> list[GroupSamples]:
+        with pytest.raises(EngineError, match="out of memory") as caught:
+            await engine.generate(make_task(words(4), n=n))
+        assert caught.value.retryable and engine.broken is None
+        return await sample(engine, make_task(words(4), n=n, seed=7))
+
+    [samples] = run(engine, work())
+    assert len(completions(samples)) == n and not engine._unsettled
+    assert abs(forced_log_probs(make_model(), samples) - samples.log_probs).max() < 1e-4
+
+
+def test_weights_that_are_copied_half_way_break_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(save(never_ending(), tmp_path / "model"), max_sequences=2)
+    manifest = weights.publish(never_ending(seed=1).state_dict(), 5, tmp_path)
+    copying, posted = threading.Event(), threading.Event()
+
+    def torn(pairs: weights.Pairs) -> None:
+        pairs[0][0].copy_(pairs[0][1])
+        copying.set()
+        assert posted.wait(60.0)
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(weights, "copy", torn)
+
+    async def work() -> None:
+        running = asyncio.create_task(engine.generate(make_task(words(4), n=50, max_new_tokens=240)))
+        while not engine.progress:
+            await asyncio.sleep(0)
+        loads = [asyncio.create_task(engine.load_policy(manifest)) for _ in range(2)]
+        assert await asyncio.to_thread(copying.wait, 60.0)
+        late = asyncio.create_task(engine.generate(make_task(words(4))))
+        await asyncio.sleep(0)
+        posted.set()
+        for outcome in await asyncio.gather(running, *loads, late, return_exceptions=True):
+            assert isinstance(outcome, EngineError) and outcome.retryable and str(outcome) == reason
+        for call in (engine.generate(make_task(words(4))), engine.load_policy(manifest)):
+            with pytest.raises(EngineError, match="failed half-way"):
+                await call
+
+    reason = "loading policy version 5 failed half-way: RuntimeError: device lost"
+    run(engine, work())
+    assert engine.broken == reason and engine.policy_version == -1
+
+
+def test_cancellation_that_fails_is_a_failure_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(save(never_ending(), tmp_path), max_sequences=4)
+    drop, faults = engine._decoder.drop, [RuntimeError("device busy")]
+
+    def faulty(unwanted: Any) -> None:
+        if faults:
+            raise faults.pop()
+        drop(unwanted)
+
+    monkeypatch.setattr(engine._decoder, "drop", faulty)
+
+    async def work() -> list[GroupSamples]:
+        unwanted, other = (
+            asyncio.create_task(engine.generate(make_task(words(4), n=50, max_new_tokens=240))) for _ in range(2)
+        )
+        while not engine.progress:
+            await asyncio.sleep(0)
+        unwanted.cancel()
+        with pytest.raises(EngineError, match="RuntimeError: device busy"):
+            await other
+        assert engine.broken is None
+        return await sample(engine, make_task(words(4), n=2, max_new_tokens=5))
+
+    [samples] = run(engine, work())
+    assert len(completions(samples)) == 2
+
+
+def test_decoder_that_cannot_be_reset_breaks_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(folder)
+
+    def fail() -> Any:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._decoder, "step", fail)
+    monkeypatch.setattr(engine._decoder, "reset", fail)
+
+    async def work() -> None:
+        with pytest.raises(EngineError, match="RuntimeError: device lost"):
+            await engine.generate(make_task(words(4)))
+        with pytest.raises(EngineError, match="the decoder cannot be reset: RuntimeError: device lost"):
+            await engine.generate(make_task(words(4)))
+
+    run(engine, work())
+    assert engine.broken == "the decoder cannot be reset: RuntimeError: device lost"
 
 
 def test_cancelled_task_frees_its_slots(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 A worker thread runs the decode loop; asyncio callers post commands (a new group, new weights, a cancellation) that it
 takes between two tokens. New weights therefore change the policy in mid-sentence: keys and values stay, and every token
-carries the version that sampled it. A failure of the loop fails the tasks that run, never the process; one that keeps
-coming back marks the engine as broken, and its actor leaves.
+carries the version that sampled it.
+
+Invariant: every job that was taken on is settled exactly once, with its completions or with a reason. A failure of the
+loop fails all unsettled jobs, never the process; one that keeps coming back, or that leaves the weights half loaded,
+marks the engine as broken, and its actor leaves.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def create(spec: EngineSpec) -> TransformersEngine:
 
 
 class Job:
-    """A group being sampled, as the decode thread sees it."""
+    """A group being sampled, as the decode thread sees it. Once it is `settled`, nobody waits for its sequences."""
 
     def __init__(
         self, task: GenerateTask, prompt_ids: np.ndarray, budget: int, finished: Callable[[int], None]
@@ -69,7 +72,7 @@ class Job:
         self.future: asyncio.Future[list[Completion]] = self.loop.create_future()
         self.completions: list[Completion | None] = [None] * task.n
         self.admitted = 0
-        self.cancelled = False
+        self.settled = False
         self._finished = finished
 
     def next_members(self, limit: int) -> list[Running]:
@@ -80,37 +83,26 @@ class Job:
 
     def add(self, index: int, completion: Completion) -> None:
         """Note one finished sequence; the last one answers the caller."""
-        if self.cancelled:
+        if self.settled:
             return
         if not np.isfinite(completion.log_probs).all():
             self.fail(EngineError("the model gives probabilities that are not finite numbers", retryable=True))
             return
         self.completions[index] = completion
-        self._post(self._finished, 1)
+        _post(self.loop, self._finished, 1)
         if all(entry is not None for entry in self.completions):
-            self._post(self._settle, self.completions)
+            self._settle(self.completions)
 
     def fail(self, error: EngineError) -> None:
-        self.cancelled = True
-        self._post(self._settle, error)
+        self._settle(error)
 
     def _member(self, index: int) -> Running:
         uniforms = UniformStream(self.task.seed, index)
         return Running(self.prompt_ids, self.task.sampling, self.budget, index, uniforms, owner=self)
 
-    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self.loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:
-            log.debug("the caller's loop is closed; nobody waits for %s", self.task.task_id)
-
     def _settle(self, outcome: Any) -> None:
-        if self.future.done():
-            return
-        if isinstance(outcome, EngineError):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
+        self.settled = True
+        _post(self.loop, _resolve, self.future, outcome)
 
 
 class TransformersEngine:
@@ -125,6 +117,8 @@ class TransformersEngine:
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._decoder = Decoder(model, tokenizer.end_ids, max_sequences, max_length)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._unsettled: dict[Job, None] = {}
+        """Every job somebody waits for, wherever it stands: not admitted, being admitted, or running. Oldest first."""
         self._waiting: deque[Job] = deque()
         self._progress = 0
         self._failures = 0
@@ -152,11 +146,10 @@ class TransformersEngine:
 
     async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
         """Sample `task.n` completions; `finished(k)` is called in the loop whenever k more sequences have ended."""
-        if self._broken is not None:
-            raise EngineError(self._broken, retryable=True)
+        self._refuse_if_broken()
         prompt_ids = self._tokenizer.encode(task.prompt)
         job = Job(task, prompt_ids, self._budget(task, prompt_ids), finished or _ignore)
-        self._commands.put(lambda: self._waiting.append(job))
+        self._commands.put(lambda: self._take_on(job))
         try:
             completions = await job.future
         except asyncio.CancelledError:
@@ -166,7 +159,11 @@ class TransformersEngine:
         return group_samples(prompt_ids, completions, texts)
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
-        """Verify in a helper thread while sampling goes on, then copy between two tokens."""
+        """Verify in a helper thread while sampling goes on, then copy between two tokens.
+
+        Raises EngineError; the engine is broken if the copy got half-way.
+        """
+        self._refuse_if_broken()
         pairs = await asyncio.to_thread(weights.match, self._model, manifest)
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[str] = loop.create_future()
@@ -176,6 +173,10 @@ class TransformersEngine:
     async def close(self) -> None:
         self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken is not None:
+            raise EngineError(self._broken, retryable=True)
 
     def _budget(self, task: GenerateTask, prompt_ids: np.ndarray) -> int:
         """Tokens a response may have. Raises EngineError for a prompt that leaves no room or is not of this model."""
@@ -198,8 +199,8 @@ class TransformersEngine:
         torch.set_num_threads(self._threads)  # OpenMP counts threads per thread
         with torch.inference_mode():
             while not self._closing:
-                self._take_commands()
                 try:
+                    self._take_commands()
                     self._advance()
                 except Exception as error:
                     self._fail_all(error)
@@ -210,6 +211,13 @@ class TransformersEngine:
         while idle or not self._commands.empty():
             self._commands.get()()
             idle = False
+
+    def _take_on(self, job: Job) -> None:
+        if self._broken is not None:
+            job.fail(EngineError(self._broken, retryable=True))
+            return
+        self._unsettled[job] = None
+        self._waiting.append(job)
 
     def _advance(self) -> None:
         self._admit()
@@ -228,11 +236,11 @@ class TransformersEngine:
         free = self._decoder.free
         while free and self._waiting:
             job = self._waiting[0]
-            members = [] if job.cancelled else job.next_members(free)
+            members = [] if job.settled else job.next_members(free)
             if members:
                 groups.append(members)
                 free -= len(members)
-            if job.cancelled or job.admitted == job.task.n:
+            if job.settled or job.admitted == job.task.n:
                 self._waiting.popleft()
         if groups:
             self._decoder.admit(groups)
@@ -240,19 +248,31 @@ class TransformersEngine:
     def _hand_back(self, ended: list[Ended]) -> None:
         for sequence, completion in ended:
             sequence.owner.add(sequence.index, completion)
-        if any(sequence.owner.cancelled for sequence, _ in ended):
-            self._decoder.drop(lambda sequence: sequence.owner.cancelled)
+            if sequence.owner.settled:
+                self._unsettled.pop(sequence.owner, None)
+        if any(sequence.owner.settled for sequence, _ in ended):
+            self._decoder.drop(lambda sequence: sequence.owner.settled)
 
     def _cancel(self, job: Job) -> None:
-        job.cancelled = True
+        job.settled = True
+        self._unsettled.pop(job, None)
         self._decoder.drop(lambda sequence: sequence.owner is job)
 
     def _load(
         self, pairs: weights.Pairs, manifest: PolicyManifest, loop: asyncio.AbstractEventLoop, done: asyncio.Future[str]
     ) -> None:
-        weights.copy(pairs)
-        self._decoder.set_version(manifest.version)
-        loop.call_soon_threadsafe(_resolve, done, manifest.digest)
+        """Copy and answer. A copy that fails breaks the engine: its weights may be of two versions."""
+        if self._broken is not None:
+            _post(loop, _resolve, done, EngineError(self._broken, retryable=True))
+            return
+        try:
+            weights.copy(pairs)
+            self._decoder.set_version(manifest.version)
+        except Exception as error:
+            self._broken = f"loading policy version {manifest.version} failed half-way: {_sentence(error)}"[:2000]
+            _post(loop, _resolve, done, EngineError(self._broken, retryable=True))
+            raise
+        _post(loop, _resolve, done, manifest.digest)
 
     def _stop(self) -> None:
         self._closing = True
@@ -262,16 +282,21 @@ class TransformersEngine:
         log.exception("the decode loop failed with %d sequences running", len(self._decoder.running))
         reason = self._reason(error)
         self._failures += 1
-        if self._failures >= FAILURES_IN_A_ROW:
+        if self._broken is None and self._failures >= FAILURES_IN_A_ROW:
             self._broken = f"the engine failed {self._failures} times in a row; the last time: {reason}"
-        self._abandon(EngineError(reason, retryable=True))
+        self._abandon(EngineError(self._broken or reason, retryable=True))
 
     def _abandon(self, error: EngineError) -> None:
-        jobs = {id(s.owner): s.owner for s in self._decoder.running} | {id(job): job for job in self._waiting}
+        """Settle every unsettled job, then forget what ran; in this order, as a lost device can do the first only."""
+        jobs, self._unsettled = self._unsettled, {}
         self._waiting.clear()
-        self._decoder.reset()
-        for job in jobs.values():
+        for job in jobs:
             job.fail(error)
+        try:
+            self._decoder.reset()
+        except Exception as fault:
+            log.exception("the decoder cannot be reset")
+            self._broken = self._broken or f"the decoder cannot be reset: {_sentence(fault)}"
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -279,13 +304,29 @@ class TransformersEngine:
                 f"out of memory with up to {self._max_sequences} sequences of up to {self._max_length} tokens; "
                 "lower engine_args max_sequences or max_length"
             )
-        return f"{type(error).__name__}: {error}"[:2000]
+        return _sentence(error)
 
 
 def _ignore(count: int) -> None:
     """The caller does not want to know about single sequences."""
 
 
-def _resolve(future: asyncio.Future[str], value: str) -> None:
-    if not future.done():
-        future.set_result(value)
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Call in the loop's thread, if anybody is left there."""
+    try:
+        loop.call_soon_threadsafe(call, *arguments)
+    except RuntimeError:
+        log.debug("the caller's loop is closed; nobody waits for an answer")
+
+
+def _resolve(future: asyncio.Future[Any], outcome: Any) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, EngineError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
