@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -29,6 +30,7 @@ from zppo_actors.evaluator import CannotGoOn, Evaluator, Grading
 def main(arguments: list[str]) -> int:
     """Carry out one order; returns the exit code. Raises UserError."""
     order = msgspec.json.decode(arguments[0], type=EvaluationOrder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
     logging.getLogger("zppo").setLevel(logging.ERROR)  # what went wrong is counted in the report
     with private_stdout() as stdout:
         try:
