@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m zppo.report $(RUN)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
