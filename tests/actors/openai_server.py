@@ -226,13 +226,13 @@ def drip(seconds: float = 0.02) -> Answer:
     return answer
 
 
-def flood() -> Answer:
-    """A body without end, as fast as it is read: one line that never ends."""
+def flood(part: bytes = b"x" * 0x10000) -> Answer:
+    """A body without end, as fast as it is read: one line that never ends, or the same event for ever."""
 
     async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         while True:
-            writer.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+            writer.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             await writer.drain()
 
     return answer

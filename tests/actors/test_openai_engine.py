@@ -161,9 +161,15 @@ def test_a_server_that_makes_too_few_choices_is_asked_for_the_others(
     assert f"the server made {makes} of 7 choices" in caplog.text
 
 
-def test_surplus_choices_are_left_out_and_not_counted(serve: Callable[..., Server]) -> None:
-    samples = sample(serve(fake.good(makes=5)), n=2)
+@pytest.mark.parametrize("streams", [True, False])
+def test_surplus_choices_are_left_out_and_not_counted(serve: Callable[..., Server], streams: bool) -> None:
+    choices = [{"index": i, "message": {"content": str(i)}, "finish_reason": "stop"} for i in range(5)]
+    samples = sample(serve(fake.good(makes=5) if streams else fake.whole(choices=choices)), n=2)
     assert len(samples.texts) == 2 and response_tokens(samples) == 0
+
+
+def test_a_stream_may_end_without_its_last_marks(serve: Callable[..., Server]) -> None:
+    assert sample(serve(fake.stream(fake.piece(0, "x"), fake.piece(0, "y", "stop").rstrip()))).texts == ["xy"]
 
 
 def test_extra_body_adds_and_leaves_out(serve: Callable[..., Server]) -> None:
@@ -272,6 +278,26 @@ def test_what_will_not_pass_is_not_tried_again(serve: Callable[..., Server], cod
     error = failure(server)
     assert str(error) == f"the server answers HTTP {code}: no such thing" and not error.retryable
     assert len(server.requests) == 1
+
+
+def test_a_key_that_is_refused_later(serve: Callable[..., Server]) -> None:
+    """Servers show parts of the key in this answer, so none of it is repeated."""
+    error = failure(serve(fake.status(401, said="Incorrect API key provided: sk-ve****6789")))
+    assert str(error) == "the server refuses the key (HTTP 401)" and not error.retryable
+
+
+def test_an_error_in_the_stream_is_passed_on(serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.default = PASSING["error in the stream"]
+    assert "the server broke off: {'message': 'out of memory'}" in str(failure(server, retry_seconds=0.02))
+
+
+@pytest.mark.parametrize("answer", [fake.flood(fake.piece(0, "word")), fake.whole()], ids=["endless", "whole"])
+def test_a_text_has_a_bound(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, answer: fake.Answer) -> None:
+    monkeypatch.setattr("zppo_actors.engines.openai_reply.MAX_TEXT", 10)
+    server = serve()
+    server.default = answer
+    assert "a text of more than 10 characters" in str(failure(server, retry_seconds=0.02))
 
 
 def test_no_server_at_all(serve: Callable[..., Server]) -> None:
