@@ -27,6 +27,14 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
     samples: int
 
 
+class Estimate(Struct, frozen=True):
+    """A share with its 95 % normal interval over questions, cut off at 0 and 1."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Evaluation(Struct, kw_only=True):
     """The groups of one evaluation. `step` is the policy version it asks for; later versions may answer as well."""
 
@@ -38,14 +46,13 @@ class Evaluation(Struct, kw_only=True):
         return all(group.done for group in self.groups)
 
     def result(self) -> EvaluationResult:
-        accuracies = [group.accuracy for group in self.groups]
-        mean, half = mean_and_half_width(accuracies)
+        accuracy = estimate([group.accuracy for group in self.groups])
         return EvaluationResult(
             step=self.step,
             newest_version=max([self.step, *(newest_version(group) for group in self.groups)]),
-            accuracy=mean,
-            low=max(0.0, mean - half),
-            high=min(1.0, mean + half),
+            accuracy=accuracy.value,
+            low=accuracy.low,
+            high=accuracy.high,
             questions=len(self.groups),
             samples=sum(len(group.grades or []) for group in self.groups),
         )
@@ -55,6 +62,12 @@ def newest_version(group: Group) -> int:
     """The latest policy version that sampled a token of the group; -1 if it has none."""
     spans = group.samples.version_spans if group.samples is not None else np.zeros((0, 2), np.int32)
     return int(spans[:, 1].max()) if len(spans) else -1
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean of per-question values and its interval."""
+    mean, half = mean_and_half_width(values)
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:

@@ -6,12 +6,11 @@ the mean over questions. It says how much the number would move with other quest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import comb
 
 from msgspec import Struct
 
-from zppo.evaluation import mean_and_half_width
+from zppo.evaluation import Estimate, estimate
 from zppo_protocol.messages import Sampling
 
 
@@ -36,14 +35,6 @@ class QuestionResult(Struct, frozen=True, kw_only=True):
     responses: list[Answered]
     mean: float
     failed: str | None = None
-
-
-class Estimate(Struct, frozen=True):
-    """A share with its 95 % normal interval over questions, cut off at 0 and 1."""
-
-    value: float
-    low: float
-    high: float
 
 
 class EvaluationReport(Struct, frozen=True, kw_only=True):
@@ -122,12 +113,6 @@ class Tally(Struct, kw_only=True):
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that k of n responses, drawn without putting back, hold a right one (Chen et al. 2021)."""
     return 1.0 - comb(n - right, k) / comb(n, k)
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of per-question values and its interval."""
-    mean, half = mean_and_half_width(values)
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def report_text(report: EvaluationReport) -> str:

@@ -12,12 +12,12 @@ from zppo.dispatch import Job
 from zppo.grading import JUDGE, JUDGE_SAMPLING
 from zppo.prompts import PromptSet
 from zppo.questions import Question
-from zppo.window import COMPRESS, EVALUATE, TEACHER, Candidate, Group, Visit, Window
+from zppo.window import BCQ, COMPRESS, EVALUATE, NCQ, TEACHER, Candidate, Group, Visit, Window
 from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling
 
 Stage: TypeAlias = Literal["sample", "grade", "judge", "compress"]
 ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", "teacher", "grader"
-STAGE_ORDER = {COMPRESS: 0, "bcq": 0, "ncq": 0}
+STAGE_ORDER = {COMPRESS: 0, BCQ: 0, NCQ: 0}
 """Within a window the later stages go first: they are nearest to completing it. All other kinds come after."""
 EVALUATION_ORDER = -1
 """Evaluations go before all windows, so that they see the policy they ask for."""
@@ -34,6 +34,19 @@ class Target(Struct, kw_only=True):
     visit: Visit | None = None
     candidate: Candidate | None = None
     response: int = 0
+
+    @property
+    def task_id(self) -> str:
+        """The id of the target's job: what is wanted, and of whom. Asking twice shows before a job is made."""
+        if self.candidate is not None:
+            source = f"{self.candidate.source}-{self.candidate.index}"
+            return f"{self.window_index}/{self.question.id}/{COMPRESS}/{source}"
+        suffix = {"grade": "/grade", "judge": f"/judge-{self.response}"}.get(self.stage, "")
+        return f"{self.the_group.id}{suffix}"
+
+    @property
+    def window_index(self) -> int:
+        return self.window.index if self.window is not None else EVALUATION_ORDER
 
     @property
     def the_group(self) -> Group:
@@ -62,8 +75,8 @@ class JobFactory:
         return self._teacher.compression_max_lines, self._teacher.compression_sampling.max_new_tokens
 
     def job(self, target: Target, min_version: int, prompts: PromptSet) -> Job:
-        """The job for a target. Task ids are a function of the target, so asking twice gives the same job."""
-        window = target.window.index if target.window is not None else EVALUATION_ORDER
+        """The job for a target, under the id that the target gives it."""
+        window = target.window_index
         if target.stage == "grade":
             return self._grade(target, window)
         if target.stage == "judge":
@@ -85,30 +98,28 @@ class JobFactory:
         group = target.the_group
         assert group.samples is not None, "a group is graded after it is sampled"
         question = target.question
-        task_id = f"{group.id}/grade"
-        message = GradeTask(
-            task_id=task_id, gold=question.answer, responses=group.samples.texts, grader=question.grader
-        )
+        name = target.task_id
+        message = GradeTask(task_id=name, gold=question.answer, responses=group.samples.texts, grader=question.grader)
         order = (window, STAGE_ORDER.get(group.kind, 1))
-        return Job(id=task_id, pool=GRADER_POOL, order=order, cost=1, message=message)
+        return Job(id=name, pool=GRADER_POOL, order=order, cost=1, message=message)
 
     def _judge(self, target: Target, window: int, prompts: PromptSet) -> Job:
         group, question = target.the_group, target.question
         assert group.samples is not None, "a group is judged after it is sampled"
-        task_id = f"{group.id}/judge-{target.response}"
+        name = target.task_id
         prompt = prompts.judge(question.text, question.answer, group.samples.texts[target.response])
-        message = self._generate(task_id, JUDGE, prompt, 1, JUDGE_SAMPLING, -1)
+        message = self._generate(name, JUDGE, prompt, 1, JUDGE_SAMPLING, -1)
         order = (window, STAGE_ORDER.get(group.kind, 1))
-        return Job(id=task_id, pool=TEACHER_POOL, order=order, cost=1, message=message)
+        return Job(id=name, pool=TEACHER_POOL, order=order, cost=1, message=message)
 
     def _compress(self, target: Target, window: int, prompts: PromptSet) -> Job:
         candidate = target.candidate
         assert candidate is not None and self._teacher is not None
         lines, tokens = self.compression_limits
-        task_id = f"{window}/{target.question.id}/{COMPRESS}/{candidate.source}-{candidate.index}"
+        name = target.task_id
         prompt = prompts.compress(target.question.text, candidate.text, tokens, lines)
-        message = self._generate(task_id, COMPRESS, prompt, 1, self._teacher.compression_sampling, -1)
-        return Job(id=task_id, pool=TEACHER_POOL, order=(window, STAGE_ORDER[COMPRESS]), cost=1, message=message)
+        message = self._generate(name, COMPRESS, prompt, 1, self._teacher.compression_sampling, -1)
+        return Job(id=name, pool=TEACHER_POOL, order=(window, STAGE_ORDER[COMPRESS]), cost=1, message=message)
 
     def _decoding(self, kind: str) -> tuple[int, Sampling]:
         """(completions, sampling) of a group: G_T from the teacher, G_S from the student."""

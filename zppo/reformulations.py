@@ -62,7 +62,7 @@ class NegativeCandidateIncluded:
         return [candidate("student", visit.plain, index) for index in visit.plain.indices(correct=False)]
 
     def prompt(self, visit: Visit, candidates: list[Candidate], prompts: PromptSet) -> Prompt:
-        wrong_answers = list(dict.fromkeys(c.answer for c in candidates if c.answer is not None))
+        wrong_answers = [c.answer for c in candidates if c.answer is not None]
         return prompts.ncq(visit.question, wrong_answers, compressed_texts(candidates))
 
 

@@ -382,13 +382,13 @@ class Scheduler:
 
     def _ask(self, target: Target) -> None:
         """Queue the job for a target unless it is on its way already."""
-        job = self.jobs.job(target, self._min_version(target), self.prompts)
-        if job.id in self._targets:
+        name = target.task_id
+        if name in self._targets:
             return
-        self._targets[job.id] = target
+        self._targets[name] = target
         if target.window is not None:
-            self._missing[target.window.index].add(job.id)
-        self.dispatcher.submit(job)
+            self._missing[target.window.index].add(name)
+        self.dispatcher.submit(self.jobs.job(target, self._min_version(target), self.prompts))
 
     def _min_version(self, target: Target) -> int:
         if target.window is not None:

@@ -17,7 +17,7 @@ from zppo.jobs import JobFactory, Stage, Target
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.window import TEACHER, Candidate, Group, Reformulation, Visit, Window
-from zppo_protocol.messages import Grade
+from zppo_protocol.messages import Grade, Prompt
 
 
 class CannotGoOn(RuntimeError):
@@ -30,9 +30,10 @@ class Stages:
     def __init__(self, recipe: Recipe, prompts: PromptSet, jobs: JobFactory, ask: Callable[[Target], None]) -> None:
         self._recipe, self._prompts, self._jobs, self._ask = recipe, prompts, jobs, ask
 
-    def group(self, index: int, question: Question, kind: str) -> Group:
-        """A group of `kind` that asks the plain question; its id is unique in the run."""
-        return Group(id=f"{index}/{question.id}/{kind}", kind=kind, prompt=self._prompts.plain(question))
+    def group(self, index: int, question: Question, kind: str, prompt: Prompt | None = None) -> Group:
+        """A group of `kind` that asks `prompt`, or the plain question; its id is unique in the run."""
+        prompt = prompt if prompt is not None else self._prompts.plain(question)
+        return Group(id=f"{index}/{question.id}/{kind}", kind=kind, prompt=prompt)
 
     # ---- what is needed --------------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ class Stages:
         if not visit.plain.done:
             return
         if visit.teacher is None and wants_teacher(visit, self._recipe):
-            visit.teacher = self.group(window.index, visit.question, TEACHER)
+            visit.teacher = self.group(window.index, visit.question, TEACHER, visit.plain.prompt)
         if visit.teacher is not None:
             self.advance_group(visit.teacher, visit.question, window, visit)
         for reformulation in visit.reformulations:
@@ -74,10 +75,9 @@ class Stages:
                     self._compress(window, visit, candidate)
             if any(candidate.compressed is None for candidate in reformulation.candidates):
                 return
-            group = self.group(window.index, visit.question, reformulation.kind)
             reformulator = next(r for r in self._recipe.method.reformulations if r.kind == reformulation.kind)
-            group.prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
-            reformulation.group = group
+            prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
+            reformulation.group = self.group(window.index, visit.question, reformulation.kind, prompt)
         self.advance_group(reformulation.group, visit.question, window, visit)
 
     def _compress(self, window: Window, visit: Visit, candidate: Candidate) -> None:

@@ -161,8 +161,7 @@ class Controller:
             self._send(SUPERVISOR, self._status())
 
     def _status(self) -> messages.Status:
-        status = build_status(self.scheduler, self.peers, self.recorder, self.clock)
-        return structs.replace(status, waiting=self._waiting())
+        return build_status(self.scheduler, self.peers, self.recorder, self.clock, self._waiting())
 
     def _ship(self, now: float) -> None:
         window = self.scheduler.next_window(now)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import time
 from typing import Literal
 
@@ -21,14 +20,12 @@ from zppo_actors.process import ActorContext
 from zppo_protocol.checks import ProtocolError
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
-    PROTOCOL_VERSION,
     AnyMessage,
     Credits,
     GenerateResult,
     GenerateTask,
     Goodbye,
     Heartbeat,
-    Hello,
     LoadPolicy,
     PolicyLoaded,
     PolicyRefused,
@@ -118,7 +115,7 @@ class EngineActor:
         Consumes: what `_listen` takes. Produces: Hello, Goodbye, and what the three loops and the tasks send.
         Waits for: the first of its tasks to raise. Is unblocked by: `Leave`, or any failure of a task.
         """
-        await self._dealer.send(self._hello())
+        await self._dealer.send(self._context.hello(self._role, self._engine.capacity))
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen(tasks))
@@ -268,18 +265,6 @@ class EngineActor:
             "waiting": float(sequences - running),
         }
         return Heartbeat(progress=progress, tasks=[work.task.task_id for work in self._running], stats=stats)
-
-    def _hello(self) -> Hello:
-        return Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=self._context.run_id,
-            actor=self._context.actor,
-            role=self._role,
-            incarnation=self._context.incarnation,
-            pid=os.getpid(),
-            capacity=self._engine.capacity,
-            policy_version=self._engine.policy_version,
-        )
 
 
 def _failed(task: GenerateTask, reason: str, *, retryable: bool) -> TaskFailed:

@@ -9,7 +9,6 @@ Heartbeats list a task from its arrival until its answer is sent.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter, deque
 
@@ -21,7 +20,6 @@ from zppo_actors.grade_client import TIMED_OUT, GradeWorker, worker_command
 from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
-    PROTOCOL_VERSION,
     AnyMessage,
     Credits,
     Goodbye,
@@ -29,7 +27,6 @@ from zppo_protocol.messages import (
     GradeResult,
     GradeTask,
     Heartbeat,
-    Hello,
     Rejected,
     Shutdown,
     TaskFailed,
@@ -89,18 +86,7 @@ class GraderActor:
         return self._exit_code
 
     def _greet(self) -> None:
-        context = self._context
-        self._dealer.send(
-            Hello(
-                protocol_version=PROTOCOL_VERSION,
-                run_id=context.run_id,
-                actor=context.actor,
-                role="grader",
-                incarnation=context.incarnation,
-                pid=os.getpid(),
-                capacity=CAPACITY,
-            )
-        )
+        self._dealer.send(self._context.hello("grader", CAPACITY))
 
     def _beat(self) -> None:
         now = time.monotonic()

@@ -26,6 +26,7 @@ from zppo.errors import UserError
 from zppo.exit_codes import EXIT_FAILED, EXIT_USER_ERROR
 from zppo.run_dir import read
 from zppo_actors import runtime
+from zppo_protocol.messages import PROTOCOL_VERSION, Hello, Role
 
 ROLES = ("controller", "rollout", "teacher", "grader", "trainer")
 _PR_SET_PDEATHSIG = 1
@@ -50,6 +51,18 @@ class ActorContext:
     def address(self) -> str:
         """Address of the controller's socket."""
         return runtime.controller_address(self.runtime)
+
+    def hello(self, role: Role, capacity: int) -> Hello:
+        """The first word of this actor to the controller."""
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=self.run_id,
+            actor=self.actor,
+            role=role,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            capacity=capacity,
+        )
 
     @property
     def index(self) -> int:

@@ -59,7 +59,9 @@ class StepClock:
         return sum(waited for _, waited in self._recent) / total if total else 0.0
 
 
-def build_status(scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: StepClock) -> Status:
+def build_status(
+    scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: StepClock, waiting: list[str]
+) -> Status:
     step, total = scheduler.trained, scheduler.total_steps
     windows = list(scheduler.windows)
     ready = sum(scheduler.ready(index) for index in windows)
@@ -86,7 +88,7 @@ def build_status(scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: 
         actors=[actor_status(peer, scheduler) for peer in peers.actors()],
         counters=counters,
         gauges=gauges,
-        waiting=scheduler.waiting(),
+        waiting=waiting,
         events=list(recorder.events),
     )
 

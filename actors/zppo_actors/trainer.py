@@ -8,7 +8,6 @@ the model, the optimizer state and the counters, and the controller the rest.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -26,13 +25,11 @@ from zppo_actors import weights
 from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
-    PROTOCOL_VERSION,
     AnyMessage,
     CheckpointSaved,
     Credits,
     Goodbye,
     Heartbeat,
-    Hello,
     PolicyPublished,
     Rejected,
     ReleasePolicy,
@@ -94,7 +91,7 @@ class TrainerActor:
         is unblocked by: TrainWindow, SaveCheckpoint, Shutdown, Rejected, the end of the supervisor.
         """
         try:
-            self.dealer.send(self._hello())
+            self.dealer.send(self.context.hello("trainer", CAPACITY))
             self._await_welcome()
             trainer = self._load()
             self._publish(trainer)
@@ -107,18 +104,6 @@ class TrainerActor:
         except (UserError, StalenessError) as error:
             self.dealer.send(Goodbye(reason=str(error)))
             raise
-
-    def _hello(self) -> Hello:
-        context = self.context
-        return Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=context.run_id,
-            actor=context.actor,
-            role="trainer",
-            incarnation=context.incarnation,
-            pid=os.getpid(),
-            capacity=CAPACITY,
-        )
 
     def _load(self) -> Trainer:
         trainer = build_trainer(self.context.topology, time.perf_counter, starting_checkpoint(self.context))
