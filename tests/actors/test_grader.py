@@ -119,7 +119,7 @@ def controller(tmp_path: Path, runtime_base: Path, request: pytest.FixtureReques
     if process.poll() is None:
         process.kill()
     process.wait(PATIENCE)
-    os.close(write_end)
+    os.close(controller.parent_fd)  # not `write_end`: a test may have put another descriptor in its place
     router.close()
     os.close(lock)
     runtime.remove(folder)
