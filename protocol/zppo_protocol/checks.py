@@ -4,7 +4,8 @@ The structs of `messages` call these from `__post_init__`, so the invariant hold
 it was built here, decoded from a peer or read from a checkpoint: a `GroupSamples` always has one axis T, cut by
 `offsets` into N completions and by `version_spans` into policy versions, with finite log-probabilities.
 
-Shape legend: P prompt tokens, N completions, T response tokens of all completions end to end, S version spans.
+Shape legend: P prompt tokens, N completions, T response tokens of all completions end to end, S version spans, K most
+probable tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from zppo_protocol.messages import GroupSamples, TrainGroup
+    from zppo_protocol.messages import GroupSamples, ScoreTask, TokenScores, TrainGroup
 
 MAX_LOG_PROB = 1e-3
 """A log-probability is at most 0; a float32 log-softmax may end up a rounding error above it."""
@@ -60,6 +61,34 @@ def check_train_group(group: TrainGroup) -> None:
         raise ProtocolError(f"rewards must have one entry per completion ({completions}), got {len(group.rewards)}")
     if not (group.rewards.min() >= 0.0 and group.rewards.max() <= 1.0):
         raise ProtocolError("rewards must be finite numbers from 0 to 1")
+    tokens = len(group.samples.token_ids)
+    if group.scores is not None and len(group.scores.token_ids) != tokens:
+        raise ProtocolError(f"scores must have one row per token ({tokens}), got {len(group.scores.token_ids)}")
+
+
+def check_score_task(task: ScoreTask) -> None:
+    """Check that there is a prompt and that `offsets` cut the tokens into responses. Raises ProtocolError."""
+    for name in ("prompt_ids", "token_ids", "offsets"):
+        check_array(name, getattr(task, name), np.int32)
+    if not len(task.prompt_ids):
+        raise ProtocolError("prompt_ids must hold at least one token")
+    _check_ids("prompt_ids", task.prompt_ids)
+    _check_ids("token_ids", task.token_ids)
+    _check_offsets(task.offsets, len(task.token_ids))
+
+
+def check_scores(scores: TokenScores) -> None:
+    """Check that ids and log-probs belong together and no row sums to more than 1. Raises ProtocolError."""
+    check_array("token_ids", scores.token_ids, np.int32, dimensions=2)
+    check_array("log_probs", scores.log_probs, np.float32, dimensions=2)
+    if scores.token_ids.shape != scores.log_probs.shape:
+        raise ProtocolError(f"log_probs must have the shape {scores.token_ids.shape}, got {scores.log_probs.shape}")
+    if scores.token_ids.size and scores.token_ids.min() < -1:
+        raise ProtocolError(f"token_ids must be at least -1, got {scores.token_ids.min()}")
+    _check_log_probs(scores.log_probs.reshape(-1), scores.log_probs.size)
+    mass_T = np.where(scores.token_ids >= 0, np.exp(scores.log_probs, dtype=np.float64), 0.0).sum(axis=1)
+    if len(mass_T) and mass_T.max() > 1.0 + MAX_LOG_PROB * 10:
+        raise ProtocolError(f"log_probs of a row must not sum to more than 1, got {mass_T.max():g}")
 
 
 def check_result(samples: GroupSamples) -> None:

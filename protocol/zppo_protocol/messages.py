@@ -10,7 +10,7 @@ answers with tasks, policy announcements and `Shutdown`. The supervisor reports 
 receives `Status` and the final `RunEnded`.
 
 Shape legend: P prompt tokens, N completions of the group, T response tokens of all completions laid end to end,
-S version spans.
+S version spans, K most probable tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Annotated, Literal, TypeAlias
 import numpy as np
 from msgspec import Meta, Struct
 
-from zppo_protocol.checks import check_result, check_samples, check_train_group
+from zppo_protocol.checks import check_result, check_samples, check_score_task, check_scores, check_train_group
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
@@ -49,11 +49,23 @@ class ChatMessage(Value, frozen=True):
     content: Text
 
 
+class ResponseStart(Value, frozen=True):
+    """How every response must begin: with the first ⌊share·n⌋ of the n tokens of `text`.
+
+    The engine that knows the tokens cuts them. They end `GroupSamples.prompt_ids`, so they are given and not sampled,
+    and are part of `GroupSamples.texts`, so that the whole response is graded.
+    """
+
+    text: Text
+    share: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
 class Prompt(Value, frozen=True):
     """What an engine is asked: chat messages and the media they refer to, in order of appearance."""
 
     messages: list[ChatMessage]
     media: list[MediaReference] = []
+    start: ResponseStart | None = None
 
 
 class Sampling(Value, frozen=True):
@@ -82,7 +94,8 @@ class GroupSamples(Value, frozen=True):
 
     `token_ids` [T] int32 and `log_probs` [T] float32 hold the N completions end to end, `offsets` [N+1] int32 bounds
     them. `log_probs` are *behaviour* log-probs: natural logarithms under the distribution that was sampled.
-    `version_spans` [S, 2] int32 run-length encodes, along the same axis T, (token count, policy version). `texts` has N
+    `version_spans` [S, 2] int32 run-length encodes, along the same axis T, (token count, policy version);
+    version -1 is a frozen model, whose log-probs say nothing of the policy. `texts` has N
     entries, or none where nobody reads them (a trainer's window). Raises ProtocolError if they do not fit together.
 
     An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are empty, `texts` has all
@@ -105,6 +118,20 @@ class GroupSamples(Value, frozen=True):
 
     def __post_init__(self) -> None:
         check_samples(self)
+
+
+class TokenScores(Value, frozen=True):
+    """A teacher's K most probable tokens at each of T response tokens, best first.
+
+    `token_ids` [T, K] int32, -1 where a row has fewer; `log_probs` [T, K] float32, natural logarithms over the whole
+    vocabulary, so what they leave of 1 is the tail.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_scores(self)
 
 
 class Grade(Value, frozen=True):
@@ -136,13 +163,14 @@ class PolicyManifest(Value, frozen=True):
 
 
 class TrainGroup(Value, frozen=True):
-    """One group as the trainer needs it; `rewards` is [N] float32."""
+    """One group as the trainer needs it; `rewards` is [N] float32. `scores` [T, K] are those of a remote teacher."""
 
     group_id: Name
     question_id: Name
     kind: GroupKind
     samples: GroupSamples
     rewards: np.ndarray
+    scores: TokenScores | None = None
 
     def __post_init__(self) -> None:
         check_train_group(self)
@@ -191,6 +219,13 @@ class GenerateResult(Message, frozen=True):
 
     def __post_init__(self) -> None:
         check_result(self.samples)
+
+
+class ScoreResult(Message, frozen=True):
+    """`scores` along the axis T of the task."""
+
+    task_id: Name
+    scores: TokenScores
 
 
 class GradeResult(Message, frozen=True):
@@ -297,6 +332,29 @@ class GenerateTask(Message, frozen=True):
     min_version: Annotated[int, Meta(ge=-1)] = -1
 
 
+class ScoreTask(Message, frozen=True):
+    """Say what the teacher would have written at each token of given responses: its `top_k` most probable tokens.
+
+    `prompt_ids` [P], `token_ids` [T] and `offsets` [N+1] are int32 as in `GroupSamples`, in the vocabulary that student
+    and teacher share. Log-probs are those of the softmax at `temperature`. Costs N credits.
+    """
+
+    task_id: Name
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    offsets: np.ndarray
+    top_k: Annotated[int, Meta(ge=1, le=4096)]
+    temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+
+    @property
+    def n(self) -> int:
+        """Number of responses."""
+        return len(self.offsets) - 1
+
+    def __post_init__(self) -> None:
+        check_score_task(self)
+
+
 class GradeTask(Message, frozen=True):
     """Score responses against `gold`. `grader` names a rule of `zppo.grading`. Costs one credit."""
 
@@ -376,8 +434,8 @@ class RunEnded(Message, frozen=True):
 
 
 AnyMessage: TypeAlias = (
-    Hello | Heartbeat | Credits | GenerateResult | GradeResult | TaskFailed | PolicyPublished | PolicyLoaded
-    | PolicyRefused | StepTrained | Goodbye | ActorExited | StopRequested | Welcome | Rejected | GenerateTask
-    | GradeTask | TrainWindow | SaveCheckpoint | CheckpointSaved | LoadPolicy | ReleasePolicy | RestartActor | Status
-    | Shutdown | RunEnded
+    Hello | Heartbeat | Credits | GenerateResult | ScoreResult | GradeResult | TaskFailed | PolicyPublished
+    | PolicyLoaded | PolicyRefused | StepTrained | Goodbye | ActorExited | StopRequested | Welcome | Rejected
+    | GenerateTask | ScoreTask | GradeTask | TrainWindow | SaveCheckpoint | CheckpointSaved | LoadPolicy
+    | ReleasePolicy | RestartActor | Status | Shutdown | RunEnded
 )  # fmt: skip

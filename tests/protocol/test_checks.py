@@ -155,6 +155,83 @@ def test_rewards_of_a_group(rewards: Any, sentence: str) -> None:
         m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=rewards)
 
 
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def scores(ids: Any, log_probs: Any) -> m.TokenScores:
+    return m.TokenScores(token_ids=np.array(ids, np.int32), log_probs=np.array(log_probs, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("ids", "log_probs", "sentence"),
+    [
+        (int32(1, 2), float32(-1, -2), "token_ids must have 2 dimension(s), got shape (2,)"),
+        (np.array([[1, 2]]), float32([-1, -2]), "token_ids must be int32, got int64"),
+        (int32([1, 2]), np.array([[-1.0, -2.0]]), "log_probs must be float32, got float64"),
+        (int32([1, 2]), float32([-1]), "log_probs must have the shape (1, 2), got (1, 1)"),
+        (int32([1, -2]), float32([-1, -2]), "token_ids must be at least -1, got -2"),
+        (int32([1, 2]), float32([-1, np.nan]), "log_probs must be finite and at most 0.001"),
+        (int32([1, 2]), float32([-1, -np.inf]), "log_probs must be finite and at most 0.001"),
+        (int32([1, -1]), float32([-1, 0.5]), "log_probs must be finite and at most 0.001"),
+        (int32([1, 2], [3, 4]), float32([-1, -2], [-0.1, -0.5]), "a row must not sum to more than 1, got 1.51137"),
+    ],
+)
+def test_scores_that_contradict_themselves_cannot_be_built(ids: Any, log_probs: Any, sentence: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        m.TokenScores(token_ids=ids, log_probs=log_probs)
+    assert sentence in str(caught.value)
+
+
+def test_padding_has_no_mass_and_a_whole_vocabulary_sums_to_one() -> None:
+    scores([[7, 3, -1]], [[np.log(0.75), np.log(0.25), 0.0]])
+    scores(np.zeros((0, 5)), np.zeros((0, 5)))
+    scores(np.zeros((3, 0)), np.zeros((3, 0)))
+
+
+def test_a_group_has_one_row_of_scores_per_token() -> None:
+    group: dict[str, Any] = {"group_id": "g", "question_id": "q", "kind": "plain", "rewards": float32(0, 1)}
+    samples = m.GroupSamples(**GOOD)
+    m.TrainGroup(**group, samples=samples, scores=scores([[1]] * 5, [[-1.0]] * 5))
+    with pytest.raises(ProtocolError, match=r"scores must have one row per token \(5\), got 4"):
+        m.TrainGroup(**group, samples=samples, scores=scores([[1]] * 4, [[-1.0]] * 4))
+
+
+SCORE_TASK: dict[str, Any] = {
+    "task_id": "t",
+    "prompt_ids": int32(1, 2),
+    "token_ids": int32(3, 4, 5),
+    "offsets": int32(0, 1, 1, 3),
+    "top_k": 8,
+}
+
+
+def test_a_score_task_counts_its_responses_empty_ones_too() -> None:
+    assert m.ScoreTask(**SCORE_TASK).n == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompt_ids": int32()}, "prompt_ids must hold at least one token"),
+        ({"prompt_ids": int32(-1)}, "prompt_ids must not be negative, got -1"),
+        ({"token_ids": int32(3, -4, 5)}, "token_ids must not be negative, got -4"),
+        ({"token_ids": float32(3, 4, 5)}, "token_ids must be int32, got float32"),
+        ({"offsets": int32(0, 2)}, "offsets must run from 0 to 3, got 0 to 2"),
+        ({"offsets": int32(0)}, "offsets must bound at least one completion, got 1 entries"),
+    ],
+)
+def test_a_score_task_that_contradicts_itself(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        m.ScoreTask(**{**SCORE_TASK, **change})
+    assert sentence in str(caught.value)
+
+
+def test_bounds_of_a_score_task_are_held_where_it_is_read() -> None:
+    for change in ({"top_k": 0}, {"top_k": 4097}, {"temperature": 0.0}):
+        with pytest.raises(ProtocolError):
+            encode(m.ScoreTask(**{**SCORE_TASK, **change}))
+
+
 def test_the_sentence_of_a_decoded_message_says_where() -> None:
     broken = Loose(**{**GOOD, "offsets": int32(0, 6, 5)})
     blob = dumps({"type": "GenerateResult", "task_id": "t", "samples": broken})

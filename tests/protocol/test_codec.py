@@ -45,6 +45,33 @@ def group_samples(draw: st.DrawFn) -> m.GroupSamples:
 
 
 @st.composite
+def token_scores(draw: st.DrawFn, tokens: int | None = None) -> m.TokenScores:
+    """Rows of 0 to 3 tokens whose probabilities sum to less than 1; -1 fills up the shorter rows."""
+    tokens = draw(st.integers(0, 6)) if tokens is None else tokens
+    width = draw(st.integers(0, 3))
+    ids = st.lists(st.integers(-1, 2**31 - 1), min_size=width, max_size=width)
+    floats = st.lists(st.floats(-(2.0**99), -1.5, width=32), min_size=width, max_size=width)
+    shape = (tokens, width)
+    return m.TokenScores(
+        token_ids=np.array([draw(ids) for _ in range(tokens)], np.int32).reshape(shape),
+        log_probs=np.array([draw(floats) for _ in range(tokens)], np.float32).reshape(shape),
+    )
+
+
+@st.composite
+def score_tasks(draw: st.DrawFn) -> m.ScoreTask:
+    samples = draw(group_samples())
+    return m.ScoreTask(
+        task_id=draw(st.text(min_size=1, **SHORT)),
+        prompt_ids=samples.prompt_ids,
+        token_ids=samples.token_ids,
+        offsets=samples.offsets,
+        top_k=draw(st.integers(1, 4096)),
+        temperature=draw(st.floats(0.01, 100.0)),
+    )
+
+
+@st.composite
 def train_groups(draw: st.DrawFn) -> m.TrainGroup:
     samples = draw(group_samples())
     n = len(samples.finish_reasons)
@@ -52,7 +79,14 @@ def train_groups(draw: st.DrawFn) -> m.TrainGroup:
         draw(st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=n, max_size=n)), np.float32
     )
     name = st.text(min_size=1, **SHORT)
-    return m.TrainGroup(group_id=draw(name), question_id=draw(name), kind="bcq", samples=samples, rewards=rewards)
+    return m.TrainGroup(
+        group_id=draw(name),
+        question_id=draw(name),
+        kind="bcq",
+        samples=samples,
+        rewards=rewards,
+        scores=draw(st.none() | token_scores(len(samples.token_ids))),
+    )
 
 
 def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
@@ -84,7 +118,12 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
 
 
 def structs(kind: inspect.StructType) -> st.SearchStrategy[Any]:
-    special = {m.GroupSamples: group_samples, m.TrainGroup: train_groups}
+    special = {
+        m.GroupSamples: group_samples,
+        m.TrainGroup: train_groups,
+        m.TokenScores: token_scores,
+        m.ScoreTask: score_tasks,
+    }
     if kind.cls in special:
         return special[kind.cls]()
     return st.builds(kind.cls, **{field.name: values(field.type) for field in kind.fields})
