@@ -1,14 +1,16 @@
-"""Algorithm 1 of the paper, as pure functions in the paper's order.
+"""Algorithm 1 of the paper, as pure functions in the paper's order; Algorithms 2 to 6 are the same steps with other
+values of the method.
 
 Step 1  plain rollouts        `draw_replayed`       X = X_new ∪ X_replay
 Step 2  teacher rollouts      `is_hard`             afresh for every x with r̄_x < τ
 Step 3  pre-cap               `pre_cap`             the ρ_aug·|X_new| hardest that admit a reformulation
-Step 4  build prompts         `Reformulator.prompt` from candidates compressed by the teacher
+Step 4  build prompts         `Reformulator.prompt` from candidates prepared by the teacher
 Step 5  post-cap              `post_cap`            at most ρ_aug·|X_new| BCQ + NCQ instances together
-Step 6  update and refresh    `zppo.training`, `refresh_buffer`
+Step 6  update and refresh    `compose`, `zppo.training`, `refresh_buffer`
 
 Nothing here knows of time, processes or versions; `zppo.scheduler` calls these functions when their inputs are known.
 Which groups a window gets depends only on the graded rollouts, so both caps are decided before anything is compressed.
+Algorithms 5 and 6 ask the teacher only about the questions that step 3 has kept, so there step 3 comes before step 2.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from zppo.buffer import ReplayBuffer
+from zppo.composition import Composition, all_same
 from zppo.config import Topology
 from zppo.methods.base import Method
 from zppo.questions import Question
-from zppo.reformulations import Reformulator
+from zppo.reformulations import Reformulator, merged
 from zppo.window import Reformulation, Visit, Window
 
 
@@ -35,6 +38,11 @@ class Recipe(Struct, frozen=True, kw_only=True):
     hard_threshold: float
     rho_replay: float
     rho_aug: float
+    rho_aug_max: float | None
+    teachers: int
+    teacher_order: Literal["cascade", "pool"]
+    merge_candidates: bool
+    dynamic_sampling: bool
     seed: int
 
     @classmethod
@@ -44,6 +52,11 @@ class Recipe(Struct, frozen=True, kw_only=True):
             hard_threshold=topology.method.hard_threshold,
             rho_replay=topology.scheduler.rho_replay,
             rho_aug=topology.scheduler.rho_aug,
+            rho_aug_max=topology.scheduler.rho_aug_max,
+            teachers=1 + len(topology.more_teachers),
+            teacher_order=topology.method.teacher_order,
+            merge_candidates=topology.method.merge_candidates,
+            dynamic_sampling=topology.method.dynamic_sampling,
             seed=topology.run.seed,
         )
 
@@ -78,29 +91,74 @@ def is_hard(visit: Visit, recipe: Recipe) -> bool:
 
 def wants_teacher(visit: Visit, recipe: Recipe) -> bool:
     """Whether the teacher answers this question afresh now."""
-    return recipe.method.teacher_draws == "hard" and is_hard(visit, recipe)
+    match recipe.method.teacher_draws:
+        case "all":
+            return True
+        case "hard":
+            return visit.plain.done and is_hard(visit, recipe)
+        case "selected":
+            return visit.selected
+        case _:
+            return False
+
+
+def first_teacher(window: Window, visit: Visit, recipe: Recipe) -> int:
+    """Which teacher is asked first: the first of a cascade, any one of a pool (ours; the paper has one)."""
+    if recipe.teacher_order == "cascade":
+        return 0
+    return recipe.rng(window.index, visit.question.id, "teacher").randrange(recipe.teachers)
+
+
+def asks_next_teacher(visit: Visit, recipe: Recipe) -> bool:
+    """In a cascade: whether the last teacher had no correct response and there is another one."""
+    last = visit.teacher
+    if last is None or recipe.teacher_order != "cascade" or last.teacher + 1 >= recipe.teachers:
+        return False
+    return not last.indices(correct=True)
 
 
 # ---- steps 3 to 5 ------------------------------------------------------------------------------------------------
 
 
+def select(window: Window, recipe: Recipe) -> list[Visit]:
+    """X_aug of Algorithms 5 and 6: the hardest questions, on which alone the teacher is asked."""
+    if recipe.method.teacher_draws != "selected":
+        return []
+    hard = [visit for visit in window.visits if is_hard(visit, recipe)]
+    chosen = hardest(hard, cap(window, recipe))
+    for visit in chosen:
+        visit.selected = True
+    return chosen
+
+
 def add_reformulations(window: Window, recipe: Recipe) -> None:
     """Decide the window's reformulated groups: pre-cap, post-cap, draw of the candidates."""
     window.hard_questions = sum(is_hard(visit, recipe) for visit in window.visits)
-    window.reformulated = True
-    limit = quota(recipe.rho_aug, window.new_count)
+    limit = cap(window, recipe)
     for visit, reformulator in post_cap(pre_cap(window, recipe, limit), recipe, limit):
-        rng = recipe.rng(window.index, visit.question.id, reformulator.kind)
-        visit.reformulations.append(Reformulation(kind=reformulator.kind, candidates=reformulator.draw(visit, rng)))
+        candidates = reformulator.draw(visit, recipe.rng(window.index, visit.question.id, reformulator.kind))
+        if recipe.merge_candidates:
+            candidates = merged(candidates)
+        visit.reformulations.append(Reformulation(kind=reformulator.kind, candidates=candidates))
+
+
+def cap(window: Window, recipe: Recipe) -> int:
+    """⌊ρ_aug·|X_new|⌋. With `rho_aug_max`, ours, it follows the number of hard questions between the two."""
+    least = quota(recipe.rho_aug, window.new_count)
+    if recipe.rho_aug_max is None:
+        return least
+    hard = sum(is_hard(visit, recipe) for visit in window.visits)
+    return max(least, min(hard, quota(recipe.rho_aug_max, window.new_count)))
 
 
 def pre_cap(window: Window, recipe: Recipe, limit: int) -> list[Visit]:
-    """The `limit` hardest base questions (ascending r̄_x) that admit at least one reformulation.
+    """The `limit` hardest base questions (ascending r̄_x) that admit at least one reformulation."""
+    return hardest([v for v in window.visits if is_hard(v, recipe) and any(_admitted(v, recipe))], limit)
 
-    Equal accuracies keep the order of the window.
-    """
-    admitting = [v for v in window.visits if is_hard(v, recipe) and any(_admitted(v, recipe))]
-    return sorted(admitting, key=lambda visit: visit.accuracy)[:limit]
+
+def hardest(visits: list[Visit], limit: int) -> list[Visit]:
+    """The first `limit` in ascending r̄_x; equal accuracies keep the order of the window."""
+    return sorted(visits, key=lambda visit: visit.accuracy)[:limit]
 
 
 def post_cap(visits: Iterable[Visit], recipe: Recipe, limit: int) -> list[tuple[Visit, Reformulator]]:
@@ -114,6 +172,21 @@ def _admitted(visit: Visit, recipe: Recipe) -> list[Reformulator]:
 
 
 # ---- step 6 ------------------------------------------------------------------------------------------------------
+
+
+def compose(window: Window, recipe: Recipe) -> list[tuple[Visit, Composition]]:
+    """The groups that enter the loss, in the order of the window.
+
+    With `dynamic_sampling` (ours, in the order the authors suggest) a question is left out if all its groups came back
+    all-same: only after BCQ and NCQ had their turn.
+    """
+    composed = []
+    for visit in window.visits:
+        groups = recipe.method.composer(visit, recipe.rng(window.index, visit.question.id, "compose"))
+        if not (recipe.dynamic_sampling and all_same(groups)):
+            composed += [(visit, group) for group in groups]
+    return composed
+
 
 FateName: TypeAlias = Literal["admitted", "graduated", "kept", "evicted", "none"]
 

@@ -15,6 +15,9 @@ from zppo.prompts import neutral
 CHARACTERS_PER_TOKEN = 4
 """A usual rate for English and LaTeX; the rule has no tokenizer and bounds characters instead."""
 
+_PASSES = 20
+"""Boxes within boxes' names that are taken out one by one; deeper nesting is hostile and loses its backslashes."""
+
 _THINK = re.compile(r"<(/?)think\s*>", re.IGNORECASE)
 _EXPLORATION = re.compile(
     r"(?:wait|hmm+|hold on|alternatively|actually|maybe|oops|on second thought|okay|"
@@ -29,7 +32,7 @@ def accept(reply: str, text: str, max_lines: int, max_tokens: int) -> str:
     `max_tokens` bounds the rule only; the reply's own tokens were bounded when it was sampled.
     """
     return (
-        "\n".join(_lines(_visible(reply))) if faithful(reply, text, max_lines) else by_rule(text, max_lines, max_tokens)
+        "\n".join(lines(visible(reply))) if faithful(reply, text, max_lines) else by_rule(text, max_lines, max_tokens)
     )
 
 
@@ -37,8 +40,8 @@ def faithful(reply: str, text: str, max_lines: int) -> bool:
     """Whether the reply has text, at most `max_lines` lines, and the very answer of `text` in its last box."""
     if _thinks_to_the_end(reply):
         return False
-    lines = _lines(_visible(reply))
-    return 0 < len(lines) <= max_lines and _answer("\n".join(lines)) == _answer(neutral(text))
+    kept = lines(visible(reply))
+    return 0 < len(kept) <= max_lines and _answer("\n".join(kept)) == _answer(neutral(text))
 
 
 def by_rule(text: str, max_lines: int, max_tokens: int) -> str:
@@ -48,7 +51,7 @@ def by_rule(text: str, max_lines: int, max_tokens: int) -> str:
     `max_tokens` tokens; a box longer than that is kept whole all the same.
     """
     box = _box_line(neutral(text))
-    steps, lead = _steps_and_lead(neutral(_visible(text)), box)
+    steps, lead = _steps_and_lead(neutral(visible(text)), box)
     budget = max_tokens * CHARACTERS_PER_TOKEN
     final = f"{_tail(lead, budget - len(box))} {box}".strip()
     kept = [final] if final else []
@@ -69,16 +72,18 @@ def _steps_and_lead(text: str, box: str) -> tuple[list[str], str]:
     found = last_box(text)
     in_text = found is not None and _box_line(text) == box
     head = text[: found[0]] if found is not None and in_text else text
-    lines = _lines(head if box else _unboxed(head))
-    ends_open = bool(lines) and (not box or (in_text and not head.rstrip(" \t").endswith("\n")))
-    return (lines[:-1], lines[-1]) if ends_open else (lines, "")
+    kept = lines(head if box else _unboxed(head))
+    ends_open = bool(kept) and (not box or (in_text and not head.rstrip(" \t").endswith("\n")))
+    return (kept[:-1], kept[-1]) if ends_open else (kept, "")
 
 
 def _unboxed(text: str) -> str:
     """A text without a whole box also without the beginnings of one, which dropping lines might complete."""
-    while (shorter := BOX.sub("", text)) != text:
-        text = shorter
-    return text
+    for _ in range(_PASSES):
+        text, removed = BOX.subn("", text)
+        if not removed:
+            return text
+    return text.replace("\\", "")
 
 
 def _tail(line: str, room: int) -> str:
@@ -101,12 +106,12 @@ def _answer(text: str) -> list[str] | None:
     return None if found is None else found[2].split()
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
     """Non-blank lines without outer white space."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """What follows the last thought; a text that is nothing but thought is shown as it is."""
     ends = [match.end() for match in _THINK.finditer(text) if match.group(1)]
     after = neutral(text[ends[-1] :]) if ends else ""

@@ -51,6 +51,16 @@ class MethodConfig(Config, frozen=True, kw_only=True):
     dual_clip: Annotated[float, Meta(gt=1.0)] | None = 10.0
     loss_normalisation: Literal["token", "sequence"] = "token"
     ratio: Literal["proximal", "behaviour"] = "proximal"
+    prefix_share: Share = 0.4
+    """α, the share of a correct teacher response that the method `prefix` begins the student's with (Algorithm 6)."""
+    jsd_beta: Share = 0.5
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence (Algorithms 2 and 3)."""
+    teacher_order: Literal["cascade", "pool"] = "cascade"
+    """Ours, with `more_teachers`: ask the next teacher where the one before has no correct response, or ask any one."""
+    dynamic_sampling: bool = False
+    """Ours: leave a question out of the loss if all its groups, the reformulated ones too, came back all-same."""
+    merge_candidates: bool = False
+    """Ours: NCQ shows near-duplicate wrong responses once, with their count."""
     correction: Literal["none", "truncate", "mask"] = "truncate"
     correction_cap: PositiveFloat = 2.0
 
@@ -64,7 +74,7 @@ class DataConfig(Config, frozen=True, kw_only=True):
     grader: str = "math"
     max_bad_rows: NonNegative = 0
     templates: str | None = None
-    """Folder with plain.j2, bcq.j2, ncq.j2, compress.j2; files that are absent come from the built-in set."""
+    """Folder with plain.j2, bcq.j2, …; files that are absent come from the built-in set (docs/templates.md)."""
     system_prompt: str | None = None
     max_prompt_tokens: Positive = 4096
     """Plain prompts only; reformulated prompts are bounded by the model's context alone (paper, step 4)."""
@@ -82,6 +92,10 @@ class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     compression: Literal["teacher", "rule"] = "teacher"
     compression_sampling: Sampling = Sampling(max_new_tokens=512)
     compression_max_lines: Positive = 5
+    scoring: Literal["colocated", "remote"] = "colocated"
+    """Where distillation gets the teacher's distribution: from a copy inside the trainer, over the whole vocabulary, or
+    from the teacher actors, as `score_top_k` tokens and the mass of the rest."""
+    score_top_k: Annotated[int, Meta(ge=1, le=4096)] = 32
 
 
 class SchedulerConfig(Config, frozen=True, kw_only=True):
@@ -92,6 +106,8 @@ class SchedulerConfig(Config, frozen=True, kw_only=True):
     """|X_new|, questions per window from the corpus."""
     rho_replay: Share = 0.25
     rho_aug: Share = 0.25
+    rho_aug_max: Share | None = None
+    """Ours: ρ_aug follows the number of hard questions, from `rho_aug` up to this share; null: it is fixed."""
     buffer_capacity: Positive = 10_000
     lease_seconds: PositiveFloat = 300.0
     max_attempts: Positive = 5
@@ -171,10 +187,17 @@ class SinksConfig(Config, frozen=True, kw_only=True):
     rollouts: bool = True
 
 
+class MoreTeacher(ModelConfig, frozen=True, kw_only=True):
+    """A further teacher that draws responses, with its processes; the first one alone compresses, judges and scores."""
+
+    actor: ActorConfig = ActorConfig()
+
+
 class Topology(Config, frozen=True, kw_only=True):
     data: DataConfig
     student: ModelConfig
     teacher: TeacherConfig | None = None
+    more_teachers: list[MoreTeacher] = []
     run: RunConfig = field(default_factory=RunConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

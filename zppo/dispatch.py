@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from zppo_protocol.credits import CreditBook
 from zppo_protocol.leases import Lease, LeaseLedger
-from zppo_protocol.messages import GenerateTask, GradeTask
+from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -31,13 +31,19 @@ class Job(Struct, frozen=True, kw_only=True):
     pool: str
     order: tuple[int, ...]
     cost: int
-    message: GenerateTask | GradeTask
+    message: GenerateTask | GradeTask | ScoreTask
     min_version: int = -1
 
     @property
     def answers(self) -> int:
-        """How many completions or grades the answer must have."""
-        return self.message.n if isinstance(self.message, GenerateTask) else len(self.message.responses)
+        """How many completions, scored tokens or grades the answer must have."""
+        match self.message:
+            case GenerateTask():
+                return self.message.n
+            case ScoreTask():
+                return len(self.message.token_ids)
+            case GradeTask():
+                return len(self.message.responses)
 
 
 class Assignment(Struct, frozen=True):

@@ -25,6 +25,8 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
     high: float
     questions: int
     samples: int
+    by_question: dict[str, float] = {}
+    """Mean reward of each question, so that two runs can be compared question by question."""
 
 
 class Estimate(Struct, frozen=True):
@@ -40,13 +42,15 @@ class Evaluation(Struct, kw_only=True):
 
     step: int
     groups: list[Group]
+    question_ids: list[str]
 
     @property
     def done(self) -> bool:
         return all(group.done for group in self.groups)
 
     def result(self) -> EvaluationResult:
-        accuracy = estimate([group.accuracy for group in self.groups])
+        accuracies = [group.accuracy for group in self.groups]
+        accuracy = estimate(accuracies)
         return EvaluationResult(
             step=self.step,
             newest_version=max([self.step, *(newest_version(group) for group in self.groups)]),
@@ -55,6 +59,7 @@ class Evaluation(Struct, kw_only=True):
             high=accuracy.high,
             questions=len(self.groups),
             samples=sum(len(group.grades or []) for group in self.groups),
+            by_question=dict(zip(self.question_ids, accuracies, strict=True)),
         )
 
 

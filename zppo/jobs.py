@@ -7,25 +7,27 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
+from zppo.composition import Composition, gathered
 from zppo.config import Topology
 from zppo.dispatch import Job
 from zppo.grading import JUDGE, JUDGE_SAMPLING
+from zppo.processes import teacher_pool, teachers
 from zppo.prompts import PromptSet
 from zppo.questions import Question
-from zppo.window import BCQ, COMPRESS, EVALUATE, NCQ, TEACHER, Candidate, Group, Visit, Window
-from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling
+from zppo.window import EVALUATE, PLAIN, TEACHER, Candidate, Group, Visit, Window
+from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling, ScoreTask
 
-Stage: TypeAlias = Literal["sample", "grade", "judge", "compress"]
-ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", "teacher", "grader"
-STAGE_ORDER = {COMPRESS: 0, BCQ: 0, NCQ: 0}
-"""Within a window the later stages go first: they are nearest to completing it. All other kinds come after."""
+Stage: TypeAlias = Literal["sample", "grade", "judge", "compress", "write_hint", "score"]
+ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", teacher_pool(0), "grader"
+EARLY_KINDS = (PLAIN, TEACHER, EVALUATE)
+"""Within a window the later stages go first: they are nearest to completing it. These kinds come after all others."""
 EVALUATION_ORDER = -1
 """Evaluations go before all windows, so that they see the policy they ask for."""
 
 
 class Target(Struct, kw_only=True):
-    """Where the result of a job belongs: a group to sample or grade, one `response` of it to judge, or a candidate to
-    compress. Evaluation groups belong to no window."""
+    """Where the result of a job belongs: a group to sample or grade, one `response` of it to judge, a candidate to
+    prepare, or a composed group to score. Evaluation groups belong to no window."""
 
     stage: Stage
     question: Question
@@ -33,6 +35,7 @@ class Target(Struct, kw_only=True):
     window: Window | None = None
     visit: Visit | None = None
     candidate: Candidate | None = None
+    composition: Composition | None = None
     response: int = 0
 
     @property
@@ -40,7 +43,9 @@ class Target(Struct, kw_only=True):
         """The id of the target's job: what is wanted, and of whom. Asking twice shows before a job is made."""
         if self.candidate is not None:
             source = f"{self.candidate.source}-{self.candidate.index}"
-            return f"{self.window_index}/{self.question.id}/{COMPRESS}/{source}"
+            return f"{self.window_index}/{self.question.id}/{self.stage}/{source}"
+        if self.composition is not None:
+            return f"{self.composition.id}/{self.stage}"
         suffix = {"grade": "/grade", "judge": f"/judge-{self.response}"}.get(self.stage, "")
         return f"{self.the_group.id}{suffix}"
 
@@ -68,8 +73,13 @@ class JobFactory:
         return self._teacher is not None and self._teacher.compression == "teacher"
 
     @property
+    def scores_remotely(self) -> bool:
+        """Whether teacher actors give the teacher's distribution; the trainer has its own copy otherwise."""
+        return self._teacher is not None and self._teacher.scoring == "remote"
+
+    @property
     def compression_limits(self) -> tuple[int, int]:
-        """(maximal lines, maximal tokens) of a compressed candidate; one shared cap for right and wrong ones."""
+        """(maximal lines, maximal tokens) of a prepared candidate; one shared cap for right and wrong ones."""
         if self._teacher is None:
             return 5, 512
         return self._teacher.compression_max_lines, self._teacher.compression_sampling.max_new_tokens
@@ -81,17 +91,19 @@ class JobFactory:
             return self._grade(target, window)
         if target.stage == "judge":
             return self._judge(target, window, prompts)
-        if target.stage == "compress":
-            return self._compress(target, window, prompts)
+        if target.candidate is not None:
+            return self._prepare(target, target.candidate, window, prompts)
+        if target.composition is not None:
+            return self._score(target, target.composition, window)
         return self._sample(target, window, min_version)
 
     def _sample(self, target: Target, window: int, min_version: int) -> Job:
         group = target.the_group
         teacher = group.kind == TEACHER
-        n, sampling = self._decoding(group.kind)
+        n, sampling = self._decoding(group)
         message = self._generate(group.id, group.kind, group.prompt, n, sampling, -1 if teacher else min_version)
-        order = (window, STAGE_ORDER.get(group.kind, 1))
-        pool = TEACHER_POOL if teacher else ROLLOUT_POOL
+        order = (window, _stage_order(group.kind))
+        pool = teacher_pool(group.teacher) if teacher else ROLLOUT_POOL
         return Job(id=group.id, pool=pool, order=order, cost=n, message=message, min_version=message.min_version)
 
     def _grade(self, target: Target, window: int) -> Job:
@@ -100,7 +112,7 @@ class JobFactory:
         question = target.question
         name = target.task_id
         message = GradeTask(task_id=name, gold=question.answer, responses=group.samples.texts, grader=question.grader)
-        order = (window, STAGE_ORDER.get(group.kind, 1))
+        order = (window, _stage_order(group.kind))
         return Job(id=name, pool=GRADER_POOL, order=order, cost=1, message=message)
 
     def _judge(self, target: Target, window: int, prompts: PromptSet) -> Job:
@@ -109,25 +121,37 @@ class JobFactory:
         name = target.task_id
         prompt = prompts.judge(question.text, question.answer, group.samples.texts[target.response])
         message = self._generate(name, JUDGE, prompt, 1, JUDGE_SAMPLING, -1)
-        order = (window, STAGE_ORDER.get(group.kind, 1))
+        order = (window, _stage_order(group.kind))
         return Job(id=name, pool=TEACHER_POOL, order=order, cost=1, message=message)
 
-    def _compress(self, target: Target, window: int, prompts: PromptSet) -> Job:
-        candidate = target.candidate
-        assert candidate is not None and self._teacher is not None
+    def _prepare(self, target: Target, candidate: Candidate, window: int, prompts: PromptSet) -> Job:
+        assert self._teacher is not None
         lines, tokens = self.compression_limits
-        name = target.task_id
-        prompt = prompts.compress(target.question.text, candidate.text, tokens, lines)
-        message = self._generate(name, COMPRESS, prompt, 1, self._teacher.compression_sampling, -1)
-        return Job(id=name, pool=TEACHER_POOL, order=(window, STAGE_ORDER[COMPRESS]), cost=1, message=message)
+        name, ask = target.task_id, prompts.write_hint if target.stage == "write_hint" else prompts.compress
+        prompt = ask(target.question.text, candidate.text, tokens, lines)
+        message = self._generate(name, target.stage, prompt, 1, self._teacher.compression_sampling, -1)
+        return Job(id=name, pool=TEACHER_POOL, order=(window, _stage_order(target.stage)), cost=1, message=message)
 
-    def _decoding(self, kind: str) -> tuple[int, Sampling]:
-        """(completions, sampling) of a group: G_T from the teacher, G_S from the student."""
+    def _score(self, target: Target, composition: Composition, window: int) -> Job:
+        assert self._teacher is not None and target.visit is not None
+        name, samples = target.task_id, gathered(target.visit, composition)
+        message = ScoreTask(
+            task_id=name,
+            prompt_ids=samples.prompt_ids,
+            token_ids=samples.token_ids,
+            offsets=samples.offsets,
+            top_k=self._teacher.score_top_k,
+            temperature=self._student.temperature or 1.0,
+        )
+        order = (window, _stage_order(target.stage))
+        return Job(id=name, pool=TEACHER_POOL, order=order, cost=message.n, message=message)
+
+    def _decoding(self, group: Group) -> tuple[int, Sampling]:
+        """(completions, sampling) of a group: G_T from a teacher, G_S from the student."""
         topology = self._topology
-        if kind == TEACHER:
-            assert self._teacher is not None, "a method that draws from a teacher has one"
-            return topology.method.teacher_group_size, self._teacher.sampling
-        if kind == EVALUATE:
+        if group.kind == TEACHER:
+            return topology.method.teacher_group_size, teachers(topology)[group.teacher].model.sampling
+        if group.kind == EVALUATE:
             return topology.evaluation.samples, topology.evaluation.sampling or self._student
         return topology.method.group_size, self._student
 
@@ -144,3 +168,7 @@ class JobFactory:
             seed=int.from_bytes(seed, "big"),
             min_version=min_version,
         )
+
+
+def _stage_order(kind: str) -> int:
+    return int(kind in EARLY_KINDS)

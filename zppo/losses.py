@@ -5,11 +5,15 @@ Three log-probs per token have names and are never mixed up: `behaviour` (from t
 uses policy/proximal and weighs each token by the corrected proximal/behaviour; with ratio `behaviour` it uses
 policy/behaviour, and there is nothing left to correct.
 
+Tokens of a frozen model (a teacher's response that stands for the student's) have no behaviour log-prob. The rule for
+them is here: behaviour is proximal, so that their importance weight is 1 whatever the settings.
+
 Shape legend: T tokens.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zppo.config import MethodConfig
@@ -39,8 +43,14 @@ def loss_settings(method: MethodConfig, sampling: Sampling) -> PolicyLossSetting
         raise UserError(f"method: {error}") from None
 
 
-def old_log_probs(method: MethodConfig, proximal_T: Tensor, behaviour_T: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return what the ratio divides by, and the behaviour log-probs for the importance weight (None: weight 1)."""
+def old_log_probs(
+    method: MethodConfig, proximal_T: Tensor, behaviour_T: Tensor, frozen_T: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return what the ratio divides by, and the behaviour log-probs for the importance weight (None: weight 1).
+
+    `frozen_T` (bool) marks the tokens that no policy sampled.
+    """
+    behaviour_T = torch.where(frozen_T, proximal_T, behaviour_T)
     if method.ratio == "behaviour":
         return behaviour_T, None
     return proximal_T, behaviour_T

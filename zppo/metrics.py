@@ -40,12 +40,12 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("accuracy/plain", "share", "Mean reward of all plain rollouts, new and replayed questions."),
     Metric("accuracy/new", "share", "Mean reward of plain rollouts of new questions, a fair sample of the corpus."),
     Metric("accuracy/replay", "share", "Mean reward of plain rollouts of replayed questions."),
-    Metric("accuracy/<kind>", "share", "Mean reward of the reformulated groups of this kind (bcq, ncq)."),
+    Metric("accuracy/<kind>", "share", "Mean reward of the reformulated groups of this kind (bcq, ncq, hint, prefix)."),
     Metric("accuracy/teacher", "share", "Mean reward of the teacher's rollouts on hard questions."),
     Metric("window/new", "questions", "Fresh questions of the window, |X_new|."),
     Metric("window/replayed", "questions", "Questions of the window drawn from the buffer, |X_replay|."),
     Metric("window/hard", "questions", "Questions with plain accuracy below the hard threshold τ."),
-    Metric("window/<kind>", "groups", "Reformulated groups of this kind that entered the loss (bcq, ncq)."),
+    Metric("window/<kind>", "groups", "Reformulated groups of this kind (bcq, ncq, hint, prefix)."),
     Metric("staleness/mean", "versions", "Step minus sampling version, mean over all trained tokens."),
     Metric("staleness/max", "versions", "The same, worst token. Never above scheduler.max_staleness."),
     Metric("staleness/in_flight", "versions", "Versions published while a rollout was sampled, mean over rollouts."),
@@ -54,6 +54,15 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("length/truncated", "share", "Share of trained rollouts that hit the length limit."),
     Metric("tokens/generated", "tokens", "Response tokens of the trained rollouts of this step."),
     Metric("tokens/teacher", "tokens", "Response tokens of the teacher's answers, as far as its engine counts them."),
+    Metric("compute/student_read", "tokens", "Prompt tokens of what the student sampled, once for each group."),
+    Metric("compute/student_written", "tokens", "Response tokens that the student sampled, trained on or not."),
+    Metric("compute/teacher_draws_read", "tokens", "Prompt tokens of the teacher's answers, once for each group."),
+    Metric("compute/teacher_draws_written", "tokens", "Response tokens of the teacher's answers."),
+    Metric("compute/teacher_other_read", "tokens", "Prompt tokens of compressions, hints and the judge's verdicts."),
+    Metric("compute/teacher_other_written", "tokens", "What the teacher wrote for them."),
+    Metric("compute/teacher_scored", "tokens", "Tokens at which the teacher gave its distribution (distillation)."),
+    Metric("compute/proximal", "tokens", "Tokens of the proximal pass, prompts once for each group."),
+    Metric("compute/trained", "tokens", "Tokens of the groups in the loss, prompts once for each group."),
     Metric("buffer/size", "questions", "Questions in the replay buffer after this step."),
     Metric("buffer/fill", "share", "Size over capacity."),
     Metric("buffer/admitted", "questions", "Questions admitted at this step."),
@@ -81,6 +90,7 @@ HELDOUT_FIELDS: tuple[Metric, ...] = (
     Metric("questions", "questions", "Questions they belong to."),
     Metric("low", "share", "Lower end of the 95 % interval."),
     Metric("high", "share", "Upper end of the 95 % interval."),
+    Metric("by_question", "share", "Mean reward of each question, by its id."),
 )
 
 STATUS_COUNTERS: tuple[Metric, ...] = (
@@ -88,8 +98,7 @@ STATUS_COUNTERS: tuple[Metric, ...] = (
     Metric("windows_ready", "windows", "Finished windows that wait for the trainer."),
     Metric("questions_new", "questions", "New questions trained so far."),
     Metric("questions_replayed", "questions", "Replayed questions trained so far."),
-    Metric("groups_bcq", "groups", "BCQ groups trained so far."),
-    Metric("groups_ncq", "groups", "NCQ groups trained so far."),
+    Metric("groups_<kind>", "groups", "Reformulated groups of this kind so far (bcq, ncq, hint, prefix)."),
     Metric("admitted", "questions", "Admissions to the buffer so far."),
     Metric("graduated", "questions", "Graduations so far."),
     Metric("evicted", "questions", "Evictions so far."),
@@ -103,8 +112,7 @@ STATUS_COUNTERS: tuple[Metric, ...] = (
 
 STATUS_GAUGES: tuple[Metric, ...] = (
     Metric("accuracy_plain", "share", "accuracy/new of the last step (replayed questions are hard by selection)."),
-    Metric("accuracy_bcq", "share", "accuracy/bcq of the last step that had BCQ groups."),
-    Metric("accuracy_ncq", "share", "accuracy/ncq of the last step that had NCQ groups."),
+    Metric("accuracy_<kind>", "share", "accuracy/<kind> of the last step that had groups of this kind."),
     Metric("accuracy_first", "share", "accuracy/new of the first step of the run."),
     Metric("heldout_before", "share", "Held-out accuracy before the first step."),
     Metric("heldout_last", "share", "Latest held-out accuracy."),
@@ -164,13 +172,13 @@ def mean_accuracy(groups: Iterable[Group]) -> float | None:
 
 def window_metrics(window: Window, step: int) -> Scalars:
     """What a trained window itself tells: accuracy/, window/, staleness/, length/ and tokens/ of `STEP_METRICS`."""
-    trained = [group for visit in window.visits for group in visit.trained_groups()]
+    sampled = window.student_groups()
     return {
         **_composition(window),
         **_accuracies(window.visits),
-        **staleness_metrics(trained, step),
-        **_lengths(trained),
-        "tokens/teacher": sum(_tokens(visit.teacher) for visit in window.visits),
+        **staleness_metrics(sampled, step),
+        **_lengths(sampled),
+        "tokens/teacher": sum(_tokens(group) for visit in window.visits for group in visit.teacher_groups()),
     }
 
 
@@ -217,7 +225,7 @@ def trainer_metrics(metrics: Mapping[str, float]) -> Scalars:
 
 def _composition(window: Window) -> Scalars:
     origins = Counter(visit.origin for visit in window.visits)
-    kinds = Counter(group.kind for visit in window.visits for group in visit.trained_groups()[1:])
+    kinds = Counter(group.kind for visit in window.visits for group in visit.student_groups()[1:])
     return {
         "window/new": origins["new"],
         "window/replayed": origins["replay"],
@@ -234,7 +242,7 @@ def _accuracies(visits: Sequence[Visit]) -> Scalars:
         "replay": [visit.plain for visit in visits if visit.origin == "replay"],
         "teacher": [visit.teacher for visit in visits if visit.teacher is not None],
     }
-    for group in (group for visit in visits for group in visit.trained_groups() if group.kind != PLAIN):
+    for group in (group for visit in visits for group in visit.student_groups() if group.kind != PLAIN):
         families.setdefault(group.kind, []).append(group)
     means = {f"accuracy/{family}": mean_accuracy(groups) for family, groups in families.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
@@ -250,8 +258,19 @@ def _lengths(groups: Sequence[Group]) -> Scalars:
     return {"tokens/generated": tokens, **shares}
 
 
-def _tokens(group: Group | None) -> int:
-    return response_tokens(group.samples) if group is not None and group.samples is not None else 0
+def _tokens(group: Group) -> int:
+    return response_tokens(group.samples) if group.samples is not None else 0
+
+
+KIND_TITLES = {"bcq": "BCQ", "ncq": "NCQ", "hint": "hint", "prefix": "prefix"}
+"""Reformulated kinds as they are shown; others go by their own name."""
+_NOT_KINDS = ("new", "replayed", "hard")
+
+
+def reformulated_kinds(line: Mapping[str, object]) -> list[str]:
+    """The reformulated kinds that a line of `metrics.jsonl` counts."""
+    names = [name.removeprefix("window/") for name in line if name.startswith("window/")]
+    return [name for name in names if name not in _NOT_KINDS]
 
 
 def table_row(metric: Metric) -> str:

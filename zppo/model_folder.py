@@ -21,7 +21,8 @@ TEXT_SECTION = "text_config"
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
-    """Counts of a causal language model. `context` is in tokens; `parameters` counts tied weights once."""
+    """Counts of a causal language model. `context` is in tokens; `parameters` counts tied weights once. `tied`: the
+    input embedding is the head as well."""
 
     parameters: int
     context: int
@@ -30,6 +31,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tied: bool = True
 
 
 def inspect_model(folder: Path, where: str) -> ModelFacts:
@@ -47,6 +49,7 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
         kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
         vocabulary=_number(text, "vocab_size", folder, where),
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
     )
     _check_tokenizer(folder, where)
     return facts

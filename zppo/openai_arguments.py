@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from zppo.config import Topology
+from zppo.config import ActorConfig, Topology
 from zppo.engine_arguments import convert_arguments
 from zppo.errors import UserError, nearest
 
@@ -91,12 +91,11 @@ def read_key(arguments: Arguments, where: str, environment: Mapping[str, str] = 
     return key
 
 
-def check_openai(topology: Topology) -> None:
+def check_openai(topology: Topology, actor: ActorConfig, where: str) -> None:
     """Check the arguments of a teacher with this engine, and the patience of the run with it. Raises UserError."""
-    if topology.actors.teacher.engine != OPENAI:
+    if actor.engine != OPENAI:
         return
-    where = "actors.teacher"
-    arguments = read_openai_arguments(topology.actors.teacher.engine_args, where)
+    arguments = read_openai_arguments(actor.engine_args, where)
     silent = arguments.timeout_seconds + arguments.retry_seconds
     if silent >= topology.scheduler.lease_seconds:
         raise UserError(

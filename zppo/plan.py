@@ -20,9 +20,10 @@ from zppo.errors import UserError, nearest
 from zppo.grading import JUDGE, get_grader
 from zppo.memory import DEFAULT_SEQUENCES, Models, Need, inspect_models, need, shared_bytes
 from zppo.methods import Method, get_method
+from zppo.model_folder import inspect_model
 from zppo.openai_arguments import OPENAI, Arguments, check_openai, refuse_rollout
-from zppo.processes import ProcessPlan, processes, uses_teacher
-from zppo.vllm_arguments import VLLM, check_vllm_arguments
+from zppo.processes import ProcessPlan, processes, teachers, trainer_scores, uses_teacher
+from zppo.vllm_arguments import VLLM, check_vllm_arguments, check_vllm_sizes
 
 ENGINE_ARGUMENTS = {
     "transformers": ("max_sequences", "max_length"),
@@ -117,6 +118,7 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
         notes=_notes(topology, method, models),
     )
     _check_contexts(topology, models)
+    _check_vllm(topology, models)
     _check_message_size(plan)
     _check_devices(plan, machine)
     _check_memory(plan, machine)
@@ -131,8 +133,15 @@ def _check_teacher(topology: Topology, method: Method) -> None:
         raise UserError(f"teacher: is missing; expected a section, because the method {method.name!r} needs a teacher")
     if topology.data.grader == JUDGE and topology.teacher is None:
         raise UserError("teacher: is missing; expected a section, because data.grader 'judge' asks the teacher")
-    if uses_teacher(topology) and topology.actors.teacher.count == 0:
-        raise UserError("actors.teacher.count is 0; expected at least 1, because the run asks the teacher")
+    for one in teachers(topology) if uses_teacher(topology) else []:
+        if one.actor.count == 0:
+            raise UserError(f"{one.where}.count is 0; expected at least 1, because the run asks the teacher")
+    if topology.more_teachers and topology.teacher is None:
+        raise UserError("more_teachers: there are some, but no section teacher; expected the first one there")
+    if topology.more_teachers and method.needs_scores:
+        raise UserError(
+            f"more_teachers: expected none, because {method.name!r} learns the distribution of a single teacher"
+        )
 
 
 def _check_engines(topology: Topology, method: Method) -> None:
@@ -142,10 +151,32 @@ def _check_engines(topology: Topology, method: Method) -> None:
     if topology.data.heldout is not None:
         samples = topology.evaluation.samples
         _check_engine(topology.actors.rollout, "actors.rollout", samples, "evaluation.samples")
-    if uses_teacher(topology):
-        size = topology.method.teacher_group_size
-        _check_engine(topology.actors.teacher, "actors.teacher", size, "method.teacher_group_size")
-        check_openai(topology)
+    for one in teachers(topology) if uses_teacher(topology) else []:
+        _check_engine(one.actor, one.where, topology.method.teacher_group_size, "method.teacher_group_size")
+        check_openai(topology, one.actor, one.where)
+    if method.needs_same_vocabulary:
+        _check_token_level_teacher(topology, method)
+
+
+def _check_token_level_teacher(topology: Topology, method: Method) -> None:
+    """Training on a teacher's tokens, or towards its distribution, needs an engine that knows tokens."""
+    actor = topology.actors.teacher
+    for one in teachers(topology):
+        if one.actor.engine == OPENAI and (method.teacher_tokens or not trainer_scores(topology)):
+            work = "trains on the teacher's tokens" if method.teacher_tokens else "needs a teacher that scores tokens"
+            raise UserError(
+                f"{one.where}.engine is {OPENAI!r}; expected 'transformers' or {VLLM!r}, because the method "
+                f"{method.name!r} {work}, and a server gives text alone"
+            )
+    if not method.needs_scores or trainer_scores(topology):
+        return
+    _check_engine(actor, "actors.teacher", topology.method.group_size, "method.group_size")
+    temperature = topology.student.sampling.temperature
+    if actor.engine == VLLM and temperature not in (0.0, 1.0):
+        raise UserError(
+            f"student.sampling.temperature is {temperature:g}; expected 1, because {VLLM!r} scores tokens at "
+            "temperature 1 alone (or set teacher.scoring to colocated)"
+        )
 
 
 def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str) -> None:
@@ -165,7 +196,7 @@ def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str
 
 def _check_arguments(actor: ActorConfig, where: str) -> None:
     if actor.engine == VLLM:
-        model_where = "student.model" if where == "actors.rollout" else "teacher.model"
+        model_where = "student.model" if where == "actors.rollout" else _model_setting(where)
         check_vllm_arguments(actor.engine_args, where, model_where)
         return
     known = ENGINE_ARGUMENTS[actor.engine]
@@ -175,13 +206,19 @@ def _check_arguments(actor: ActorConfig, where: str) -> None:
                             f"{nearest(name, known)}")
 
 
+def _model_setting(where: str) -> str:
+    """`actors.teacher` -> `teacher.model`, `more_teachers[0].actor` -> `more_teachers[0].model`."""
+    return f"{where.removeprefix('actors.').removesuffix('.actor')}.model"
+
+
 def _check_hosts(topology: Topology, method: Method) -> None:
-    for name, actor in (("rollout", topology.actors.rollout), ("teacher", topology.actors.teacher)):
+    actors = [("actors.rollout", topology.actors.rollout), *((one.where, one.actor) for one in teachers(topology))]
+    for where, actor in actors:
         for host in actor.hosts:
             if host != "localhost":
-                raise UserError(f"actors.{name}.hosts names {host!r}; this version runs on one host, 'localhost'")
+                raise UserError(f"{where}.hosts names {host!r}; this version runs on one host, 'localhost'")
         if not actor.devices:
-            raise UserError(f"actors.{name}.devices is empty; expected at least one device, such as cpu or cuda:0")
+            raise UserError(f"{where}.devices is empty; expected at least one device, such as cpu or cuda:0")
 
 
 def _check_recipe(topology: Topology, method: Method) -> None:
@@ -198,6 +235,21 @@ def _check_recipe(topology: Topology, method: Method) -> None:
         raise UserError(
             f"method.dual_clip is {config.dual_clip:g}; expected null or at least {least:g}, 1 + method.clip_high, "
             "because a bound within the clip range would hold ordinary tokens"
+        )
+    if scheduler.rho_aug_max is not None and scheduler.rho_aug_max < scheduler.rho_aug:
+        raise UserError(
+            f"scheduler.rho_aug_max is {scheduler.rho_aug_max:g}; expected null or at least {scheduler.rho_aug:g}, "
+            "scheduler.rho_aug"
+        )
+    if config.loss_normalisation == "sequence" and method.needs_scores:
+        raise UserError(
+            f"method.loss_normalisation is 'sequence'; expected 'token', because {method.name!r} takes the mean of the "
+            "divergence over all tokens"
+        )
+    if config.dynamic_sampling and method.needs_scores:
+        raise UserError(
+            f"method.dynamic_sampling is true; expected false, because {method.name!r} learns from answers that are "
+            "all right or all wrong as well"
         )
     if topology.student.sampling.presence_penalty != 0.0:
         raise UserError(
@@ -245,6 +297,17 @@ def _check_contexts(topology: Topology, models: Models) -> None:
             )
 
 
+def _check_vllm(topology: Topology, models: Models) -> None:
+    """Sizes that vLLM would refuse after minutes."""
+    student = [("actors.rollout", topology.actors.rollout, "student.model", topology.student)]
+    asked = teachers(topology) if uses_teacher(topology) else []
+    for where, actor, model_where, model in [*student, *((t.where, t.actor, t.model_where, t.model) for t in asked)]:
+        if actor.engine == VLLM:
+            facts = models.student if model is topology.student else inspect_model(Path(model.model), model_where)
+            if facts is not None:
+                check_vllm_sizes(actor.engine_args, facts, model, where, model_where)
+
+
 def _check_message_size(plan: Plan) -> None:
     limit = plan.topology.transport.max_message_mib
     needed = math.ceil(plan.windows.largest_bytes / (1 << 20))
@@ -259,14 +322,17 @@ def _check_devices(plan: Plan, machine: Machine) -> None:
         if not entry.device or entry.device == "cpu":
             continue
         if kind != "cuda" or (index and not index.isdigit()):
-            raise UserError(f"{_device_setting(entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
+            raise UserError(f"{_device_setting(plan, entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
         if int(index or 0) >= len(machine.gpus):
-            raise UserError(f"{_device_setting(entry)} names {entry.device!r}; "
+            raise UserError(f"{_device_setting(plan, entry)} names {entry.device!r}; "
                             f"this machine has {len(machine.gpus)} CUDA devices")
 
 
-def _device_setting(entry: ProcessPlan) -> str:
-    return "actors.trainer.device" if entry.role == "trainer" else f"actors.{entry.role}.devices"
+def _device_setting(plan: Plan, entry: ProcessPlan) -> str:
+    if entry.role == "trainer":
+        return "actors.trainer.device"
+    where = next((one.where for one in teachers(plan.topology) if one.pool == entry.pool), f"actors.{entry.role}")
+    return f"{where}.devices"
 
 
 def _check_memory(plan: Plan, machine: Machine) -> None:
@@ -307,14 +373,18 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     steps = math.ceil(total / scheduler.new_questions)
     new = min(scheduler.new_questions, questions)
     replayed = quota(scheduler.rho_replay, new) if method.replay else 0
-    reformulated = quota(scheduler.rho_aug, new) if method.reformulations else 0
+    most = max(scheduler.rho_aug, scheduler.rho_aug_max or 0.0)
+    reformulated = quota(most, new) if method.reformulations else 0
     responses = (new + replayed + reformulated) * topology.method.group_size
+    per_token = BYTES_PER_TOKEN
+    if method.needs_scores and topology.teacher is not None and not trainer_scores(topology):
+        per_token += BYTES_PER_TOKEN * topology.teacher.score_top_k
     return Windows(
         new=new,
         replayed=replayed,
         reformulated=reformulated,
         steps=min(steps, topology.run.steps or steps),
-        largest_bytes=responses * topology.student.sampling.max_new_tokens * BYTES_PER_TOKEN,
+        largest_bytes=responses * topology.student.sampling.max_new_tokens * per_token,
     )
 
 
@@ -326,7 +396,7 @@ def _notes(topology: Topology, method: Method, models: Models) -> list[str]:
         notes.append("scheduler.rho_aug leaves no room for a single reformulated question in a window")
     if method.reformulations and topology.method.hard_threshold == 0.0:
         notes.append("method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed")
-    if topology.teacher is not None and not uses_teacher(topology):
+    if topology.teacher is not None and not uses_teacher(topology) and not trainer_scores(topology):
         notes.append(f"the method {method.name!r} has no work for the teacher; it is not started")
     longest = topology.data.max_prompt_tokens + topology.student.sampling.max_new_tokens
     if student is not None and longest > student.context:

@@ -29,7 +29,7 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
         ("method", f"{plan.method.name}: {plan.method.summary}"),
         ("student", topology.student.model),
         ("teacher", topology.teacher.model if topology.teacher else "none"),
-        ("steps", f"{windows.steps}, {method.updates_per_step} updates each"),
+        ("steps", f"{windows.steps}, {plan.method.updates_per_step or method.updates_per_step} updates each"),
         ("window", f"{windows.new} new questions, {extra}; groups of {method.group_size}"),
         ("staleness", f"{versions}, so up to {scheduler.max_staleness + 1} windows at once"),
         ("checkpoints", f"every {topology.checkpoints.every} steps, {topology.checkpoints.keep} kept"),

@@ -1,7 +1,7 @@
-"""Prompts from templates: the plain question, its BCQ and NCQ reformulations, the compression and the judge request.
+"""Prompts from templates: the plain question, its reformulations, and what the teacher is asked to write or to judge.
 
-Templates are Jinja2 files, `plain.j2`, `bcq.j2`, `ncq.j2`, `compress.j2` and `judge.j2`; a user's folder replaces them
-one by one (docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` element. Words of
+Templates are Jinja2 files, one for each name in `VARIABLES`; a user's folder replaces them one by one
+(docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` or `<hint>` element. Words of
 models pass through `neutral`, which takes structural tags and chat control marks out, so no response can close its
 element early, open another, or end the user's turn.
 """
@@ -23,33 +23,49 @@ from jinja2 import (
     meta,
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import structs
 
+from zppo.config import Topology
 from zppo.errors import UserError, nearest
 from zppo.questions import Question
-from zppo_protocol.messages import ChatMessage, MediaReference, Prompt
+from zppo_protocol.messages import ChatMessage, MediaReference, Prompt, ResponseStart
 
 DEFAULT_TEMPLATES = Path(__file__).parent / "templates" / "default"
-Value: TypeAlias = str | int | Sequence[str]
+Value: TypeAlias = str | int | Sequence[str] | Sequence[int]
 VARIABLES: dict[str, dict[str, Value]] = {
     "plain.j2": {"question": "@question"},
     "bcq.j2": {"question": "@question", "candidates": ["@first", "@second"]},
-    "ncq.j2": {"question": "@question", "wrong_answers": ["@wrong", "@false"], "candidates": ["@first", "@second"]},
+    "ncq.j2": {
+        "question": "@question",
+        "wrong_answers": ["@wrong", "@false"],
+        "candidates": ["@first", "@second"],
+        "counts": [1, 2],
+    },
+    "hint.j2": {"question": "@question", "hint": "@hint"},
+    "write_hint.j2": {"question": "@question", "response": "@response", "max_tokens": 512, "max_lines": 5},
     "compress.j2": {"question": "@question", "response": "@response", "max_tokens": 512, "max_lines": 5},
     "judge.j2": {"question": "@question", "gold": "@gold", "response": "@response"},
 }
 """Template -> its variables, with dummies that `validate` looks for in the rendered text."""
 
-_STRUCTURE = re.compile(r"<\s*/?\s*(?:candidate|think|hint)\b[^<>]*>|<\|[^<>|]{1,64}\|>", re.IGNORECASE)
+_CHAT_MARK = re.compile(r"<\|[^<>|]{1,64}\|>")
+# Possessive: after a "<" and a page of spaces there is nothing to try again.
+_STRUCTURE = re.compile(r"<\s*+/?+\s*+(?:candidate|think|hint)\b[^<>]*+>|<\|[^<>|]{1,64}\|>", re.IGNORECASE)
+_PASSES = 20
+"""Tags within tags that are taken out one by one; text that nests deeper is hostile and loses its angle brackets."""
 
 
 def neutral(text: str) -> str:
     """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`) and chat marks such as `<|end|>`.
 
-    Removal repeats until nothing is left to remove, since taking one tag out may join two halves of another.
+    Removal repeats until nothing is left to remove, since taking one tag out may join two halves of another. Time is
+    linear in the text, whatever a model wrote.
     """
-    while (shorter := _STRUCTURE.sub("", text)) != text:
-        text = shorter
-    return text.strip()
+    for _ in range(_PASSES):
+        text, removed = _STRUCTURE.subn("", text)
+        if not removed:
+            return text.strip()
+    return text.replace("<", "").strip()
 
 
 def distinct_answers(answers: Iterable[str | None]) -> list[str]:
@@ -60,12 +76,18 @@ def distinct_answers(answers: Iterable[str | None]) -> list[str]:
 class PromptSet:
     """The templates of one run. `system_prompt` goes first in every prompt a student or teacher answers."""
 
-    def __init__(self, templates: Path | None = None, system_prompt: str | None = None) -> None:
-        """`templates` is a folder of replacements; a file that it lacks comes from the built-in set."""
+    def __init__(
+        self, templates: Path | None = None, system_prompt: str | None = None, prefix_share: float = 0.4
+    ) -> None:
+        """`templates` is a folder of replacements; a file that it lacks comes from the built-in set.
+
+        `prefix_share` is α of Algorithm 6.
+        """
         if templates is not None and not templates.is_dir():
             raise UserError(f"data.templates: {templates} is not a folder; expected one with .j2 templates")
         folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
         self._own = templates
+        self._prefix_share = prefix_share
         self._system = [ChatMessage(role="system", content=system_prompt)] if system_prompt else []
         self._environment = ImmutableSandboxedEnvironment(
             loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
@@ -74,6 +96,13 @@ class PromptSet:
             lstrip_blocks=True,
             autoescape=False,
         )
+
+    @classmethod
+    def of(cls, topology: Topology) -> PromptSet:
+        """The prompts of a run. Raises UserError for a folder that is not one."""
+        data = topology.data
+        templates = Path(data.templates) if data.templates else None
+        return cls(templates, data.system_prompt, topology.method.prefix_share)
 
     def validate(self) -> None:
         """Render every template once. Raises UserError naming file and line, or the variable that is never shown."""
@@ -98,14 +127,44 @@ class PromptSet:
             "bcq.j2", question.media, question=question.text, candidates=[neutral(text) for text in candidates]
         )
 
-    def ncq(self, question: Question, wrong_answers: Sequence[str], candidates: Sequence[str]) -> Prompt:
-        """Negative candidate-included question (paper, step 4): every wrong answer, every wrong candidate."""
+    def ncq(
+        self,
+        question: Question,
+        wrong_answers: Sequence[str],
+        candidates: Sequence[str],
+        counts: Sequence[int] | None = None,
+    ) -> Prompt:
+        """Negative candidate-included question (paper, step 4): every wrong answer, every wrong candidate.
+
+        `counts` says how many responses each candidate stands for; one each if left out.
+        """
         return self._prompt(
             "ncq.j2",
             question.media,
             question=question.text,
             wrong_answers=distinct_answers(neutral(answer) for answer in wrong_answers),
             candidates=[neutral(text) for text in candidates],
+            counts=counts or [1] * len(candidates),
+        )
+
+    def hint(self, question: Question, hint: str) -> Prompt:
+        """The question with a hint that does not give the answer away (Algorithm 5)."""
+        return self._prompt("hint.j2", question.media, question=question.text, hint=neutral(hint))
+
+    def prefix(self, question: Question, response: str) -> Prompt:
+        """The plain question, whose answer begins with the first α of the tokens of `response` (Algorithm 6)."""
+        start = ResponseStart(text=_CHAT_MARK.sub("", response), share=self._prefix_share)
+        return structs.replace(self.plain(question), start=start)
+
+    def write_hint(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+        """Ask the teacher for a hint from a correct response (Algorithm 5)."""
+        return self._prompt(
+            "write_hint.j2",
+            (),
+            question=question,
+            response=neutral(response),
+            max_tokens=max_tokens,
+            max_lines=max_lines,
         )
 
     def compress(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
@@ -179,8 +238,10 @@ class PromptSet:
 
 
 def _dummies(value: Value) -> Sequence[str]:
-    """The texts to look for; limits given as numbers need not be shown."""
-    return [] if isinstance(value, int) else [value] if isinstance(value, str) else value
+    """The texts to look for; numbers need not be shown."""
+    if isinstance(value, str):
+        return [value]
+    return [] if isinstance(value, int) else [item for item in value if isinstance(item, str)]
 
 
 def _names(name: str) -> str:

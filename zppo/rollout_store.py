@@ -1,7 +1,7 @@
 """The rollout store: every rollout of a trained window, one Parquet file a step, one row a rollout.
 
 A file is written aside, synced and renamed, so `rollouts/step-NNNNNN.parquet` is whole or absent. The teacher's answers
-are rows too (kind `teacher`, `trained` false): a reader can retell each visit from this folder alone. Any Parquet tool
+are rows too (kind `teacher`): a reader can retell each visit from this folder alone. Any Parquet tool
 opens the files; `read_step` gives rows back as Structs.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -45,6 +45,7 @@ class RolloutRow(Struct, kw_only=True):
     group_id: str
     kind: str
     trained: bool
+    """Whether its tokens entered the loss."""
     rollout: int
     prompt: str
     """The messages as they were given to the engine, joined by newlines, before the chat template."""
@@ -76,14 +77,19 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.parquet"
 
 
-def write_step(folder: Path, step: int, window: Window, outcome: Mapping[str, str]) -> Path:
+Members: TypeAlias = Collection[tuple[str, int]]
+"""(group id, index) of rollouts."""
+
+
+def write_step(folder: Path, step: int, window: Window, outcome: Mapping[str, str], trained: Members) -> Path:
     """Write all rollouts of a trained window and return the file's path; the folder is made if need be.
 
-    `outcome` maps question ids to one of `OUTCOMES`; those left out have `none`. A file of the same step is replaced.
+    `outcome` maps question ids to one of `OUTCOMES`; those left out have `none`. `trained` are the rollouts that
+    entered the loss. A file of the same step is replaced.
     """
     import pyarrow.parquet as parquet
 
-    rows = [row for visit in window.visits for row in _visit_rows(visit, step, window.index, outcome)]
+    rows = [row for visit in window.visits for row in _visit_rows(visit, step, window.index, outcome, trained)]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
     aside = path.with_suffix(".partial")
@@ -134,7 +140,9 @@ def _to_table(rows: Sequence[RolloutRow]) -> Any:
     return pyarrow.table(columns)
 
 
-def _visit_rows(visit: Visit, step: int, window: int, outcome: Mapping[str, str]) -> Iterator[RolloutRow]:
+def _visit_rows(
+    visit: Visit, step: int, window: int, outcome: Mapping[str, str], trained: Members
+) -> Iterator[RolloutRow]:
     question = visit.question
     shared = {
         "step": step,
@@ -146,29 +154,31 @@ def _visit_rows(visit: Visit, step: int, window: int, outcome: Mapping[str, str]
         "outcome": outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
     }
-    yield from _group_rows(visit.plain, shared, None)
-    if visit.teacher is not None:
-        yield from _group_rows(visit.teacher, shared, None)
+    yield from _group_rows(visit.plain, shared, trained, None)
+    for group in visit.teacher_groups():
+        yield from _group_rows(group, shared, trained, None)
     for reformulation in visit.reformulations:
         if reformulation.group is not None:
-            yield from _group_rows(reformulation.group, shared, reformulation.candidates)
+            yield from _group_rows(reformulation.group, shared, trained, reformulation.candidates)
 
 
-def _group_rows(group: Group, shared: dict[str, Any], candidates: list[Candidate] | None) -> Iterator[RolloutRow]:
+def _group_rows(
+    group: Group, shared: dict[str, Any], trained: Members, candidates: list[Candidate] | None
+) -> Iterator[RolloutRow]:
     """One row per completion that was sampled and graded; a group still without either has none."""
     if group.samples is None or group.grades is None:
         return
-    samples, trained = group.samples, group.kind != TEACHER
+    samples = group.samples
     shown = None if candidates is None else msgspec.json.encode(candidates).decode()
     prompt, ranges, lengths = prompt_text(group.prompt), version_ranges(samples), response_lengths(samples)
     for i, grade in enumerate(group.grades):
         start, end = int(samples.offsets[i]), int(samples.offsets[i + 1])
-        low, high = (ranges[i] if trained else None) or (None, None)
+        low, high = (ranges[i] if group.kind != TEACHER else None) or (None, None)
         yield RolloutRow(
             **shared,
             group_id=group.id,
             kind=group.kind,
-            trained=trained,
+            trained=(group.id, i) in trained,
             rollout=i,
             prompt=prompt,
             response=samples.texts[i],

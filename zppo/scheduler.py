@@ -18,8 +18,10 @@ from collections.abc import Sequence
 
 from msgspec import Struct, field
 
-from zppo.algorithm import Fate, Recipe, draw_replayed, refresh_buffer
+from zppo.algorithm import Fate, Recipe, compose, draw_replayed, refresh_buffer
 from zppo.buffer import BufferState, ReplayBuffer
+from zppo.composition import Composition, train_group
+from zppo.compute import spend
 from zppo.config import Topology
 from zppo.corpus import CorpusCursor, CursorState
 from zppo.dispatch import Assignment, Dispatcher
@@ -31,7 +33,7 @@ from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.stages import CannotGoOn, Stages
 from zppo.window import EVALUATE, PLAIN, Visit, Window
-from zppo_protocol.messages import Grade, GroupSamples
+from zppo_protocol.messages import Grade, GroupSamples, TokenScores, TrainWindow
 
 
 class RunFailure(RuntimeError):
@@ -52,9 +54,10 @@ class SchedulerState(Struct, kw_only=True):
 
 
 class Trained(Struct, frozen=True, kw_only=True):
-    """What the end of a step did."""
+    """What the end of a step did. `composed` are the groups that were sent to the trainer."""
 
     window: Window
+    composed: list[tuple[Visit, Composition]]
     fates: list[Fate]
 
 
@@ -130,7 +133,7 @@ class Scheduler:
 
     def ready(self, index: int) -> bool:
         """Whether a window has all its graded groups."""
-        return index in self.windows and self.windows[index].reformulated and not self._missing[index]
+        return index in self.windows and self.windows[index].phase == "composed" and not self._missing[index]
 
     @property
     def phase(self) -> str:
@@ -180,8 +183,8 @@ class Scheduler:
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
-    def actor_joined(self, actor: str, role: str, incarnation: int) -> None:
-        self.dispatcher.join(actor, role, incarnation)
+    def actor_joined(self, actor: str, pool: str, incarnation: int) -> None:
+        self.dispatcher.join(actor, pool, incarnation)
 
     def actor_left(self, actor: str) -> None:
         """Its jobs are queued again. Raises RunFailure for a job that keeps killing its workers."""
@@ -220,16 +223,27 @@ class Scheduler:
         self.published = max(self.published, version)
 
     def sampled(self, task_id: str, actor: str, incarnation: int, samples: GroupSamples, now: float) -> bool:
-        """Completions of a group, or the teacher's compression of one candidate. False if nobody waits for them."""
+        """Completions of a group, or what the teacher wrote about one response. False if nobody waits for them."""
         target = self._accept(task_id, actor, incarnation, len(samples.texts), now)
         if target is None:
             return False
-        if target.stage == "compress":
-            self.stages.compressed(target, samples.texts[0])
+        if target.stage != "sample" and target.window is not None:
+            spend(target.window, samples)
+        if target.candidate is not None:
+            self.stages.prepared(target, samples.texts[0])
         elif target.stage == "judge":
             self.stages.judged(target, samples.texts[0])
         else:
             target.the_group.samples = samples
+        self._completed(task_id, target, now)
+        return True
+
+    def scored(self, task_id: str, actor: str, incarnation: int, scores: TokenScores, now: float) -> bool:
+        """The teacher's distribution at the tokens of a group. False if nobody waits for it."""
+        target = self._accept(task_id, actor, incarnation, len(scores.token_ids), now)
+        if target is None:
+            return False
+        self.stages.scored(target, scores)
         self._completed(task_id, target, now)
         return True
 
@@ -264,11 +278,12 @@ class Scheduler:
         if step != self._shipped or step != self.trained:
             raise RunFailure(f"the trainer reports step {step}, but step {self._shipped} was shipped")
         window = self.windows.pop(step)
+        composed = compose(window, self.recipe)
         self._missing.pop(step)
         self._shipped = None
         self._step_seconds = seconds
         self.trained = step + 1
-        return Trained(window=window, fates=refresh_buffer(self.buffer, window, self.recipe))
+        return Trained(window=window, composed=composed, fates=refresh_buffer(self.buffer, window, self.recipe))
 
     def trainer_free(self, now: float) -> None:
         """The trainer can take a window."""
@@ -288,8 +303,8 @@ class Scheduler:
         opened, self._opened = self._opened, []
         return [self.windows[index] for index in opened if index in self.windows]
 
-    def next_window(self, now: float) -> Window | None:
-        """The window to train next, once; None while the trainer is busy or the window is not ready."""
+    def next_window(self, now: float) -> TrainWindow | None:
+        """What to train next, once; None while the trainer is busy or the window is not ready."""
         index = self.trained
         blocked = self.stopping or self._shipped is not None or self._trainer_idle_since is None
         if blocked or index >= self.total_steps or not self.ready(index):
@@ -297,7 +312,8 @@ class Scheduler:
         waited = now - self._trainer_idle_since if self._trainer_idle_since is not None else 0.0
         self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)
         self._shipped, self._trainer_idle_since = index, None
-        return self.windows[index]
+        groups = [train_group(visit, composition) for visit, composition in compose(self.windows[index], self.recipe)]
+        return TrainWindow(step=index, groups=groups)
 
     @property
     def training(self) -> int | None:
@@ -345,16 +361,13 @@ class Scheduler:
         """Take charge of a window, new or restored: ask for everything it misses."""
         self.windows[window.index] = window
         self._missing[window.index] = set()
-        for visit in window.visits:
-            self.stages.advance(window, visit)
+        self.stages.resume(window)
         self._settle(window, now)
 
     def _settle(self, window: Window, now: float) -> None:
-        """When nothing is missing: decide the caps, or the window is ready."""
-        if self._missing[window.index]:
-            return
-        if not window.reformulated:
-            self.stages.decide_caps(window)
+        """While nothing is missing, go on to the next phase; after the last one the window is ready."""
+        while not self._missing[window.index] and window.phase != "composed":
+            self.stages.proceed(window)
         if not self._missing[window.index]:
             self._ready_since[window.index] = now
 
@@ -373,9 +386,10 @@ class Scheduler:
         if step is None or self.evaluation is not None:
             return
         limit = self.topology.evaluation.limit
-        groups = [self.stages.group(step, question, EVALUATE) for question in self.heldout[:limit]]
-        self.evaluation = Evaluation(step=step, groups=groups)
-        for question, group in zip(self.heldout, groups, strict=False):
+        asked = self.heldout[:limit]
+        groups = [self.stages.group(step, question, EVALUATE) for question in asked]
+        self.evaluation = Evaluation(step=step, groups=groups, question_ids=[question.id for question in asked])
+        for question, group in zip(asked, groups, strict=True):
             self.stages.advance_group(group, question)
 
     # ---- jobs ------------------------------------------------------------------------------------------------------

@@ -1,23 +1,36 @@
 """What one window needs next, as a function of what it has.
 
-    plain → (teacher, for each hard question as soon as it is known) → caps → compress → BCQ/NCQ → ready
+    plain, teacher (as soon as the method may ask it) → selected → caps → prepare → BCQ/NCQ/… → composed → scored
 
 Each result is stored where it belongs and the visit is advanced: everything that has become possible is asked for, once
-each. Nothing else is remembered, so a restored window asks again for exactly what it misses.
+each. When nothing of a window is missing, `proceed` takes its next decision. Nothing else is remembered, so a restored
+window asks again for exactly what it misses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from zppo.algorithm import Recipe, add_reformulations, wants_teacher
-from zppo.compression import accept, by_rule
+import numpy as np
+from msgspec import structs
+
+from zppo import compression, hints
+from zppo.algorithm import (
+    Recipe,
+    add_reformulations,
+    asks_next_teacher,
+    compose,
+    first_teacher,
+    select,
+    wants_teacher,
+)
 from zppo.grading import JUDGE, judged, quick_grade
 from zppo.jobs import JobFactory, Stage, Target
 from zppo.prompts import PromptSet
 from zppo.questions import Question
+from zppo.reformulations import Preparation, Reformulator
 from zppo.window import TEACHER, Candidate, Group, Reformulation, Visit, Window
-from zppo_protocol.messages import Grade, Prompt
+from zppo_protocol.messages import Grade, Prompt, TokenScores
 
 
 class CannotGoOn(RuntimeError):
@@ -40,14 +53,25 @@ class Stages:
     def advance(self, window: Window, visit: Visit) -> None:
         """Ask for whatever this visit needs next."""
         self.advance_group(visit.plain, visit.question, window, visit)
-        if not visit.plain.done:
-            return
-        if visit.teacher is None and wants_teacher(visit, self._recipe):
-            visit.teacher = self.group(window.index, visit.question, TEACHER, visit.plain.prompt)
-        if visit.teacher is not None:
-            self.advance_group(visit.teacher, visit.question, window, visit)
+        self._advance_teacher(window, visit)
         for reformulation in visit.reformulations:
             self._advance_reformulation(window, visit, reformulation)
+
+    def _advance_teacher(self, window: Window, visit: Visit) -> None:
+        """Ask a teacher where the method wants one; the next one while the last had no correct response (a cascade)."""
+        if visit.teacher is None:
+            if not wants_teacher(visit, self._recipe):
+                return
+            first = first_teacher(window, visit, self._recipe)
+            visit.teacher = self._teacher_group(window, visit, first)
+        elif visit.teacher.done and asks_next_teacher(visit, self._recipe):
+            visit.failed_teachers.append(visit.teacher)
+            visit.teacher = self._teacher_group(window, visit, visit.teacher.teacher + 1)
+        self.advance_group(visit.teacher, visit.question, window, visit)
+
+    def _teacher_group(self, window: Window, visit: Visit, teacher: int) -> Group:
+        group = self.group(window.index, visit.question, TEACHER, visit.plain.prompt)
+        return structs.replace(group, id=f"{group.id}-{teacher + 1}", teacher=teacher) if teacher else group
 
     def advance_group(
         self, group: Group, question: Question, window: Window | None = None, visit: Visit | None = None
@@ -61,31 +85,59 @@ class Stages:
         stage: Stage = "sample" if group.samples is None else "grade"
         self._ask(Target(stage=stage, question=question, window=window, visit=visit, group=group))
 
-    def decide_caps(self, window: Window) -> None:
-        """Every plain and teacher group is graded: choose the reformulations and ask for what they need."""
-        add_reformulations(window, self._recipe)
+    def proceed(self, window: Window) -> None:
+        """Nothing of the window is missing: take its next decision and ask for what follows from it."""
+        match window.phase:
+            case "plain":
+                select(window, self._recipe)
+                window.phase = "selected"
+            case "selected":
+                add_reformulations(window, self._recipe)
+                window.phase = "reformulated"
+            case "reformulated":
+                window.phase = "composed"
+        self.resume(window)
+
+    def resume(self, window: Window) -> None:
+        """Ask for everything that the window misses in its phase."""
         for visit in window.visits:
-            if visit.reformulations:
-                self.advance(window, visit)
+            self.advance(window, visit)
+        if window.phase == "composed" and self._recipe.method.needs_scores and self._jobs.scores_remotely:
+            self._score(window)
+
+    def _score(self, window: Window) -> None:
+        for visit, composition in compose(window, self._recipe):
+            tokens = sum(int(np.diff(group.the_samples.offsets)[index]) for group, index in composition.members)
+            if tokens and composition.id not in visit.scores:
+                question = visit.question
+                target = Target(stage="score", question=question, window=window, visit=visit, composition=composition)
+                self._ask(target)
 
     def _advance_reformulation(self, window: Window, visit: Visit, reformulation: Reformulation) -> None:
         if reformulation.group is None:
+            reformulator = self._reformulator(reformulation)
             for candidate in reformulation.candidates:
-                if candidate.compressed is None:
-                    self._compress(window, visit, candidate)
-            if any(candidate.compressed is None for candidate in reformulation.candidates):
+                if candidate.shown is None:
+                    self._prepare(window, visit, candidate, reformulator.preparation)
+            if any(candidate.shown is None for candidate in reformulation.candidates):
                 return
-            reformulator = next(r for r in self._recipe.method.reformulations if r.kind == reformulation.kind)
             prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
             reformulation.group = self.group(window.index, visit.question, reformulation.kind, prompt)
         self.advance_group(reformulation.group, visit.question, window, visit)
 
-    def _compress(self, window: Window, visit: Visit, candidate: Candidate) -> None:
-        target = Target(stage="compress", question=visit.question, window=window, visit=visit, candidate=candidate)
+    def _reformulator(self, reformulation: Reformulation) -> Reformulator:
+        return next(r for r in self._recipe.method.reformulations if r.kind == reformulation.kind)
+
+    def _prepare(self, window: Window, visit: Visit, candidate: Candidate, preparation: Preparation) -> None:
+        if preparation == "none":
+            candidate.shown = candidate.text
+            return
+        question = visit.question
+        target = Target(stage=preparation, question=question, window=window, visit=visit, candidate=candidate)
         if self._jobs.teacher_compresses:
             self._ask(target)
         else:
-            self.compressed(target, None)
+            self.prepared(target, None)
 
     def _advance_judgement(self, group: Group, question: Question, window: Window | None, visit: Visit | None) -> None:
         """Ask the judge about every response that the quick comparison leaves open (paper, Reward)."""
@@ -106,15 +158,27 @@ class Stages:
 
     # ---- what has come ---------------------------------------------------------------------------------------------
 
-    def compressed(self, target: Target, reply: str | None) -> None:
-        """Store a compressed text for every place in the visit that shows the same response. None: by rule."""
+    def prepared(self, target: Target, reply: str | None) -> None:
+        """Store the text to show of a candidate, in every place of the visit that shows the same response.
+
+        None: by rule, because the teacher does not write or could not.
+        """
         assert target.candidate is not None and target.visit is not None
         text, limits = target.candidate.text, self._jobs.compression_limits
-        compressed = accept(reply, text, *limits) if reply is not None else by_rule(text, *limits)
+        if target.stage == "write_hint":
+            shown = hints.accept(reply, text, *limits)
+        else:
+            shown = compression.by_rule(text, *limits) if reply is None else compression.accept(reply, text, *limits)
         for reformulation in target.visit.reformulations:
-            for candidate in reformulation.candidates:
-                if (candidate.source, candidate.index) == (target.candidate.source, target.candidate.index):
-                    candidate.compressed = compressed
+            if self._reformulator(reformulation).preparation == target.stage:
+                for candidate in reformulation.candidates:
+                    if (candidate.source, candidate.index) == (target.candidate.source, target.candidate.index):
+                        candidate.shown = shown
+
+    def scored(self, target: Target, scores: TokenScores) -> None:
+        """Store the teacher's scores of a composed group."""
+        assert target.composition is not None and target.visit is not None
+        target.visit.scores[target.composition.id] = scores
 
     def judged(self, target: Target, reply: str) -> None:
         """Store the judge's verdict on one response."""
@@ -127,13 +191,13 @@ class Stages:
 
         Raises CannotGoOn.
         """
-        if target.stage == "compress":
-            self.compressed(target, None)
+        if target.candidate is not None:
+            self.prepared(target, None)
         elif target.stage == "judge":
             target.the_group.verdicts[target.response] = Grade(reward=0.0, note=f"the judge failed: {reason}"[:500])
-        elif target.visit is not None and target.group is target.visit.teacher:
+        elif target.visit is not None and target.group is not None and target.group is target.visit.teacher:
             target.the_group.grades = []
-        elif target.visit is not None and target.group is not target.visit.plain:
+        elif target.visit is not None and target.group is not None and target.group is not target.visit.plain:
             target.visit.reformulations = [r for r in target.visit.reformulations if r.group is not target.group]
         else:
             raise CannotGoOn(f"task {task_id} cannot be done: {reason}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from zppo.errors import UserError
-from zppo.metrics import entry_name
+from zppo.metrics import entry_name, reformulated_kinds
 
 Record = dict[str, Any]
 
@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS dispatched (
 CREATE TABLE IF NOT EXISTS events (
     wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
 """
-"""`trained` has no uniqueness on purpose: a group that is trained twice must show up twice."""
+"""`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A question of a trained
+window that had nothing to train (no correct teacher response to learn from, say) has one row of kind `none`."""
 
 _GROUPS_TRAINED_TWICE = """
 SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
@@ -40,13 +41,12 @@ SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind H
 _QUESTIONS_TRAINED_TWICE = """
 SELECT COUNT(*) FROM (
     SELECT 1 FROM trained LEFT JOIN dispatched USING (question_id, window)
-    WHERE kind = 'plain' AND origin = 'new'
+    WHERE origin = 'new'
     GROUP BY question_id, COALESCE(epoch, 0) HAVING COUNT(DISTINCT window) > 1)
 """
 _LOST = """
 SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
-    SELECT 1 FROM trained WHERE trained.question_id = dispatched.question_id
-    AND trained.window = dispatched.window AND kind = 'plain')
+    SELECT 1 FROM trained WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
 """
 
 
@@ -115,14 +115,18 @@ def step_totals(steps: Sequence[Mapping[str, Any]]) -> Record:
         "steps": len(steps),
         "questions_new": total("window/new"),
         "questions_replayed": total("window/replayed"),
-        "groups_bcq": total("window/bcq"),
-        "groups_ncq": total("window/ncq"),
+        **{f"groups_{kind}": total(f"window/{kind}") for kind in ("bcq", "ncq", *_other_kinds(steps))},
         "max_staleness_seen": max((line.get("staleness/max", 0) for line in steps), default=0),
         "accuracy_first": first,
         "accuracy_last": last,
         "tokens_generated": total("tokens/generated"),
         "wall_seconds": max((line.get("wall_seconds", 0.0) for line in steps), default=0.0),
     }
+
+
+def _other_kinds(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = dict.fromkeys(kind for line in steps for kind in reformulated_kinds(line))
+    return [kind for kind in kinds if kind not in ("bcq", "ncq")]
 
 
 def accuracy_ends(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:

@@ -59,6 +59,10 @@ def resolve(topology: Topology, base: Path) -> Topology:
     data, teacher, actors = topology.data, topology.teacher, topology.actors
     if teacher is not None and actors.teacher.engine != OPENAI:
         teacher = replace(teacher, model=_absolute(teacher.model, base))
+    others = [replace(one, actor=_with_script(one.actor, base)) for one in topology.more_teachers]
+    others = [
+        one if one.actor.engine == OPENAI else replace(one, model=_absolute(one.model, base)) for one in others
+    ]
     data = replace(
         data,
         train=_question_source(data.train, base),
@@ -70,6 +74,7 @@ def resolve(topology: Topology, base: Path) -> Topology:
         data=data,
         student=replace(topology.student, model=_absolute(topology.student.model, base)),
         teacher=teacher,
+        more_teachers=others,
         actors=replace(actors, rollout=_with_script(actors.rollout, base), teacher=_with_script(actors.teacher, base)),
     )
 

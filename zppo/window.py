@@ -4,19 +4,26 @@ A *window* is one rollout step of Algorithm 1. It holds one *visit* per question
 gathers the question's plain group, its teacher group, and the reformulated groups (BCQ, NCQ, …) with the candidates
 shown in them. These are plain values, serialised by msgspec with the state of the scheduler and written to the rollout
 store.
+
+A window goes through phases, each entered when the one before misses nothing more (`zppo.stages`):
+plain → selected → reformulated → composed.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from msgspec import Struct, field
 
 from zppo.questions import Question
-from zppo_protocol.messages import Grade, GroupSamples, Prompt
+from zppo_protocol.messages import Grade, GroupSamples, Prompt, TokenScores
 
-PLAIN, TEACHER, COMPRESS, BCQ, NCQ, EVALUATE = "plain", "teacher", "compress", "bcq", "ncq", "evaluate"
+PLAIN, TEACHER, EVALUATE = "plain", "teacher", "evaluate"
+BCQ, NCQ, HINT, PREFIX = "bcq", "ncq", "hint", "prefix"
+COMPRESS, WRITE_HINT, SCORE = "compress", "write_hint", "score"
+
+Phase: TypeAlias = Literal["plain", "selected", "reformulated", "composed"]
 
 
 class Group(Struct, kw_only=True):
@@ -25,6 +32,8 @@ class Group(Struct, kw_only=True):
     id: str
     kind: str
     prompt: Prompt
+    teacher: int = 0
+    """Which of the teachers writes a teacher group."""
     samples: GroupSamples | None = None
     grades: list[Grade] | None = None
     verdicts: dict[int, Grade] = field(default_factory=dict)
@@ -59,14 +68,19 @@ class Group(Struct, kw_only=True):
 
 
 class Candidate(Struct, kw_only=True):
-    """A response shown inside a reformulated prompt: where it came from, and its compressed text once known."""
+    """A response that a reformulated prompt is made from.
+
+    `shown` is what the prompt shows of it, once known: its compressed text, or the hint written from it. `count` is how
+    many near-duplicates it stands for, itself included.
+    """
 
     source: Literal["student", "teacher"]
     index: int
     text: str
     answer: str | None
     correct: bool
-    compressed: str | None = None
+    shown: str | None = None
+    count: int = 1
 
 
 class Reformulation(Struct, kw_only=True):
@@ -85,15 +99,25 @@ class Visit(Struct, kw_only=True):
     plain: Group
     epoch: int = 0
     """Pass over the corpus that a new question belongs to."""
+    selected: bool = False
+    """One of the hardest questions, on which alone some methods ask the teacher (X_aug of Algorithms 5 and 6)."""
     teacher: Group | None = None
+    failed_teachers: list[Group] = field(default_factory=list)
+    """Groups of teachers that had no correct response, so that the next one was asked."""
     reformulations: list[Reformulation] = field(default_factory=list)
+    scores: dict[str, TokenScores] = field(default_factory=dict)
+    """The remote teacher's scores by the id of the composed group."""
 
     @property
     def accuracy(self) -> float:
         return self.plain.accuracy
 
-    def trained_groups(self) -> list[Group]:
-        """The groups whose tokens enter the loss: plain first, then the reformulated ones."""
+    def teacher_groups(self) -> list[Group]:
+        """The groups of all teachers that were asked, in their order."""
+        return [*self.failed_teachers, *([self.teacher] if self.teacher is not None else [])]
+
+    def student_groups(self) -> list[Group]:
+        """The groups the student sampled: plain first, then the reformulated ones."""
         return [self.plain, *(r.group for r in self.reformulations if r.group is not None)]
 
 
@@ -102,16 +126,17 @@ class Window(Struct, kw_only=True):
 
     index: int
     visits: list[Visit]
-    reformulated: bool = False
-    """Whether both caps have been decided, i.e. the reformulations of the visits are final."""
+    phase: Phase = "plain"
     hard_questions: int = 0
     """Visits with r̄_x < τ, known once the window is reformulated."""
+    spent: dict[str, int] = field(default_factory=dict)
+    """Tokens read and written by the teacher for what leaves no group here (`zppo.compute.spend`)."""
 
     @property
     def new_count(self) -> int:
         """|X_new|."""
         return sum(visit.origin == "new" for visit in self.visits)
 
-    def groups(self) -> list[Group]:
-        """All groups that enter the loss."""
-        return [group for visit in self.visits for group in visit.trained_groups()]
+    def student_groups(self) -> list[Group]:
+        """All groups the student sampled."""
+        return [group for visit in self.visits for group in visit.student_groups()]

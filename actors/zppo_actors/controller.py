@@ -26,7 +26,6 @@ from zppo.processes import cores, processes
 from zppo.prompts import PromptSet
 from zppo.questions import Question, digest
 from zppo.scheduler import RunFailure, Scheduler, SchedulerState
-from zppo.window import Window
 from zppo_actors.background import Background
 from zppo_actors.checkpointer import Checkpointer
 from zppo_actors.peers import SUPERVISOR, TRAINER, Peer, Peers
@@ -37,7 +36,7 @@ from zppo_actors.status import StepClock, build_status
 from zppo_protocol import codec, messages
 from zppo_protocol.checks import ProtocolError
 from zppo_protocol.limits import limits_for
-from zppo_protocol.messages import AnyMessage, TrainGroup, TrainWindow
+from zppo_protocol.messages import AnyMessage
 from zppo_protocol.sockets import Router
 
 TICK_SECONDS = 0.05
@@ -48,7 +47,7 @@ WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, mess
 ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
 SPEAKS: dict[str, tuple[type, ...]] = {
     "rollout": (*ENGINE_SPEAKS, messages.PolicyLoaded, messages.PolicyRefused),
-    "teacher": ENGINE_SPEAKS,
+    "teacher": (*ENGINE_SPEAKS, messages.ScoreResult),
     "grader": (*WORKER_SPEAKS, messages.GradeResult),
     "trainer": (
         messages.Heartbeat,
@@ -85,13 +84,12 @@ def load_scheduler(context: ActorContext, now: float) -> Scheduler:
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         heldout = load_questions(topology.data.heldout, topology.data, base).questions
-    templates = Path(topology.data.templates) if topology.data.templates else None
     return Scheduler(
         topology,
         get_method(topology.method.name),
         questions,
         heldout,
-        PromptSet(templates, topology.data.system_prompt),
+        PromptSet.of(topology),
         load_state(context),
         now,
     )
@@ -113,7 +111,9 @@ class Controller:
         self.recorder = Recorder(context, context.start_version if is_later_life(context) else None, self.background)
         self.checkpointer = Checkpointer(context, self.recorder, self.background)
         self.board = PolicyBoard()
-        self.peers = Peers(context.run_id, {plan.name: plan.role for plan in processes(context.topology, cores())})
+        table = processes(context.topology, cores())
+        self.peers = Peers(context.run_id, {plan.name: plan.role for plan in table})
+        self.pools = {plan.name: plan.pool for plan in table}
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None
         self.stop_reason: str | None = None
@@ -167,7 +167,7 @@ class Controller:
         window = self.scheduler.next_window(now)
         if window is not None:
             self.clock.shipped(now)
-            self._send(TRAINER, train_window(window))
+            self._send(TRAINER, window)
 
     def _announce_policies(self) -> None:
         for peer in self.peers.of_role("rollout"):
@@ -260,6 +260,9 @@ class Controller:
             case messages.GenerateResult():
                 if self.scheduler.sampled(message.task_id, name, peer.incarnation, message.samples, now):
                     self._last_progress = now
+            case messages.ScoreResult():
+                if self.scheduler.scored(message.task_id, name, peer.incarnation, message.scores, now):
+                    self._last_progress = now
             case messages.GradeResult():
                 if self.scheduler.graded(message.task_id, name, peer.incarnation, message.grades, now):
                     self._last_progress = now
@@ -299,7 +302,7 @@ class Controller:
         self.peers.add(name, hello)
         self._send(name, messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds))
         if hello.role not in (SUPERVISOR, TRAINER):
-            self.scheduler.actor_joined(name, hello.role, hello.incarnation)
+            self.scheduler.actor_joined(name, self.pools[name], hello.incarnation)
         log.info("%s joined (incarnation %d, process %d)", name, hello.incarnation, hello.pid)
 
     def _heartbeat(self, peer: Peer, message: messages.Heartbeat, now: float) -> None:
@@ -391,21 +394,3 @@ class Controller:
 def is_later_life(context: ActorContext) -> bool:
     """Whether this run directory was written to before, so that records after the checkpoint must be rolled back."""
     return context.start_version > 0 or (context.run_dir / "journal.sqlite").exists()
-
-
-def train_window(window: Window) -> TrainWindow:
-    """The message for the trainer: token streams and rewards, no texts."""
-    return TrainWindow(
-        step=window.index,
-        groups=[
-            TrainGroup(
-                group_id=group.id,
-                question_id=visit.question.id,
-                kind=group.kind,
-                samples=structs.replace(group.the_samples, texts=[]),
-                rewards=group.rewards,
-            )
-            for visit in window.visits
-            for group in visit.trained_groups()
-        ],
-    )

@@ -30,6 +30,8 @@ from zppo_protocol.messages import (
     PolicyLoaded,
     PolicyRefused,
     Rejected,
+    ScoreResult,
+    ScoreTask,
     Shutdown,
     TaskFailed,
     Welcome,
@@ -45,18 +47,30 @@ RATE_SECONDS = 10.0
 log = logging.getLogger("zppo.engine_actor")
 
 
-def run(context: ActorContext, config: ActorConfig, model: ModelConfig, role: Literal["rollout", "teacher"]) -> int:
-    """Build the engine of this actor and serve it until told to leave; returns the exit code. Raises UserError."""
-    engine = create(config.engine, engine_spec(context, config, model, role))
+def run(
+    context: ActorContext,
+    config: ActorConfig,
+    model: ModelConfig,
+    role: Literal["rollout", "teacher"],
+    where: str,
+    model_where: str,
+) -> int:
+    """Build the engine of this actor and serve it until told to leave; returns the exit code. Raises UserError.
+
+    `where` and `model_where` are the settings that errors name.
+    """
+    engine = create(config.engine, engine_spec(context, config, model, where, model_where))
     return asyncio.run(_serve(context, engine, role))
 
 
-def engine_spec(context: ActorContext, config: ActorConfig, model: ModelConfig, role: str) -> EngineSpec:
+def engine_spec(
+    context: ActorContext, config: ActorConfig, model: ModelConfig, where: str, model_where: str
+) -> EngineSpec:
     """What this actor's engine is built from; devices are given out in turn."""
     return EngineSpec(
         model=model,
-        where=f"actors.{role}",
-        model_where="student.model" if role == "rollout" else "teacher.model",
+        where=where,
+        model_where=model_where,
         device=config.devices[context.index % len(config.devices)],
         threads=config.threads,
         engine_args=config.engine_args,
@@ -87,7 +101,7 @@ class Leave(Exception):
 class Work:
     """One task in hand: `left` of its sequences have not ended. The same task may come twice, if its lease ran out."""
 
-    def __init__(self, task: GenerateTask) -> None:
+    def __init__(self, task: GenerateTask | ScoreTask) -> None:
         self.task = task
         self.left = task.n
 
@@ -133,15 +147,15 @@ class EngineActor:
     async def _listen(self, tasks: asyncio.TaskGroup) -> None:
         """The receiving loop.
 
-        Consumes: every message of the controller. Produces: one asyncio task per GenerateTask and LoadPolicy, so that
-        it never waits for the engine. Waits for: the next message. Is unblocked by: the controller.
+        Consumes: every message of the controller. Produces: one asyncio task per GenerateTask, ScoreTask and
+        LoadPolicy, so that it never waits for the engine. Waits for: the next message. Is unblocked by: the controller.
         """
         while True:
             message = await self._dealer.receive()
             match message:
-                case GenerateTask():
+                case GenerateTask() | ScoreTask():
                     self._running.append(work := Work(message))
-                    tasks.create_task(self._generate(work))
+                    tasks.create_task(self._do(work))
                 case LoadPolicy():
                     tasks.create_task(self._load(message))
                 case _:
@@ -163,8 +177,8 @@ class EngineActor:
     async def _beat(self) -> None:
         """The heartbeat loop.
 
-        Consumes: the engine's token count. Produces: Heartbeat, in which `progress` rises only with sampled tokens.
-        Waits for: the next beat. Is unblocked by: the clock.
+        Consumes: the engine's token count. Produces: Heartbeat, in which `progress` rises only with tokens sampled or
+        scored. Waits for: the next beat. Is unblocked by: the clock.
         """
         before, then, rate = self._engine.progress, time.monotonic(), 0.0
         while True:
@@ -191,8 +205,8 @@ class EngineActor:
             case _:
                 log.warning("ignored a %s, which no engine expects", type(message).__name__)
 
-    async def _generate(self, work: Work) -> None:
-        """Sample one task, answer it, and give back what credits of it are left."""
+    async def _do(self, work: Work) -> None:
+        """Do one task, answer it, and give back what credits of it are left."""
         answer = await self._answer(work)
         try:
             await self._dealer.send(answer)
@@ -202,12 +216,14 @@ class EngineActor:
         self._running.remove(work)
         self._check_engine()
 
-    async def _answer(self, work: Work) -> GenerateResult | TaskFailed:
+    async def _answer(self, work: Work) -> GenerateResult | ScoreResult | TaskFailed:
         task = work.task
-        if task.min_version > self._engine.policy_version:
-            have = self._engine.policy_version
-            return _failed(task, f"needs policy version {task.min_version}, loaded is {have}", retryable=True)
         try:
+            if isinstance(task, ScoreTask):
+                return ScoreResult(task_id=task.task_id, scores=await self._engine.score(task))
+            if task.min_version > self._engine.policy_version:
+                have = self._engine.policy_version
+                return _failed(task, f"needs policy version {task.min_version}, loaded is {have}", retryable=True)
             samples = await self._engine.generate(task, lambda count: self._ended(work, count))
             return GenerateResult(task_id=task.task_id, samples=samples)
         except EngineError as error:
@@ -267,7 +283,7 @@ class EngineActor:
         return Heartbeat(progress=progress, tasks=[work.task.task_id for work in self._running], stats=stats)
 
 
-def _failed(task: GenerateTask, reason: str, *, retryable: bool) -> TaskFailed:
+def _failed(task: GenerateTask | ScoreTask, reason: str, *, retryable: bool) -> TaskFailed:
     return TaskFailed(task_id=task.task_id, reason=reason[:2000], retryable=retryable)
 
 

@@ -9,13 +9,25 @@ import time
 from collections import Counter, deque
 
 from zppo.buffer import ReplayBuffer
+from zppo.composition import trained_members
+from zppo.compute import token_counts
 from zppo.evaluation import EvaluationResult
-from zppo.metrics import LASTING_FATES, Scalars, buffer_metrics, entry_name, outcomes, trainer_metrics, window_metrics
+from zppo.methods import get_method
+from zppo.metrics import (
+    LASTING_FATES,
+    Scalars,
+    buffer_metrics,
+    entry_name,
+    outcomes,
+    reformulated_kinds,
+    trainer_metrics,
+    window_metrics,
+)
 from zppo.scheduler import Trained
 from zppo.summary import read_lines
 from zppo.window import Window
 from zppo_actors.background import Background
-from zppo_actors.journal import Journal
+from zppo_actors.journal import Journal, TrainedRow
 from zppo_actors.process import ActorContext
 from zppo_actors.sinks import MetricSinks
 from zppo_protocol.messages import StepTrained
@@ -26,6 +38,7 @@ SHOWN_EVENTS = 20
 class Recorder:
     def __init__(self, context: ActorContext, resume_step: int | None, background: Background) -> None:
         self._background = background
+        self._scored = get_method(context.topology.method.name).needs_scores
         self.journal = Journal(context.run_dir)
         self.sinks = MetricSinks(context.run_dir, context.topology, resume_step)
         if resume_step is not None:
@@ -49,24 +62,19 @@ class Recorder:
     def trained(self, trained: Trained, message: StepTrained, buffer: ReplayBuffer, waits: Scalars) -> None:
         """One finished step: the journal gets what the trainer says it trained, not what it was sent."""
         window, fates = trained.window, trained.fates
-        origins = {
-            group.id: (visit.question.id, group.kind, visit.origin)
-            for visit in window.visits
-            for group in visit.trained_groups()
-        }
-        unknown = ("?", "?", "?")
-        rows = [(group_id, *origins.get(group_id, unknown)) for group_id in message.group_ids]
-        self.journal.record_trained(message.step, window.index, rows)
+        self.journal.record_trained(message.step, window.index, journal_rows(trained, message.group_ids))
         lasting = [fate for fate in fates if fate.fate in LASTING_FATES]
         metrics = {
             **window_metrics(window, message.step),
+            **token_counts(window, trained.composed, scored=self._scored),
             **buffer_metrics(len(buffer), buffer.capacity, by_entry_accuracy(buffer), lasting),
             **trainer_metrics(message.metrics),
             **waits,
         }
         line = self.sinks.write(message.step, metrics)
         self.sinks.write_fate(message.step, lasting)
-        self._background.submit(self.sinks.write_rollouts, message.step, window, outcomes(fates))
+        members = trained_members(composition for _, composition in trained.composed)
+        self._background.submit(self.sinks.write_rollouts, message.step, window, outcomes(fates), members)
         self._add(line)
 
     def evaluated(self, result: EvaluationResult) -> None:
@@ -89,6 +97,10 @@ class Recorder:
     def _add(self, line: Scalars) -> None:
         for total, name in _SUMMED.items():
             self.totals[total] += int(line.get(name, 0))
+        for kind in reformulated_kinds(line):
+            self.totals[f"groups_{kind}"] += int(line[f"window/{kind}"])
+            if f"accuracy/{kind}" in line:
+                self.gauges[f"accuracy_{kind}"] = float(line[f"accuracy/{kind}"])
         for gauge, name in _LATEST.items():
             if name in line:
                 self.gauges[gauge] = float(line[name])
@@ -99,11 +111,18 @@ class Recorder:
         self.gauges["heldout_before" if step == 0 else "heldout_last"] = accuracy
 
 
+def journal_rows(trained: Trained, group_ids: list[str]) -> list[TrainedRow]:
+    """What the trainer says it trained, and one row of kind `none` for each question that had nothing to train."""
+    known = {c.id: (visit.question.id, c.kind, visit.origin) for visit, c in trained.composed}
+    rows = [(group_id, *known.get(group_id, ("?", "?", "?"))) for group_id in group_ids]
+    composed = {visit.question.id for visit, _ in trained.composed}
+    idle = [visit for visit in trained.window.visits if visit.question.id not in composed]
+    return rows + [(f"{visit.plain.id}/none", visit.question.id, "none", visit.origin) for visit in idle]
+
+
 _SUMMED = {
     "questions_new": "window/new",
     "questions_replayed": "window/replayed",
-    "groups_bcq": "window/bcq",
-    "groups_ncq": "window/ncq",
     "admitted": "buffer/admitted",
     "graduated": "buffer/graduated",
     "evicted": "buffer/evicted",
@@ -111,8 +130,6 @@ _SUMMED = {
 }
 _LATEST = {
     "accuracy_plain": "accuracy/new",
-    "accuracy_bcq": "accuracy/bcq",
-    "accuracy_ncq": "accuracy/ncq",
     "staleness_mean": "staleness/mean",
     "step_seconds": "time/step",
 }

@@ -9,4 +9,5 @@ from zppo_actors.process import ActorContext
 def main(context: ActorContext) -> int:
     """Serve the student until told to leave; returns the exit code. Raises UserError."""
     topology = context.topology
-    return engine_actor.run(context, topology.actors.rollout, topology.student, "rollout")
+    rollout, student = topology.actors.rollout, topology.student
+    return engine_actor.run(context, rollout, student, "rollout", "actors.rollout", "student.model")

@@ -123,10 +123,12 @@ class MetricSinks:
         if self._board is not None:
             self._board.write(result.step, {"heldout/accuracy": result.accuracy})
 
-    def write_rollouts(self, step: int, window: Window, outcome: Mapping[str, str]) -> None:
+    def write_rollouts(
+        self, step: int, window: Window, outcome: Mapping[str, str], trained: rollout_store.Members
+    ) -> None:
         """Write the window to the rollout store, if the topology asks for it."""
         if self._rollouts is not None:
-            rollout_store.write_step(self._rollouts, step, window, outcome)
+            rollout_store.write_step(self._rollouts, step, window, outcome, trained)
 
     def sync(self) -> None:
         """Force everything written so far to the disk; called before a checkpoint is committed."""

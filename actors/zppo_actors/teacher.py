@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from zppo.errors import UserError
+from zppo.processes import teachers
 from zppo_actors import engine_actor
 from zppo_actors.process import ActorContext
 
 
 def main(context: ActorContext) -> int:
-    """Serve the teacher until told to leave; returns the exit code. Raises UserError."""
-    topology = context.topology
-    if topology.teacher is None:
-        raise UserError("teacher: the topology has no such section, but a teacher actor was started")
-    return engine_actor.run(context, topology.actors.teacher, topology.teacher, "teacher")
+    """Serve the teacher whose pool this actor is in until told to leave; returns the exit code. Raises UserError."""
+    pool = context.actor.rpartition("-")[0]
+    plan = next((one for one in teachers(context.topology) if one.pool == pool), None)
+    if plan is None:
+        raise UserError(f"teacher: the topology has no teacher for the actor {context.actor!r}, but it was started")
+    return engine_actor.run(context, plan.actor, plan.model, "teacher", plan.where, plan.model_where)

@@ -20,7 +20,8 @@ from zppo.errors import UserError
 from zppo.exit_codes import EXIT_FAILED, EXIT_FATAL
 from zppo.training.batch import StalenessError
 from zppo.training.state import build_trainer, save_share
-from zppo.training.step import Trainer, train_step
+from zppo.training.step import train_step
+from zppo.training.trainer import Trainer
 from zppo_actors import weights
 from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for

@@ -115,9 +115,8 @@ def new_events(before: list[str], now: list[str]) -> list[str]:
 def step_line(status: Status) -> str:
     """`step 12/80 · plain 41 % · BCQ 33 % · … `: one trained step in one line."""
     counters, gauges = status.counters, status.gauges
-    labels = (("accuracy_plain", "plain"), ("accuracy_bcq", "BCQ"), ("accuracy_ncq", "NCQ"))
     parts = [f"step {status.step}/{status.total_steps}"]
-    parts += [f"{label} {panels.percent(gauges[name])}" for name, label in labels if name in gauges]
+    parts += [f"{label} {panels.percent(gauges[name])}" for name, label in panels.accuracies(status) if name in gauges]
     parts.append(f"buffer {counters.get('buffer_size', 0)}/{counters.get('buffer_capacity', 0)}")
     parts.append(f"graduated {counters.get('graduated', 0)}")
     parts.append(f"staleness {gauges.get('staleness_mean', 0):.2f}")

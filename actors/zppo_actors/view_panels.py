@@ -6,6 +6,7 @@ Nothing is said by colour alone. Text that came over the wire is wrapped in `Tex
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zppo.metrics import KIND_TITLES
 from zppo_protocol.messages import ActorStatus, Status
 
 ENTRY_PREFIX = "buffer_by_entry/"
@@ -29,11 +31,11 @@ class History:
     A single step is noisy, so `first` and `now` are means over a few steps (up to `SPAN`, never overlapping).
     """
 
-    NAMES = ("accuracy_plain", "accuracy_bcq", "accuracy_ncq")
+    PLAIN = "accuracy_plain"
     SPAN = 5
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {name: [] for name in self.NAMES}
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
         self._step: int | None = None
         self._resumed = False
 
@@ -43,13 +45,13 @@ class History:
             return
         self._resumed = self._resumed or (self._step is None and status.step > 1)
         self._step = status.step
-        for name in self.NAMES:
+        for name in (self.PLAIN, *(f"accuracy_{kind}" for kind in kinds(status))):
             if name in status.gauges:
                 self.values[name].append(status.gauges[name])
 
     def first(self, name: str, status: Status) -> float | None:
         """Accuracy at the start; of a resumed run only what the controller still knows of it."""
-        if self._resumed and name == "accuracy_plain" and "accuracy_first" in status.gauges:
+        if self._resumed and name == self.PLAIN and "accuracy_first" in status.gauges:
             return status.gauges["accuracy_first"]
         return _mean(self.values[name][: self._span(name)])
 
@@ -58,6 +60,17 @@ class History:
 
     def _span(self, name: str) -> int:
         return min(max(len(self.values[name]) // 2, 1), self.SPAN)
+
+
+def kinds(status: Status) -> list[str]:
+    """The reformulated kinds the run has had groups of; BCQ and NCQ until there are any."""
+    counted = [name.removeprefix("groups_") for name, n in status.counters.items() if name.startswith("groups_") and n]
+    return counted or ["bcq", "ncq"]
+
+
+def accuracies(status: Status) -> list[tuple[str, str]]:
+    """(gauge, title) of each kind of prompt, plain first."""
+    return [(History.PLAIN, "plain"), *((f"accuracy_{kind}", KIND_TITLES.get(kind, kind)) for kind in kinds(status))]
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -143,7 +156,7 @@ def learning(status: Status, history: History, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     for _ in range(5):
         grid.add_column(no_wrap=True, overflow="ellipsis")
-    for name, label in zip(History.NAMES, ("plain", "BCQ", "NCQ"), strict=True):
+    for name, label in accuracies(status)[:3]:
         trend = sparkline(history.values[name], width - 30)
         grid.add_row(label, *_change(history.first(name, status), history.now(name)), Text(trend, "cyan"))
     grid.add_row("held-out", *_change(status.gauges.get("heldout_before"), status.gauges.get("heldout_last")), "")
@@ -197,7 +210,7 @@ def final_lines(status: Status, history: History, verdict: str, elapsed: float) 
 
     accuracy = " · ".join(
         f"{label} {percent(history.first(name, status))} → {percent(history.now(name))}"
-        for name, label in zip(History.NAMES, ("plain", "BCQ", "NCQ"), strict=True)
+        for name, label in accuracies(status)
         if history.values[name]
     )
     before, after = gauges.get("heldout_before"), gauges.get("heldout_last")
@@ -206,7 +219,7 @@ def final_lines(status: Status, history: History, verdict: str, elapsed: float) 
         "accuracy": accuracy,
         "held-out": f"{percent(before)} → {percent(after)}" if before is not None else "",
         "questions": counted(("questions_new", "new"), ("questions_replayed", "replayed")),
-        "groups": counted(("groups_bcq", "BCQ"), ("groups_ncq", "NCQ")),
+        "groups": counted(*((f"groups_{kind}", KIND_TITLES.get(kind, kind)) for kind in kinds(status))),
         "buffer": counted(
             ("buffer_size", "inside"), ("admitted", "admitted"), ("graduated", "graduated"), ("evicted", "evicted")
         ),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo import checkpoint, run_dir
@@ -23,6 +24,7 @@ from zppo.config import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    TeacherConfig,
     Topology,
     TrainerConfig,
     TransportConfig,
@@ -236,14 +238,16 @@ class ScriptedDealer:
         self.sent.append(message)
 
 
-def actor(tmp_path: Path, *script: AnyMessage, start_version: int = 0) -> tuple[TrainerActor, ScriptedDealer]:
+def actor(
+    tmp_path: Path, *script: AnyMessage, start_version: int = 0, settings: Topology | None = None
+) -> tuple[TrainerActor, ScriptedDealer]:
     context = ActorContext(
         run_dir=tmp_path,
         runtime=tmp_path,
         actor="trainer",
         role="trainer",
         incarnation=0,
-        topology=topology(),
+        topology=settings or topology(),
         run_id="0123",
         start_version=start_version,
     )
@@ -294,6 +298,31 @@ def test_orders_are_obeyed_in_turn(tmp_path: Path) -> None:
     assert kinds == [*expected, "Goodbye"]
     saved = checkpoint.partial_folder(tmp_path, 0) / checkpoint.MODEL
     _same_weights(AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").state_dict(), saved)
+
+
+def distillation() -> Topology:
+    teacher = TeacherConfig(model=str(STUDENT.parent / "teacher"), dtype="float32")
+    words = MethodConfig(name="on_distill", group_size=4)
+    return structs.replace(topology(), teacher=teacher, method=words)
+
+
+@pytest.mark.parametrize("settings", [topology(), distillation()], ids=["grpo", "on_distill"])
+def test_a_window_without_groups_is_a_step_and_publishes(tmp_path: Path, settings: Topology) -> None:
+    script = (Welcome(heartbeat_seconds=60), window(0, groups=0), window(1), Shutdown(reason="over"))
+    trainer, dealer = actor(tmp_path, *script, settings=settings)
+    assert trainer.run() == 0
+    first, second, third = (m.manifest for m in dealer.sent if isinstance(m, PolicyPublished))
+    assert [manifest.version for manifest in (first, second, third)] == [0, 1, 2]
+    assert first.digest == second.digest != third.digest
+    nothing, trained = (message for message in dealer.sent if isinstance(message, StepTrained))
+    assert (nothing.group_ids, nothing.metrics["updates"], nothing.metrics["tokens_trained"]) == ([], 0, 0)
+    assert trained.metrics["updates"] == settings_updates(settings)
+    assert ("jsd" in trained.metrics) == (settings.teacher is not None)
+
+
+def settings_updates(settings: Topology) -> int:
+    """Distillation makes one update a step, whatever the topology says."""
+    return 1 if settings.teacher is not None else settings.method.updates_per_step
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from zppo_kernels import PolicyLossSettings
 from zppo_protocol.messages import Sampling
 
 SAMPLING = Sampling(max_new_tokens=8)
-PROXIMAL, BEHAVIOUR = torch.tensor([-1.0]), torch.tensor([-2.0])
+PROXIMAL, BEHAVIOUR, FROZEN = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -9.0]), torch.tensor([False, True])
+WHERE_SAMPLED = [-2.0, -3.0]
+"""The behaviour log-probs, but the proximal one for the token of a frozen model."""
 
 
 def test_defaults_are_table_8() -> None:
@@ -46,13 +48,16 @@ def test_greedy_sampling_reports_the_plain_softmax() -> None:
 
 
 def test_ratio_against_proximal_keeps_the_behaviour_weight() -> None:
-    assert old_log_probs(MethodConfig(), PROXIMAL, BEHAVIOUR) == (PROXIMAL, BEHAVIOUR)
+    old, behaviour = old_log_probs(MethodConfig(), PROXIMAL, BEHAVIOUR, FROZEN)
+    assert behaviour is not None
+    assert (old.tolist(), behaviour.tolist()) == (PROXIMAL.tolist(), WHERE_SAMPLED)
 
 
 def test_ratio_against_behaviour_has_nothing_to_correct() -> None:
     method = MethodConfig(ratio="behaviour")
     assert loss_settings(method, SAMPLING).correction == "none"
-    assert old_log_probs(method, PROXIMAL, BEHAVIOUR) == (BEHAVIOUR, None)
+    old, behaviour = old_log_probs(method, PROXIMAL, BEHAVIOUR, FROZEN)
+    assert behaviour is None and old.tolist() == WHERE_SAMPLED
 
 
 def test_a_dual_clip_inside_the_clip_is_the_users_error() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,146 +14,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from training_cases import (
+    CPU,
+    MODELS,
+    OPTIMIZER,
+    SETTINGS,
+    gemma2_with_soft_cap,
+    group,
+    llama,
+    longhand_log_probs,
+    longhand_loss,
+    method,
+    mixed_window,
+    phi_with_head_bias,
+    qwen3,
+    trainer_of,
+    window,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo import checkpoint
 from zppo.config import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, Topology
 from zppo.errors import UserError
-from zppo.optimizer import AdamW, Gradients
 from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches
 from zppo.training.layout import PROMPT, SHARED_WIDTH, MicroBatch, attention_mask, micro_batches
 from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.policy import Policy
 from zppo.training.state import build_trainer, load_model, save_share
-from zppo.training.step import StepSettings, Trainer, split, step_advantages, train_step
-from zppo_protocol.messages import GroupSamples, Sampling, TrainGroup, TrainWindow
+from zppo.training.step import split, train_step
+from zppo.training.surrogate import step_advantages
+from zppo.training.trainer import StepSettings, Trainer
+from zppo_protocol.messages import Sampling, TrainWindow
 
-VOCABULARY = 31
 STUDENT = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
-SMALL: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-)
-CPU = torch.device("cpu")
-
-
-# ---- a small world -----------------------------------------------------------------------------------------------
-
-
-def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(**(SMALL | dict(num_key_value_heads=1, initializer_range=0.5) | extra))
-    model: Any = LlamaForCausalLM(config)
-    return model.to(dtype)
-
-
-def qwen3() -> Any:
-    torch.manual_seed(0)
-    config = Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, initializer_range=0.5)
-    return Qwen3ForCausalLM(config)
-
-
-def phi_with_head_bias() -> Any:
-    torch.manual_seed(0)
-    model = PhiForCausalLM(PhiConfig(**SMALL, initializer_range=0.5))
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def gemma2_with_soft_cap() -> Any:
-    torch.manual_seed(0)
-    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0)
-    return Gemma2ForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": llama,
-    "qwen3, tied": qwen3,
-    "phi, head bias": phi_with_head_bias,
-    "gemma2, soft cap": gemma2_with_soft_cap,
-}
-
-
-def group(
-    name: str,
-    rewards: list[float],
-    *,
-    seed: int = 0,
-    kind: str = "plain",
-    lengths: list[int] | None = None,
-    spans: list[tuple[int, int]] | None = None,
-) -> TrainGroup:
-    random = np.random.default_rng([seed, *name.encode()])
-    lengths = lengths if lengths is not None else random.integers(1, 7, len(rewards)).tolist()
-    total = sum(lengths)
-    default_spans = [(total, 0)] if total else []
-    samples = GroupSamples(
-        prompt_ids=random.integers(0, VOCABULARY, int(random.integers(1, 9))).astype(np.int32),
-        token_ids=random.integers(0, VOCABULARY, total).astype(np.int32),
-        log_probs=-random.uniform(0.1, 4, total).astype(np.float32),
-        offsets=np.array([0, *itertools.accumulate(lengths)], np.int32),
-        version_spans=np.array(spans if spans is not None else default_spans, np.int32).reshape(-1, 2),
-        texts=[],
-        finish_reasons=["stop"] * len(rewards),
-    )
-    return TrainGroup(
-        group_id=name, question_id=name, kind=kind, samples=samples, rewards=np.array(rewards, np.float32)
-    )
-
-
-def window(*groups: TrainGroup, step: int = 0) -> TrainWindow:
-    return TrainWindow(step=step, groups=list(groups))
-
-
-def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
-    """Groups of every sort: mixed, all right, all wrong, of another kind."""
-    patterns = ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0], [1, 0])
-    groups = [
-        group(f"g{i}", list(map(float, patterns[i % 5])), seed=step, kind="bcq" if i % 5 == 4 else "plain")
-        for i in range(count)
-    ]
-    return window(*groups)
-
-
-SETTINGS = StepSettings.of(
-    Topology(data=DataConfig(train="x"), student=ModelConfig(model="x", sampling=Sampling(max_new_tokens=8)))
-)
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, state_dtype="float32")
-
-
-def trainer_of(model: Any, *, optimizer: OptimizerConfig = OPTIMIZER, **changes: Any) -> Trainer:
-    policy = Policy(model)
-    parameters = policy.parameters()
-    steps = itertools.count()
-    return Trainer(
-        policy,
-        AdamW(parameters, optimizer, seed=0),
-        Gradients(parameters),
-        replace(SETTINGS, **changes),
-        clock=lambda: float(next(steps)),
-    )
-
-
-def method(**changes: Any) -> MethodConfig:
-    return msgspec.structs.replace(MethodConfig(), **changes)
-
-
-def longhand_log_probs(model: Any, sample: GroupSamples, index: int, temperature: float = 1.0) -> Tensor:
-    """Log-probs of one completion from one unpadded forward pass of the whole model."""
-    response = sample.token_ids[sample.offsets[index] : sample.offsets[index + 1]]
-    ids = torch.tensor(np.concatenate([sample.prompt_ids, response]), dtype=torch.int64)
-    logits = model(input_ids=ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1].double() / temperature
-    return logits.log_softmax(-1).gather(-1, ids[len(sample.prompt_ids) :, None])[:, 0]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -269,7 +161,7 @@ def test_staleness_error_leaves_the_weights_alone() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_batched_log_probs_are_those_of_one_sequence_at_a_time(name: str, share: bool, temperature: float) -> None:
     policy = Policy(MODELS[name]())
-    assert policy.plain_head == (name != "gemma2, soft cap")
+    assert (policy.head is not None) == (name != "gemma2, soft cap")
     task = mixed_window()
     rollouts = assemble(task, max_staleness=0, device=CPU)
     (batch,) = micro_batches(rollouts, np.arange(rollouts.sequences), 10_000, share=share and policy.shares_prompts)
@@ -347,38 +239,6 @@ def test_advantages_are_normalised_within_each_mini_batch_or_over_the_step() -> 
 
 
 # ---- the step ----------------------------------------------------------------------------------------------------
-
-
-def longhand_loss(model: Any, task: TrainWindow, advantages: Tensor, words: MethodConfig) -> Tensor:
-    """The paper's loss of one mini-batch, one rollout at a time, in float64 (first update: policy = proximal)."""
-    terms, sequence = [], 0
-    for g in task.groups:
-        for index in range(len(g.rewards)):
-            policy = longhand_log_probs(model, g.samples, index)
-            part = slice(g.samples.offsets[index], g.samples.offsets[index + 1])
-            behaviour = torch.tensor(g.samples.log_probs[part]).double()
-            terms.append(_surrogate(policy, behaviour, advantages[sequence].double(), words))
-            sequence += 1
-    if words.loss_normalisation == "sequence":
-        return torch.stack([term.mean() for term in terms]).mean()
-    return torch.cat(terms).mean()
-
-
-def _surrogate(policy: Tensor, behaviour: Tensor, advantage: Tensor, words: MethodConfig) -> Tensor:
-    old = policy.detach() if words.ratio == "proximal" else behaviour
-    ratio = (policy - old).exp()
-    clipped = ratio.clamp(1 - words.clip_low, 1 + words.clip_high)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    if advantage < 0 and words.dual_clip is not None:
-        gain = torch.maximum(gain, words.dual_clip * advantage)
-    weight = (policy.detach() - behaviour).exp() if words.ratio == "proximal" else torch.ones_like(policy)
-    if words.correction == "truncate":
-        weight = weight.clamp(max=words.correction_cap)
-    elif words.correction == "mask":
-        weight = weight * (weight <= words.correction_cap)
-    else:
-        weight = torch.ones_like(policy)
-    return -(gain * weight)
 
 
 def longhand_step(model: Any, task: TrainWindow, words: MethodConfig) -> tuple[float, float]:
@@ -525,7 +385,7 @@ def test_a_model_that_gives_nan_is_never_stepped_and_its_metrics_stay_finite() -
 
 def test_metrics_have_the_names_of_the_table() -> None:
     metrics = train_step(trainer_of(llama()), mixed_window())
-    table = {metric.name for metric in TRAINER_METRICS} - {"accuracy_<kind>"}
+    table = {metric.name for metric in TRAINER_METRICS} - {"accuracy_<kind>", "jsd"}
     assert metrics.keys() == table | {"accuracy_plain", "accuracy_bcq"}
     assert metrics["accuracy_bcq"] == 0.5 and metrics["accuracy_plain"] == pytest.approx(7 / 15)
     assert metrics["seconds_proximal"] == 1.0 and metrics["seconds_update"] == 1.0

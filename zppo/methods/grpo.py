@@ -4,5 +4,6 @@ from zppo.methods.base import Method
 
 METHOD = Method(
     name="grpo",
+    title="GRPO",
     summary="plain prompts",
 )

@@ -5,6 +5,7 @@ from zppo.reformulations import BinaryCandidateIncluded, NegativeCandidateInclud
 
 METHOD = Method(
     name="grpo_both",
+    title="GRPO + Both",
     summary="plain, BCQ and NCQ prompts",
     teacher_draws="hard",
     reformulations=(BinaryCandidateIncluded(), NegativeCandidateIncluded()),

@@ -4,6 +4,7 @@ from zppo.methods.base import Method
 
 METHOD = Method(
     name="grpo_replay",
+    title="GRPO†",
     summary="plain prompts, hard ones come back",
     replay=True,
 )

@@ -5,6 +5,7 @@ from zppo.reformulations import BinaryCandidateIncluded
 
 METHOD = Method(
     name="grpo_replay_bcq",
+    title="GRPO† + BCQ",
     summary="plain and BCQ prompts, hard questions come back",
     replay=True,
     teacher_draws="hard",

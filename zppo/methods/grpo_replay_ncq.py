@@ -5,6 +5,7 @@ from zppo.reformulations import NegativeCandidateIncluded
 
 METHOD = Method(
     name="grpo_replay_ncq",
+    title="GRPO† + NCQ",
     summary="plain and NCQ prompts, hard questions come back",
     replay=True,
     reformulations=(NegativeCandidateIncluded(),),

@@ -5,6 +5,7 @@ from zppo.reformulations import BinaryCandidateIncluded, NegativeCandidateInclud
 
 METHOD = Method(
     name="zppo",
+    title="ZPPO",
     summary="plain, BCQ and NCQ prompts, hard questions come back",
     replay=True,
     teacher_draws="hard",

@@ -178,7 +178,7 @@ def _candidates(encoded: str | None) -> list[dict[str, Any]]:
         return []
     shown = ("source", "answer", "correct")
     return [
-        {**{key: candidate[key] for key in shown}, "text": cut(candidate["compressed"] or candidate["text"])}
+        {**{key: candidate[key] for key in shown}, "text": cut(candidate["shown"] or candidate["text"])}
         for candidate in msgspec.json.decode(encoded, type=list[dict[str, Any]])
     ]
 

@@ -93,6 +93,8 @@ def training(run: RunData) -> _Sketch | None:
         ("train/loss", "Policy loss", "clipped surrogate", BLUE),
         ("accuracy/bcq", "BCQ accuracy", "mean reward", GREEN),
         ("accuracy/ncq", "NCQ accuracy", "mean reward", VERMILION),
+        ("accuracy/hint", "Accuracy with a hint", "mean reward", PURPLE),
+        ("accuracy/prefix", "Accuracy behind a prefix", "mean reward", BLUE),
     ]
     present = [part for part in parts if len(run.series(part[0]).steps)]
     if not present:
@@ -107,7 +109,8 @@ def training(run: RunData) -> _Sketch | None:
     if len(present) == 1:
         return _Sketch(figure, "Loss", "Mean over the updates of a step; the first quantity of Fig. 25.")
     caption = (
-        "The quantities of Fig. 25. BCQ: one right and one wrong candidate in the prompt. NCQ: only wrong answers."
+        "The quantities of Fig. 25. BCQ: one right and one wrong candidate in the prompt. NCQ: only wrong answers. "
+        "Hint and prefix: Algorithms 5 and 6."
     )
     return _Sketch(figure, "Loss and reformulated prompts", caption)
 
@@ -123,6 +126,8 @@ def composition(run: RunData) -> _Sketch | None:
         "plain, hard": (hard, ORANGE),
         "BCQ": (run.column("window/bcq"), GREEN),
         "NCQ": (run.column("window/ncq"), VERMILION),
+        "hint": (run.column("window/hint"), PURPLE),
+        "prefix": (run.column("window/prefix"), BLUE),
     }
     present = {name: layer for name, layer in layers.items() if layer[0].any()}
     values, colours = [layer for layer, _ in present.values()], [colour for _, colour in present.values()]

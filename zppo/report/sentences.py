@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zppo.metrics import KIND_TITLES
 from zppo.report.load import RunData
 
 
@@ -28,13 +29,14 @@ def duration(seconds: float) -> str:
 
 
 def _work(summary: Mapping[str, Any]) -> str:
-    rewritten = summary["groups_bcq"] + summary["groups_ncq"]
+    rewritten = {name.removeprefix("groups_"): n for name, n in summary.items() if name.startswith("groups_") and n}
     text = (
         f"{summary['steps']:,} rollout steps in {duration(summary['wall_seconds'])} trained on "
         f"{summary['questions_new']:,} new and {summary['questions_replayed']:,} replayed questions"
     )
     if rewritten:
-        text += f", and on {summary['groups_bcq']:,} BCQ and {summary['groups_ncq']:,} NCQ groups"
+        counts = [f"{n:,} {KIND_TITLES.get(kind, kind)}" for kind, n in rewritten.items()]
+        text += f", and on {' and '.join(counts)} groups"
     return f"{text}; {summary['tokens_generated']:,} response tokens entered the loss."
 
 

@@ -2,6 +2,7 @@
 
 Invariants: every token of the window belongs to exactly one sequence, every sequence to exactly one mini-batch; no
 token is older than `max_staleness` policy versions. The scheduler keeps that bound by pacing; it is checked again here.
+Tokens that a frozen model wrote have no age: they count as fresh.
 
 Shape legend: G groups, S sequences (rollouts) of the window, T response tokens of the window.
 """
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zppo.composition import FROZEN
 from zppo_protocol.messages import TrainGroup, TrainWindow
 
 
@@ -23,7 +25,8 @@ class StalenessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All sequences of a window. `behaviour_T` and `token_ids_T` lie on the device, the bookkeeping on the host."""
+    """All sequences of a window. `behaviour_T`, `frozen_T` and `token_ids_T` lie on the device, the bookkeeping on the
+    host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T` says nothing."""
 
     step: int
     groups: list[TrainGroup]
@@ -31,6 +34,7 @@ class Rollouts:
     host_ids_T: np.ndarray
     token_ids_T: Tensor
     behaviour_T: Tensor
+    frozen_T: Tensor
     starts_S: np.ndarray
     lengths_S: np.ndarray
     group_S: np.ndarray
@@ -63,6 +67,7 @@ def assemble(window: TrainWindow, *, max_staleness: int, device: torch.device) -
         host_ids_T=host_ids_T,
         token_ids_T=torch.from_numpy(host_ids_T).to(device),
         behaviour_T=torch.from_numpy(_concatenate([g.samples.log_probs for g in groups], np.float32)).to(device),
+        frozen_T=torch.from_numpy(_concatenate([_versions(g) == FROZEN for g in groups], np.bool_)).to(device),
         starts_S=np.cumsum(lengths_S) - lengths_S,
         lengths_S=lengths_S,
         group_S=np.repeat(np.arange(len(groups)), [len(length) for length in lengths]),
@@ -81,20 +86,24 @@ def _prompt(group: TrainGroup) -> np.ndarray:
     return group.samples.prompt_ids.astype(np.int64)
 
 
-def _staleness(group: TrainGroup, step: int, bound: int) -> np.ndarray:
-    """Policy versions between each token's sampling and this step [T of the group]."""
+def _versions(group: TrainGroup) -> np.ndarray:
+    """The policy version that sampled each token [T of the group]."""
     counts, versions = group.samples.version_spans.T.astype(np.int64)
-    staleness = step - versions
-    if len(staleness) and staleness.max() > bound:
+    return np.repeat(versions, counts)
+
+
+def _staleness(group: TrainGroup, step: int, bound: int) -> np.ndarray:
+    """Policy versions between each token's sampling and this step [T of the group]; 0 where no policy sampled it."""
+    versions = _versions(group)
+    sampled = versions[versions != FROZEN]
+    if len(sampled) and step - sampled.min() > bound:
         raise StalenessError(
-            f"step {step}: group {group.group_id!r} holds tokens of policy version {versions.min()}, which is "
-            f"{staleness.max()} versions old where max_staleness allows {bound}; the pacing of windows is broken"
+            f"step {step}: group {group.group_id!r} holds tokens of policy version {sampled.min()}, which is "
+            f"{step - sampled.min()} versions old where max_staleness allows {bound}; the pacing of windows is broken"
         )
-    if len(staleness) and staleness.min() < 0:
-        raise StalenessError(
-            f"step {step}: group {group.group_id!r} holds tokens of the later version {versions.max()}"
-        )
-    return np.repeat(staleness, counts)
+    if len(sampled) and sampled.max() > step:
+        raise StalenessError(f"step {step}: group {group.group_id!r} holds tokens of the later version {sampled.max()}")
+    return np.where(versions == FROZEN, 0, step - versions)
 
 
 def mini_batches(group_count: int, updates: int, *, seed: int, step: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The student inside the trainer: a causal LM of Hugging Face, cut between its last hidden state and its LM head.
+"""A model inside the trainer, the student or a frozen teacher: a causal LM, cut between last hidden state and LM head.
 
 Only the rows that predict response tokens are gathered before the head, so prompts and padding never reach it. Padding
 stands on the right and attention is causal, so a real token cannot see it: ordinary rows need no attention mask and no
@@ -6,10 +6,11 @@ position ids, and the fast causal attention path stays open. Rows with several r
 probe finds out whether the model computes them as it would compute the rollouts alone (no sliding windows, no
 recurrent layers).
 
-A head that is more than a matrix and a bias (soft caps, scaled logits) is found by a probe and goes through the model's
-own logits instead: right for every model, at the price of logits for all positions.
+A head that is more than a matrix and a bias goes through the model's own logits instead (`zppo.training.head`): right
+for every model, at the price of logits for all positions.
 
-Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V vocabulary.
+Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V vocabulary, K most
+probable tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zppo.errors import UserError
+from zppo.training import attention
+from zppo.training.head import Head, hidden_states, probe_head
 from zppo.training.layout import PROMPT, MicroBatch, attention_mask
 from zppo_kernels import (
+    JsdLossOutput,
     PolicyLossOutput,
+    jsd_loss_from_hidden,
+    jsd_loss_from_logits,
+    jsd_loss_top_k_from_hidden,
+    jsd_loss_top_k_from_logits,
     policy_loss_from_hidden,
     policy_loss_from_logits,
     token_log_probs,
@@ -34,14 +41,20 @@ from zppo_kernels import (
 class Policy:
     """Log-probs and losses of micro-batches under the current weights."""
 
-    def __init__(self, model: Any) -> None:
-        """`model` is a transformers causal LM; it is put into evaluation mode, because dropout would bend the ratio."""
+    def __init__(self, model: Any, where: str = "student.model") -> None:
+        """`model` is a transformers causal LM; it is put into evaluation mode, because dropout would bend the ratio.
+
+        Raises UserError, naming the setting `where`, if its logits are not finite.
+        """
         self.model = model.eval()
-        head = model.get_output_embeddings()
-        self._weight_VH: Tensor | None = getattr(head, "weight", None)
-        self._bias_V: Tensor | None = getattr(head, "bias", None)
-        self.plain_head = self._probe_head()
+        attention.adopt(model)
+        self.head: Head | None = probe_head(model, where)
         self.shares_prompts = self._probe_sharing()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits, which may be more than there are tokens."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def device(self) -> torch.device:
@@ -67,32 +80,62 @@ class Policy:
     @torch.no_grad()
     def log_probs(self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, float32 [R] each."""
-        if self._weight_VH is None or not self.plain_head:
-            return token_log_probs_from_logits(self._logits(batch), target_ids_R, temperature=temperature)
+        if self.head is None:
+            return token_log_probs_from_logits(self.logits(batch), target_ids_R, temperature=temperature)
         return token_log_probs(
-            self._hidden(batch), self._weight_VH, target_ids_R, temperature=temperature, bias_V=self._bias_V
+            self.hidden(batch), self.head.weight_VH, target_ids_R, temperature=temperature, bias_V=self.head.bias_V
         )
 
     def loss(self, batch: MicroBatch, target_ids_R: Tensor, **arguments: Any) -> PolicyLossOutput:
         """Policy loss of the micro-batch; `arguments` are those of `zppo_kernels.policy_loss_from_hidden`."""
-        if self._weight_VH is None or not self.plain_head:
-            return policy_loss_from_logits(self._logits(batch), target_ids_R, **arguments)
+        if self.head is None:
+            return policy_loss_from_logits(self.logits(batch), target_ids_R, **arguments)
         return policy_loss_from_hidden(
-            self._hidden(batch), self._weight_VH, target_ids_R, bias_V=self._bias_V, **arguments
+            self.hidden(batch), self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
         )
 
-    def _hidden(self, batch: MicroBatch) -> Tensor:
-        """Hidden states that predict the response tokens [R, H]."""
-        return self._hidden_states(**self._inputs(batch)).flatten(0, 1).index_select(0, batch.rows_R)
+    def jsd_loss(self, batch: MicroBatch, teacher: Policy, **arguments: Any) -> JsdLossOutput:
+        """Divergence from a teacher that reads the same tokens; `arguments` are those of `jsd_loss_from_hidden`.
 
-    def _logits(self, batch: MicroBatch) -> Tensor:
+        The teacher gets no gradient. Logits exist a chunk at a time if both heads are plain.
+        """
+        if self.head is None or teacher.head is None:
+            with torch.no_grad():
+                teacher_logits_RW = teacher.logits(batch)
+            return jsd_loss_from_logits(self.logits(batch), teacher_logits_RW, **arguments)
+        with torch.no_grad():
+            teacher_hidden_RG = teacher.hidden(batch)
+        return jsd_loss_from_hidden(
+            self.hidden(batch),
+            self.head.weight_VH,
+            teacher_hidden_RG,
+            teacher.head.weight_VH,
+            student_bias_V=self.head.bias_V,
+            teacher_bias_W=teacher.head.bias_V,
+            **arguments,
+        )
+
+    def jsd_loss_top_k(self, batch: MicroBatch, ids_RK: Tensor, log_probs_RK: Tensor, **more: Any) -> JsdLossOutput:
+        """Divergence from a teacher of which K tokens a position are known; see `jsd_loss_top_k_from_hidden`."""
+        if self.head is None:
+            return jsd_loss_top_k_from_logits(self.logits(batch), ids_RK, log_probs_RK, **more)
+        return jsd_loss_top_k_from_hidden(
+            self.hidden(batch),
+            self.head.weight_VH,
+            ids_RK,
+            log_probs_RK,
+            student_bias_V=self.head.bias_V,
+            **more,
+        )
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Hidden states that predict the response tokens [R, H]."""
+        return hidden_states(self.model, **self._inputs(batch)).flatten(0, 1).index_select(0, batch.rows_R)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
         """The model's own logits at the same rows [R, V]."""
         logits_BLV = self.model(**self._inputs(batch), use_cache=False).logits
         return logits_BLV.flatten(0, 1).index_select(0, batch.rows_R)
-
-    def _hidden_states(self, **inputs: Tensor) -> Tensor:
-        hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
         if batch.segments_BL is None or batch.positions_BL is None:
@@ -104,38 +147,22 @@ class Policy:
         }
 
     @torch.no_grad()
-    def _probe_head(self) -> bool:
-        """Say whether hidden states times head (plus bias) are the model's logits. Raises UserError for NaN logits."""
-        if self._weight_VH is None or self._weight_VH.dim() != 2:
-            return False
-        if getattr(self.model.config, "final_logit_softcapping", None):
-            return False  # near 0 a soft cap is the identity, so the probe might not see it
-        input_ids_BL = torch.arange(8, device=self.device).remainder(self._weight_VH.shape[0])[None]
-        logits = self.model(input_ids=input_ids_BL, use_cache=False).logits.float()
-        hidden = self._hidden_states(input_ids=input_ids_BL)
-        if hidden.shape[-1] != self._weight_VH.shape[1]:
-            return False
-        if not bool(logits.isfinite().all()):
-            raise UserError("student.model: the model's logits are not finite, so its weights are damaged")
-        own = nn.functional.linear(hidden, self._weight_VH, self._bias_V).float()
-        return bool(torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())))
-
-    @torch.no_grad()
     def _probe_sharing(self) -> bool:
         """Say whether two rollouts behind one prompt get the hidden states that they get one by one."""
         config = self.model.config
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             return False  # a window is longer than a probe
-        if config._attn_implementation not in ("sdpa", "eager"):
+        if config._attn_implementation not in ("sdpa", "eager", attention.NAME):
             return False
         ids = torch.arange(12, device=self.device).remainder(config.get_text_config().vocab_size)
         alone = [ids[:8], torch.cat([ids[:4], ids[8:]])]
-        expected = torch.cat([self._hidden_states(input_ids=row[None])[0, 4:] for row in alone])
+        expected = torch.cat([hidden_states(self.model, input_ids=row[None])[0, 4:] for row in alone])
         positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7], device=self.device)
         segments = torch.tensor([PROMPT] * 4 + [1] * 4 + [2] * 4, device=self.device)
         mask = attention_mask(segments[None], self.model.dtype)
         try:
-            found = self._hidden_states(input_ids=ids[None], position_ids=positions[None], attention_mask=mask)[0, 4:]
+            inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
+            found = hidden_states(self.model, **inputs)[0, 4:]
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False  # a model that takes no such mask
         tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * float(expected.abs().max())

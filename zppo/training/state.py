@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zppo.checkpoint import MODEL, write_file
 from zppo.config import Topology
 from zppo.errors import UserError
+from zppo.methods import get_method
 from zppo.optimizer import AdamW, Gradients
+from zppo.tokenization import check_same_vocabulary
 from zppo.training.policy import Policy
-from zppo.training.step import StepSettings, Trainer
+from zppo.training.trainer import StepSettings, Trainer
 
 MOMENTS, RECORD = "trainer.safetensors", "trainer.json"
 TRAINABLE_DTYPES = ("float32", "bfloat16")
@@ -39,9 +41,10 @@ class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def build_trainer(topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None) -> Trainer:
-    """Load the student from `student.model`, or everything from a checkpoint folder.
+    """Load the student from `student.model`, or everything from a checkpoint folder; and a teacher that is colocated.
 
-    Raises UserError if the model cannot be loaded, its dtype cannot be trained, or the checkpoint does not fit.
+    Raises UserError if a model cannot be loaded, the student's dtype cannot be trained, the teacher has another
+    vocabulary, or the checkpoint does not fit.
     """
     settings = StepSettings.of(topology)
     source = str(checkpoint / MODEL) if checkpoint is not None else topology.student.model
@@ -53,17 +56,35 @@ def build_trainer(topology: Topology, clock: Callable[[], float], checkpoint: Pa
     optimizer = AdamW(parameters, topology.optimizer, seed=topology.run.seed)
     if checkpoint is not None:
         load_optimizer(optimizer, checkpoint)
-    return Trainer(policy, optimizer, Gradients(parameters), settings, clock)
+    return Trainer(policy, optimizer, Gradients(parameters), settings, clock, teacher=load_teacher(topology))
+
+
+def load_teacher(topology: Topology) -> Policy | None:
+    """The frozen teacher that a distillation compares the student with, on the trainer's device; None without one."""
+    method, teacher = get_method(topology.method.name), topology.teacher
+    if not method.needs_scores:
+        return None
+    if teacher is None:
+        raise UserError(f"teacher: the method {method.name!r} needs a teacher, and the topology has none")
+    if teacher.scoring == "remote":
+        return None
+    check_same_vocabulary(topology.student.model, teacher.model)
+    model = _load(teacher.model, teacher.dtype, topology.actors.trainer.device, "teacher.model")
+    return Policy(model.requires_grad_(False), "teacher.model")
 
 
 def load_model(source: str, dtype: str, device: str) -> Any:
-    """Load a causal LM in `dtype` onto `device`."""
+    """Load a student in `dtype` onto `device`."""
     if dtype not in TRAINABLE_DTYPES:
         raise UserError(f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(TRAINABLE_DTYPES)}")
+    return _load(source, dtype, device, "student.model")
+
+
+def _load(source: str, dtype: str, device: str, where: str) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"student.model: cannot load {source!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: cannot load {source!r}: {str(error).splitlines()[0]}") from error
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -1,7 +1,8 @@
 """The one interface every engine offers to its actor, and the errors it may raise.
 
-An engine samples groups from token prompts (token-in/token-out), takes new weights while it samples, and says how much
-it can take on. It knows nothing of windows, questions or sockets.
+An engine samples groups from token prompts (token-in/token-out), says what its model would have written in the place of
+given tokens, takes new weights while it samples, and says how much it can take on. It knows nothing of windows,
+questions or sockets.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores
 
 
 class EngineError(RuntimeError):
-    """This task cannot be sampled. `retryable` is false when any other try must fail as well (e.g. prompt too long)."""
+    """This task cannot be done. `retryable` is false when any other try must fail as well (e.g. prompt too long)."""
 
     def __init__(self, reason: str, *, retryable: bool) -> None:
         super().__init__(reason)
@@ -21,7 +22,7 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """All methods may be called from one asyncio loop; `generate` calls overlap freely."""
+    """All methods may be called from one asyncio loop; calls of `generate` and `score` overlap freely."""
 
     @property
     def capacity(self) -> int:
@@ -33,7 +34,7 @@ class Engine(Protocol):
 
     @property
     def progress(self) -> int:
-        """Tokens sampled so far; rises while the engine is alive and has work."""
+        """Tokens sampled or scored so far; rises while the engine is alive and has work."""
 
     @property
     def broken(self) -> str | None:
@@ -45,6 +46,9 @@ class Engine(Protocol):
         `finished(k)` is called in the caller's loop when k more sequences have ended, so that their room can be given
         away before the last one of the group is done. An engine that cannot tell need not call it.
         """
+
+    async def score(self, task: ScoreTask) -> TokenScores:
+        """The model's `task.top_k` most probable tokens at each token of given responses. Raises EngineError."""
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         """Load new weights between two tokens, keep running sequences, and return the digest of what was loaded.

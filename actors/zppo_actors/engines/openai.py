@@ -23,7 +23,7 @@ from zppo_actors.engines.openai_probe import check_server
 from zppo_actors.engines.openai_reply import Reply
 from zppo_actors.engines.openai_retry import Pauses, RequestFailed, RetryBudget
 from zppo_actors.engines.spec import EngineSpec
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, Usage
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores, Usage
 
 __all__ = ["Arguments", "OpenAIEngine", "create"]
 
@@ -102,6 +102,8 @@ class OpenAIEngine:
             raise EngineError(
                 f"{task.n} completions at once are more than max_concurrent, {self._slots.count}", retryable=False
             )
+        if task.prompt.start is not None:
+            raise EngineError("a server cannot be told how a response begins", retryable=False)
         messages = await asyncio.to_thread(chat_messages, task.prompt)
         replies: list[Reply] = []
         missing = [range(task.n)]
@@ -113,6 +115,9 @@ class OpenAIEngine:
                 rest for part, answer in zip(parts, answers, strict=True) if (rest := part[len(answer.choices) :])
             ]
         return _text_samples(replies)
+
+    async def score(self, task: ScoreTask) -> TokenScores:
+        raise EngineError("scoring needs an engine that can score: transformers or vllm", retryable=False)
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         raise EngineError("a model behind a server takes no new weights", retryable=False)

@@ -4,6 +4,8 @@ The script (JSON, `engine_args.script`) says per question how often the answer i
 `{"default": {…}, "questions": {"3 * 17": {"answer": "5", "accuracy": 0.25, "accuracy_bcq": 0.5, "wrong": ["7", "9"],
 "tokens": 12}}, "seconds_per_token": 0.0}`. A question entry applies to prompts that contain its key; the longest key
 wins. Everything follows from the task's seed. Token ids are numbers below 16, log-probs those of a uniform choice.
+Asked for scores, it holds each given token for the most probable one, and each of the 15 after it for half as probable
+as the one before.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from zppo.errors import UserError, nearest
+from zppo.tokenization import share_of
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_actors.engines.spec import EngineSpec, read_arguments
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ResponseStart, ScoreTask, TokenScores
 
 VOCABULARY = 16
 LOG_PROB = -float(np.log(VOCABULARY))
@@ -126,7 +129,19 @@ class SimulatedEngine:
         ids = np.random.default_rng(task.seed).integers(0, VOCABULARY, size=(task.n, tokens), dtype=np.int32)
         log_probs = np.full(tokens, LOG_PROB, dtype=np.float32)
         completions = [Completion(ids[i], log_probs, spans, reason) for i in range(task.n)]  # type: ignore[arg-type]
-        return group_samples(_prompt_ids(text), completions, self._texts(task, text, behaviour))
+        start = _start(task.prompt.start)
+        texts = [start + sampled for sampled in self._texts(task, text, behaviour)]
+        return group_samples(_prompt_ids(text + start), completions, texts)
+
+    async def score(self, task: ScoreTask) -> TokenScores:
+        """See the module; takes the time of one token, as all responses are read at once."""
+        await asyncio.sleep(self._script.seconds_per_token)
+        self._progress += len(task.token_ids)
+        tokens, width = len(task.token_ids), min(task.top_k, VOCABULARY)
+        ids_TK = (task.token_ids[:, None] + np.arange(width, dtype=np.int32)) % VOCABULARY
+        log_probs_K = -np.log(2.0) * np.arange(width) / task.temperature - _normaliser(task.temperature)
+        log_probs_TK = np.broadcast_to(log_probs_K, (tokens, width))
+        return TokenScores(token_ids=ids_TK.astype(np.int32), log_probs=log_probs_TK.astype(np.float32))
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         """Verify the file as a real engine would, then serve under its version."""
@@ -167,6 +182,19 @@ def _compressed(text: str) -> str:
     """A faithful compression keeps the last answer of the text, right or wrong."""
     boxes = BOX.findall(text)
     return f"In short: \\boxed{{{boxes[-1]}}}" if boxes else "In short: no answer"
+
+
+def _start(start: ResponseStart | None) -> str:
+    """The given share of the start's tokens, one per byte; half a character is none."""
+    if start is None:
+        return ""
+    text = start.text.encode()
+    return text[: share_of(start.share, len(text))].decode(errors="ignore")
+
+
+def _normaliser(temperature: float) -> float:
+    """Logarithm of the sum of the 16 halving weights at this temperature."""
+    return float(np.log(np.exp2(-np.arange(VOCABULARY) / temperature).sum()))
 
 
 def _prompt_ids(text: str) -> np.ndarray:

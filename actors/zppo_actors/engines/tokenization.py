@@ -8,9 +8,9 @@ import numpy as np
 from transformers import GenerationConfig
 
 from zppo.errors import UserError
-from zppo.tokenization import encode_prompts, load_tokenizer
+from zppo.tokenization import encode_prompts, encode_start, load_tokenizer
 from zppo_actors.engines.base import EngineError
-from zppo_protocol.messages import Prompt
+from zppo_protocol.messages import Prompt, ResponseStart
 
 
 class PromptTokenizer:
@@ -23,7 +23,7 @@ class PromptTokenizer:
         self.end_ids = frozenset({int(self._tokenizer.eos_token_id), *_configured_ends(folder)})
 
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids [P] int32 of the prompt, up to where the response starts. Raises EngineError if it has none."""
+        """Token ids [P] int32 of the prompt, up to where sampling starts. Raises EngineError if it has none."""
         if prompt.media:
             raise EngineError("this engine takes text only, but the prompt has pictures or videos", retryable=False)
         [ids] = encode_prompts(self._tokenizer, [prompt])
@@ -31,10 +31,13 @@ class PromptTokenizer:
             raise EngineError("the prompt has no tokens", retryable=False)
         return np.asarray(ids, dtype=np.int32)
 
-    def decode(self, completions: list[np.ndarray]) -> list[str]:
-        """Texts of the completions, special tokens left out, spaces as they are."""
+    def decode(self, completions: list[np.ndarray], start: ResponseStart | None = None) -> list[str]:
+        """Texts of the responses, with the start that was given to them; without special tokens, spaces as they are."""
+        given = [] if start is None else encode_start(self._tokenizer, start)
         texts: list[str] = self._tokenizer.batch_decode(
-            completions, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [[*given, *completion.tolist()] for completion in completions],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         return texts
 

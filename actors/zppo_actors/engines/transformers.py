@@ -1,12 +1,13 @@
 """The embedded engine: one process, one model of transformers, continuous batching on a CPU or one GPU.
 
-A worker thread runs the decode loop; asyncio callers post commands (a new group, new weights, a cancellation) that it
-takes between two tokens. New weights therefore change the policy in mid-sentence: keys and values stay, and every token
-carries the version that sampled it.
+A worker thread runs the decode loop; asyncio callers post commands (a new group, responses to score, new weights, a
+cancellation) that it takes between two tokens. New weights therefore change the policy in mid-sentence: keys and
+values stay, and every token carries the version that sampled it. Scoring goes on between two tokens as well, one
+forward pass at a time, and touches neither keys nor values.
 
-Invariant: every job that was taken on is settled exactly once, with its completions or with a reason. A failure of the
-loop fails all unsettled jobs, never the process; one that keeps coming back, or that leaves the weights half loaded,
-marks the engine as broken, and its actor leaves.
+Invariant: every job that was taken on is settled exactly once, with its outcome or with a reason. A failure of the
+loop fails all unsettled jobs, one of a scoring pass its own job alone, never the process; one that keeps coming back,
+or that leaves the weights half loaded, marks the engine as broken, and its actor leaves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +27,18 @@ from msgspec import Meta, Struct
 from zppo_actors import weights
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.decoder import Decoder, Ended
+from zppo_actors.engines.jobs import Job, SampleJob, ScoreJob, post, resolve
 from zppo_actors.engines.models import adopt_slots, context_length, load_model
-from zppo_actors.engines.sampling import UniformStream
-from zppo_actors.engines.sequences import Completion, Running, group_samples
+from zppo_actors.engines.score_tasks import check_scorable
+from zppo_actors.engines.scoring import Scorer
+from zppo_actors.engines.sequences import Running, group_samples
 from zppo_actors.engines.spec import EngineSpec, read_arguments
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores
 
 log = logging.getLogger("zppo.engine")
+
+AnyJob = TypeVar("AnyJob", SampleJob, ScoreJob)
 
 FAILURES_IN_A_ROW = 3
 """So many failures without a token between them mean that the device or the model is beyond help."""
@@ -56,59 +61,15 @@ def create(spec: EngineSpec) -> TransformersEngine:
     adopt_slots(model, spec.model.model, spec.model_where)
     context = context_length(model.config.get_text_config())
     max_length = min(context, arguments.max_length or context)
-    return TransformersEngine(model, tokenizer, arguments.max_sequences, max_length)
-
-
-class Job:
-    """A group being sampled, as the decode thread sees it. Once it is `settled`, nobody waits for its sequences."""
-
-    def __init__(
-        self, task: GenerateTask, prompt_ids: np.ndarray, budget: int, finished: Callable[[int], None]
-    ) -> None:
-        self.task = task
-        self.prompt_ids = prompt_ids
-        self.budget = budget
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[Completion]] = self.loop.create_future()
-        self.completions: list[Completion | None] = [None] * task.n
-        self.admitted = 0
-        self.settled = False
-        self._finished = finished
-
-    def next_members(self, limit: int) -> list[Running]:
-        """Up to `limit` sequences that have not been admitted yet."""
-        members = range(self.admitted, min(self.admitted + limit, self.task.n))
-        self.admitted = members.stop
-        return [self._member(index) for index in members]
-
-    def add(self, index: int, completion: Completion) -> None:
-        """Note one finished sequence; the last one answers the caller."""
-        if self.settled:
-            return
-        if not np.isfinite(completion.log_probs).all():
-            self.fail(EngineError("the model gives probabilities that are not finite numbers", retryable=True))
-            return
-        self.completions[index] = completion
-        _post(self.loop, self._finished, 1)
-        if all(entry is not None for entry in self.completions):
-            self._settle(self.completions)
-
-    def fail(self, error: EngineError) -> None:
-        self._settle(error)
-
-    def _member(self, index: int) -> Running:
-        uniforms = UniformStream(self.task.seed, index)
-        return Running(self.prompt_ids, self.task.sampling, self.budget, index, uniforms, owner=self)
-
-    def _settle(self, outcome: Any) -> None:
-        self.settled = True
-        _post(self.loop, _resolve, self.future, outcome)
+    return TransformersEngine(model, tokenizer, arguments.max_sequences, max_length, spec.model_where)
 
 
 class TransformersEngine:
     """See the module. `close` must be awaited to end the thread."""
 
-    def __init__(self, model: Any, tokenizer: PromptTokenizer, max_sequences: int, max_length: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PromptTokenizer, max_sequences: int, max_length: int, where: str = "model"
+    ) -> None:
         """`model` has our attention already; `max_length` bounds prompt and response together, in tokens."""
         self._model = model
         self._tokenizer = tokenizer
@@ -118,8 +79,12 @@ class TransformersEngine:
         self._decoder = Decoder(model, tokenizer.end_ids, max_sequences, max_length)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unsettled: dict[Job, None] = {}
-        """Every job somebody waits for, wherever it stands: not admitted, being admitted, or running. Oldest first."""
-        self._waiting: deque[Job] = deque()
+        """Every job somebody waits for, wherever it stands: waiting, being admitted, running, scored. Oldest first."""
+        self._waiting: deque[SampleJob] = deque()
+        self._scoring: deque[ScoreJob] = deque()
+        self._where = where
+        self._scorer: Scorer | None = None
+        """Made for the first task to score, because most engines never see one."""
         self._progress = 0
         self._failures = 0
         self._broken: str | None = None
@@ -148,15 +113,17 @@ class TransformersEngine:
         """Sample `task.n` completions; `finished(k)` is called in the loop whenever k more sequences have ended."""
         self._refuse_if_broken()
         prompt_ids = self._tokenizer.encode(task.prompt)
-        job = Job(task, prompt_ids, self._budget(task, prompt_ids), finished or _ignore)
-        self._commands.put(lambda: self._take_on(job))
-        try:
-            completions = await job.future
-        except asyncio.CancelledError:
-            self._commands.put(lambda: self._cancel(job))
-            raise
-        texts = self._tokenizer.decode([completion.token_ids for completion in completions])
+        job = SampleJob(task, prompt_ids, self._budget(task, prompt_ids), finished or _ignore)
+        completions = await self._outcome(job, self._waiting)
+        texts = self._tokenizer.decode([completion.token_ids for completion in completions], task.prompt.start)
         return group_samples(prompt_ids, completions, texts)
+
+    async def score(self, task: ScoreTask) -> TokenScores:
+        """The model's most probable tokens at each token of the responses, at the temperature of the task."""
+        self._refuse_if_broken()
+        check_scorable(task, self._vocabulary, self._max_length)
+        scores: TokenScores = await self._outcome(ScoreJob(task), self._scoring)
+        return scores
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         """Verify in a helper thread while sampling goes on, then copy between two tokens.
@@ -173,6 +140,15 @@ class TransformersEngine:
     async def close(self) -> None:
         self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
+
+    async def _outcome(self, job: AnyJob, line: deque[AnyJob]) -> Any:
+        """Hand a job over to the decode thread and wait for it; a cancellation takes it back."""
+        self._commands.put(lambda: self._take_on(job, line))
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self._commands.put(lambda: self._cancel(job))
+            raise
 
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
@@ -193,8 +169,9 @@ class TransformersEngine:
     def _run(self) -> None:
         """The decode loop.
 
-        Consumes: commands of the asyncio side. Produces: completions, posted back to each caller's loop.
-        Waits for: a command, and only while nothing runs or waits. Is unblocked by: `generate`, `load_policy`, `close`.
+        Consumes: commands of the asyncio side. Produces: completions and scores, posted back to each caller's loop.
+        Waits for: a command, and only while there is no work. Is unblocked by: `generate`, `score`, `load_policy`,
+        `close`.
         """
         torch.set_num_threads(self._threads)  # OpenMP counts threads per thread
         with torch.inference_mode():
@@ -202,22 +179,23 @@ class TransformersEngine:
                 try:
                     self._take_commands()
                     self._advance()
+                    self._score()
                 except Exception as error:
                     self._fail_all(error)
         self._abandon(EngineError("the engine was closed", retryable=True))
 
     def _take_commands(self) -> None:
-        idle = not (self._decoder.running or self._waiting)
+        idle = not (self._decoder.running or self._waiting or self._scoring)
         while idle or not self._commands.empty():
             self._commands.get()()
             idle = False
 
-    def _take_on(self, job: Job) -> None:
+    def _take_on(self, job: AnyJob, line: deque[AnyJob]) -> None:
         if self._broken is not None:
             job.fail(EngineError(self._broken, retryable=True))
             return
         self._unsettled[job] = None
-        self._waiting.append(job)
+        line.append(job)
 
     def _advance(self) -> None:
         self._admit()
@@ -229,6 +207,25 @@ class TransformersEngine:
         self._failures = 0
         if ended:
             self._hand_back(ended)
+
+    def _score(self) -> None:
+        """One forward pass for the oldest task to score. If it fails, that task alone is given back."""
+        while self._scoring and self._scoring[0].settled:
+            self._scoring.popleft()
+        if not self._scoring:
+            return
+        job = self._scoring[0]
+        try:
+            self._scorer = self._scorer or Scorer(self._model, self._where)
+            self._progress += job.advance(self._scorer)
+            self._failures = 0
+        except EngineError as error:
+            job.fail(error)
+        except Exception as error:
+            log.exception("task %s cannot be scored", job.task.task_id)
+            job.fail(self._failure(error))
+        if job.settled:
+            self._unsettled.pop(job, None)
 
     def _admit(self) -> None:
         """Fill free slots from the waiting groups, first come first served; a group may come in parts."""
@@ -263,16 +260,16 @@ class TransformersEngine:
     ) -> None:
         """Copy and answer. A copy that fails breaks the engine: its weights may be of two versions."""
         if self._broken is not None:
-            _post(loop, _resolve, done, EngineError(self._broken, retryable=True))
+            post(loop, resolve, done, EngineError(self._broken, retryable=True))
             return
         try:
             weights.copy(pairs)
             self._decoder.set_version(manifest.version)
         except Exception as error:
             self._broken = f"loading policy version {manifest.version} failed half-way: {_sentence(error)}"[:2000]
-            _post(loop, _resolve, done, EngineError(self._broken, retryable=True))
+            post(loop, resolve, done, EngineError(self._broken, retryable=True))
             raise
-        _post(loop, _resolve, done, manifest.digest)
+        post(loop, resolve, done, manifest.digest)
 
     def _stop(self) -> None:
         self._closing = True
@@ -280,16 +277,21 @@ class TransformersEngine:
     def _fail_all(self, error: Exception) -> None:
         """Give every task back with the reason and start afresh."""
         log.exception("the decode loop failed with %d sequences running", len(self._decoder.running))
+        self._abandon(self._failure(error))
+
+    def _failure(self, error: Exception) -> EngineError:
+        """Count a failure, and say what those who wait are told; too many in a row break the engine."""
         reason = self._reason(error)
         self._failures += 1
         if self._broken is None and self._failures >= FAILURES_IN_A_ROW:
             self._broken = f"the engine failed {self._failures} times in a row; the last time: {reason}"
-        self._abandon(EngineError(self._broken or reason, retryable=True))
+        return EngineError(self._broken or reason, retryable=True)
 
     def _abandon(self, error: EngineError) -> None:
         """Settle every unsettled job, then forget what ran; in this order, as a lost device can do the first only."""
         jobs, self._unsettled = self._unsettled, {}
         self._waiting.clear()
+        self._scoring.clear()
         for job in jobs:
             job.fail(error)
         try:
@@ -313,20 +315,3 @@ def _ignore(count: int) -> None:
 
 def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
-
-
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
-    """Call in the loop's thread, if anybody is left there."""
-    try:
-        loop.call_soon_threadsafe(call, *arguments)
-    except RuntimeError:
-        log.debug("the caller's loop is closed; nobody waits for an answer")
-
-
-def _resolve(future: asyncio.Future[Any], outcome: Any) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, EngineError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)

@@ -1,0 +1,77 @@
+"""What a training step works with: the policy and what updates it, and the settings that the topology gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from zppo.config import MethodConfig, Topology
+from zppo.losses import loss_settings
+from zppo.methods import Method, get_method
+from zppo.methods.base import Loss
+from zppo.optimizer import AdamW, Gradients
+from zppo.training.batch import Rollouts
+from zppo.training.layout import MicroBatch, micro_batches
+from zppo.training.policy import Policy
+from zppo_kernels import PolicyLossSettings
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs of the topology. `micro_batch_tokens` bounds the padded tokens of one pass.
+
+    `method` are the words of the topology, after the method itself has said which of them it fixes.
+    """
+
+    method: MethodConfig
+    objective: Loss
+    loss: PolicyLossSettings
+    max_staleness: int
+    micro_batch_tokens: int
+    gradient_clip: float
+    seed: int
+
+    @classmethod
+    def of(cls, topology: Topology) -> StepSettings:
+        """Raises UserError if the method's values do not go together."""
+        chosen = get_method(topology.method.name)
+        method = _fixed_by(chosen, topology.method)
+        return cls(
+            method=method,
+            objective=chosen.loss,
+            loss=loss_settings(method, topology.student.sampling),
+            max_staleness=topology.scheduler.max_staleness,
+            micro_batch_tokens=topology.actors.trainer.micro_batch_tokens,
+            gradient_clip=topology.optimizer.gradient_clip,
+            seed=topology.run.seed,
+        )
+
+
+def _fixed_by(chosen: Method, words: MethodConfig) -> MethodConfig:
+    if chosen.updates_per_step is None:
+        return words
+    return msgspec.structs.replace(words, updates_per_step=chosen.updates_per_step)
+
+
+@dataclass
+class Trainer:
+    """The policy and what updates it. `tick` is called after every micro-batch; `clock` gives seconds.
+
+    `teacher` is the frozen model of a distillation whose teacher is colocated; a remote one sends scores instead.
+    """
+
+    policy: Policy
+    optimizer: AdamW
+    gradients: Gradients
+    settings: StepSettings
+    clock: Callable[[], float]
+    tick: Callable[[], None] = field(default=lambda: None)
+    teacher: Policy | None = None
+
+    def micro_batches(self, rollouts: Rollouts, sequences: np.ndarray) -> list[MicroBatch]:
+        """Forward passes over these rollouts, laid out so that every model that reads them can."""
+        share = self.policy.shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
+        return micro_batches(rollouts, sequences, self.settings.micro_batch_tokens, share=share)
