@@ -16,8 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when Triton is first imported (transformers does that): kernels run in its interpreter, without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import psutil
 import pytest
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("zppo", deadline=None)
+hypothesis.settings.load_profile("zppo")
 
 LEAVE_SECONDS = 5.0
 

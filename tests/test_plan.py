@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology, TrainerConfig
 from zppo.errors import UserError
 from zppo.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
+from zppo.methods import method_names
 from zppo.model_folder import inspect_model
 from zppo.plan import ENGINE_ARGUMENTS, GIB, Machine, make_plan
 from zppo.processes import ProcessPlan, processes
@@ -94,7 +95,7 @@ def test_facts_of_a_model_folder(small: Path) -> None:
 def test_memory_of_the_trainer_by_hand(small: Path) -> None:
     topology = topology_of(small, "student.dtype=float32", "actors.trainer.micro_batch_tokens=100")
     models = inspect_models(topology, with_teacher=False)
-    size = need(ProcessPlan(name="trainer", role="trainer", device="cpu"), topology, models)
+    size = need(ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cpu"), topology, models)
     weights_gradients_states = 8 * (4 + 4 + 2 + 2)
     activations = 34 * 100 * 8 * 1 * 4 // 2
     logits = 2 * 1024 * 16 * 4
@@ -104,8 +105,8 @@ def test_memory_of_the_trainer_by_hand(small: Path) -> None:
 def test_memory_goes_to_the_device(small: Path) -> None:
     topology = topology_of(small)
     models = inspect_models(topology, with_teacher=True)
-    on_cpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cpu"), topology, models)
-    on_gpu = need(ProcessPlan(name="rollout-0", role="rollout", device="cuda:0"), topology, models)
+    on_cpu = need(ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cpu"), topology, models)
+    on_gpu = need(ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cuda:0"), topology, models)
     assert (on_gpu.host, on_gpu.device) == (MODEL_LIBRARIES, on_cpu.host - MODEL_LIBRARIES)
     cache = 64 * (24 + 8) * 1 * 2 * 2 * 4 * 2  # sequences, length, layers, keys and values, heads, width, bytes
     assert on_gpu.device == 8 * 2 + cache + 64 * 16 * 4
@@ -149,12 +150,135 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("overrides", "machine", "sentence"), REFUSALS)
-def test_what_the_machine_cannot_give(
-    small: Path, overrides: tuple[str, ...], machine: Machine, sentence: str
-) -> None:
+def test_what_the_machine_cannot_give(small: Path, overrides: tuple[str, ...], machine: Machine, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         make_plan(topology_of(small, *overrides), 3000, machine)
     assert str(caught.value) == sentence
+
+
+SERVER = ("actors.teacher.engine=openai", "actors.teacher.engine_args={base_url: http://127.0.0.1:9/v1, model: m}")
+REMOTE = ("method.name=on_distill", "teacher.scoring=remote")
+METHOD_REFUSALS = [
+    (
+        ("method.name=off_distil",),
+        "method.name: there is no method 'off_distil' (did you mean 'off_distill'?)",
+    ),
+    (
+        ("method.name=grpo", "method.group_size=1"),
+        "method.group_size is 1; expected at least 2, because a group of one has no advantage",
+    ),
+    (
+        ("method.name=on_distill", "teacher=null"),
+        "teacher: is missing; expected a section, because the method 'on_distill' needs a teacher",
+    ),
+    (
+        ("method.name=off_distill", *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method 'off_distill' trains "
+        "on the teacher's tokens, and a server gives text alone",
+    ),
+    (
+        ("method.name=grpo_replay_teacher_response", *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method "
+        "'grpo_replay_teacher_response' trains on the teacher's tokens, and a server gives text alone",
+    ),
+    (
+        (*REMOTE, *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method 'on_distill' needs a "
+        "teacher that scores tokens, and a server gives text alone",
+    ),
+    (
+        (*REMOTE, "actors.teacher.count=0"),
+        "actors.teacher.count is 0; expected at least 1, because the run asks the teacher",
+    ),
+    (
+        (*REMOTE, "actors.teacher.engine_args={max_sequences: 7}"),
+        "actors.teacher.engine_args.max_sequences is 7; expected at least 8, the method.group_size, because a group is "
+        "sampled as a whole",
+    ),
+    (
+        ("scheduler.rho_aug_max=0.125",),
+        "scheduler.rho_aug_max is 0.125; expected null or at least 0.25, scheduler.rho_aug",
+    ),
+    (
+        ("method.name=on_distill", "method.dynamic_sampling=true"),
+        "method.dynamic_sampling is true; expected false, because 'on_distill' learns from answers that are all right "
+        "or all wrong as well",
+    ),
+    (
+        ("method.name=on_distill", "more_teachers=[{model: teacher}]"),
+        "more_teachers: expected none, because 'on_distill' learns the distribution of a single teacher",
+    ),
+    (
+        ("method.name=grpo", "teacher=null", "more_teachers=[{model: teacher}]"),
+        "more_teachers: there are some, but no section teacher; expected the first one there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), METHOD_REFUSALS)
+def test_what_a_method_cannot_be_run_with(small: Path, overrides: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides), 6, MACHINE)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1, False)])
+def test_vllm_scores_at_temperature_1_alone(
+    small: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, refused: bool
+) -> None:
+    monkeypatch.setattr("zppo.plan.check_vllm_arguments", lambda *given: None)  # vLLM need not be installed
+    overrides = (*REMOTE, "actors.teacher.engine=vllm", f"student.sampling.temperature={temperature}")
+    try:
+        make_plan(topology_of(small, *overrides), 6, MACHINE)
+    except UserError as error:
+        assert refused and str(error) == (
+            "student.sampling.temperature is 0.7; expected 1, because 'vllm' scores tokens at temperature 1 alone (or "
+            "set teacher.scoring to colocated)"
+        )
+    else:
+        assert not refused
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*REMOTE, "method.name=off_distill"),
+        (*REMOTE, "actors.teacher.engine_args={max_sequences: 8}"),
+        ("method.name=on_distill", *SERVER),  # its teacher writes nothing, and the trainer has a copy of it
+        ("method.name=hint", *SERVER),
+        ("method.name=prefix", *SERVER),
+        ("method.name=zppo", "method.dynamic_sampling=true", "scheduler.rho_aug_max=0.25"),
+        ("method.name=grpo_replay_teacher_response", "more_teachers=[{model: teacher}]"),
+    ],
+)
+def test_what_a_method_can_be_run_with(small: Path, overrides: tuple[str, ...]) -> None:
+    assert make_plan(topology_of(small, *overrides), 6, MACHINE).method.name in method_names()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teacher"),
+    [
+        (("method.name=on_distill",), False),
+        (REMOTE, True),
+        (("method.name=off_distill",), True),
+        (("method.name=grpo_replay",), False),
+    ],
+)
+def test_the_teacher_is_started_where_it_has_work(small: Path, overrides: tuple[str, ...], teacher: bool) -> None:
+    plan = make_plan(topology_of(small, *overrides), 6, MACHINE)
+    assert ("teacher-0" in [entry.name for entry in plan.processes]) == teacher
+
+
+def test_remote_scores_make_larger_windows(small: Path) -> None:
+    overrides = ("method.name=on_distill", "scheduler.new_questions=4", "teacher.score_top_k=16")
+    colocated = make_plan(topology_of(small, *overrides), 10, MACHINE).windows.largest_bytes
+    remote = make_plan(topology_of(small, *overrides, "teacher.scoring=remote"), 10, MACHINE).windows.largest_bytes
+    assert remote == 17 * colocated  # a token and its log-prob, and as much for each of the 16
+
+
+def test_an_adaptive_cap_makes_room_for_the_largest_window(small: Path) -> None:
+    overrides = ("scheduler.new_questions=4", "scheduler.rho_aug=0.25", "scheduler.rho_aug_max=0.75")
+    assert make_plan(topology_of(small, *overrides), 10, MACHINE).windows.reformulated == 3
 
 
 @pytest.mark.slow

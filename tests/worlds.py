@@ -4,6 +4,7 @@ task. One seed drives the order in which things finish, get lost and crash."""
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +12,23 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from zppo.composition import FROZEN
 from zppo.config import Topology
 from zppo.dispatch import Assignment
 from zppo.evaluation import EvaluationResult
 from zppo.methods import get_method
+from zppo.processes import teacher_pool
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.scheduler import Scheduler, SchedulerState, Trained
-from zppo.window import Window
 from zppo_protocol import codec
-from zppo_protocol.messages import GenerateTask, Grade, GradeTask, GroupSamples
+from zppo_protocol.messages import GenerateTask, Grade, GradeTask, GroupSamples, ScoreTask, TokenScores, TrainWindow
 
 PROMPTS = PromptSet()
 Rewards = Callable[[str, int], list[float]]
 
 
-def topology(**sections: dict[str, Any]) -> Topology:
+def topology(**sections: Any) -> Topology:
     """A small topology; keyword arguments are sections."""
     raw: dict[str, Any] = {
         "data": {"train": "train.jsonl"},
@@ -34,7 +36,7 @@ def topology(**sections: dict[str, Any]) -> Topology:
         "teacher": {"model": "teacher"},
     }
     for name, section in sections.items():
-        raw[name] = {**raw.get(name, {}), **section}
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     return msgspec.convert(raw, Topology)
 
 
@@ -46,28 +48,58 @@ def scripted_rewards(seed: int, difficulty: float = 0.5) -> Rewards:
     """Rewards that depend on nothing but the group's id; each question has its own chance of being answered."""
 
     def rewards(group_id: str, n: int) -> list[float]:
-        kind = group_id.rsplit("/", 1)[1]
-        question = group_id.split("/")[1]
+        _, question, kind = group_id.split("/")
         skill = random.Random(f"{seed}/{question}").choice([0.0, 0.2, 0.5, 0.9, 1.0])
-        chance = 0.7 if kind == "teacher" else skill * (1 - difficulty) * 2
+        chance = 0.7 if kind.startswith("teacher") else skill * (1 - difficulty) * 2
         rng = random.Random(f"{seed}/{group_id}")
         return [float(rng.random() < chance) for _ in range(n)]
 
     return rewards
 
 
+def response(task_id: str, index: int) -> tuple[str, str]:
+    """(text, parsed answer) of one completion: some are near-duplicates of others, some are not."""
+    rng = random.Random(f"{task_id}/{index}")
+    answer = str(index % 3)
+    return f"{' '.join(rng.choices('aab', k=8))} {task_id} \\boxed{{{answer}}}", answer
+
+
+def mark(task_id: str) -> int:
+    """A token that tells which task a rollout or a prompt belongs to."""
+    return zlib.crc32(task_id.encode()) >> 1
+
+
 def samples(task: GenerateTask, versions: list[int]) -> GroupSamples:
-    """`n` completions of two tokens each; `versions` are the two versions that sampled them."""
+    """`n` completions of two tokens each: the task's mark and the index; `versions` sampled one token each."""
     n = task.n
     return GroupSamples(
-        prompt_ids=np.array([1, 2], np.int32),
-        token_ids=np.zeros(2 * n, np.int32),
+        prompt_ids=np.array([1, mark(task.task_id)], np.int32),
+        token_ids=np.array([[mark(task.task_id), i] for i in range(n)], np.int32).reshape(-1),
         log_probs=np.zeros(2 * n, np.float32),
         offsets=np.arange(0, 2 * n + 1, 2, dtype=np.int32),
         version_spans=np.array([[1, v] for _ in range(n) for v in versions], np.int32),
-        texts=[f"{task.task_id} says \\boxed{{{i % 3}}}" for i in range(n)],
+        texts=[response(task.task_id, i)[0] for i in range(n)],
         finish_reasons=["stop"] * n,
     )
+
+
+def text_alone(drawn: GroupSamples) -> GroupSamples:
+    """The same from an engine that sees only text."""
+    nothing = np.zeros(0, np.int32)
+    return msgspec.structs.replace(
+        drawn,
+        prompt_ids=nothing,
+        token_ids=nothing,
+        log_probs=np.zeros(0, np.float32),
+        offsets=np.zeros_like(drawn.offsets),
+        version_spans=np.zeros((0, 2), np.int32),
+    )
+
+
+def scores(task: ScoreTask) -> TokenScores:
+    """The teacher likes every token as it stands."""
+    log_probs = np.full((len(task.token_ids), 1), -0.1, np.float32)
+    return TokenScores(token_ids=task.token_ids[:, None], log_probs=log_probs)
 
 
 @dataclass
@@ -76,6 +108,7 @@ class Fake:
 
     name: str
     role: str
+    pool: str
     capacity: int
     incarnation: int = 0
     version: int = -1
@@ -99,18 +132,23 @@ class World:
         crash_rate: float = 0.0,
         failure_rate: float = 0.0,
         hang_rate: float = 0.0,
+        text_only_teachers: bool = False,
     ) -> None:
         self.topology, self.corpus, self.heldout = topology, corpus, heldout or []
         self.method = get_method(topology.method.name)
         self.rng = random.Random(seed)
         self.rewards = rewards or scripted_rewards(seed)
         self.crash_rate, self.failure_rate, self.hang_rate = crash_rate, failure_rate, hang_rate
+        self.text_only_teachers = text_only_teachers
         self.now = 0.0
         self.steps: list[Trained] = []
+        self.sent: list[TrainWindow] = []
+        self.dispatched: list[str] = []
+        """Ids of all tasks in the order in which they were handed out."""
         self.evaluations: list[EvaluationResult] = []
         self.saved: tuple[bytes, int] | None = None
         self.restores = 0
-        self.shipped: Window | None = None
+        self.shipped: TrainWindow | None = None
         self.scheduler = self.build(None)
         self.actors: dict[str, Fake] = {}
         self.join_all()
@@ -120,15 +158,17 @@ class World:
 
     def join_all(self) -> None:
         self.actors = {}
-        capacity = max(self.topology.method.group_size, self.topology.method.teacher_group_size, 4)
-        for role, count in (("rollout", 2), ("teacher", 1), ("grader", 2)):
+        method = self.topology.method
+        capacity = max(method.group_size, method.teacher_group_size, 4)
+        teachers = [("teacher", teacher_pool(i), 1) for i in range(1 + len(self.topology.more_teachers))]
+        for role, pool, count in [("rollout", "rollout", 2), *teachers, ("grader", "grader", 2)]:
             for i in range(count):
-                self.join(Fake(f"{role}-{i}", role, capacity if role != "grader" else 2))
+                self.join(Fake(f"{pool}-{i}", role, pool, capacity if role != "grader" else 2))
         self.scheduler.trainer_free(self.now)
 
     def join(self, actor: Fake) -> None:
         self.actors[actor.name] = actor
-        self.scheduler.actor_joined(actor.name, actor.role, actor.incarnation)
+        self.scheduler.actor_joined(actor.name, actor.pool, actor.incarnation)
         if actor.role == "rollout":
             actor.version = self.scheduler.published
             self.scheduler.policy_loaded(actor.name, actor.version)
@@ -194,6 +234,7 @@ class World:
 
     def receive(self, assignment: Assignment) -> None:
         actor, job = self.actors[assignment.worker], assignment.job
+        self.dispatched.append(job.id)
         actor.granted -= job.cost
         assert actor.granted >= 0, "dispatched without credit"
         if isinstance(job.message, GenerateTask) and actor.role == "rollout":
@@ -219,15 +260,21 @@ class World:
         elif isinstance(message, GradeTask):
             group = task_id.removesuffix("/grade")
             rewards = self.rewards(group, len(message.responses))
-            grades = [Grade(reward=r, answer=str(i % 3)) for i, r in enumerate(rewards)]
+            grades = [Grade(reward=r, answer=response(group, i)[1]) for i, r in enumerate(rewards)]
             assert self.scheduler.graded(task_id, actor.name, actor.incarnation, grades, self.now)
             assert not self.scheduler.graded(task_id, actor.name, actor.incarnation, grades, self.now), "twice"
+        elif isinstance(message, ScoreTask):
+            answer = scores(message)
+            assert self.scheduler.scored(task_id, actor.name, actor.incarnation, answer, self.now)
+            assert not self.scheduler.scored(task_id, actor.name, actor.incarnation, answer, self.now), "twice"
         else:
             versions = [-1, -1] if actor.role == "teacher" else [began, actor.version]
-            answer = samples(message, versions)
+            drawn = samples(message, versions)
+            if actor.role == "teacher" and self.text_only_teachers:
+                drawn = text_alone(drawn)
             if message.kind == "judge":
-                answer = msgspec.structs.replace(answer, texts=[self.judge(task_id)])
-            assert self.scheduler.sampled(task_id, actor.name, actor.incarnation, answer, self.now)
+                drawn = msgspec.structs.replace(drawn, texts=[self.judge(task_id)])
+            assert self.scheduler.sampled(task_id, actor.name, actor.incarnation, drawn, self.now)
         actor.granted += assignment.job.cost
         self.scheduler.granted(actor.name, assignment.job.cost)
 
@@ -235,24 +282,36 @@ class World:
         """What an honest judge says about one response of a group."""
         group, _, response = task_id.rpartition("/judge-")
         method = self.topology.method
-        size = method.teacher_group_size if group.endswith("/teacher") else method.group_size
+        size = method.teacher_group_size if "/teacher" in group else method.group_size
         return '{"verdict": "%s"}' % ("correct" if self.rewards(group, size)[int(response)] else "wrong")
+
+    def responses(self, group_id: str, n: int) -> list[tuple[str, str]]:
+        """(text, parsed answer) of each response of a group."""
+        return [response(group_id, i) for i in range(n)]
 
     # ---- the trainer -----------------------------------------------------------------------------------------------
 
-    def take_window(self, window: Window) -> None:
+    @property
+    def scores_remotely(self) -> bool:
+        teacher = self.topology.teacher
+        return self.method.needs_scores and teacher is not None and teacher.scoring == "remote"
+
+    def take_window(self, window: TrainWindow) -> None:
         assert self.shipped is None
-        assert window.index == self.scheduler.trained, "windows must be trained in order"
-        for group in window.groups():
-            assert group.samples is not None
+        assert window.step == self.scheduler.trained, "windows must be trained in order"
+        bound = self.topology.scheduler.max_staleness
+        for group in window.groups:
             versions = group.samples.version_spans[:, 1]
-            bound = self.topology.scheduler.max_staleness
-            assert window.index - bound <= versions.min() <= versions.max() <= window.index, "the staleness bound"
+            sampled = versions[versions != FROZEN]
+            assert self.method.teacher_tokens or len(sampled) == len(versions), "the teacher is in the gradient"
+            assert all(window.step - bound <= version <= window.step for version in sampled), "the staleness bound"
+            assert (group.scores is not None) == self.scores_remotely, "the teacher's scores"
         self.shipped = window
 
     def train(self) -> None:
         assert self.shipped is not None
-        step = self.shipped.index
+        step = self.shipped.step
+        self.sent.append(self.shipped)
         self.shipped = None
         self.scheduler.policy_published(step + 1)
         self.steps.append(self.scheduler.step_trained(step, 1.0))
@@ -274,18 +333,26 @@ class World:
         """The next incarnation of an actor; late answers of the old one must not count."""
         self.scheduler.actor_left(actor.name)
         for task_id, assignment in actor.held.items():
-            late = assignment.job.message
-            if isinstance(late, GenerateTask):
-                answer = samples(late, [0, 0])
-                old = actor.incarnation
-                assert not self.scheduler.sampled(task_id, actor.name, old, answer, self.now), "late answer counted"
-        self.join(Fake(actor.name, actor.role, actor.capacity, incarnation=actor.incarnation + 1))
+            assert not self.answer_late(task_id, actor, assignment.job.message), "late answer counted"
+        self.join(Fake(actor.name, actor.role, actor.pool, actor.capacity, incarnation=actor.incarnation + 1))
+
+    def answer_late(self, task_id: str, actor: Fake, message: GenerateTask | GradeTask | ScoreTask) -> bool:
+        """Whether the answer of an incarnation that is gone still counts."""
+        old, scheduler = actor.incarnation, self.scheduler
+        match message:
+            case GenerateTask():
+                return scheduler.sampled(task_id, actor.name, old, samples(message, [0, 0]), self.now)
+            case ScoreTask():
+                return scheduler.scored(task_id, actor.name, old, scores(message), self.now)
+            case GradeTask():
+                grades = [Grade(reward=1.0)] * len(message.responses)
+                return scheduler.graded(task_id, actor.name, old, grades, self.now)
 
     def restore(self) -> None:
         self.restores += 1
         data, count = self.saved or (None, 0)
         self.shipped = None
-        self.steps = self.steps[:count]
+        self.steps, self.sent = self.steps[:count], self.sent[:count]
         state = codec.loads(data, SchedulerState) if data is not None else None
         self.evaluations = [e for e in self.evaluations if state is not None and e.step in state.evaluated]
         self.scheduler = self.build(state)

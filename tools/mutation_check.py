@@ -2,9 +2,9 @@
 
     python tools/mutation_check.py
 
-Copies the tree into a temporary folder, applies one change at a time to the rules of Algorithm 1, the buffer, pacing
-and dispatch, and runs their tests. Prints one line per change; exits with 1 if one survives that is not known to
-change nothing.
+Copies the tree into a temporary folder, applies one change at a time to the rules of Algorithms 1 to 6, the buffer,
+pacing and dispatch, and runs their tests. Prints one line per change; exits with 1 if one survives that is not known
+to change nothing. With words after the command, only the changes whose file or text holds one of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("scheduler", "buffer", "reformulations", "pacing")
-TIMEOUT_SECONDS = 300.0
+TESTS = ("methods", "algorithms", "buffer", "pacing", "scheduler")
+"""Those that are quickest to notice come first."""
+TESTS_OF = {
+    "zppo/composition.py": ("composition", "algorithms"),
+    "zppo/reformulations.py": ("reformulations", "algorithms"),
+    "zppo/buffer.py": ("buffer", "algorithms", "scheduler"),
+    "zppo/pacing.py": ("pacing", "scheduler"),
+    "zppo/dispatch.py": ("scheduler",),
+    "zppo/scheduler.py": ("scheduler",),
+    "zppo/corpus.py": ("scheduler",),
+    "zppo/hints.py": ("hints",),
+    "zppo/prompts.py": ("prompts",),
+    "zppo/summary.py": ("summary",),
+    "actors/zppo_actors/recorder.py": ("summary",),
+}
+"""Files with tests of their own."""
+TIMEOUT_SECONDS = 1200.0
 
 
 class Mutant(NamedTuple):
@@ -40,24 +56,25 @@ MUTANTS = (
     Mutant("zppo/algorithm.py", "math.floor(rho * new_questions + 1e-9)", "math.ceil(rho * new_questions)"),
     Mutant(
         "zppo/algorithm.py",
-        'recipe.method.teacher_draws == "hard" and is_hard(visit, recipe)',
-        'recipe.method.teacher_draws == "hard"',
+        "return visit.plain.done and is_hard(visit, recipe)",
+        "return visit.plain.done",
     ),
     Mutant(
         "zppo/algorithm.py", "key=lambda visit: visit.accuracy)[:limit]", "key=lambda visit: -visit.accuracy)[:limit]"
     ),
+    Mutant("zppo/algorithm.py", "key=lambda visit: visit.accuracy)[:limit]", "key=lambda visit: visit.accuracy)"),
     Mutant(
         "zppo/algorithm.py",
-        "key=lambda visit: visit.accuracy)[:limit]",
-        "key=lambda visit: visit.accuracy)",
+        "any(_admitted(v, recipe))], limit)",
+        "any(_admitted(v, recipe))], len(window.visits))",
         "the post-cap keeps the same groups",
     ),
     Mutant("zppo/algorithm.py", "return walk[:limit]", "return walk"),
     Mutant("zppo/algorithm.py", "return walk[:limit]", "return walk[:limit + 1]"),
     Mutant(
         "zppo/algorithm.py",
-        "limit = quota(recipe.rho_aug, window.new_count)",
-        "limit = quota(recipe.rho_aug, len(window.visits))",
+        "least = quota(recipe.rho_aug, window.new_count)",
+        "least = quota(recipe.rho_aug, len(window.visits))",
     ),
     Mutant(
         "zppo/algorithm.py",
@@ -73,7 +90,7 @@ MUTANTS = (
     Mutant(
         "zppo/algorithm.py",
         "question, accuracy = visit.question, visit.accuracy",
-        "question, accuracy = visit.question, max(g.accuracy for g in visit.trained_groups())",
+        "question, accuracy = visit.question, max(g.accuracy for g in visit.student_groups())",
     ),
     Mutant("zppo/reformulations.py", "rng.choice(_correct_teacher(visit))", "rng.randrange(len(visit.teacher.grades))"),
     Mutant(
@@ -85,6 +102,11 @@ MUTANTS = (
         "zppo/reformulations.py",
         "for index in visit.plain.indices(correct=False)]",
         "for index in visit.plain.indices(correct=False)[:2]]",
+    ),
+    Mutant(
+        "zppo/reformulations.py",
+        'return candidate("teacher", visit.teacher, rng.choice(_correct_teacher(visit)))',
+        'return candidate("teacher", visit.teacher, 0)',
     ),
     Mutant("zppo/reformulations.py", "rng.shuffle(shown)", "pass"),
     Mutant("zppo/reformulations.py", "return bool(_correct_teacher(visit)) and", "return"),
@@ -115,6 +137,123 @@ MUTANTS = (
     Mutant("zppo/scheduler.py", "evaluated=list(self.evaluated),", "evaluated=[],"),
     Mutant("zppo/buffer.py", "available=list(self._available)", "available=sorted(self._available)"),
     Mutant("zppo/scheduler.py", "if job is not None and answers != job.answers", "if False"),
+    # ---- Algorithms 2 to 6 and our options ----
+    Mutant("zppo/methods/off_distill.py", 'teacher_draws="all"', 'teacher_draws="hard"'),
+    Mutant("zppo/methods/hint.py", 'teacher_draws="selected"', 'teacher_draws="hard"'),
+    Mutant("zppo/methods/prefix.py", 'teacher_draws="selected"', 'teacher_draws="all"'),
+    Mutant("zppo/methods/off_distill_replay.py", "    replay=True,\n", ""),
+    Mutant("zppo/methods/on_distill.py", "updates_per_step=1", "updates_per_step=None"),
+    Mutant("zppo/algorithm.py", "            return visit.selected\n", "            return visit.plain.done\n"),
+    Mutant(
+        "zppo/algorithm.py",
+        "hard = [visit for visit in window.visits if is_hard(visit, recipe)]",
+        "hard = list(window.visits)",
+    ),
+    Mutant("zppo/algorithm.py", "chosen = hardest(hard, cap(window, recipe))", "chosen = hard"),
+    Mutant(
+        "zppo/algorithm.py",
+        "chosen = hardest(hard, cap(window, recipe))",
+        "chosen = hard[: cap(window, recipe)]",
+    ),
+    Mutant(
+        "zppo/stages.py",
+        '                select(window, self._recipe)\n                window.phase = "selected"',
+        '                window.phase = "selected"',
+    ),
+    Mutant(
+        "zppo/stages.py",
+        '                add_reformulations(window, self._recipe)\n                window.phase = "reformulated"',
+        '                window.phase = "reformulated"',
+    ),
+    Mutant(
+        "zppo/stages.py",
+        '                select(window, self._recipe)\n                window.phase = "selected"',
+        "                select(window, self._recipe)\n                add_reformulations(window, self._recipe)\n"
+        '                window.phase = "reformulated"',
+    ),
+    Mutant(
+        "zppo/algorithm.py",
+        "min(hard, quota(recipe.rho_aug_max, window.new_count))",
+        "quota(recipe.rho_aug_max, window.new_count)",
+    ),
+    Mutant("zppo/algorithm.py", "return max(least, min(hard,", "return max(0, min(hard,"),
+    Mutant(
+        "zppo/algorithm.py",
+        "    if recipe.rho_aug_max is None:\n        return least\n",
+        "    if True:\n        return least\n",
+    ),
+    Mutant("zppo/algorithm.py", "if not (recipe.dynamic_sampling and all_same(groups)):", "if not all_same(groups):"),
+    Mutant("zppo/algorithm.py", "if not (recipe.dynamic_sampling and all_same(groups)):", "if groups:"),
+    Mutant(
+        "zppo/composition.py",
+        "return all(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)",
+        "return any(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)",
+    ),
+    Mutant("zppo/algorithm.py", "        if recipe.merge_candidates:\n", "        if True:\n"),
+    Mutant("zppo/algorithm.py", "        if recipe.merge_candidates:\n", "        if False:\n"),
+    Mutant("zppo/reformulations.py", "NEAR = 0.8", "NEAR = 0.7"),
+    Mutant(
+        "zppo/reformulations.py",
+        "longer = max(mine.total(), others.total())",
+        "longer = min(mine.total(), others.total())",
+    ),
+    Mutant("zppo/reformulations.py", "            twin.count += 1\n", "            pass\n"),
+    Mutant(
+        "zppo/reformulations.py",
+        "(one.source, one.correct, one.answer) != ",
+        "(one.source, one.correct, other.answer) != ",
+    ),
+    Mutant(
+        "zppo/composition.py", "plain.members[rng.choice(wrong)]", "plain.members[rng.randrange(len(plain.members))]"
+    ),
+    Mutant("zppo/composition.py", "plain.members[rng.choice(wrong)]", "plain.members[wrong[0]]"),
+    Mutant(
+        "zppo/composition.py",
+        "plain.members[rng.choice(wrong)] = (visit.teacher, rng.choice(right))",
+        "plain.members.append((visit.teacher, rng.choice(right)))",
+    ),
+    Mutant(
+        "zppo/composition.py",
+        "(visit.teacher, rng.choice(right))",
+        "(visit.teacher, rng.randrange(len(visit.teacher.rewards)))",
+    ),
+    Mutant("zppo/composition.py", "for index in right]", "for index in range(len(visit.teacher.rewards))]"),
+    Mutant("zppo/composition.py", "for index in right]", "for index in right[:1]]"),
+    Mutant(
+        "zppo/composition.py",
+        "np.concatenate([versions_T for _, _, versions_T in parts])",
+        "np.maximum(np.concatenate([versions_T for _, _, versions_T in parts]), 0)",
+    ),
+    Mutant(
+        "zppo/composition.py",
+        "if group is not visit.teacher), visit.plain)",
+        "if group is visit.teacher), visit.plain)",
+    ),
+    Mutant("zppo/composition.py", "if whole and group is not visit.teacher:", "if whole:"),
+    Mutant("zppo/composition.py", "scores=visit.scores.get(composition.id),", "scores=None,"),
+    Mutant("zppo/stages.py", "if tokens and composition.id not in visit.scores:", "if tokens:"),
+    Mutant("zppo/jobs.py", "temperature=self._student.temperature or 1.0,", "temperature=1.0,"),
+    Mutant(
+        "zppo/jobs.py",
+        'return self._teacher is not None and self._teacher.scoring == "remote"',
+        "return self._teacher is not None",
+    ),
+    Mutant("zppo/prompts.py", "share=self._prefix_share)", "share=0.4)"),
+    Mutant(
+        "zppo/reformulations.py", "return prompts.prefix(visit.question, trace)", "return prompts.plain(visit.question)"
+    ),
+    Mutant("zppo/hints.py", "text = answer.sub(BLANK, text) if answer is not None else text", "pass"),
+    Mutant("zppo/hints.py", "if not _BOX.search(line))", "if True)"),
+    Mutant("zppo/hints.py", "return hint if _says_something(hint) else", "return hint if reply else"),
+    Mutant("zppo/hints.py", "words[: max(1, len(words) // 2)]", "words"),
+    Mutant("zppo/hints.py", "[: max_tokens * CHARACTERS_PER_TOKEN]", ""),
+    Mutant("zppo/stages.py", 'if target.stage == "write_hint":', "if False:"),
+    Mutant("zppo/stages.py", "visit.failed_teachers.append(visit.teacher)", "pass"),
+    Mutant("zppo/algorithm.py", "    return not last.indices(correct=True)\n", "    return True\n"),
+    Mutant("zppo/algorithm.py", 'or recipe.teacher_order != "cascade" or', "or"),
+    Mutant("zppo/algorithm.py", '    if recipe.teacher_order == "cascade":\n        return 0\n', ""),
+    Mutant("zppo/summary.py", "WHERE origin = 'new'\n", "WHERE origin = 'new' AND kind = 'plain'\n"),
+    Mutant("actors/zppo_actors/recorder.py", "if visit.question.id not in composed]", "if False]"),
 )
 
 
@@ -125,25 +264,39 @@ def survives(root: Path, mutant: Mutant) -> bool:
     if mutant.old not in text:
         raise SystemExit(f"{mutant.file} no longer holds {mutant.old!r}: bring the mutant up to date")
     path.write_text(text.replace(mutant.old, mutant.new, 1))
-    packages = (root / "protocol", root / "kernels", root / "actors", root)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
-    tests = [f"tests/zppo/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS)
-        return done.returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+        return passes(root, TESTS_OF.get(mutant.file, TESTS))
     finally:
         path.write_text(text)
 
 
+def passes(root: Path, names: Iterable[str]) -> bool:
+    """Whether these tests pass in the copy at `root`, in time."""
+    packages = (root / "protocol", root / "kernels", root / "actors", root)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
+    tests = [f"tests/zppo/test_{name}.py" for name in names]
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
 def main() -> int:
-    unexpected = 0
+    words, unexpected = sys.argv[1:], 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "zppo"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
-        for mutant in MUTANTS:
+        shutil.copytree(
+            ROOT,
+            copy,
+            ignore=shutil.ignore_patterns(
+                ".git", ".venv", "runs", "__pycache__", ".*_cache", "*.safetensors", "images"
+            ),
+        )
+        if not passes(copy, {*TESTS, *(name for names in TESTS_OF.values() for name in names)}):
+            raise SystemExit("the tests fail without any change")
+        for mutant in [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]:
             alive = survives(copy, mutant)
             verdict = (
                 (f"changes nothing: {mutant.changes_nothing}" if mutant.changes_nothing else "SURVIVES")

@@ -64,8 +64,10 @@ def test_a_dropped_question_is_lost_once_its_window_is_past(tmp_path: Path) -> N
     journal.record_dispatched("a", 0)
     journal.record_dispatched("b", 0)
     assert journal.counts().lost == 0
-    journal.record_trained(0, 0, [row("a"), row("b", "bcq")])
+    journal.record_trained(0, 0, [row("a")])
     assert journal.counts().lost == 1
+    journal.record_trained(0, 0, [row("b", "none")])
+    assert journal.counts().lost == 0, "its window had nothing to train of it, which is no loss"
     journal.close()
 
 

@@ -563,13 +563,17 @@ def topology(engine_args: dict[str, Any], **scheduler: Any) -> Topology:
     return msgspec.structs.replace(base, scheduler=msgspec.structs.replace(base.scheduler, **scheduler))
 
 
+def checked(whole: Topology) -> None:
+    check_openai(whole, whole.actors.teacher, "actors.teacher")
+
+
 def test_an_unanswered_request_must_end_before_its_lease_does() -> None:
-    check_openai(topology({"base_url": LOCAL}))
-    assert refusal(lambda: check_openai(topology({"base_url": LOCAL}, lease_seconds=200.0))) == (
+    checked(topology({"base_url": LOCAL}))
+    assert refusal(lambda: checked(topology({"base_url": LOCAL}, lease_seconds=200.0))) == (
         f"{WHERE}: timeout_seconds and retry_seconds are 260 together; expected less than 200, the "
         "scheduler.lease_seconds, after which the actor counts as stuck"
     )
-    assert refusal(lambda: check_openai(topology({"base_url": LOCAL}, max_attempts=20))) == (
+    assert refusal(lambda: checked(topology({"base_url": LOCAL}, max_attempts=20))) == (
         f"{WHERE}: timeout_seconds and scheduler.max_attempts times retry_seconds are 1400 together; "
         "expected less than 600, the run.no_progress_seconds"
     )

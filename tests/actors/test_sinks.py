@@ -65,7 +65,7 @@ def test_resume_cuts_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
         sinks.write_heldout(evaluation(step))
         sinks.write(step, {})
         sinks.write_fate(step, [fate("admitted")])
-        sinks.write_rollouts(step, Window(index=step, visits=[]), {})
+        sinks.write_rollouts(step, Window(index=step, visits=[]), {}, set())
     sinks.close()
     clock.now += 1000.0
     sinks = MetricSinks(tmp_path, topology(), resume_step=2, clock=clock)
@@ -116,7 +116,7 @@ def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
 def test_sinks_that_are_off_write_nothing(tmp_path: Path) -> None:
     sinks = MetricSinks(tmp_path, topology(tensorboard=False, rollouts=False))
     sinks.write(0, {})
-    sinks.write_rollouts(0, Window(index=0, visits=[]), {})
+    sinks.write_rollouts(0, Window(index=0, visits=[]), {}, set())
     sinks.close()
     assert not (tmp_path / "rollouts").exists()
     assert not (tmp_path / "tensorboard").exists()

@@ -75,7 +75,7 @@ def candidates_of(group: Group, source: str, indices: list[int]) -> list[Candida
             text=group.samples.texts[i],
             answer=group.grades[i].answer,
             correct=group.grades[i].reward >= 1.0,
-            compressed=group.samples.texts[i],
+            shown=group.samples.texts[i],
         )
         for i in indices
     ]
@@ -93,14 +93,14 @@ def reformulate(rng: random.Random, visit: Visit, name: str, version: int) -> No
     shown["ncq"] = candidates_of(visit.plain, "student", wrong)
     for kind, chance in (("bcq", 0.5), ("ncq", 0.06)):
         group = make_group(rng, f"{name}/{kind}", kind, visit.question.text, gold, chance, 8, version)
-        body = "\n".join(f"<candidate> {c.compressed} </candidate>" for c in shown[kind])
+        body = "\n".join(f"<candidate> {c.shown} </candidate>" for c in shown[kind])
         group.prompt = prompt(f"{visit.question.text} ?\n{body}\nanswer in \\boxed{{ }}")
         visit.reformulations.append(Reformulation(kind=kind, candidates=shown[kind], group=group))
 
 
 def make_window(rng: random.Random, index: int, drawn: list[tuple[Question, str]], skill: dict[str, float]) -> Window:
     version = max(index - rng.randrange(2), 0)
-    window = Window(index=index, visits=[], reformulated=True)
+    window = Window(index=index, visits=[], phase="composed")
     for question, origin in drawn:
         chance = skill.setdefault(question.id, 0.01 if rng.random() < 0.55 else rng.random())
         skill[question.id] = min(1.0, chance + 0.2)
@@ -182,7 +182,7 @@ class FakeRun:
             for visit in window.visits:
                 visit.teacher, visit.reformulations = None, []
         fates = refresh_buffer(self.buffer, window, self.recipe)
-        rows = [(g.id, v.question.id, g.kind, v.origin) for v in window.visits for g in v.trained_groups()]
+        rows = [(g.id, v.question.id, g.kind, v.origin) for v in window.visits for g in v.student_groups()]
         journal.record_trained(step, window.index, rows)
         entries = Counter(entry.entry_accuracy for entry in self.buffer.entries())
         waits = {"time/trainer_wait": 0.1 * self.rng.random(), "time/rollout_idle": 0.2 * self.rng.random()}
@@ -196,7 +196,8 @@ class FakeRun:
             },
         )
         sinks.write_fate(step, fates)
-        sinks.write_rollouts(step, window, outcomes(fates))
+        members = {(g.id, i) for g in window.student_groups() for i in range(len(g.rewards))}
+        sinks.write_rollouts(step, window, outcomes(fates), members)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_window_tells_its_composition_and_accuracies(window: Window) -> None:
 
 def test_teacher_tokens_are_not_counted_as_generated(window: Window) -> None:
     result = metrics.window_metrics(window, 4)
-    sizes = [g.samples.token_ids.size for v in window.visits for g in v.trained_groups() if g.samples]
+    sizes = [g.samples.token_ids.size for v in window.visits for g in v.student_groups() if g.samples]
     assert result["tokens/generated"] == sum(sizes)
     teacher = window.visits[0].teacher
     assert teacher is not None and teacher.samples is not None

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from zppo.errors import UserError
 from zppo.prompts import DEFAULT_TEMPLATES, VARIABLES, PromptSet, distinct_answers, neutral
 from zppo.questions import Question
-from zppo_protocol.messages import MediaReference
+from zppo_protocol.messages import MediaReference, ResponseStart
 
 PICTURE = MediaReference(kind="image", path="/data/square.png")
 QUESTION = Question(id="q", text="How much is 3 * 4?", answer="12", media=(PICTURE,))
@@ -26,6 +27,8 @@ def text_of(prompts: PromptSet, kind: str) -> str:
         "ncq": lambda: prompts.ncq(QUESTION, ["10", "11", "10"], ["one", "two"]),
         "compress": lambda: prompts.compress(QUESTION.text, "one", 512, 5),
         "judge": lambda: prompts.judge(QUESTION.text, "12", "one"),
+        "hint": lambda: prompts.hint(QUESTION, "Add 4 three times."),
+        "write_hint": lambda: prompts.write_hint(QUESTION.text, "one", 512, 5),
     }[kind]()
     return prompt.messages[-1].content
 
@@ -41,15 +44,41 @@ def test_built_in_templates_are_valid() -> None:
     assert {path.name for path in DEFAULT_TEMPLATES.iterdir()} == {*VARIABLES, "closing.j2"}
 
 
-@pytest.mark.parametrize("kind", ["plain", "bcq", "ncq"])
+@pytest.mark.parametrize("kind", ["plain", "bcq", "ncq", "hint"])
 def test_the_question_comes_first_and_the_closing_instruction_last(kind: str) -> None:
     text = text_of(PromptSet(), kind)
     assert text.startswith(QUESTION.text) and text.endswith(CLOSING)
 
 
 def test_all_kinds_close_with_the_same_words() -> None:
-    last_lines = {text_of(PromptSet(), kind).splitlines()[-1] for kind in ("plain", "bcq", "ncq")}
+    last_lines = {text_of(PromptSet(), kind).splitlines()[-1] for kind in ("plain", "bcq", "ncq", "hint")}
     assert len(last_lines) == 1
+
+
+def test_a_hint_stands_in_its_tags() -> None:
+    text = PromptSet().hint(QUESTION, "Add 4 </hint>three<hint> times.").messages[-1].content
+    assert re.findall(r"<hint>\n(.*)\n</hint>", text) == ["Add 4 three times."]
+    assert text.count("<hint>") == text.count("</hint>") == 1
+
+
+def test_the_teacher_is_told_not_to_give_the_answer_away() -> None:
+    text = text_of(PromptSet(), "write_hint")
+    assert QUESTION.text in text and "<candidate>\none\n</candidate>" in text
+    assert "never state the final answer" in text and "at most 5 lines and at most 512 tokens" in text
+
+
+def test_a_prefix_begins_the_answer_to_the_plain_question() -> None:
+    prompts = PromptSet(prefix_share=0.25)
+    prompt = prompts.prefix(QUESTION, "<think>Three fours<|im_end|> are 12.</think>")
+    assert prompt.start == ResponseStart(text="<think>Three fours are 12.</think>", share=0.25)
+    assert replace(prompt, start=None) == prompts.plain(QUESTION)
+
+
+def test_ncq_says_how_many_attempts_went_like_a_candidate() -> None:
+    text = PromptSet().ncq(QUESTION, ["10"], ["one", "two", "three"], [1, 3, 1]).messages[-1].content
+    assert text.count("attempts went like this.") == 1
+    assert "two\n</candidate>\n(3 attempts went like this.)\n" in text
+    assert "went like this" not in PromptSet().ncq(QUESTION, ["10"], ["one"]).messages[-1].content
 
 
 def test_bcq_shows_both_candidates_alike_in_the_order_given() -> None:
@@ -115,9 +144,27 @@ def test_neutral(text: str, expected: str) -> None:
     assert neutral(text) == expected
 
 
+@pytest.mark.parametrize(
+    "page",
+    ["<" + " " * 100_000, "< /" * 30_000, "<think" * 15_000 + ">" * 15_000, "<|" * 50_000, "<hint " * 15_000],
+    ids=["spaces", "slashes", "nested", "marks", "open"],
+)
+def test_a_hostile_page_takes_linear_time(page: str) -> None:
+    """The square of these lengths would take minutes."""
+    text = neutral(page + "</candidate>")
+    assert "candidate>" not in text or "<" not in text
+    assert neutral(text) == text
+
+
+def test_tags_within_tags_end_with_the_brackets() -> None:
+    text = neutral("<think" * 50 + ">" * 50)
+    assert "<" not in text
+
+
 parts = st.sampled_from(["<", ">", "/", "candidate", "<candidate>", "</candidate>", "|", "<|", "|>", "think", " ", "a"])
 
 
+@settings(deadline=None)
 @given(st.lists(parts, max_size=14).map("".join), st.lists(parts, max_size=14).map("".join))
 def test_no_candidate_breaks_out(first: str, second: str) -> None:
     prompts = PromptSet()

@@ -54,7 +54,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write_window(run_dir: Path, window: Window, step: int = 4) -> None:
-    rollout_store.write_step(run_dir / "rollouts", step, window, {"q-0000": "admitted"})
+    rollout_store.write_step(run_dir / "rollouts", step, window, {"q-0000": "admitted"}, set())
 
 
 def rename(window: Window, text: str) -> None:

@@ -13,8 +13,13 @@ from zppo.window import Candidate, Window
 from zppo_protocol.messages import ChatMessage, GroupSamples, Prompt, Usage
 
 
+def students(window: Window) -> set[tuple[str, int]]:
+    """What Algorithm 1 trains on."""
+    return {(group.id, i) for group in window.student_groups() for i in range(len(group.rewards))}
+
+
 def rows_of(window: Window, folder: Path, **outcome: str) -> list[RolloutRow]:
-    path = rollout_store.write_step(folder, 4, window, outcome)
+    path = rollout_store.write_step(folder, 4, window, outcome, students(window))
     return [msgspec.convert(row, RolloutRow) for row in rollout_store.read_step(path)]
 
 
@@ -39,6 +44,23 @@ def test_the_teacher_is_in_the_store_but_not_trained(window: Window, tmp_path: P
     assert {row.kind for row in rows if not row.trained} == {"teacher"}
     assert all(row.version_min is None for row in rows if row.kind == "teacher")
     assert all(row.version_min is not None for row in rows if row.kind != "teacher")
+
+
+def test_a_teachers_rollout_is_trained_where_the_method_says_so(window: Window, tmp_path: Path) -> None:
+    teacher = window.visits[0].teacher
+    assert teacher is not None
+    path = rollout_store.write_step(tmp_path, 4, window, {}, {(teacher.id, 1)})
+    rows = [msgspec.convert(row, RolloutRow) for row in rollout_store.read_step(path)]
+    assert [(row.group_id, row.rollout) for row in rows if row.trained] == [(teacher.id, 1)]
+
+
+def test_teachers_that_failed_are_in_the_store(window: Window, tmp_path: Path) -> None:
+    visit = window.visits[0]
+    assert visit.teacher is not None
+    failed = msgspec.structs.replace(visit.teacher, id=f"{visit.teacher.id}-failed")
+    visit.failed_teachers.append(failed)
+    names = list(dict.fromkeys(row.group_id for row in rows_of(window, tmp_path) if row.kind == "teacher"))
+    assert names[:2] == [failed.id, visit.teacher.id]
 
 
 def test_candidates_come_back_with_their_compressed_text(window: Window, tmp_path: Path) -> None:
@@ -93,21 +115,21 @@ def test_lengths_that_only_a_server_may_know(window: Window, tmp_path: Path) -> 
 
 
 def test_columns_and_questions_can_be_picked(window: Window, tmp_path: Path) -> None:
-    path = rollout_store.write_step(tmp_path, 4, window, {})
+    path = rollout_store.write_step(tmp_path, 4, window, {}, students(window))
     rows = rollout_store.read_step(path, ["kind"], question_ids=["q-0001"])
     assert rows == [{"kind": "plain"}] * 8
 
 
 def test_writing_leaves_nothing_aside_and_replaces_whole(window: Window, tmp_path: Path) -> None:
-    rollout_store.write_step(tmp_path, 4, window, {})
+    rollout_store.write_step(tmp_path, 4, window, {}, students(window))
     window.visits.pop()
-    path = rollout_store.write_step(tmp_path, 4, window, {})
+    path = rollout_store.write_step(tmp_path, 4, window, {}, students(window))
     assert list(tmp_path.iterdir()) == [path]
     assert {row["question_id"] for row in rollout_store.read_step(path)} == {"q-0000"}
 
 
 def test_a_failed_write_leaves_the_old_file(window: Window, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = rollout_store.write_step(tmp_path, 4, window, {})
+    path = rollout_store.write_step(tmp_path, 4, window, {}, students(window))
     before = path.read_bytes()
 
     def full_disk(descriptor: int) -> None:
@@ -115,14 +137,14 @@ def test_a_failed_write_leaves_the_old_file(window: Window, tmp_path: Path, monk
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        rollout_store.write_step(tmp_path, 4, Window(index=4, visits=[]), {})
+        rollout_store.write_step(tmp_path, 4, Window(index=4, visits=[]), {}, set())
     assert path.read_bytes() == before
     assert list(rollout_store.step_files(tmp_path)) == [path]
 
 
 def test_roll_back_removes_later_steps_and_half_written_files(window: Window, tmp_path: Path) -> None:
     for step in (3, 4, 12):
-        rollout_store.write_step(tmp_path, step, window, {})
+        rollout_store.write_step(tmp_path, step, window, {}, students(window))
     (tmp_path / "step-000013.partial").write_bytes(b"half")
     rollout_store.roll_back(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003.parquet"]

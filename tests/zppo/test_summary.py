@@ -5,10 +5,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from worlds import questions, topology
 
+from zppo.algorithm import Recipe, compose
 from zppo.errors import UserError
+from zppo.methods import get_method
+from zppo.scheduler import Trained
 from zppo.summary import accuracy_ends, read_lines, summarise
+from zppo.window import Group, Visit, Window
 from zppo_actors.journal import Journal
+from zppo_actors.recorder import journal_rows
+from zppo_protocol.messages import Grade, Prompt
 
 STABLE_KEYS = [
     "run", "method", "steps", "questions_new", "questions_replayed", "groups_bcq", "groups_ncq", "max_staleness_seen",
@@ -91,6 +98,76 @@ def test_the_journal_gives_counts_and_the_verdict(run_dir: Path) -> None:
     journal.close()
     summary = summarise(run_dir)
     assert (summary["trained_twice"], summary["lost"], summary["verdict"]) == (1, 1, "gave up")
+
+
+def trained_window(index: int, name: str, *, correct: dict[str, bool]) -> Trained:
+    """A window of the method whose teacher is right about some questions and wrong about others."""
+    visits = []
+    for question in questions(len(correct)):
+        groups = [graded(f"{index}/{question.id}/{kind}", kind) for kind in ("plain", "teacher")]
+        groups[1].grades = [Grade(reward=float(correct[question.id]))] * 2
+        visits.append(Visit(question=question, origin="new", plain=groups[0], teacher=groups[1]))
+    window = Window(index=index, visits=visits, phase="composed")
+    recipe = Recipe.of(topology(method={"name": name, "dynamic_sampling": name == "zppo"}), get_method(name))
+    return Trained(window=window, composed=compose(window, recipe), fates=[])
+
+
+def graded(name: str, kind: str) -> Group:
+    return Group(id=name, kind=kind, prompt=Prompt(messages=[]), grades=[Grade(reward=0.0)] * 2)
+
+
+def test_a_question_with_nothing_to_train_has_a_row_of_its_own() -> None:
+    trained = trained_window(3, "off_distill", correct={"q0": True, "q1": False})
+    rows = journal_rows(trained, ["3/q0/teacher"])
+    assert rows == [("3/q0/teacher", "q0", "teacher", "new"), ("3/q1/plain/none", "q1", "none", "new")]
+
+
+def test_a_question_that_dynamic_sampling_drops_has_a_row_of_its_own() -> None:
+    trained = trained_window(0, "zppo", correct={"q0": False})
+    assert journal_rows(trained, []) == [("0/q0/plain/none", "q0", "none", "new")]
+
+
+def test_a_group_that_nobody_sent_is_written_as_unknown() -> None:
+    trained = trained_window(0, "off_distill", correct={"q0": True})
+    assert journal_rows(trained, ["0/q0/teacher", "9/q9/plain"])[1] == ("9/q9/plain", "?", "?", "?")
+
+
+@pytest.mark.parametrize(
+    ("reported", "counts"),
+    [
+        (["0/q0/teacher"], (0, 0)),
+        ([], (0, 1)),
+        (["0/q0/teacher", "0/q0/teacher"], (1, 0)),
+    ],
+)
+def test_lost_and_twice_are_counted_where_the_teacher_is_trained(
+    run_dir: Path, reported: list[str], counts: tuple[int, int]
+) -> None:
+    journal = Journal(run_dir)
+    for question in ("q0", "q1"):
+        journal.record_dispatched(question, 0)
+    trained = trained_window(0, "off_distill", correct={"q0": True, "q1": False})
+    journal.record_trained(0, 0, journal_rows(trained, reported))
+    journal.close()
+    summary = summarise(run_dir)
+    assert (summary["trained_twice"], summary["lost"]) == counts
+
+
+def test_a_question_with_nothing_to_train_twice_is_trained_twice(run_dir: Path) -> None:
+    journal = Journal(run_dir)
+    for window in (0, 1):
+        journal.record_dispatched("q0", window)
+        trained = trained_window(window, "off_distill", correct={"q0": False})
+        journal.record_trained(window, window, journal_rows(trained, []))
+    journal.close()
+    assert summarise(run_dir)["trained_twice"] == 1
+
+
+def test_groups_of_every_reformulation_are_summed(run_dir: Path) -> None:
+    lines = [{"step": 0, "window/new": 4, "window/hint": 2}, {"step": 1, "window/new": 4, "window/hint": 1}]
+    write_lines(run_dir / "metrics.jsonl", *lines)
+    summary = summarise(run_dir)
+    assert (summary["groups_hint"], summary["groups_bcq"], summary["groups_ncq"]) == (3, 0, 0)
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
