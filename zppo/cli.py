@@ -19,6 +19,7 @@ usage: zppo COMMAND …
   zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml)
   zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
+  zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
   zppo --version
 """
@@ -71,6 +72,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
     "launch": _door("zppo.launch"),
     "evaluate": _door("zppo.evaluate"),
+    "compare": _door("zppo.compare"),
     "report": _door("zppo.report.cli"),
     "--version": _version,
     "--help": _help,

@@ -1,0 +1,119 @@
+"""A comparison of two methods with two seeds, with real runs of the quickstart, interrupted and continued."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zppo.comparison.plan import read_record, run_directory
+from zppo.comparison.results import load_results
+from zppo.summary import read_lines, summarise
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 1500.0
+SETTINGS = {
+    "run.steps": 3,
+    "scheduler.new_questions": 8,
+    "scheduler.lease_seconds": 60,
+    "evaluation.limit": 8,
+    "evaluation.samples": 2,
+    "evaluation.every": "null",
+    "actors.rollout.count": 1,
+    "actors.rollout.engine_args.max_sequences": 32,
+    "actors.teacher.engine_args.max_sequences": 16,
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
+
+
+class Comparison:
+    """One `python -m zppo.compare` on the quickstart."""
+
+    def __init__(self, out: Path) -> None:
+        command = [sys.executable, "-P", "-m", "zppo.compare", "--topology", str(ROOT / "examples/quickstart.yaml")]
+        command += ["--methods", "grpo_replay,zppo", "--seeds", "0,1", "--out", str(out)]
+        for name, value in SETTINGS.items():
+            command += ["--set", f"{name}={value}"]
+        self.out = out
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.wait()
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.05)
+
+    def wait(self) -> str:
+        """Wait for the end and return everything it printed."""
+        try:
+            return self.process.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"the comparison hangs:\n{self.logs()}") from None
+
+    def logs(self) -> str:
+        return "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in (self.out / "logs").glob("*.log"))
+
+
+def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base: Path) -> None:
+    out = tmp_path / "c"
+    first = Comparison(out)
+    first.until(lambda: len(read_lines(out / "runs/grpo_replay-seed0/metrics.jsonl")) >= 1)
+    first.process.send_signal(signal.SIGINT)
+    said = first.wait()
+    assert first.process.returncode == 130, said + first.logs()
+    assert "continue with the same command: python -m zppo.compare --topology" in said
+    assert not (out / "comparison.html").exists()
+
+    again = Comparison(out)
+    said = again.wait()
+    assert again.process.returncode == 0, said + again.logs()
+    assert "[1/4] grpo_replay seed 0: goes on from its last checkpoint" in said
+    assert "[4/4] zppo seed 1: 3 steps in " in said
+    check_runs(out)
+    check_report(out)
+    assert list(runtime_base.iterdir()) == []
+
+
+def check_runs(out: Path) -> None:
+    record = read_record(out)
+    for pair in record.pairs():
+        summary = summarise(run_directory(out, pair))
+        assert summary["steps"] == 3 and summary["questions_new"] == 24
+        assert summary["trained_twice"] == 0 and summary["lost"] == 0
+    asked = [
+        [line["by_question"].keys() for line in read_lines(run_directory(out, pair) / "heldout.jsonl")]
+        for pair in record.pairs()
+    ]
+    assert all(names == asked[0] and len(names[0]) == 8 for names in asked)
+    zppo, plain = (read_lines(out / f"runs/{name}-seed1/metrics.jsonl") for name in ("zppo", "grpo_replay"))
+    for line in zppo:
+        assert line["compute/student_written"] == line["tokens/generated"]
+        assert line["compute/teacher_draws_written"] == line["tokens/teacher"] > 0
+        assert line["compute/teacher_other_written"] > 0  # compressed candidates
+        assert line["compute/trained"] > line["train/tokens_trained"] == line["tokens/generated"]
+    assert all(line["compute/teacher_draws_read"] == line["compute/teacher_other_read"] == 0 for line in plain)
+
+
+def check_report(out: Path) -> None:
+    world = load_results(out, read_record(out))
+    assert world.step == 3 and world.cost is not None
+    assert [len(method.finished) for method in world.methods] == [2, 2]
+    assert world.difference(world.methods[1], world.at_cost) is not None
+    with (out / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["finished"] * 4
+    assert all(float(row["flops"]) > 0 for row in rows)
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert {"accuracy", "differences", "accuracy_flops", "occupancy", "composition", "accuracy_bcq", "compute"} <= names
