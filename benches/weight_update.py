@@ -3,9 +3,10 @@
     python -P benches/weight_update.py --model models/smollm2 [--dtype bfloat16] [--sequences 8] [--repeats 5] [--json]
 
 A group is being sampled all the time. Every update publishes the model's weights as a new version into shared memory
-and loads it: *verify* runs beside the sampling, *pause* is the time from the request to pause until sampling goes on.
-*copy* is the floor: one thread maps such a file anew and copies its tensors into tensors that exist already, as every
-engine must. Copies and updates take turns, and the medians are compared.
+and loads it. *verify* and *prepare* run beside the sampling; then the step in flight ends (*drain*), whose tokens
+count, and *stop* is the time without a step, until sampling goes on. *pause* is drain and stop together. *copy* is the
+floor: one thread maps such a file anew and copies its tensors into tensors that exist already, as every engine must.
+Copies and updates take turns, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def copy_seconds(manifest: PolicyManifest, target: dict[str, torch.Tensor]) -> f
 
 async def measure(engine: Any, tensors: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """Update, copy, update, copy, … while groups are being sampled."""
-    rows: dict[str, list[float]] = {"verify": [], "pause": [], "copy": [], "tokens_per_second": []}
+    names = ("verify", "prepare", "drain", "stop", "pause", "copy", "tokens_per_second")
+    rows: dict[str, list[float]] = {name: [] for name in names}
     target = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     sampling = asyncio.ensure_future(sample_for_ever(engine, options.sequences))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -74,10 +76,9 @@ async def measure(engine: Any, tensors: dict[str, torch.Tensor], options: argpar
             seconds = await asyncio.to_thread(copy_seconds, manifest, target)
             weights.remove(Path(folder), version)
             if version:  # the first one warms everything up
-                rows["tokens_per_second"].append(rate)
-                rows["verify"].append(engine.last_load.verified)
-                rows["pause"].append(engine.last_load.paused)
-                rows["copy"].append(seconds)
+                load = engine.last_load
+                for name, value in zip(names, (*load, load.drained + load.stopped, seconds, rate), strict=True):
+                    rows[name].append(value)
     sampling.cancel()
     await asyncio.gather(sampling, return_exceptions=True)
     return {name: statistics.median(values) for name, values in rows.items()}
@@ -124,11 +125,12 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    verify, pause, copy = (result[name] * 1e3 for name in ("verify", "pause", "copy"))
+    names = ("pause", "drain", "stop", "copy", "verify", "prepare")
+    pause, drain, stop, copy, verify, prepare = (result[name] * 1e3 for name in names)
     print(
-        f"{result['bytes'] / 2**20:.0f} MiB: sampling paused for {pause:.0f} ms, plain copy {copy:.0f} ms, "
-        f"ratio {result['ratio']:.1f}; verified beside it in {verify:.0f} ms; "
-        f"{result['tokens_per_second']:.0f} tokens/s"
+        f"{result['bytes'] / 2**20:.0f} MiB: sampling paused for {pause:.0f} ms ({drain:.0f} ms of them the step in "
+        f"flight, {stop:.0f} ms stopped), plain copy {copy:.0f} ms, ratio {result['ratio']:.1f}; beside the sampling: "
+        f"verified in {verify:.0f} ms, prepared in {prepare:.0f} ms; {result['tokens_per_second']:.0f} tokens/s"
     )
 
 

@@ -30,7 +30,7 @@ ROLES = {"controller", "rollout", "teacher", "grader", "trainer", "supervisor"}
 SIDE_DOORS = {"zppo_actors/__main__.py": {"supervisor"}}
 """Where one role is named on purpose: the command line hands over to the supervisor."""
 PURE_BANNED = {"socket", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-DOORS = {"launch", "report", "evaluate", "cli", "init", "__main__", "run_dir", "plan", "processes"}
+DOORS = {"launch", "report", "evaluate", "compare", "cli", "init", "__main__", "run_dir", "plan", "processes"}
 """Files of `zppo` at the edge: they look at the machine, the clock or the command line."""
 
 

@@ -30,8 +30,10 @@ from zppo.evaluation_plan import (
 )
 from zppo.exit_codes import EXIT_USER_ERROR
 from zppo.grading import JUDGE, JUDGE_SAMPLING
+from zppo.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
 from zppo.prompts import PromptSet
 from zppo.strict_yaml import parse
+from zppo.tokenization import load_tokenizer
 from zppo_protocol.messages import Sampling
 
 
@@ -198,6 +200,9 @@ def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
             f"{order.data.train}: the question {pictured!r} has pictures; expected text only, because the engine "
             f"{order.served.engine!r} cannot show them to the model"
         )
+    if order.data.system_prompt and order.served.engine in LENGTH_ARGUMENTS:
+        folder = order.served.model.model
+        check_system_prompt(load_tokenizer(folder, "--model"), order.data.system_prompt, folder, "--model")
     if order.judge is None and any(question.grader == JUDGE for question in chosen):
         raise UserError("--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL")
 

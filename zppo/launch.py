@@ -22,14 +22,17 @@ from zppo.config import Topology
 from zppo.data import Corpus, bad_rows_text, held_out_overlap, load_questions
 from zppo.errors import UserError
 from zppo.exit_codes import EXIT_USER_ERROR
+from zppo.memory import WITHOUT_FOLDER
+from zppo.methods import Method
 from zppo.plan import Plan, make_plan, measure_machine, wants_gpu
 from zppo.plan_view import show
-from zppo.processes import cores
+from zppo.processes import cores, teachers
+from zppo.prompt_checks import check_room, check_system_prompt, check_teachers, student_reader
 from zppo.prompts import PromptSet
 from zppo.questions import Question, digest
 from zppo.run_dir import RunRecord
 from zppo.summary import read_lines, summarise
-from zppo.tokenization import encode_prompts, load_tokenizer
+from zppo.tokenization import check_same_vocabulary, encode_prompts
 from zppo.topology import load, override, resolve, run_directory
 
 FIXED = {
@@ -72,8 +75,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     directory = run_directory(topology)
     if directory.exists():
         raise UserError(run_dir.in_the_way(directory))
-    checked = _check(topology)
-    _check_prompts(topology, checked)
+    checked = check(topology)
     if arguments.dry_run:
         show(checked.plan, directory, Console())
         return 0
@@ -117,6 +119,14 @@ def become_supervisor(directory: Path) -> NoReturn:
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
+def check(topology: Topology) -> Checked:
+    """Everything that can be wrong with a new run, but for its directory. Raises UserError."""
+    checked = _check(topology)
+    _check_prompts(topology, checked)
+    _check_vocabularies(topology, checked.plan.method)
+    return checked
+
+
 def _check(topology: Topology) -> Checked:
     """Everything that can be wrong with settings, data, templates, models and machine. Raises UserError."""
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
@@ -127,8 +137,7 @@ def _check(topology: Topology) -> Checked:
         _check_media("data.heldout", held, topology)
         _check_overlap(corpus, held)
         heldout = held.questions
-    templates = Path(topology.data.templates) if topology.data.templates else None
-    prompts = PromptSet(templates, topology.data.system_prompt)
+    prompts = PromptSet.of(topology)
     prompts.validate()
     machine = measure_machine(cores(), run_dir.runtime_base(), wants_gpu(topology))
     plan = make_plan(topology, len(corpus.questions), machine)
@@ -144,6 +153,13 @@ def _check_media(where: str, corpus: Corpus, topology: Topology) -> None:
         )
 
 
+def _check_vocabularies(topology: Topology, method: Method) -> None:
+    """Teachers whose tokens or distributions are trained on share the student's vocabulary; texts may come from any."""
+    read = teachers(topology) if method.needs_same_vocabulary else []
+    for one in (one for one in read if one.actor.engine not in WITHOUT_FOLDER):
+        check_same_vocabulary(topology.student.model, one.model.model, one.model_where)
+
+
 def _check_overlap(train: Corpus, heldout: Corpus) -> None:
     shared = held_out_overlap(train.questions, heldout.questions)
     if shared:
@@ -154,8 +170,10 @@ def _check_overlap(train: Corpus, heldout: Corpus) -> None:
 
 
 def _check_prompts(topology: Topology, checked: Checked) -> None:
-    """Every plain prompt is as short as `data.max_prompt_tokens` says, in tokens of the student."""
-    tokenizer = load_tokenizer(topology.student.model, "student.model")
+    """Every plain prompt is as short as `data.max_prompt_tokens` and the contexts of the models say."""
+    student = student_reader(topology)
+    tokenizer = student.load_tokenizer()
+    check_system_prompt(tokenizer, topology.data.system_prompt, student.folder, student.where)
     limit = topology.data.max_prompt_tokens
     for where, questions in (("data.train", checked.corpus.questions), ("data.heldout", checked.heldout)):
         lengths = _prompt_lengths(questions, checked.prompts, tokenizer)
@@ -167,6 +185,9 @@ def _check_prompts(topology: Topology, checked: Checked) -> None:
                 f"{where}: the question {question.id!r} makes a prompt of {length} tokens; expected at most {limit}, "
                 f"data.max_prompt_tokens ({count} longer)"
             )
+        for question, length in zip(questions, lengths, strict=True):
+            check_room(where, question, length, student)
+    check_teachers(topology, checked.prompts, checked.corpus.questions)
 
 
 def _prompt_lengths(questions: list[Question], prompts: PromptSet, tokenizer: Any) -> list[int]:

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import msgspec
+
+from zppo.config import ModelConfig
 from zppo.errors import UserError
 from zppo.model_folder import ModelFacts
 
@@ -28,11 +31,14 @@ OWNED = {
     "logprobs_mode": "training needs log-probs of the distribution that was sampled",
     "skip_tokenizer_init": "prompts and responses are tokenised outside of vLLM",
     "weight_transfer_config": "weights come through shared memory",
+    "worker_extension_cls": "weights come through shared memory",
     "disable_log_stats": "progress is read from the statistics",
     "data_parallel_size": "{where}.count gives more engines",
 }
 CLASSES = ("EngineArgs", "AsyncEngineArgs")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+OTHER_CACHES = ("kv_lora_rank", "sliding_window")
+"""Settings of a model that keeps less than all keys and values."""
 BLOCK = 128
 """Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
 
@@ -72,6 +78,35 @@ def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) 
     block = whole(arguments.get("block_size"), BLOCK)
     length = whole(arguments.get("max_model_len"), facts.context)
     return -(-length // block) * block * facts.layers * 2 * facts.kv_heads * facts.head_dim * WIDTHS[dtype]
+
+
+def check_vllm_sizes(
+    arguments: Mapping[str, Any], facts: ModelFacts, model: ModelConfig, where: str, model_where: str
+) -> None:
+    """Raise UserError for a context that the model has not, or a cache that cannot hold one full sequence.
+
+    vLLM would find out only after loading the model.
+    """
+    length = arguments.get("max_model_len")
+    if isinstance(length, int) and length > facts.context:
+        raise UserError(
+            f"{where}.engine_args.max_model_len is {length}; expected at most {facts.context}, the context of "
+            f"{model_where}"
+        )
+    size, needed = arguments.get("kv_cache_memory_bytes"), sequence_bytes(arguments, facts, model.dtype)
+    if isinstance(size, int) and size < needed and not caches_otherwise(arguments, model.model):
+        raise UserError(
+            f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, the keys and values of "
+            f"one sequence of {length or facts.context} tokens (max_model_len)"
+        )
+
+
+def caches_otherwise(arguments: Mapping[str, Any], folder: str) -> bool:
+    """Whether something else than full keys and values is kept in every layer, so that `sequence_bytes` misleads."""
+    config = msgspec.json.decode((Path(folder) / "config.json").read_bytes())
+    text = config.get("text_config", config)
+    odd = set(text.get("layer_types") or ()) - {"full_attention"}
+    return bool(odd) or any(text.get(name) for name in OTHER_CACHES) or "kv_cache_dtype" in arguments
 
 
 def whole(value: Any, otherwise: int) -> int:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zppo.config import ModelConfig
 from zppo.errors import UserError
 from zppo.model_folder import ModelFacts
-from zppo.vllm_arguments import check_vllm_arguments, sequence_bytes
+from zppo.vllm_arguments import caches_otherwise, check_vllm_arguments, check_vllm_sizes, sequence_bytes
 from zppo_actors import weights
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.vllm import sequence_seed
@@ -61,7 +62,7 @@ def test_whole_publication_passes_and_names_its_file(layout: Layout, tmp_path: P
     manifest = weights.publish(tensors(), 4, tmp_path)
     update = verify(layout, manifest)
     assert update == Update(manifest, FileIdentity.of(Path(manifest.path).stat()))
-    assert msgspec.json.decode(update.to_payload()["update"], type=Update) == update
+    assert msgspec.json.decode(update.to_payload()["prepare"], type=Update) == update
 
 
 def drop(found: Tensors) -> None:
@@ -195,6 +196,34 @@ def test_sequence_bytes_counts_whole_blocks() -> None:
     assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "float32") == 64 * token
     assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "bfloat16") == 32 * token
     assert sequence_bytes({"max_model_len": "auto"}, facts, "float32") == 1024 * token
+
+
+def sizes(folder: Path, **arguments: Any) -> str:
+    facts = ModelFacts(parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40)
+    model = ModelConfig(model=str(folder), dtype="float32")
+    with pytest.raises(UserError) as caught:
+        check_vllm_sizes(arguments, facts, model, "actors.rollout", "student.model")
+    return str(caught.value)
+
+
+def test_sizes_that_vllm_would_refuse_after_loading_the_model(tied: Path) -> None:
+    assert sizes(tied, max_model_len=1001) == (
+        "actors.rollout.engine_args.max_model_len is 1001; expected at most 1000, the context of student.model"
+    )
+    needed = 512 * 3 * 2 * 2 * 32 * 4
+    assert sizes(tied, max_model_len=500, kv_cache_memory_bytes=needed - 1) == (
+        f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed - 1}; expected at least {needed}, the keys and "
+        "values of one sequence of 500 tokens (max_model_len)"
+    )
+
+
+def test_cache_of_a_model_that_keeps_less_is_left_to_vllm(tmp_path: Path) -> None:
+    config = {"text_config": {"sliding_window": 64}}
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    assert caches_otherwise({}, str(tmp_path))
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode({"layer_types": ["full_attention"]}))
+    assert not caches_otherwise({}, str(tmp_path))
+    assert caches_otherwise({"kv_cache_dtype": "fp8"}, str(tmp_path))
 
 
 @given(seed=st.integers(0, 2**62), index=st.integers(0, 1000))

@@ -43,10 +43,23 @@ def slot_attention(
         return output_BHQD.transpose(1, 2).contiguous(), None
     rows, _, _, width = query_BHQD.shape
     query_BKGD = query_BHQD.view(rows, kv_heads, heads // kv_heads, width)
-    output_BKGD = scaled_dot_product_attention(
-        query_BKGD, key_BKLD, value_BKLD, attn_mask=attention_mask, scale=scaling
-    )
+    attend = plain_attention if query_BHQD.device.type == "cpu" else scaled_dot_product_attention
+    output_BKGD = attend(query_BKGD, key_BKLD, value_BKLD, attn_mask=attention_mask, scale=scaling)
     return output_BKGD.reshape(rows, 1, heads, value_BKLD.shape[-1]), None
+
+
+def plain_attention(
+    query_BKGD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, attn_mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attention as two batched matrix products with a softmax in float32 between them.
+
+    With a few query rows against a short cache torch's fused kernel for CPUs spends its time on set-up: 2.2 ms against
+    0.4 ms for 96 rows of 3 x 3 heads over 128 columns in bfloat16, and no less in float32.
+    """
+    # In this order, because a transposed slice of the cache would be copied first.
+    scores_BKGL = torch.matmul(key_BKLD, query_BKGD.transpose(2, 3)).transpose(2, 3).float()
+    scores_BKGL.mul_(query_BKGD.shape[-1] ** -0.5 if scale is None else scale).add_(attn_mask)
+    return torch.matmul(scores_BKGL.softmax(-1).to(value_BKLD.dtype), value_BKLD)
 
 
 def register() -> None:

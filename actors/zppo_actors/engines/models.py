@@ -19,8 +19,10 @@ from zppo_protocol.messages import Sampling
 
 CHECK_PROMPT = np.arange(1, 6, dtype=np.int32)
 CHECK_TOKENS = 8
-CHECK_TOLERANCE = 0.05
-"""Largest difference between token probabilities; 16-bit models reach about 0.01."""
+CHECK_TOLERANCE = 0.03
+"""Largest mean difference between token probabilities. In 16 bits a single one may be off by 0.06, so it is the mean
+that tells rounding from another computation; it reaches 0.01.
+"""
 
 
 def load_model(spec: EngineSpec) -> Any:
@@ -76,11 +78,12 @@ def adopt_slots(model: Any, folder: str, where: str) -> None:
         model.set_attn_implementation(attention.NAME)
     except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: the engine 'transformers' cannot decode {folder!r} from slots ({error})") from error
-    difference = float(np.abs(np.exp(found.log_probs) - np.exp(expected)).max())
+    difference = float(np.abs(np.exp(found.log_probs) - np.exp(expected)).mean())
     if not difference < CHECK_TOLERANCE:
         raise UserError(
             f"{where}: the engine 'transformers' cannot serve {folder!r}: its token probabilities differ by "
-            f"{difference:.3f} between decoding from slots and a plain forward pass (at most {CHECK_TOLERANCE})"
+            f"{difference:.3f} on average between decoding from slots and a plain forward pass "
+            f"(at most {CHECK_TOLERANCE})"
         )
 
 

@@ -3,6 +3,7 @@
 Row r holds the keys and values of one running sequence in columns 0 … its length - 1; what lies beyond is hidden by the
 attention bias and overwritten later. The active rows are always 0 … B-1: a row that ends is filled by moving the last
 active row into it, so a step reads a plain slice and never gathers. Buffers grow in both directions as they are needed.
+Each head's columns lie side by side, [R, K, C, D], so that attention multiplies plain matrices.
 
 Legend: R rows held, C columns held, B active rows, M prompts of one prefill, Q their padded length, K key-value heads,
 D head width, L visible columns.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -28,10 +30,26 @@ class Cursor:
         """Row-major index of each active row's next column; None while a prompt is read."""
         self.first_row = 0
         self.prompt_of_row: Tensor | None = None
+        self._places_by_heads: dict[int, Tensor] = {}
+
+    def at_tokens(self, places_B: Tensor, visible: int) -> None:
+        """See `SlotCache.at_tokens`."""
+        self.places_B, self.active, self.visible = places_B, len(places_B), visible
+        self._places_by_heads.clear()
+
+    def places(self, heads: int) -> Tensor:
+        """Where each active row's next column lies in buffers [R, K, C, D] of K `heads`, as flat indices [B * K]."""
+        if heads not in self._places_by_heads:
+            assert self.places_B is not None
+            rows_B = torch.arange(self.active, device=self.places_B.device)
+            first_B = self.places_B + rows_B * ((heads - 1) * self.columns)
+            heads_K = torch.arange(heads, device=self.places_B.device) * self.columns
+            self._places_by_heads[heads] = (first_B[:, None] + heads_K).flatten()
+        return self._places_by_heads[heads]
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values [R, C, K, D] of one decoder layer."""
+    """Keys and values [R, K, C, D] of one decoder layer."""
 
     is_sliding = False
 
@@ -53,13 +71,13 @@ class SlotLayer(CacheLayerMixin):
     def move(self, sources: Tensor, targets: Tensor, columns: int) -> None:
         """Copy the first `columns` of rows `sources` onto rows `targets` (disjoint)."""
         for buffer in self._buffers():
-            seen = buffer[:, :columns]
+            seen = buffer[:, :, :columns]
             seen.index_copy_(0, targets, seen.index_select(0, sources))
 
     def grow(self) -> None:
         """Reallocate to the cursor's size, keeping what is there."""
         if self.is_initialized:
-            self.keys, self.values = (grown(b, self._cursor.rows, self._cursor.columns) for b in self._buffers())
+            self.keys, self.values = (self._grown(buffer) for buffer in self._buffers())
 
     def release(self) -> None:
         self.keys = self.values = None
@@ -80,22 +98,26 @@ class SlotLayer(CacheLayerMixin):
 
     def _empty(self, states: Tensor) -> Tensor:
         _, heads, _, width = states.shape
-        return states.new_zeros((self._cursor.rows, self._cursor.columns, heads, width))
+        return states.new_zeros((self._cursor.rows, heads, self._cursor.columns, width))
+
+    def _grown(self, buffer: Tensor) -> Tensor:
+        bigger = self._empty(buffer)
+        bigger[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+        return bigger
 
     def _write_tokens(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         cursor, (keys, values) = self._cursor, self._buffers()
-        assert cursor.places_B is not None
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, cursor.places_B, key_states[:, :, 0])
-        values.view(-1, *values.shape[2:]).index_copy_(0, cursor.places_B, value_states[:, :, 0])
-        read = (slice(cursor.active), slice(cursor.visible))
-        return keys[read].transpose(1, 2), values[read].transpose(1, 2)
+        for buffer, states in ((keys, key_states), (values, value_states)):
+            width = states.shape[-1]
+            buffer.view(-1, width).index_copy_(0, cursor.places(states.shape[1]), states.reshape(-1, width))
+        return keys[: cursor.active, :, : cursor.visible], values[: cursor.active, :, : cursor.visible]
 
     def _write_prompts(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         cursor = self._cursor
         assert cursor.prompt_of_row is not None
         rows = slice(cursor.first_row, cursor.first_row + len(cursor.prompt_of_row))
         for buffer, states in zip(self._buffers(), (key_states, value_states), strict=True):
-            buffer[rows, : states.shape[2]] = states.transpose(1, 2).index_select(0, cursor.prompt_of_row)
+            buffer[rows, :, : states.shape[2]] = states.index_select(0, cursor.prompt_of_row)
         return key_states, value_states
 
 
@@ -118,7 +140,7 @@ class SlotCache(Cache):
 
     def at_tokens(self, places_B: Tensor, visible: int) -> None:
         """Point at the next column of each of the first B rows; attention reads `visible` columns."""
-        self.cursor.places_B, self.cursor.active, self.cursor.visible = places_B, len(places_B), visible
+        self.cursor.at_tokens(places_B, visible)
 
     def at_prompts(self, first_row: int, prompt_of_row: Tensor) -> None:
         """Point at the rows from `first_row` on; row i of them takes the prompt `prompt_of_row[i]` of the pass."""

@@ -4,9 +4,10 @@ Token ids go in and come out, vLLM tokenises nothing. Every sequence of a group 
 end alone; they share the key-value blocks of their prompt through vLLM's prefix cache. Three rules are kept here:
 
 - log-probs are those of the distribution that was sampled (`processed_logprobs`: after temperature, top-k and top-p);
-- a publication is verified while sampling goes on, and only a whole one pauses it; running sequences are kept, and
-  every token carries the version that sampled it;
-- cached keys and values of a prompt are shared only among requests that came in under the same policy version.
+- a publication is verified and laid out in the workers while sampling goes on, and only a whole one pauses it; running
+  sequences are kept, and every token carries the version that sampled it;
+- cached keys and values of a prompt are shared only among requests that came in under the same policy version;
+- pictures go to frozen models alone: what a policy's encoder made of them would outlive that policy in vLLM's caches.
 
 When the engine core is gone, or a load failed half-way, the engine is broken for good and its actor must leave.
 """
@@ -14,10 +15,11 @@ When the engine core is gone, or a load failed half-way, the engine is broken fo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,21 +29,26 @@ from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_actors.engines.spec import EngineSpec
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_actors.engines.vllm_publication import UNTOUCHED, Layout, Update, read_layout, refused, verify
+from zppo_actors.engines.vllm_media import PictureTokenizer, open_pictures, takes_pictures
+from zppo_actors.engines.vllm_publication import PREPARING, READY, Layout, Update, read_layout, refused, verify
+from zppo_actors.engines.vllm_score import score
 from zppo_actors.engines.vllm_start import TokenCounter, arguments_of, start
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest
+from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger("zppo.engine")
 
 FROZEN = -1
+TEXT_ONLY = "the model takes text only, but the prompt has pictures or videos"
 DEAD = "the engine core of vLLM has died"
 CLOSE_SECONDS = 2.0
 """How long vLLM may take to end its processes by itself; whatever is left then is killed."""
+POLL_SECONDS = 0.02
+"""How often the workers are asked whether an update is ready; each time costs the engine core a moment."""
 PULSE_SECONDS = 0.2
 """How often a waiting call looks whether the engine core still lives."""
 
@@ -51,26 +58,34 @@ Outcome = TypeVar("Outcome")
 def create(spec: EngineSpec) -> VllmEngine:
     """Start vLLM for the model of `spec`. Raises UserError for arguments or a model that it cannot take."""
     arguments = arguments_of(spec)
-    tokenizer = PromptTokenizer(spec.model.model, spec.model_where)
-    layout = read_layout(spec.model.model, spec.model.dtype, spec.model_where)
+    pictures = takes_pictures(spec.model.model)
+    tokenizer = (PictureTokenizer if pictures else PromptTokenizer)(spec.model.model, spec.model_where)
+    layout = None if pictures else read_layout(spec.model.model, spec.model.dtype, spec.model_where)
     llm = start(arguments, spec, counter := TokenCounter())
     return VllmEngine(llm, tokenizer, layout, counter, spec.engine_args.get(KV_POLICY, "keep"))
 
 
 class LoadSeconds(NamedTuple):
-    """What one load of a policy took: the check, during which sampling goes on, and the pause."""
+    """What one load of a policy took. Sampling goes on in the first three parts: `drained` ends the step in flight."""
 
     verified: float
-    paused: float
+    prepared: float
+    drained: float
+    stopped: float
 
 
 class VllmEngine:
     """See the module. `close` must be awaited to end vLLM's processes."""
 
     def __init__(
-        self, llm: AsyncLLM, tokenizer: PromptTokenizer, layout: Layout, counter: TokenCounter, kv_policy: KvPolicy
+        self,
+        llm: AsyncLLM,
+        tokenizer: PromptTokenizer,
+        layout: Layout | None,
+        counter: TokenCounter,
+        kv_policy: KvPolicy,
     ) -> None:
-        """`layout` is what publications must have; `counter` is among the stat loggers of `llm`."""
+        """`layout` is what publications must have, None for a model that stays as it is; `counter` counts for `llm`."""
         config = llm.vllm_config
         self._llm = llm
         self._tokenizer = tokenizer
@@ -80,7 +95,6 @@ class VllmEngine:
         self._max_length = int(config.model_config.max_model_len)
         self._vocabulary = int(config.model_config.get_vocab_size())
         self._max_sequences = int(config.scheduler_config.max_num_seqs)
-        self._workers = int(config.parallel_config.world_size)
         self._numbers = itertools.count()
         self._version = FROZEN
         self._broken: str | None = None
@@ -112,21 +126,34 @@ class VllmEngine:
         budget = self._budget(task, prompt_ids)
         # The salt is the newest version that is loaded for sure: nothing older than it can lie under it.
         prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": f"policy-{self._version}"}
+        prompt |= await self._pictures_of(task)
         members = [self._sample(task, index, budget, prompt, finished or _ignore) for index in range(task.n)]
-        completions = await self._while_alive(_all(members))
-        texts = self._tokenizer.decode([completion.token_ids for completion in completions])
-        return group_samples(prompt_ids, completions, texts)
+        samples = await self._while_alive(_all(members))
+        completions = [completion for _, completion in samples]
+        texts = self._tokenizer.decode([completion.token_ids for completion in completions], task.prompt.start)
+        return group_samples(samples[0][0], completions, texts)
+
+    async def score(self, task: ScoreTask) -> TokenScores:
+        """The model's most probable tokens at each token of the responses; see `vllm_score`."""
+        self._refuse_if_broken()
+        return await self._while_alive(score(self._llm, task, self._counter, self._failure))
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         """Verify in a helper thread while sampling goes on, then pause, load and resume; running sequences are kept."""
+        if self._layout is None:
+            raise refused(manifest, "a model that takes pictures keeps its weights")
         async with self._loading:
-            begin = time.perf_counter()
+            clock = [time.perf_counter()]
             update = await asyncio.to_thread(verify, self._layout, manifest)
-            middle = time.perf_counter()
+            clock.append(time.perf_counter())
             self._refuse_if_broken()
-            await self._while_alive(self._swap(update))
-        self.last_load = LoadSeconds(middle - begin, time.perf_counter() - middle)
-        log.info("policy version %d: verified in %.3f s, sampling paused for %.3f s", manifest.version, *self.last_load)
+            for part in (self._prepare, self._pause, self._swap):
+                with self._breaking(manifest.version):
+                    await self._while_alive(part(update))
+                clock.append(time.perf_counter())
+        self.last_load = LoadSeconds(*(end - begin for begin, end in itertools.pairwise(clock)))
+        message = "policy version %d: verified in %.3f s, prepared in %.3f s, step ended in %.3f s, stopped for %.3f s"
+        log.info(message, manifest.version, *self.last_load)
         return manifest.digest
 
     async def close(self) -> None:
@@ -144,24 +171,37 @@ class VllmEngine:
             raise EngineError(reason, retryable=False)
         return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
 
+    async def _pictures_of(self, task: GenerateTask) -> dict[str, Any]:
+        """The part of vLLM's prompt that holds the pictures. Raises EngineError if they cannot be shown or read."""
+        if not task.prompt.media:
+            return {}
+        if self._layout is not None:
+            raise EngineError(TEXT_ONLY, retryable=False)
+        return {"multi_modal_data": {"image": await asyncio.to_thread(open_pictures, task.prompt.media)}}
+
     async def _sample(
         self, task: GenerateTask, index: int, budget: int, prompt: dict[str, Any], finished: Callable[[int], None]
-    ) -> Completion:
-        """Sample one sequence. Raises EngineError; a cancellation takes the sequence out of vLLM."""
+    ) -> tuple[np.ndarray, Completion]:
+        """Sample one sequence; returns the prompt as the model read it, and the response.
+
+        Raises EngineError; a cancellation takes the sequence out of vLLM.
+        """
         request_id = f"{task.task_id}/{index}/{next(self._numbers)}"  # the same task may come twice
         params = self._parameters(task, index, budget)
         # A generator that is left early would abort its request only when it is collected.
         outputs = self._llm.generate(prompt, params, request_id)  # type: ignore[arg-type, unused-ignore]
         try:
-            completion = None
+            last: RequestOutput | None = None
             async for output in outputs:
-                completion = output.outputs[0]
+                last = output
         except Exception as error:
             raise self._failure(error) from error
         finally:
             await outputs.aclose()
         finished(1)
-        return read_completion(completion)
+        if last is None:
+            raise EngineError("vLLM ended a sequence with nothing", retryable=True)
+        return np.asarray(last.prompt_token_ids, dtype=np.int32), read_completion(last.outputs[0])
 
     def _parameters(self, task: GenerateTask, index: int, budget: int) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -185,30 +225,50 @@ class VllmEngine:
         """What an exception of vLLM means for the task."""
         if self.broken is not None:
             return EngineError(self._broken or DEAD, retryable=True)
+        from vllm.exceptions import VLLMClientError
+
         cause = error.__cause__ or error
-        return EngineError(f"{type(cause).__name__}: {cause}"[:2000], retryable=not isinstance(cause, ValueError))
+        retryable = not isinstance(cause, (ValueError, VLLMClientError))
+        return EngineError(f"{type(cause).__name__}: {cause}"[:2000], retryable=retryable)
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    async def _swap(self, update: Update) -> None:
-        """Pause, load, resume. Raises EngineError; the engine is broken if the load got half-way."""
+    async def _prepare(self, update: Update) -> None:
+        """Let every worker lay the new weights out. Raises EngineError with the old ones serving if one cannot."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        llm, manifest = self._llm, update.manifest
-        await llm.pause_generation(mode="keep", clear_cache=self._kv_policy == "recompute")
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update.to_payload()))
+        while PREPARING in (states := await self._llm.collective_rpc("zppo_preparation")):
+            await asyncio.sleep(POLL_SECONDS)
+        if problems := [state for state in states if state != READY]:
+            await self._llm.finish_weight_update()
+            raise refused(update.manifest, problems[0])
+
+    async def _pause(self, update: Update) -> None:
+        """Let the step in flight end, and begin no other."""
+        # `pause_generation` is this and a pause of 20 ms, after which a caller has seen the last tokens: no need here.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=self._kv_policy == "recompute")
+
+    async def _swap(self, update: Update) -> None:
+        """Put the new weights in place and go on."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest())
+        await self._llm.finish_weight_update(str(update.manifest.version))
+        self._version = update.manifest.version
+        await self._llm.resume_generation()
+
+    @contextlib.contextmanager
+    def _breaking(self, version: int) -> Iterator[None]:
+        """What vLLM raises in an update may have left a mixture of weights: the engine is broken then."""
         try:
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info=update.to_payload()))
-            await llm.finish_weight_update(str(manifest.version))
+            yield
+        except EngineError:
+            raise
         except Exception as error:
-            # With several workers, the others may have loaded what this one refused.
-            if UNTOUCHED not in str(error) or self._workers > 1:
-                self._broken = f"loading policy version {manifest.version} failed half-way: {error}"[:2000]
-                raise EngineError(self._broken, retryable=True) from error
-            await llm.resume_generation()
-            raise refused(manifest, str(error)) from error
-        self._version = manifest.version
-        await llm.resume_generation()
+            self._broken = f"loading policy version {version} failed half-way: {error}"[:2000]
+            raise EngineError(self._broken, retryable=True) from error
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -235,11 +295,10 @@ def sequence_seed(seed: int, index: int) -> int:
     return int(low) | (int(high) >> 1) << 32
 
 
-def read_completion(output: CompletionOutput | None) -> Completion:
+def read_completion(output: CompletionOutput) -> Completion:
     """Take tokens, log-probs, versions and the reason to end out of vLLM's answer. Raises EngineError if one is odd."""
-    if output is None or output.finish_reason not in ("stop", "length"):
-        reason = "nothing" if output is None else f"finish reason {output.finish_reason!r}"
-        raise EngineError(f"vLLM ended a sequence with {reason}", retryable=True)
+    if output.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended a sequence with finish reason {output.finish_reason!r}", retryable=True)
     token_ids = np.asarray(output.token_ids, dtype=np.int32)
     # Flat log-probs hold one or more entries a position; the sampled token's is the first.
     flat: Any = output.logprobs

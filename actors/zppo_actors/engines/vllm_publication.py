@@ -23,8 +23,8 @@ from zppo_actors import weights
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import PolicyManifest
 
-UNTOUCHED = "the old weights still serve"
-"""Stands in every error of a worker that was raised before the first tensor of its model was written."""
+PREPARING, READY = "preparing", "ready"
+"""What a worker says of an update; anything else is the reason why it cannot be loaded."""
 
 
 class FileIdentity(Struct, frozen=True):
@@ -48,7 +48,7 @@ class Update(Struct, frozen=True):
 
     def to_payload(self) -> dict[str, str]:
         """As vLLM's own messages carry it."""
-        return {"update": msgspec.json.encode(self).decode()}
+        return {"prepare": msgspec.json.encode(self).decode()}
 
 
 class Layout(Struct, frozen=True):

@@ -15,8 +15,9 @@ import psutil
 
 from zppo.errors import UserError
 from zppo.model_folder import ModelFacts, inspect_model
-from zppo.vllm_arguments import KV_POLICY, check_vllm_arguments, sequence_bytes, whole
+from zppo.vllm_arguments import KV_POLICY, WIDTHS, check_vllm_arguments, check_vllm_sizes, sequence_bytes, whole
 from zppo_actors.engines.spec import EngineSpec
+from zppo_actors.engines.vllm_media import takes_pictures
 from zppo_actors.engines.vllm_plugin import BACKEND, ENTRY_POINT, TIE_VARIABLE
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 GROUP = "vllm.general_plugins"
 MAX_SEQUENCES = 64
+GIB = 1 << 30
+MAX_TOP_K = 4096
+"""Tokens a position that a task to score may ask for; vLLM's own bound, 20, protects public servers."""
 CACHE_SHARE = 0.25
 """On a CPU the key-value cache takes at most this share of the free memory, unless the topology says otherwise."""
 CACHE_SETTINGS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
@@ -51,7 +55,8 @@ def arguments_of(spec: EngineSpec) -> dict[str, Any]:
     _check_plugin()
     arguments = {**defaults(spec, facts), **spec.engine_args, **fixed(spec)}
     arguments.pop(KV_POLICY, None)
-    _check_cache(arguments, facts, spec)
+    check_vllm_sizes(arguments, facts, spec.model, spec.where, spec.model_where)
+    _check_memory(arguments, facts, spec)
     return arguments
 
 
@@ -60,16 +65,22 @@ def fixed(spec: EngineSpec) -> dict[str, Any]:
     return {
         "model": spec.model.model,
         "dtype": spec.model.dtype,
-        "skip_tokenizer_init": True,
+        # vLLM's processors of pictures want a tokenizer, although they get and give token ids.
+        "skip_tokenizer_init": not takes_pictures(spec.model.model),
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": "zppo_actors.engines.vllm_weights.WorkerExtension",
         "disable_log_stats": False,
     }
 
 
 def defaults(spec: EngineSpec, facts: ModelFacts) -> dict[str, Any]:
     """Our defaults: as many sequences as other engines, and on a CPU a cache that leaves room for the other actors."""
-    chosen: dict[str, Any] = {"max_num_seqs": MAX_SEQUENCES}
+    chosen: dict[str, Any] = {"max_num_seqs": MAX_SEQUENCES, "max_logprobs": MAX_TOP_K}
+    if takes_pictures(spec.model.model):
+        # vLLM counts a picture as known to its engine core even if the prompt was refused for its length on the way;
+        # the next prompt with that picture then ends in an error. So nothing is remembered.
+        chosen["mm_processor_cache_gb"] = 0
     if spec.device != "cpu" or any(name in spec.engine_args for name in CACHE_SETTINGS):
         return chosen
     arguments = {**chosen, **spec.engine_args}
@@ -115,31 +126,24 @@ def _check_plugin() -> None:
         )
 
 
-def _check_cache(arguments: dict[str, Any], facts: ModelFacts, spec: EngineSpec) -> None:
-    """Refuse a cache that cannot hold one sequence, which vLLM would find out after loading the model."""
-    size = arguments.get("kv_cache_memory_bytes")
-    needed = sequence_bytes(arguments, facts, spec.model.dtype)
-    if isinstance(size, int) and size < needed and not facts_mislead(spec):
+def _check_memory(arguments: dict[str, Any], facts: ModelFacts, spec: EngineSpec) -> None:
+    """Refuse what cannot fit into the memory of the host; the kernel would end the engine while it loads."""
+    if spec.device != "cpu":
+        return
+    cache = whole(arguments.get("kv_cache_memory_bytes"), sequence_bytes(arguments, facts, spec.model.dtype))
+    needed, free = facts.parameters * WIDTHS[spec.model.dtype] + cache, psutil.virtual_memory().available
+    if needed > free:
         raise UserError(
-            f"{spec.where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, the keys and "
-            f"values of one sequence of {arguments.get('max_model_len') or facts.context} tokens (max_model_len)"
+            f"{spec.where}: vLLM needs {needed / GIB:.1f} GiB for the weights and the key-value cache of "
+            f"{spec.model_where}, but {free / GIB:.1f} GiB are free; lower max_model_len, max_num_seqs or "
+            "kv_cache_memory_bytes in engine_args"
         )
 
 
-def facts_mislead(spec: EngineSpec) -> bool:
-    """Whether the model keeps less than full keys and values in every layer."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(spec.model.model).get_text_config()
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    cached_otherwise = any(getattr(config, name, None) for name in ("kv_lora_rank", "sliding_window"))
-    return bool(odd) or cached_otherwise or "kv_cache_dtype" in spec.engine_args
-
-
 def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) -> AsyncLLM:
-    """Start vLLM; takes as long as loading the model. Raises UserError if it does not take the arguments or the model.
+    """Start vLLM; takes as long as loading the model. Raises UserError if it does not start.
 
-    Anything else that keeps the engine core from starting is a RuntimeError, with vLLM's reason in the log before it.
+    What goes wrong in the engine core is in its own lines before that.
     """
     set_environment(spec, whole(arguments.get("tensor_parallel_size"), 1))
     # Importing vLLM reads the environment.
@@ -153,7 +157,14 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
         raise UserError(f"{spec.where}.engine_args: vLLM refuses them: {first_sentence(error)}") from error
     if spec.device == "cpu":
         _check_heads(config.model_config.get_head_size(), spec)
-    return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *arguments: counter])
+    try:
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *arguments: counter])
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"{spec.where}: vLLM does not start with {spec.model_where} {spec.model.model!r} "
+            f"({first_sentence(error)}); if memory is short, lower max_model_len or max_num_seqs in engine_args, on a "
+            "GPU also gpu_memory_utilization"
+        ) from error
 
 
 def _check_heads(width: int, spec: EngineSpec) -> None:

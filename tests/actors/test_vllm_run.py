@@ -1,0 +1,130 @@
+"""Whole runs whose student is served by vLLM: what the system does when memory runs out, and when it is short at start.
+
+The kernel ends a process that takes too much memory with SIGKILL, without a word; so do these tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from vllm_helpers import ENGINE_ARGS, save_tiny
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+PATIENCE = 360.0
+STEPS = 16
+"""Many enough that the run is still going on when its engine is killed after the first."""
+
+
+def write_topology(folder: Path, **engine_args: Any) -> Path:
+    """A run of `STEPS` short steps in `folder`."""
+    save_tiny(folder / "student", tied=False)
+    rows = [{"question": f"w{i % 30 + 3} w{i % 31 + 4}", "answer": str(i)} for i in range(2 * STEPS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = {"max_new_tokens": 128}
+    topology = {
+        "run": {"directory": str(folder / "run"), "steps": STEPS},
+        "method": {"name": "grpo", "group_size": 4},
+        "data": {"train": "train.jsonl"},
+        "student": {"model": "student", "dtype": "float32", "sampling": sampling},
+        "actors": {"rollout": {"engine": "vllm", "threads": 1, "engine_args": {**ENGINE_ARGS, **engine_args}}},
+        "scheduler": {"new_questions": 2},
+    }
+    path = folder / "topology.yaml"
+    path.write_bytes(msgspec.yaml.encode(topology))
+    return path
+
+
+def launch(topology: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(topology), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], folder: Path) -> str:
+    """Wait for the end; returns everything that was printed, with the actors' last words behind it."""
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = "the run hangs: " + process.communicate()[0]
+    logs = sorted((folder / "run" / "logs").glob("*.log"))
+    return output + "".join(f"\n== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+
+
+def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process of vLLM that holds the model."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = [child for child in children if "Worker" in child.name() + " ".join(child.cmdline())]
+    return worker
+
+
+def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the_next(tmp_path: Path) -> None:
+    process = launch(write_topology(tmp_path))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until(process, lambda: metrics.exists() and bool(metrics.read_text()))
+    try:
+        worker_of(process).kill()
+    finally:
+        output = finish(process, tmp_path)
+    assert process.returncode == 0, output
+    command = [sys.executable, "-P", "-m", "zppo.report", str(tmp_path / "run"), "--json"]
+    summary = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert summary["steps"] == STEPS and summary["questions_new"] == 2 * STEPS
+    assert summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert "rollout-0 ended with exit code 1" in output
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "sentence"),
+    [
+        (
+            {"kv_cache_memory_bytes": 1000},
+            "actors.rollout.engine_args.kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values "
+            "of one sequence of 1024 tokens (max_model_len)\n",
+        ),
+        (
+            {"max_model_len": 4096},
+            "actors.rollout.engine_args.max_model_len is 4096; expected at most 1024, the context of student.model\n",
+        ),
+        (
+            {"max_model_len": 8},
+            "data.train: the question 'train-",
+        ),
+        (
+            {"kv_cache_memory_bytes": 1 << 60},
+            "the plan needs 107374182",
+        ),
+    ],
+    ids=["small-cache", "long-context", "short-context", "no-memory"],
+)
+def test_sizes_that_cannot_work_are_one_sentence_before_anything_starts(
+    tmp_path: Path, engine_args: dict[str, Any], sentence: str
+) -> None:
+    process = launch(write_topology(tmp_path, **engine_args), "--dry-run")
+    output = finish(process, tmp_path)
+    assert process.returncode == 2
+    assert output.startswith(sentence) and output.count("\n") == 1, output
+    assert not (tmp_path / "run").exists()
