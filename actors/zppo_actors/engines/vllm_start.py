@@ -30,6 +30,9 @@ MAX_TOP_K = 4096
 """Tokens a position that a task to score may ask for; vLLM's own bound, 20, protects public servers."""
 CACHE_SHARE = 0.25
 """On a CPU the key-value cache takes at most this share of the free memory, unless the topology says otherwise."""
+CHUNKED_PREFILL = "enable_chunked_prefill"
+"""Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed, which only those of
+GPUs can do, and its engine core dies."""
 CACHE_SETTINGS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
 
 
@@ -51,6 +54,11 @@ class TokenCounter:
 def arguments_of(spec: EngineSpec) -> dict[str, Any]:
     """All arguments for vLLM, checked as far as that goes without starting it. Raises UserError."""
     check_vllm_arguments(spec.engine_args, spec.where, spec.model_where)
+    if spec.device == "cpu" and spec.engine_args.get(CHUNKED_PREFILL):
+        raise UserError(
+            f"{spec.where}.engine_args.{CHUNKED_PREFILL} is true; expected false on a CPU, where vLLM's engine core "
+            "dies of a prompt that it reads in parts"
+        )
     facts = inspect_model(Path(spec.model.model), spec.model_where)
     _check_plugin()
     arguments = {**defaults(spec, facts), **spec.engine_args, **fixed(spec)}
@@ -81,6 +89,8 @@ def defaults(spec: EngineSpec, facts: ModelFacts) -> dict[str, Any]:
         # vLLM counts a picture as known to its engine core even if the prompt was refused for its length on the way;
         # the next prompt with that picture then ends in an error. So nothing is remembered.
         chosen["mm_processor_cache_gb"] = 0
+    if spec.device == "cpu":
+        chosen[CHUNKED_PREFILL] = False
     if spec.device != "cpu" or any(name in spec.engine_args for name in CACHE_SETTINGS):
         return chosen
     arguments = {**chosen, **spec.engine_args}
