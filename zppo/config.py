@@ -147,6 +147,9 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     threads: Positive | None = None
     micro_batch_tokens: Positive = 16_384
     """Padded tokens per forward-backward pass."""
+    measured_rollouts: Literal["all", "trained"] = "all"
+    """Whose entropy and distance from the engine are measured; `trained` spares rollouts with advantage 0 the forward
+    pass that only measures them."""
     gradient_checkpointing: bool = False
 
 

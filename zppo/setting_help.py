@@ -109,6 +109,7 @@ HELP: dict[str, str] = {
     "actors.trainer.device": "cpu, cuda, cuda:1, …",
     "actors.trainer.threads": "CPU threads; null: the cores are shared out evenly",
     "actors.trainer.micro_batch_tokens": "padded tokens in one forward-backward pass",
+    "actors.trainer.measured_rollouts": "`all`, or `trained`: no pass that only measures rollouts with advantage 0",
     "actors.trainer.gradient_checkpointing": "compute activations twice to save memory",
     "actors.max_restarts": "restarts of one actor before the run gives up",
     "transport": "How the processes talk",

@@ -309,6 +309,30 @@ def test_rollouts_without_advantage_cost_no_pass_but_count_in_the_denominator() 
     assert second["live_rollout_share"] == pytest.approx(2 / 5)
 
 
+def test_measuring_trained_rollouts_alone_changes_no_weight() -> None:
+    task = window(group("mixed", [1, 0], lengths=[3, 3]), group("wrong", [0, 0, 0], lengths=[2, 4, 6], seed=1))
+    everything, trained = trainer_of(llama()), trainer_of(llama(), measured_rollouts="trained")
+    alone = trainer_of(llama())
+    first, second = train_step(everything, task), train_step(trained, task)
+    reference = train_step(alone, window(group("mixed", [1, 0], lengths=[3, 3])))
+    for name, parameter in everything.policy.parameters().items():
+        torch.testing.assert_close(trained.policy.parameters()[name], parameter, msg=name)
+    measured = ("entropy", "mismatch_kl", "importance_weight_mean", "importance_weight_max", "log_prob_gap_max")
+    for name in measured:
+        assert second[name] == pytest.approx(reference[name], rel=1e-4), name
+    assert second["entropy"] != first["entropy"]
+    same = set(first) - {*measured, "seconds_proximal", "seconds_update"}
+    assert {name: second[name] for name in same} == pytest.approx({name: first[name] for name in same}, rel=1e-4)
+
+
+def test_nothing_is_measured_where_nothing_is_trained() -> None:
+    trainer = trainer_of(llama(), measured_rollouts="trained")
+    passes: list[None] = []
+    trainer.tick = lambda: passes.append(None)
+    metrics = train_step(trainer, window(group("right", [1, 1]), group("wrong", [0, 0])))
+    assert not passes and "entropy" not in metrics and metrics["updates"] == 0
+
+
 def test_a_window_of_trivial_groups_makes_no_update() -> None:
     trainer = trainer_of(llama())
     train_step(trainer, mixed_window())

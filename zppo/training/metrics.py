@@ -74,12 +74,17 @@ def _accuracies(rollouts: Rollouts) -> dict[str, float]:
     return {f"accuracy_{kind}": float(np.concatenate(parts).mean()) for kind, parts in sorted(rewards.items())}
 
 
-def proximal_metrics(rollouts: Rollouts, proximal_T: Tensor, entropy_T: Tensor) -> dict[str, float]:
-    """The entropy, and how far the trainer's log-probs are from the engine's where an engine sampled the policy."""
-    if not rollouts.tokens:
+def proximal_metrics(
+    rollouts: Rollouts, sequences: np.ndarray, proximal_T: Tensor, entropy_T: Tensor
+) -> dict[str, float]:
+    """The entropy of these rollouts, and how far the trainer's log-probs are from the engine's on what it sampled."""
+    read_S = np.zeros(rollouts.sequences, dtype=np.bool_)
+    read_S[sequences] = True
+    read_T = torch.from_numpy(np.repeat(read_S, rollouts.lengths_S)).to(rollouts.device)
+    if not bool(read_T.any()):
         return {}
-    entropy = {"entropy": float(entropy_T.double().mean())}
-    sampled_T = ~rollouts.frozen_T
+    entropy = {"entropy": float(entropy_T[read_T].double().mean())}
+    sampled_T = read_T & ~rollouts.frozen_T
     if not bool(sampled_T.any()):
         return entropy
     gap_T = (proximal_T - rollouts.behaviour_T)[sampled_T].double()

@@ -1,7 +1,8 @@
 """The clipped surrogate of the RL methods (Algorithm 1, step 6; Eqs. 2-3).
 
 A rollout with advantage 0 has no gradient (the loss has no KL term), so it takes part in no forward or backward pass of
-the updates; its tokens still count in the denominator, and the proximal pass covers it for the measurements.
+the updates; its tokens still count in the denominator. The proximal pass covers it for the measurements alone, unless
+`actors.trainer.measured_rollouts` is `trained`.
 
 Shape legend: T response tokens of the window, S its rollouts; R response tokens of a micro-batch.
 """
@@ -27,11 +28,14 @@ class ClippedSurrogate:
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
         self._trainer = trainer
         self._rollouts = rollouts
-        begin = trainer.clock()
-        self._proximal_T, entropy_T = proximal_pass(trainer, rollouts)
-        self._measured = metrics.proximal_metrics(rollouts, self._proximal_T, entropy_T)
-        self._measured["seconds_proximal"] = trainer.clock() - begin
         self._advantages_S = step_advantages(rollouts, batches, trainer.settings.method)
+        read = np.arange(rollouts.sequences)
+        if trainer.settings.measured_rollouts == "trained":
+            read = self.live(read)
+        begin = trainer.clock()
+        self._proximal_T, entropy_T = proximal_pass(trainer, rollouts, read)
+        self._measured = metrics.proximal_metrics(rollouts, read, self._proximal_T, entropy_T)
+        self._measured["seconds_proximal"] = trainer.clock() - begin
 
     def live(self, sequences: np.ndarray) -> np.ndarray:
         advantages_S, lengths_S = self._advantages_S[sequences].numpy(), self._rollouts.lengths_S[sequences]
@@ -59,11 +63,11 @@ class ClippedSurrogate:
         return self._measured | metrics.advantage_metrics(self._advantages_S) | metrics.update_metrics(parts)
 
 
-def proximal_pass(trainer: Trainer, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of all response tokens under the present weights, float32 [T] each."""
+def proximal_pass(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of these rollouts' tokens under the present weights, float32 [T] each, elsewhere 0."""
     proximal_T, entropy_T = torch.zeros_like(rollouts.behaviour_T), torch.zeros_like(rollouts.behaviour_T)
     temperature = trainer.settings.loss.temperature
-    for batch in trainer.micro_batches(rollouts, np.arange(rollouts.sequences)):
+    for batch in trainer.micro_batches(rollouts, sequences):
         targets_R = rollouts.token_ids_T[batch.tokens_R]
         proximal_T[batch.tokens_R], entropy_T[batch.tokens_R] = trainer.policy.log_probs(
             batch, targets_R, temperature=temperature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -33,6 +34,7 @@ class StepSettings:
     micro_batch_tokens: int
     gradient_clip: float
     seed: int
+    measured_rollouts: Literal["all", "trained"] = "all"
 
     @classmethod
     def of(cls, topology: Topology) -> StepSettings:
@@ -47,6 +49,7 @@ class StepSettings:
             micro_batch_tokens=topology.actors.trainer.micro_batch_tokens,
             gradient_clip=topology.optimizer.gradient_clip,
             seed=topology.run.seed,
+            measured_rollouts=topology.actors.trainer.measured_rollouts,
         )
 
 
