@@ -193,7 +193,6 @@ class Hello(Message, frozen=True):
     incarnation: Count
     pid: Count
     capacity: Count
-    policy_version: Annotated[int, Meta(ge=-1)] = -1
 
 
 class Heartbeat(Message, frozen=True):

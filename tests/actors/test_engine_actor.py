@@ -160,7 +160,7 @@ def test_rollout_opens_with_its_first_policy_and_gives_every_credit_back(
     on.start("rollout")
     hello = on.next(Hello)
     assert (hello.actor, hello.role, hello.incarnation, hello.capacity) == ("rollout-0", "rollout", 1, 10)
-    assert (hello.run_id, hello.policy_version) == (on.record.run_id, -1)
+    assert hello.run_id == on.record.run_id
     on.send(Welcome(heartbeat_seconds=0.05))
     on.next(Heartbeat)
     assert not on.seen(Credits)

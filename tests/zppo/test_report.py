@@ -12,7 +12,7 @@ import pytest
 
 from zppo import rollout_store
 from zppo.questions import Question
-from zppo.report import browser, figures, load, sentences
+from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.cli import main
 from zppo.report.page import digest, render_page
 from zppo.window import Window
@@ -85,6 +85,20 @@ def test_grpo_draws_what_it_has(fake_run: Callable[..., Path]) -> None:
         "Held-out accuracy", "Batch composition", "Training dynamics", "Loss", "Staleness", "Off-policy distance",
         "Throughput and waiting",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_distillation_shows_its_divergence_and_no_advantages(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=12, method="grpo"))
+    for line in run.steps:
+        line["train/jsd"] = line["train/loss"]
+        del line["train/positive_advantage_share"]
+    with plots.look():
+        dynamics, training = figures.dynamics(run), figures.training(run)
+    assert dynamics is not None and training is not None
+    titles = [axes.get_title(loc="left") for axes in (*dynamics.figure.axes, *training.figure.axes)]
+    assert "Rollouts with positive advantage" not in titles and "Distillation loss" in titles
+    assert "JSD, nats" in [axes.get_ylabel() for axes in training.figure.axes]
 
 
 @pytest.mark.slow

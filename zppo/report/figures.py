@@ -65,7 +65,8 @@ def dynamics(run: RunData) -> _Sketch | None:
     """Rollout accuracy, share of positive advantages, entropy (Fig. 22)."""
     if not run.steps:
         return None
-    figure, [accuracy, positive, entropy] = plots.canvas(3)
+    positive_share = run.series("train/positive_advantage_share")  # distillation has no advantages
+    figure, [accuracy, *positives, entropy] = plots.canvas(2 + bool(len(positive_share.steps)))
     replayed = run.series("accuracy/replay")
     plots.line(accuracy, *run.series("accuracy/new"), BLUE, "new questions")
     if len(replayed.steps):
@@ -74,13 +75,14 @@ def dynamics(run: RunData) -> _Sketch | None:
     plots.label(accuracy, "Rollout accuracy, plain prompts", STEP, "mean reward")
     plots.shares(accuracy)
     plots.legend(accuracy)
-    plots.line(positive, *run.series("train/positive_advantage_share"), GREEN)
-    plots.label(positive, "Rollouts with positive advantage", STEP, "share")
-    plots.shares(positive)
+    for axes in positives:
+        plots.line(axes, *positive_share, GREEN)
+        plots.label(axes, "Rollouts with positive advantage", STEP, "share")
+        plots.shares(axes)
     plots.line(entropy, *run.series("train/entropy"), PURPLE)
     plots.label(entropy, "Policy entropy", STEP, "nats per token")
     entropy.set_ylim(bottom=0)
-    _steps_on(accuracy, positive, entropy)
+    _steps_on(accuracy, *positives, entropy)
     caption = "The quantities of Fig. 22. Faint lines are single steps, strong ones a running mean."
     if len(replayed.steps):
         caption += " Replayed questions are hard by selection, so they usually lie below new ones."
@@ -89,8 +91,10 @@ def dynamics(run: RunData) -> _Sketch | None:
 
 def training(run: RunData) -> _Sketch | None:
     """Loss, BCQ accuracy, NCQ accuracy (Fig. 25)."""
+    distilled = len(run.series("train/jsd").steps) > 0
+    loss = ("Distillation loss", "JSD, nats") if distilled else ("Policy loss", "clipped surrogate")
     parts = [
-        ("train/loss", "Policy loss", "clipped surrogate", BLUE),
+        ("train/loss", *loss, BLUE),
         ("accuracy/bcq", "BCQ accuracy", "mean reward", GREEN),
         ("accuracy/ncq", "NCQ accuracy", "mean reward", VERMILION),
         ("accuracy/hint", "Accuracy with a hint", "mean reward", PURPLE),
