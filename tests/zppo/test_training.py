@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -41,8 +42,8 @@ from zppo.training.layout import PROMPT, SHARED_WIDTH, MicroBatch, attention_mas
 from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.policy import Policy
 from zppo.training.state import build_trainer, load_model, save_share
-from zppo.training.step import split, train_step
-from zppo.training.surrogate import step_advantages
+from zppo.training.step import Tally, split, train_step, update
+from zppo.training.surrogate import ClippedSurrogate, proximal_pass, step_advantages
 from zppo.training.trainer import StepSettings, Trainer
 from zppo_protocol.messages import Sampling, TrainWindow
 
@@ -295,7 +296,7 @@ def test_soft_capped_model_trains_through_its_own_logits() -> None:
     assert not torch.equal(before["model.embed_tokens.weight"], model.model.embed_tokens.weight)
 
 
-def test_rollouts_without_advantage_cost_no_pass_but_count_in_the_denominator() -> None:
+def test_rollouts_without_advantage_cost_no_pass_of_an_update_but_count_in_the_denominator() -> None:
     mixed = group("mixed", [1, 0], lengths=[3, 3])
     wrong = group("wrong", [0, 0, 0], lengths=[2, 4, 6])
     words = method(updates_per_step=1)
@@ -305,8 +306,31 @@ def test_rollouts_without_advantage_cost_no_pass_but_count_in_the_denominator() 
     together.tick = lambda: passes.__setitem__("together", passes["together"] + 1)
     first, second = train_step(alone, window(mixed)), train_step(together, window(mixed, wrong))
     assert second["grad_norm"] == pytest.approx(first["grad_norm"] * 6 / 18, rel=1e-3)
-    assert passes == {"alone": 2, "together": 2}
+    # The first update is its own proximal pass; what has no advantage is read once, to be measured.
+    assert passes == {"alone": 1, "together": 2}
     assert second["live_rollout_share"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+@pytest.mark.parametrize("measured", ["all", "trained"])
+@pytest.mark.parametrize("make", [llama, gemma2_with_soft_cap])
+def test_first_update_gives_the_log_probs_of_a_proximal_pass(
+    make: Callable[[], Any], measured: Literal["all", "trained"], updates: int
+) -> None:
+    """Against a pass of its own over every rollout before anything is updated."""
+    task = mixed_window()
+    trainer = trainer_of(make(), method=method(updates_per_step=updates), measured_rollouts=measured)
+    rollouts = assemble(task, max_staleness=trainer.settings.max_staleness, device=CPU)
+    batches = split(rollouts, trainer.settings)
+    proximal_T, entropy_T = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    objective = ClippedSurrogate(trainer, rollouts, batches)
+    for sequences in batches:
+        update(trainer, rollouts, sequences, objective, Tally())
+    live_S = np.isin(np.arange(rollouts.sequences), objective.live(np.arange(rollouts.sequences)))
+    read_T = np.repeat(live_S | (measured == "all"), rollouts.lengths_S)
+    assert read_T.any()
+    torch.testing.assert_close(objective.proximal_T[read_T], proximal_T[read_T], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(objective.entropy_T[read_T], entropy_T[read_T], rtol=1e-5, atol=1e-5)
 
 
 def test_measuring_trained_rollouts_alone_changes_no_weight() -> None:
@@ -367,7 +391,7 @@ def test_an_update_that_is_not_finite_is_skipped_whole(broken: str) -> None:
     task = window(group("a", [1, 0]), group("b", [1, 0]), group("c", [0, 1]))
     # With 1e30 the loss stays finite, but the squares of its gradient do not.
     poison, calls = float("nan") if broken == "loss" else 1e30, 0
-    original = trainer.policy.loss
+    original = trainer.policy.policy_loss_of
 
     def loss(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
@@ -375,7 +399,7 @@ def test_an_update_that_is_not_finite_is_skipped_whole(broken: str) -> None:
         output = original(*arguments, **named)
         return replace(output, loss=output.loss * poison) if calls == 2 else output
 
-    trainer.policy.loss = loss  # type: ignore[method-assign]
+    trainer.policy.policy_loss_of = loss  # type: ignore[method-assign]
     states = []
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda gradients: states.append(1) or step(gradients)  # type: ignore[method-assign,func-returns-value]

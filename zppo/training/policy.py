@@ -80,18 +80,28 @@ class Policy:
     @torch.no_grad()
     def log_probs(self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, float32 [R] each."""
+        return self.log_probs_of(self.outputs(batch), target_ids_R, temperature=temperature)
+
+    def outputs(self, batch: MicroBatch) -> Tensor:
+        """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V] if the head is not
+        plain. For `log_probs_of` and `policy_loss_of`."""
+        return self.logits(batch) if self.head is None else self.hidden(batch)
+
+    @torch.no_grad()
+    def log_probs_of(self, outputs: Tensor, target_ids_R: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, float32 [R] each, of what one forward pass gave."""
         if self.head is None:
-            return token_log_probs_from_logits(self.logits(batch), target_ids_R, temperature=temperature)
+            return token_log_probs_from_logits(outputs, target_ids_R, temperature=temperature)
         return token_log_probs(
-            self.hidden(batch), self.head.weight_VH, target_ids_R, temperature=temperature, bias_V=self.head.bias_V
+            outputs, self.head.weight_VH, target_ids_R, temperature=temperature, bias_V=self.head.bias_V
         )
 
-    def loss(self, batch: MicroBatch, target_ids_R: Tensor, **arguments: Any) -> PolicyLossOutput:
-        """Policy loss of the micro-batch; `arguments` are those of `zppo_kernels.policy_loss_from_hidden`."""
+    def policy_loss_of(self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any) -> PolicyLossOutput:
+        """Policy loss of one forward pass; `arguments` are those of `zppo_kernels.policy_loss_from_hidden`."""
         if self.head is None:
-            return policy_loss_from_logits(self.logits(batch), target_ids_R, **arguments)
+            return policy_loss_from_logits(outputs, target_ids_R, **arguments)
         return policy_loss_from_hidden(
-            self.hidden(batch), self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
+            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
         )
 
     def jsd_loss(self, batch: MicroBatch, teacher: Policy, **arguments: Any) -> JsdLossOutput:

@@ -30,7 +30,7 @@ OBJECTIVES: dict[Loss, Callable[[Trainer, Rollouts, list[np.ndarray]], Objective
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What the updates of one step add up to."""
 
     losses: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
     rollouts = assemble(window, max_staleness=settings.max_staleness, device=trainer.policy.device)
     batches = split(rollouts, settings)
     objective = OBJECTIVES[settings.objective](trainer, rollouts, batches)
-    begin, tally = trainer.clock(), _Tally()
+    begin, tally = trainer.clock(), Tally()
     for sequences in batches:
         update(trainer, rollouts, sequences, objective, tally)
     return metrics.finite(
@@ -76,7 +76,7 @@ def split(rollouts: Rollouts, settings: StepSettings) -> list[np.ndarray]:
     return [np.flatnonzero(np.isin(rollouts.group_S, chosen)) for chosen in groups]
 
 
-def update(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray, objective: Objective, tally: _Tally) -> None:
+def update(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray, objective: Objective, tally: Tally) -> None:
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip, step.
 
     A mini-batch in which no rollout has a gradient has nothing to say and makes no update.

@@ -2,7 +2,8 @@
 
 A rollout with advantage 0 has no gradient (the loss has no KL term), so it takes part in no forward or backward pass of
 the updates; its tokens still count in the denominator. The proximal pass covers it for the measurements alone, unless
-`actors.trainer.measured_rollouts` is `trained`.
+`actors.trainer.measured_rollouts` is `trained`. It leaves out the rollouts of the first update: their forward pass runs
+under the same weights, so it gives the proximal log-probs as well.
 
 Shape legend: T response tokens of the window, S its rollouts; R response tokens of a micro-batch.
 """
@@ -23,19 +24,22 @@ from zppo_kernels import advantage_statistics, group_advantages
 
 
 class ClippedSurrogate:
-    """An `Objective`; making one runs the proximal pass, under the weights that the step starts from."""
+    """An `Objective`; making one runs the proximal pass, under the weights that the step starts from.
+
+    `_late_S` marks the rollouts whose proximal log-probs come from their own update, the first.
+    """
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
         self._trainer = trainer
         self._rollouts = rollouts
         self._advantages_S = step_advantages(rollouts, batches, trainer.settings.method)
-        read = np.arange(rollouts.sequences)
-        if trainer.settings.measured_rollouts == "trained":
-            read = self.live(read)
+        everyone = np.arange(rollouts.sequences)
+        self._measured = everyone if trainer.settings.measured_rollouts == "all" else self.live(everyone)
+        first = next((live for live in map(self.live, batches) if len(live)), everyone[:0])
+        self._late_S = torch.from_numpy(np.isin(everyone, first)).to(rollouts.device)
         begin = trainer.clock()
-        self._proximal_T, entropy_T = proximal_pass(trainer, rollouts, read)
-        self._measured = metrics.proximal_metrics(rollouts, read, self._proximal_T, entropy_T)
-        self._measured["seconds_proximal"] = trainer.clock() - begin
+        self.proximal_T, self.entropy_T = proximal_pass(trainer, rollouts, np.setdiff1d(self._measured, first))
+        self._seconds_proximal = trainer.clock() - begin
 
     def live(self, sequences: np.ndarray) -> np.ndarray:
         advantages_S, lengths_S = self._advantages_S[sequences].numpy(), self._rollouts.lengths_S[sequences]
@@ -43,12 +47,18 @@ class ClippedSurrogate:
 
     def loss(self, batch: MicroBatch, token_count: int, sequence_count: int) -> tuple[Tensor, dict[str, Tensor]]:
         rollouts, settings, tokens_R = self._rollouts, self._trainer.settings, batch.tokens_R
+        policy, targets_R = self._trainer.policy, rollouts.token_ids_T[tokens_R]
+        outputs = policy.outputs(batch)
+        if bool(self._late_S[batch.sequences_S].all()):
+            self.proximal_T[tokens_R], self.entropy_T[tokens_R] = policy.log_probs_of(
+                outputs, targets_R, temperature=settings.loss.temperature
+            )
         old_R, behaviour_R = old_log_probs(
-            settings.method, self._proximal_T[tokens_R], rollouts.behaviour_T[tokens_R], rollouts.frozen_T[tokens_R]
+            settings.method, self.proximal_T[tokens_R], rollouts.behaviour_T[tokens_R], rollouts.frozen_T[tokens_R]
         )
-        output = self._trainer.policy.loss(
-            batch,
-            rollouts.token_ids_T[tokens_R],
+        output = policy.policy_loss_of(
+            outputs,
+            targets_R,
             sequence_ids_T=batch.sequence_ids_R,
             advantages_S=self._advantages_S.to(rollouts.device)[batch.sequences_S],
             proximal_log_probs_T=old_R,
@@ -60,7 +70,12 @@ class ClippedSurrogate:
         return output.loss, output.metrics
 
     def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        return self._measured | metrics.advantage_metrics(self._advantages_S) | metrics.update_metrics(parts)
+        return (
+            metrics.proximal_metrics(self._rollouts, self._measured, self.proximal_T, self.entropy_T)
+            | {"seconds_proximal": self._seconds_proximal}
+            | metrics.advantage_metrics(self._advantages_S)
+            | metrics.update_metrics(parts)
+        )
 
 
 def proximal_pass(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray) -> tuple[Tensor, Tensor]:
