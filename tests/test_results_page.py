@@ -71,6 +71,16 @@ def test_chosen_figures_alone_are_kept(page: Path, comparison: Path) -> None:
         assert small.mode == "P"
 
 
+def test_a_missing_figure_changes_nothing(page: Path, comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(page, comparison) == 0
+    before = page.read_text()
+    (comparison / "figures" / "loss.png").unlink()
+    assert run(page, comparison) == 2
+    assert capsys.readouterr().err.startswith("--comparison: a figure cannot be read")
+    assert page.read_text() == before
+    assert (page.parent / "images" / "results" / "toy" / "accuracy.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -105,10 +105,12 @@ def distinct_problems(rng: random.Random) -> Iterator[Problem]:
 
 def write(path: Path, name: str, problems: list[Problem], *, solutions: bool) -> None:
     """One JSON object a line; the solution only where it is wanted, so that no trainer can read it by mistake."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", encoding="utf-8", newline="\n") as file:
         for index, problem in enumerate(problems):
             row = {"id": f"{name}-{index:04}", "question": problem.question, "answer": str(problem.answer)}
             file.write(json.dumps(row | ({"solution": problem.solution} if solutions else {})) + "\n")
+    aside.rename(path)
 
 
 def make(out: Path, sizes: dict[str, int], seed: int) -> None:

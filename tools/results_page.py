@@ -69,11 +69,16 @@ def write(page: Path, comparison: Path, name: str, figures: Sequence[str] | None
     folder = f"images/results/{name}"
     text = section(comparison, folder, figures)
     replaced = replace_section(page.read_text(encoding="utf-8"), name, text)
+    shown = re.findall(rf"\({folder}/(\w+)\.png\)", text)
+    try:
+        pictures = {f"{name}.png": small_png(comparison / "figures" / f"{name}.png") for name in shown}
+    except OSError as error:
+        raise UserError(f"--comparison: a figure cannot be read ({error})") from None
     target = page.parent / folder
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for shown in re.findall(rf"\({folder}/(\w+)\.png\)", text):
-        (target / f"{shown}.png").write_bytes(small_png(comparison / "figures" / f"{shown}.png"))
+    for name, content in pictures.items():
+        (target / name).write_bytes(content)
     page.write_text(replaced, encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from zppo.methods import Method, get_method
 from zppo.model_folder import inspect_model
 from zppo.openai_arguments import OPENAI, Arguments, check_openai, refuse_rollout
 from zppo.processes import ProcessPlan, processes, teachers, trainer_scores, uses_teacher
-from zppo.vllm_arguments import VLLM, check_vllm_arguments, check_vllm_sizes
+from zppo.vllm_arguments import VLLM, check_prompts_read_whole, check_vllm_arguments, check_vllm_sizes
 
 ENGINE_ARGUMENTS = {
     "transformers": ("max_sequences", "max_length"),
@@ -306,6 +306,8 @@ def _check_vllm(topology: Topology, models: Models) -> None:
             facts = models.student if model is topology.student else inspect_model(Path(model.model), model_where)
             if facts is not None:
                 check_vllm_sizes(actor.engine_args, facts, model, where, model_where)
+                if "cpu" in actor.devices:
+                    check_prompts_read_whole(actor.engine_args, facts, where)
 
 
 def _check_message_size(plan: Plan) -> None:

@@ -35,6 +35,9 @@ OWNED = {
     "disable_log_stats": "progress is read from the statistics",
     "data_parallel_size": "{where}.count gives more engines",
 }
+CHUNKED_PREFILL = "enable_chunked_prefill"
+"""Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed, which only those of
+GPUs can do, and its engine core dies."""
 CLASSES = ("EngineArgs", "AsyncEngineArgs")
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 OTHER_CACHES = ("kv_lora_rank", "sliding_window")
@@ -98,6 +101,21 @@ def check_vllm_sizes(
         raise UserError(
             f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, the keys and values of "
             f"one sequence of {length or facts.context} tokens (max_model_len)"
+        )
+
+
+def check_prompts_read_whole(arguments: Mapping[str, Any], facts: ModelFacts, where: str) -> None:
+    """Raise UserError for arguments on a CPU that would have prompts read in parts, or steps too small for a prompt."""
+    if arguments.get(CHUNKED_PREFILL):
+        raise UserError(
+            f"{where}.engine_args.{CHUNKED_PREFILL} is true; expected false on a CPU, where vLLM's engine core dies "
+            "of a prompt that it reads in parts"
+        )
+    step, length = arguments.get("max_num_batched_tokens"), whole(arguments.get("max_model_len"), facts.context)
+    if isinstance(step, int) and step < length:
+        raise UserError(
+            f"{where}.engine_args.max_num_batched_tokens is {step}; expected at least {length} (max_model_len), "
+            "because prompts are read whole on a CPU"
         )
 
 

@@ -110,6 +110,16 @@ def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the
             "actors.rollout.engine_args.max_model_len is 4096; expected at most 1024, the context of student.model\n",
         ),
         (
+            {"enable_chunked_prefill": True},
+            "actors.rollout.engine_args.enable_chunked_prefill is true; expected false on a CPU, where vLLM's engine "
+            "core dies of a prompt that it reads in parts\n",
+        ),
+        (
+            {"max_num_batched_tokens": 512},
+            "actors.rollout.engine_args.max_num_batched_tokens is 512; expected at least 1024 (max_model_len), because "
+            "prompts are read whole on a CPU\n",
+        ),
+        (
             {"max_model_len": 8},
             "data.train: the question 'train-",
         ),
@@ -118,7 +128,7 @@ def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the
             "the plan needs 107374182",
         ),
     ],
-    ids=["small-cache", "long-context", "short-context", "no-memory"],
+    ids=["small-cache", "long-context", "chunked", "small-step", "short-context", "no-memory"],
 )
 def test_sizes_that_cannot_work_are_one_sentence_before_anything_starts(
     tmp_path: Path, engine_args: dict[str, Any], sentence: str

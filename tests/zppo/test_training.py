@@ -333,6 +333,20 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
     torch.testing.assert_close(objective.entropy_T[read_T], entropy_T[read_T], rtol=1e-5, atol=1e-5)
 
 
+def test_first_update_need_not_be_the_first_mini_batch() -> None:
+    """A mini-batch without an advantage makes no update, so the one behind it still sees the weights of the start."""
+    groups = [group("a", [1, 0]), group("b", [0, 0]), group("c", [0, 1, 1])]
+    trainer = trainer_of(llama(), method=method(updates_per_step=3), measured_rollouts="trained")
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    wrong, *mixed = sorted(split(rollouts, trainer.settings), key=lambda sequences: rollouts.group_S[sequences[0]] != 1)
+    proximal_T, _ = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    objective = ClippedSurrogate(trainer, rollouts, [wrong, *mixed])
+    for sequences in (wrong, *mixed):
+        update(trainer, rollouts, sequences, objective, Tally())
+    read_T = np.repeat(rollouts.group_S != 1, rollouts.lengths_S)
+    torch.testing.assert_close(objective.proximal_T[read_T], proximal_T[read_T], rtol=1e-5, atol=1e-5)
+
+
 def test_measuring_trained_rollouts_alone_changes_no_weight() -> None:
     task = window(group("mixed", [1, 0], lengths=[3, 3]), group("wrong", [0, 0, 0], lengths=[2, 4, 6], seed=1))
     everything, trained = trainer_of(llama()), trainer_of(llama(), measured_rollouts="trained")

@@ -109,8 +109,9 @@ def _formula(sizes: Sizes) -> str:
     return (
         "FLOPs: 2N for each token that a model reads or writes and for each token of the proximal pass, 6N for each "
         f"token of an update; student with {sizes.student:,} parameters, teacher {teacher}, an input embedding that "
-        "does not multiply left out. A prompt counts once for each group; attention's products with itself, "
-        "evaluations and work lost with a process are left out."
+        "does not multiply left out. A prompt counts once for each group, and every token of a group in the loss, also "
+        "where the trainer saves a pass; attention's products with itself, evaluations and work lost with a process "
+        "are left out."
     )
 
 

@@ -41,7 +41,7 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric("accuracy_<kind>", "share", "Mean reward of the groups of this kind (plain, bcq, ncq)."),
     Metric("updates", "updates", "Optimizer updates applied; a mini-batch of trivial groups alone makes none."),
     Metric("updates_skipped", "updates", "Updates skipped because loss or gradient norm was not finite."),
-    Metric("seconds_proximal", "s", "Time of the proximal pass."),
+    Metric("seconds_proximal", "s", "Time of the proximal pass; the first update's rollouts are not in it."),
     Metric("seconds_update", "s", "Time of the updates."),
 )
 

@@ -26,7 +26,7 @@ from zppo_kernels import advantage_statistics, group_advantages
 class ClippedSurrogate:
     """An `Objective`; making one runs the proximal pass, under the weights that the step starts from.
 
-    `_late_S` marks the rollouts whose proximal log-probs come from their own update, the first.
+    `_first_tokens` counts the tokens of the first update that have no proximal log-prob yet; its own passes give them.
     """
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
@@ -36,7 +36,7 @@ class ClippedSurrogate:
         everyone = np.arange(rollouts.sequences)
         self._measured = everyone if trainer.settings.measured_rollouts == "all" else self.live(everyone)
         first = next((live for live in map(self.live, batches) if len(live)), everyone[:0])
-        self._late_S = torch.from_numpy(np.isin(everyone, first)).to(rollouts.device)
+        self._first_tokens = int(rollouts.lengths_S[first].sum())
         begin = trainer.clock()
         self.proximal_T, self.entropy_T = proximal_pass(trainer, rollouts, np.setdiff1d(self._measured, first))
         self._seconds_proximal = trainer.clock() - begin
@@ -49,7 +49,8 @@ class ClippedSurrogate:
         rollouts, settings, tokens_R = self._rollouts, self._trainer.settings, batch.tokens_R
         policy, targets_R = self._trainer.policy, rollouts.token_ids_T[tokens_R]
         outputs = policy.outputs(batch)
-        if bool(self._late_S[batch.sequences_S].all()):
+        if self._first_tokens:
+            self._first_tokens -= len(tokens_R)
             self.proximal_T[tokens_R], self.entropy_T[tokens_R] = policy.log_probs_of(
                 outputs, targets_R, temperature=settings.loss.temperature
             )

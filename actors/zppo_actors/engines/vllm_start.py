@@ -15,7 +15,16 @@ import psutil
 
 from zppo.errors import UserError
 from zppo.model_folder import ModelFacts, inspect_model
-from zppo.vllm_arguments import KV_POLICY, WIDTHS, check_vllm_arguments, check_vllm_sizes, sequence_bytes, whole
+from zppo.vllm_arguments import (
+    CHUNKED_PREFILL,
+    KV_POLICY,
+    WIDTHS,
+    check_prompts_read_whole,
+    check_vllm_arguments,
+    check_vllm_sizes,
+    sequence_bytes,
+    whole,
+)
 from zppo_actors.engines.spec import EngineSpec
 from zppo_actors.engines.vllm_media import takes_pictures
 from zppo_actors.engines.vllm_plugin import BACKEND, ENTRY_POINT, TIE_VARIABLE
@@ -30,9 +39,6 @@ MAX_TOP_K = 4096
 """Tokens a position that a task to score may ask for; vLLM's own bound, 20, protects public servers."""
 CACHE_SHARE = 0.25
 """On a CPU the key-value cache takes at most this share of the free memory, unless the topology says otherwise."""
-CHUNKED_PREFILL = "enable_chunked_prefill"
-"""Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed, which only those of
-GPUs can do, and its engine core dies."""
 CACHE_SETTINGS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
 
 
@@ -54,16 +60,13 @@ class TokenCounter:
 def arguments_of(spec: EngineSpec) -> dict[str, Any]:
     """All arguments for vLLM, checked as far as that goes without starting it. Raises UserError."""
     check_vllm_arguments(spec.engine_args, spec.where, spec.model_where)
-    if spec.device == "cpu" and spec.engine_args.get(CHUNKED_PREFILL):
-        raise UserError(
-            f"{spec.where}.engine_args.{CHUNKED_PREFILL} is true; expected false on a CPU, where vLLM's engine core "
-            "dies of a prompt that it reads in parts"
-        )
     facts = inspect_model(Path(spec.model.model), spec.model_where)
     _check_plugin()
     arguments = {**defaults(spec, facts), **spec.engine_args, **fixed(spec)}
     arguments.pop(KV_POLICY, None)
     check_vllm_sizes(arguments, facts, spec.model, spec.where, spec.model_where)
+    if spec.device == "cpu":
+        check_prompts_read_whole(arguments, facts, spec.where)
     _check_memory(arguments, facts, spec)
     return arguments
 
