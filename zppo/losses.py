@@ -1,7 +1,7 @@
 """From the topology's words to the settings of the policy loss.
 
 Three log-probs per token have names and are never mixed up: `behaviour` (from the engine, at sampling), `proximal`
-(recomputed by the trainer at the start of the step) and `policy` (with gradient). With ratio `proximal` the surrogate
+(the trainer's own, at the start of the step) and `policy` (with gradient). With ratio `proximal` the surrogate
 uses policy/proximal and weighs each token by the corrected proximal/behaviour; with ratio `behaviour` it uses
 policy/behaviour, and there is nothing left to correct.
 
