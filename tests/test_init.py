@@ -66,9 +66,7 @@ def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["init", "/nowhere/t.yaml"], "/nowhere/t.yaml: cannot be written (No such file or directory)\n"),
     ],
 )
-def test_mistakes_on_the_command_line(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_on_the_command_line(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err == sentence
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from zppo import checkpoint
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.yaml"
 PATIENCE = 240.0
+LONG = 50
+"""Steps of a run that is still at work when it is interrupted after its first, on any machine."""
 SMALL = {
     "scheduler.new_questions": 8,
     "scheduler.lease_seconds": 60,
@@ -105,51 +108,52 @@ class Run:
 
 
 def test_a_killed_rollout_actor_costs_nothing(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=3)
+    run = Run.new(tmp_path / "run", steps=12)
     run.until(lambda: run.steps() >= 1)
     run.kill_actor("rollout-1")
     output = run.wait()
     assert run.process.returncode == 0, output + run.logs()
     summary = run.summary()
-    assert summary["steps"] == 3
+    assert summary["steps"] == 12
     assert summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 24
+    assert summary["questions_new"] == 96
     assert summary["max_staleness_seen"] <= 2
     assert summary["heldout_before"] is not None and summary["heldout_after"] is not None
     assert "rollout-1 was killed" in output
 
 
 def test_the_run_continues_after_the_trainer_was_killed(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=4, **{"checkpoints.every": 2})
-    run.until(lambda: checkpoint.find_latest(run.directory).step == 2)
+    run = Run.new(tmp_path / "run", steps=12, **{"checkpoints.every": 2})
+    run.until(lambda: checkpoint.find_latest(run.directory).step >= 2)
     run.kill_actor("trainer")
     output = run.wait()
     assert run.process.returncode == 0, output + run.logs()
-    assert "the run begins again from step 2" in output
+    assert re.search(r"the run begins again from step ([2468]|10)\b", output), output
     summary = run.summary()
-    assert summary["steps"] == 4 and summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 32
+    assert summary["steps"] == 12 and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 96
 
 
 def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=4)
+    run = Run.new(tmp_path / "run", steps=LONG)
     run.until(lambda: run.steps() >= 1)
     run.process.send_signal(signal.SIGINT)
     output = run.wait()
     assert run.process.returncode == 130, output + run.logs()
     reached = checkpoint.find_latest(run.directory).step
-    assert reached >= 1
+    assert 1 <= reached < LONG
     assert f"continue: python -m zppo.launch --resume {run.directory}" in output
-    resumed = Run.resume(run.directory)
+    steps = reached + 3
+    resumed = Run.resume(run.directory, **{"run.steps": steps})
     output = resumed.wait()
     assert resumed.process.returncode == 0, output + resumed.logs()
     summary = resumed.summary()
-    assert summary["steps"] == 4 and summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 32
+    assert summary["steps"] == steps and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 8 * steps
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=4)
+    run = Run.new(tmp_path / "run", steps=LONG)
     run.until(lambda: run.steps() >= 1)
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
@@ -159,7 +163,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_in_its_last_evaluation_makes_it_up(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=1, **{"evaluation.limit": 64})
+    run = Run.new(tmp_path / "run", steps=1, **{"evaluation.limit": 128, "evaluation.samples": 4})
     run.until(lambda: run.steps() == 1)
     run.process.send_signal(signal.SIGINT)
     output = run.wait()
@@ -176,7 +180,7 @@ def test_a_run_stopped_in_its_last_evaluation_makes_it_up(tmp_path: Path) -> Non
 
 
 def test_nothing_survives_a_killed_supervisor(tmp_path: Path, runtime_base: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=50)
+    run = Run.new(tmp_path / "run", steps=LONG)
     run.until(lambda: run.steps() >= 1)
     children = psutil.Process(run.process.pid).children(recursive=True)
     assert len(children) >= 6

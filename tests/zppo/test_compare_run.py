@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from zppo.comparison.plan import read_record, run_directory
@@ -19,8 +21,10 @@ from zppo.summary import read_lines, summarise
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1500.0
+STEPS = 8
+"""Many enough that a run is still going on when it is interrupted after its first."""
 SETTINGS = {
-    "run.steps": 3,
+    "run.steps": STEPS,
     "scheduler.new_questions": 8,
     "scheduler.lease_seconds": 60,
     "evaluation.limit": 8,
@@ -54,6 +58,23 @@ class Comparison:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.05)
 
+    @contextmanager
+    def frozen(self, actor: str) -> Iterator[None]:
+        """While a process of the run at work is stopped, so that the run cannot end."""
+        found = self._actor(actor)
+        found.suspend()
+        try:
+            yield
+        finally:
+            found.resume()
+
+    def _actor(self, name: str) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                if name in child.cmdline():
+                    return child
+        raise AssertionError(f"there is no {name}:\n{self.logs()}")
+
     def wait(self) -> str:
         """Wait for the end and return everything it printed."""
         try:
@@ -70,7 +91,9 @@ def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base:
     out = tmp_path / "c"
     first = Comparison(out)
     first.until(lambda: len(read_lines(out / "runs/grpo_replay-seed0/metrics.jsonl")) >= 1)
-    first.process.send_signal(signal.SIGINT)
+    with first.frozen("trainer"):
+        first.process.send_signal(signal.SIGINT)
+        first.until(lambda: "stopping: the trainer finishes its step" in first.logs())
     said = first.wait()
     assert first.process.returncode == 130, said + first.logs()
     assert "continue with the same command: python -m zppo.compare --topology" in said
@@ -80,7 +103,7 @@ def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base:
     said = again.wait()
     assert again.process.returncode == 0, said + again.logs()
     assert "[1/4] grpo_replay seed 0: goes on from its last checkpoint" in said
-    assert "[4/4] zppo seed 1: 3 steps in " in said
+    assert f"[4/4] zppo seed 1: {STEPS} steps in " in said
     check_runs(out)
     check_report(out)
     assert list(runtime_base.iterdir()) == []
@@ -90,7 +113,7 @@ def check_runs(out: Path) -> None:
     record = read_record(out)
     for pair in record.pairs():
         summary = summarise(run_directory(out, pair))
-        assert summary["steps"] == 3 and summary["questions_new"] == 24
+        assert summary["steps"] == STEPS and summary["questions_new"] == 8 * STEPS
         assert summary["trained_twice"] == 0 and summary["lost"] == 0
     asked = [
         [line["by_question"].keys() for line in read_lines(run_directory(out, pair) / "heldout.jsonl")]
@@ -108,7 +131,7 @@ def check_runs(out: Path) -> None:
 
 def check_report(out: Path) -> None:
     world = load_results(out, read_record(out))
-    assert world.step == 3 and world.cost is not None
+    assert world.step == STEPS and world.cost is not None
     assert [len(method.finished) for method in world.methods] == [2, 2]
     assert world.difference(world.methods[1], world.at_cost) is not None
     with (out / "runs.csv").open(newline="") as file:
