@@ -87,7 +87,7 @@ def render_markdown(results: Results, pictures: Sequence[Picture]) -> str:
     parts = [f"## Comparison on `{Path(results.record.source).name}`"]
     parts += [f"```\n{command(results)}\n```", *sentences(results)]
     for table in tables(results):
-        parts.append(f"### {table.title}\n\n{_markdown_table(table)}")
+        parts.append(f"### {table.title}\n\n{markdown_table(table)}")
     parts.append("Brackets: 95 % bootstrap interval over seeds. " + _formula(results.record.sizes))
     for picture in pictures:
         parts.append(f"![{picture.title}](figures/{picture.name}.png)\n\n*{picture.title}.* {picture.caption}")
@@ -119,7 +119,7 @@ def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
     return [(name, list(group)) for name, group in groupby(pictures, key=lambda picture: picture.section)]
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     rows = [table.header, ["---"] * len(table.header), *table.rows]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
