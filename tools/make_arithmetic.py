@@ -19,6 +19,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from zppo.whole_file import written_whole
+
 NAMES = ("Ada", "Ben", "Eva", "Ivan", "Kim", "Lea", "Max", "Noor", "Omar", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 LARGEST = 99
@@ -105,12 +107,11 @@ def distinct_problems(rng: random.Random) -> Iterator[Problem]:
 
 def write(path: Path, name: str, problems: list[Problem], *, solutions: bool) -> None:
     """One JSON object a line; the solution only where it is wanted, so that no trainer can read it by mistake."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
+    with written_whole(path) as file:
         for index, problem in enumerate(problems):
             row = {"id": f"{name}-{index:04}", "question": problem.question, "answer": str(problem.answer)}
-            file.write(json.dumps(row | ({"solution": problem.solution} if solutions else {})) + "\n")
-    aside.rename(path)
+            line = json.dumps(row | ({"solution": problem.solution} if solutions else {})) + "\n"
+            file.write(line.encode())
 
 
 def make(out: Path, sizes: dict[str, int], seed: int) -> None:

@@ -113,9 +113,7 @@ class _CorpusBuilder:
         answer = self._text(row, "answer")
         media = tuple(self._media(row))
         if not self.grader.usable(answer):
-            raise RowError(
-                f"the gold answer is {answer[:40]!r}, which the grader {self.grader_name!r} can never meet"
-            )
+            raise RowError(f"the gold answer is {answer[:40]!r}, which the grader {self.grader_name!r} can never meet")
         return Question(id=self._id(row, text, media), text=text, answer=answer, media=media, grader=self.grader_name)
 
     def _text(self, row: dict[str, Any], field: str) -> str:

@@ -190,8 +190,10 @@ def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str
     if not isinstance(sequences, int) or isinstance(sequences, bool):
         raise UserError(f"{where}.engine_args.{capacity} is {sequences!r}; expected a whole number of at least 1")
     if sequences < group:
-        raise UserError(f"{where}.engine_args.{capacity} is {sequences}; expected at least {group}, "
-                        f"the {group_setting}, because a group is sampled as a whole")
+        raise UserError(
+            f"{where}.engine_args.{capacity} is {sequences}; expected at least {group}, "
+            f"the {group_setting}, because a group is sampled as a whole"
+        )
 
 
 def _check_arguments(actor: ActorConfig, where: str) -> None:
@@ -202,8 +204,9 @@ def _check_arguments(actor: ActorConfig, where: str) -> None:
     known = ENGINE_ARGUMENTS[actor.engine]
     for name in actor.engine_args:
         if name not in known:
-            raise UserError(f"{where}.engine_args.{name}: the engine {actor.engine!r} has no such argument"
-                            f"{nearest(name, known)}")
+            raise UserError(
+                f"{where}.engine_args.{name}: the engine {actor.engine!r} has no such argument{nearest(name, known)}"
+            )
 
 
 def _model_setting(where: str) -> str:
@@ -314,8 +317,10 @@ def _check_message_size(plan: Plan) -> None:
     limit = plan.topology.transport.max_message_mib
     needed = math.ceil(plan.windows.largest_bytes / (1 << 20))
     if needed > limit:
-        raise UserError(f"transport.max_message_mib is {limit}; expected at least {needed}, the size of a window whose "
-                        "responses all have full length")
+        raise UserError(
+            f"transport.max_message_mib is {limit}; expected at least {needed}, the size of a window whose "
+            "responses all have full length"
+        )
 
 
 def _check_devices(plan: Plan, machine: Machine) -> None:
@@ -326,8 +331,10 @@ def _check_devices(plan: Plan, machine: Machine) -> None:
         if kind != "cuda" or (index and not index.isdigit()):
             raise UserError(f"{_device_setting(plan, entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
         if int(index or 0) >= len(machine.gpus):
-            raise UserError(f"{_device_setting(plan, entry)} names {entry.device!r}; "
-                            f"this machine has {len(machine.gpus)} CUDA devices")
+            raise UserError(
+                f"{_device_setting(plan, entry)} names {entry.device!r}; "
+                f"this machine has {len(machine.gpus)} CUDA devices"
+            )
 
 
 def _device_setting(plan: Plan, entry: ProcessPlan) -> str:
@@ -402,8 +409,10 @@ def _notes(topology: Topology, method: Method, models: Models) -> list[str]:
         notes.append(f"the method {method.name!r} has no work for the teacher; it is not started")
     longest = topology.data.max_prompt_tokens + topology.student.sampling.max_new_tokens
     if student is not None and longest > student.context:
-        notes.append(f"prompts and responses may have {longest} tokens together, the student's context has "
-                     f"{student.context}: long prompts get shorter responses")
+        notes.append(
+            f"prompts and responses may have {longest} tokens together, the student's context has "
+            f"{student.context}: long prompts get shorter responses"
+        )
     if scheduler.max_staleness == 0:
         notes.append("scheduler.max_staleness is 0: sampling and training take turns, exactly as in Algorithm 1")
     return notes

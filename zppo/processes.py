@@ -39,8 +39,9 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
     share = max(1, available_cores // (rollout.count + loaded + 1))
     return [
         ProcessPlan(name="controller", role="controller", pool="controller"),
-        ProcessPlan(name="trainer", role="trainer", pool="trainer", device=trainer.device,
-                    threads=trainer.threads or share),
+        ProcessPlan(
+            name="trainer", role="trainer", pool="trainer", device=trainer.device, threads=trainer.threads or share
+        ),
         *_engines("rollout", "rollout", rollout, share),
         *(process for one in asked for process in _engines("teacher", one.pool, one.actor, share)),
         *(ProcessPlan(name=f"grader-{i}", role="grader", pool="grader") for i in range(topology.actors.grader.count)),

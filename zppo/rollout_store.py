@@ -7,7 +7,6 @@ opens the files; `read_step` gives rows back as Structs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +17,7 @@ from msgspec import Struct
 
 from zppo.grading import shown_gold
 from zppo.metrics import prompt_length, response_lengths, version_ranges
+from zppo.whole_file import SUFFIX, written_whole
 from zppo.window import TEACHER, Candidate, Group, Visit, Window
 from zppo_protocol.messages import Prompt
 
@@ -92,12 +92,8 @@ def write_step(folder: Path, step: int, window: Window, outcome: Mapping[str, st
     rows = [row for visit in window.visits for row in _visit_rows(visit, step, window.index, outcome, trained)]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
-    aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
+    with written_whole(path, synced=True) as file:
         parquet.write_table(_to_table(rows), file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return path
 
 
@@ -123,7 +119,7 @@ def step_files(folder: Path) -> Iterator[Path]:
 
 def roll_back(folder: Path, step: int) -> None:
     """On resume: remove the files of steps >= `step` and whatever a crash left half written."""
-    for path in folder.glob("step-*.partial"):
+    for path in folder.glob(f".step-*{SUFFIX}"):
         path.unlink()
     for path in step_files(folder):
         if int(path.stem.removeprefix("step-")) >= step:

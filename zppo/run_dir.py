@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from zppo.config import Topology
 from zppo.errors import UserError
+from zppo.whole_file import written_whole
 
 RECORDED_PACKAGES = ("zppo", "torch", "transformers", "triton", "numpy", "numba", "msgspec", "pyzmq")
 
@@ -92,13 +93,9 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Write `run.json` aside, sync it and rename it into place."""
-    aside = path / ".run.json.partial"
-    with aside.open("wb") as file:
+    """Write `run.json`, whole or not at all."""
+    with written_whole(path / "run.json", synced=True) as file:
         file.write(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path / "run.json")
 
 
 def hold(path: Path) -> int | None:

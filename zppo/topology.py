@@ -60,9 +60,7 @@ def resolve(topology: Topology, base: Path) -> Topology:
     if teacher is not None and actors.teacher.engine != OPENAI:
         teacher = replace(teacher, model=_absolute(teacher.model, base))
     others = [replace(one, actor=_with_script(one.actor, base)) for one in topology.more_teachers]
-    others = [
-        one if one.actor.engine == OPENAI else replace(one, model=_absolute(one.model, base)) for one in others
-    ]
+    others = [one if one.actor.engine == OPENAI else replace(one, model=_absolute(one.model, base)) for one in others]
     data = replace(
         data,
         train=_question_source(data.train, base),

@@ -24,6 +24,7 @@ from zppo.config import Topology
 from zppo.evaluation import EvaluationResult
 from zppo.metrics import LASTING_FATES, Scalars
 from zppo.summary import read_lines
+from zppo.whole_file import written_whole
 from zppo.window import Window
 
 
@@ -146,9 +147,5 @@ class MetricSinks:
 
 def _rewrite(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file as a whole, so that a crash leaves either the old lines or the kept ones."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with written_whole(path, synced=True) as file:
         file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -21,6 +21,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from zppo.whole_file import written_whole
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import PolicyManifest, TensorEntry
 
@@ -54,15 +55,9 @@ def publish(
     keeps wider masters. Raises OSError if the folder is full (nothing is left behind), TypeError for an odd dtype.
     """
     path = weight_path(folder, version)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with aside.open("wb") as file:
-            entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in untied(tensors)]
-            _pad(file)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in untied(tensors)]
+        _pad(file)
     return PolicyManifest(version=version, path=str(path), tensors=entries, digest=whole_digest(entries))
 
 

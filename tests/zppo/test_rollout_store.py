@@ -145,7 +145,7 @@ def test_a_failed_write_leaves_the_old_file(window: Window, tmp_path: Path, monk
 def test_roll_back_removes_later_steps_and_half_written_files(window: Window, tmp_path: Path) -> None:
     for step in (3, 4, 12):
         rollout_store.write_step(tmp_path, step, window, {}, students(window))
-    (tmp_path / "step-000013.partial").write_bytes(b"half")
+    (tmp_path / ".step-000013.parquet.partial").write_bytes(b"half")
     rollout_store.roll_back(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003.parquet"]
 

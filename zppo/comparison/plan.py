@@ -26,6 +26,7 @@ from zppo.memory import inspect_models
 from zppo.methods import get_method, method_names
 from zppo.processes import trainer_scores, uses_teacher
 from zppo.topology import load
+from zppo.whole_file import written_whole
 
 RECORD = "comparison.json"
 OWN_SETTINGS = {
@@ -179,9 +180,8 @@ def read_record(out: Path) -> Record:
 
 def write_record(out: Path, record: Record) -> None:
     """Write it whole or not at all."""
-    aside = out / f".{RECORD}.partial"
-    aside.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-    aside.replace(out / RECORD)
+    with written_whole(out / RECORD) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
 
 def merge(old: Record, new: Record, out: Path) -> Record:

@@ -35,6 +35,7 @@ from zppo.errors import UserError
 from zppo.report import plots
 from zppo.report.page import ASSETS as REPORT_ASSETS
 from zppo.report.page import digest, flatten
+from zppo.whole_file import written_whole
 
 ASSETS = Path(__file__).parent
 
@@ -127,7 +128,6 @@ def markdown_table(table: Table) -> str:
 
 def _write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    aside.replace(path)
+    with written_whole(path) as file:
+        file.write(content)
     return path

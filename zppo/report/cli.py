@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import msgspec
 from zppo.errors import UserError
 from zppo.report.load import load_run
 from zppo.summary import summarise
+from zppo.whole_file import written_whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +35,10 @@ def write_report(run_dir: Path, out: Path) -> Path:
     from zppo.report.page import render_page
 
     page = render_page(load_run(run_dir))
-    aside = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, out)
+        with written_whole(out) as file:
+            file.write(page.encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     return out

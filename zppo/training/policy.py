@@ -100,9 +100,7 @@ class Policy:
         """Policy loss of one forward pass; `arguments` are those of `zppo_kernels.policy_loss_from_hidden`."""
         if self.head is None:
             return policy_loss_from_logits(outputs, target_ids_R, **arguments)
-        return policy_loss_from_hidden(
-            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
-        )
+        return policy_loss_from_hidden(outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments)
 
     def jsd_loss(self, batch: MicroBatch, teacher: Policy, **arguments: Any) -> JsdLossOutput:
         """Divergence from a teacher that reads the same tokens; `arguments` are those of `jsd_loss_from_hidden`.
