@@ -15,14 +15,14 @@ from zppo.init import EXAMPLE, commented_topology, reference
 from zppo.methods import method_names
 from zppo.setting_help import HELP
 from zppo.strict_yaml import parse
-from zppo.topology import settings
+from zppo.topology import setting_names
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_setting_has_its_line_of_help() -> None:
     assert list(HELP) == sorted(HELP, key=list(HELP).index)
-    assert set(HELP) == set(settings())
+    assert set(HELP) == set(setting_names())
 
 
 def test_commented_topology_is_the_defaults() -> None:
@@ -33,8 +33,8 @@ def test_commented_topology_is_the_defaults() -> None:
 def test_commented_topology_names_every_setting_once() -> None:
     document = parse(commented_topology(), "init")
     written = {path for path in document.lines if path and "[" not in path}
-    inside_null = {path for path in settings() if path.startswith("evaluation.sampling.")}
-    assert written == set(settings()) - inside_null
+    inside_null = {path for path in setting_names() if path.startswith("evaluation.sampling.")}
+    assert written == set(setting_names()) - inside_null
 
 
 def test_help_names_every_method() -> None:

@@ -59,7 +59,7 @@ SETTING_MISTAKES = [
     ),
     (
         "actors.rollout.engine_args.max_sequence=9",
-        "actors.rollout.engine_args.max_sequence: the engine 'transformers' has no such argument "
+        "actors.rollout.engine_args.max_sequence: unknown engine argument "
         "(did you mean 'max_sequences'?)",
     ),
     (
@@ -69,7 +69,7 @@ SETTING_MISTAKES = [
     ),
     (
         "actors.teacher.engine_args.max_sequences=three",
-        "actors.teacher.engine_args.max_sequences is 'three'; expected a whole number of at least 1",
+        "actors.teacher.engine_args.max_sequences is 'three'; expected a whole number of at least 1 and at most 65536",
     ),
     (
         "actors.rollout.devices=[]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -281,9 +280,5 @@ def test_an_adaptive_cap_makes_room_for_the_largest_window(small: Path) -> None:
     assert make_plan(topology_of(small, *overrides), 10, MACHINE).windows.reformulated == 3
 
 
-@pytest.mark.slow
-def test_engine_names_and_arguments_are_those_of_the_engines() -> None:
+def test_every_engine_can_be_planned_for() -> None:
     assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES)  # the arguments of vLLM are vLLM's own
-    for name, arguments in ENGINE_ARGUMENTS.items():
-        fields = import_module(ENGINES[name]).Arguments.__struct_fields__
-        assert set(fields) == set(arguments)

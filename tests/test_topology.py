@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from zppo.config import Topology
 from zppo.errors import UserError
 from zppo.strict_yaml import parse
-from zppo.topology import convert, load, override, run_directory, settings
+from zppo.topology import convert, load, override, run_directory, setting_names
 
 Reader = Callable[..., Topology]
 BASE = "data: {train: q.jsonl}\nstudent:\n  model: m\n"
@@ -149,7 +149,7 @@ def test_relative_paths_are_taken_from_the_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_settings_lists_every_leaf() -> None:
-    paths = list(settings())
+    paths = list(setting_names())
     assert len(paths) == len(set(paths))
     assert {"run.steps", "teacher.sampling.top_k", "actors.rollout.engine_args", "sinks"} <= set(paths)
 

@@ -1,16 +1,36 @@
-"""The arguments of an engine, from plain data to its own Struct; needs no engine, so a plan can be checked anywhere."""
+"""The arguments of our own engines, and the way from plain data to them; needs no engine, so any plan can be checked.
+
+Those of `openai` have more rules (`zppo.openai_arguments`), those of `vllm` are vLLM's own (`zppo.vllm_arguments`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from zppo.errors import UserError, nearest
+from zppo.shapes import explain
 
 Arguments = TypeVar("Arguments", bound=Struct)
+Sequences = Annotated[int, Meta(ge=1, le=65_536)]
+DEFAULT_SEQUENCES = 64
+
+
+class TransformersArguments(Struct, frozen=True, kw_only=True):
+    """`engine_args` of the engine `transformers`. `max_length` null is all the context the model has."""
+
+    max_sequences: Sequences = DEFAULT_SEQUENCES
+    max_length: Annotated[int, Meta(ge=2)] | None = None
+
+
+class SimulatedArguments(Struct, frozen=True, kw_only=True):
+    """`engine_args` of the engine `simulated`; without a script every question has the default behaviour."""
+
+    script: str | None = None
+    max_sequences: Sequences = DEFAULT_SEQUENCES
 
 
 def convert_arguments(given: Mapping[str, Any], arguments: type[Arguments], where: str) -> Arguments:
@@ -23,6 +43,4 @@ def convert_arguments(given: Mapping[str, Any], arguments: type[Arguments], wher
     try:
         return msgspec.convert(dict(given), arguments)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        name = path.rstrip("`")
-        raise UserError(f"{where}{'.' + name if name else ''}: {reason[0].lower()}{reason[1:]}") from error
+        raise UserError(explain(str(error), given, arguments, prefix=where).sentence) from error

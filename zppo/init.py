@@ -16,7 +16,7 @@ import yaml
 from zppo.config import DataConfig, ModelConfig, TeacherConfig, Topology
 from zppo.errors import UserError
 from zppo.setting_help import HELP
-from zppo.topology import settings
+from zppo.topology import setting_names
 
 HEADING = """\
 # A run of zppo: every setting with its default. Delete what you do not change. Check it with
@@ -55,7 +55,7 @@ def reference() -> str:
     values: dict[str, Any] = msgspec.to_builtins(EXAMPLE)
     required = {"data.train", "student.model", "teacher.model"}
     rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for path in settings():
+    for path in setting_names():
         value = _value(values, path.split("."))
         if isinstance(value, dict) and value:
             rows.append(f"| **{path}** | | {HELP[path]} |")

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from zppo.config import ActorConfig, ModelConfig, TeacherConfig, Topology
+from zppo.engine_arguments import DEFAULT_SEQUENCES
 from zppo.methods import get_method
 from zppo.model_folder import ModelFacts, inspect_model
 from zppo.openai_arguments import OPENAI
@@ -37,7 +38,6 @@ LOGITS_ROWS = 1024
 """Rows of logits that exist at once, in float32, in the trainer's chunked loss."""
 SCORED_TOKENS, SCORED_ROWS = 8192, 256
 """Tokens of one scoring pass of an engine, and rows of its logits that exist at once, twice."""
-DEFAULT_SEQUENCES = 64
 PUBLISHED_MARGIN = 2
 """Policy versions in shared memory beyond max_staleness: the newest one and the one being written."""
 

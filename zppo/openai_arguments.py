@@ -37,7 +37,7 @@ REMOVABLE = ("temperature", "top_p", "seed", "stream_options")
 Seconds = Annotated[float, Meta(gt=0.0, le=86_400.0)]
 
 
-class Arguments(Struct, frozen=True, kw_only=True):
+class OpenaiArguments(Struct, frozen=True, kw_only=True):
     """`engine_args` of this engine; docs/openai.md says what each is for."""
 
     base_url: str
@@ -65,9 +65,9 @@ class Arguments(Struct, frozen=True, kw_only=True):
     """Allow http to other machines."""
 
 
-def read_openai_arguments(given: Mapping[str, Any], where: str) -> Arguments:
+def read_openai_arguments(given: Mapping[str, Any], where: str) -> OpenaiArguments:
     """Convert and check `engine_args` of the section `where`. Raises UserError."""
-    arguments = convert_arguments(given, Arguments, where)
+    arguments = convert_arguments(given, OpenaiArguments, where)
     where = f"{where}.engine_args"
     _check_url(arguments, where)
     _check_body(arguments.extra_body, where)
@@ -75,7 +75,7 @@ def read_openai_arguments(given: Mapping[str, Any], where: str) -> Arguments:
     return arguments
 
 
-def read_key(arguments: Arguments, where: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def read_key(arguments: OpenaiArguments, where: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """The key, or None where none is to be sent. Raises UserError, which never shows the key."""
     named = arguments.api_key_env
     if named is None:
@@ -122,7 +122,7 @@ def refuse_rollout(where: str, engine: str) -> None:
 # ---- single arguments --------------------------------------------------------------------------------------------
 
 
-def _check_url(arguments: Arguments, where: str) -> None:
+def _check_url(arguments: OpenaiArguments, where: str) -> None:
     parts = _split(arguments.base_url)
     if parts is None:
         raise UserError(

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from zppo.algorithm import quota
 from zppo.config import ActorConfig, Topology
+from zppo.engine_arguments import DEFAULT_SEQUENCES, SimulatedArguments, TransformersArguments, convert_arguments
 from zppo.errors import UserError, nearest
 from zppo.grading import JUDGE, get_grader
-from zppo.memory import DEFAULT_SEQUENCES, Models, Need, inspect_models, need, shared_bytes
+from zppo.memory import Models, Need, inspect_models, need, shared_bytes
 from zppo.methods import Method, get_method
 from zppo.model_folder import inspect_model
-from zppo.openai_arguments import OPENAI, Arguments, check_openai, refuse_rollout
+from zppo.openai_arguments import OPENAI, OpenaiArguments, check_openai, refuse_rollout
 from zppo.processes import ProcessPlan, processes, teachers, trainer_scores, uses_teacher
 from zppo.vllm_arguments import VLLM, check_prompts_read_whole, check_vllm_arguments, check_vllm_sizes
 
-ENGINE_ARGUMENTS = {
-    "transformers": ("max_sequences", "max_length"),
-    "simulated": ("script", "max_sequences"),
-    OPENAI: Arguments.__struct_fields__,
+ENGINE_ARGUMENTS: dict[str, type[Struct]] = {
+    "transformers": TransformersArguments,
+    "simulated": SimulatedArguments,
+    OPENAI: OpenaiArguments,
 }
 """Engines and their arguments; the engines themselves are not imported here. Those of vLLM are its own."""
 CAPACITY_ARGUMENTS = {OPENAI: "max_concurrent", VLLM: "max_num_seqs"}
@@ -184,9 +186,8 @@ def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str
         hint = nearest(actor.engine, (*ENGINE_ARGUMENTS, VLLM))
         raise UserError(f"{where}.engine is {actor.engine!r}; expected the name of an engine{hint}")
     refuse_rollout(where, actor.engine)
-    _check_arguments(actor, where)
     capacity = CAPACITY_ARGUMENTS.get(actor.engine, "max_sequences")
-    sequences = actor.engine_args.get(capacity, DEFAULT_SEQUENCES)
+    sequences = _checked_arguments(actor, where).get(capacity, DEFAULT_SEQUENCES)
     if not isinstance(sequences, int) or isinstance(sequences, bool):
         raise UserError(f"{where}.engine_args.{capacity} is {sequences!r}; expected a whole number of at least 1")
     if sequences < group:
@@ -196,17 +197,13 @@ def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str
         )
 
 
-def _check_arguments(actor: ActorConfig, where: str) -> None:
+def _checked_arguments(actor: ActorConfig, where: str) -> Mapping[str, Any]:
+    """The arguments of an engine, defaults of ours included."""
     if actor.engine == VLLM:
         model_where = "student.model" if where == "actors.rollout" else _model_setting(where)
         check_vllm_arguments(actor.engine_args, where, model_where)
-        return
-    known = ENGINE_ARGUMENTS[actor.engine]
-    for name in actor.engine_args:
-        if name not in known:
-            raise UserError(
-                f"{where}.engine_args.{name}: the engine {actor.engine!r} has no such argument{nearest(name, known)}"
-            )
+        return actor.engine_args
+    return structs.asdict(convert_arguments(actor.engine_args, ENGINE_ARGUMENTS[actor.engine], where))
 
 
 def _model_setting(where: str) -> str:

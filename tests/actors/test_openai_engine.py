@@ -25,7 +25,7 @@ from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, Teac
 from zppo.errors import UserError
 from zppo.memory import CLIENT_LIBRARIES
 from zppo.metrics import prompt_length, response_lengths, response_tokens
-from zppo.openai_arguments import Arguments, check_openai, read_key, read_openai_arguments
+from zppo.openai_arguments import OpenaiArguments, check_openai, read_key, read_openai_arguments
 from zppo.pictures import MAX_BYTES
 from zppo.plan import Machine, Plan, make_plan
 from zppo.topology import load
@@ -70,7 +70,7 @@ def spec(server: Server, where: str = "actors.teacher", model: str = MODEL, **ar
 
 def use(server: Server, work: Callable[[OpenAIEngine], Coroutine[Any, Any, Result]], **arguments: Any) -> Result:
     """Run `work` with an engine whose pauses are short."""
-    settings = Arguments(base_url=server.base_url, **arguments)
+    settings = OpenaiArguments(base_url=server.base_url, **arguments)
 
     async def run() -> Result:
         key = read_key(settings, "engine_args")
@@ -487,11 +487,17 @@ def refusal(call: Callable[[], Any]) -> str:
 WHERE = "actors.teacher.engine_args"
 LOCAL = "http://127.0.0.1:8000/v1"
 BAD_ARGUMENTS = [
-    ({}, f"{WHERE}: object missing required field `base_url`"),
+    ({}, f"{WHERE}.base_url is missing; expected a text"),
     ({"base_url": LOCAL, "max_conc": 2}, f"{WHERE}.max_conc: unknown engine argument (did you mean 'max_concurrent'?)"),
     ({"base_url": LOCAL, "api_key": KEY}, f"{WHERE}.api_key: unknown engine argument (did you mean 'api_key_env'?)"),
-    ({"base_url": LOCAL, "max_concurrent": 0}, f"{WHERE}.max_concurrent: expected `int` >= 1"),
-    ({"base_url": LOCAL, "timeout_seconds": 0}, f"{WHERE}.timeout_seconds: expected `float` > 0.0"),
+    (
+        {"base_url": LOCAL, "max_concurrent": 0},
+        f"{WHERE}.max_concurrent is 0; expected a whole number of at least 1 and at most 65536",
+    ),
+    (
+        {"base_url": LOCAL, "timeout_seconds": 0},
+        f"{WHERE}.timeout_seconds is 0; expected a number above 0.0 and at most 86400.0",
+    ),
     ({"base_url": LOCAL, "api_key_env": KEY}, f"{WHERE}.api_key_env names an environment variable that is not set"),
     (
         {"base_url": "ftp://host"},
@@ -543,7 +549,7 @@ def test_good_addresses(url: str) -> None:
 
 def test_the_key_comes_from_the_environment() -> None:
     default, named, none = (
-        Arguments(base_url=LOCAL, **extra) for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
+        OpenaiArguments(base_url=LOCAL, **extra) for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
     )
     environment = {"OPENAI_API_KEY": KEY, "K": " other\n"}
     assert [read_key(each, WHERE, environment) for each in (default, named, none)] == [KEY, "other", None]
@@ -674,7 +680,7 @@ def test_the_plan_refuses_what_cannot_work(small: Path) -> None:
         "as a whole"
     )
     said = refusal(lambda: plan_of(small, f"actors.teacher.engine_args.api_key={KEY}"))
-    assert said == f"{WHERE}.api_key: the engine 'openai' has no such argument (did you mean 'api_key_env'?)"
+    assert said == f"{WHERE}.api_key: unknown engine argument (did you mean 'api_key_env'?)"
     assert "scheduler.lease_seconds" in refusal(lambda: plan_of(small, "scheduler.lease_seconds=100"))
 
 

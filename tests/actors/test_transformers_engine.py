@@ -496,8 +496,14 @@ def test_cancelled_task_frees_its_slots(tmp_path: Path) -> None:
             {"max_sequence": 4},
             "actors.rollout.engine_args.max_sequence: unknown engine argument (did you mean 'max_sequences'?)",
         ),
-        ({"max_sequences": 0}, "actors.rollout.engine_args.max_sequences: expected `int` >= 1"),
-        ({"max_length": "long"}, "actors.rollout.engine_args.max_length: expected `int | null`, got `str`"),
+        (
+            {"max_sequences": 0},
+            "actors.rollout.engine_args.max_sequences is 0; expected a whole number of at least 1 and at most 65536",
+        ),
+        (
+            {"max_length": "long"},
+            "actors.rollout.engine_args.max_length is 'long'; expected a whole number of at least 2, or null",
+        ),
     ],
 )
 def test_engine_arguments_are_checked(engine_args: dict[str, Any], sentence: str, folder: Path) -> None:

@@ -21,11 +21,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from zppo.engine_arguments import SimulatedArguments, convert_arguments
 from zppo.errors import UserError, nearest
 from zppo.tokenization import share_of
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.sequences import Completion, group_samples
-from zppo_actors.engines.spec import EngineSpec, read_arguments
+from zppo_actors.engines.spec import EngineSpec
 from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ResponseStart, ScoreTask, TokenScores
 
 VOCABULARY = 16
@@ -63,16 +64,9 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.default if found is None else self.questions[found]
 
 
-class Arguments(Struct, frozen=True, kw_only=True):
-    """`engine_args` of this engine; without a script every question has the default behaviour."""
-
-    script: str | None = None
-    max_sequences: Annotated[int, Meta(ge=1, le=65_536)] = 64
-
-
 def create(spec: EngineSpec) -> SimulatedEngine:
     """Read the script. Raises UserError naming the file, the key and the nearest valid one."""
-    arguments = read_arguments(spec, Arguments)
+    arguments = convert_arguments(spec.engine_args, SimulatedArguments, spec.where)
     where = f"{spec.where}.engine_args.script"
     script = Script() if arguments.script is None else read_script(Path(arguments.script), where)
     return SimulatedEngine(script, arguments.max_sequences)

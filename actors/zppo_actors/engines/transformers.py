@@ -18,12 +18,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from msgspec import Meta, Struct
 
+from zppo.engine_arguments import TransformersArguments, convert_arguments
 from zppo_actors import weights
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.decoder import Decoder, Ended
@@ -32,7 +32,7 @@ from zppo_actors.engines.models import adopt_slots, context_length, load_model
 from zppo_actors.engines.score_tasks import check_scorable
 from zppo_actors.engines.scoring import Scorer
 from zppo_actors.engines.sequences import Running, group_samples
-from zppo_actors.engines.spec import EngineSpec, read_arguments
+from zppo_actors.engines.spec import EngineSpec
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores
 
@@ -44,16 +44,9 @@ FAILURES_IN_A_ROW = 3
 """So many failures without a token between them mean that the device or the model is beyond help."""
 
 
-class Arguments(Struct, frozen=True, kw_only=True):
-    """`engine_args` of this engine. `max_length` null is all the context the model has."""
-
-    max_sequences: Annotated[int, Meta(ge=1, le=65_536)] = 64
-    max_length: Annotated[int, Meta(ge=2)] | None = None
-
-
 def create(spec: EngineSpec) -> TransformersEngine:
     """Load tokenizer and model, check that they can be served, and start the decode thread. Raises UserError."""
-    arguments = read_arguments(spec, Arguments)
+    arguments = convert_arguments(spec.engine_args, TransformersArguments, spec.where)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = PromptTokenizer(spec.model.model, spec.model_where)
