@@ -11,10 +11,11 @@ from msgspec.structs import replace
 
 from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology, TrainerConfig
 from zppo.errors import UserError
+from zppo.machine import GIB, Machine
 from zppo.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
 from zppo.methods import method_names
 from zppo.model_folder import inspect_model
-from zppo.plan import ENGINE_ARGUMENTS, GIB, Machine, make_plan
+from zppo.plan import ENGINE_ARGUMENTS, make_plan
 from zppo.processes import ProcessPlan, processes
 from zppo.topology import load
 from zppo.vllm_arguments import VLLM
@@ -48,11 +49,12 @@ def test_teacher_is_not_started_without_work(small: Path) -> None:
 def test_notes_say_what_may_surprise(small: Path) -> None:
     overrides = ("scheduler.max_staleness=0", "data.max_prompt_tokens=60", "method.hard_threshold=0")
     assert make_plan(topology_of(small, *overrides), 6, MACHINE).notes == [
+        "run.steps is 4, but the corpus ends after 3 (run.epochs is 1): the run ends there",
         "scheduler.rho_aug leaves no room for a single reformulated question in a window",
         "method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed",
         "prompts and responses may have 68 tokens together, the student's context has 64: long prompts get shorter "
         "responses",
-        "scheduler.max_staleness is 0: sampling and training take turns, exactly as in Algorithm 1",
+        "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1",
     ]
 
 
@@ -137,7 +139,8 @@ REFUSALS = [
     (
         ("actors.trainer.device=cuda", "actors.trainer.micro_batch_tokens=1000000"),
         replace(MACHINE, gpus=[GIB // 8]),
-        "the plan needs 0.3 GiB on cuda:0 but 0.1 GiB are free",
+        "the plan needs 0.3 GiB on cuda:0 but 0.1 GiB are free; the largest part is trainer with 0.3 "
+        "GiB; try actors.trainer.gradient_checkpointing or a smaller actors.trainer.micro_batch_tokens",
     ),
     (
         ("transport.max_message_mib=1", "scheduler.new_questions=3000"),
@@ -278,6 +281,65 @@ def test_remote_scores_make_larger_windows(small: Path) -> None:
 def test_an_adaptive_cap_makes_room_for_the_largest_window(small: Path) -> None:
     overrides = ("scheduler.new_questions=4", "scheduler.rho_aug=0.25", "scheduler.rho_aug_max=0.75")
     assert make_plan(topology_of(small, *overrides), 10, MACHINE).windows.reformulated == 3
+
+
+def test_what_vllm_takes_of_a_card_it_shares(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo.plan.check_vllm_arguments", lambda *given: None)  # vLLM need not be installed
+    overrides = ["method.name=grpo", "actors.trainer.device=cuda:0", "actors.rollout.devices=['cuda:0']"]
+    overrides += ["actors.rollout.engine=vllm", "actors.trainer.micro_batch_tokens=1000000"]
+    machine = replace(MACHINE, gpus=[16 * GIB])
+    shared = "actors.rollout.engine_args={max_model_len: 64, gpu_memory_utilization: 0.4}"
+    assert make_plan(topology_of(small, *overrides, shared), 10, machine)
+    cache = "actors.rollout.engine_args={max_model_len: 64, kv_cache_memory_bytes: 1000000}"
+    assert make_plan(topology_of(small, *overrides, cache), 10, machine)
+    greedy = "actors.rollout.engine_args={max_model_len: 64, gpu_memory_utilization: 0.999}"
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides, greedy), 10, machine)
+    assert (
+        "the largest part is rollout-0 with 16.0 GiB; try fewer or shorter sequences, and with vLLM a smaller"
+        in str(caught.value)
+    )
+
+
+def test_a_card_that_nobody_uses_is_mentioned(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr("zppo.machine.NVIDIA", tmp_path / "gpus")
+    note = "every device is cpu, though this machine has 1 GPU: see actors.trainer.device and actors.rollout.devices"
+    assert note in make_plan(topology_of(small), 10, MACHINE).notes
+    used = topology_of(small, "actors.teacher.devices=[cuda]")
+    assert note not in make_plan(used, 10, replace(MACHINE, gpus=[8 * GIB])).notes
+    with pytest.raises(UserError, match="no setting names a GPU"):
+        make_plan(topology_of(small), 10, replace(MACHINE, memory=GIB))
+
+
+def test_ncq_without_a_teacher_says_who_shortens_the_candidates(small: Path) -> None:
+    note = "there is no teacher: candidates are shortened by rule, not compressed as in the paper"
+    assert note in make_plan(topology_of(small, "method.name=grpo_replay_ncq", "teacher=null"), 10, MACHINE).notes
+    assert note not in make_plan(topology_of(small, "method.name=grpo_replay_ncq"), 10, MACHINE).notes
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "student.chat_template_kwargs={tokenize: false}",
+            "student.chat_template_kwargs.tokenize cannot be set: it is always true",
+        ),
+        (
+            "teacher.compression_chat_template_kwargs={tools: null}",
+            "teacher.compression_chat_template_kwargs.tools cannot be set: prompts have none",
+        ),
+        (
+            "teacher.chat_template_kwargs={enable-thinking: false}",
+            "teacher.chat_template_kwargs: 'enable-thinking' is no variable of a template; expected a name such as "
+            "enable_thinking",
+        ),
+    ],
+)
+def test_only_variables_of_templates_can_be_set(small: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, override), 10, MACHINE)
+    assert str(caught.value) == sentence
 
 
 def test_every_engine_can_be_planned_for() -> None:

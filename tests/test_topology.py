@@ -148,6 +148,21 @@ def test_relative_paths_are_taken_from_the_file(tmp_path: Path, monkeypatch: pyt
     assert run_directory(topology) == tmp_path / "runs/run"
 
 
+def test_a_sampling_section_may_say_only_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text(
+        "data: {train: x}\nstudent: {model: m, sampling: {top_k: 5}}\n"
+        "teacher: {model: m, sampling: {temperature: 0.5}, compression_sampling: {temperature: 0}}\n"
+        "evaluation: {sampling: {temperature: 0.6}}\n"
+    )
+    loaded = load(file)
+    assert loaded.teacher is not None and loaded.evaluation.sampling is not None
+    sections = (loaded.student.sampling, loaded.teacher.sampling, loaded.evaluation.sampling)
+    assert [one.max_new_tokens for one in sections] == [12_288] * 3
+    assert loaded.teacher.compression_sampling.max_new_tokens == 512
+    assert (loaded.student.sampling.top_k, loaded.student.sampling.temperature) == (5, 1.0)
+
+
 def test_settings_lists_every_leaf() -> None:
     paths = list(setting_names())
     assert len(paths) == len(set(paths))

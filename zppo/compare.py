@@ -29,7 +29,8 @@ from zppo.comparison.plan import Pair, Record
 from zppo.config import Topology
 from zppo.errors import UserError
 from zppo.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR
-from zppo.plan import make_plan, measure_machine, wants_gpu
+from zppo.machine import measure_machine, wants_gpu
+from zppo.plan import make_plan
 from zppo.processes import cores
 from zppo.questions import digest
 
@@ -126,7 +127,7 @@ def _check_methods(topologies: Sequence[Topology]) -> tuple[str, int]:
     if others:
         machine = measure_machine(cores(), run_dir.runtime_base(), wants_gpu(first))
     for other in others:
-        make_plan(other, len(questions), machine)
+        launch.check_vocabularies(other, make_plan(other, len(questions), machine).method)
     return digest(questions), checked.plan.windows.steps
 
 

@@ -26,14 +26,9 @@ _EXPLORATION = re.compile(
 )
 
 
-def accept(reply: str, text: str, max_lines: int, max_tokens: int) -> str:
-    """The compressed form of candidate `text`: the teacher's `reply` if it is faithful, else `by_rule(text)`.
-
-    `max_tokens` bounds the rule only; the reply's own tokens were bounded when it was sampled.
-    """
-    return (
-        "\n".join(lines(visible(reply))) if faithful(reply, text, max_lines) else by_rule(text, max_lines, max_tokens)
-    )
+def written(reply: str, text: str, max_lines: int) -> str | None:
+    """The compressed form of candidate `text` in the teacher's words, or None if its `reply` is not faithful."""
+    return "\n".join(lines(visible(reply))) if faithful(reply, text, max_lines) else None
 
 
 def faithful(reply: str, text: str, max_lines: int) -> bool:

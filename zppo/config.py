@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, Struct, field
 
-from zppo_protocol.messages import Sampling
+from zppo_protocol.messages import NewTokens, Sampling, TemplateValue
 
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 NonNegative: TypeAlias = Annotated[int, Meta(ge=0)]
@@ -21,6 +21,18 @@ NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all sections."""
+
+
+class ResponseSampling(Sampling, frozen=True, kw_only=True):
+    """How responses are sampled (Table 8)."""
+
+    max_new_tokens: NewTokens = 12_288
+
+
+class CompressionSampling(Sampling, frozen=True, kw_only=True):
+    """How candidates are compressed (paper, step 4)."""
+
+    max_new_tokens: NewTokens = 512
 
 
 class RunConfig(Config, frozen=True, kw_only=True):
@@ -85,12 +97,15 @@ class ModelConfig(Config, frozen=True, kw_only=True):
 
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    sampling: Sampling = Sampling(max_new_tokens=12_288)
+    sampling: ResponseSampling = ResponseSampling()
+    chat_template_kwargs: dict[str, TemplateValue] = {}
 
 
 class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     compression: Literal["teacher", "rule"] = "teacher"
-    compression_sampling: Sampling = Sampling(max_new_tokens=512)
+    compression_sampling: CompressionSampling = CompressionSampling()
+    compression_chat_template_kwargs: dict[str, TemplateValue] | None = None
+    """When the teacher compresses, writes hints or judges; null: see `zppo.chat_template.when_writing`."""
     compression_max_lines: Positive = 5
     scoring: Literal["colocated", "remote"] = "colocated"
     """Where distillation gets the teacher's distribution: from a copy inside the trainer, over the whole vocabulary, or
@@ -181,7 +196,7 @@ class EvaluationConfig(Config, frozen=True, kw_only=True):
     every: Positive | None = None
     samples: Positive = 4
     limit: Positive | None = None
-    sampling: Sampling | None = None
+    sampling: ResponseSampling | None = None
     """Null decodes as the student does in training."""
 
 

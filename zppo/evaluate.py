@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from zppo.config import DataConfig, ModelConfig
+from zppo.chat_template import THINKING_OFF, check_template_variables
+from zppo.config import DataConfig, ModelConfig, ResponseSampling
 from zppo.data import Corpus, load_questions
 from zppo.errors import UserError
 from zppo.evaluation_plan import (
@@ -32,9 +33,9 @@ from zppo.exit_codes import EXIT_USER_ERROR
 from zppo.grading import JUDGE, JUDGE_SAMPLING
 from zppo.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
 from zppo.prompts import PromptSet
+from zppo.sources import is_procedural
 from zppo.strict_yaml import parse
 from zppo.tokenization import load_tokenizer
-from zppo_protocol.messages import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +93,11 @@ def _check_model_options(arguments: argparse.Namespace) -> None:
         raise UserError(f"--engine is {arguments.engine!r}; expected none, because --server has its own")
 
 
-def _sampling(arguments: argparse.Namespace) -> Sampling:
+def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "presence_penalty")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     try:
-        return msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, Sampling)
+        return msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, ResponseSampling)
     except msgspec.ValidationError as error:
         reason, _, field = str(error).partition(" - at `$.")
         option = "--" + field.rstrip("`").replace("_", "-")
@@ -104,14 +105,20 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
         raise UserError(f"{option} is {value}; {reason[0].lower()}{reason[1:]}") from None
 
 
-def _served(arguments: argparse.Namespace, located: Located | None, sampling: Sampling) -> tuple[Served, list[str]]:
+def _served(
+    arguments: argparse.Namespace, located: Located | None, sampling: ResponseSampling
+) -> tuple[Served, list[str]]:
     engine_args = dict(_pair(text, "--engine-arg") for text in arguments.engine_arg)
+    run = located.topology if located else None
+    variables = dict(_pair(text, "--chat-template-arg") for text in arguments.chat_template_arg)
+    variables = variables or (dict(run.student.chat_template_kwargs) if run else {})
+    check_template_variables(variables, "--chat-template-arg")
     if located is None:
-        model = ModelConfig(model=arguments.served_model, sampling=sampling)
+        model = ModelConfig(model=arguments.served_model, sampling=sampling, chat_template_kwargs=variables)
         return _server(arguments.server, model, engine_args, "--server"), []
     engine = arguments.engine or "transformers"
-    dtype = arguments.dtype or (located.topology.student.dtype if located.topology else None)
-    model, notes = served_folder(located, sampling, dtype, engine, "--model")
+    dtype = arguments.dtype or (run.student.dtype if run else None)
+    model, notes = served_folder(located, sampling, dtype, engine, "--model", variables)
     if engine == "simulated" and sampling.presence_penalty:
         notes.append("the engine 'simulated' knows no presence penalty")
     return Served(
@@ -139,20 +146,19 @@ def _judge(arguments: argparse.Namespace) -> Served | None:
         return None
     located = locate_model(arguments.judge)
     engine = "simulated" if arguments.engine == "simulated" else "transformers"
-    model, _ = served_folder(located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge")
+    model, _ = served_folder(located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge", THINKING_OFF)
     return Served(model=model, engine=engine, device=arguments.device, threads=arguments.threads, where="--judge")
 
 
 def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
-    """The questions: those named, else those that the run holds out. Prompts are made as the run makes them."""
+    """The questions: those named, else those that the run holds out; read, asked and graded as the run does it."""
     run = located.topology.data if located and located.topology else None
     if arguments.data is None and (run is None or run.heldout is None):
         raise UserError("--data is missing; expected a question file, a data set folder, or reasoning_gym:TASK?…")
     data = run or DataConfig(train="")
-    if arguments.data is not None:
-        data = replace(data, train=arguments.data, fields={}, grader="math")
-    else:
-        data = replace(data, train=data.heldout)
+    data = replace(data, train=arguments.data if arguments.data is not None else data.heldout)
+    if is_procedural(data.train):  # they have neither columns nor a grader of the user's
+        data = replace(data, fields={}, grader="math")
     fields = dict(_pair(text, "--field") for text in arguments.field) or data.fields
     given = {
         "fields": fields,
@@ -236,6 +242,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--engine", metavar="NAME", help="engine for --model: transformers (default) or vllm")
     group.add_argument(
         "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="of the engine; may be repeated"
+    )
+    group.add_argument(
+        "--chat-template-arg", action="append", default=[], metavar="NAME=VALUE", help="e.g. enable_thinking=false"
     )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=DTYPES, help="default: that of the model")

@@ -6,6 +6,7 @@ directory knows about its questions and prompts is the default for what the comm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import msgspec
 from msgspec import Struct
 
 from zppo import checkpoint, run_dir
-from zppo.config import DataConfig, ModelConfig, Topology
+from zppo.config import DataConfig, ModelConfig, ResponseSampling, Topology
 from zppo.errors import UserError
 from zppo.model_folder import inspect_model
-from zppo_protocol.messages import Sampling
+from zppo_protocol.messages import TemplateValue
 
-PAPER_SAMPLING = Sampling(max_new_tokens=12_288, temperature=0.6, top_p=0.95, top_k=20, presence_penalty=1.5)
+PAPER_SAMPLING = ResponseSampling(max_new_tokens=12_288, temperature=0.6, top_p=0.95, top_k=20, presence_penalty=1.5)
 """The paper's decoding for evaluation (Table 8)."""
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,7 +78,12 @@ def locate_model(path: Path) -> Located:
 
 
 def served_folder(
-    located: Located, sampling: Sampling, dtype: str | None, engine: str, where: str
+    located: Located,
+    sampling: ResponseSampling,
+    dtype: str | None,
+    engine: str,
+    where: str,
+    chat_template_kwargs: Mapping[str, TemplateValue],
 ) -> tuple[ModelConfig, list[str]]:
     """The settings of a model folder: its own dtype unless another is asked for, and no more tokens than fit.
 
@@ -94,7 +100,12 @@ def served_folder(
             f"instead of {sampling.max_new_tokens}"
         )
         sampling = msgspec.structs.replace(sampling, max_new_tokens=context - 1)
-    return ModelConfig(model=str(located.folder.absolute()), dtype=chosen, sampling=sampling), notes
+    return ModelConfig(
+        model=str(located.folder.absolute()),
+        dtype=chosen,
+        sampling=sampling,
+        chat_template_kwargs=dict(chat_template_kwargs),
+    ), notes
 
 
 def _own_dtype(folder: Path) -> str:

@@ -20,10 +20,10 @@ _PASSES = 20
 """Taking something out may put together what must go as well; a text that needs more passes says nothing."""
 
 
-def accept(reply: str | None, response: str, max_lines: int, max_tokens: int) -> str:
-    """The hint to show for a correct `response`: the teacher's `reply` without the answer, or else one by rule."""
-    hint = _clean(visible(reply), answer_pattern(response), max_lines, max_tokens) if reply is not None else ""
-    return hint if _says_something(hint) else by_rule(response, max_lines, max_tokens)
+def written(reply: str, response: str, max_lines: int, max_tokens: int) -> str | None:
+    """The hint for a correct `response` in the teacher's words, without the answer; None if nothing is left of them."""
+    hint = _clean(visible(reply), answer_pattern(response), max_lines, max_tokens)
+    return hint if _says_something(hint) else None
 
 
 def by_rule(response: str, max_lines: int, max_tokens: int) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from zppo.chat_template import when_writing
 from zppo.composition import Composition, gathered
 from zppo.config import Topology
 from zppo.dispatch import Job
-from zppo.grading import JUDGE, JUDGE_SAMPLING
+from zppo.grading import JUDGE, JUDGE_SAMPLING, last_boxed
 from zppo.processes import teacher_pool, teachers
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.window import EVALUATE, PLAIN, TEACHER, Candidate, Group, Visit, Window
-from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling, ScoreTask
+from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling, ScoreTask, TemplateValue
 
 Stage: TypeAlias = Literal["sample", "grade", "judge", "compress", "write_hint", "score"]
 ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", teacher_pool(0), "grader"
@@ -66,6 +68,7 @@ class JobFactory:
         self._topology = topology
         self._student = topology.student.sampling
         self._teacher = topology.teacher
+        self._when_writing = when_writing(topology.teacher, topology.actors.teacher.engine) if topology.teacher else {}
 
     @property
     def teacher_compresses(self) -> bool:
@@ -101,7 +104,9 @@ class JobFactory:
         group = target.the_group
         teacher = group.kind == TEACHER
         n, sampling = self._decoding(group)
-        message = self._generate(group.id, group.kind, group.prompt, n, sampling, -1 if teacher else min_version)
+        model = teachers(self._topology)[group.teacher].model if teacher else self._topology.student
+        prompt = _for_template(group.prompt, model.chat_template_kwargs)
+        message = self._generate(group.id, group.kind, prompt, n, sampling, -1 if teacher else min_version)
         order = (window, _stage_order(group.kind))
         pool = teacher_pool(group.teacher) if teacher else ROLLOUT_POOL
         return Job(id=group.id, pool=pool, order=order, cost=n, message=message, min_version=message.min_version)
@@ -119,8 +124,8 @@ class JobFactory:
         group, question = target.the_group, target.question
         assert group.samples is not None, "a group is judged after it is sampled"
         name = target.task_id
-        prompt = prompts.judge(question.text, question.answer, group.samples.texts[target.response])
-        message = self._generate(name, JUDGE, prompt, 1, JUDGE_SAMPLING, -1)
+        prompt = prompts.judge(question.text, question.answer, last_boxed(group.samples.texts[target.response]) or "")
+        message = self._generate(name, JUDGE, _for_template(prompt, self._when_writing), 1, JUDGE_SAMPLING, -1)
         order = (window, _stage_order(group.kind))
         return Job(id=name, pool=TEACHER_POOL, order=order, cost=1, message=message)
 
@@ -128,7 +133,7 @@ class JobFactory:
         assert self._teacher is not None
         lines, tokens = self.compression_limits
         name, ask = target.task_id, prompts.write_hint if target.stage == "write_hint" else prompts.compress
-        prompt = ask(target.question.text, candidate.text, tokens, lines)
+        prompt = _for_template(ask(target.question.text, candidate.text, tokens, lines), self._when_writing)
         message = self._generate(name, target.stage, prompt, 1, self._teacher.compression_sampling, -1)
         return Job(id=name, pool=TEACHER_POOL, order=(window, _stage_order(target.stage)), cost=1, message=message)
 
@@ -168,6 +173,11 @@ class JobFactory:
             seed=int.from_bytes(seed, "big"),
             min_version=min_version,
         )
+
+
+def _for_template(prompt: Prompt, variables: Mapping[str, TemplateValue]) -> Prompt:
+    """The prompt for the chat template of the model that will read it."""
+    return structs.replace(prompt, chat_template_kwargs=dict(variables)) if variables else prompt
 
 
 def _stage_order(kind: str) -> int:

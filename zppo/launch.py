@@ -22,17 +22,18 @@ from zppo.config import Topology
 from zppo.data import Corpus, bad_rows_text, held_out_overlap, load_questions
 from zppo.errors import UserError
 from zppo.exit_codes import EXIT_USER_ERROR
+from zppo.machine import measure_machine, wants_gpu
 from zppo.memory import WITHOUT_FOLDER
 from zppo.methods import Method
-from zppo.plan import Plan, make_plan, measure_machine, wants_gpu
+from zppo.plan import Plan, make_plan
 from zppo.plan_view import show
 from zppo.processes import cores, teachers
-from zppo.prompt_checks import check_room, check_system_prompt, check_teachers, student_reader
+from zppo.prompt_checks import Reader, check_room, check_system_prompt, check_teachers, student_reader
 from zppo.prompts import PromptSet
 from zppo.questions import Question, digest
 from zppo.run_dir import RunRecord
 from zppo.summary import read_lines, summarise
-from zppo.tokenization import check_same_vocabulary, encode_prompts
+from zppo.tokenization import check_same_vocabulary
 from zppo.topology import load, override, resolve, run_directory
 
 FIXED = {
@@ -123,7 +124,7 @@ def check(topology: Topology) -> Checked:
     """Everything that can be wrong with a new run, but for its directory. Raises UserError."""
     checked = _check(topology)
     _check_prompts(topology, checked)
-    _check_vocabularies(topology, checked.plan.method)
+    check_vocabularies(topology, checked.plan.method)
     return checked
 
 
@@ -153,7 +154,7 @@ def _check_media(where: str, corpus: Corpus, topology: Topology) -> None:
         )
 
 
-def _check_vocabularies(topology: Topology, method: Method) -> None:
+def check_vocabularies(topology: Topology, method: Method) -> None:
     """Teachers whose tokens or distributions are trained on share the student's vocabulary; texts may come from any."""
     read = teachers(topology) if method.needs_same_vocabulary else []
     for one in (one for one in read if one.actor.engine not in WITHOUT_FOLDER):
@@ -176,7 +177,7 @@ def _check_prompts(topology: Topology, checked: Checked) -> None:
     check_system_prompt(tokenizer, topology.data.system_prompt, student.folder, student.where)
     limit = topology.data.max_prompt_tokens
     for where, questions in (("data.train", checked.corpus.questions), ("data.heldout", checked.heldout)):
-        lengths = _prompt_lengths(questions, checked.prompts, tokenizer)
+        lengths = _prompt_lengths(questions, checked.prompts, student, tokenizer)
         longer = [(question, length) for question, length in zip(questions, lengths, strict=True) if length > limit]
         if longer:
             question, length = longer[0]
@@ -190,12 +191,12 @@ def _check_prompts(topology: Topology, checked: Checked) -> None:
     check_teachers(topology, checked.prompts, checked.corpus.questions)
 
 
-def _prompt_lengths(questions: list[Question], prompts: PromptSet, tokenizer: Any) -> list[int]:
+def _prompt_lengths(questions: list[Question], prompts: PromptSet, student: Reader, tokenizer: Any) -> list[int]:
     batches = (questions[start : start + PROMPT_BATCH] for start in range(0, len(questions), PROMPT_BATCH))
     return [
-        len(ids)
+        length
         for batch in batches
-        for ids in encode_prompts(tokenizer, [prompts.plain(question) for question in batch])
+        for length in student.lengths(tokenizer, [prompts.plain(question) for question in batch])
     ]
 
 

@@ -110,7 +110,7 @@ def _on(device: str, size: int) -> Need:
 def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
     width = BYTES[topology.student.dtype]
     trainer = topology.actors.trainer
-    weights_and_gradients = 2 * facts.parameters * width
+    weights_and_gradients = facts.parameters * (width + BYTES["float32"])
     optimizer = 2 * facts.parameters * BYTES[topology.optimizer.state_dtype]
     per_layer = trainer.micro_batch_tokens * facts.hidden * width
     stored = 34 * per_layer // 2

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from zppo.algorithm import Fate
-from zppo.window import PLAIN, Group, Visit, Window
+from zppo.window import HINT, PLAIN, Group, Visit, Window
 from zppo_protocol.messages import GroupSamples
 
 Scalars: TypeAlias = dict[str, float | int]
@@ -46,6 +46,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("window/replayed", "questions", "Questions of the window drawn from the buffer, |X_replay|."),
     Metric("window/hard", "questions", "Questions with plain accuracy below the hard threshold τ."),
     Metric("window/<kind>", "groups", "Reformulated groups of this kind (bcq, ncq, hint, prefix)."),
+    Metric("compression/by_rule", "share", "Candidates or hints of which the teacher wrote nothing usable."),
     Metric("staleness/mean", "versions", "Step minus sampling version, mean over all trained tokens."),
     Metric("staleness/max", "versions", "The same, worst token. Never above scheduler.max_staleness."),
     Metric("staleness/in_flight", "versions", "Versions published while a rollout was sampled, mean over rollouts."),
@@ -177,6 +178,7 @@ def window_metrics(window: Window, step: int) -> Scalars:
         **_composition(window),
         **_accuracies(window.visits),
         **staleness_metrics(sampled, step),
+        **_compression(window.visits),
         **_lengths(sampled),
         "tokens/teacher": sum(_tokens(group) for visit in window.visits for group in visit.teacher_groups()),
     }
@@ -240,12 +242,24 @@ def _accuracies(visits: Sequence[Visit]) -> Scalars:
         "plain": [visit.plain for visit in visits],
         "new": [visit.plain for visit in visits if visit.origin == "new"],
         "replay": [visit.plain for visit in visits if visit.origin == "replay"],
-        "teacher": [visit.teacher for visit in visits if visit.teacher is not None],
+        "teacher": [group for visit in visits for group in visit.teacher_groups()],
     }
     for group in (group for visit in visits for group in visit.student_groups() if group.kind != PLAIN):
         families.setdefault(group.kind, []).append(group)
     means = {f"accuracy/{family}": mean_accuracy(groups) for family, groups in families.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _compression(visits: Sequence[Visit]) -> Scalars:
+    """Over what the teacher was asked to write; a response that several prompts show counts once."""
+    writers = {
+        (number, reformulation.kind == HINT, candidate.source, candidate.index): candidate.writer
+        for number, visit in enumerate(visits)
+        for reformulation in visit.reformulations
+        for candidate in reformulation.candidates
+        if candidate.writer is not None
+    }
+    return {"compression/by_rule": list(writers.values()).count("rule") / len(writers)} if writers else {}
 
 
 def _lengths(groups: Sequence[Group]) -> Scalars:

@@ -29,6 +29,7 @@ OWNED = {
     "max_completion_tokens": "it is the setting sampling.max_new_tokens; see length_field",
     "top_k": "it is the setting sampling.top_k",
     "presence_penalty": "it is the setting sampling.presence_penalty",
+    "chat_template_kwargs": "it is the teacher's setting chat_template_kwargs",
 }
 """Fields of a request that `extra_body` cannot set, and where they come from."""
 REMOVABLE = ("temperature", "top_p", "seed", "stream_options")

@@ -7,19 +7,19 @@ refusal names the path of the setting, its value and the way out. What is odd bu
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 from msgspec import Struct, structs
 
 from zppo.algorithm import quota
+from zppo.chat_template import check_template_variables
 from zppo.config import ActorConfig, Topology
 from zppo.engine_arguments import DEFAULT_SEQUENCES, SimulatedArguments, TransformersArguments, convert_arguments
 from zppo.errors import UserError, nearest
 from zppo.grading import JUDGE, get_grader
+from zppo.machine import Machine, check_fits, idle_cards
 from zppo.memory import Models, Need, inspect_models, need, shared_bytes
 from zppo.methods import Method, get_method
 from zppo.model_folder import inspect_model
@@ -37,16 +37,6 @@ CAPACITY_ARGUMENTS = {OPENAI: "max_concurrent", VLLM: "max_num_seqs"}
 """The argument that says how many sequences an engine takes on; `max_sequences` where none is named here."""
 BYTES_PER_TOKEN = 8
 """A token id and its log-prob on the wire."""
-GIB = 1 << 30
-
-
-class Machine(Struct, frozen=True, kw_only=True):
-    """What the machine can give: cores, free bytes in memory, in the runtime folder, and of each CUDA device."""
-
-    cores: int
-    memory: int
-    shared: int
-    gpus: list[int] = []
 
 
 class Windows(Struct, frozen=True, kw_only=True):
@@ -76,33 +66,6 @@ class Plan(Struct, frozen=True, kw_only=True):
         return sum(entry.host for entry in self.needs) + self.shared
 
 
-def measure_machine(cores: int, runtime_base: Path, wants_gpu: bool) -> Machine:
-    """Ask the operating system, and torch only if a GPU is wanted (it takes seconds to import)."""
-    gpus: list[int] = []
-    if wants_gpu:
-        import torch
-
-        gpus = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-    memory = min(psutil.virtual_memory().available, _control_group_free())
-    return Machine(cores=cores, memory=memory, shared=shutil.disk_usage(runtime_base).free, gpus=gpus)
-
-
-def _control_group_free() -> int:
-    """Free bytes of the control group (a container's limit), or a very large number where there is none."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(0, int(limit) - int(used))
-    except (OSError, ValueError):
-        return 1 << 62
-
-
-def wants_gpu(topology: Topology) -> bool:
-    """Whether any setting names a device other than the CPU."""
-    actors = topology.actors
-    return any(device != "cpu" for device in (actors.trainer.device, *actors.rollout.devices, *actors.teacher.devices))
-
-
 def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
     """Check the topology for a corpus of `questions` against `machine` and lay out the run. Raises UserError."""
     method = get_method(topology.method.name)
@@ -110,20 +73,20 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
         check(topology, method)
     models = inspect_models(topology, uses_teacher(topology))
     table = processes(topology, machine.cores)
+    windows = _windows(topology, method, questions)
     plan = Plan(
         topology=topology,
         method=method,
         processes=table,
         needs=[need(entry, topology, models) for entry in table],
         shared=shared_bytes(topology, models),
-        windows=_windows(topology, method, questions),
-        notes=_notes(topology, method, models),
+        windows=windows,
+        notes=_notes(topology, method, models, windows),
     )
     _check_contexts(topology, models)
     _check_vllm(topology, models)
     _check_message_size(plan)
-    _check_devices(plan, machine)
-    _check_memory(plan, machine)
+    check_fits(plan.processes, plan.needs, plan.shared, topology, machine)
     return plan
 
 
@@ -275,12 +238,23 @@ def _check_names(topology: Topology, method: Method) -> None:
         raise UserError(f"run.name is {name!r}; expected a name that can be the name of a folder")
 
 
+def _check_templates(topology: Topology, method: Method) -> None:
+    check_template_variables(topology.student.chat_template_kwargs, "student.chat_template_kwargs")
+    for one in teachers(topology):
+        where = one.model_where.removesuffix(".model")
+        check_template_variables(one.model.chat_template_kwargs, f"{where}.chat_template_kwargs")
+    if topology.teacher is not None:
+        writing = topology.teacher.compression_chat_template_kwargs
+        check_template_variables(writing, "teacher.compression_chat_template_kwargs")
+
+
 CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_names,
     _check_teacher,
     _check_hosts,
     _check_engines,
     _check_recipe,
+    _check_templates,
 )
 
 
@@ -320,56 +294,6 @@ def _check_message_size(plan: Plan) -> None:
         )
 
 
-def _check_devices(plan: Plan, machine: Machine) -> None:
-    for entry in plan.processes:
-        kind, _, index = entry.device.partition(":")
-        if not entry.device or entry.device == "cpu":
-            continue
-        if kind != "cuda" or (index and not index.isdigit()):
-            raise UserError(f"{_device_setting(plan, entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
-        if int(index or 0) >= len(machine.gpus):
-            raise UserError(
-                f"{_device_setting(plan, entry)} names {entry.device!r}; "
-                f"this machine has {len(machine.gpus)} CUDA devices"
-            )
-
-
-def _device_setting(plan: Plan, entry: ProcessPlan) -> str:
-    if entry.role == "trainer":
-        return "actors.trainer.device"
-    where = next((one.where for one in teachers(plan.topology) if one.pool == entry.pool), f"actors.{entry.role}")
-    return f"{where}.devices"
-
-
-def _check_memory(plan: Plan, machine: Machine) -> None:
-    if plan.host_bytes > machine.memory:
-        name, size = max(zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host)
-        raise UserError(
-            f"the plan needs {gib(plan.host_bytes)} of memory but {gib(machine.memory)} are free; "
-            f"the largest part is {name.name} with {gib(size.host)}"
-        )
-    if plan.shared > machine.shared:
-        raise UserError(
-            f"the plan keeps weights of {gib(plan.shared)} in the runtime folder but {gib(machine.shared)} are free "
-            "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
-        )
-    for index, free in enumerate(machine.gpus):
-        needed = _gpu_bytes(plan, index)
-        if needed > free:
-            raise UserError(f"the plan needs {gib(needed)} on cuda:{index} but {gib(free)} are free")
-
-
-def _gpu_bytes(plan: Plan, index: int) -> int:
-    names = (f"cuda:{index}", "cuda") if index == 0 else (f"cuda:{index}",)
-    pairs = zip(plan.processes, plan.needs, strict=True)
-    return sum(size.device for entry, size in pairs if entry.device in names)
-
-
-def gib(size: int) -> str:
-    """A size in GiB, for people."""
-    return f"{size / GIB:.1f} GiB"
-
-
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -394,10 +318,23 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     )
 
 
-def _notes(topology: Topology, method: Method, models: Models) -> list[str]:
+def _notes(topology: Topology, method: Method, models: Models, windows: Windows) -> list[str]:
     """What works but may surprise."""
     notes = []
     scheduler, student = topology.scheduler, models.student
+    if topology.run.steps is not None and windows.steps < topology.run.steps:
+        notes.append(
+            f"run.steps is {topology.run.steps}, but the corpus ends after {windows.steps} (run.epochs is "
+            f"{topology.run.epochs}): the run ends there"
+        )
+    if cards := idle_cards(topology):
+        notes.append(
+            f"every device is cpu, though this machine has {cards} GPU{'s' if cards > 1 else ''}: see "
+            "actors.trainer.device and actors.rollout.devices"
+        )
+    compresses = any(one.preparation == "compress" for one in method.reformulations)
+    if compresses and topology.teacher is None:
+        notes.append("there is no teacher: candidates are shortened by rule, not compressed as in the paper")
     if method.reformulations and quota(scheduler.rho_aug, scheduler.new_questions) == 0:
         notes.append("scheduler.rho_aug leaves no room for a single reformulated question in a window")
     if method.reformulations and topology.method.hard_threshold == 0.0:
@@ -411,5 +348,5 @@ def _notes(topology: Topology, method: Method, models: Models) -> list[str]:
             f"{student.context}: long prompts get shorter responses"
         )
     if scheduler.max_staleness == 0:
-        notes.append("scheduler.max_staleness is 0: sampling and training take turns, exactly as in Algorithm 1")
+        notes.append("scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1")
     return notes

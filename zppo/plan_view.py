@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from zppo.plan import Plan, gib
+from zppo.machine import gib
+from zppo.plan import Plan
 
 
 def show(plan: Plan, run_dir: Path, console: Console) -> None:

@@ -6,19 +6,20 @@ only the server knows their template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from zppo.config import ActorConfig, Topology
+from zppo.config import ActorConfig, ModelConfig, Topology
 from zppo.errors import UserError
 from zppo.model_folder import inspect_model
 from zppo.processes import teachers, uses_teacher
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.tokenization import encode_prompts, load_tokenizer
+from zppo_protocol.messages import Prompt, TemplateValue
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
 """Engines that read a model folder, and their argument that makes the context shorter."""
@@ -34,30 +35,43 @@ class Reader(Struct, frozen=True, kw_only=True):
     where: str
     context: int
     setting: str
+    chat_template_kwargs: Mapping[str, TemplateValue] = {}
 
     def load_tokenizer(self) -> Any:
         return load_tokenizer(self.folder, self.where)
 
+    def lengths(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt as this model reads it."""
+        variables = dict(self.chat_template_kwargs)
+        own = [structs.replace(prompt, chat_template_kwargs=variables) for prompt in prompts]
+        return [len(ids) for ids in encode_prompts(tokenizer, own)]
+
 
 def student_reader(topology: Topology) -> Reader:
     """The student, as the rollout actors serve it. Raises UserError if its folder is no model."""
-    return _reader(topology.student.model, "student.model", topology.actors.rollout, "actors.rollout")
+    return _reader(topology.student, "student.model", topology.actors.rollout, "actors.rollout")
 
 
 def teacher_readers(topology: Topology) -> list[Reader]:
     """The teachers that the run asks and whose tokenizer is here. Raises UserError if a folder is no model."""
     asked = teachers(topology) if uses_teacher(topology) else []
     local = [one for one in asked if one.actor.engine in LENGTH_ARGUMENTS]
-    return [_reader(one.model.model, one.model_where, one.actor, one.where) for one in local]
+    return [_reader(one.model, one.model_where, one.actor, one.where) for one in local]
 
 
-def _reader(folder: str, model_where: str, actor: ActorConfig, where: str) -> Reader:
-    context, setting = inspect_model(Path(folder), model_where).context, f"the context of {model_where}"
+def _reader(model: ModelConfig, model_where: str, actor: ActorConfig, where: str) -> Reader:
+    context, setting = inspect_model(Path(model.model), model_where).context, f"the context of {model_where}"
     argument = LENGTH_ARGUMENTS.get(actor.engine, "")
     length = actor.engine_args.get(argument)
     if isinstance(length, int) and 0 < length < context:
         context, setting = length, f"{where}.engine_args.{argument}"
-    return Reader(folder=folder, where=model_where, context=context, setting=setting)
+    return Reader(
+        folder=model.model,
+        where=model_where,
+        context=context,
+        setting=setting,
+        chat_template_kwargs=model.chat_template_kwargs,
+    )
 
 
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, folder: str, where: str) -> None:
@@ -95,6 +109,6 @@ def check_teachers(topology: Topology, prompts: PromptSet, questions: Sequence[Q
         tokenizer = reader.load_tokenizer()
         check_system_prompt(tokenizer, topology.data.system_prompt, reader.folder, reader.where)
         longest = sorted(questions, key=lambda question: len(question.text), reverse=True)[:LONGEST]
-        lengths = [len(ids) for ids in encode_prompts(tokenizer, [prompts.plain(question) for question in longest])]
+        lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])
         for question, length in zip(longest, lengths, strict=True):
             check_room("data.train", question, length, reader)

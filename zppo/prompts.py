@@ -44,7 +44,7 @@ VARIABLES: dict[str, dict[str, Value]] = {
     "hint.j2": {"question": "@question", "hint": "@hint"},
     "write_hint.j2": {"question": "@question", "response": "@response", "max_tokens": 512, "max_lines": 5},
     "compress.j2": {"question": "@question", "response": "@response", "max_tokens": 512, "max_lines": 5},
-    "judge.j2": {"question": "@question", "gold": "@gold", "response": "@response"},
+    "judge.j2": {"question": "@question", "gold": "@gold", "answer": "@answer"},
 }
 """Template -> its variables, with dummies that `validate` looks for in the rendered text."""
 
@@ -178,9 +178,9 @@ class PromptSet:
             max_lines=max_lines,
         )
 
-    def judge(self, question: str, gold: str, response: str) -> Prompt:
-        """Ask the teacher to compare a free-form response with the reference (paper, section Reward)."""
-        return self._prompt("judge.j2", (), question=question, gold=gold, response=neutral(response))
+    def judge(self, question: str, gold: str, answer: str) -> Prompt:
+        """Ask the teacher to compare a free-form answer, the content of the last box, with the reference (Reward)."""
+        return self._prompt("judge.j2", (), question=question, gold=gold, answer=neutral(answer))
 
     def _prompt(self, name: str, media: Sequence[MediaReference], **variables: Value) -> Prompt:
         user = ChatMessage(role="user", content=self._render(name, variables))

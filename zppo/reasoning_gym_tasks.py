@@ -87,7 +87,8 @@ def _registry(where: str) -> dict[str, tuple[Any, Any]]:
             from reasoning_gym.factory import DATASETS
     except ImportError:
         raise UserError(
-            f"{where}: the package reasoning-gym is not installed; install it with: pip install 'zppo[reasoning-gym]'"
+            f"{where}: the package reasoning-gym is not installed; in the project's folder: "
+            "pip install -e '.[reasoning-gym]'"
         ) from None
     registry: dict[str, tuple[Any, Any]] = DATASETS
     return registry

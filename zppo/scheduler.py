@@ -230,7 +230,8 @@ class Scheduler:
         if target.stage != "sample" and target.window is not None:
             spend(target.window, samples)
         if target.candidate is not None:
-            self.stages.prepared(target, samples.texts[0])
+            # A reply that was cut off may be a thought that had not come to its end.
+            self.stages.prepared(target, samples.texts[0] if samples.finish_reasons[0] != "length" else None)
         elif target.stage == "judge":
             self.stages.judged(target, samples.texts[0])
         else:

@@ -24,12 +24,12 @@ from zppo.algorithm import (
     select,
     wants_teacher,
 )
-from zppo.grading import JUDGE, judged, quick_grade
+from zppo.grading import JUDGE, judged, parse_answer, quick_grade
 from zppo.jobs import JobFactory, Stage, Target
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.reformulations import Preparation, Reformulator
-from zppo.window import TEACHER, Candidate, Group, Reformulation, Visit, Window
+from zppo.window import TEACHER, Candidate, Group, Reformulation, Visit, Window, Writer
 from zppo_protocol.messages import Grade, Prompt, TokenScores
 
 
@@ -161,19 +161,26 @@ class Stages:
     def prepared(self, target: Target, reply: str | None) -> None:
         """Store the text to show of a candidate, in every place of the visit that shows the same response.
 
-        None: by rule, because the teacher does not write or could not.
+        None: by rule, because the teacher does not write, could not, or did not come to an end.
         """
         assert target.candidate is not None and target.visit is not None
         text, limits = target.candidate.text, self._jobs.compression_limits
-        if target.stage == "write_hint":
-            shown = hints.accept(reply, text, *limits)
-        else:
-            shown = compression.by_rule(text, *limits) if reply is None else compression.accept(reply, text, *limits)
+        words = None if reply is None else self._usable(reply, target, text)
+        by_rule = hints.by_rule if target.stage == "write_hint" else compression.by_rule
+        shown = by_rule(text, *limits) if words is None else words
+        writer: Writer = ("rule" if words is None else "teacher") if self._jobs.teacher_compresses else None
         for reformulation in target.visit.reformulations:
             if self._reformulator(reformulation).preparation == target.stage:
                 for candidate in reformulation.candidates:
                     if (candidate.source, candidate.index) == (target.candidate.source, target.candidate.index):
                         candidate.shown = shown
+                        candidate.writer = writer
+
+    def _usable(self, reply: str, target: Target, text: str) -> str | None:
+        lines, tokens = self._jobs.compression_limits
+        if target.stage == "write_hint":
+            return hints.written(reply, text, lines, tokens)
+        return compression.written(reply, text, lines)
 
     def scored(self, target: Target, scores: TokenScores) -> None:
         """Store the teacher's scores of a composed group."""
@@ -194,7 +201,9 @@ class Stages:
         if target.candidate is not None:
             self.prepared(target, None)
         elif target.stage == "judge":
-            target.the_group.verdicts[target.response] = Grade(reward=0.0, note=f"the judge failed: {reason}"[:500])
+            answer = parse_answer(target.the_group.the_samples.texts[target.response])
+            note = f"the judge failed: {reason}"[:500]
+            target.the_group.verdicts[target.response] = Grade(reward=0.0, answer=answer, note=note)
         elif target.visit is not None and target.group is not None and target.group is target.visit.teacher:
             target.the_group.grades = []
         elif target.visit is not None and target.group is not None and target.group is not target.visit.plain:

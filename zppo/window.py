@@ -67,11 +67,15 @@ class Group(Struct, kw_only=True):
         return [i for i, grade in enumerate(self.grades) if (grade.reward >= 1.0) == correct]
 
 
+Writer: TypeAlias = Literal["teacher", "rule"] | None
+
+
 class Candidate(Struct, kw_only=True):
     """A response that a reformulated prompt is made from.
 
-    `shown` is what the prompt shows of it, once known: its compressed text, or the hint written from it. `count` is how
-    many near-duplicates it stands for, itself included.
+    `shown` is what the prompt shows of it, once known: its compressed text, or the hint written from it. `writer` says
+    who wrote that where the teacher was asked to: `rule` if what it wrote cannot be used. `count` is how many
+    near-duplicates it stands for, itself included.
     """
 
     source: Literal["student", "teacher"]
@@ -80,6 +84,7 @@ class Candidate(Struct, kw_only=True):
     answer: str | None
     correct: bool
     shown: str | None = None
+    writer: Writer = None
     count: int = 1
 
 

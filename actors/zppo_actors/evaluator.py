@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TextIO
 
 import msgspec
+from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zppo.config import ModelConfig
 from zppo.evaluation_plan import EvaluationOrder
 from zppo.evaluation_report import Answered, EvaluationReport, QuestionResult, Tally
-from zppo.grading import JUDGE, JUDGE_SAMPLING, judged, parse_answer, quick_grade, shown_gold
+from zppo.grading import JUDGE, judged, last_boxed, parse_answer, quick_grade, shown_gold
 from zppo.metrics import response_lengths
 from zppo.prompts import PromptSet
 from zppo.questions import Question
@@ -29,7 +31,7 @@ from zppo.sources import is_procedural
 from zppo.window import EVALUATE
 from zppo_actors.engines import Engine, EngineError
 from zppo_actors.grade_client import TIMED_OUT, GradeWorker, worker_command
-from zppo_protocol.messages import GenerateTask, Grade, GroupSamples, Prompt, Sampling
+from zppo_protocol.messages import GenerateTask, Grade, GroupSamples, Prompt
 
 HOPELESS = 3
 """So many questions that cannot be asked, and none that could, mean that something else is wrong."""
@@ -129,8 +131,8 @@ class Evaluator:
 
     async def _sample(self, question: Question) -> GroupSamples:
         """The samples of one question. Raises EngineError if it cannot be asked, CannotGoOn if nothing can."""
-        prompt = self._prompts.plain(question)
-        task = self._task(EVALUATE, question.id, prompt, self._order.samples, self._order.served.model.sampling)
+        prompt, order = self._prompts.plain(question), self._order
+        task = self._task(EVALUATE, question.id, prompt, order.samples, order.served.model)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await self._engine.generate(task)
@@ -146,21 +148,27 @@ class Evaluator:
         grade = await self._grading.grade(text, question)
         if self._judge is None or grade.reward >= 1.0 or grade.answer is None:
             return grade, False
-        prompt = self._prompts.judge(question.text, question.answer, text)
+        prompt = self._prompts.judge(question.text, question.answer, last_boxed(text) or "")
         digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
-        task = self._task(JUDGE, f"{question.id}/{digest}", prompt, 1, JUDGE_SAMPLING)
+        assert self._order.judge is not None
+        task = self._task(JUDGE, f"{question.id}/{digest}", prompt, 1, self._order.judge.model)
         try:
             reply = (await self._judge.generate(task)).texts[0]
         except EngineError as error:
             return Grade(reward=0.0, answer=grade.answer, note=f"the judge failed: {error}"[:500]), False
         return judged(reply, text), True
 
-    def _task(self, kind: str, name: str, prompt: Prompt, n: int, sampling: Sampling) -> GenerateTask:
-        """A task whose seed follows from the order's seed and its own name."""
+    def _task(self, kind: str, name: str, prompt: Prompt, n: int, model: ModelConfig) -> GenerateTask:
+        """A task for a model, whose seed follows from the order's seed and its own name."""
         task_id = f"{kind}/{name}"
         seed = hashlib.blake2b(f"{self._order.seed}/{task_id}".encode(), digest_size=7).digest()
         return GenerateTask(
-            task_id=task_id, kind=kind, prompt=prompt, n=n, sampling=sampling, seed=int.from_bytes(seed, "big")
+            task_id=task_id,
+            kind=kind,
+            prompt=structs.replace(prompt, chat_template_kwargs=model.chat_template_kwargs),
+            n=n,
+            sampling=model.sampling,
+            seed=int.from_bytes(seed, "big"),
         )
 
     def _check_hope(self) -> None:

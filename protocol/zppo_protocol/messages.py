@@ -22,7 +22,7 @@ from msgspec import Meta, Struct
 
 from zppo_protocol.checks import check_result, check_samples, check_score_task, check_scores, check_train_group
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
@@ -31,6 +31,8 @@ Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Finite: TypeAlias = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor"]
 GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
+NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
+TemplateValue: TypeAlias = bool | int | float | str | None
 
 
 class Value(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,11 +63,15 @@ class ResponseStart(Value, frozen=True):
 
 
 class Prompt(Value, frozen=True):
-    """What an engine is asked: chat messages and the media they refer to, in order of appearance."""
+    """What an engine is asked: chat messages and the media they refer to, in order of appearance.
+
+    `chat_template_kwargs` are variables for the chat template of the model that reads it.
+    """
 
     messages: list[ChatMessage]
     media: list[MediaReference] = []
     start: ResponseStart | None = None
+    chat_template_kwargs: dict[str, TemplateValue] = {}
 
 
 class Sampling(Value, frozen=True):
@@ -74,7 +80,7 @@ class Sampling(Value, frozen=True):
     `presence_penalty` is taken from the logits of tokens that the response holds already, before the temperature.
     """
 
-    max_new_tokens: Annotated[int, Meta(ge=1, le=1_048_576)]
+    max_new_tokens: NewTokens
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0

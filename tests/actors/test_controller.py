@@ -181,7 +181,7 @@ def test_a_run_from_hello_to_the_last_word(stage: Stage) -> None:
             "it calls itself trainer on the connection of rollout-0",
         ),
         ("rollout-0", {"role": "rollout", "run_id": "old"}, "it belongs to run old, this is run run"),
-        ("rollout-0", {"role": "rollout", "protocol_version": 9}, "it speaks protocol version 9, this run speaks 2"),
+        ("rollout-0", {"role": "rollout", "protocol_version": 9}, "it speaks protocol version 9, this run speaks 3"),
     ],
 )
 def test_who_is_not_let_in(stage: Stage, peer: str, changes: dict[str, Any], reason: str) -> None:

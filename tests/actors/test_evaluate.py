@@ -17,11 +17,11 @@ import pytest
 from engine_helpers import make_model, make_tokenizer
 from openai_server import MODEL, Server, running, status
 
-from zppo.config import DataConfig, ModelConfig
+from zppo.config import DataConfig, ModelConfig, ResponseSampling
 from zppo.evaluation_plan import EvaluationOrder, Served
 from zppo.questions import Question
 from zppo_actors.evaluator import Evaluator, Grading
-from zppo_protocol.messages import GenerateTask, GroupSamples, Sampling
+from zppo_protocol.messages import GenerateTask, GroupSamples
 
 pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
@@ -221,14 +221,14 @@ class FixedReply:
     ],
 )
 def test_the_judge_has_the_last_word_on_boxed_answers_only(text: str, reply: str, reward: float, asks: bool) -> None:
-    model = ModelConfig(model="m", sampling=Sampling(max_new_tokens=8))
-    order = EvaluationOrder(
-        label="m", data=DataConfig(train="x.jsonl"), served=Served(model=model, engine="openai"), samples=1
-    )
+    model = ModelConfig(model="m", sampling=ResponseSampling(max_new_tokens=8))
+    served = Served(model=model, engine="openai")
+    order = EvaluationOrder(label="m", data=DataConfig(train="x.jsonl"), served=served, judge=served, samples=1)
     question = Question(id="q", text="Which city?", answer="Paris", grader="exact")
     judge, engine = FixedReply(reply), FixedReply(text)
     with Grading(5.0, "x.jsonl") as grading:
         report = asyncio.run(Evaluator(order, engine, judge, grading, None).run([question]))  # type: ignore[arg-type]
     assert report.pass_at_1.value == reward and bool(judge.asked) == asks == bool(report.judged)
     assert report.tokens_per_response is None
-    assert all("Paris" in prompt and "Which city?" in prompt for prompt in judge.asked)
+    assert all("<candidate>\nthe city of Paris\n</candidate>" in prompt for prompt in judge.asked)
+    assert all("Which city?" in prompt for prompt in judge.asked)

@@ -23,11 +23,12 @@ from test_engine_actor import Stage
 
 from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology
 from zppo.errors import UserError
+from zppo.machine import Machine
 from zppo.memory import CLIENT_LIBRARIES
 from zppo.metrics import prompt_length, response_lengths, response_tokens
 from zppo.openai_arguments import OpenaiArguments, check_openai, read_key, read_openai_arguments
 from zppo.pictures import MAX_BYTES
-from zppo.plan import Machine, Plan, make_plan
+from zppo.plan import Plan, make_plan
 from zppo.topology import load
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
@@ -174,10 +175,10 @@ def test_a_stream_may_end_without_its_last_marks(serve: Callable[..., Server]) -
 
 def test_extra_body_adds_and_leaves_out(serve: Callable[..., Server]) -> None:
     server = serve()
-    extra = {"chat_template_kwargs": {"enable_thinking": False}, "seed": None, "temperature": None}
+    extra = {"min_p": 0.1, "seed": None, "temperature": None}
     sample(server, extra_body=extra, length_field="max_completion_tokens")
     (request,) = server.requests
-    assert request.body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert request.body["min_p"] == 0.1 and "chat_template_kwargs" not in request.body
     assert request.body["max_completion_tokens"] == 16
     assert not {"seed", "temperature", "max_tokens"} & set(request.body)
 

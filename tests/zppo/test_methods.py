@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import worlds
+from msgspec import structs
 from worlds import Fake, World, questions, scores, topology
 
 import zppo.methods
 from zppo.composition import correct_teacher_responses, student_groups, with_teacher_response
+from zppo.config import ActorConfig, TeacherConfig
 from zppo.dispatch import Assignment
 from zppo.errors import UserError
 from zppo.methods import Method, get_method, method_names
+from zppo.metrics import window_metrics
 from zppo.scheduler import RunFailure, Scheduler, SchedulerState
 from zppo_protocol import codec
-from zppo_protocol.messages import GenerateTask, ScoreTask
+from zppo_protocol.messages import GenerateTask, GroupSamples, ScoreTask
 
 MOST_LINES = 60
 WORDS = ("grpo", "zppo", "hint", "prefix")
@@ -161,6 +165,64 @@ def test_a_hint_group_reads_one_hint_without_the_answer(compression: str) -> Non
         [hint] = re.findall(r"<hint>\n(.*)\n</hint>", group.prompt.messages[-1].content, re.DOTALL)
         assert "boxed" not in hint and hint.strip("…")
     assert any("/write_hint/" in task for task in played.dispatched) == (compression == "teacher")
+
+
+def test_a_reply_that_was_cut_off_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a thought, with the right answer in it, that had not come to its end."""
+    played = world("zppo", {"q0", "q2"})
+    answer = worlds.samples
+
+    def cut(task: GenerateTask, versions: list[int]) -> GroupSamples:
+        drawn = answer(task, versions)
+        if task.kind != "compress":
+            return drawn
+        return structs.replace(drawn, texts=["The right one is SECRET"], finish_reasons=["length"])
+
+    monkeypatch.setattr(worlds, "samples", cut)
+    window = played.run().steps[0].window
+    candidates = [c for visit in window.visits for r in visit.reformulations for c in r.candidates]
+    assert candidates and {c.writer for c in candidates} == {"rule"}
+    assert not any("SECRET" in g.prompt.messages[-1].content for g in window.student_groups())
+    assert window_metrics(window, 0)["compression/by_rule"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "said"),
+    [
+        ("transformers", None, {"enable_thinking": False, "effort": "low"}),
+        ("openai", None, {"effort": "low"}),
+        ("openai", {"enable_thinking": False}, {"enable_thinking": False}),
+        ("transformers", {}, {}),
+    ],
+)
+def test_templates_are_told_what_the_settings_say(
+    engine: str, given: dict[str, bool] | None, said: dict[str, object]
+) -> None:
+    base = topology(
+        method={"name": "zppo", "group_size": 2, "teacher_group_size": 2},
+        scheduler={"new_questions": 4, "rho_aug": 1.0},
+    )
+    teacher = TeacherConfig(model="t", chat_template_kwargs={"effort": "low"}, compression_chat_template_kwargs=given)
+    student = structs.replace(base.student, chat_template_kwargs={"style": 1})
+    actors = structs.replace(base.actors, teacher=ActorConfig(engine=engine))
+    config = structs.replace(base, teacher=teacher, student=student, actors=actors)
+    played = World(config, questions(4), seed=0, rewards=lambda g, n: [float("teacher" in g)] * n)
+    told: dict[str, list[object]] = {}
+    receive = played.receive
+
+    def watch(assignment: Assignment) -> None:
+        message = assignment.job.message
+        if isinstance(message, GenerateTask):
+            told.setdefault(message.kind, []).append(message.prompt.chat_template_kwargs)
+        receive(assignment)
+
+    played.receive = watch  # type: ignore[method-assign]
+    played.run()
+    assert {kind: variables[0] for kind, variables in told.items()} == {
+        "plain": {"style": 1}, "bcq": {"style": 1}, "ncq": {"style": 1},
+        "teacher": {"effort": "low"}, "compress": said,
+    }  # fmt: skip
+    assert all(one == variables[0] for variables in told.values() for one in variables)
 
 
 @pytest.mark.parametrize(("largest", "count"), [(None, 1), (0.5, 2), (1.0, 3)])

@@ -331,8 +331,8 @@ def test_a_gold_answer_that_is_no_entry_is_a_bad_row(tmp_path: Path) -> None:
 def test_without_the_package_the_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert refusal("reasoning_gym:gcd") == (
-        "reasoning_gym:gcd: the package reasoning-gym is not installed; install it with: "
-        "pip install 'zppo[reasoning-gym]'"
+        "reasoning_gym:gcd: the package reasoning-gym is not installed; "
+        "in the project's folder: pip install -e '.[reasoning-gym]'"
     )
 
 

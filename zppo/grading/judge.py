@@ -10,11 +10,12 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from zppo.config import ResponseSampling
 from zppo.grading.boxes import last_boxed, shown
-from zppo_protocol.messages import Grade, Sampling
+from zppo_protocol.messages import Grade
 
 JUDGE = "judge"
-JUDGE_SAMPLING = Sampling(max_new_tokens=512, temperature=0.0)
+JUDGE_SAMPLING = ResponseSampling(max_new_tokens=512, temperature=0.0)
 
 
 class Verdict(Struct, frozen=True, forbid_unknown_fields=True):

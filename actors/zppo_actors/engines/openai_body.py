@@ -45,6 +45,8 @@ def request_body(
         "stream_options": {"include_usage": True},
         **arguments.extra_body,
     }
+    if task.prompt.chat_template_kwargs:  # a field of vLLM and SGLang, unknown to others
+        body["chat_template_kwargs"] = task.prompt.chat_template_kwargs
     if len(members) > 1:  # some servers do not know `n`
         body["n"] = len(members)
     return {name: value for name, value in body.items() if value is not None}

@@ -55,7 +55,11 @@ class PictureTokenizer(PromptTokenizer):
         mark vLLM would look for features that are not there, and its engine core ends.
         """
         ids: list[int] = self._tokenizer.apply_chat_template(
-            messages_of(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            messages_of(prompt),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **prompt.chat_template_kwargs,
         )
         if prompt.start is not None:
             ids = ids + encode_start(self._tokenizer, prompt.start)
