@@ -72,6 +72,19 @@ def with_rho(record: Record) -> Record:
     return replace(record, topology=replace(record.topology, scheduler=scheduler))
 
 
+def with_argument(record: Record) -> Record:
+    rollout = replace(record.topology.actors.rollout, engine_args={"max_length": 5})
+    return replace(record, topology=replace(record.topology, actors=replace(record.topology.actors, rollout=rollout)))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_setting_that_only_one_folder_has_is_a_difference(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str], which: int
+) -> None:
+    edit(folders[which], with_argument)
+    check_refused(tmp_path, folders, capsys, "--comparisons: the folders differ in ")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

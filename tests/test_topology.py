@@ -63,6 +63,11 @@ MISTAKES = [
         "t.yaml:4: not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
     ),
     (
+        "=data: {train: q}\nstudent: {model: m, chat_template_kwargs: {enable_thinking: [1]}}",
+        "t.yaml:2: student.chat_template_kwargs is {'enable_thinking': [1]}; expected each value to be true or false, "
+        "or a whole number, or a number, or a text, or null",
+    ),
+    (
         "=data: {train: q, fields: {ids: x}}\nstudent: {model: m}",
         "t.yaml:1: data.fields is {'ids': 'x'}; expected a mapping with the keys answer, id, images, question",
     ),

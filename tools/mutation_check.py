@@ -27,7 +27,7 @@ TESTS_OF = {
     "zppo/buffer.py": ("buffer", "algorithms", "scheduler"),
     "zppo/pacing.py": ("pacing", "scheduler"),
     "zppo/dispatch.py": ("scheduler",),
-    "zppo/scheduler.py": ("scheduler",),
+    "zppo/scheduler.py": ("scheduler", "methods"),
     "zppo/corpus.py": ("scheduler",),
     "zppo/hints.py": ("hints",),
     "zppo/prompts.py": ("prompts",),
@@ -48,6 +48,12 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    Mutant(
+        "zppo/scheduler.py",
+        'samples.texts[0] if samples.finish_reasons[0] != "length" else None',
+        "samples.texts[0]",
+    ),
+    Mutant("zppo/stages.py", "Grade(reward=0.0, answer=answer, note=note)", "Grade(reward=0.0, note=note)"),
     Mutant(
         "zppo/algorithm.py",
         "return visit.accuracy < recipe.hard_threshold",

@@ -28,6 +28,8 @@ from zppo.comparison.tables import Table
 from zppo.errors import UserError
 from zppo.report.figures import percent
 
+MISSING = "(not there)"
+
 
 class Search(Struct, frozen=True):
     """Comparisons that differ in `setting` alone, in the order of its `values`; `seeds` are those that every method
@@ -44,14 +46,14 @@ def load(folders: Sequence[Path]) -> Search:
     """Read the comparisons. Raises UserError unless they are one search."""
     records = [read_record(folder) for folder in folders]
     setting = _searched(records)
-    order = sorted(range(len(records)), key=lambda index: _sort_key(_flat(records[index])[setting]))
+    order = sorted(range(len(records)), key=lambda index: _sort_key(_flat(records[index]).get(setting, MISSING)))
     worlds = [load_results(folders[index], records[index]) for index in order]
     steps = [world.step for world in worlds if world.step is not None]
     if len(steps) < len(worlds):
         raise UserError("--comparisons: one holds no finished run; expected finished ones")
     if len(set(steps)) > 1:
         raise UserError(f"--comparisons: the runs end after {', '.join(map(str, steps))} steps; expected equally many")
-    values = [_flat(world.record)[setting] for world in worlds]
+    values = [_flat(world.record).get(setting, MISSING) for world in worlds]
     return Search(setting, values, worlds, _shared_seeds(worlds), steps[0])
 
 
@@ -90,8 +92,9 @@ def _searched(records: Sequence[Record]) -> str:
             missing = ", ".join(sorted(set(other.methods) ^ set(first.methods)))
             raise UserError(f"--comparisons: not every folder has {missing}; expected the same methods in all")
     flat = [_flat(record) for record in records]
-    names = [name for name in flat[0] if len({_key(one.get(name)) for one in flat}) > 1]
-    if len(names) != 1 or len({_key(one[names[0]]) for one in flat}) < len(flat):
+    every = dict.fromkeys(name for one in flat for name in one)
+    names = [name for name in every if len({_key(one.get(name, MISSING)) for one in flat}) > 1]
+    if len(names) != 1 or len({_key(one.get(names[0], MISSING)) for one in flat}) < len(flat):
         found = ", ".join(names) or "nothing"
         raise UserError(f"--comparisons: the folders differ in {found}; expected one setting, and each value once")
     return names[0]
@@ -102,7 +105,7 @@ def _flat(record: Record) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def add(value: Any, path: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             for name, inner in value.items():
                 add(inner, f"{path}.{name}" if path else name)
         else:

@@ -45,9 +45,11 @@ def when_writing(teacher: TeacherConfig, engine: str) -> Mapping[str, TemplateVa
     return teacher.chat_template_kwargs if engine == OPENAI else {**teacher.chat_template_kwargs, **THINKING_OFF}
 
 
-def check_template_variables(given: Mapping[str, TemplateValue] | None, where: str) -> None:
-    """Raise UserError for a name that is no variable of a chat template. `where` is the setting."""
-    for name in given or {}:
+def check_template_variables(given: Mapping[str, object] | None, where: str) -> None:
+    """Raise UserError for what is no variable of a chat template, or no single value. `where` is the setting."""
+    for name, value in (given or {}).items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise UserError(f"{where}.{name} is {value!r}; expected true, false, a number, a text or null")
         if name in OWNED:
             raise UserError(f"{where}.{name} cannot be set: {OWNED[name]}")
         if not name.isidentifier():

@@ -146,7 +146,7 @@ def _vllm_share(actor: ActorConfig) -> float:
     if actor.engine != VLLM or arguments.get("kv_cache_memory_bytes"):
         return 0.0
     share = arguments.get("gpu_memory_utilization", VLLM_SHARE)
-    return float(share) if isinstance(share, int | float) else VLLM_SHARE
+    return float(share) if isinstance(share, int | float) and not isinstance(share, bool) else VLLM_SHARE
 
 
 def _check_card(index: int, free: int, placed: Sequence[Placed]) -> None:

@@ -45,7 +45,11 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     value = _value_at(data, keys)
     hint = nearest(value, _literals(node)) if isinstance(value, str) and _literals(node) else ""
     shown = _joined(prefix, dotted(keys)) or "the whole"
-    return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {_expectation(node)}{hint}")
+    expected = _expectation(node)
+    if where.endswith("[...]`"):  # of a mapping, msgspec does not say which value
+        values = [choice.value_type for choice in _choices(node) if isinstance(choice, shape.DictType)]
+        expected = f"each value to be {_expectation(values[0] if values else None)}"
+    return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {expected}{hint}")
 
 
 def _keys(where: str) -> list[Key]:

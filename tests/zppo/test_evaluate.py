@@ -79,6 +79,16 @@ def test_options_change_the_decoding(start: Start) -> None:
     assert (order.samples, order.seed, order.served.engine_args) == (2, 5, {"max_sequences": 9})
 
 
+def test_variables_of_the_chat_template(start: Start) -> None:
+    base = ("--model", "student", "--data", "train.jsonl")
+    order, _ = start(*base, "--chat-template-arg", "enable_thinking=false", "--chat-template-arg", "effort=low")
+    assert order is not None
+    assert order.served.model.chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
+    order, said = start(*base, "--chat-template-arg", "effort=[1]")
+    assert order is None
+    assert said == "--chat-template-arg.effort is [1]; expected true, false, a number, a text or null\n"
+
+
 def test_a_run_brings_its_checkpoint_questions_and_prompts(start: Start, small: Path) -> None:
     run = make_run(small)
     order, said = start("--model", str(run))

@@ -167,23 +167,30 @@ def test_a_hint_group_reads_one_hint_without_the_answer(compression: str) -> Non
     assert any("/write_hint/" in task for task in played.dispatched) == (compression == "teacher")
 
 
-def test_a_reply_that_was_cut_off_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("reason", "writer", "share"), [("stop", "teacher", 0.0), ("length", "rule", 1.0)])
+def test_a_reply_that_was_cut_off_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, reason: str, writer: str, share: float
+) -> None:
     """It may be a thought, with the right answer in it, that had not come to its end."""
     played = world("zppo", {"q0", "q2"})
     answer = worlds.samples
 
-    def cut(task: GenerateTask, versions: list[int]) -> GroupSamples:
+    def compress(task: GenerateTask, versions: list[int]) -> GroupSamples:
         drawn = answer(task, versions)
         if task.kind != "compress":
             return drawn
-        return structs.replace(drawn, texts=["The right one is SECRET"], finish_reasons=["length"])
+        candidate = task.prompt.messages[-1].content
+        box = re.findall(r"\\boxed\{[^}]*\}", candidate)
+        written = f"in short, {box[-2]}" if len(box) > 1 else "in short"
+        return structs.replace(drawn, texts=[written], finish_reasons=[reason])
 
-    monkeypatch.setattr(worlds, "samples", cut)
+    monkeypatch.setattr(worlds, "samples", compress)
     window = played.run().steps[0].window
     candidates = [c for visit in window.visits for r in visit.reformulations for c in r.candidates]
-    assert candidates and {c.writer for c in candidates} == {"rule"}
-    assert not any("SECRET" in g.prompt.messages[-1].content for g in window.student_groups())
-    assert window_metrics(window, 0)["compression/by_rule"] == 1.0
+    assert candidates and {c.writer for c in candidates} == {writer}
+    shown = [g.prompt.messages[-1].content for g in window.student_groups() if g.kind != "plain"]
+    assert all(("in short" in text) == (writer == "teacher") for text in shown)
+    assert window_metrics(window, 0)["compression/by_rule"] == share
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,35 @@ def test_free_form_answers_are_graded_by_the_judge() -> None:
     assert any(v.reformulations for t in world.steps for v in t.window.visits)
 
 
+def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
+    config = topology(
+        method={"name": "grpo_replay_ncq", "group_size": 2},
+        scheduler={"new_questions": 2, "rho_aug": 1.0},
+    )
+    corpus = [msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge") for q in questions(2)]
+    world = World(config, corpus, seed=4, rewards=lambda g, n: [0.0] * n)
+    original = world.finish
+
+    def finish(actor: Any, task_id: str) -> None:
+        if getattr(actor.held[task_id].job.message, "kind", None) != "judge":
+            original(actor, task_id)
+            return
+        job = actor.held.pop(task_id).job
+        world.scheduler.failed(task_id, actor.name, actor.incarnation, "too long", False, world.now)
+        world.scheduler.granted(actor.name, job.cost)
+        actor.granted += job.cost
+
+    world.finish = finish  # type: ignore[method-assign]
+    window = world.run().steps[0].window
+    grades = [grade for visit in window.visits for grade in visit.plain.grades or []]
+    assert {grade.note for grade in grades} == {"the judge failed: too long"}
+    assert all(grade.answer for grade in grades)
+    for visit in window.visits:
+        [ncq] = [group for group in visit.student_groups() if group.kind == "ncq"]
+        shown = ncq.prompt.messages[-1].content
+        assert all(f"\\boxed{{{grade.answer}}}" in shown for grade in visit.plain.grades or [])
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_answer_with_the_wrong_number_of_parts_is_a_failed_try(parts: int) -> None:
     config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1})
