@@ -63,6 +63,8 @@ def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["lunch"], "zppo: there is no command 'lunch' (did you mean 'launch'?)\n"),
         (["init", "a", "b"], "zppo init: expected one file name, got 'a b'\n"),
+        (["report"], "zppo report: the following arguments are required: RUN; see zppo report --help\n"),
+        (["launch", "--topolgy"], "zppo launch: unrecognized arguments: --topolgy; see zppo launch --help\n"),
         (["init", "/nowhere/t.yaml"], "/nowhere/t.yaml: cannot be written (No such file or directory)\n"),
     ],
 )
@@ -74,5 +76,6 @@ def test_mistakes_on_the_command_line(arguments: list[str], sentence: str, capsy
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"zppo \d+\.\d+\.\d+\n", capsys.readouterr().out)
-    assert main([]) == 0
-    assert capsys.readouterr().out.startswith("usage: zppo COMMAND")
+    for arguments in ([], ["--help"], ["init", "--help"], ["init", "-h"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.startswith("usage: zppo COMMAND")

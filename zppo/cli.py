@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: list[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        return _help(arguments)
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         raise UserError(f"zppo init: expected one file name, got {' '.join(arguments)!r}")
     from zppo.init import write_topology

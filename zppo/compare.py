@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from msgspec.structs import replace
 
 from zppo import launch, run_dir
+from zppo.command_line import Parser
 from zppo.comparison import plan, runs
 from zppo.comparison.plan import Pair, Record
 from zppo.config import Topology
@@ -274,15 +274,8 @@ def _same_command(arguments: argparse.Namespace) -> str:
     return "python -m zppo.compare " + " ".join(map(shlex.quote, parts))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake on the command line as one sentence, like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="zppo compare", description="Compare methods under one topology, with several seeds.")
+    parser = Parser(prog="zppo compare", description="Compare methods under one topology, with several seeds.")
     parser.add_argument("--topology", type=Path, metavar="FILE", help="what all runs share, in YAML")
     parser.add_argument("--methods", metavar="NAMES", help="methods with commas between, e.g. grpo,grpo_replay,zppo")
     parser.add_argument("--seeds", metavar="NUMBERS", help="seeds, e.g. 0,1,2 or 0-7")

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from zppo.chat_template import THINKING_OFF, check_template_variables
+from zppo.command_line import Parser
 from zppo.config import DataConfig, ModelConfig, ResponseSampling
 from zppo.data import Corpus, load_questions
 from zppo.errors import UserError
@@ -216,15 +217,8 @@ def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake on the command line as one sentence, like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="zppo evaluate", description="Accuracy of a model on a set of questions, with its 95 % interval."
     )
     _add_model_options(parser.add_argument_group("model"))

@@ -18,6 +18,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from zppo import checkpoint, run_dir
+from zppo.command_line import Parser
 from zppo.config import Topology
 from zppo.data import Corpus, bad_rows_text, held_out_overlap, load_questions
 from zppo.errors import UserError
@@ -282,15 +283,8 @@ def _difference(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     return path, old, new
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake on the command line as one sentence, like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="zppo launch", description="Start a run as a topology describes it, or continue one.")
+    parser = Parser(prog="zppo launch", description="Start a run as a topology describes it, or continue one.")
     parser.add_argument("--topology", type=Path, metavar="FILE", help="the run, in YAML (see: zppo init)")
     parser.add_argument(
         "--set",

@@ -239,7 +239,7 @@ def test_the_page_is_written_whole_where_asked(
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"zppo.report: {tmp_path}: is not the directory of a run (it has no run.json)\n"
+        f"{tmp_path}: is not the directory of a run (it has no run.json)\n"
     )  # fmt: skip
 
 
@@ -250,4 +250,4 @@ def test_an_out_that_cannot_be_written_is_one_sentence(
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "page.html"
     assert main([str(fake_run(steps=0)), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"zppo.report: --out {out}: cannot be written (File exists)\n"
+    assert capsys.readouterr().err == f"--out {out}: cannot be written (File exists)\n"

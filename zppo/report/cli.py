@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from zppo.command_line import Parser
 from zppo.errors import UserError
 from zppo.report.load import load_run
 from zppo.summary import summarise
@@ -16,15 +17,15 @@ from zppo.whole_file import written_whole
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one sentence on stderr when the folder is not a run."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         if arguments.json:
             print(msgspec.json.format(msgspec.json.encode(summarise(arguments.run)), indent=2).decode())
         if arguments.out is not None or not arguments.json:
             path = write_report(arguments.run, arguments.out or arguments.run / "report" / "index.html")
             print(f"report: {path}", file=sys.stderr if arguments.json else sys.stdout)
     except UserError as error:
-        print(f"zppo.report: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     return 0
 
@@ -45,7 +46,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m zppo.report", description="Report on a run.")
+    parser = Parser(prog="zppo report", description="Report on a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON (no page unless --out is given)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: RUN/report/index.html)")
