@@ -195,13 +195,8 @@ def test_a_plain_prompt_that_no_engine_can_take_ends_the_run_with_its_reason() -
         world.scheduler.failed(assignment.job.id, assignment.worker, 0, reason, False, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["bcq", "ncq", "teacher", "compress"])
-def test_the_teacher_and_rewritten_prompts_can_be_done_without(kind: str) -> None:
-    config = topology(
-        method={"name": "zppo", "group_size": 2},
-        scheduler={"new_questions": 3, "rho_aug": 1.0},
-    )
-    world = World(config, questions(9), seed=4, rewards=lambda g, n: [float("teacher" in g)] * n)
+def refuse(world: World, kind: str) -> None:
+    """Whoever gets a task of this kind says that it cannot be done."""
     original = world.finish
 
     def finish(actor: Any, task_id: str) -> None:
@@ -215,6 +210,16 @@ def test_the_teacher_and_rewritten_prompts_can_be_done_without(kind: str) -> Non
         actor.granted += job.cost
 
     world.finish = finish  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["bcq", "ncq", "teacher", "compress"])
+def test_the_teacher_and_rewritten_prompts_can_be_done_without(kind: str) -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 2},
+        scheduler={"new_questions": 3, "rho_aug": 1.0},
+    )
+    world = World(config, questions(9), seed=4, rewards=lambda g, n: [float("teacher" in g)] * n)
+    refuse(world, kind)
     check_run(world.run())
     kinds = {g.kind for t in world.steps for g in t.window.student_groups()}
     lost = {"bcq": {"bcq"}, "ncq": {"ncq"}, "teacher": {"bcq"}, "compress": set()}[kind]
@@ -242,18 +247,7 @@ def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
     )
     corpus = [msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge") for q in questions(2)]
     world = World(config, corpus, seed=4, rewards=lambda g, n: [0.0] * n)
-    original = world.finish
-
-    def finish(actor: Any, task_id: str) -> None:
-        if getattr(actor.held[task_id].job.message, "kind", None) != "judge":
-            original(actor, task_id)
-            return
-        job = actor.held.pop(task_id).job
-        world.scheduler.failed(task_id, actor.name, actor.incarnation, "too long", False, world.now)
-        world.scheduler.granted(actor.name, job.cost)
-        actor.granted += job.cost
-
-    world.finish = finish  # type: ignore[method-assign]
+    refuse(world, "judge")
     window = world.run().steps[0].window
     grades = [grade for visit in window.visits for grade in visit.plain.grades or []]
     assert {grade.note for grade in grades} == {"the judge failed: too long"}
