@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec import structs
+
 from zppo.config import TeacherConfig
 from zppo.errors import UserError
 from zppo.openai_arguments import OPENAI
-from zppo_protocol.messages import TemplateValue
+from zppo_protocol.messages import Prompt, TemplateValue
 
 THINKING_OFF: dict[str, TemplateValue] = {"enable_thinking": False}
 OWNED = {
@@ -33,6 +35,11 @@ OWNED = {
     "max_length": "prompts are never cut",
 }
 """Names that are no variables of a template but arguments of the tokenizer, and where they come from."""
+
+
+def for_template(prompt: Prompt, variables: Mapping[str, TemplateValue]) -> Prompt:
+    """The prompt for the chat template of the model that will read it."""
+    return structs.replace(prompt, chat_template_kwargs=dict(variables)) if variables else prompt
 
 
 def when_writing(teacher: TeacherConfig, engine: str) -> Mapping[str, TemplateValue]:

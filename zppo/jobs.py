@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
-from zppo.chat_template import when_writing
+from zppo.chat_template import for_template, when_writing
 from zppo.composition import Composition, gathered
-from zppo.config import Topology
+from zppo.config import ModelConfig, Topology
 from zppo.dispatch import Job
-from zppo.grading import JUDGE, JUDGE_SAMPLING, last_boxed
+from zppo.grading import JUDGE, JUDGE_SAMPLING
 from zppo.processes import teacher_pool, teachers
 from zppo.prompts import PromptSet
 from zppo.questions import Question
 from zppo.window import EVALUATE, PLAIN, TEACHER, Candidate, Group, Visit, Window
-from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling, ScoreTask, TemplateValue
+from zppo_protocol.messages import GenerateTask, GradeTask, Prompt, Sampling, ScoreTask
 
 Stage: TypeAlias = Literal["sample", "grade", "judge", "compress", "write_hint", "score"]
 ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", teacher_pool(0), "grader"
@@ -103,9 +102,9 @@ class JobFactory:
     def _sample(self, target: Target, window: int, min_version: int) -> Job:
         group = target.the_group
         teacher = group.kind == TEACHER
-        n, sampling = self._decoding(group)
         model = teachers(self._topology)[group.teacher].model if teacher else self._topology.student
-        prompt = _for_template(group.prompt, model.chat_template_kwargs)
+        n, sampling = self._decoding(group, model)
+        prompt = for_template(group.prompt, model.chat_template_kwargs)
         message = self._generate(group.id, group.kind, prompt, n, sampling, -1 if teacher else min_version)
         order = (window, _stage_order(group.kind))
         pool = teacher_pool(group.teacher) if teacher else ROLLOUT_POOL
@@ -124,8 +123,8 @@ class JobFactory:
         group, question = target.the_group, target.question
         assert group.samples is not None, "a group is judged after it is sampled"
         name = target.task_id
-        prompt = prompts.judge(question.text, question.answer, last_boxed(group.samples.texts[target.response]) or "")
-        message = self._generate(name, JUDGE, _for_template(prompt, self._when_writing), 1, JUDGE_SAMPLING, -1)
+        prompt = prompts.judge(question.text, question.answer, group.samples.texts[target.response])
+        message = self._generate(name, JUDGE, for_template(prompt, self._when_writing), 1, JUDGE_SAMPLING, -1)
         order = (window, _stage_order(group.kind))
         return Job(id=name, pool=TEACHER_POOL, order=order, cost=1, message=message)
 
@@ -133,7 +132,7 @@ class JobFactory:
         assert self._teacher is not None
         lines, tokens = self.compression_limits
         name, ask = target.task_id, prompts.write_hint if target.stage == "write_hint" else prompts.compress
-        prompt = _for_template(ask(target.question.text, candidate.text, tokens, lines), self._when_writing)
+        prompt = for_template(ask(target.question.text, candidate.text, tokens, lines), self._when_writing)
         message = self._generate(name, target.stage, prompt, 1, self._teacher.compression_sampling, -1)
         return Job(id=name, pool=TEACHER_POOL, order=(window, _stage_order(target.stage)), cost=1, message=message)
 
@@ -151,14 +150,13 @@ class JobFactory:
         order = (window, _stage_order(target.stage))
         return Job(id=name, pool=TEACHER_POOL, order=order, cost=message.n, message=message)
 
-    def _decoding(self, group: Group) -> tuple[int, Sampling]:
-        """(completions, sampling) of a group: G_T from a teacher, G_S from the student."""
+    def _decoding(self, group: Group, model: ModelConfig) -> tuple[int, Sampling]:
+        """(completions, sampling) of a group that `model` samples: G_T from a teacher, G_S from the student."""
         topology = self._topology
-        if group.kind == TEACHER:
-            return topology.method.teacher_group_size, teachers(topology)[group.teacher].model.sampling
         if group.kind == EVALUATE:
-            return topology.evaluation.samples, topology.evaluation.sampling or self._student
-        return topology.method.group_size, self._student
+            return topology.evaluation.samples, topology.evaluation.sampling or model.sampling
+        size = topology.method.teacher_group_size if group.kind == TEACHER else topology.method.group_size
+        return size, model.sampling
 
     def _generate(
         self, task_id: str, kind: str, prompt: Prompt, n: int, sampling: Sampling, min_version: int
@@ -173,11 +171,6 @@ class JobFactory:
             seed=int.from_bytes(seed, "big"),
             min_version=min_version,
         )
-
-
-def _for_template(prompt: Prompt, variables: Mapping[str, TemplateValue]) -> Prompt:
-    """The prompt for the chat template of the model that will read it."""
-    return structs.replace(prompt, chat_template_kwargs=dict(variables)) if variables else prompt
 
 
 def _stage_order(kind: str) -> int:

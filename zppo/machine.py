@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from msgspec import Struct
 
 from zppo.config import ActorConfig, Topology
 from zppo.errors import UserError
-from zppo.memory import Need
 from zppo.processes import ProcessPlan, teachers
 from zppo.vllm_arguments import VLLM
+
+if TYPE_CHECKING:
+    from zppo.plan import Plan
 
 GIB = 1 << 30
 NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -71,26 +73,23 @@ def idle_cards(topology: Topology) -> int:
     return 0 if wants_gpu(topology) or not NVIDIA.is_dir() else len(list(NVIDIA.iterdir()))
 
 
-def check_fits(
-    processes: Sequence[ProcessPlan], needs: Sequence[Need], shared: int, topology: Topology, machine: Machine
-) -> None:
+def check_fits(plan: Plan, machine: Machine) -> None:
     """Raise UserError for a device that is not there, and where memory is short."""
-    for entry in processes:
-        _check_device(entry, topology, machine)
-    host = sum(need.host for need in needs) + shared
-    if host > machine.memory:
-        name, size = max(zip(processes, needs, strict=True), key=lambda pair: pair[1].host)
+    for entry in plan.processes:
+        _check_device(entry, plan.topology, machine)
+    if plan.host_bytes > machine.memory:
+        name, size = max(zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host)
         raise UserError(
-            f"the plan needs {gib(host)} of memory but {gib(machine.memory)} are free; "
-            f"the largest part is {name.name} with {gib(size.host)}{_idle(topology)}"
+            f"the plan needs {gib(plan.host_bytes)} of memory but {gib(machine.memory)} are free; "
+            f"the largest part is {name.name} with {gib(size.host)}{_idle(plan.topology)}"
         )
-    if shared > machine.shared:
+    if plan.shared > machine.shared:
         raise UserError(
-            f"the plan keeps weights of {gib(shared)} in the runtime folder but {gib(machine.shared)} are free "
+            f"the plan keeps weights of {gib(plan.shared)} in the runtime folder but {gib(machine.shared)} are free "
             "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
         )
     for index, free in enumerate(machine.gpus):
-        _check_card(index, free, _placed(index, free, processes, needs, topology))
+        _check_card(index, free, _placed(index, free, plan))
 
 
 def gib(size: int) -> str:
@@ -127,15 +126,13 @@ def _section(entry: ProcessPlan, topology: Topology) -> tuple[str, ActorConfig]:
     return next(((one.where, one.actor) for one in teachers(topology) if one.pool == entry.pool), rollout)
 
 
-def _placed(
-    index: int, free: int, processes: Sequence[ProcessPlan], needs: Sequence[Need], topology: Topology
-) -> list[Placed]:
+def _placed(index: int, free: int, plan: Plan) -> list[Placed]:
     """The processes on one card. At its start vLLM takes a share of it, unless the size of its cache is given."""
     names = (f"cuda:{index}", "cuda") if index == 0 else (f"cuda:{index}",)
     placed = []
-    for entry, need in zip(processes, needs, strict=True):
+    for entry, need in zip(plan.processes, plan.needs, strict=True):
         if entry.device in names:
-            share = 0.0 if entry.role == "trainer" else _vllm_share(_section(entry, topology)[1])
+            share = 0.0 if entry.role == "trainer" else _vllm_share(_section(entry, plan.topology)[1])
             placed.append((entry, max(need.device, int(share * free))))
     return placed
 

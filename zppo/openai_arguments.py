@@ -38,7 +38,7 @@ REMOVABLE = ("temperature", "top_p", "seed", "stream_options")
 Seconds = Annotated[float, Meta(gt=0.0, le=86_400.0)]
 
 
-class OpenaiArguments(Struct, frozen=True, kw_only=True):
+class OpenAIArguments(Struct, frozen=True, kw_only=True):
     """`engine_args` of this engine; docs/openai.md says what each is for."""
 
     base_url: str
@@ -66,9 +66,9 @@ class OpenaiArguments(Struct, frozen=True, kw_only=True):
     """Allow http to other machines."""
 
 
-def read_openai_arguments(given: Mapping[str, Any], where: str) -> OpenaiArguments:
+def read_openai_arguments(given: Mapping[str, Any], where: str) -> OpenAIArguments:
     """Convert and check `engine_args` of the section `where`. Raises UserError."""
-    arguments = convert_arguments(given, OpenaiArguments, where)
+    arguments = convert_arguments(given, OpenAIArguments, where)
     where = f"{where}.engine_args"
     _check_url(arguments, where)
     _check_body(arguments.extra_body, where)
@@ -76,7 +76,7 @@ def read_openai_arguments(given: Mapping[str, Any], where: str) -> OpenaiArgumen
     return arguments
 
 
-def read_key(arguments: OpenaiArguments, where: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def read_key(arguments: OpenAIArguments, where: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """The key, or None where none is to be sent. Raises UserError, which never shows the key."""
     named = arguments.api_key_env
     if named is None:
@@ -123,7 +123,7 @@ def refuse_rollout(where: str, engine: str) -> None:
 # ---- single arguments --------------------------------------------------------------------------------------------
 
 
-def _check_url(arguments: OpenaiArguments, where: str) -> None:
+def _check_url(arguments: OpenAIArguments, where: str) -> None:
     parts = _split(arguments.base_url)
     if parts is None:
         raise UserError(

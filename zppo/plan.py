@@ -23,14 +23,14 @@ from zppo.machine import Machine, check_fits, idle_cards
 from zppo.memory import Models, Need, inspect_models, need, shared_bytes
 from zppo.methods import Method, get_method
 from zppo.model_folder import inspect_model
-from zppo.openai_arguments import OPENAI, OpenaiArguments, check_openai, refuse_rollout
+from zppo.openai_arguments import OPENAI, OpenAIArguments, check_openai, refuse_rollout
 from zppo.processes import ProcessPlan, processes, teachers, trainer_scores, uses_teacher
 from zppo.vllm_arguments import VLLM, check_prompts_read_whole, check_vllm_arguments, check_vllm_sizes
 
 ENGINE_ARGUMENTS: dict[str, type[Struct]] = {
     "transformers": TransformersArguments,
     "simulated": SimulatedArguments,
-    OPENAI: OpenaiArguments,
+    OPENAI: OpenAIArguments,
 }
 """Engines and their arguments; the engines themselves are not imported here. Those of vLLM are its own."""
 CAPACITY_ARGUMENTS = {OPENAI: "max_concurrent", VLLM: "max_num_seqs"}
@@ -86,7 +86,7 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
     _check_contexts(topology, models)
     _check_vllm(topology, models)
     _check_message_size(plan)
-    check_fits(plan.processes, plan.needs, plan.shared, topology, machine)
+    check_fits(plan, machine)
     return plan
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
+from zppo.chat_template import for_template
 from zppo.config import ActorConfig, ModelConfig, Topology
 from zppo.errors import UserError
 from zppo.model_folder import inspect_model
@@ -42,8 +43,7 @@ class Reader(Struct, frozen=True, kw_only=True):
 
     def lengths(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt as this model reads it."""
-        variables = dict(self.chat_template_kwargs)
-        own = [structs.replace(prompt, chat_template_kwargs=variables) for prompt in prompts]
+        own = [for_template(prompt, self.chat_template_kwargs) for prompt in prompts]
         return [len(ids) for ids in encode_prompts(tokenizer, own)]
 
 

@@ -27,6 +27,7 @@ from msgspec import structs
 
 from zppo.config import Topology
 from zppo.errors import UserError, nearest
+from zppo.grading.boxes import last_boxed
 from zppo.questions import Question
 from zppo_protocol.messages import ChatMessage, MediaReference, Prompt, ResponseStart
 
@@ -178,9 +179,9 @@ class PromptSet:
             max_lines=max_lines,
         )
 
-    def judge(self, question: str, gold: str, answer: str) -> Prompt:
-        """Ask the teacher to compare a free-form answer, the content of the last box, with the reference (Reward)."""
-        return self._prompt("judge.j2", (), question=question, gold=gold, answer=neutral(answer))
+    def judge(self, question: str, gold: str, response: str) -> Prompt:
+        """Ask the teacher to compare what the last box of a response holds with the reference (paper, Reward)."""
+        return self._prompt("judge.j2", (), question=question, gold=gold, answer=neutral(last_boxed(response) or ""))
 
     def _prompt(self, name: str, media: Sequence[MediaReference], **variables: Value) -> Prompt:
         user = ChatMessage(role="user", content=self._render(name, variables))

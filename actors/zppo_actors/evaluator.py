@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TextIO
 
 import msgspec
-from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zppo.chat_template import for_template
 from zppo.config import ModelConfig
 from zppo.evaluation_plan import EvaluationOrder
 from zppo.evaluation_report import Answered, EvaluationReport, QuestionResult, Tally
-from zppo.grading import JUDGE, judged, last_boxed, parse_answer, quick_grade, shown_gold
+from zppo.grading import JUDGE, judged, parse_answer, quick_grade, shown_gold
 from zppo.metrics import response_lengths
 from zppo.prompts import PromptSet
 from zppo.questions import Question
@@ -148,7 +148,7 @@ class Evaluator:
         grade = await self._grading.grade(text, question)
         if self._judge is None or grade.reward >= 1.0 or grade.answer is None:
             return grade, False
-        prompt = self._prompts.judge(question.text, question.answer, last_boxed(text) or "")
+        prompt = self._prompts.judge(question.text, question.answer, text)
         digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
         assert self._order.judge is not None
         task = self._task(JUDGE, f"{question.id}/{digest}", prompt, 1, self._order.judge.model)
@@ -165,7 +165,7 @@ class Evaluator:
         return GenerateTask(
             task_id=task_id,
             kind=kind,
-            prompt=structs.replace(prompt, chat_template_kwargs=model.chat_template_kwargs),
+            prompt=for_template(prompt, model.chat_template_kwargs),
             n=n,
             sampling=model.sampling,
             seed=int.from_bytes(seed, "big"),

@@ -26,7 +26,7 @@ from zppo.errors import UserError
 from zppo.machine import Machine
 from zppo.memory import CLIENT_LIBRARIES
 from zppo.metrics import prompt_length, response_lengths, response_tokens
-from zppo.openai_arguments import OpenaiArguments, check_openai, read_key, read_openai_arguments
+from zppo.openai_arguments import OpenAIArguments, check_openai, read_key, read_openai_arguments
 from zppo.pictures import MAX_BYTES
 from zppo.plan import Plan, make_plan
 from zppo.topology import load
@@ -71,7 +71,7 @@ def spec(server: Server, where: str = "actors.teacher", model: str = MODEL, **ar
 
 def use(server: Server, work: Callable[[OpenAIEngine], Coroutine[Any, Any, Result]], **arguments: Any) -> Result:
     """Run `work` with an engine whose pauses are short."""
-    settings = OpenaiArguments(base_url=server.base_url, **arguments)
+    settings = OpenAIArguments(base_url=server.base_url, **arguments)
 
     async def run() -> Result:
         key = read_key(settings, "engine_args")
@@ -550,7 +550,7 @@ def test_good_addresses(url: str) -> None:
 
 def test_the_key_comes_from_the_environment() -> None:
     default, named, none = (
-        OpenaiArguments(base_url=LOCAL, **extra) for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
+        OpenAIArguments(base_url=LOCAL, **extra) for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
     )
     environment = {"OPENAI_API_KEY": KEY, "K": " other\n"}
     assert [read_key(each, WHERE, environment) for each in (default, named, none)] == [KEY, "other", None]

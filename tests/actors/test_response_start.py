@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_transformers_engine import build, run, sample
 
-from zppo.openai_arguments import OpenaiArguments
+from zppo.openai_arguments import OpenAIArguments
 from zppo.tokenization import encode_prompts, encode_start, share_of
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai import OpenAIEngine
@@ -89,7 +89,7 @@ def test_the_scripted_engine_begins_as_told(text: str, share: float, begin: str)
 
 
 def test_a_server_is_never_told_how_to_begin() -> None:
-    engine: Any = OpenAIEngine(OpenaiArguments(base_url="http://127.0.0.1:9/v1"), "m", None)
+    engine: Any = OpenAIEngine(OpenAIArguments(base_url="http://127.0.0.1:9/v1"), "m", None)
     with pytest.raises(EngineError, match="a server cannot be told how a response begins") as error:
         run(engine, engine.generate(starting(make_task("q"))))
     assert not error.value.retryable

@@ -24,7 +24,7 @@ from test_transformers_engine import build, run
 from training_cases import CPU, SETTINGS, gemma2_with_soft_cap, method, trainer_of
 
 from zppo.memory import SCORED_ROWS, SCORED_TOKENS
-from zppo.openai_arguments import OpenaiArguments
+from zppo.openai_arguments import OpenAIArguments
 from zppo.training.batch import assemble
 from zppo.training.distillation import Divergence
 from zppo.training.step import split
@@ -333,7 +333,7 @@ def test_the_scripted_engine_likes_every_token_as_it_stands() -> None:
 
 
 def test_a_server_cannot_score_and_says_which_engines_can() -> None:
-    engine = OpenAIEngine(OpenaiArguments(base_url="http://127.0.0.1:9/v1"), "m", None)
+    engine = OpenAIEngine(OpenAIArguments(base_url="http://127.0.0.1:9/v1"), "m", None)
     with pytest.raises(EngineError) as error:
         run(engine, engine.score(to_score([2])))
     assert str(error.value) == "scoring needs an engine that can score: transformers or vllm"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from zppo.openai_arguments import OpenaiArguments, read_key, read_openai_arguments, refuse_rollout
+from zppo.openai_arguments import OpenAIArguments, read_key, read_openai_arguments, refuse_rollout
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai_body import chat_messages, request_body
 from zppo_actors.engines.openai_client import Client
@@ -25,7 +25,7 @@ from zppo_actors.engines.openai_retry import Pauses, RequestFailed, RetryBudget
 from zppo_actors.engines.spec import EngineSpec
 from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores, Usage
 
-__all__ = ["OpenAIEngine", "OpenaiArguments", "create"]
+__all__ = ["OpenAIEngine", "create"]
 
 FROZEN = -1
 
@@ -70,7 +70,7 @@ class Slots:
 class OpenAIEngine:
     """See the module. `close` must be awaited to close the connections."""
 
-    def __init__(self, arguments: OpenaiArguments, model: str, key: str | None, pauses: Pauses | None = None) -> None:
+    def __init__(self, arguments: OpenAIArguments, model: str, key: str | None, pauses: Pauses | None = None) -> None:
         self._arguments = arguments
         self._model = model
         self._client = Client(arguments, key)

@@ -7,7 +7,7 @@ import mimetypes
 from pathlib import Path
 from typing import Any
 
-from zppo.openai_arguments import OpenaiArguments
+from zppo.openai_arguments import OpenAIArguments
 from zppo.pictures import FORMATS, MAX_BYTES
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import ChatMessage, GenerateTask, MediaReference, Prompt, Sampling
@@ -30,7 +30,7 @@ def chat_messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def request_body(
-    task: GenerateTask, messages: list[dict[str, Any]], arguments: OpenaiArguments, model: str, members: range
+    task: GenerateTask, messages: list[dict[str, Any]], arguments: OpenAIArguments, model: str, members: range
 ) -> dict[str, Any]:
     """Ask for the completions `members` of the task's group.
 

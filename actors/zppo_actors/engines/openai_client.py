@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import msgspec
 
-from zppo.openai_arguments import OpenaiArguments
+from zppo.openai_arguments import OpenAIArguments
 from zppo_actors.engines.openai_reply import Collector, Events, Reply, whole_reply
 from zppo_actors.engines.openai_retry import RequestFailed, retry_after
 
@@ -38,7 +38,7 @@ def headers(key: str | None) -> dict[str, str]:
     return {**own, "Authorization": f"Bearer {key}"} if key else own
 
 
-def options(arguments: OpenaiArguments, key: str | None) -> dict[str, Any]:
+def options(arguments: OpenAIArguments, key: str | None) -> dict[str, Any]:
     """What the clients for the probe and for the work have in common."""
     # These log every request; the actor's own log says what matters.
     for name in ("httpx2", "httpcore2"):
@@ -64,7 +64,7 @@ def describe(error: Exception, key: str | None) -> str:
 class Client:
     """`complete` calls may overlap; `close` must be awaited."""
 
-    def __init__(self, arguments: OpenaiArguments, key: str | None) -> None:
+    def __init__(self, arguments: OpenAIArguments, key: str | None) -> None:
         self._url = arguments.base_url.rstrip("/") + "/chat/completions"
         self._key = key
         self._http = httpx2.AsyncClient(

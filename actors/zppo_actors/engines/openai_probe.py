@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from zppo.errors import UserError
-from zppo.openai_arguments import OpenaiArguments
+from zppo.openai_arguments import OpenAIArguments
 from zppo_actors.engines.openai_client import CONNECT_SECONDS, REFUSED_STATUSES, RETRYABLE_STATUSES, describe, options
 
 PAUSE_SECONDS = 1.0
@@ -28,7 +28,7 @@ class ModelList(Struct):
     data: list[Served]
 
 
-def check_server(arguments: OpenaiArguments, model: str, key: str | None, where: str) -> None:
+def check_server(arguments: OpenAIArguments, model: str, key: str | None, where: str) -> None:
     """Ask for the list of models until the server is up, `startup_seconds` at most. Raises UserError."""
     deadline = time.monotonic() + arguments.startup_seconds
     where = f"{where}.engine_args"
@@ -46,7 +46,7 @@ def check_server(arguments: OpenaiArguments, model: str, key: str | None, where:
             time.sleep(PAUSE_SECONDS)
 
 
-def _ask(http: httpx2.Client, arguments: OpenaiArguments, model: str, key: str | None, where: str) -> str | None:
+def _ask(http: httpx2.Client, arguments: OpenAIArguments, model: str, key: str | None, where: str) -> str | None:
     """None if all is well, or what may yet pass. Raises UserError for what will not."""
     try:
         with http.stream("GET", arguments.base_url.rstrip("/") + "/models") as response:
