@@ -1,14 +1,18 @@
-"""Samples and tokens per second of GRPO training: a whole run of ours against TRL's GRPOTrainer, in turns.
+"""Samples and tokens per second of GRPO training: a whole run of ours against TRL's GRPOTrainer, in
+turns.
 
-    python -P benches/end_to_end.py --model models/smollm2-student --data examples/smollm2/train.jsonl \
-        --templates examples/smollm2/templates --trl-python OTHER_VENV/bin/python [--rounds 2] [--json FILE]
+    python -P benches/end_to_end.py --model models/smollm2-student --data
+    examples/smollm2/train.jsonl \
+        --templates examples/smollm2/templates --trl-python OTHER_VENV/bin/python [--rounds 2]
+        [--json FILE]
 
-Both sides train the same model on the same prompts: as many questions, rollouts of each, updates, the same dtype, loss
-and cores, the same limit of tokens. Responses end where the model ends them or at the limit; `--equal-lengths` gives
-both a copy of the model whose end token it never writes. Rewards come from one rule, and a sample of TRL's texts is
-graded again by our grader. Ours runs with all its processes, the journal and the rollouts on disk, but without
-checkpoints. The warm-up is left out on both sides, and so are our last steps, in which nothing new is sampled. The
-clock runs over whole steps: from the end of one update to the end of another.
+Both sides train the same model on the same prompts: as many questions, rollouts of each, updates,
+the same dtype, loss and cores, the same limit of tokens. Responses end where the model ends them or
+at the limit; `--equal-lengths` gives both a copy of the model whose end token it never writes.
+Rewards come from one rule, and a sample of TRL's texts is graded again by our grader. Ours runs
+with all its processes, the journal and the rollouts on disk, but without checkpoints. The warm-up
+is left out on both sides, and so are our last steps, in which nothing new is sampled. The clock
+runs over whole steps: from the end of one update to the end of another.
 """
 
 from __future__ import annotations
@@ -29,11 +33,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from zppo.data.question import Question
 from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
-from zppo.prompts import PromptSet
-from zppo.questions import Question
-from zppo_actors.life import KEEP_MEMORY
+from zppo.prompting.prompts import PromptSet
+from zppo_actors.supervisor.life import KEEP_MEMORY
 
 TRL_SIDE = Path(__file__).with_name("trl_grpo.py")
 END_TOKEN = "<empty_output>"
@@ -41,7 +45,8 @@ END_TOKEN = "<empty_output>"
 
 
 class Order(Struct, frozen=True, kw_only=True):
-    """What both sides do in a run: `steps` measured steps of `questions` groups, each of `updates_per_step` updates."""
+    """What both sides do in a run: `steps` measured steps of `questions` groups, each of
+    `updates_per_step` updates."""
 
     model: str
     prompts: str
@@ -82,11 +87,12 @@ class Measured(Struct, frozen=True, kw_only=True):
         return self.tokens / self.seconds
 
 
-# ---- what both sides are given -----------------------------------------------------------------------------------
+# ---- what both sides are given -------------------------------------------------------------------
 
 
 def endless_copy(model: Path, out: Path, end_token: str) -> Path:
-    """A folder with the same weights whose end token is `end_token`, so that responses run up to the limit."""
+    """A folder with the same weights whose end token is `end_token`, so that responses run up to
+    the limit."""
     out.mkdir()
     for file in model.iterdir():
         if file.suffix == ".safetensors":
@@ -96,7 +102,9 @@ def endless_copy(model: Path, out: Path, end_token: str) -> Path:
     vocabulary = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
     if end_token not in ids:
-        raise SystemExit(f"--end-token: the tokenizer of {model} has no special token {end_token!r}")
+        raise SystemExit(
+            f"--end-token: the tokenizer of {model} has no special token {end_token!r}"
+        )
     edit(out / "tokenizer_config.json", eos_token=end_token)
     for name in ("config.json", "generation_config.json"):
         edit(out / name, eos_token_id=ids[end_token])
@@ -105,7 +113,9 @@ def endless_copy(model: Path, out: Path, end_token: str) -> Path:
 
 def edit(file: Path, **values: Any) -> None:
     """Set values in a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 def write_prompts(data: Path, templates: Path | None, system_prompt: str | None, out: Path) -> Path:
@@ -121,11 +131,12 @@ def write_prompts(data: Path, templates: Path | None, system_prompt: str | None,
     return out
 
 
-# ---- our side ----------------------------------------------------------------------------------------------------
+# ---- our side ------------------------------------------------------------------------------------
 
 
 def topology(order: Order, options: argparse.Namespace, run: Path) -> dict[str, Any]:
-    """The run as a topology. It is longer than what is measured by the steps that finish without new samples."""
+    """The run as a topology. It is longer than what is measured by the steps that finish without
+    new samples."""
     drain = options.staleness + 1
     engine_args = {
         "transformers": {"max_sequences": options.max_sequences, "max_length": 512},
@@ -198,7 +209,7 @@ def measured(steps: Sequence[dict[str, Any]], order: Order) -> Measured:
     )
 
 
-# ---- TRL's side --------------------------------------------------------------------------------------------------
+# ---- TRL's side ----------------------------------------------------------------------------------
 
 
 def trl(order: Order, options: argparse.Namespace) -> Measured:
@@ -206,32 +217,47 @@ def trl(order: Order, options: argparse.Namespace) -> Measured:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "order.json"
         file.write_bytes(msgspec.json.encode(order))
-        # -P: the folder of the script has a kernels.py, which would hide the package of that name from transformers.
+        # -P: the folder of the script has a kernels.py, which would hide the package of that name
+        # from transformers.
         printed = call([str(options.trl_python), "-P", str(TRL_SIDE), str(file)], options.verbose)
         found = json.loads(printed.splitlines()[-1])
     for text, gold, reward in found.pop("texts"):
         answer = last_boxed(text)
         right = answer is not None and bool(GRADERS["exact"].quick(answer, gold))
         if right != bool(reward):
-            raise SystemExit(f"TRL's side gave {reward} to {text!r} with the answer {gold!r}, our grader says {right}")
-    return Measured(side="trl", seconds_training=found["seconds"] - found["seconds_generating"], **found)
+            raise SystemExit(
+                f"TRL's side gave {reward} to {text!r} with the answer {gold!r}, our grader says "
+                f"{right}"
+            )
+    return Measured(
+        side="trl", seconds_training=found["seconds"] - found["seconds_generating"], **found
+    )
 
 
-# ---- the race ----------------------------------------------------------------------------------------------------
+# ---- the race ------------------------------------------------------------------------------------
 
 
 def call(command: Sequence[str], verbose: bool) -> str:
     """Standard output of a command. Leaves with its last lines if it fails.
 
-    Both sides get what our launcher sets for its own processes: a C library that keeps freed memory.
+    Both sides get what our launcher sets for its own processes: a C library that keeps freed
+    memory.
     """
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | KEEP_MEMORY
+    environment = (
+        os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | KEEP_MEMORY
+    )
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=None if verbose else subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=None if verbose else subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     if done.returncode:
         tail = "\n".join(((done.stdout or "") + (done.stderr or "")).splitlines()[-30:])
-        raise SystemExit(f"{' '.join(command[:4])} … ended with exit code {done.returncode}:\n{tail}")
+        raise SystemExit(
+            f"{' '.join(command[:4])} … ended with exit code {done.returncode}:\n{tail}"
+        )
     return done.stdout
 
 
@@ -239,7 +265,8 @@ Side = Callable[[Order, argparse.Namespace], Measured]
 
 
 def race(order: Order, options: argparse.Namespace, sides: Sequence[Side]) -> Iterator[Measured]:
-    """Each side once a round, in the same order; the load is that of one minute before the start."""
+    """Each side once a round, in the same order; the load is that of one minute before the
+    start."""
     for _ in range(options.rounds):
         for side in sides:
             load = os.getloadavg()[0]
@@ -251,8 +278,12 @@ def summary(runs: Sequence[Measured]) -> dict[str, Any]:
     sides = sorted({run.side for run in runs})
     medians = {
         side: {
-            "samples_per_second": statistics.median(run.samples_per_second for run in runs if run.side == side),
-            "tokens_per_second": statistics.median(run.tokens_per_second for run in runs if run.side == side),
+            "samples_per_second": statistics.median(
+                run.samples_per_second for run in runs if run.side == side
+            ),
+            "tokens_per_second": statistics.median(
+                run.tokens_per_second for run in runs if run.side == side
+            ),
         }
         for side in sides
     }
@@ -263,10 +294,15 @@ def summary(runs: Sequence[Measured]) -> dict[str, Any]:
 
 
 def describe(run: Measured) -> str:
-    live = "" if run.live_share is None else f", {100 * run.live_share:.0f} % of rollouts with an advantage"
+    live = (
+        ""
+        if run.live_share is None
+        else f", {100 * run.live_share:.0f} % of rollouts with an advantage"
+    )
     sampling = "beside it" if run.seconds_generating is None else f"{run.seconds_generating:.1f}"
     return (
-        f"{run.side:4}  {run.samples_per_second:6.2f} samples/s  {run.tokens_per_second:7.1f} tokens/s  "
+        f"{run.side:4}  {run.samples_per_second:6.2f} samples/s  {run.tokens_per_second:7.1f} "
+        "tokens/s  "
         f"{run.seconds:6.1f} s for {run.updates} updates (training {run.seconds_training:.1f}, "
         f"sampling {sampling}), accuracy {run.accuracy:.2f}{live}, load {run.load_before:.1f}"
     )
@@ -284,7 +320,9 @@ def prepared(options: argparse.Namespace) -> Iterator[Order]:
         yield Order(
             model=str(model),
             prompts=str(
-                write_prompts(options.data, options.templates, options.system_prompt, folder / "prompts.jsonl")
+                write_prompts(
+                    options.data, options.templates, options.system_prompt, folder / "prompts.jsonl"
+                )
             ),
             **{name: getattr(options, name) for name in names},
         )
@@ -296,9 +334,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
     made.add_argument("--templates", type=Path)
     made.add_argument("--system-prompt")
-    made.add_argument("--end-token", default=END_TOKEN, help="a special token that the model never writes")
-    made.add_argument("--equal-lengths", action="store_true", help="every response runs up to the limit")
-    made.add_argument("--trl-python", type=Path, help="Python with TRL; without it our side runs alone")
+    made.add_argument(
+        "--end-token", default=END_TOKEN, help="a special token that the model never writes"
+    )
+    made.add_argument(
+        "--equal-lengths", action="store_true", help="every response runs up to the limit"
+    )
+    made.add_argument(
+        "--trl-python", type=Path, help="Python with TRL; without it our side runs alone"
+    )
     made.add_argument("--trl-only", action="store_true", help="run TRL's side alone")
     made.add_argument("--rounds", type=int, default=2)
     made.add_argument("--questions", type=int, default=12, help="questions of a step")
@@ -310,9 +354,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     made.add_argument("--learning-rate", type=float, default=1e-5)
     made.add_argument("--threads", type=int, default=2, help="threads of TRL's process")
-    made.add_argument("--trl-batch", type=int, default=8, help="rollouts in one forward pass of TRL")
+    made.add_argument(
+        "--trl-batch", type=int, default=8, help="rollouts in one forward pass of TRL"
+    )
     made.add_argument("--trl-compile", action="store_true", help="TRL with torch.compile")
-    made.add_argument("--trl-autocast", action="store_true", help="TRL with fp32 weights and bf16 autocast")
+    made.add_argument(
+        "--trl-autocast", action="store_true", help="TRL with fp32 weights and bf16 autocast"
+    )
     made.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
     made.add_argument("--rollouts", type=int, default=1, help="our rollout processes")
     made.add_argument("--rollout-threads", type=int, default=1, help="threads of each of them")
@@ -331,11 +379,14 @@ def check(options: argparse.Namespace) -> None:
     samples = options.questions * options.group_size
     if samples % (options.updates_per_step * options.trl_batch):
         raise SystemExit(
-            f"--trl-batch {options.trl_batch}: {samples} rollouts do not split into {options.updates_per_step} updates "
+            f"--trl-batch {options.trl_batch}: {samples} rollouts do not split into "
+            f"{options.updates_per_step} updates "
             "of whole batches; expected a divisor of the rollouts of an update"
         )
     if options.warmup < 1 or options.steps < 1:
-        raise SystemExit("--warmup and --steps: expected at least 1, the clock starts at the end of a step")
+        raise SystemExit(
+            "--warmup and --steps: expected at least 1, the clock starts at the end of a step"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,12 @@
-"""Tokens per second of the transformers engine against `model.generate` on the same model, prompts and lengths.
+"""Tokens per second of the transformers engine against `model.generate` on the same model, prompts
+and lengths.
 
-Run: `python benches/engine.py [--model FOLDER] [--threads 1] [--json]`. Two loads: *even*, groups of 8 that all end at
-the same length, and *ragged*, single responses of very different lengths (a tenth up to ten tenths of the longest).
-`generate` runs full batches, one after the other, and computes no log-probs; the engine admits new sequences into every
-freed slot, and includes log-probs, asyncio and detokenisation. Only wanted tokens count. Best of `--repeats`.
-`--clock cpu` divides by CPU seconds of the process instead: with one thread that is steadier on a busy computer.
+Run: `python benches/engine.py [--model FOLDER] [--threads 1] [--json]`. Two loads: *even*, groups
+of 8 that all end at the same length, and *ragged*, single responses of very different lengths (a
+tenth up to ten tenths of the longest). `generate` runs full batches, one after the other, and
+computes no log-probs; the engine admits new sequences into every freed slot, and includes
+log-probs, asyncio and detokenisation. Only wanted tokens count. Best of `--repeats`. `--clock cpu`
+divides by CPU seconds of the process instead: with one thread that is steadier on a busy computer.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from zppo_actors.engines.models import adopt_slots
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_actors.engines.transformers import TransformersEngine
-from zppo_protocol.messages import ChatMessage, GenerateTask, Prompt, Sampling
+from zppo_actors.engines.transformers.engine import TransformersEngine
+from zppo_actors.engines.transformers.models import adopt_slots
+from zppo_protocol.messages import GenerateTask
+from zppo_protocol.values import ChatMessage, Prompt, Sampling
 
 GROUP = 8
 NEVER = frozenset({-1})
@@ -66,7 +69,8 @@ async def run_engine(engine: TransformersEngine, tasks: list[GenerateTask]) -> i
 
 @torch.inference_mode()
 def run_generate(model: Any, prompts: list[np.ndarray], lengths: list[int], batch: int) -> int:
-    """The same load in batches of `batch`, each as long as its longest response; returns the tokens wanted."""
+    """The same load in batches of `batch`, each as long as its longest response; returns the tokens
+    wanted."""
     for start in range(0, len(lengths), batch):
         chunk = prompts[start : start + batch]
         width = max(map(len, chunk))
@@ -97,7 +101,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     transformers_logging.set_verbosity_error()
     tokenizer = PromptTokenizer(options.model, "--model")
     tokenizer.end_ids = NEVER
-    plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
+    plain = (
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     plain.generation_config.eos_token_id = None
     plain.generation_config.pad_token_id = 0
     ours = copy.deepcopy(plain)
@@ -109,7 +117,9 @@ def measure_load(
     name: str, options: argparse.Namespace, tokenizer: PromptTokenizer, plain: Any, ours: Any
 ) -> dict[str, Any]:
     lengths = load_of(name, options.sequences, options.tokens)
-    texts = [f"{i % 23} * {(7 * i) % 23} * {(11 * i) % 23} mod 23" for i in range(options.sequences)]
+    texts = [
+        f"{i % 23} * {(7 * i) % 23} * {(11 * i) % 23} mod 23" for i in range(options.sequences)
+    ]
     tasks = make_tasks(name, lengths, texts)
     prompts = [tokenizer.encode(task.prompt) for task in tasks for _ in range(task.n)]
     longest = max(map(len, prompts)) + options.tokens
@@ -153,7 +163,12 @@ def main() -> None:
     if options.json:
         print(
             json.dumps(
-                {"threads": options.threads, "clock": options.clock, "torch": torch.__version__, "results": results},
+                {
+                    "threads": options.threads,
+                    "clock": options.clock,
+                    "torch": torch.__version__,
+                    "results": results,
+                },
                 indent=2,
             )
         )

@@ -1,7 +1,9 @@
-"""Who runs in `benches/kernels.py`: this package, plain torch, torch.compile, and the peers where they are installed.
+"""Who runs in `benches/kernels.py`: this package, plain torch, torch.compile, and the peers where
+they are installed.
 
-Each contestant turns a problem into one callable that runs forward and backward once. All compute the same loss:
-token-level ratio, asymmetric clip, dual clip, mean over all tokens; peers that cannot skip dead rows compute them.
+Each contestant turns a problem into one callable that runs forward and backward once. All compute
+the same loss: token-level ratio, asymmetric clip, dual clip, mean over all tokens; peers that
+cannot skip dead rows compute them.
 
 Shapes: N rows, H hidden, V vocabulary, S sequences of L rows.
 """
@@ -58,7 +60,12 @@ def make_problem(rows: int, hidden: int, vocabulary: int, live: float, device: s
     proximal_N, _ = kernels.token_log_probs(hidden_NH, weight_VH, target_ids_N)
     sequence_ids_N = torch.arange(rows, device=device) // LENGTH
     return Problem(
-        hidden_NH.requires_grad_(), weight_VH.requires_grad_(), target_ids_N, advantages_S, sequence_ids_N, proximal_N
+        hidden_NH.requires_grad_(),
+        weight_VH.requires_grad_(),
+        target_ids_N,
+        advantages_S,
+        sequence_ids_N,
+        proximal_N,
     )
 
 
@@ -147,7 +154,9 @@ def hidden_liger(problem: Problem) -> Run:
 def logits_zppo(problem: Problem) -> Run:
     """This package, from logits, gradient in a new tensor so that the run can be repeated."""
     logits_NV, arguments = problem.logits(), _zppo_arguments(problem)
-    return lambda: kernels.policy_loss_from_logits(logits_NV, problem.target_ids_N, **arguments).loss.backward()
+    return lambda: kernels.policy_loss_from_logits(
+        logits_NV, problem.target_ids_N, **arguments
+    ).loss.backward()
 
 
 def logits_torch(problem: Problem) -> Run:
@@ -179,7 +188,9 @@ def logits_liger(problem: Problem) -> Run:
 
 def log_probs_zppo(problem: Problem) -> Run:
     """Log-probs and entropies from hidden states, no gradient."""
-    return lambda: kernels.token_log_probs(problem.hidden_NH, problem.weight_VH, problem.target_ids_N)
+    return lambda: kernels.token_log_probs(
+        problem.hidden_NH, problem.weight_VH, problem.target_ids_N
+    )
 
 
 @torch.no_grad()
@@ -210,7 +221,9 @@ def advantages_torch(problem: Problem) -> Run:
 
 def _rewards(problem: Problem) -> tuple[Tensor, Tensor]:
     device = problem.hidden_NH.device
-    rewards_R = (torch.rand(4096, generator=torch.Generator(device).manual_seed(1), device=device) > 0.6).float()
+    rewards_R = (
+        torch.rand(4096, generator=torch.Generator(device).manual_seed(1), device=device) > 0.6
+    ).float()
     return rewards_R, torch.arange(4096, device=device) // 8
 
 

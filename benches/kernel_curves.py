@@ -1,7 +1,9 @@
-"""The same small training run twice, with plain torch under autograd and with the fused loss: the curves must coincide.
+"""The same small training run twice, with plain torch under autograd and with the fused loss: the
+curves must coincide.
 
-A two-layer model learns by the clipped loss to prefer rewarded tokens: every step samples sequences, scores them,
-forms group advantages and makes two updates, so that ratios leave 1 and the clip is at work.
+A two-layer model learns by the clipped loss to prefer rewarded tokens: every step samples
+sequences, scores them, forms group advantages and makes two updates, so that ratios leave 1 and the
+clip is at work.
 """
 
 from __future__ import annotations
@@ -20,20 +22,29 @@ SETTINGS = kernels.PolicyLossSettings(correction="none")
 Loss = Callable[[Tensor, Tensor, Tensor, dict[str, object]], Tensor]
 
 
-def fused_loss(hidden_TH: Tensor, weight_VH: Tensor, target_ids_T: Tensor, inputs: dict[str, object]) -> Tensor:
+def fused_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, target_ids_T: Tensor, inputs: dict[str, object]
+) -> Tensor:
     """The function under test."""
-    return kernels.policy_loss_from_hidden(hidden_TH, weight_VH, target_ids_T, settings=SETTINGS, **inputs).loss
+    return kernels.policy_loss_from_hidden(
+        hidden_TH, weight_VH, target_ids_T, settings=SETTINGS, **inputs
+    ).loss
 
 
-def plain_loss(hidden_TH: Tensor, weight_VH: Tensor, target_ids_T: Tensor, inputs: dict[str, object]) -> Tensor:
+def plain_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, target_ids_T: Tensor, inputs: dict[str, object]
+) -> Tensor:
     """Materialised logits and autograd."""
-    optional = dict.fromkeys(("behaviour_log_probs_T", "reference_log_probs_T", "mask_T", "sequence_count"))
+    optional = dict.fromkeys(
+        ("behaviour_log_probs_T", "reference_log_probs_T", "mask_T", "sequence_count")
+    )
     rows = prepare_rows(target_ids_T, settings=SETTINGS, **(optional | inputs))
     return policy_loss_reference(hidden_TH @ weight_VH.T, rows, SETTINGS).loss
 
 
 def train(loss_of: Loss, steps: int, seed: int = 0) -> list[float]:
-    """Losses of all updates; everything random is seeded, so that two runs differ by their loss function alone."""
+    """Losses of all updates; everything random is seeded, so that two runs differ by their loss
+    function alone."""
     torch.manual_seed(seed)
     body = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
     head = nn.Linear(WIDTH, VOCABULARY, bias=False)
@@ -49,7 +60,9 @@ def train(loss_of: Loss, steps: int, seed: int = 0) -> list[float]:
             targets_T = torch.multinomial(probabilities_TV, 1, generator=generator).squeeze(1)
             proximal_T, _ = kernels.token_log_probs(body(inputs_T), head.weight, targets_T)
         hits_S = (targets_T < VOCABULARY // 4).view(sequences, LENGTH).float().mean(1)
-        advantages_S = kernels.group_advantages((hits_S > 0.3).float(), torch.arange(sequences) // MEMBERS)
+        advantages_S = kernels.group_advantages(
+            (hits_S > 0.3).float(), torch.arange(sequences) // MEMBERS
+        )
         arguments = {
             "sequence_ids_T": sequence_ids_T,
             "advantages_S": advantages_S,

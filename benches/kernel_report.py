@@ -1,4 +1,5 @@
-"""docs/benchmarks.md from the JSON files of `benches/kernels.py`: one table with bars a suite, size and machine."""
+"""docs/benchmarks.md from the JSON files of `benches/kernels.py`: one table with bars a suite, size
+and machine."""
 
 from __future__ import annotations
 
@@ -56,7 +57,10 @@ def _curves(curves: dict[str, list[float]]) -> str:
     text += "The run of `benches/kernel_curves.py` with plain torch under autograd and with the fused loss: "
     text += f"over {len(plain)} updates the losses are never further apart than {apart:.1e}.\n\n"
     lines = ["| update | plain torch | fused |", "|---:|---:|---:|"]
-    lines += [f"| {step + 1} | {plain[step]:.8f} | {fused[step]:.8f} |" for step in range(1, len(plain), 12)]
+    lines += [
+        f"| {step + 1} | {plain[step]:.8f} | {fused[step]:.8f} |"
+        for step in range(1, len(plain), 12)
+    ]
     return text + "\n".join(lines) + "\n"
 
 
@@ -66,9 +70,17 @@ def _size(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     suite, count, hidden, vocabulary, live = _size(rows[0])
-    where = "4,096 rewards" if suite == "group advantages" else f"N = {count:,}, H = {hidden:,}, V = {vocabulary:,}"
+    where = (
+        "4,096 rewards"
+        if suite == "group advantages"
+        else f"N = {count:,}, H = {hidden:,}, V = {vocabulary:,}"
+    )
     where += f", live {live:g}" if suite.startswith("policy") else ""
-    lines = [f"\n### {suite}: {where}\n", "| | time | | peak memory | of limit |", "|---|---:|:---|---:|---:|"]
+    lines = [
+        f"\n### {suite}: {where}\n",
+        "| | time | | peak memory | of limit |",
+        "|---|---:|:---|---:|---:|",
+    ]
     slowest = max((row["seconds"] for row in rows if "seconds" in row), default=1.0)
     return "\n".join(lines + [_line(row, slowest) for row in rows]) + "\n"
 
@@ -78,7 +90,10 @@ def _line(row: dict[str, Any], slowest: float) -> str:
         return f"| {row['contestant']} | - | not run: {row['error'].replace('|', '/')} | - | - |"
     bar = "█" * max(1, round(WIDTH * row["seconds"] / slowest))
     share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
-    return f"| {row['contestant']} | {_time(row['seconds'])} | {bar} | {row['peak_bytes'] / 2**20:,.0f} MiB | {share} |"
+    return (
+        f"| {row['contestant']} | {_time(row['seconds'])} | {bar} | "
+        f"{row['peak_bytes'] / 2**20:,.0f} MiB | {share} |"
+    )
 
 
 def _time(seconds: float) -> str:

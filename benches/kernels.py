@@ -1,13 +1,14 @@
-"""Time and peak memory of the loss kernels against their peers and against the limits of this machine.
+"""Time and peak memory of the loss kernels against their peers and against the limits of this
+machine.
 
     python benches/kernels.py                       run everything here, write JSON, print the table
     python benches/kernels.py --report              draw docs/benchmarks.md from the JSON files of benches/results
 
-Sizes are those of the paper's students on a GPU and of the CPU job elsewhere. Every measurement runs in a process of
-its own, so that its peak memory is its own: on a GPU the allocator's peak, on a CPU the kernel's peak resident size,
-both above the inputs. A CPU is timed in CPU seconds of the process on one thread, which a busy computer disturbs least.
-The limits are measured in the same run: the rate of one LM-head product, and the bandwidth of a
-copy.
+Sizes are those of the paper's students on a GPU and of the CPU job elsewhere. Every measurement
+runs in a process of its own, so that its peak memory is its own: on a GPU the allocator's peak, on
+a CPU the kernel's peak resident size, both above the inputs. A CPU is timed in CPU seconds of the
+process on one thread, which a busy computer disturbs least. The limits are measured in the same
+run: the rate of one LM-head product, and the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from kernel_curves import both_curves
 from kernel_report import tables_of, write_report
 
 RESULTS = Path(__file__).parent / "results"
-GPU_SIZES = [(16_384, hidden, vocabulary) for hidden in (1024, 2560) for vocabulary in (151_936, 248_320)]
+GPU_SIZES = [
+    (16_384, hidden, vocabulary) for hidden in (1024, 2560) for vocabulary in (151_936, 248_320)
+]
 CPU_SIZES = [(1024, 96, 49_152), (1024, 576, 49_152)]
 
 
@@ -48,16 +51,26 @@ class Size:
 
 
 def sizes(device: str, only: str, quick: bool) -> list[Size]:
-    """What is run on this device; a suite is run once for each of the dimensions that matter to it."""
+    """What is run on this device; a suite is run once for each of the dimensions that matter to
+    it."""
     shapes = [(128, 16, 512)] if quick else GPU_SIZES if device == "cuda" else CPU_SIZES
-    by_vocabulary = list({vocabulary: (rows, hidden, vocabulary) for rows, hidden, vocabulary in shapes[::-1]}.values())
+    by_vocabulary = list(
+        {
+            vocabulary: (rows, hidden, vocabulary) for rows, hidden, vocabulary in shapes[::-1]
+        }.values()
+    )
     result = []
     for suite, contestants in SUITES.items():
         names = [name for name in contestants if device == "cuda" or name not in GPU_ONLY]
-        chosen = {"group advantages": shapes[:1], "policy loss from logits": by_vocabulary[::-1]}.get(suite, shapes)
+        chosen = {
+            "group advantages": shapes[:1],
+            "policy loss from logits": by_vocabulary[::-1],
+        }.get(suite, shapes)
         for shape in chosen:
             for live in (1.0, 0.5) if suite.startswith("policy") else (1.0,):
-                result += [Size(suite, name, *shape, live) for name in names if only in f"{suite} {name}"]
+                result += [
+                    Size(suite, name, *shape, live) for name in names if only in f"{suite} {name}"
+                ]
     return result
 
 
@@ -68,7 +81,9 @@ def measured_seconds(size: Size, device: str, repeats: int) -> dict[str, float]:
     run()
     seconds = _median_seconds(run, device, repeats)
     limit = limit_seconds(size, limits(size, device), 2 if device == "cuda" else 4)
-    return {"seconds": seconds} | ({} if limit is None else {"limit_seconds": limit, "share_of_limit": limit / seconds})
+    return {"seconds": seconds} | (
+        {} if limit is None else {"limit_seconds": limit, "share_of_limit": limit / seconds}
+    )
 
 
 def measured_peak(size: Size, device: str) -> dict[str, float]:
@@ -112,12 +127,17 @@ def _peak(device: str) -> int:
 
 
 def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
 def limits(size: Size, device: str) -> dict[str, float]:
-    """Rate of one LM-head product of this size (a chunk of 2,048 rows, or all) and bandwidth of a copy."""
+    """Rate of one LM-head product of this size (a chunk of 2,048 rows, or all) and bandwidth of a
+    copy."""
     problem = make_problem(min(size.rows, 2048), size.hidden, size.vocabulary, 1.0, device)
     hidden, weight = problem.hidden_NH.detach(), problem.weight_VH.detach()
     logits = hidden @ weight.T
@@ -125,12 +145,15 @@ def limits(size: Size, device: str) -> dict[str, float]:
     other = torch.empty_like(logits)
     copy = _median_seconds(lambda: other.copy_(logits), device, 5)
     flops = 2 * len(hidden) * size.hidden * size.vocabulary
-    return {"flop_per_s": flops / product, "bytes_per_s": 2 * logits.numel() * logits.element_size() / copy}
+    return {
+        "flop_per_s": flops / product,
+        "bytes_per_s": 2 * logits.numel() * logits.element_size() / copy,
+    }
 
 
 def limit_seconds(size: Size, limit: dict[str, float], element_size: int) -> float | None:
-    """The least time: products of the live rows at the measured rate, or one read and one write of the logits at that
-    of a copy.
+    """The least time: products of the live rows at the measured rate, or one read and one write of
+    the logits at that of a copy.
     """
     live = size.rows * size.live
     if size.suite == "policy loss from hidden states":
@@ -147,10 +170,13 @@ def in_own_process(size: Size, device: str, repeats: int, threads: int) -> dict[
     command = [sys.executable, __file__, "--one", json.dumps(asdict(size)), "--device", device]
     command += ["--repeats", str(repeats), "--threads", str(threads)]
     result: dict[str, Any] = {}
-    # Blocks of 64 KiB and more go back to the system when they are freed, so that none hides in the baseline.
+    # Blocks of 64 KiB and more go back to the system when they are freed, so that none hides in the
+    # baseline.
     for extra, variables in (([], {}), (["--memory"], {"MALLOC_MMAP_THRESHOLD_": "65536"})):
         environment = os.environ | variables
-        done = subprocess.run(command + extra, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            command + extra, capture_output=True, text=True, check=False, env=environment
+        )
         if done.returncode != 0:
             return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
         result |= json.loads(done.stdout.splitlines()[-1])
@@ -158,7 +184,8 @@ def in_own_process(size: Size, device: str, repeats: int, threads: int) -> dict[
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """All sizes, one after the other, into one JSON file; with --only, the file's other results stay as they are."""
+    """All sizes, one after the other, into one JSON file; with --only, the file's other results
+    stay as they are."""
     name = (
         torch.cuda.get_device_name()
         if options.device == "cuda"
@@ -169,11 +196,15 @@ def run_all(options: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     results = _earlier(path)
     for size in sizes(options.device, options.only, options.quick):
-        results[size] = asdict(size) | in_own_process(size, options.device, options.repeats, options.threads)
+        results[size] = asdict(size) | in_own_process(
+            size, options.device, options.repeats, options.threads
+        )
         print(json.dumps(results[size]), flush=True)
     curves = both_curves(60) if options.device == "cpu" and not options.quick else {}
     ordered = [results[size] for size in sorted(results, key=_order)]
-    path.write_text(json.dumps({"machine": machine, "results": ordered, "curves": curves}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": machine, "results": ordered, "curves": curves}, indent=1) + "\n"
+    )
     print(f"{tables_of(path)}\nwrote {path}")
 
 
@@ -194,28 +225,44 @@ def run_one(options: argparse.Namespace) -> None:
     """The child process: one size, time or memory, one line of JSON."""
     size = Size(**json.loads(options.one))
     seconds = not options.memory
-    result = measured_seconds(size, options.device, options.repeats) if seconds else measured_peak(size, options.device)
+    result = (
+        measured_seconds(size, options.device, options.repeats)
+        if seconds
+        else measured_peak(size, options.device)
+    )
     print(json.dumps(result))
 
 
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="suites and contestants whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="suites and contestants whose name contains this"
+    )
     parser.add_argument("--out", help="JSON file (default: benches/results/kernels-DEVICE.json)")
     parser.add_argument(
-        "--report", nargs="?", const="", metavar="FILE", help="write docs/benchmarks.md, or FILE, and stop"
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write docs/benchmarks.md, or FILE, and stop",
     )
-    parser.add_argument("--quick", action="store_true", help="one tiny size, to see that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one tiny size, to see that everything runs"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.report is not None:
-        write_report(RESULTS, Path(options.report or Path(__file__).parents[1] / "docs/benchmarks.md"))
+        write_report(
+            RESULTS, Path(options.report or Path(__file__).parents[1] / "docs/benchmarks.md")
+        )
     elif options.one:
         run_one(options)
     else:

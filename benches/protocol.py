@@ -1,10 +1,12 @@
-"""How much an answer costs on the wire: this codec against msgspec with the token streams as lists of numbers.
+"""How much an answer costs on the wire: this codec against msgspec with the token streams as lists
+of numbers.
 
     python benches/protocol.py [--completions 64] [--tokens 16384] [--repeats 7] [--json FILE]
 
-The message is one `GenerateResult` of `--completions` completions of `--tokens` tokens each. Both sides end with numpy
-arrays that have passed the same checks, which is what a controller needs. The last rows send the frames through a real
-`ipc://` socket pair in one process. Times are the best of `--repeats`, in milliseconds.
+The message is one `GenerateResult` of `--completions` completions of `--tokens` tokens each. Both
+sides end with numpy arrays that have passed the same checks, which is what a controller needs. The
+last rows send the frames through a real `ipc://` socket pair in one process. Times are the best of
+`--repeats`, in milliseconds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import numpy as np
 
 from zppo_protocol.codec import decode, encode
 from zppo_protocol.limits import Limits
-from zppo_protocol.messages import GenerateResult, GroupSamples
+from zppo_protocol.messages import GenerateResult
+from zppo_protocol.samples import GroupSamples
 from zppo_protocol.sockets import Dealer, Router
 
 ARRAYS = {
@@ -51,7 +54,8 @@ class ListResult(msgspec.Struct, tag=True):
 
 
 def make_result(completions: int, tokens: int) -> GenerateResult:
-    """A made-up answer; token ids below 150,000 and texts of four characters a token, as a real model's."""
+    """A made-up answer; token ids below 150,000 and texts of four characters a token, as a real
+    model's."""
     rng = np.random.default_rng(0)
     total = completions * tokens
     samples = GroupSamples(
@@ -75,7 +79,10 @@ def encode_lists(result: GenerateResult) -> bytes:
 def decode_lists(data: bytes) -> GenerateResult:
     result = msgspec.msgpack.decode(data, type=ListResult)
     fields = msgspec.structs.asdict(result.samples)
-    arrays = {name: np.array(value, ARRAYS[name]) if name in ARRAYS else value for name, value in fields.items()}
+    arrays = {
+        name: np.array(value, ARRAYS[name]) if name in ARRAYS else value
+        for name, value in fields.items()
+    }
     return GenerateResult(task_id=result.task_id, samples=GroupSamples(**arrays))
 
 
@@ -106,8 +113,14 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
     result, limits = make_result(completions, tokens), Limits(header_bytes=2**30)
     frames, data = encode(result, limits), encode_lists(result)
     rows = {
-        "encode": (best_ms(lambda: encode(result, limits), repeats), best_ms(lambda: encode_lists(result), repeats)),
-        "decode": (best_ms(lambda: decode(frames, limits), repeats), best_ms(lambda: decode_lists(data), repeats)),
+        "encode": (
+            best_ms(lambda: encode(result, limits), repeats),
+            best_ms(lambda: encode_lists(result), repeats),
+        ),
+        "decode": (
+            best_ms(lambda: decode(frames, limits), repeats),
+            best_ms(lambda: decode_lists(data), repeats),
+        ),
     }
     rows["both"] = (rows["encode"][0] + rows["decode"][0], rows["encode"][1] + rows["decode"][1])
     return {
@@ -115,7 +128,9 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
         "tokens": tokens,
         "cpu": platform.processor() or platform.machine(),
         "mib": {"codec": sum(map(len, frames)) / 2**20, "lists": len(data) / 2**20},
-        "milliseconds": {name: {"codec": ours, "lists": theirs} for name, (ours, theirs) in rows.items()},
+        "milliseconds": {
+            name: {"codec": ours, "lists": theirs} for name, (ours, theirs) in rows.items()
+        },
         "ratio": {name: theirs / ours for name, (ours, theirs) in rows.items()},
         "socket_milliseconds": socket_ms(result, repeats),
     }
@@ -125,9 +140,13 @@ def table(measured: dict[str, Any]) -> str:
     lines = [f"{'':18}{'codec':>10}{'lists':>10}{'ratio':>8}"]
     for name, times in measured["milliseconds"].items():
         ratio = measured["ratio"][name]
-        lines.append(f"{name + ' (ms)':18}{times['codec']:10.2f}{times['lists']:10.2f}{ratio:7.1f}x")
+        lines.append(
+            f"{name + ' (ms)':18}{times['codec']:10.2f}{times['lists']:10.2f}{ratio:7.1f}x"
+        )
     size = measured["mib"]
-    lines.append(f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}{size['lists'] / size['codec']:7.1f}x")
+    lines.append(
+        f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}{size['lists'] / size['codec']:7.1f}x"
+    )
     lines.append(f"{'over ipc (ms)':18}{measured['socket_milliseconds']:10.2f}")
     return "\n".join(lines)
 
@@ -140,7 +159,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measured = measure(options.completions, options.tokens, options.repeats)
-    print(f"one answer of {options.completions} completions of {options.tokens} tokens, best of {options.repeats}")
+    print(
+        f"one answer of {options.completions} completions of {options.tokens} tokens, best of "
+        f"{options.repeats}"
+    )
     print(table(measured))
     if options.json is not None:
         options.json.write_text(json.dumps(measured, indent=2) + "\n")

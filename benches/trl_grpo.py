@@ -1,9 +1,11 @@
-"""TRL's side of `end_to_end.py`: GRPOTrainer on the same questions, run by a Python that has TRL and nothing of ours.
+"""TRL's side of `end_to_end.py`: GRPOTrainer on the same questions, run by a Python that has TRL
+and nothing of ours.
 
     PYTHON trl_grpo.py ORDER.json
 
-The order (see `end_to_end.Order`) is a JSON file, the result is printed as the last line of the output. `reward` is the
-rule of the grader `exact` for plain answers; the parent grades a sample of the texts again with that grader.
+The order (see `end_to_end.Order`) is a JSON file, the result is printed as the last line of the
+output. `reward` is the rule of the grader `exact` for plain answers; the parent grades a sample of
+the texts again with that grader.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Clock:
 
 
 def settings(order: dict[str, Any], folder: str) -> Any:
-    """The configuration that equals ours: no KL term, asymmetric clip, token-level loss, one pass over each sample."""
+    """The configuration that equals ours: no KL term, asymmetric clip, token-level loss, one pass
+    over each sample."""
     from trl import GRPOConfig
 
     samples = order["questions"] * order["group_size"]
@@ -111,7 +114,9 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     from trl import GRPOTrainer
 
     torch.set_num_threads(order["threads"])
-    rows = [json.loads(line) for line in Path(order["prompts"]).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in Path(order["prompts"]).read_text(encoding="utf-8").splitlines()
+    ]
     clock = Clock()
     dtype = torch.float32 if order["trl_autocast"] else getattr(torch, order["dtype"])
     with tempfile.TemporaryDirectory() as folder:
@@ -128,9 +133,13 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def result(order: dict[str, Any], clock: Clock) -> dict[str, Any]:
-    """Samples and tokens of the measured steps: from the end of the last update of the warm-up on."""
+    """Samples and tokens of the measured steps: from the end of the last update of the warm-up
+    on."""
     per_step = order["updates_per_step"]
-    (begin, generated), (end, generated_too) = clock.ends[order["warmup"] * per_step - 1], clock.ends[-1]
+    (begin, generated), (end, generated_too) = (
+        clock.ends[order["warmup"] * per_step - 1],
+        clock.ends[-1],
+    )
     tokens = sum(clock.tokens[-order["steps"] :])
     rewards = clock.rewards[-order["steps"] * order["questions"] * order["group_size"] :]
     return {

@@ -1,12 +1,14 @@
 """How long a weight update stops a vLLM engine, against a plain copy of the same bytes.
 
-    python -P benches/weight_update.py --model models/smollm2 [--dtype bfloat16] [--sequences 8] [--repeats 5] [--json]
+    python -P benches/weight_update.py --model models/smollm2 [--dtype bfloat16] [--sequences 8]
+    [--repeats 5] [--json]
 
-A group is being sampled all the time. Every update publishes the model's weights as a new version into shared memory
-and loads it. *verify* and *prepare* run beside the sampling; then the step in flight ends (*drain*), whose tokens
-count, and *stop* is the time without a step, until sampling goes on. *pause* is drain and stop together. *copy* is the
-floor: one thread maps such a file anew and copies its tensors into tensors that exist already, as every engine must.
-Copies and updates take turns, and the medians are compared.
+A group is being sampled all the time. Every update publishes the model's weights as a new version
+into shared memory and loads it. *verify* and *prepare* run beside the sampling; then the step in
+flight ends (*drain*), whose tokens count, and *stop* is the time without a step, until sampling
+goes on. *pause* is drain and stop together. *copy* is the floor: one thread maps such a file anew
+and copies its tensors into tensors that exist already, as every engine must. Copies and updates
+take turns, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from zppo.config import ModelConfig
-from zppo_actors import weights
+from zppo.config.topology import ModelConfig
 from zppo_actors.engines import EngineSpec, create
-from zppo_actors.engines.vllm_publication import FileIdentity, Update
-from zppo_protocol.messages import ChatMessage, GenerateTask, PolicyManifest, Prompt, Sampling
+from zppo_actors.engines.vllm.publication import FileIdentity, Update
+from zppo_actors.weights import shared_memory
+from zppo_protocol.messages import GenerateTask
+from zppo_protocol.values import ChatMessage, PolicyManifest, Prompt, Sampling
 
 
 def spec_of(options: argparse.Namespace) -> EngineSpec:
@@ -38,7 +41,11 @@ def spec_of(options: argparse.Namespace) -> EngineSpec:
         model_where="student.model",
         device=options.device,
         threads=options.threads,
-        engine_args={"max_num_seqs": options.sequences, "max_model_len": 2048, "enforce_eager": options.eager},
+        engine_args={
+            "max_num_seqs": options.sequences,
+            "max_model_len": 2048,
+            "enforce_eager": options.eager,
+        },
     )
 
 
@@ -46,21 +53,27 @@ def endless(number: int, n: int) -> GenerateTask:
     """A group that is still being sampled when the last update has come."""
     prompt = Prompt(messages=[ChatMessage(role="user", content="Tell me a very long story.")])
     sampling = Sampling(max_new_tokens=1500)
-    return GenerateTask(task_id=str(number), kind="plain", prompt=prompt, n=n, sampling=sampling, seed=number)
+    return GenerateTask(
+        task_id=str(number), kind="plain", prompt=prompt, n=n, sampling=sampling, seed=number
+    )
 
 
 def copy_seconds(manifest: PolicyManifest, target: dict[str, torch.Tensor]) -> float:
     """Map the file and copy every tensor of it."""
     # Imported here: it is a part of vLLM's worker, and importing it starts with importing vLLM.
-    from zppo_actors.engines.vllm_weights import map_file, tensors
+    from zppo_actors.engines.vllm.weights import map_file, tensors
 
     update = Update(manifest, FileIdentity.of(Path(manifest.path).stat()))
     begin = time.perf_counter()
-    weights.copy([(target[name], tensor) for name, tensor in tensors(map_file(update), manifest.tensors)])
+    shared_memory.copy(
+        [(target[name], tensor) for name, tensor in tensors(map_file(update), manifest.tensors)]
+    )
     return time.perf_counter() - begin
 
 
-async def measure(engine: Any, tensors: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
+async def measure(
+    engine: Any, tensors: dict[str, torch.Tensor], options: argparse.Namespace
+) -> dict[str, Any]:
     """Update, copy, update, copy, … while groups are being sampled."""
     names = ("verify", "prepare", "drain", "stop", "pause", "copy", "tokens_per_second")
     rows: dict[str, list[float]] = {name: [] for name in names}
@@ -68,16 +81,20 @@ async def measure(engine: Any, tensors: dict[str, torch.Tensor], options: argpar
     sampling = asyncio.ensure_future(sample_for_ever(engine, options.sequences))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for version in range(options.repeats + 1):
-            manifest = await asyncio.to_thread(weights.publish, tensors, version, Path(folder))
+            manifest = await asyncio.to_thread(
+                shared_memory.publish, tensors, version, Path(folder)
+            )
             before, begin = engine.progress, time.perf_counter()
             await asyncio.sleep(1.0)
             rate = (engine.progress - before) / (time.perf_counter() - begin)
             await engine.load_policy(manifest)
             seconds = await asyncio.to_thread(copy_seconds, manifest, target)
-            weights.remove(Path(folder), version)
+            shared_memory.remove(Path(folder), version)
             if version:  # the first one warms everything up
                 load = engine.last_load
-                for name, value in zip(names, (*load, load.drained + load.stopped, seconds, rate), strict=True):
+                for name, value in zip(
+                    names, (*load, load.drained + load.stopped, seconds, rate), strict=True
+                ):
                     rows[name].append(value)
     sampling.cancel()
     await asyncio.gather(sampling, return_exceptions=True)
@@ -92,7 +109,7 @@ async def sample_for_ever(engine: Any, n: int) -> None:
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    tensors = dict(weights.untied(model.state_dict()))
+    tensors = dict(shared_memory.untied(model.state_dict()))
     engine = create("vllm", spec_of(options))
     try:
         result = await measure(engine, tensors, options)
@@ -128,9 +145,12 @@ def main() -> None:
     names = ("pause", "drain", "stop", "copy", "verify", "prepare")
     pause, drain, stop, copy, verify, prepare = (result[name] * 1e3 for name in names)
     print(
-        f"{result['bytes'] / 2**20:.0f} MiB: sampling paused for {pause:.0f} ms ({drain:.0f} ms of them the step in "
-        f"flight, {stop:.0f} ms stopped), plain copy {copy:.0f} ms, ratio {result['ratio']:.1f}; beside the sampling: "
-        f"verified in {verify:.0f} ms, prepared in {prepare:.0f} ms; {result['tokens_per_second']:.0f} tokens/s"
+        f"{result['bytes'] / 2**20:.0f} MiB: sampling paused for {pause:.0f} ms ({drain:.0f} ms of "
+        "them the step in "
+        f"flight, {stop:.0f} ms stopped), plain copy {copy:.0f} ms, ratio {result['ratio']:.1f}; "
+        "beside the sampling: "
+        f"verified in {verify:.0f} ms, prepared in {prepare:.0f} ms; "
+        f"{result['tokens_per_second']:.0f} tokens/s"
     )
 
 

@@ -1,4 +1,5 @@
-"""What all tests share: one thread per library, a runtime folder of their own, a watch over what they leave behind."""
+"""What all tests share: one thread per library, a runtime folder of their own, a watch over what
+they leave behind."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when Triton is first imported (transformers does that): kernels run in its interpreter, without a GPU.
+# Read when Triton is first imported (transformers does that): kernels run in its interpreter,
+# without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
@@ -29,9 +31,12 @@ LEAVE_SECONDS = 5.0
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_base() -> Iterator[Path]:
-    """A base for runtime folders that no other test process uses; short, because socket paths are."""
+    """A base for runtime folders that no other test process uses; short, because socket paths
+    are."""
     shared = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="zt-", dir=shared if os.access(shared, os.W_OK) else None))
+    folder = Path(
+        tempfile.mkdtemp(prefix="zt-", dir=shared if os.access(shared, os.W_OK) else None)
+    )
     before = os.environ.get("ZPPO_RUNTIME_DIR")
     os.environ["ZPPO_RUNTIME_DIR"] = str(folder)
     yield folder
@@ -67,7 +72,7 @@ def _command(child: psutil.Process) -> str:
         return str(child.pid)
 
 
-# ---- a small run on disk, for tests of the doors ------------------------------------------------------------------
+# ---- a small run on disk, for tests of the doors -------------------------------------------------
 
 CONFIG = {
     "hidden_size": 8,
@@ -104,7 +109,9 @@ def write_model(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     header = json.dumps({"w": {"dtype": "F32", "shape": [4, 2], "data_offsets": [0, 32]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(32)
+    )
 
 
 @pytest.fixture
@@ -112,7 +119,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a topology, questions and two model folders; it is the current folder."""
     for name in ("student", "teacher"):
         write_model(tmp_path / name)
-    rows = [{"id": f"q{i}", "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
+    rows = [
+        {"id": f"q{i}", "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "topology.yaml").write_text(TOPOLOGY)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""The race against TRL: what both sides are given, how a run is read, and what is made of the numbers."""
+"""The race against TRL: what both sides are given, how a run is read, and what is made of the
+numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ import msgspec
 import pytest
 from transformers import AutoTokenizer
 
-from zppo import topology as topologies
-from zppo.config import Topology
+from zppo.config import load as topologies
+from zppo.config.topology import Topology
 from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
 
@@ -37,7 +38,9 @@ bench, other = load("end_to_end"), load("trl_grpo")
 
 def options(*more: str) -> argparse.Namespace:
     command = ["--model", str(WORLD / "student"), "--data", str(WORLD / "train.jsonl")]
-    parsed: argparse.Namespace = bench.parser().parse_args([*command, "--templates", str(WORLD / "templates"), *more])
+    parsed: argparse.Namespace = bench.parser().parse_args(
+        [*command, "--templates", str(WORLD / "templates"), *more]
+    )
     return parsed
 
 
@@ -53,7 +56,7 @@ def line(step: int, **changes: Any) -> dict[str, Any]:
     return {"step": step, **names, "accuracy/new": 0.5, "train/live_rollout_share": 0.75, **changes}
 
 
-# ---- what both sides are given -----------------------------------------------------------------------------------
+# ---- what both sides are given -------------------------------------------------------------------
 
 
 def test_copy_of_the_model_never_ends_a_response(tmp_path: Path) -> None:
@@ -61,8 +64,13 @@ def test_copy_of_the_model_never_ends_a_response(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     before = AutoTokenizer.from_pretrained(WORLD / "student")
     assert tokenizer.eos_token == "<unk>" != before.eos_token
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
-    assert (folder / "model.safetensors").read_bytes() == (WORLD / "student" / "model.safetensors").read_bytes()
+    assert (
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        == tokenizer.eos_token_id
+    )
+    assert (folder / "model.safetensors").read_bytes() == (
+        WORLD / "student" / "model.safetensors"
+    ).read_bytes()
     text = "<bos> <user> 3 * 4 mod 23 ?"
     assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
 
@@ -80,7 +88,9 @@ def test_unknown_end_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_are_those_of_a_run(tmp_path: Path) -> None:
-    out = bench.write_prompts(WORLD / "train.jsonl", WORLD / "templates", "Be brief.", tmp_path / "prompts.jsonl")
+    out = bench.write_prompts(
+        WORLD / "train.jsonl", WORLD / "templates", "Be brief.", tmp_path / "prompts.jsonl"
+    )
     rows = [json.loads(text) for text in out.read_text().splitlines()]
     assert len(rows) == len((WORLD / "train.jsonl").read_text().splitlines())
     assert rows[0]["prompt"] == [
@@ -99,7 +109,11 @@ def test_our_run_is_a_topology_with_room_to_drain(tmp_path: Path, engine: str) -
     topology = topologies.load(file)
     assert isinstance(topology, Topology)
     assert topology.run.steps == 4 + 2 + 2
-    assert (topology.method.name, topology.method.group_size, topology.method.updates_per_step) == ("grpo", 8, 2)
+    assert (topology.method.name, topology.method.group_size, topology.method.updates_per_step) == (
+        "grpo",
+        8,
+        2,
+    )
     assert topology.scheduler.new_questions == wanted.questions
     assert topology.student.sampling.max_new_tokens == wanted.tokens
 
@@ -116,17 +130,24 @@ def test_our_run_is_a_topology_with_room_to_drain(tmp_path: Path, engine: str) -
 )
 def test_reward_of_the_other_side_is_our_exact_grader(text: str, gold: str) -> None:
     answer = last_boxed(text)
-    assert other.reward(text, gold) == float(answer is not None and bool(GRADERS["exact"].quick(answer, gold)))
+    assert other.reward(text, gold) == float(
+        answer is not None and bool(GRADERS["exact"].quick(answer, gold))
+    )
 
 
-# ---- what is measured --------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def test_a_run_is_read_between_warm_up_and_drain() -> None:
     wanted = order(warmup=2, steps=3, questions=12)
     steps = [line(0), line(1), line(2), line(3), line(4), line(5, **{"tokens/generated": 10**9})]
     found = bench.measured(steps, wanted)
-    assert (found.seconds, found.samples, found.tokens, found.updates) == (30.0, 3 * 96, 3 * 3072, 6)
+    assert (found.seconds, found.samples, found.tokens, found.updates) == (
+        30.0,
+        3 * 96,
+        3 * 3072,
+        6,
+    )
     assert found.samples_per_second == 9.6
     assert found.seconds_training == 9.0
 
@@ -162,7 +183,12 @@ def run_of(side: str, samples: int, seconds: float) -> Any:
 
 
 def test_ratio_is_that_of_the_medians() -> None:
-    runs = [run_of("zppo", 60, 2.0), run_of("trl", 60, 6.0), run_of("zppo", 60, 3.0), run_of("trl", 60, 60.0)]
+    runs = [
+        run_of("zppo", 60, 2.0),
+        run_of("trl", 60, 6.0),
+        run_of("zppo", 60, 3.0),
+        run_of("trl", 60, 60.0),
+    ]
     found = bench.summary([*runs, run_of("zppo", 60, 1.0), run_of("trl", 60, 12.0)])
     assert found["medians"]["zppo"]["samples_per_second"] == 30.0
     assert found["medians"]["trl"]["samples_per_second"] == 5.0
@@ -192,13 +218,22 @@ def test_sides_take_turns() -> None:
 
 
 def test_a_grade_that_differs_stops_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = {"seconds": 1.0, "seconds_generating": 0.5, "updates": 1, "samples": 1, "tokens": 1, "accuracy": 1.0}
+    result = {
+        "seconds": 1.0,
+        "seconds_generating": 0.5,
+        "updates": 1,
+        "samples": 1,
+        "tokens": 1,
+        "accuracy": 1.0,
+    }
     found = result | {"texts": [["\\boxed{5}", "6", 1.0]]}
     monkeypatch.setattr(bench, "call", lambda command, verbose: "noise\n" + json.dumps(found))
     with pytest.raises(SystemExit, match="our grader says False"):
         bench.trl(order(), options("--trl-python", sys.executable))
     monkeypatch.setattr(
-        bench, "call", lambda command, verbose: json.dumps(result | {"texts": [["\\boxed{6}", "6", 1.0]]})
+        bench,
+        "call",
+        lambda command, verbose: json.dumps(result | {"texts": [["\\boxed{6}", "6", 1.0]]}),
     )
     assert bench.trl(order(), options("--trl-python", sys.executable)).seconds_training == 0.5
 

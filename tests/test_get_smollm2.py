@@ -56,7 +56,10 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert tool.main(["--out", str(tmp_path / "new")]) == 2
-    assert capsys.readouterr().err == "the conversion needs more packages: pip install accelerate gguf\n"
+    assert (
+        capsys.readouterr().err
+        == "the conversion needs more packages: pip install accelerate gguf\n"
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -78,7 +81,9 @@ def test_folder_opens_with_plain_transformers(tmp_path: Path) -> None:
         return_tensors="pt",
         return_dict=True,
     )
-    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     assert not hasattr(model.config, "quantization_config")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smollm2"]

@@ -1,4 +1,5 @@
-"""The rules of the house, read from the source itself: who may import whom, and what may not be called at all."""
+"""The rules of the house, read from the source itself: who may import whom, and what may not be
+called at all."""
 
 from __future__ import annotations
 
@@ -20,18 +21,207 @@ PACKAGES = {
     "zppo": ROOT / "zppo",
     "zppo_actors": ROOT / "actors/zppo_actors",
 }
-MAY_IMPORT = {
+ROOMS: dict[str, set[str]] = {
     "zppo_protocol": set(),
     "zppo_kernels": set(),
-    "zppo": {"zppo_protocol", "zppo_kernels"},
-    "zppo_actors": {"zppo_protocol", "zppo_kernels", "zppo"},
+    "zppo.errors": set(),
+    "zppo.config": {"zppo.errors", "zppo_protocol"},
+    "zppo.grading": {"zppo.config", "zppo.errors", "zppo_protocol"},
+    "zppo.data": {"zppo.config", "zppo.errors", "zppo.grading", "zppo_protocol"},
+    "zppo.prompting": {
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo_protocol",
+    },
+    "zppo.algorithm": {
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.prompting",
+        "zppo_protocol",
+    },
+    "zppo.plan": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo.prompting",
+        "zppo_protocol",
+    },
+    "zppo.records": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo.plan",
+        "zppo_protocol",
+    },
+    "zppo.scheduling": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.data",
+        "zppo.grading",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo_protocol",
+    },
+    "zppo.training": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.errors",
+        "zppo.prompting",
+        "zppo.records",
+        "zppo_kernels",
+        "zppo_protocol",
+    },
+    "zppo.evaluation": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.records",
+        "zppo.scheduling",
+        "zppo_protocol",
+    },
+    "zppo.report": {"zppo.errors", "zppo.records"},
+    "zppo.comparison": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.records",
+        "zppo.report",
+    },
+    "zppo.launch": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.records",
+    },
+    "zppo.evaluate": {
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.evaluation",
+        "zppo.plan",
+        "zppo.prompting",
+    },
+    "zppo.compare": {
+        "zppo.comparison",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.launch",
+        "zppo.plan",
+        "zppo.records",
+    },
+    "zppo.cli": {"zppo.config", "zppo.errors"},
+    "zppo.__main__": {"zppo.cli"},
+    "zppo_actors.runtime": {"zppo.errors", "zppo.records"},
+    "zppo_actors.process": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.records",
+        "zppo_actors.runtime",
+        "zppo_protocol",
+    },
+    "zppo_actors.weights": {"zppo.records", "zppo_protocol"},
+    "zppo_actors.engines": {
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.training",
+        "zppo_actors.weights",
+        "zppo_protocol",
+    },
+    "zppo_actors.grading": {"zppo.config", "zppo.grading", "zppo_protocol"},
+    "zppo_actors.grader": {
+        "zppo.errors",
+        "zppo.grading",
+        "zppo_actors.grading",
+        "zppo_actors.process",
+        "zppo_protocol",
+    },
+    "zppo_actors.sampler": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo_actors.engines",
+        "zppo_actors.process",
+        "zppo_actors.weights",
+        "zppo_protocol",
+    },
+    "zppo_actors.trainer": {
+        "zppo.errors",
+        "zppo.records",
+        "zppo.training",
+        "zppo_actors.process",
+        "zppo_actors.weights",
+        "zppo_protocol",
+    },
+    "zppo_actors.controller": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.records",
+        "zppo.scheduling",
+        "zppo_actors.process",
+        "zppo_protocol",
+    },
+    "zppo_actors.evaluator": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.evaluation",
+        "zppo.grading",
+        "zppo.prompting",
+        "zppo.records",
+        "zppo_actors.engines",
+        "zppo_actors.grading",
+        "zppo_protocol",
+    },
+    "zppo_actors.supervisor": {
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.records",
+        "zppo_actors.runtime",
+        "zppo_protocol",
+    },
+    "zppo_actors.__main__": {
+        "zppo_actors.evaluator",
+        "zppo_actors.process",
+        "zppo_actors.supervisor",
+    },
 }
-ROLES = {"controller", "rollout", "teacher", "grader", "trainer", "supervisor"}
-SIDE_DOORS = {"zppo_actors/__main__.py": {"supervisor"}}
-"""Where one role is named on purpose: the command line hands over to the supervisor."""
-PURE_BANNED = {"socket", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-DOORS = {"launch", "report", "evaluate", "compare", "cli", "init", "__main__", "run_dir", "plan", "processes"}
-"""Files of `zppo` at the edge: they look at the machine, the clock or the command line."""
+"""Every room, from the ground up, and the rooms it imports: no more than these, and no fewer."""
+PURE = ("algorithm", "scheduling", "config", "prompting", "grading")
+"""Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
+SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
+COMPARES = "zppo/compare.py"
+"""The one file of `zppo` that starts processes and looks at the clock: it runs several runs."""
+READS_FILES = {
+    "zppo/config/load.py",
+    "zppo/config/template.py",
+    "zppo/prompting/prompts.py",
+    "zppo/prompting/tokenization.py",
+}
+"""The files of pure rooms that may touch files all the same: the topology, and what prompts are made of."""
+FILE_CALLS = {
+    *("open", "read_text", "read_bytes", "write_text", "write_bytes", "from_pretrained"),
+    *("exists", "is_file", "is_dir", "iterdir", "glob", "rglob", "stat", "cwd"),
+    *("mkdir", "touch", "unlink", "rmdir", "rmtree"),
+}
 
 
 def sources() -> list[Path]:
@@ -44,7 +234,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def name_of(path: Path) -> str:
-    """`zppo_actors/engines/slots.py` for a file of ours."""
+    """`zppo_actors/engines/transformers/slots.py` for a file of ours."""
     package = next(folder for folder in PACKAGES.values() if path.is_relative_to(folder))
     return str(path.relative_to(package.parent))
 
@@ -54,7 +244,9 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:  # relative imports stay in their package
+        elif (
+            isinstance(node, ast.ImportFrom) and node.level == 0
+        ):  # relative imports stay in their package
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -64,38 +256,57 @@ def violations(rule: Callable[[Path], Iterable[str]]) -> dict[str, list[str]]:
     return {name: findings for name, findings in found.items() if findings}
 
 
-def upward_imports(path: Path) -> set[str]:
-    package = name_of(path).split("/")[0]
-    ours = {name.split(".")[0] for name in imports(path)} & set(PACKAGES)
-    return ours - {package} - MAY_IMPORT[package]
+def room_of(dotted: str) -> str:
+    """`zppo.plan` for a module of ours, at any depth; the other two packages are one room each."""
+    package, *inner = dotted.split(".")
+    return ".".join([package, *inner[:1]]) if package in ("zppo", "zppo_actors") else package
 
 
-def sideways_imports(path: Path) -> set[str]:
-    """Roles that an actor imports other than its own."""
-    roles = {part.split(".")[1] for part in imports(path) if part.startswith("zppo_actors.")} & ROLES
-    return roles - {path.stem} - SIDE_DOORS.get(name_of(path), set())
+def rooms_imported() -> dict[str, set[str]]:
+    """Room -> the other rooms that its files import."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        own = room_of(name_of(path).removesuffix(".py").replace("/", "."))
+        ours = {room_of(part) for part in imports(path) if part.split(".")[0] in PACKAGES}
+        found.setdefault(own, set()).update(ours - {own})
+    return {room: rooms for room, rooms in found.items() if not room.endswith("__init__")}
 
 
-def impure_imports(path: Path) -> set[str]:
-    parts = Path(name_of(path)).with_suffix("").parts
-    in_the_mind = parts[0] == "zppo" and parts[1] not in DOORS
-    return {name.split(".")[0] for name in imports(path)} & PURE_BANNED if in_the_mind else set()
+def test_rooms_import_what_the_table_says() -> None:
+    assert rooms_imported() == ROOMS
 
 
-def test_imports_go_down_only() -> None:
-    assert violations(upward_imports) == {}
+def test_no_import_runs_up() -> None:
+    order = list(ROOMS)
+    assert [room for i, room in enumerate(order) if not ROOMS[room] <= set(order[:i])] == []
 
 
-def test_actors_do_not_import_each_other() -> None:
-    assert violations(sideways_imports) == {}
+def system_imports(path: Path) -> set[str]:
+    name = name_of(path)
+    in_the_mind = name.startswith("zppo/") and name != COMPARES
+    return {part.split(".")[0] for part in imports(path)} & SYSTEM if in_the_mind else set()
+
+
+def file_calls(path: Path) -> Iterator[str]:
+    name = name_of(path)
+    if not name.startswith(tuple(f"zppo/{room}/" for room in PURE)) or name in READS_FILES:
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in FILE_CALLS:
+            yield dotted(node.func)
 
 
 def test_the_mind_is_pure() -> None:
-    assert violations(impure_imports) == {}
+    assert violations(system_imports) == {}
+    assert violations(file_calls) == {}
 
 
 def test_one_file_imports_zmq() -> None:
-    users = [name_of(path) for path in sources() if any(name.split(".")[0] == "zmq" for name in imports(path))]
+    users = [
+        name_of(path)
+        for path in sources()
+        if any(name.split(".")[0] == "zmq" for name in imports(path))
+    ]
     assert users == ["zppo_protocol/sockets.py"]
 
 
@@ -115,12 +326,20 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             # `model.eval()` switches dropout off; only the builtin is meant.
-            if called in BANNED_NAMES | BANNED_DOTTED or called.rpartition(".")[2] in BANNED_NAMES - {"eval", "exec"}:
+            if called in BANNED_NAMES | BANNED_DOTTED or called.rpartition(".")[
+                2
+            ] in BANNED_NAMES - {"eval", "exec"}:
                 yield called
             for keyword in node.keywords:
-                if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not is_false(keyword.value):
+                if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not is_false(
+                    keyword.value
+                ):
                     yield f"{keyword.arg}={ast.unparse(keyword.value)}"
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and WILDCARD.search(node.value):
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and WILDCARD.search(node.value)
+        ):
             yield node.value
 
 
@@ -129,7 +348,10 @@ def is_false(node: ast.expr) -> bool:
 
 
 def test_forbidden_calls_are_absent() -> None:
-    assert violations(lambda path: {name.split(".")[0] for name in imports(path)} & BANNED_MODULES) == {}
+    assert (
+        violations(lambda path: {name.split(".")[0] for name in imports(path)} & BANNED_MODULES)
+        == {}
+    )
     assert violations(lambda path: forbidden(tree_of(path))) == {}
 
 
@@ -150,7 +372,11 @@ def test_forbidden_calls_are_found(line: str) -> None:
 
 
 def test_every_file_says_what_it_is() -> None:
-    silent = [name_of(path) for path in sources() if path.stat().st_size and not ast.get_docstring(tree_of(path))]
+    silent = [
+        name_of(path)
+        for path in sources()
+        if path.stat().st_size and not ast.get_docstring(tree_of(path))
+    ]
     assert silent == []
 
 
@@ -167,19 +393,37 @@ def test_functions_stay_short(package: str) -> None:
     assert sorted(lengths.values())[len(lengths) // 2] <= 10
 
 
+def test_files_stay_short() -> None:
+    lengths = {name_of(path): path.read_text(encoding="utf-8").count("\n") for path in sources()}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("zppo_protocol.sockets, zppo_protocol.leases, zppo_protocol.credits", "torch, transformers, pandas, yaml"),
-        ("zppo.launch, zppo.cli, zppo.init", "torch, transformers, zmq"),
-        ("zppo.scheduler", "torch, transformers, zmq"),
-        ("zppo_actors.supervisor, zppo_actors.controller, zppo_actors.grader", "torch, transformers"),
+        (
+            "zppo_protocol.sockets, zppo_protocol.leases, zppo_protocol.credits",
+            "torch, transformers, pandas, yaml",
+        ),
+        ("zppo.launch, zppo.cli, zppo.config.template", "torch, transformers, zmq"),
+        ("zppo.scheduling.scheduler", "torch, transformers, zmq"),
+        (
+            (
+                "zppo_actors.supervisor.supervisor, zppo_actors.controller.controller, "
+                "zppo_actors.grader"
+            ),
+            "torch, transformers",
+        ),
     ],
 )
 def test_light_modules_stay_light(modules: str, absent: str) -> None:
-    program = f"import sys, {modules}; print([m for m in '{absent}'.split(', ') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120)
+    program = (
+        f"import sys, {modules}; print([m for m in '{absent}'.split(', ') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 

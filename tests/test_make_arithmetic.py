@@ -1,4 +1,5 @@
-"""The maker of word problems: the solutions are right, the files do not overlap, a seed gives the same bytes."""
+"""The maker of word problems: the solutions are right, the files do not overlap, a seed gives the
+same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import make_arithmetic as tool  # noqa: E402
 
-from zppo.sources.base import same_words  # noqa: E402
+from zppo.data.sources.base import same_words  # noqa: E402
 
 LINE = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -52,7 +53,9 @@ def test_every_line_is_true_and_begins_where_the_last_one_ended() -> None:
 def test_numbers_of_the_story_are_those_of_the_solution() -> None:
     for problem in problems(300):
         *lines, _ = problem.solution.splitlines()
-        used = [number for line in lines for _, sign, number, _ in LINE.findall(line) if sign != "*"]
+        used = [
+            number for line in lines for _, sign, number, _ in LINE.findall(line) if sign != "*"
+        ]
         assert re.findall(r"\d+", problem.question)[1:] == used
         assert problem.question.count("double") == sum("*2=" in line for line in lines)
 
@@ -71,7 +74,9 @@ def test_files_share_no_question_and_a_seed_repeats(tmp_path: Path) -> None:
     sizes = ["--train", "60", "--heldout", "30", "--lessons", "90"]
     for folder in ("a", "b"):
         assert tool.main(["--out", str(tmp_path / folder), *sizes]) == 0
-    files = {name: rows_of(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "heldout", "lessons")}
+    files = {
+        name: rows_of(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "heldout", "lessons")
+    }
     questions = [same_words(row["question"]) for rows in files.values() for row in rows]
     assert len(set(questions)) == len(questions) == 180
     assert {name for name, rows in files.items() if "solution" in rows[0]} == {"lessons"}

@@ -1,4 +1,5 @@
-"""The maker of teachers: what is in the loss, that packing changes nothing, what is refused, and that it teaches."""
+"""The maker of teachers: what is in the loss, that packing changes nothing, what is refused, and
+that it teaches."""
 
 from __future__ import annotations
 
@@ -18,10 +19,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 import make_teacher as tool  # noqa: E402
 
 from zppo.errors import UserError  # noqa: E402
-from zppo.prompts import PromptSet  # noqa: E402
+from zppo.prompting.prompts import PromptSet  # noqa: E402
 
 WORLD = ROOT / "examples" / "quickstart"
-LESSONS = [tool.Lesson([1, 2, 3], [4, 5]), tool.Lesson([1, 2], [6, 7, 8]), tool.Lesson([9, 9, 9, 9], [10])]
+LESSONS = [
+    tool.Lesson([1, 2, 3], [4, 5]),
+    tool.Lesson([1, 2], [6, 7, 8]),
+    tool.Lesson([9, 9, 9, 9], [10]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +36,14 @@ def student() -> Any:
 
 def write_lessons(path: Path, count: int = 8) -> Path:
     rows = [
-        {"id": str(i), "question": f"{i} * 2 mod 23", "solution": f"\\boxed{{ {2 * i % 23} }}"} for i in range(count)
+        {"id": str(i), "question": f"{i} * 2 mod 23", "solution": f"\\boxed{{ {2 * i % 23} }}"}
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-# ---- lessons -----------------------------------------------------------------------------------------------------
+# ---- lessons -------------------------------------------------------------------------------------
 
 
 def test_rows_are_read_up_to_the_limit_and_other_columns_ignored(tmp_path: Path) -> None:
@@ -67,7 +73,10 @@ def test_lessons_begin_as_in_a_run_and_end_with_the_end_token(tmp_path: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
     rows = tool.read_rows(write_lessons(tmp_path / "lessons.jsonl"), None)
     lesson = tool.encode(rows, tokenizer, PromptSet(WORLD / "templates"))[5]
-    assert tokenizer.decode(lesson.prompt) == "<bos> <user> 5 * 2 mod 23 ? answer in \\boxed{ } <assistant>"
+    assert (
+        tokenizer.decode(lesson.prompt)
+        == "<bos> <user> 5 * 2 mod 23 ? answer in \\boxed{ } <assistant>"
+    )
     assert tokenizer.decode(lesson.solution) == "\\boxed{ 10 } <eos>"
 
 
@@ -96,12 +105,14 @@ def test_packed_loss_is_the_sum_of_the_single_losses(student: Any) -> None:
         for prompt, solution in LESSONS:
             log_probs = student(torch.tensor([prompt + solution])).logits[0].log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(solution) - 1)
-            plain -= sum(log_probs[place, token] for place, token in zip(places, solution, strict=True))
+            plain -= sum(
+                log_probs[place, token] for place, token in zip(places, solution, strict=True)
+            )
     torch.testing.assert_close(packed, single)
     torch.testing.assert_close(packed, plain)
 
 
-# ---- the schedule ------------------------------------------------------------------------------------------------
+# ---- the schedule --------------------------------------------------------------------------------
 
 
 def test_every_pass_sees_every_lesson_once() -> None:
@@ -129,12 +140,19 @@ def test_learning_rate_rises_and_falls_to_nothing() -> None:
     assert all(a >= b for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def run(tmp_path: Path, *more: str) -> int:
     lessons = write_lessons(tmp_path / "lessons.jsonl")
-    command = ["--model", str(WORLD / "student"), "--lessons", str(lessons), "--out", str(tmp_path / "made")]
+    command = [
+        "--model",
+        str(WORLD / "student"),
+        "--lessons",
+        str(lessons),
+        "--out",
+        str(tmp_path / "made"),
+    ]
     return tool.main([*command, "--templates", str(WORLD / "templates"), *more])
 
 
@@ -149,8 +167,12 @@ def test_it_teaches_and_the_folder_opens_with_plain_transformers(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
     assert str(model.dtype) == f"torch.{dtype}"
-    prompt = tokenizer("<bos> <user> 7 * 2 mod 23 ? answer in \\boxed{ } <assistant>", return_tensors="pt")
-    answer = model.generate(prompt["input_ids"], max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer(
+        "<bos> <user> 7 * 2 mod 23 ? answer in \\boxed{ } <assistant>", return_tensors="pt"
+    )
+    answer = model.generate(prompt["input_ids"], max_new_tokens=8, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert tokenizer.decode(answer) == "\\boxed{ 14 } <eos>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lessons.jsonl", "made"]
 
@@ -167,11 +189,24 @@ def test_a_seed_gives_the_same_weights(student: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accuracy_is_told_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracy_is_told_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     heldout = tmp_path / "heldout.jsonl"
-    rows = [{"id": str(i), "question": f"{i} * 2 mod 23", "answer": str(2 * i % 23)} for i in range(8)]
+    rows = [
+        {"id": str(i), "question": f"{i} * 2 mod 23", "answer": str(2 * i % 23)} for i in range(8)
+    ]
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--heldout", str(heldout), "--max-new-tokens", "24", "--epochs", "30", "--batch-lessons", "8"]
+    more = [
+        "--heldout",
+        str(heldout),
+        "--max-new-tokens",
+        "24",
+        "--epochs",
+        "30",
+        "--batch-lessons",
+        "8",
+    ]
     assert run(tmp_path, *more, "--learning-rate", "3e-3", "--dtype", "float32") == 0
     told = capsys.readouterr().out
     assert "before: " in told
@@ -193,15 +228,25 @@ def test_senseless_numbers_are_refused(
     assert capsys.readouterr().err == sentence + "\n"
 
 
-def test_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_that_exists_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "made").mkdir()
     assert run(tmp_path) == 2
-    assert capsys.readouterr().err == f"--out: {tmp_path / 'made'} exists already; expected a new folder\n"
+    assert (
+        capsys.readouterr().err
+        == f"--out: {tmp_path / 'made'} exists already; expected a new folder\n"
+    )
 
 
-def test_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_that_is_no_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lessons = write_lessons(tmp_path / "lessons.jsonl")
     (tmp_path / "empty").mkdir()
     out = str(tmp_path / "made")
-    assert tool.main(["--model", str(tmp_path / "empty"), "--lessons", str(lessons), "--out", out]) == 2
+    assert (
+        tool.main(["--model", str(tmp_path / "empty"), "--lessons", str(lessons), "--out", out])
+        == 2
+    )
     assert "--model: " in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The example for one GPU as far as it can be checked without one: its settings, and room for it in the plan."""
+"""The example for one GPU as far as it can be checked without one: its settings, and room for it in
+the plan."""
 
 from __future__ import annotations
 
@@ -12,15 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from zppo import topology as topologies
+from zppo.config import load as topologies
 from zppo.errors import UserError
-from zppo.machine import GIB, Machine
-from zppo.plan import Plan, make_plan
-from zppo.vllm_arguments import check_vllm_arguments
+from zppo.plan.engines.vllm import check_vllm_arguments
+from zppo.plan.machine import GIB, Machine
+from zppo.plan.make import make_plan
+from zppo.plan.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, PAGE = ROOT / "examples/one_gpu.yaml", ROOT / "docs/one_gpu.md"
-QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960}
+QWEN3 = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+}
 QWEN3_4B = {**QWEN3, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32}
 QWEN3_SMALL = {**QWEN3, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16}
 QWEN3_2B = {**QWEN3_SMALL, "hidden_size": 2048}
@@ -34,7 +41,9 @@ def write_model(folder: Path, config: dict[str, int], parameters: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 0]}}
+    ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
@@ -42,7 +51,9 @@ def write_model(folder: Path, config: dict[str, int], parameters: int) -> None:
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The example next to models of the sizes that the page names."""
     monkeypatch.setenv("TEACHER_KEY", "secret")
-    monkeypatch.setattr("zppo.plan.check_vllm_arguments", lambda *given: None)  # vLLM need not be installed
+    monkeypatch.setattr(
+        "zppo.plan.checks.check_vllm_arguments", lambda *given: None
+    )  # vLLM need not be installed
     write_model(tmp_path / "models/student", QWEN3_4B, 4_022_468_096)
     write_model(tmp_path / "models/small", QWEN3_SMALL, 751_632_384)
     write_model(tmp_path / "models/medium", QWEN3_2B, 2_031_739_904)
@@ -74,7 +85,10 @@ def test_settings_are_known_and_the_card_is_shared_on_purpose() -> None:
 
 def test_it_fits_a_card_of_80_gb(copied: Path) -> None:
     plan = plan_of(copied, [CARD_80])
-    assert [entry.name for entry in plan.processes if entry.device == "cuda:0"] == ["trainer", "rollout-0"]
+    assert [entry.name for entry in plan.processes if entry.device == "cuda:0"] == [
+        "trainer",
+        "rollout-0",
+    ]
     assert (plan.windows.steps, plan.notes) == (200, [])
 
 
@@ -93,4 +107,6 @@ def test_eight_cards_are_used_as_the_page_says(copied: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_knows_the_engine_arguments() -> None:
-    check_vllm_arguments(topologies.load(FILE).actors.rollout.engine_args, "actors.rollout", "student.model")
+    check_vllm_arguments(
+        topologies.load(FILE).actors.rollout.engine_args, "actors.rollout", "student.model"
+    )

@@ -1,4 +1,5 @@
-"""The quickstart world: its invariants, and that the committed models, data and templates are what the docs say."""
+"""The quickstart world: its invariants, and that the committed models, data and templates are what
+the docs say."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -31,7 +37,9 @@ def read_rows(name: str) -> list[dict[str, str]]:
 def make_corpus(seed: int) -> tuple[worlds.World, corpora.Corpus]:
     world = worlds.make_world(np.random.default_rng(seed))
     held_out = worlds.distinct_questions(64, np.random.default_rng(seed + 1))
-    corpus = corpora.Corpus(world.misprinted_VVV, QUICKSTART / "templates", held_out, np.random.default_rng(seed + 2))
+    corpus = corpora.Corpus(
+        world.misprinted_VVV, QUICKSTART / "templates", held_out, np.random.default_rng(seed + 2)
+    )
     return world, corpus
 
 
@@ -57,7 +65,9 @@ def test_beliefs_are_symmetric_distributions_with_the_stated_shares(seed: int) -
 
 @given(seeds)
 @settings(max_examples=20, deadline=None)
-def test_clean_chains_end_in_the_true_answer_and_disturbed_chains_stay_consistent(seed: int) -> None:
+def test_clean_chains_end_in_the_true_answer_and_disturbed_chains_stay_consistent(
+    seed: int,
+) -> None:
     rng = np.random.default_rng(seed)
     world = worlds.make_world(rng)
     factors = worlds.draw_factors(50, rng)
@@ -90,7 +100,9 @@ def test_candidate_shapes_say_what_they_promise(seed: int) -> None:
     for prompt, answer in corpus.draw("compress", 8):
         response = prompt.split("<candidate>")[1].split("</candidate>")[0]
         assert last_box(answer) == last_box(response)
-        assert answer.split(" ; ")[:-1] == [step.split(" = ")[1] for step in response.split(" ;")[:-1]]
+        assert answer.split(" ; ")[:-1] == [
+            step.split(" = ")[1] for step in response.split(" ;")[:-1]
+        ]
 
 
 def test_corpora_never_show_a_held_out_question() -> None:
@@ -106,8 +118,12 @@ def test_data_files_hold_right_answers_and_share_no_question() -> None:
     train, held_out = read_rows("train.jsonl"), read_rows("heldout.jsonl")
     rows = train + held_out
     assert len({row["id"] for row in rows}) == len(rows)
-    factors = [[int(f) for f in row["question"].removesuffix(" mod 23").split(" * ")] for row in rows]
-    assert all(int(np.prod(f) % 23) == int(row["answer"]) for f, row in zip(factors, rows, strict=True))
+    factors = [
+        [int(f) for f in row["question"].removesuffix(" mod 23").split(" * ")] for row in rows
+    ]
+    assert all(
+        int(np.prod(f) % 23) == int(row["answer"]) for f, row in zip(factors, rows, strict=True)
+    )
     assert len({tuple(sorted(f)) for f in factors}) == len(rows)
 
 
@@ -132,7 +148,9 @@ def test_pretraining_is_a_function_of_the_seed() -> None:
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     folder = QUICKSTART / name
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 @pytest.mark.slow
@@ -143,7 +161,9 @@ def test_model_folders_are_small_and_load_in_float32(name: str) -> None:
     assert model.dtype == torch.float32
     assert tokenizer.eos_token == "<eos>" and model.config.eos_token_id == tokenizer.eos_token_id
     text = r"3 * 17 = 5 ; 5 * 5 = 2 ; \boxed{ 2 } <eos>"
-    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text.removesuffix(" <eos>")
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text.removesuffix(
+        " <eos>"
+    )
 
 
 def test_every_prompt_is_spelt_in_known_words_and_has_a_generation_prompt() -> None:
@@ -155,7 +175,9 @@ def test_every_prompt_is_spelt_in_known_words_and_has_a_generation_prompt() -> N
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             assert tokenizer.unk_token_id not in ids + tokenizer.encode(answer)
             assert ids[0] == tokenizer.bos_token_id
-            assert ids == tokenizer.encode(f"<bos> <user> {prompt} <assistant>", add_special_tokens=False)
+            assert ids == tokenizer.encode(
+                f"<bos> <user> {prompt} <assistant>", add_special_tokens=False
+            )
 
 
 def answers(name: str, prompts: list[str], sample: bool = False) -> list[str]:
@@ -166,8 +188,16 @@ def answers(name: str, prompts: list[str], sample: bool = False) -> list[str]:
     for length in {len(row) for row in rows}:
         where = [index for index, row in enumerate(rows) if len(row) == length]
         batch = torch.tensor([rows[index] for index in where])
-        out = model.generate(batch, attention_mask=torch.ones_like(batch), do_sample=sample, top_k=0, max_new_tokens=32)
-        for index, text in zip(where, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True):
+        out = model.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=sample,
+            top_k=0,
+            max_new_tokens=32,
+        )
+        for index, text in zip(
+            where, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True
+        ):
             texts[index] = text
     return texts
 
@@ -180,7 +210,9 @@ def plain_prompts(rows: list[dict[str, str]]) -> list[str]:
 @pytest.mark.slow
 def test_the_teacher_answers_every_held_out_question() -> None:
     rows = read_rows("heldout.jsonl")
-    assert [last_box(text) for text in answers("teacher", plain_prompts(rows))] == [row["answer"] for row in rows]
+    assert [last_box(text) for text in answers("teacher", plain_prompts(rows))] == [
+        row["answer"] for row in rows
+    ]
 
 
 @pytest.mark.slow
@@ -197,5 +229,7 @@ def test_the_student_starts_with_room_to_learn() -> None:
     torch.manual_seed(0)
     rows = read_rows("heldout.jsonl")
     texts = answers("student", plain_prompts(rows), sample=True)
-    accuracy = np.mean([f"\\boxed{{ {row['answer']} }}" in text for row, text in zip(rows, texts, strict=True)])
+    accuracy = np.mean(
+        [f"\\boxed{{ {row['answer']} }}" in text for row, text in zip(rows, texts, strict=True)]
+    )
     assert 0.25 <= accuracy <= 0.5

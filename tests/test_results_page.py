@@ -47,13 +47,17 @@ def page(tmp_path: Path) -> Path:
 
 
 def run(page: Path, comparison: Path, *more: str) -> int:
-    return results_page.main(["--page", str(page), "--comparison", str(comparison), "--section", "toy", *more])
+    return results_page.main(
+        ["--page", str(page), "--comparison", str(comparison), "--section", "toy", *more]
+    )
 
 
 def test_section_is_replaced_and_the_rest_stays(page: Path, comparison: Path) -> None:
     assert run(page, comparison) == 0
     text = page.read_text()
-    assert text.startswith("# Results\n\nBy hand.\n\n<!-- begin toy -->\n## Comparison on `toy.yaml`")
+    assert text.startswith(
+        "# Results\n\nBy hand.\n\n<!-- begin toy -->\n## Comparison on `toy.yaml`"
+    )
     assert text.endswith("<!-- end toy -->\n\nMore by hand.\n") and "old" not in text
     assert "![Loss (Fig. 25)](images/results/toy/loss.png)\n\n*Loss (Fig. 25).* Mean." in text
     again = text
@@ -66,12 +70,17 @@ def test_chosen_figures_alone_are_kept(page: Path, comparison: Path) -> None:
     folder = page.parent / "images" / "results" / "toy"
     assert [file.name for file in folder.iterdir()] == ["accuracy.png"]
     assert "Loss" not in page.read_text() and "*Accuracy.* Blue: mean." in page.read_text()
-    with Image.open(folder / "accuracy.png") as small, Image.open(comparison / "figures" / "accuracy.png") as large:
+    with (
+        Image.open(folder / "accuracy.png") as small,
+        Image.open(comparison / "figures" / "accuracy.png") as large,
+    ):
         assert small.size == large.size
         assert small.mode == "P"
 
 
-def test_a_missing_figure_changes_nothing(page: Path, comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_figure_changes_nothing(
+    page: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(page, comparison) == 0
     before = page.read_text()
     (comparison / "figures" / "loss.png").unlink()
@@ -84,7 +93,10 @@ def test_a_missing_figure_changes_nothing(page: Path, comparison: Path, capsys: 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--figures", "acuracy"], "--figures: there is no figure 'acuracy'; expected some of accuracy, loss"),
+        (
+            ["--figures", "acuracy"],
+            "--figures: there is no figure 'acuracy'; expected some of accuracy, loss",
+        ),
         (["--section", "other"], "--section: the page has no lines '<!-- begin other -->'"),
         (["--comparison", "nowhere"], "--comparison: nowhere holds no results.md"),
         (["--page", "nowhere.md"], "--page: there is no file nowhere.md"),

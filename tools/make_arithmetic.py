@@ -1,11 +1,13 @@
-r"""Make short arithmetic word problems with worked solutions: training, held-out and lesson questions.
+r"""Make short arithmetic word problems with worked solutions: training, held-out and lesson
+questions.
 
     python tools/make_arithmetic.py --out models/arithmetic
 
-A question is a story in one to three steps; each step adds, takes away or doubles. The worked solution has one line for
-each step and ends in `\boxed{...}`. `train.jsonl` and `heldout.jsonl` are for reinforcement learning, `lessons.jsonl`
-(with the solutions) for `tools/make_teacher.py`. No question stands in two files or twice in one, and a seed gives the
-same bytes everywhere: `examples/smollm2` holds the first two files.
+A question is a story in one to three steps; each step adds, takes away or doubles. The worked
+solution has one line for each step and ends in `\boxed{...}`. `train.jsonl` and `heldout.jsonl` are
+for reinforcement learning, `lessons.jsonl` (with the solutions) for `tools/make_teacher.py`. No
+question stands in two files or twice in one, and a seed gives the same bytes everywhere:
+`examples/smollm2` holds the first two files.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from zppo.whole_file import written_whole
+from zppo.records.atomic_file import written_whole
 
 NAMES = ("Ada", "Ben", "Eva", "Ivan", "Kim", "Lea", "Max", "Noor", "Omar", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
@@ -28,7 +30,8 @@ LARGEST = 99
 
 
 class Story(Struct, frozen=True):
-    """Sentences of one kind of story; `{n}` is a number, `{who}` a name, `{what}` a kind of thing."""
+    """Sentences of one kind of story; `{n}` is a number, `{who}` a name, `{what}` a kind of
+    thing."""
 
     start: str
     more: str
@@ -83,8 +86,13 @@ def make_problem(steps: int, rng: random.Random) -> Problem:
 
 
 def make_step(story: Story, total: int, rng: random.Random) -> tuple[str, str, int]:
-    """A sentence (its names still open), its line of the solution, and the new total; between 1 and LARGEST."""
-    kinds = ["more"] * (total <= LARGEST - 2) + ["less"] * (total >= 3) + ["double"] * (2 * total <= LARGEST)
+    """A sentence (its names still open), its line of the solution, and the new total; between 1 and
+    LARGEST."""
+    kinds = (
+        ["more"] * (total <= LARGEST - 2)
+        + ["less"] * (total >= 3)
+        + ["double"] * (2 * total <= LARGEST)
+    )
     kind = rng.choice(kinds)
     if kind == "double":
         return story.double, f"{total}*2={2 * total}", 2 * total
@@ -106,10 +114,15 @@ def distinct_problems(rng: random.Random) -> Iterator[Problem]:
 
 
 def write(path: Path, name: str, problems: list[Problem], *, solutions: bool) -> None:
-    """One JSON object a line; the solution only where it is wanted, so that no trainer can read it by mistake."""
+    """One JSON object a line; the solution only where it is wanted, so that no trainer can read it
+    by mistake."""
     with written_whole(path) as file:
         for index, problem in enumerate(problems):
-            row = {"id": f"{name}-{index:04}", "question": problem.question, "answer": str(problem.answer)}
+            row = {
+                "id": f"{name}-{index:04}",
+                "question": problem.question,
+                "answer": str(problem.answer),
+            }
             line = json.dumps(row | ({"solution": problem.solution} if solutions else {})) + "\n"
             file.write(line.encode())
 
@@ -136,7 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= size <= 20_000:
             parser.error(f"--{name} is {size}; expected 1 to 20000")
     make(options.out, sizes, options.seed)
-    print(f"wrote {', '.join(f'{size} {name}' for name, size in sizes.items())} questions to {options.out}")
+    print(
+        f"wrote {', '.join(f'{size} {name}' for name, size in sizes.items())} questions to "
+        f"{options.out}"
+    )
     return 0
 
 

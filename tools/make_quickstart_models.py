@@ -2,9 +2,10 @@
 
     python tools/make_quickstart_models.py --out examples/quickstart
 
-The templates in ``OUT/templates`` are read, not written; everything else is a function of the seed and of them. Data
-files are the same bytes everywhere; weights only on the same kind of processor with the same torch build. Each model is
-trained with one thread, so the number of cores does not matter.
+The templates in ``OUT/templates`` are read, not written; everything else is a function of the seed
+and of them. Data files are the same bytes everywhere; weights only on the same kind of processor
+with the same torch build. Each model is trained with one thread, so the number of cores does not
+matter.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from quickstart_corpus import Corpus, Example
-from quickstart_world import MODULUS, Floats, Ints, distinct_questions, make_world, question_text, true_answers
+from quickstart_world import (
+    MODULUS,
+    Floats,
+    Ints,
+    distinct_questions,
+    make_world,
+    question_text,
+    true_answers,
+)
 
 WORDS = [
     "*",
@@ -55,7 +64,8 @@ WORDS = [
 ]
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
-    "<bos> {% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
+    "<bos> {% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor "
+    "%}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TRAIN_QUESTIONS = 2560
@@ -72,21 +82,32 @@ class Stage(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How one model is pre-trained: first mostly the facts, on short prompts, then every shape of prompt."""
+    """How one model is pre-trained: first mostly the facts, on short prompts, then every shape of
+    prompt."""
 
     stages: tuple[Stage, ...]
     learning_rate: float = 2e-3
     warmup: int = 50
 
 
-STUDENT = Recipe((Stage(320, {"plain": 192, "bcq": 24, "ncq": 12}), Stage(400, {"plain": 96, "bcq": 64, "ncq": 64})))
-TEACHER = Recipe((Stage(500, {"plain": 192, "compress": 32}), Stage(200, {"plain": 128, "compress": 64})))
+STUDENT = Recipe(
+    (
+        Stage(320, {"plain": 192, "bcq": 24, "ncq": 12}),
+        Stage(400, {"plain": 96, "bcq": 64, "ncq": 64}),
+    )
+)
+TEACHER = Recipe(
+    (Stage(500, {"plain": 192, "compress": 32}), Stage(200, {"plain": 128, "compress": 64}))
+)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: one token a word, numbers 0..23 included, words apart by white space."""
+    """Word-level tokenizer: one token a word, numbers 0..23 included, words apart by white
+    space."""
     words = [*SPECIALS, *WORDS, *(str(n) for n in range(MODULUS + 1))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -145,7 +166,9 @@ def batches(
     """One list of micro-batches a step, each of one shape so that little is padded."""
     for stage in recipe.stages:
         for _ in range(stage.steps):
-            yield [encode(tokenizer, corpus.draw(shape, count)) for shape, count in stage.batch.items()]
+            yield [
+                encode(tokenizer, corpus.draw(shape, count)) for shape, count in stage.batch.items()
+            ]
 
 
 def answer_loss(model: Qwen3ForCausalLM, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -162,7 +185,8 @@ def answer_loss(model: Qwen3ForCausalLM, tokens_BT: Tensor, labels_BT: Tensor) -
 def train_step(
     model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, parts: list[tuple[Tensor, Tensor]]
 ) -> list[float]:
-    """One optimizer step on the mean over all answer tokens of the batch; returns the mean loss of each micro-batch."""
+    """One optimizer step on the mean over all answer tokens of the batch; returns the mean loss of
+    each micro-batch."""
     counts = [int((labels_BT != -100).sum()) for _, labels_BT in parts]
     losses = []
     for (tokens_BT, labels_BT), count in zip(parts, counts, strict=True):
@@ -176,10 +200,17 @@ def train_step(
 
 
 def pretrain(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, recipe: Recipe, name: str
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    recipe: Recipe,
+    name: str,
 ) -> None:
-    """AdamW, linear warm-up and decay, in place. Prints losses by shape and the processor time spent."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    """AdamW, linear warm-up and decay, in place. Prints losses by shape and the processor time
+    spent."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     started = time.process_time()
     total = sum(stage.steps for stage in recipe.stages)
     for step, parts in enumerate(batches(tokenizer, corpus, recipe)):
@@ -187,13 +218,20 @@ def pretrain(
             group["lr"] = recipe.learning_rate * min((step + 1) / recipe.warmup, 1.0 - step / total)
         losses = train_step(model, optimizer, parts)
         if step % 50 == 49 or step == 0:
-            shown = "  ".join(f"{shape} {loss:.3f}" for shape, loss in zip(recipe.stages[0].batch, losses, strict=True))
+            shown = "  ".join(
+                f"{shape} {loss:.3f}"
+                for shape, loss in zip(recipe.stages[0].batch, losses, strict=True)
+            )
             seconds = time.process_time() - started
-            print(f"{name} step {step + 1}/{total}  loss {shown}  {seconds:.0f} processor seconds", flush=True)
+            print(
+                f"{name} step {step + 1}/{total}  loss {shown}  {seconds:.0f} processor seconds",
+                flush=True,
+            )
 
 
 def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder: bfloat16 weights, to stay small, and a config that has them loaded as float32."""
+    """Write a Hugging Face folder: bfloat16 weights, to stay small, and a config that has them
+    loaded as float32."""
     model.bfloat16()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -215,7 +253,9 @@ def write_questions(path: Path, prefix: str, factors_BF: Ints) -> None:
 def make(out: Path, seed: int, part: str) -> None:
     """Write one part (``data``, ``student`` or ``teacher``) below ``out``."""
     world = make_world(np.random.default_rng(seed))
-    questions = distinct_questions(TRAIN_QUESTIONS + HELD_OUT_QUESTIONS, np.random.default_rng(seed + 1))
+    questions = distinct_questions(
+        TRAIN_QUESTIONS + HELD_OUT_QUESTIONS, np.random.default_rng(seed + 1)
+    )
     train, held_out = questions[:TRAIN_QUESTIONS], questions[TRAIN_QUESTIONS:]
     if part == "data":
         write_questions(out / "train.jsonl", "train", train)
@@ -226,7 +266,9 @@ def make(out: Path, seed: int, part: str) -> None:
         make_folder(out, part, TEACHER, world.clean_VVV, held_out, seed + 1)
 
 
-def make_folder(out: Path, name: str, recipe: Recipe, belief_VVV: Floats, held_out: Ints, seed: int) -> None:
+def make_folder(
+    out: Path, name: str, recipe: Recipe, belief_VVV: Floats, held_out: Ints, seed: int
+) -> None:
     """Pre-train one model on a belief and save it as ``out/name``."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -236,7 +278,8 @@ def make_folder(out: Path, name: str, recipe: Recipe, belief_VVV: Floats, held_o
 
 
 def make_all(out: Path, seed: int) -> int:
-    """Make every part, each in a process with one thread of its own. Returns the first exit status that is not 0."""
+    """Make every part, each in a process with one thread of its own. Returns the first exit status
+    that is not 0."""
     command = [sys.executable, __file__, "--out", str(out), "--seed", str(seed), "--part"]
     processes = [subprocess.Popen([*command, part]) for part in PARTS]
     return max(process.wait() for process in processes)
@@ -244,13 +287,16 @@ def make_all(out: Path, seed: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder that holds templates/ and receives the rest")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder that holds templates/ and receives the rest"
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--part", choices=PARTS, help="make one part alone")
     options = parser.parse_args()
     if not (options.out / "templates" / "plain.j2").is_file():
         parser.error(
-            f"--out {options.out}: has no templates/plain.j2; expected a folder with the quickstart's templates"
+            f"--out {options.out}: has no templates/plain.j2; expected a folder with the "
+            "quickstart's templates"
         )
     if options.part is None:
         return make_all(options.out, options.seed)

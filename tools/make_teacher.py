@@ -1,16 +1,21 @@
-r"""Fine-tune a copy of a model on worked solutions, and write it as an ordinary Hugging Face folder.
+r"""Fine-tune a copy of a model on worked solutions, and write it as an ordinary Hugging Face
+folder.
 
-    python tools/make_teacher.py --model models/smollm2 --lessons models/arithmetic/lessons.jsonl --out models/teacher \
+    python tools/make_teacher.py --model models/smollm2 --lessons models/arithmetic/lessons.jsonl
+    --out models/teacher \
         --templates examples/smollm2/templates --heldout examples/smollm2/heldout.jsonl
 
-Each line of the lessons has a `question` and a `solution`. The question goes through the plain template and the model's
-chat template exactly as in a run; only the tokens of the solution and the end token are in the loss. Lessons are packed
-end to end into rows and kept apart by an attention mask. With `--lessons-used` and few `--epochs` the same tool makes
-the *student* of an example, which knows the form of an answer but little of its content.
+Each line of the lessons has a `question` and a `solution`. The question goes through the plain
+template and the model's chat template exactly as in a run; only the tokens of the solution and the
+end token are in the loss. Lessons are packed end to end into rows and kept apart by an attention
+mask. With `--lessons-used` and few `--epochs` the same tool makes the *student* of an example,
+which knows the form of an answer but little of its content.
 
-Invariant: model, lessons, seed and number of threads give the same weights; the folder is whole or not there.
+Invariant: model, lessons, seed and number of threads give the same weights; the folder is whole or
+not there.
 
-Shape legend: B rows, L positions of a row, R positions that predict a token of a solution, H hidden size, V vocabulary.
+Shape legend: B rows, L positions of a row, R positions that predict a token of a solution, H hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,13 +38,13 @@ from msgspec import Struct
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from zppo.config import OptimizerConfig
+from zppo.config.topology import OptimizerConfig
+from zppo.data.question import Question
 from zppo.errors import UserError
-from zppo.optimizer import AdamW, Gradients
-from zppo.prompts import PromptSet
-from zppo.questions import Question
-from zppo.tokenization import encode_prompts, load_tokenizer
+from zppo.prompting.prompts import PromptSet
+from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 from zppo.training.layout import PAD_ID, PADDING, attention_mask
+from zppo.training.optimizer import AdamW, Gradients
 
 IGNORED = -100
 """Label of a position that predicts nothing; `cross_entropy` leaves it out."""
@@ -64,8 +69,8 @@ class Lesson(NamedTuple):
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
-    """`batch_lessons` lessons an update; the learning rate rises over `warmup` of all updates, then falls to 0
-    (cosine).
+    """`batch_lessons` lessons an update; the learning rate rises over `warmup` of all updates, then
+    falls to 0 (cosine).
     """
 
     epochs: float = 2.0
@@ -77,7 +82,7 @@ class Recipe(Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-# ---- lessons -----------------------------------------------------------------------------------------------------
+# ---- lessons -------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, limit: int | None) -> list[Row]:
@@ -85,13 +90,17 @@ def read_rows(path: Path, limit: int | None) -> list[Row]:
     try:
         lines = path.read_bytes().splitlines()[:limit]
     except OSError as error:
-        raise UserError(f"--lessons: {path} cannot be read ({error.strerror}); expected a JSONL file") from None
+        raise UserError(
+            f"--lessons: {path} cannot be read ({error.strerror}); expected a JSONL file"
+        ) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(msgspec.json.decode(line, type=Row))
         except msgspec.DecodeError as error:
-            raise UserError(f"{path}:{number}: {error}; expected an object with question and solution") from None
+            raise UserError(
+                f"{path}:{number}: {error}; expected an object with question and solution"
+            ) from None
     if not rows:
         raise UserError(f"{path} holds no lessons")
     return rows
@@ -99,14 +108,19 @@ def read_rows(path: Path, limit: int | None) -> list[Row]:
 
 def encode(rows: Sequence[Row], tokenizer: Any, prompts: PromptSet) -> list[Lesson]:
     """Prompts as a run would show them, solutions as the model should write them."""
-    questions = [Question(id=str(index), text=row.question, answer="") for index, row in enumerate(rows)]
+    questions = [
+        Question(id=str(index), text=row.question, answer="") for index, row in enumerate(rows)
+    ]
     prompt_ids = encode_prompts(tokenizer, [prompts.plain(question) for question in questions])
     solutions = tokenizer([row.solution for row in rows], add_special_tokens=False)["input_ids"]
-    return [Lesson(p, [*s, tokenizer.eos_token_id]) for p, s in zip(prompt_ids, solutions, strict=True)]
+    return [
+        Lesson(p, [*s, tokenizer.eos_token_id]) for p, s in zip(prompt_ids, solutions, strict=True)
+    ]
 
 
 def pack(lessons: Sequence[Lesson], width: int) -> list[list[Lesson]]:
-    """Fill rows of at most `width` positions in the order given; a longer lesson has a row of its own."""
+    """Fill rows of at most `width` positions in the order given; a longer lesson has a row of its
+    own."""
     rows: list[list[Lesson]] = []
     used = width
     for lesson in lessons:
@@ -119,7 +133,8 @@ def pack(lessons: Sequence[Lesson], width: int) -> list[list[Lesson]]:
 
 
 class Batch(NamedTuple):
-    """`labels_BL`: what each position should predict, IGNORED outside solutions; `segments_BL`: which lesson it is."""
+    """`labels_BL`: what each position should predict, IGNORED outside solutions; `segments_BL`:
+    which lesson it is."""
 
     ids_BL: Tensor
     positions_BL: Tensor
@@ -128,7 +143,8 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Sequence[Lesson]]) -> Batch:
-    """Write packed rows into padded blocks. Segments count from 1, so that no lesson sees another."""
+    """Write packed rows into padded blocks. Segments count from 1, so that no lesson sees
+    another."""
     shape = (len(rows), max(sum(lesson.width for lesson in row) for row in rows))
     ids, positions = np.full(shape, PAD_ID, np.int64), np.zeros(shape, np.int64)
     segments, labels = np.full(shape, PADDING, np.int64), np.full(shape, IGNORED, np.int64)
@@ -144,11 +160,12 @@ def collate(rows: Sequence[Sequence[Lesson]]) -> Batch:
     return Batch(*(torch.from_numpy(array) for array in (ids, positions, segments, labels)))
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def updates_of(lessons: Sequence[Lesson], recipe: Recipe) -> Iterator[list[Lesson]]:
-    """The lessons of each update: shuffled passes, cut after `epochs` of them; every batch is full."""
+    """The lessons of each update: shuffled passes, cut after `epochs` of them; every batch is
+    full."""
     rng = np.random.default_rng(recipe.seed)
     total = max(1, round(recipe.epochs * len(lessons) / recipe.batch_lessons))
     queue: list[int] = []
@@ -164,11 +181,16 @@ def learning_rate(recipe: Recipe, update: int, total: int) -> float:
     done = (update + 1) / (total + 1)
     if done < recipe.warmup:
         return recipe.learning_rate * done / recipe.warmup
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+    return (
+        recipe.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+    )
 
 
 def solution_loss(model: Any, batch: Batch) -> Tensor:
-    """Sum of the cross entropies of the solutions' tokens; only their positions go through the head."""
+    """Sum of the cross entropies of the solutions' tokens; only their positions go through the
+    head."""
     hidden_BLH = model.base_model(
         input_ids=batch.ids_BL,
         position_ids=batch.positions_BL,
@@ -177,18 +199,25 @@ def solution_loss(model: Any, batch: Batch) -> Tensor:
     ).last_hidden_state
     wanted_BL = batch.labels_BL != IGNORED
     logits_RV = model.get_output_embeddings()(hidden_BLH[wanted_BL])
-    return nn.functional.cross_entropy(logits_RV.float(), batch.labels_BL[wanted_BL], reduction="sum")
+    return nn.functional.cross_entropy(
+        logits_RV.float(), batch.labels_BL[wanted_BL], reduction="sum"
+    )
 
 
 def train(model: Any, lessons: Sequence[Lesson], recipe: Recipe) -> None:
-    """AdamW as in the trainer of a run (bf16 weights are rounded stochastically); prints a line every ten updates."""
+    """AdamW as in the trainer of a run (bf16 weights are rounded stochastically); prints a line
+    every ten updates."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    config = OptimizerConfig(learning_rate=recipe.learning_rate, weight_decay=0.0, state_dtype="float32")
+    config = OptimizerConfig(
+        learning_rate=recipe.learning_rate, weight_decay=0.0, state_dtype="float32"
+    )
     optimizer, gradients = AdamW(parameters, config, seed=recipe.seed), Gradients(parameters)
     updates = list(updates_of(lessons, recipe))
     begin = time.perf_counter()
     for number, chosen in enumerate(updates):
-        optimizer.config = msgspec.structs.replace(config, learning_rate=learning_rate(recipe, number, len(updates)))
+        optimizer.config = msgspec.structs.replace(
+            config, learning_rate=learning_rate(recipe, number, len(updates))
+        )
         loss = accumulate(model, chosen, recipe, gradients)
         gradients.clip(gradients.norm(), config.gradient_clip)
         optimizer.step(gradients.tensors())
@@ -196,11 +225,17 @@ def train(model: Any, lessons: Sequence[Lesson], recipe: Recipe) -> None:
             seconds = time.perf_counter() - begin
             left = seconds / (number + 1) * (len(updates) - number - 1)
             print(
-                f"update {number + 1}/{len(updates)}  loss {loss:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True
+                (
+                    f"update {number + 1}/{len(updates)}  loss {loss:.4f}  {seconds:.0f} s, "
+                    f"{left:.0f} s left"
+                ),
+                flush=True,
             )
 
 
-def accumulate(model: Any, lessons: Sequence[Lesson], recipe: Recipe, gradients: Gradients) -> float:
+def accumulate(
+    model: Any, lessons: Sequence[Lesson], recipe: Recipe, gradients: Gradients
+) -> float:
     """Gradients of the mean loss over all solution tokens of `lessons`; returns that mean."""
     gradients.clear()
     rows, tokens = pack(lessons, recipe.row_width), sum(len(lesson.solution) for lesson in lessons)
@@ -212,7 +247,7 @@ def accumulate(model: Any, lessons: Sequence[Lesson], recipe: Recipe, gradients:
     return total
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
@@ -226,8 +261,28 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
 def accuracy(model: Path, options: argparse.Namespace) -> str:
     """Greedy held-out accuracy with its interval, measured by `zppo.evaluate` as for any model."""
-    command = [sys.executable, "-P", "-m", "zppo.evaluate", "--model", str(model), "--data", str(options.heldout)]
-    command += ["--samples", "1", "--temperature", "0", "--top-p", "1", "--top-k", "0", "--presence-penalty", "0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo.evaluate",
+        "--model",
+        str(model),
+        "--data",
+        str(options.heldout),
+    ]
+    command += [
+        "--samples",
+        "1",
+        "--temperature",
+        "0",
+        "--top-p",
+        "1",
+        "--top-k",
+        "0",
+        "--presence-penalty",
+        "0",
+    ]
     command += ["--max-new-tokens", str(options.max_new_tokens), "--json"]
     command += ["--templates", str(options.templates)] if options.templates else []
     command += ["--system-prompt", options.system_prompt] if options.system_prompt else []
@@ -236,11 +291,15 @@ def accuracy(model: Path, options: argparse.Namespace) -> str:
         raise UserError((done.stderr.strip().splitlines() or ["the evaluation failed"])[-1])
     found = json.loads(done.stdout)
     mean, low, high = (100 * found["pass_at_1"][key] for key in ("value", "low", "high"))
-    return f"{mean:.1f} % (95 % interval {low:.1f} to {high:.1f}) of {found['questions']} held-out questions, greedy"
+    return (
+        f"{mean:.1f} % (95 % interval {low:.1f} to {high:.1f}) of {found['questions']} held-out "
+        "questions, greedy"
+    )
 
 
 def make(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Train and save; with `--heldout` say what the model knew before and after. Raises UserError."""
+    """Train and save; with `--heldout` say what the model knew before and after. Raises
+    UserError."""
     if options.out.exists():
         raise UserError(f"--out: {options.out} exists already; expected a new folder")
     rows = read_rows(options.lessons, options.lessons_used)
@@ -248,9 +307,13 @@ def make(options: argparse.Namespace, recipe: Recipe) -> None:
     tokenizer = load_tokenizer(str(options.model), "--model")
     lessons = encode(rows, tokenizer, prompts)
     try:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=getattr(torch, options.dtype)
+        ).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"--model: cannot load {str(options.model)!r} ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"--model: cannot load {str(options.model)!r} ({str(error).splitlines()[0]})"
+        ) from error
     if options.heldout:
         print(f"before: {accuracy(options.model, options)}", flush=True)
     train(model, lessons, recipe)
@@ -263,19 +326,31 @@ def make(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    made.add_argument("--model", type=Path, required=True, help="model folder to start from; it is not changed")
-    made.add_argument("--lessons", type=Path, required=True, help="JSONL with question and solution")
+    made.add_argument(
+        "--model", type=Path, required=True, help="model folder to start from; it is not changed"
+    )
+    made.add_argument(
+        "--lessons", type=Path, required=True, help="JSONL with question and solution"
+    )
     made.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     made.add_argument("--lessons-used", type=positive, metavar="N", help="only the first N lessons")
-    made.add_argument("--templates", type=Path, help="folder with plain.j2, as data.templates of the run")
+    made.add_argument(
+        "--templates", type=Path, help="folder with plain.j2, as data.templates of the run"
+    )
     made.add_argument("--system-prompt", help="as data.system_prompt of the run")
-    made.add_argument("--heldout", type=Path, help="questions to measure the accuracy on, before and after")
-    made.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer when measuring (64)")
+    made.add_argument(
+        "--heldout", type=Path, help="questions to measure the accuracy on, before and after"
+    )
+    made.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="longest answer when measuring (64)"
+    )
     made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     made.add_argument("--threads", type=positive, help="CPU threads")
     made.add_argument("--epochs", type=float, default=2.0, help="passes over the lessons (2)")
     made.add_argument("--batch-lessons", type=positive, default=32, help="lessons an update (32)")
-    made.add_argument("--learning-rate", type=float, default=1e-4, help="highest learning rate (1e-4)")
+    made.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="highest learning rate (1e-4)"
+    )
     made.add_argument("--seed", type=int, default=0)
     return made
 
@@ -293,7 +368,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(options, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: is {getattr(options, name)}; expected a number above 0")
+                raise UserError(
+                    f"--{name.replace('_', '-')}: is {getattr(options, name)}; expected a number "
+                    "above 0"
+                )
         if options.threads:
             torch.set_num_threads(options.threads)
         make(options, Recipe(**{name: getattr(options, name) for name in names}))

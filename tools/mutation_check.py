@@ -2,9 +2,10 @@
 
     python tools/mutation_check.py
 
-Copies the tree into a temporary folder, applies one change at a time to the rules of Algorithms 1 to 6, the buffer,
-pacing and dispatch, and runs their tests. Prints one line per change; exits with 1 if one survives that is not known
-to change nothing. With words after the command, only the changes whose file or text holds one of them.
+Copies the tree into a temporary folder, applies one change at a time to the rules of Algorithms 1
+to 6, the buffer, pacing and dispatch, and runs their tests. Prints one line per change; exits with
+1 if one survives that is not known to change nothing. With words after the command, only the
+changes whose file or text holds one of them.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ ROOT = Path(__file__).parents[1]
 TESTS = ("methods", "algorithms", "buffer", "pacing", "scheduler")
 """Those that are quickest to notice come first."""
 TESTS_OF = {
-    "zppo/composition.py": ("composition", "algorithms"),
-    "zppo/reformulations.py": ("reformulations", "algorithms"),
-    "zppo/buffer.py": ("buffer", "algorithms", "scheduler"),
-    "zppo/pacing.py": ("pacing", "scheduler"),
-    "zppo/dispatch.py": ("scheduler",),
-    "zppo/scheduler.py": ("scheduler", "methods"),
-    "zppo/corpus.py": ("scheduler",),
-    "zppo/hints.py": ("hints",),
-    "zppo/prompts.py": ("prompts",),
-    "zppo/summary.py": ("summary",),
-    "actors/zppo_actors/recorder.py": ("summary",),
+    "zppo/algorithm/composition.py": ("composition", "algorithms"),
+    "zppo/algorithm/reformulations.py": ("reformulations", "algorithms"),
+    "zppo/algorithm/replay_buffer.py": ("buffer", "algorithms", "scheduler"),
+    "zppo/scheduling/pacing.py": ("pacing", "scheduler"),
+    "zppo/scheduling/dispatch.py": ("scheduler",),
+    "zppo/scheduling/scheduler.py": ("scheduler", "methods"),
+    "zppo/data/cursor.py": ("scheduler",),
+    "zppo/prompting/hints.py": ("hints",),
+    "zppo/prompting/prompts.py": ("prompts",),
+    "zppo/records/summary.py": ("summary",),
+    "actors/zppo_actors/controller/recorder.py": ("summary",),
 }
 """Files with tests of their own."""
 TIMEOUT_SECONDS = 1200.0
@@ -49,226 +50,357 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
-        "zppo/scheduler.py",
+        "zppo/scheduling/scheduler.py",
         'samples.texts[0] if samples.finish_reasons[0] != "length" else None',
         "samples.texts[0]",
     ),
-    Mutant("zppo/stages.py", "Grade(reward=0.0, answer=answer, note=note)", "Grade(reward=0.0, note=note)"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/scheduling/stages.py",
+        "Grade(reward=0.0, answer=answer, note=note)",
+        "Grade(reward=0.0, note=note)",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "return visit.accuracy < recipe.hard_threshold",
         "return visit.accuracy <= recipe.hard_threshold",
     ),
-    Mutant("zppo/algorithm.py", "math.floor(rho * new_questions + 1e-9)", "math.ceil(rho * new_questions)"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
+        "math.floor(rho * new_questions + 1e-9)",
+        "math.ceil(rho * new_questions)",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "return visit.plain.done and is_hard(visit, recipe)",
         "return visit.plain.done",
     ),
     Mutant(
-        "zppo/algorithm.py", "key=lambda visit: visit.accuracy)[:limit]", "key=lambda visit: -visit.accuracy)[:limit]"
+        "zppo/algorithm/steps.py",
+        "key=lambda visit: visit.accuracy)[:limit]",
+        "key=lambda visit: -visit.accuracy)[:limit]",
     ),
-    Mutant("zppo/algorithm.py", "key=lambda visit: visit.accuracy)[:limit]", "key=lambda visit: visit.accuracy)"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
+        "key=lambda visit: visit.accuracy)[:limit]",
+        "key=lambda visit: visit.accuracy)",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "any(_admitted(v, recipe))], limit)",
         "any(_admitted(v, recipe))], len(window.visits))",
         "the post-cap keeps the same groups",
     ),
-    Mutant("zppo/algorithm.py", "return walk[:limit]", "return walk"),
-    Mutant("zppo/algorithm.py", "return walk[:limit]", "return walk[:limit + 1]"),
+    Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk"),
+    Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk[:limit + 1]"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
         "least = quota(recipe.rho_aug, window.new_count)",
         "least = quota(recipe.rho_aug, len(window.visits))",
     ),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
         "count = quota(recipe.rho_replay, len(new)) if recipe.method.replay else 0",
         "count = quota(recipe.rho_replay, len(new))",
         "without replay the buffer stays empty",
     ),
-    Mutant("zppo/algorithm.py", "    for entry in buffer.evict():", "    for entry in []:"),
-    Mutant("zppo/algorithm.py", "if is_hard(v, recipe) and any(_admitted", "if any(_admitted"),
+    Mutant("zppo/algorithm/steps.py", "    for entry in buffer.evict():", "    for entry in []:"),
     Mutant(
-        "zppo/algorithm.py", "    if not recipe.method.replay:\n        return []", "    if False:\n        return []"
+        "zppo/algorithm/steps.py", "if is_hard(v, recipe) and any(_admitted", "if any(_admitted"
     ),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
+        "    if not recipe.method.replay:\n        return []",
+        "    if False:\n        return []",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "question, accuracy = visit.question, visit.accuracy",
         "question, accuracy = visit.question, max(g.accuracy for g in visit.student_groups())",
     ),
-    Mutant("zppo/reformulations.py", "rng.choice(_correct_teacher(visit))", "rng.randrange(len(visit.teacher.grades))"),
     Mutant(
-        "zppo/reformulations.py",
+        "zppo/algorithm/reformulations.py",
+        "rng.choice(_correct_teacher(visit))",
+        "rng.randrange(len(visit.teacher.grades))",
+    ),
+    Mutant(
+        "zppo/algorithm/reformulations.py",
         "rng.choice(visit.plain.indices(correct=False))",
         "rng.choice(range(len(visit.plain.grades)))",
     ),
     Mutant(
-        "zppo/reformulations.py",
+        "zppo/algorithm/reformulations.py",
         "for index in visit.plain.indices(correct=False)]",
         "for index in visit.plain.indices(correct=False)[:2]]",
     ),
     Mutant(
-        "zppo/reformulations.py",
+        "zppo/algorithm/reformulations.py",
         'return candidate("teacher", visit.teacher, rng.choice(_correct_teacher(visit)))',
         'return candidate("teacher", visit.teacher, 0)',
     ),
-    Mutant("zppo/reformulations.py", "rng.shuffle(shown)", "pass"),
-    Mutant("zppo/reformulations.py", "return bool(_correct_teacher(visit)) and", "return"),
+    Mutant("zppo/algorithm/reformulations.py", "rng.shuffle(shown)", "pass"),
     Mutant(
-        "zppo/pacing.py", "return window <= horizon + self.lead", "return window <= horizon + self.max_staleness + 1"
+        "zppo/algorithm/reformulations.py", "return bool(_correct_teacher(visit)) and", "return"
     ),
-    Mutant("zppo/pacing.py", "return max(0, window - self.max_staleness)", "return 0"),
-    Mutant("zppo/scheduler.py", "return min(self.trained, self.published)", "return self.published"),
     Mutant(
-        "zppo/dispatch.py",
+        "zppo/scheduling/pacing.py",
+        "return window <= horizon + self.lead",
+        "return window <= horizon + self.max_staleness + 1",
+    ),
+    Mutant("zppo/scheduling/pacing.py", "return max(0, window - self.max_staleness)", "return 0"),
+    Mutant(
+        "zppo/scheduling/scheduler.py",
+        "return min(self.trained, self.published)",
+        "return self.published",
+    ),
+    Mutant(
+        "zppo/scheduling/dispatch.py",
         "and self._credits.available(worker.name) >= job.cost",
         "and self._credits.available(worker.name) >= 0",
     ),
-    Mutant("zppo/dispatch.py", "and worker.version >= job.min_version", "and True"),
-    Mutant("zppo/corpus.py", "if question_id in in_flight or question_id in taken:", "if question_id in taken:"),
-    Mutant("zppo/corpus.py", "self._deferred = [*taken.values(), *self._deferred]\n            return []", "return []"),
-    Mutant("zppo/scheduler.py", "cursor=self.cursor.state(),", "cursor=CursorState(),"),
-    Mutant("zppo/scheduler.py", "windows=[self.windows[index] for index in sorted(self.windows)],", "windows=[],"),
+    Mutant("zppo/scheduling/dispatch.py", "and worker.version >= job.min_version", "and True"),
     Mutant(
-        "zppo/buffer.py",
+        "zppo/data/cursor.py",
+        "if question_id in in_flight or question_id in taken:",
+        "if question_id in taken:",
+    ),
+    Mutant(
+        "zppo/data/cursor.py",
+        "self._deferred = [*taken.values(), *self._deferred]\n            return []",
+        "return []",
+    ),
+    Mutant("zppo/scheduling/scheduler.py", "cursor=self.cursor.state(),", "cursor=CursorState(),"),
+    Mutant(
+        "zppo/scheduling/scheduler.py",
+        "windows=[self.windows[index] for index in sorted(self.windows)],",
+        "windows=[],",
+    ),
+    Mutant(
+        "zppo/algorithm/replay_buffer.py",
         "for question_id in state.available:",
         "for question_id in [e.question.id for e in state.entries]:",
     ),
-    Mutant("zppo/buffer.py", "self._remove(next(iter(self._entries)))", "self._remove(next(reversed(self._entries)))"),
-    Mutant("zppo/dispatch.py", "        self._queue_again(expired)\n", ""),
-    Mutant("zppo/dispatch.py", "return self._queue_again(old)", "return [lease.task_id for lease in old]"),
-    Mutant("zppo/scheduler.py", "return self.evaluation.step if self.evaluation is not None else 0", "return 0"),
-    Mutant("zppo/scheduler.py", "evaluated=list(self.evaluated),", "evaluated=[],"),
-    Mutant("zppo/buffer.py", "available=list(self._available)", "available=sorted(self._available)"),
-    Mutant("zppo/scheduler.py", "if job is not None and answers != job.answers", "if False"),
-    # ---- Algorithms 2 to 6 and our options ----
-    Mutant("zppo/methods/off_distill.py", 'teacher_draws="all"', 'teacher_draws="hard"'),
-    Mutant("zppo/methods/hint.py", 'teacher_draws="selected"', 'teacher_draws="hard"'),
-    Mutant("zppo/methods/prefix.py", 'teacher_draws="selected"', 'teacher_draws="all"'),
-    Mutant("zppo/methods/off_distill_replay.py", "    replay=True,\n", ""),
-    Mutant("zppo/methods/on_distill.py", "updates_per_step=1", "updates_per_step=None"),
-    Mutant("zppo/algorithm.py", "            return visit.selected\n", "            return visit.plain.done\n"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/replay_buffer.py",
+        "self._remove(next(iter(self._entries)))",
+        "self._remove(next(reversed(self._entries)))",
+    ),
+    Mutant("zppo/scheduling/dispatch.py", "        self._queue_again(expired)\n", ""),
+    Mutant(
+        "zppo/scheduling/dispatch.py",
+        "return self._queue_again(old)",
+        "return [lease.task_id for lease in old]",
+    ),
+    Mutant(
+        "zppo/scheduling/scheduler.py",
+        "return self.evaluation.step if self.evaluation is not None else 0",
+        "return 0",
+    ),
+    Mutant("zppo/scheduling/scheduler.py", "evaluated=list(self.evaluated),", "evaluated=[],"),
+    Mutant(
+        "zppo/algorithm/replay_buffer.py",
+        "available=list(self._available)",
+        "available=sorted(self._available)",
+    ),
+    Mutant(
+        "zppo/scheduling/scheduler.py", "if job is not None and answers != job.answers", "if False"
+    ),
+    # ---- Algorithms 2 to 6 and our options -------------------------------------------------------
+    Mutant("zppo/algorithm/methods/off_distill.py", 'teacher_draws="all"', 'teacher_draws="hard"'),
+    Mutant("zppo/algorithm/methods/hint.py", 'teacher_draws="selected"', 'teacher_draws="hard"'),
+    Mutant("zppo/algorithm/methods/prefix.py", 'teacher_draws="selected"', 'teacher_draws="all"'),
+    Mutant("zppo/algorithm/methods/off_distill_replay.py", "    replay=True,\n", ""),
+    Mutant("zppo/algorithm/methods/on_distill.py", "updates_per_step=1", "updates_per_step=None"),
+    Mutant(
+        "zppo/algorithm/steps.py",
+        "            return visit.selected\n",
+        "            return visit.plain.done\n",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "hard = [visit for visit in window.visits if is_hard(visit, recipe)]",
         "hard = list(window.visits)",
     ),
-    Mutant("zppo/algorithm.py", "chosen = hardest(hard, cap(window, recipe))", "chosen = hard"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py", "chosen = hardest(hard, cap(window, recipe))", "chosen = hard"
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
         "chosen = hardest(hard, cap(window, recipe))",
         "chosen = hard[: cap(window, recipe)]",
     ),
     Mutant(
-        "zppo/stages.py",
+        "zppo/scheduling/stages.py",
         '                select(window, self._recipe)\n                window.phase = "selected"',
         '                window.phase = "selected"',
     ),
     Mutant(
-        "zppo/stages.py",
+        "zppo/scheduling/stages.py",
         '                add_reformulations(window, self._recipe)\n                window.phase = "reformulated"',
         '                window.phase = "reformulated"',
     ),
     Mutant(
-        "zppo/stages.py",
+        "zppo/scheduling/stages.py",
         '                select(window, self._recipe)\n                window.phase = "selected"',
         "                select(window, self._recipe)\n                add_reformulations(window, self._recipe)\n"
         '                window.phase = "reformulated"',
     ),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
         "min(hard, quota(recipe.rho_aug_max, window.new_count))",
         "quota(recipe.rho_aug_max, window.new_count)",
     ),
-    Mutant("zppo/algorithm.py", "return max(least, min(hard,", "return max(0, min(hard,"),
+    Mutant("zppo/algorithm/steps.py", "return max(least, min(hard,", "return max(0, min(hard,"),
     Mutant(
-        "zppo/algorithm.py",
+        "zppo/algorithm/steps.py",
         "    if recipe.rho_aug_max is None:\n        return least\n",
         "    if True:\n        return least\n",
     ),
-    Mutant("zppo/algorithm.py", "if not (recipe.dynamic_sampling and all_same(groups)):", "if not all_same(groups):"),
-    Mutant("zppo/algorithm.py", "if not (recipe.dynamic_sampling and all_same(groups)):", "if groups:"),
     Mutant(
-        "zppo/composition.py",
+        "zppo/algorithm/steps.py",
+        "if not (recipe.dynamic_sampling and all_same(groups)):",
+        "if not all_same(groups):",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
+        "if not (recipe.dynamic_sampling and all_same(groups)):",
+        "if groups:",
+    ),
+    Mutant(
+        "zppo/algorithm/composition.py",
         "return all(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)",
         "return any(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)",
     ),
-    Mutant("zppo/algorithm.py", "        if recipe.merge_candidates:\n", "        if True:\n"),
-    Mutant("zppo/algorithm.py", "        if recipe.merge_candidates:\n", "        if False:\n"),
-    Mutant("zppo/reformulations.py", "NEAR = 0.8", "NEAR = 0.7"),
     Mutant(
-        "zppo/reformulations.py",
+        "zppo/algorithm/steps.py", "        if recipe.merge_candidates:\n", "        if True:\n"
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py", "        if recipe.merge_candidates:\n", "        if False:\n"
+    ),
+    Mutant("zppo/algorithm/reformulations.py", "NEAR = 0.8", "NEAR = 0.7"),
+    Mutant(
+        "zppo/algorithm/reformulations.py",
         "longer = max(mine.total(), others.total())",
         "longer = min(mine.total(), others.total())",
     ),
-    Mutant("zppo/reformulations.py", "            twin.count += 1\n", "            pass\n"),
     Mutant(
-        "zppo/reformulations.py",
+        "zppo/algorithm/reformulations.py", "            twin.count += 1\n", "            pass\n"
+    ),
+    Mutant(
+        "zppo/algorithm/reformulations.py",
         "(one.source, one.correct, one.answer) != ",
         "(one.source, one.correct, other.answer) != ",
     ),
     Mutant(
-        "zppo/composition.py", "plain.members[rng.choice(wrong)]", "plain.members[rng.randrange(len(plain.members))]"
+        "zppo/algorithm/composition.py",
+        "plain.members[rng.choice(wrong)]",
+        "plain.members[rng.randrange(len(plain.members))]",
     ),
-    Mutant("zppo/composition.py", "plain.members[rng.choice(wrong)]", "plain.members[wrong[0]]"),
     Mutant(
-        "zppo/composition.py",
+        "zppo/algorithm/composition.py",
+        "plain.members[rng.choice(wrong)]",
+        "plain.members[wrong[0]]",
+    ),
+    Mutant(
+        "zppo/algorithm/composition.py",
         "plain.members[rng.choice(wrong)] = (visit.teacher, rng.choice(right))",
         "plain.members.append((visit.teacher, rng.choice(right)))",
     ),
     Mutant(
-        "zppo/composition.py",
+        "zppo/algorithm/composition.py",
         "(visit.teacher, rng.choice(right))",
         "(visit.teacher, rng.randrange(len(visit.teacher.rewards)))",
     ),
-    Mutant("zppo/composition.py", "for index in right]", "for index in range(len(visit.teacher.rewards))]"),
-    Mutant("zppo/composition.py", "for index in right]", "for index in right[:1]]"),
     Mutant(
-        "zppo/composition.py",
+        "zppo/algorithm/composition.py",
+        "for index in right]",
+        "for index in range(len(visit.teacher.rewards))]",
+    ),
+    Mutant("zppo/algorithm/composition.py", "for index in right]", "for index in right[:1]]"),
+    Mutant(
+        "zppo/algorithm/composition.py",
         "np.concatenate([versions_T for _, _, versions_T in parts])",
         "np.maximum(np.concatenate([versions_T for _, _, versions_T in parts]), 0)",
     ),
     Mutant(
-        "zppo/composition.py",
+        "zppo/algorithm/composition.py",
         "if group is not visit.teacher), visit.plain)",
         "if group is visit.teacher), visit.plain)",
     ),
-    Mutant("zppo/composition.py", "if whole and group is not visit.teacher:", "if whole:"),
-    Mutant("zppo/composition.py", "scores=visit.scores.get(composition.id),", "scores=None,"),
-    Mutant("zppo/stages.py", "if tokens and composition.id not in visit.scores:", "if tokens:"),
-    Mutant("zppo/jobs.py", "temperature=self._student.temperature or 1.0,", "temperature=1.0,"),
     Mutant(
-        "zppo/jobs.py",
+        "zppo/algorithm/composition.py", "if whole and group is not visit.teacher:", "if whole:"
+    ),
+    Mutant(
+        "zppo/algorithm/composition.py", "scores=visit.scores.get(composition.id),", "scores=None,"
+    ),
+    Mutant(
+        "zppo/scheduling/stages.py",
+        "if tokens and composition.id not in visit.scores:",
+        "if tokens:",
+    ),
+    Mutant(
+        "zppo/scheduling/jobs.py",
+        "temperature=self._student.temperature or 1.0,",
+        "temperature=1.0,",
+    ),
+    Mutant(
+        "zppo/scheduling/jobs.py",
         'return self._teacher is not None and self._teacher.scoring == "remote"',
         "return self._teacher is not None",
     ),
-    Mutant("zppo/prompts.py", "share=self._prefix_share)", "share=0.4)"),
+    Mutant("zppo/prompting/prompts.py", "share=self._prefix_share)", "share=0.4)"),
     Mutant(
-        "zppo/reformulations.py", "return prompts.prefix(visit.question, trace)", "return prompts.plain(visit.question)"
+        "zppo/algorithm/reformulations.py",
+        "return prompts.prefix(visit.question, trace)",
+        "return prompts.plain(visit.question)",
     ),
-    Mutant("zppo/hints.py", "text = answer.sub(BLANK, text) if answer is not None else text", "pass"),
-    Mutant("zppo/hints.py", "if not _BOX.search(line))", "if True)"),
-    Mutant("zppo/hints.py", "return hint if _says_something(hint) else", "return hint if reply else"),
-    Mutant("zppo/hints.py", "words[: max(1, len(words) // 2)]", "words"),
-    Mutant("zppo/hints.py", "[: max_tokens * CHARACTERS_PER_TOKEN]", ""),
-    Mutant("zppo/stages.py", 'if target.stage == "write_hint":', "if False:"),
-    Mutant("zppo/stages.py", "visit.failed_teachers.append(visit.teacher)", "pass"),
-    Mutant("zppo/algorithm.py", "    return not last.indices(correct=True)\n", "    return True\n"),
-    Mutant("zppo/algorithm.py", 'or recipe.teacher_order != "cascade" or', "or"),
-    Mutant("zppo/algorithm.py", '    if recipe.teacher_order == "cascade":\n        return 0\n', ""),
-    Mutant("zppo/summary.py", "WHERE origin = 'new'\n", "WHERE origin = 'new' AND kind = 'plain'\n"),
-    Mutant("actors/zppo_actors/recorder.py", "if visit.question.id not in composed]", "if False]"),
+    Mutant(
+        "zppo/prompting/hints.py",
+        "text = answer.sub(BLANK, text) if answer is not None else text",
+        "pass",
+    ),
+    Mutant("zppo/prompting/hints.py", "if not _BOX.search(line))", "if True)"),
+    Mutant(
+        "zppo/prompting/hints.py",
+        "return hint if _says_something(hint) else",
+        "return hint if reply else",
+    ),
+    Mutant("zppo/prompting/hints.py", "words[: max(1, len(words) // 2)]", "words"),
+    Mutant("zppo/prompting/hints.py", "[: max_tokens * CHARACTERS_PER_TOKEN]", ""),
+    Mutant("zppo/scheduling/stages.py", 'if target.stage == "write_hint":', "if False:"),
+    Mutant("zppo/scheduling/stages.py", "visit.failed_teachers.append(visit.teacher)", "pass"),
+    Mutant(
+        "zppo/algorithm/steps.py",
+        "    return not last.indices(correct=True)\n",
+        "    return True\n",
+    ),
+    Mutant("zppo/algorithm/steps.py", 'or recipe.teacher_order != "cascade" or', "or"),
+    Mutant(
+        "zppo/algorithm/steps.py",
+        '    if recipe.teacher_order == "cascade":\n        return 0\n',
+        "",
+    ),
+    Mutant(
+        "zppo/records/summary.py",
+        "WHERE origin = 'new'\n",
+        "WHERE origin = 'new' AND kind = 'plain'\n",
+    ),
+    Mutant(
+        "actors/zppo_actors/controller/recorder.py",
+        "if visit.question.id not in composed]",
+        "if False]",
+    ),
 )
 
 
 def survives(root: Path, mutant: Mutant) -> bool:
-    """Whether all tests pass in the copy at `root` with the change applied; the copy is put right again."""
+    """Whether all tests pass in the copy at `root` with the change applied; the copy is put right
+    again."""
     path = root / mutant.file
     text = path.read_text()
     if mutant.old not in text:
-        raise SystemExit(f"{mutant.file} no longer holds {mutant.old!r}: bring the mutant up to date")
+        raise SystemExit(
+            f"{mutant.file} no longer holds {mutant.old!r}: bring the mutant up to date"
+        )
     path.write_text(text.replace(mutant.old, mutant.new, 1))
     try:
         return passes(root, TESTS_OF.get(mutant.file, TESTS))
@@ -279,11 +411,17 @@ def survives(root: Path, mutant: Mutant) -> bool:
 def passes(root: Path, names: Iterable[str]) -> bool:
     """Whether these tests pass in the copy at `root`, in time."""
     packages = (root / "protocol", root / "kernels", root / "actors", root)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, packages)),
+        "OMP_NUM_THREADS": "1",
+    }
     tests = [f"tests/zppo/test_{name}.py" for name in names]
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -302,10 +440,16 @@ def main() -> int:
         )
         if not passes(copy, {*TESTS, *(name for names in TESTS_OF.values() for name in names)}):
             raise SystemExit("the tests fail without any change")
-        for mutant in [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]:
+        for mutant in [
+            m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)
+        ]:
             alive = survives(copy, mutant)
             verdict = (
-                (f"changes nothing: {mutant.changes_nothing}" if mutant.changes_nothing else "SURVIVES")
+                (
+                    f"changes nothing: {mutant.changes_nothing}"
+                    if mutant.changes_nothing
+                    else "SURVIVES"
+                )
                 if alive
                 else "caught"
             )

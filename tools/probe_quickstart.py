@@ -1,9 +1,10 @@
-"""What a quickstart model knows: accuracy on plain questions, and how much it believes each class of facts.
+"""What a quickstart model knows: accuracy on plain questions, and how much it believes each class
+of facts.
 
     python tools/probe_quickstart.py examples/quickstart/student
 
-Works on any folder that `AutoModelForCausalLM` loads, such as ``checkpoints/step-80/model`` of a run. With
-``--candidates`` the hard questions are also asked as BCQ and NCQ.
+Works on any folder that `AutoModelForCausalLM` loads, such as ``checkpoints/step-80/model`` of a
+run. With ``--candidates`` the hard questions are also asked as BCQ and NCQ.
 
 Legend: N rows, T tokens, V vocabulary.
 """
@@ -55,11 +56,14 @@ class Probe:
         return self.tokenizer.encode(f"<bos> <user> {prompt} <assistant>")
 
     def answers(self, prompts: list[list[int]]) -> list[list[str]]:
-        """``group_size`` texts for each prompt; prompts of one length share a batch, so nothing is padded."""
+        """``group_size`` texts for each prompt; prompts of one length share a batch, so nothing is
+        padded."""
         texts: list[list[str]] = [[] for _ in prompts]
         for length in sorted({len(prompt) for prompt in prompts}):
             where = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-            tokens_NT = torch.tensor([prompts[index] for index in where]).repeat_interleave(self._group_size, dim=0)
+            tokens_NT = torch.tensor([prompts[index] for index in where]).repeat_interleave(
+                self._group_size, dim=0
+            )
             out_NT = self.model.generate(
                 tokens_NT,
                 attention_mask=torch.ones_like(tokens_NT),
@@ -82,23 +86,30 @@ def boxed_value(text: str) -> str:
 def accuracies(rows: list[Row], texts: list[list[str]]) -> np.ndarray:
     """Mean accuracy of each group, float64 (N,)."""
     return np.array(
-        [np.mean([boxed_value(t) == row.answer for t in group]) for row, group in zip(rows, texts, strict=True)]
+        [
+            np.mean([boxed_value(t) == row.answer for t in group])
+            for row, group in zip(rows, texts, strict=True)
+        ]
     )
 
 
 def step_values(text: str) -> np.ndarray:
-    """The step values of an answer, as its compressed form shows them; malformed steps are left out."""
+    """The step values of an answer, as its compressed form shows them; malformed steps are left
+    out."""
     values = [part.rpartition("=")[2].strip() for part in text.split(";") if "=" in part]
     return np.array([int(value) for value in values if value.isdigit()] or [0])
 
 
 def true_values(row: Row) -> np.ndarray:
     """The step values of the right answer."""
-    return np.array([int(np.prod(row.factors[: n + 1]) % MODULUS) for n in range(1, len(row.factors))])
+    return np.array(
+        [int(np.prod(row.factors[: n + 1]) % MODULUS) for n in range(1, len(row.factors))]
+    )
 
 
 def candidate_accuracies(probe: Probe, rows: list[Row], texts: list[list[str]]) -> dict[str, float]:
-    """BCQ and NCQ accuracy on the given rows; candidates are compressed by rule, the right one is the true chain."""
+    """BCQ and NCQ accuracy on the given rows; candidates are compressed by rule, the right one is
+    the true chain."""
     bcq: list[list[int]] = []
     ncq: list[list[int]] = []
     for row, group in zip(rows, texts, strict=True):
@@ -108,7 +119,10 @@ def candidate_accuracies(probe: Probe, rows: list[Row], texts: list[list[str]]) 
         bcq.append(probe.render("bcq", row, candidates=pair[:: 1 if len(bcq) % 2 else -1]))
         answers = list(dict.fromkeys(boxed_value(text) for text in wrong))
         ncq.append(probe.render("ncq", row, candidates=shown, wrong_answers=answers))
-    return {name: float(accuracies(rows, probe.answers(p)).mean()) for name, p in (("BCQ", bcq), ("NCQ", ncq))}
+    return {
+        name: float(accuracies(rows, probe.answers(p)).mean())
+        for name, p in (("BCQ", bcq), ("NCQ", ncq))
+    }
 
 
 def fact_class(world: World, a: int, b: int) -> str:
@@ -124,10 +138,12 @@ def fact_class(world: World, a: int, b: int) -> str:
 
 @torch.no_grad()
 def fact_beliefs(probe: Probe, world: World) -> dict[str, tuple[int, float]]:
-    """Number of facts and mean probability of the true value by class, each fact asked as a question's first step."""
+    """Number of facts and mean probability of the true value by class, each fact asked as a
+    question's first step."""
     pairs = [(a, b) for a in range(2, MODULUS) for b in range(a, MODULUS)]
     prefixes = [
-        probe.render("plain", Row(f"{a} * {b} * 5 mod {MODULUS}", "")) + probe.tokenizer.encode(f"{a} * {b} =")
+        probe.render("plain", Row(f"{a} * {b} * 5 mod {MODULUS}", ""))
+        + probe.tokenizer.encode(f"{a} * {b} =")
         for a, b in pairs
     ]
     probabilities_NV = probe.model(torch.tensor(prefixes)).logits[:, -1].softmax(-1)
@@ -135,24 +151,34 @@ def fact_beliefs(probe: Probe, world: World) -> dict[str, tuple[int, float]]:
     for (a, b), probabilities_V in zip(pairs, probabilities_NV, strict=True):
         true_token = probe.tokenizer.convert_tokens_to_ids(str(a * b % MODULUS))
         by_class[fact_class(world, a, b)].append(float(probabilities_V[true_token]))
-    return {name: (len(shares), float(np.mean(shares))) for name, shares in sorted(by_class.items())}
+    return {
+        name: (len(shares), float(np.mean(shares))) for name, shares in sorted(by_class.items())
+    }
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [Row(row["question"], row["answer"]) for row in map(json.loads, path.read_text().splitlines())]
+    return [
+        Row(row["question"], row["answer"])
+        for row in map(json.loads, path.read_text().splitlines())
+    ]
 
 
 def report(probe: Probe, rows: list[Row], candidates: bool) -> Iterable[str]:
     """The lines that are printed."""
     texts = probe.answers([probe.render("plain", row) for row in rows])
     accuracy_N = accuracies(rows, texts)
-    yield f"plain accuracy {accuracy_N.mean():.3f}, never right {np.mean(accuracy_N == 0):.3f} of {len(rows)} questions"
+    yield (
+        f"plain accuracy {accuracy_N.mean():.3f}, never right {np.mean(accuracy_N == 0):.3f} of "
+        f"{len(rows)} questions"
+    )
     hard = [index for index, value in enumerate(accuracy_N) if value < 0.5]
     if candidates and hard:
         yield f"hard questions {len(hard)}, plain accuracy on them {accuracy_N[hard].mean():.3f}"
         found = candidate_accuracies(probe, [rows[i] for i in hard], [texts[i] for i in hard])
         yield from (f"{name} accuracy on them {value:.3f}" for name, value in found.items())
-    for name, (count, share) in fact_beliefs(probe, make_world(np.random.default_rng(SEED))).items():
+    for name, (count, share) in fact_beliefs(
+        probe, make_world(np.random.default_rng(SEED))
+    ).items():
         yield f"{count:4d} facts {name}: model believes the true value with {share:.3f}"
 
 
@@ -162,7 +188,9 @@ def main() -> None:
     parser.add_argument("--world", type=Path, default=Path("examples/quickstart"))
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--candidates", action="store_true", help="also ask the hard questions as BCQ and NCQ")
+    parser.add_argument(
+        "--candidates", action="store_true", help="also ask the hard questions as BCQ and NCQ"
+    )
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     probe = Probe(options.model, options.world / "templates", options.group_size)

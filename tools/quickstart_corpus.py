@@ -1,11 +1,15 @@
-"""The pre-training corpora of the quickstart: prompts as the templates render them, answers as a belief prints them.
+"""The pre-training corpora of the quickstart: prompts as the templates render them, answers as a
+belief prints them.
 
-The student learns plain, BCQ and NCQ prompts, so that it can read candidates before RL; the teacher plain and compress.
-Invariant: no shape tells the student more than its belief does; nothing here is drawn from the truth.
+The student learns plain, BCQ and NCQ prompts, so that it can read candidates before RL; the teacher
+plain and compress. Invariant: no shape tells the student more than its belief does; nothing here is
+drawn from the truth.
 
 - plain: the answer is a chain drawn from the belief.
-- BCQ: two chains with different answers; the target copies one of them (either, by coin) or ignores both.
-- NCQ: one to eight chains, mostly the belief's own; the target is the belief's answer given that those are wrong.
+- BCQ: two chains with different answers; the target copies one of them (either, by coin) or ignores
+  both.
+- NCQ: one to eight chains, mostly the belief's own; the target is the belief's answer given that
+  those are wrong.
 - compress: any chain, right or wrong; the target is its values and its final answer.
 """
 
@@ -46,7 +50,9 @@ class Example(NamedTuple):
 class Corpus:
     """Draws examples of each shape from one belief, never about a held-out question."""
 
-    def __init__(self, belief_VVV: Floats, templates: Path, held_out: Ints, rng: np.random.Generator) -> None:
+    def __init__(
+        self, belief_VVV: Floats, templates: Path, held_out: Ints, rng: np.random.Generator
+    ) -> None:
         self._belief_VVV = belief_VVV
         self._held_out_keys = factor_key(held_out)
         self._rng = rng
@@ -76,7 +82,8 @@ class Corpus:
         factors_BF = self._factors(count)
         chains_BS = self._chains(factors_BF)
         return [
-            Example(self._render("plain", f), answer_text(f, c)) for f, c in zip(factors_BF, chains_BS, strict=True)
+            Example(self._render("plain", f), answer_text(f, c))
+            for f, c in zip(factors_BF, chains_BS, strict=True)
         ]
 
     def _bcq(self, count: int) -> list[Example]:
@@ -96,7 +103,8 @@ class Corpus:
         own_KBS = [self._chains(factors_BF) for _ in range(OWN_TRIES)]
         wrong_NBS = [self._chains(factors_BF, WRONG_NOISE) for _ in range(MAX_NEGATIVES)]
         finals_KB, finals_NB = (
-            np.stack([final_values(factors_BF, c) for c in chains]) for chains in (own_KBS, wrong_NBS)
+            np.stack([final_values(factors_BF, c) for c in chains])
+            for chains in (own_KBS, wrong_NBS)
         )
         examples: list[Example] = []
         for row, factors_F in enumerate(factors_BF):
@@ -125,8 +133,14 @@ class Corpus:
 
 
 def load_templates(folder: Path) -> dict[str, jinja2.Template]:
-    """The four templates by name (``plain``, ``bcq``, ``ncq``, ``compress``), rendered as the actors render them."""
+    """The four templates by name (``plain``, ``bcq``, ``ncq``, ``compress``), rendered as the
+    actors render them."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return {name: environment.get_template(f"{name}.j2") for name in ("plain", "bcq", "ncq", "compress")}
+    return {
+        name: environment.get_template(f"{name}.j2") for name in ("plain", "bcq", "ncq", "compress")
+    }

@@ -1,11 +1,12 @@
-"""The quickstart world: products modulo 23, worked out step by step from a times table that is partly misprinted.
+"""The quickstart world: products modulo 23, worked out step by step from a times table that is
+partly misprinted.
 
-A *fact* is one unordered product ``a * b mod 23`` (``3 * 17`` and ``17 * 3`` are one fact); a *chain* is the list of
-step values of a question. The truth is one table; a *belief* is a distribution over values for every fact, from which
-a corpus is printed.
+A *fact* is one unordered product ``a * b mod 23`` (``3 * 17`` and ``17 * 3`` are one fact); a
+*chain* is the list of step values of a question. The truth is one table; a *belief* is a
+distribution over values for every fact, from which a corpus is printed.
 
-Invariant: everything here is a pure function of the generator passed in; no two questions of `distinct_questions` have
-the same factors in any order.
+Invariant: everything here is a pure function of the generator passed in; no two questions of
+`distinct_questions` have the same factors in any order.
 
 Legend: B batch, F factors of a question (padded with 0), S = F - 1 steps, V = 23 values.
 """
@@ -30,8 +31,8 @@ Floats = npt.NDArray[np.float64]
 class World(NamedTuple):
     """The true table and the two beliefs.
 
-    ``truth_VV`` int64: ``a * b mod 23``. ``misprinted_VVV`` and ``clean_VVV`` float64: the probability with which the
-    student's and the teacher's corpus print each value for ``a * b``.
+    ``truth_VV`` int64: ``a * b mod 23``. ``misprinted_VVV`` and ``clean_VVV`` float64: the
+    probability with which the student's and the teacher's corpus print each value for ``a * b``.
     """
 
     truth_VV: Ints
@@ -40,7 +41,8 @@ class World(NamedTuple):
 
 
 def make_world(rng: np.random.Generator) -> World:
-    """Draw which facts are misprinted or ambiguous, and how; facts with a factor 1 are always right."""
+    """Draw which facts are misprinted or ambiguous, and how; facts with a factor 1 are always
+    right."""
     values = np.arange(MODULUS)
     truth_VV = np.outer(values, values) % MODULUS
     clean_VVV = np.eye(MODULUS)[truth_VV]
@@ -58,13 +60,17 @@ def make_world(rng: np.random.Generator) -> World:
 
 
 def _true_share(rank: int, rng: np.random.Generator) -> float:
-    """How often a misprinted fact is printed right all the same: half of them almost never, a quarter rarely."""
+    """How often a misprinted fact is printed right all the same: half of them almost never, a
+    quarter rarely."""
     return (0.003, 0.03, 0.003, float(rng.uniform(0.1, 0.5)))[rank % 4]
 
 
 def _printed(truth: int, true_share: float, wrong_count: int, rng: np.random.Generator) -> Floats:
-    """Distribution over values: the true one at ``true_share``, the rest on ``wrong_count`` fixed wrong values."""
-    wrong = rng.choice([v for v in range(1, MODULUS) if v != truth], size=wrong_count, replace=False)
+    """Distribution over values: the true one at ``true_share``, the rest on ``wrong_count`` fixed
+    wrong values."""
+    wrong = rng.choice(
+        [v for v in range(1, MODULUS) if v != truth], size=wrong_count, replace=False
+    )
     printed_V = np.zeros(MODULUS)
     printed_V[truth] = true_share
     split = rng.uniform(0.35, 0.65) if wrong_count == 2 else 1.0
@@ -92,10 +98,13 @@ def distinct_questions(count: int, rng: np.random.Generator) -> Ints:
     return factors_BF[rng.permutation(np.sort(first)[:count])]
 
 
-def draw_chains(factors_BF: Ints, belief_VVV: Floats, rng: np.random.Generator, noise: float = 0.0) -> Ints:
+def draw_chains(
+    factors_BF: Ints, belief_VVV: Floats, rng: np.random.Generator, noise: float = 0.0
+) -> Ints:
     """Sample chains_BS from a belief (0 beyond a question's last step).
 
-    With probability ``noise`` one step of the chain is replaced by a uniform value and the chain goes on from there.
+    With probability ``noise`` one step of the chain is replaced by a uniform value and the chain
+    goes on from there.
     """
     count, width = factors_BF.shape
     cumulative_VVV = np.cumsum(belief_VVV, axis=2)
@@ -119,7 +128,9 @@ def final_values(factors_BF: Ints, chains_BS: Ints) -> Ints:
 
 def true_answers(factors_BF: Ints) -> Ints:
     """The product of each question's factors modulo 23, int64 (B,)."""
-    return np.asarray(np.prod(np.where(factors_BF > 0, factors_BF, 1), axis=1) % MODULUS, dtype=np.int64)
+    return np.asarray(
+        np.prod(np.where(factors_BF > 0, factors_BF, 1), axis=1) % MODULUS, dtype=np.int64
+    )
 
 
 def question_text(factors_F: Ints) -> str:
@@ -131,7 +142,10 @@ def answer_text(factors_F: Ints, chain_S: Ints) -> str:
     r"""``3 * 17 = 5 ; 5 * 5 = 2 ; \boxed{ 2 }``."""
     factors, values = [int(f) for f in factors_F if f], [int(v) for v in chain_S if v]
     lefts = [factors[0], *values]
-    steps = [f"{left} * {right} = {value} ;" for left, right, value in zip(lefts, factors[1:], values, strict=False)]
+    steps = [
+        f"{left} * {right} = {value} ;"
+        for left, right, value in zip(lefts, factors[1:], values, strict=False)
+    ]
     return " ".join([*steps, boxed(values[-1])])
 
 

@@ -1,9 +1,11 @@
-"""Check every task of reasoning-gym for use here, and that `REFUSED` names those that fail and no others.
+"""Check every task of reasoning-gym for use here, and that `REFUSED` names those that fail and no
+others.
 
     python tools/reasoning_gym_tasks.py
 
-Each task is drawn in two processes with different hash seeds: the same questions must come. Then its own reference
-answers must earn the reward after the entry went through JSON, and nonsense must not.
+Each task is drawn in two processes with different hash seeds: the same questions must come. Then
+its own reference answers must earn the reward after the entry went through JSON, and nonsense must
+not.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ import subprocess
 import sys
 from typing import Any
 
+from zppo.config.topology import REASONING_GYM
 from zppo.errors import UserError
 from zppo.grading import grade
 from zppo.grading.procedural import gold_entry
-from zppo.reasoning_gym_tasks import PREFIX, REFUSED, quiet
+from zppo.grading.reasoning_gym_tasks import REFUSED, quiet
 
 QUESTIONS = 12
 NONSENSE = "no idea"
 
 
 def inspect_task(name: str) -> dict[str, Any]:
-    """What one process sees of a task: a digest of its questions, and the first problem with its scorer, if any."""
+    """What one process sees of a task: a digest of its questions, and the first problem with its
+    scorer, if any."""
     import reasoning_gym
 
     with quiet():
@@ -43,9 +47,12 @@ def scorer_problem(name: str, entry: dict[str, Any]) -> str | None:
     """What is wrong with the score of one entry, or None."""
     gold = gold_entry(entry)
     answer = entry["answer"]
-    if answer is not None and grade(rf"\boxed{{{answer}}}", gold, f"{PREFIX}:{name}").reward < 1.0:
+    if (
+        answer is not None
+        and grade(rf"\boxed{{{answer}}}", gold, f"{REASONING_GYM}:{name}").reward < 1.0
+    ):
         return f"the reference answer {str(answer)[:40]!r} is not right"
-    if grade(rf"\boxed{{{NONSENSE}}}", gold, f"{PREFIX}:{name}").reward > 0.0:
+    if grade(rf"\boxed{{{NONSENSE}}}", gold, f"{REASONING_GYM}:{name}").reward > 0.0:
         return "nonsense is right"
     return None
 
@@ -68,7 +75,9 @@ def report() -> dict[str, Any]:
 
 def main() -> int:
     """Returns 1 if the list in the package does not fit what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_args().child:
         with contextlib.redirect_stdout(sys.stderr):
@@ -80,8 +89,12 @@ def main() -> int:
     for name, problem in verdicts.items():
         known = "refused" if name in REFUSED else ""
         print(f"{name:28} {problem or 'usable':60} {known}".rstrip())
-    wrong = {name for name, problem in verdicts.items() if bool(problem) != (name in REFUSED)} - {"composite"}
-    print(f"{sum(not problem for problem in verdicts.values())} of {len(verdicts)} tasks are usable")
+    wrong = {name for name, problem in verdicts.items() if bool(problem) != (name in REFUSED)} - {
+        "composite"
+    }
+    print(
+        f"{sum(not problem for problem in verdicts.values())} of {len(verdicts)} tasks are usable"
+    )
     print(f"REFUSED is wrong about: {', '.join(sorted(wrong))}" if wrong else "REFUSED agrees")
     return 1 if wrong else 0
 
@@ -89,7 +102,9 @@ def main() -> int:
 def run_child(hash_seed: str) -> dict[str, Any]:
     """The report of a process with this hash seed."""
     command = [sys.executable, __file__, "--child"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": hash_seed}, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONHASHSEED": hash_seed}, stdout=subprocess.PIPE, check=True
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -1,10 +1,12 @@
-"""Puts a comparison into `docs/results.md`: its text between two marks, its figures beside the page.
+"""Puts a comparison into `docs/results.md`: its text between two marks, its figures beside the
+page.
 
-    python -m zppo.compare … --out runs/compare-quickstart
-    python tools/results_page.py --comparison runs/compare-quickstart --section quickstart [--figures accuracy,fates]
+    python -m zppo.compare … --out runs/compare-quickstart python tools/results_page.py --comparison
+    runs/compare-quickstart --section quickstart [--figures accuracy,fates]
 
-The page holds `<!-- begin quickstart -->` and `<!-- end quickstart -->`; what stands between them is replaced, the
-rest is written by people. Figures become PNGs with 256 colours in `docs/images/results/quickstart`.
+The page holds `<!-- begin quickstart -->` and `<!-- end quickstart -->`; what stands between them
+is replaced, the rest is written by people. Figures become PNGs with 256 colours in
+`docs/images/results/quickstart`.
 """
 
 from __future__ import annotations
@@ -22,19 +24,27 @@ from PIL import Image
 from zppo.errors import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-IMAGE = re.compile(r"!\[(?P<title>[^\]]*)\]\(figures/(?P<name>\w+)\.png\)\n\n(?P<caption>\*[^\n]+)\n*")
+IMAGE = re.compile(
+    r"!\[(?P<title>[^\]]*)\]\(figures/(?P<name>\w+)\.png\)\n\n(?P<caption>\*[^\n]+)\n*"
+)
 
 
 def section(comparison: Path, folder: str, figures: Sequence[str] | None) -> str:
-    """The text of `results.md` with the chosen figures, all unless given, referred to below `folder`."""
+    """The text of `results.md` with the chosen figures, all unless given, referred to below
+    `folder`."""
     file = comparison / "results.md"
     if not file.is_file():
-        raise UserError(f"--comparison: {comparison} holds no results.md; expected a folder written by zppo.compare")
+        raise UserError(
+            f"--comparison: {comparison} holds no results.md; expected a folder written by "
+            "zppo.compare"
+        )
     text = file.read_text(encoding="utf-8")
     there = [match["name"] for match in IMAGE.finditer(text)]
     for name in figures or ():
         if name not in there:
-            raise UserError(f"--figures: there is no figure {name!r}; expected some of {', '.join(there)}")
+            raise UserError(
+                f"--figures: there is no figure {name!r}; expected some of {', '.join(there)}"
+            )
 
     def chosen(match: re.Match[str]) -> str:
         if figures is not None and match["name"] not in figures:
@@ -45,12 +55,15 @@ def section(comparison: Path, folder: str, figures: Sequence[str] | None) -> str
 
 
 def replace_section(page: str, name: str, text: str) -> str:
-    """The page with `text` between the marks of `name`. Raises UserError without both marks, in order."""
+    """The page with `text` between the marks of `name`. Raises UserError without both marks, in
+    order."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"--section: the page has no lines {begin!r} and {end!r}; expected both, in this order")
+        raise UserError(
+            f"--section: the page has no lines {begin!r} and {end!r}; expected both, in this order"
+        )
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -58,7 +71,9 @@ def small_png(file: Path) -> bytes:
     """The picture with 256 colours, which a chart does not miss."""
     small = io.BytesIO()
     with Image.open(file) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            small, "PNG", optimize=True
+        )
     return small.getvalue()
 
 
@@ -71,7 +86,9 @@ def write(page: Path, comparison: Path, name: str, figures: Sequence[str] | None
     replaced = replace_section(page.read_text(encoding="utf-8"), name, text)
     shown = re.findall(rf"\({folder}/(\w+)\.png\)", text)
     try:
-        pictures = {f"{name}.png": small_png(comparison / "figures" / f"{name}.png") for name in shown}
+        pictures = {
+            f"{name}.png": small_png(comparison / "figures" / f"{name}.png") for name in shown
+        }
     except OSError as error:
         raise UserError(f"--comparison: a figure cannot be read ({error})") from None
     target = page.parent / folder
@@ -86,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--comparison", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--section", required=True, help="name in the marks of the page")
-    parser.add_argument("--figures", type=lambda text: text.split(","), help="names with commas between")
+    parser.add_argument(
+        "--figures", type=lambda text: text.split(","), help="names with commas between"
+    )
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     try:

@@ -1,11 +1,13 @@
-"""Puts a search over one setting into `docs/results.md`: what each method reaches with each value, between two marks.
+"""Puts a search over one setting into `docs/results.md`: what each method reaches with each value,
+between two marks.
 
     python -m zppo.compare … --set optimizer.learning_rate=1.0e-4 --out runs/search-1e-4
     python -m zppo.compare … --set optimizer.learning_rate=3.0e-4 --out runs/search-3e-4
     python tools/search_page.py --comparisons runs/search-1e-4 runs/search-3e-4 --section search
 
-Every folder is a comparison of the same methods under the same topology but for one setting, and the tool refuses
-anything else: no method is searched with more values, more seeds or longer runs than another.
+Every folder is a comparison of the same methods under the same topology but for one setting, and
+the tool refuses anything else: no method is searched with more values, more seeds or longer runs
+than another.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from msgspec import Struct
 from results_page import PAGE, replace_section
 
-from zppo.comparison.plan import Record, read_record
+from zppo.comparison.record import Record, read_record
 from zppo.comparison.report import command, markdown_table
 from zppo.comparison.results import MethodResult, Results, load_results
 from zppo.comparison.tables import Table
@@ -32,8 +34,8 @@ MISSING = "(not there)"
 
 
 class Search(Struct, frozen=True):
-    """Comparisons that differ in `setting` alone, in the order of its `values`; `seeds` are those that every method
-    has finished with every value, `steps` how far all of them came."""
+    """Comparisons that differ in `setting` alone, in the order of its `values`; `seeds` are those
+    that every method has finished with every value, `steps` how far all of them came."""
 
     setting: str
     values: list[Any]
@@ -46,26 +48,38 @@ def load(folders: Sequence[Path]) -> Search:
     """Read the comparisons. Raises UserError unless they are one search."""
     records = [read_record(folder) for folder in folders]
     setting = _searched(records)
-    order = sorted(range(len(records)), key=lambda index: _sort_key(_flat(records[index]).get(setting, MISSING)))
+    order = sorted(
+        range(len(records)),
+        key=lambda index: _sort_key(_flat(records[index]).get(setting, MISSING)),
+    )
     worlds = [load_results(folders[index], records[index]) for index in order]
     steps = [world.step for world in worlds if world.step is not None]
     if len(steps) < len(worlds):
         raise UserError("--comparisons: one holds no finished run; expected finished ones")
     if len(set(steps)) > 1:
-        raise UserError(f"--comparisons: the runs end after {', '.join(map(str, steps))} steps; expected equally many")
+        raise UserError(
+            f"--comparisons: the runs end after {', '.join(map(str, steps))} steps; expected "
+            "equally many"
+        )
     values = [_flat(world.record).get(setting, MISSING) for world in worlds]
     return Search(setting, values, worlds, _shared_seeds(worlds), steps[0])
 
 
 def table(search: Search) -> Table:
-    """Mean held-out accuracy over the shared seeds, by method and value; the best of a row is bold."""
-    header = ["method", *(f"{value:g}" if isinstance(value, float) else str(value) for value in search.values)]
+    """Mean held-out accuracy over the shared seeds, by method and value; the best of a row is
+    bold."""
+    header = [
+        "method",
+        *(f"{value:g}" if isinstance(value, float) else str(value) for value in search.values),
+    ]
     rows = []
     for method in search.comparisons[0].methods:
         means = [_mean(search, world, method.name) for world in search.comparisons]
         cells = [f"**{percent(mean)}**" if mean == max(means) else percent(mean) for mean in means]
         rows.append([method.title, *cells])
-    return Table(f"Held-out accuracy after {search.steps} steps by `{search.setting}`", header, rows)
+    return Table(
+        f"Held-out accuracy after {search.steps} steps by `{search.setting}`", header, rows
+    )
 
 
 def section(search: Search) -> str:
@@ -74,7 +88,8 @@ def section(search: Search) -> str:
     commands = "\n".join(command(world) for world in search.comparisons)
     shown = table(search)
     said = (
-        f"Every method with every value of `{search.setting}`, seed{'s' if len(search.seeds) > 1 else ''} {seeds}, "
+        f"Every method with every value of `{search.setting}`, "
+        f"seed{'s' if len(search.seeds) > 1 else ''} {seeds}, "
         "every other setting shared; the best of a row is bold."
     )
     return f"### {shown.title}\n\n```\n{commands}\n```\n\n{said}\n\n{markdown_table(shown)}"
@@ -87,16 +102,23 @@ def _searched(records: Sequence[Record]) -> str:
     first, *others = records
     for other in others:
         if other.corpus != first.corpus:
-            raise UserError("--comparisons: the folders are about other questions; expected the same data.train")
+            raise UserError(
+                "--comparisons: the folders are about other questions; expected the same data.train"
+            )
         if set(other.methods) != set(first.methods):
             missing = ", ".join(sorted(set(other.methods) ^ set(first.methods)))
-            raise UserError(f"--comparisons: not every folder has {missing}; expected the same methods in all")
+            raise UserError(
+                f"--comparisons: not every folder has {missing}; expected the same methods in all"
+            )
     flat = [_flat(record) for record in records]
     every = dict.fromkeys(name for one in flat for name in one)
     names = [name for name in every if len({_key(one.get(name, MISSING)) for one in flat}) > 1]
     if len(names) != 1 or len({_key(one.get(names[0], MISSING)) for one in flat}) < len(flat):
         found = ", ".join(names) or "nothing"
-        raise UserError(f"--comparisons: the folders differ in {found}; expected one setting, and each value once")
+        raise UserError(
+            f"--comparisons: the folders differ in {found}; expected one setting, and each value "
+            "once"
+        )
     return names[0]
 
 
@@ -132,7 +154,9 @@ def _shared_seeds(worlds: Sequence[Results]) -> list[int]:
     sets = [_finished_seeds(method) for world in worlds for method in world.methods]
     seeds = sorted(set.intersection(*sets))
     if not seeds:
-        raise UserError("--comparisons: no seed is finished for every method with every value; finish one first")
+        raise UserError(
+            "--comparisons: no seed is finished for every method with every value; finish one first"
+        )
     return seeds
 
 
@@ -144,7 +168,9 @@ def _mean(search: Search, world: Results, name: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--comparisons", type=Path, nargs="+", required=True, help="folders, one for each value")
+    parser.add_argument(
+        "--comparisons", type=Path, nargs="+", required=True, help="folders, one for each value"
+    )
     parser.add_argument("--section", required=True, help="name in the marks of the page")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
@@ -152,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.page.is_file():
             raise UserError(f"--page: there is no file {options.page}")
         text = section(load(options.comparisons))
-        options.page.write_text(replace_section(options.page.read_text("utf-8"), options.section, text), "utf-8")
+        options.page.write_text(
+            replace_section(options.page.read_text("utf-8"), options.section, text), "utf-8"
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,10 +1,11 @@
-"""Rewrite the table of settings in docs/topology.md from the configuration: `python tools/topology_reference.py`."""
+"""Rewrite the table of settings in docs/topology.md from the configuration: `python
+tools/topology_reference.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from zppo.init import reference
+from zppo.config.template import reference
 
 PAGE = Path(__file__).parents[1] / "docs/topology.md"
 HEADING = "## All settings\n"

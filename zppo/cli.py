@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
-from zppo.errors import UserError, nearest
-from zppo.exit_codes import EXIT_USER_ERROR
+from zppo.errors import EXIT_USER_ERROR, UserError, nearest
 
 USAGE = """\
 usage: zppo COMMAND …
@@ -42,11 +41,14 @@ def _init(arguments: list[str]) -> int:
         return _help(arguments)
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         raise UserError(f"zppo init: expected one file name, got {' '.join(arguments)!r}")
-    from zppo.init import write_topology
+    from zppo.config.template import write_topology
 
     path = Path(arguments[0] if arguments else "topology.yaml")
     write_topology(path)
-    print(f"wrote {path}; name your questions and models in it, then: zppo launch --topology {path} --dry-run")
+    print(
+        f"wrote {path}; name your questions and models in it, then: zppo launch --topology {path} "
+        "--dry-run"
+    )
     return 0
 
 

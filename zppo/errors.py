@@ -1,17 +1,40 @@
-"""The one exception a user may see: a single sentence that says what is wrong and how to mend it."""
+"""What every command shares: the one exception a user may see, the exit codes, and the parser of
+the command line."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+"""The user can mend it; one sentence on stderr says what."""
+EXIT_FATAL = 70
+"""Of an actor: a promise of the run is broken, so starting again would not help; its last line on
+stderr says which. 70 is what sysexits.h calls an internal software error. The run itself ends with
+`EXIT_FAILED`."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C or SIGTERM (128 + SIGINT)."""
 
 
 class UserError(ValueError):
-    """A mistake in the topology, the data or the surroundings. The doors print it on stderr and exit with code 2."""
+    """A mistake in the topology, the data or the surroundings: a single sentence that says what is
+    wrong and how to mend it. The doors print it on stderr and exit with code 2."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the closest valid name, or the list of valid names if none is close."""
+    """Return ` (did you mean 'x'?)` for the closest valid name, or the list of valid names if none
+    is close."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and leave: a mistake on the command
+    line is one sentence, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")

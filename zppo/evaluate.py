@@ -1,7 +1,9 @@
-"""`python -m zppo.evaluate`: accuracy of a checkpoint, a model folder or a server on a set of questions.
+"""`python -m zppo.evaluate`: accuracy of a checkpoint, a model folder or a server on a set of
+questions.
 
-Everything that can be wrong is checked first; then this process becomes the one that loads the model and asks
-(`python -m zppo_actors evaluate`). Decoding is the paper's for evaluations unless options say otherwise.
+Everything that can be wrong is checked first; then this process becomes the one that loads the
+model and asks (`python -m zppo_actors evaluate`). Decoding is the paper's for evaluations unless
+options say otherwise.
 """
 
 from __future__ import annotations
@@ -16,12 +18,18 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from zppo.chat_template import THINKING_OFF, check_template_variables
-from zppo.command_line import Parser
-from zppo.config import DataConfig, ModelConfig, ResponseSampling
-from zppo.data import Corpus, load_questions
-from zppo.errors import UserError
-from zppo.evaluation_plan import (
+from zppo.config.strict_yaml import parse
+from zppo.config.topology import (
+    JUDGE,
+    JUDGE_SAMPLING,
+    DataConfig,
+    ModelConfig,
+    ResponseSampling,
+    is_procedural,
+)
+from zppo.data.corpus import Corpus, load_questions
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.evaluation.order import (
     DTYPES,
     PAPER_SAMPLING,
     EvaluationOrder,
@@ -30,17 +38,15 @@ from zppo.evaluation_plan import (
     locate_model,
     served_folder,
 )
-from zppo.exit_codes import EXIT_USER_ERROR
-from zppo.grading import JUDGE, JUDGE_SAMPLING
-from zppo.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
-from zppo.prompts import PromptSet
-from zppo.sources import is_procedural
-from zppo.strict_yaml import parse
-from zppo.tokenization import load_tokenizer
+from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
+from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
+from zppo.prompting.prompts import PromptSet
+from zppo.prompting.tokenization import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the order and become the evaluating process. Returns 2 after a user error; else it does not return."""
+    """Check the order and become the evaluating process. Returns 2 after a user error; else it does
+    not return."""
     try:
         order = read_order(_parser().parse_args(argv))
         _check_out(order.out)
@@ -57,7 +63,14 @@ def become_evaluator(order: EvaluationOrder) -> NoReturn:
     """Replace this process by the one that evaluates."""
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-P", "-m", "zppo_actors", "evaluate", msgspec.json.encode(order).decode()]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo_actors",
+        "evaluate",
+        msgspec.json.encode(order).decode(),
+    ]
     os.execv(sys.executable, command)
 
 
@@ -82,21 +95,27 @@ def read_order(arguments: argparse.Namespace) -> EvaluationOrder:
     )
 
 
-# ---- parts of the order ------------------------------------------------------------------------------------------
+# ---- parts of the order --------------------------------------------------------------------------
 
 
 def _check_model_options(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.server is None):
         raise UserError("zppo evaluate: expected either --model FOLDER or --server URL")
     if arguments.server is not None and arguments.served_model is None:
-        raise UserError("--served-model is missing; expected the name under which --server serves the model")
+        raise UserError(
+            "--served-model is missing; expected the name under which --server serves the model"
+        )
     if arguments.server is not None and arguments.engine is not None:
-        raise UserError(f"--engine is {arguments.engine!r}; expected none, because --server has its own")
+        raise UserError(
+            f"--engine is {arguments.engine!r}; expected none, because --server has its own"
+        )
 
 
 def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "presence_penalty")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
+    }
     try:
         return msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, ResponseSampling)
     except msgspec.ValidationError as error:
@@ -115,7 +134,9 @@ def _served(
     variables = variables or (dict(run.student.chat_template_kwargs) if run else {})
     check_template_variables(variables, "--chat-template-arg")
     if located is None:
-        model = ModelConfig(model=arguments.served_model, sampling=sampling, chat_template_kwargs=variables)
+        model = ModelConfig(
+            model=arguments.served_model, sampling=sampling, chat_template_kwargs=variables
+        )
         return _server(arguments.server, model, engine_args, "--server"), []
     engine = arguments.engine or "transformers"
     dtype = arguments.dtype or (run.student.dtype if run else None)
@@ -123,12 +144,17 @@ def _served(
     if engine == "simulated" and sampling.presence_penalty:
         notes.append("the engine 'simulated' knows no presence penalty")
     return Served(
-        model=model, engine=engine, engine_args=engine_args, device=arguments.device, threads=arguments.threads
+        model=model,
+        engine=engine,
+        engine_args=engine_args,
+        device=arguments.device,
+        threads=arguments.threads,
     ), notes
 
 
 def _server(url: str, model: ModelConfig, engine_args: dict[str, Any], where: str) -> Served:
-    from zppo.openai_arguments import OPENAI, read_openai_arguments
+    from zppo.config.topology import OPENAI
+    from zppo.plan.engines.openai import read_openai_arguments
 
     engine_args = {"base_url": url, **engine_args}
     read_openai_arguments(engine_args, where)
@@ -140,22 +166,37 @@ def _judge(arguments: argparse.Namespace) -> Served | None:
         raise UserError("zppo evaluate: expected --judge FOLDER or --judge-server URL, not both")
     if arguments.judge_server is not None:
         if arguments.judge_model is None:
-            raise UserError("--judge-model is missing; expected the name under which --judge-server serves the judge")
+            raise UserError(
+                "--judge-model is missing; expected the name under which --judge-server serves the "
+                "judge"
+            )
         model = ModelConfig(model=arguments.judge_model, sampling=JUDGE_SAMPLING)
         return _server(arguments.judge_server, model, {}, "--judge-server")
     if arguments.judge is None:
         return None
     located = locate_model(arguments.judge)
     engine = "simulated" if arguments.engine == "simulated" else "transformers"
-    model, _ = served_folder(located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge", THINKING_OFF)
-    return Served(model=model, engine=engine, device=arguments.device, threads=arguments.threads, where="--judge")
+    model, _ = served_folder(
+        located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge", THINKING_OFF
+    )
+    return Served(
+        model=model,
+        engine=engine,
+        device=arguments.device,
+        threads=arguments.threads,
+        where="--judge",
+    )
 
 
 def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
-    """The questions: those named, else those that the run holds out; read, asked and graded as the run does it."""
+    """The questions: those named, else those that the run holds out; read, asked and graded as the
+    run does it."""
     run = located.topology.data if located and located.topology else None
     if arguments.data is None and (run is None or run.heldout is None):
-        raise UserError("--data is missing; expected a question file, a data set folder, or reasoning_gym:TASK?…")
+        raise UserError(
+            "--data is missing; expected a question file, a data set folder, or "
+            "reasoning_gym:TASK?…"
+        )
     data = run or DataConfig(train="")
     data = replace(data, train=arguments.data if arguments.data is not None else data.heldout)
     if is_procedural(data.train):  # they have neither columns nor a grader of the user's
@@ -172,7 +213,9 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
     try:
         return msgspec.convert({**msgspec.to_builtins(data), **given}, DataConfig)
     except msgspec.ValidationError as error:
-        raise UserError(f"--field: {error}; expected id, question, answer or images = COLUMN") from None
+        raise UserError(
+            f"--field: {error}; expected id, question, answer or images = COLUMN"
+        ) from None
 
 
 def _absolute(path: str | None) -> str | None:
@@ -186,7 +229,7 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
     return name, parse(value, f"{option} {text}").data
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_out(out: str | None) -> None:
@@ -204,69 +247,119 @@ def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
     pictured = next((question.id for question in chosen if question.media), None)
     if pictured is not None and order.served.engine in ("transformers", "simulated"):
         raise UserError(
-            f"{order.data.train}: the question {pictured!r} has pictures; expected text only, because the engine "
+            f"{order.data.train}: the question {pictured!r} has pictures; expected text only, "
+            "because the engine "
             f"{order.served.engine!r} cannot show them to the model"
         )
     if order.data.system_prompt and order.served.engine in LENGTH_ARGUMENTS:
         folder = order.served.model.model
-        check_system_prompt(load_tokenizer(folder, "--model"), order.data.system_prompt, folder, "--model")
+        check_system_prompt(
+            load_tokenizer(folder, "--model"), order.data.system_prompt, folder, "--model"
+        )
     if order.judge is None and any(question.grader == JUDGE for question in chosen):
-        raise UserError("--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL")
+        raise UserError(
+            "--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL"
+        )
 
 
-# ---- the command line --------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="zppo evaluate", description="Accuracy of a model on a set of questions, with its 95 % interval."
+        prog="zppo evaluate",
+        description="Accuracy of a model on a set of questions, with its 95 % interval.",
     )
     _add_model_options(parser.add_argument_group("model"))
     _add_question_options(parser.add_argument_group("questions"))
     _add_decoding_options(parser.add_argument_group("decoding (defaults: those of the paper)"))
-    parser.add_argument("--out", metavar="FILE", help="write one JSON line per question, with all responses")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write one JSON line per question, with all responses"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", type=Path, metavar="FOLDER", help="run directory, checkpoint step-N, or model folder")
-    group.add_argument("--server", metavar="URL", help="OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
-    group.add_argument("--served-model", metavar="NAME", help="name of the model at --server")
-    group.add_argument("--engine", metavar="NAME", help="engine for --model: transformers (default) or vllm")
     group.add_argument(
-        "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="of the engine; may be repeated"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="run directory, checkpoint step-N, or model folder",
     )
     group.add_argument(
-        "--chat-template-arg", action="append", default=[], metavar="NAME=VALUE", help="e.g. enable_thinking=false"
+        "--server", metavar="URL", help="OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1"
+    )
+    group.add_argument("--served-model", metavar="NAME", help="name of the model at --server")
+    group.add_argument(
+        "--engine", metavar="NAME", help="engine for --model: transformers (default) or vllm"
+    )
+    group.add_argument(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the engine; may be repeated",
+    )
+    group.add_argument(
+        "--chat-template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="e.g. enable_thinking=false",
     )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=DTYPES, help="default: that of the model")
     group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
-    group.add_argument("--judge", type=Path, metavar="FOLDER", help="model that compares answers not found right")
+    group.add_argument(
+        "--judge", type=Path, metavar="FOLDER", help="model that compares answers not found right"
+    )
     group.add_argument("--judge-server", metavar="URL", help="server of such a model")
     group.add_argument("--judge-model", metavar="NAME", help="name of the judge at --judge-server")
 
 
 def _add_question_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data", metavar="SOURCE", help="file, folder, or reasoning_gym:TASK?… (docs/data.md)")
+    group.add_argument(
+        "--data", metavar="SOURCE", help="file, folder, or reasoning_gym:TASK?… (docs/data.md)"
+    )
     group.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
-    group.add_argument("--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem")
+    group.add_argument(
+        "--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem"
+    )
     group.add_argument("--grader", help="math, exact, choice or judge")
-    group.add_argument("--grader-seconds", type=_seconds, default=5.0, metavar="S", help="time limit of one grading")
-    group.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out")
-    group.add_argument("--templates", metavar="FOLDER", help="folder with plain.j2 (docs/templates.md)")
+    group.add_argument(
+        "--grader-seconds",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="time limit of one grading",
+    )
+    group.add_argument(
+        "--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out"
+    )
+    group.add_argument(
+        "--templates", metavar="FOLDER", help="folder with plain.j2 (docs/templates.md)"
+    )
     group.add_argument("--system-prompt", metavar="TEXT")
 
 
 def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
     defaults = PAPER_SAMPLING
-    group.add_argument("--samples", type=_positive, default=4, metavar="N", help="responses to each question (4)")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest response ({defaults.max_new_tokens})")
+    group.add_argument(
+        "--samples", type=_positive, default=4, metavar="N", help="responses to each question (4)"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest response ({defaults.max_new_tokens})",
+    )
     group.add_argument("--temperature", type=float, help=f"0 is greedy ({defaults.temperature})")
     group.add_argument("--top-p", type=float, help=f"1 is off ({defaults.top_p})")
     group.add_argument("--top-k", type=int, help=f"0 is off ({defaults.top_k})")
-    group.add_argument("--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})")
+    group.add_argument(
+        "--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})"
+    )
     group.add_argument("--seed", type=int, default=0)
 
 

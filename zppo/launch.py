@@ -1,7 +1,9 @@
-"""`python -m zppo.launch`: check everything, make the run directory, and become the run's supervisor.
+"""`python -m zppo.launch`: check everything, make the run directory, and become the run's
+supervisor.
 
-Until the run directory is made nothing is written and nothing is started, so a mistake leaves no trace: one sentence on
-stderr and exit code 2. The supervisor replaces this process (same process id, same terminal).
+Until the run directory is made nothing is written and nothing is started, so a mistake leaves no
+trace: one sentence on stderr and exit code 2. The supervisor replaces this process (same process
+id, same terminal).
 """
 
 from __future__ import annotations
@@ -17,25 +19,30 @@ import msgspec
 from msgspec import Struct
 from rich.console import Console
 
-from zppo import checkpoint, run_dir
-from zppo.command_line import Parser
-from zppo.config import Topology
-from zppo.data import Corpus, bad_rows_text, held_out_overlap, load_questions
-from zppo.errors import UserError
-from zppo.exit_codes import EXIT_USER_ERROR
-from zppo.machine import measure_machine, wants_gpu
-from zppo.memory import WITHOUT_FOLDER
-from zppo.methods import Method
-from zppo.plan import Plan, make_plan
-from zppo.plan_view import show
-from zppo.processes import cores, teachers
-from zppo.prompt_checks import Reader, check_room, check_system_prompt, check_teachers, student_reader
-from zppo.prompts import PromptSet
-from zppo.questions import Question, digest
-from zppo.run_dir import RunRecord
-from zppo.summary import read_lines, summarise
-from zppo.tokenization import check_same_vocabulary
-from zppo.topology import load, override, resolve, run_directory
+from zppo.algorithm.methods import Method
+from zppo.config.load import load, override, resolve, run_folder
+from zppo.config.topology import Topology
+from zppo.data.corpus import Corpus, bad_rows_text, held_out_overlap, load_questions
+from zppo.data.question import Question, digest
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.plan.machine import measure_machine, wants_gpu
+from zppo.plan.make import make_plan
+from zppo.plan.memory import WITHOUT_FOLDER
+from zppo.plan.plan import Plan
+from zppo.plan.processes import cores, teachers
+from zppo.plan.prompt_checks import (
+    Reader,
+    check_room,
+    check_system_prompt,
+    check_teachers,
+    student_reader,
+)
+from zppo.plan.view import show
+from zppo.prompting.prompts import PromptSet
+from zppo.prompting.tokenization import check_same_vocabulary
+from zppo.records import checkpoint, run_directory
+from zppo.records.run_directory import RunRecord
+from zppo.records.summary import read_lines, summarise
 
 FIXED = {
     "method": "the trained steps were made by another recipe",
@@ -46,7 +53,8 @@ FIXED = {
 }
 """Settings that a resumed run must keep, and why."""
 PROMPT_BATCH = 1024
-"""Prompts tokenised at once: enough to keep the tokenizer busy, few enough to take little memory."""
+"""Prompts tokenised at once: enough to keep the tokenizer busy, few enough to take little
+memory."""
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -59,7 +67,8 @@ class Checked(Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launch, resume or only show a run. Returns 2 after a user error, 0 after `--dry-run`; else it does not return."""
+    """Launch, resume or only show a run. Returns 2 after a user error, 0 after `--dry-run`; else it
+    does not return."""
     try:
         arguments = _parser().parse_args(argv)
         if arguments.resume is not None:
@@ -72,17 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     if arguments.topology is None:
-        raise UserError("--topology is missing; expected a topology file (write one with: zppo init topology.yaml)")
+        raise UserError(
+            "--topology is missing; expected a topology file (write one with: zppo init "
+            "topology.yaml)"
+        )
     topology = load(arguments.topology, arguments.set)
-    directory = run_directory(topology)
+    directory = run_folder(topology)
     if directory.exists():
-        raise UserError(run_dir.in_the_way(directory))
+        raise UserError(run_directory.in_the_way(directory))
     checked = check(topology)
     if arguments.dry_run:
         show(checked.plan, directory, Console())
         return 0
     corpus = checked.corpus
-    run_dir.create(directory, topology, digest(corpus.questions))
+    run_directory.create(directory, topology, digest(corpus.questions))
     if corpus.bad_rows:
         (directory / "bad_rows.txt").write_text(bad_rows_text(corpus), encoding="utf-8")
     become_supervisor(directory)
@@ -90,7 +102,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     directory = _resumed_directory(arguments)
-    record = run_dir.read(directory)
+    record = run_directory.read(directory)
     _check_free(directory)
     found = checkpoint.find_latest(directory)
     if found.folder is None:
@@ -106,7 +118,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         show(checked.plan, directory, Console())
         return 0
-    run_dir.renew(directory, found.step, topology)
+    run_directory.renew(directory, found.step, topology)
     become_supervisor(directory)
 
 
@@ -118,7 +130,7 @@ def become_supervisor(directory: Path) -> NoReturn:
     os.execv(sys.executable, command)
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def check(topology: Topology) -> Checked:
@@ -130,7 +142,8 @@ def check(topology: Topology) -> Checked:
 
 
 def _check(topology: Topology) -> Checked:
-    """Everything that can be wrong with settings, data, templates, models and machine. Raises UserError."""
+    """Everything that can be wrong with settings, data, templates, models and machine. Raises
+    UserError."""
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
     _check_media("data.train", corpus, topology)
     heldout: list[Question] = []
@@ -141,7 +154,7 @@ def _check(topology: Topology) -> Checked:
         heldout = held.questions
     prompts = PromptSet.of(topology)
     prompts.validate()
-    machine = measure_machine(cores(), run_dir.runtime_base(), wants_gpu(topology))
+    machine = measure_machine(cores(), run_directory.runtime_base(), wants_gpu(topology))
     plan = make_plan(topology, len(corpus.questions), machine)
     return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
 
@@ -156,7 +169,8 @@ def _check_media(where: str, corpus: Corpus, topology: Topology) -> None:
 
 
 def check_vocabularies(topology: Topology, method: Method) -> None:
-    """Teachers whose tokens or distributions are trained on share the student's vocabulary; texts may come from any."""
+    """Teachers whose tokens or distributions are trained on share the student's vocabulary; texts
+    may come from any."""
     read = teachers(topology) if method.needs_same_vocabulary else []
     for one in (one for one in read if one.actor.engine not in WITHOUT_FOLDER):
         check_same_vocabulary(topology.student.model, one.model.model, one.model_where)
@@ -166,34 +180,46 @@ def _check_overlap(train: Corpus, heldout: Corpus) -> None:
     shared = held_out_overlap(train.questions, heldout.questions)
     if shared:
         raise UserError(
-            f"data.heldout: {len(shared)} of its questions are in data.train too, first the training question "
-            f"{shared[0]!r}; expected none in both"
+            f"data.heldout: {len(shared)} of its questions are in data.train too, first the "
+            f"training question {shared[0]!r}; expected none in both"
         )
 
 
 def _check_prompts(topology: Topology, checked: Checked) -> None:
-    """Every plain prompt is as short as `data.max_prompt_tokens` and the contexts of the models say."""
+    """Every plain prompt is as short as `data.max_prompt_tokens` and the contexts of the models
+    say."""
     student = student_reader(topology)
     tokenizer = student.load_tokenizer()
     check_system_prompt(tokenizer, topology.data.system_prompt, student.folder, student.where)
     limit = topology.data.max_prompt_tokens
-    for where, questions in (("data.train", checked.corpus.questions), ("data.heldout", checked.heldout)):
+    for where, questions in (
+        ("data.train", checked.corpus.questions),
+        ("data.heldout", checked.heldout),
+    ):
         lengths = _prompt_lengths(questions, checked.prompts, student, tokenizer)
-        longer = [(question, length) for question, length in zip(questions, lengths, strict=True) if length > limit]
+        longer = [
+            (question, length)
+            for question, length in zip(questions, lengths, strict=True)
+            if length > limit
+        ]
         if longer:
             question, length = longer[0]
             count = "1 question is" if len(longer) == 1 else f"{len(longer)} questions are"
             raise UserError(
-                f"{where}: the question {question.id!r} makes a prompt of {length} tokens; expected at most {limit}, "
-                f"data.max_prompt_tokens ({count} longer)"
+                f"{where}: the question {question.id!r} makes a prompt of {length} tokens; "
+                f"expected at most {limit}, data.max_prompt_tokens ({count} longer)"
             )
         for question, length in zip(questions, lengths, strict=True):
             check_room(where, question, length, student)
     check_teachers(topology, checked.prompts, checked.corpus.questions)
 
 
-def _prompt_lengths(questions: list[Question], prompts: PromptSet, student: Reader, tokenizer: Any) -> list[int]:
-    batches = (questions[start : start + PROMPT_BATCH] for start in range(0, len(questions), PROMPT_BATCH))
+def _prompt_lengths(
+    questions: list[Question], prompts: PromptSet, student: Reader, tokenizer: Any
+) -> list[int]:
+    batches = (
+        questions[start : start + PROMPT_BATCH] for start in range(0, len(questions), PROMPT_BATCH)
+    )
     return [
         length
         for batch in batches
@@ -206,11 +232,11 @@ def _resumed_directory(arguments: argparse.Namespace) -> Path:
         return Path(arguments.resume).expanduser().absolute()
     if arguments.topology is None:
         raise UserError("--resume: expected a run directory, or the --topology of the run")
-    return run_directory(load(arguments.topology, arguments.set))
+    return run_folder(load(arguments.topology, arguments.set))
 
 
 def _check_free(directory: Path) -> None:
-    lock = run_dir.hold(directory)
+    lock = run_directory.hold(directory)
     if lock is None:
         raise UserError(f"--resume: {str(directory)!r} is in use by a run that has not ended")
     os.close(lock)
@@ -230,7 +256,8 @@ def _resumed_topology(arguments: argparse.Namespace, old: Topology) -> Topology:
     if new.scheduler.max_staleness < old.scheduler.max_staleness:
         raise UserError(
             f"--resume: scheduler.max_staleness was {old.scheduler.max_staleness} and is now "
-            f"{new.scheduler.max_staleness}; it cannot shrink, because windows in flight keep to the old bound"
+            f"{new.scheduler.max_staleness}; it cannot shrink, because windows in flight keep to "
+            "the old bound"
         )
     return new
 
@@ -239,18 +266,26 @@ def _check_corpus(topology: Topology, corpus: Corpus, record: RunRecord) -> None
     """The paths alone do not say whether a file was edited."""
     if digest(corpus.questions) != record.corpus:
         raise UserError(
-            f"--resume: the questions of data.train, {topology.data.train!r}, are not those that the run began with; "
+            f"--resume: the questions of data.train, {topology.data.train!r}, are not those that "
+            "the run began with; "
             "they cannot change, because the data cursor counts questions of another corpus"
         )
 
 
 def _check_steps(topology: Topology, total: int, directory: Path, step: int) -> None:
-    """Something is left to do: steps of `total`, or the held-out evaluation after the last of them."""
+    """Something is left to do: steps of `total`, or the held-out evaluation after the last of
+    them."""
     steps, epochs = topology.run.steps, topology.run.epochs
-    extend = f"run.steps={2 * step}" if steps is not None and steps <= total else f"run.epochs={epochs + 1}"
+    extend = (
+        f"run.steps={2 * step}"
+        if steps is not None and steps <= total
+        else f"run.epochs={epochs + 1}"
+    )
     extend = f"extend it, for example with --set {extend}"
     if steps is not None and step > steps:
-        raise UserError(f"--resume: run.steps is {steps} and the run has reached step {step}; {extend}")
+        raise UserError(
+            f"--resume: run.steps is {steps} and the run has reached step {step}; {extend}"
+        )
     if step >= total and _finished(topology, directory, step):
         raise UserError(f"--resume: the run is finished, step {step} was its last; {extend}")
 
@@ -258,8 +293,8 @@ def _check_steps(topology: Topology, total: int, directory: Path, step: int) -> 
 def _finished(topology: Topology, directory: Path, step: int) -> bool:
     """Whether a run with a checkpoint of its last step has its last held-out evaluation too.
 
-    Where the corpus ends the run, not `run.steps`, only the run itself knows its last step: windows may have changed
-    their size on the way. Then its verdict counts.
+    Where the corpus ends the run, not `run.steps`, only the run itself knows its last step: windows
+    may have changed their size on the way. Then its verdict counts.
     """
     if topology.run.steps != step:
         return str(summarise(directory)["verdict"]).startswith("finished")
@@ -284,8 +319,12 @@ def _difference(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="zppo launch", description="Start a run as a topology describes it, or continue one.")
-    parser.add_argument("--topology", type=Path, metavar="FILE", help="the run, in YAML (see: zppo init)")
+    parser = Parser(
+        prog="zppo launch", description="Start a run as a topology describes it, or continue one."
+    )
+    parser.add_argument(
+        "--topology", type=Path, metavar="FILE", help="the run, in YAML (see: zppo init)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -298,9 +337,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="RUN_DIR",
-        help="continue from the last whole checkpoint of RUN_DIR, or of the run that --topology names",
+        help=(
+            "continue from the last whole checkpoint of RUN_DIR, or of the run that --topology "
+            "names"
+        ),
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved plan and start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the resolved plan and start nothing"
+    )
     return parser
 
 

@@ -1,4 +1,5 @@
-"""`python -m zppo_actors ROLE …` starts one process: the supervisor of a run, an actor of it, or an evaluation."""
+"""`python -m zppo_actors ROLE …` starts one process: the supervisor of a run, an actor of it, or an
+evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ def main(argv: list[str]) -> int:
     """Hand over to the supervisor or to the named role."""
     if argv[:1] == ["supervisor"]:
         # Imported here because an actor needs neither the terminal view nor the process table.
-        from zppo_actors import supervisor
+        from zppo_actors.supervisor import supervisor
 
         return process.guarded(lambda: supervisor.main(argv[1:]))
     if argv[:1] == ["evaluate"]:
-        from zppo_actors import evaluate
+        from zppo_actors.evaluator import process as evaluation
 
-        return process.guarded(lambda: evaluate.main(argv[1:]))
+        return process.guarded(lambda: evaluation.main(argv[1:]))
     return process.main(argv)
 
 

@@ -1,9 +1,11 @@
-"""The grader actor: scores responses against gold answers, under a time limit that nothing can talk its way out of.
+"""The grader actor: scores responses against gold answers, under a time limit that nothing can talk
+its way out of.
 
-Consumes `GradeTask`s, one credit each. Produces one `GradeResult` per task. Waits for the controller's messages and for
-its worker process. Unblocked by either, and by the time limit of a response. Most responses are decided here, by text
-and exact numbers; only what needs real mathematics goes to the worker. Progress counts graded responses.
-Heartbeats list a task from its arrival until its answer is sent.
+Consumes `GradeTask`s, one credit each. Produces one `GradeResult` per task. Waits for the
+controller's messages and for its worker process. Unblocked by either, and by the time limit of a
+response. Most responses are decided here, by text and exact numbers; only what needs real
+mathematics goes to the worker. Progress counts graded responses. Heartbeats list a task from its
+arrival until its answer is sent.
 """
 
 from __future__ import annotations
@@ -16,14 +18,13 @@ from msgspec import Struct
 
 from zppo.errors import UserError
 from zppo.grading import parse_answer, quick_grade
-from zppo_actors.grade_client import TIMED_OUT, GradeWorker, worker_command
+from zppo_actors.grading.handle import TIMED_OUT, GradeWorker, worker_command
 from zppo_actors.process import ActorContext
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
     Goodbye,
-    Grade,
     GradeResult,
     GradeTask,
     Heartbeat,
@@ -33,9 +34,11 @@ from zppo_protocol.messages import (
     Welcome,
 )
 from zppo_protocol.sockets import Dealer
+from zppo_protocol.values import Grade
 
 CAPACITY = 8
-"""Tasks on the way or waiting here: enough that the next one is at hand, few enough to share work among graders."""
+"""Tasks on the way or waiting here: enough that the next one is at hand, few enough to share work
+among graders."""
 BUSY_WAIT = 0.05
 """Longest wait for the worker, in seconds, before the controller is heard again."""
 
@@ -104,7 +107,9 @@ class GraderActor:
     def _listen(self) -> None:
         """Take one message; wait for it only when there is nothing else to do."""
         idle = self._open and not self._jobs
-        message = self._dealer.receive(max(0.0, self._next_beat - time.monotonic()) if idle else 0.0)
+        message = self._dealer.receive(
+            max(0.0, self._next_beat - time.monotonic()) if idle else 0.0
+        )
         if message is not None:
             self._handle(message)
 
@@ -123,7 +128,8 @@ class GraderActor:
                 log.warning("ignored a %s, which no grader expects", type(message).__name__)
 
     def _work(self) -> None:
-        """Grade one response further: at once where that is safe, else in the worker, a short wait at a time."""
+        """Grade one response further: at once where that is safe, else in the worker, a short wait
+        at a time."""
         if self._worker.ready and self._jobs:
             self._begin(self._jobs[0])
         elif not self._worker.ready:
@@ -153,9 +159,12 @@ class GraderActor:
 
     def _record(self, job: _Job, grade: Grade) -> None:
         if grade.note and grade.answer is None:
-            # A worker that was killed could not parse it; the answer still belongs in NCQ's list of wrong ones.
+            # A worker that was killed could not parse it; the answer still belongs in NCQ's list of
+            # wrong ones.
             grade = Grade(
-                reward=grade.reward, answer=parse_answer(job.task.responses[len(job.grades)]), note=grade.note
+                reward=grade.reward,
+                answer=parse_answer(job.task.responses[len(job.grades)]),
+                note=grade.note,
             )
         job.grades.append(grade)
         self._counts["graded"] += 1

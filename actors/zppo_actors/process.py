@@ -1,9 +1,11 @@
-"""What every actor process is before it is a role: its context, its signals, its log, and its tie to the supervisor.
+"""What every actor process is before it is a role: its context, its signals, its log, and its tie
+to the supervisor.
 
-Invariant: no actor outlives its supervisor. The supervisor keeps the writing end of a pipe and never writes; a thread
-here reads the other end, so its end of file means that the supervisor is gone, in whatever way. On Linux the kernel
-kills all actors but the controller as well, because native code that never returns would keep that thread waiting; the
-controller runs no such code and removes the runtime folder before it leaves.
+Invariant: no actor outlives its supervisor. The supervisor keeps the writing end of a pipe and
+never writes; a thread here reads the other end, so its end of file means that the supervisor is
+gone, in whatever way. On Linux the kernel kills all actors but the controller as well, because
+native code that never returns would keep that thread waiting; the controller runs no such code and
+removes the runtime folder before it leaves.
 """
 
 from __future__ import annotations
@@ -21,14 +23,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zppo.config import Topology
-from zppo.errors import UserError
-from zppo.exit_codes import EXIT_FAILED, EXIT_USER_ERROR
-from zppo.run_dir import read
+from zppo.config.topology import Topology
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from zppo.records.run_directory import read
 from zppo_actors import runtime
-from zppo_protocol.messages import PROTOCOL_VERSION, Hello, Role
+from zppo_protocol.messages import PROTOCOL_VERSION, Hello
+from zppo_protocol.values import Role
 
-ROLES = ("controller", "rollout", "teacher", "grader", "trainer")
+ROLES = {
+    "controller": "zppo_actors.controller.controller",
+    "rollout": "zppo_actors.sampler.rollout",
+    "teacher": "zppo_actors.sampler.teacher",
+    "grader": "zppo_actors.grader",
+    "trainer": "zppo_actors.trainer.actor",
+}
+"""Role -> module with `main(context) -> int`; only the one that is started is imported."""
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("zppo")
@@ -36,7 +45,8 @@ log = logging.getLogger("zppo")
 
 @dataclass(frozen=True)
 class ActorContext:
-    """Where and who an actor is. `start_version` is the policy version that this life of the run begins with."""
+    """Where and who an actor is. `start_version` is the policy version that this life of the run
+    begins with."""
 
     run_dir: Path
     runtime: Path
@@ -72,17 +82,21 @@ class ActorContext:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one actor as `ROLE --run … --runtime … --actor … --incarnation … --parent-fd …`; returns its exit code."""
+    """Run one actor as `ROLE --run … --runtime … --actor … --incarnation … --parent-fd …`; returns
+    its exit code."""
     arguments = _parser().parse_args(argv)
     runtime_folder = Path(arguments.runtime)
-    tie_to_supervisor(arguments.parent_fd, runtime_folder, kernel_too=arguments.role != "controller")
+    tie_to_supervisor(
+        arguments.parent_fd, runtime_folder, kernel_too=arguments.role != "controller"
+    )
     set_signals()
     start_log()
     return guarded(lambda: _run_role(arguments, runtime_folder))
 
 
 def guarded(body: Callable[[], int]) -> int:
-    """Run `body`; a UserError becomes one sentence on stderr and exit code 2, anything else a traceback and 1."""
+    """Run `body`; a UserError becomes one sentence on stderr and exit code 2, anything else a
+    traceback and 1."""
     try:
         return body()
     except UserError as error:
@@ -98,11 +112,14 @@ def tie_to_supervisor(parent_fd: int, runtime_folder: Path, *, kernel_too: bool)
     if kernel_too and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.set_inheritable(parent_fd, False)
-    threading.Thread(target=_wait_for_end, args=(parent_fd, runtime_folder), daemon=True, name="parent").start()
+    threading.Thread(
+        target=_wait_for_end, args=(parent_fd, runtime_folder), daemon=True, name="parent"
+    ).start()
 
 
 def set_signals() -> None:
-    """Ctrl-C is the supervisor's business; SIGTERM leaves in order; SIGUSR1 prints where every thread is."""
+    """Ctrl-C is the supervisor's business; SIGTERM leaves in order; SIGUSR1 prints where every
+    thread is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     faulthandler.enable()
@@ -111,7 +128,11 @@ def set_signals() -> None:
 
 def start_log() -> None:
     """Log to stderr, which the supervisor leads into `logs/NAME.log`."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
 
 
 def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:
@@ -135,13 +156,15 @@ def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
         start_version=record.start_step,
     )
     # Imported late: a grader should not wait for, or pay the memory of, what only a trainer needs.
-    module = importlib.import_module(f"zppo_actors.{arguments.role}")
+    module = importlib.import_module(ROLES[arguments.role])
     exit_code: int = module.main(context)
     return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m zppo_actors", description="One actor process of a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m zppo_actors", description="One actor process of a run."
+    )
     parser.add_argument("role", choices=ROLES)
     parser.add_argument("--run", required=True, metavar="RUN_DIR")
     parser.add_argument("--runtime", required=True, metavar="FOLDER")

@@ -1,8 +1,9 @@
-"""The runtime folder: the sockets and shared weights of one life of a run, on memory where there is such a file system.
+"""The runtime folder: the sockets and shared weights of one life of a run, on memory where there is
+such a file system.
 
-Invariant: a runtime folder whose lock nobody holds belongs to a dead supervisor and may be removed by anyone of the
-same user. The supervisor makes the folder under another name, locks it, and only then gives it its name, so a sweep
-never meets a fresh folder without its lock.
+Invariant: a runtime folder whose lock nobody holds belongs to a dead supervisor and may be removed
+by anyone of the same user. The supervisor makes the folder under another name, locks it, and only
+then gives it its name, so a sweep never meets a fresh folder without its lock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from zppo.errors import UserError
-from zppo.run_dir import hold, runtime_base
+from zppo.records.run_directory import hold, runtime_base
 
 SOCKET_NAME = "controller.sock"
 # sun_path holds 108 bytes on Linux and 104 on macOS, with the closing zero byte.
@@ -22,20 +23,26 @@ LONGEST_SOCKET_PATH = 103
 
 
 def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
-    """Make and lock `<base>/zppo-<uid>-<run_id>` (mode 0700). Returns the folder and the descriptor of its lock.
+    """Make and lock `<base>/zppo-<uid>-<run_id>` (mode 0700). Returns the folder and the descriptor
+    of its lock.
 
     Raises UserError if the folder cannot be made or its socket path is too long for the system.
     """
     base = base if base is not None else runtime_base()
     folder = base / f"{_prefix()}{run_id}"
     if len(os.fsencode(folder / SOCKET_NAME)) > LONGEST_SOCKET_PATH:
-        raise UserError(f"the path of a socket in {str(folder)!r} is too long; set ZPPO_RUNTIME_DIR to a shorter one")
+        raise UserError(
+            f"the path of a socket in {str(folder)!r} is too long; set ZPPO_RUNTIME_DIR to a "
+            "shorter one"
+        )
     try:
         unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
         lock = hold(unlocked)
         unlocked.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot make the runtime folder {str(folder)!r}: {error.strerror}") from None
+        raise UserError(
+            f"cannot make the runtime folder {str(folder)!r}: {error.strerror}"
+        ) from None
     if lock is None:
         raise UserError(f"the runtime folder {str(folder)!r} is held by another process")
     return folder, lock
@@ -49,7 +56,11 @@ def remove(folder: Path) -> None:
 def sweep(base: Path | None = None) -> list[Path]:
     """Remove our folders whose supervisor is dead. Returns what was removed."""
     base = base if base is not None else runtime_base()
-    return [folder for folder in sorted(base.glob(f"{_prefix()}*")) if _is_ours(folder) and _remove_if_free(folder)]
+    return [
+        folder
+        for folder in sorted(base.glob(f"{_prefix()}*"))
+        if _is_ours(folder) and _remove_if_free(folder)
+    ]
 
 
 def controller_address(folder: Path) -> str:

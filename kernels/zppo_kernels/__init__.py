@@ -1,7 +1,8 @@
-"""Fused policy-gradient and distillation losses: Triton on a GPU, torch and numba on a CPU, one function each.
+"""Fused policy-gradient and distillation losses: Triton on a GPU, torch and numba on a CPU, one
+function each.
 
-Every loss takes flat, packed rows and a *global* token count, returns gradients through autograd, and gives its metrics
-as sums and counts that add over chunks, micro-batches and ranks.
+Every loss takes flat, packed rows and a *global* token count, returns gradients through autograd,
+and gives its metrics as sums and counts that add over chunks, micro-batches and ranks.
 """
 
 from .advantages import AdvantageStatistics, advantage_statistics, group_advantages

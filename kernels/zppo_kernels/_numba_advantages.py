@@ -1,4 +1,5 @@
-"""The compiled loop of `group_advantages` for CPUs: four passes over the rollouts, sums in float64."""
+"""The compiled loop of `group_advantages` for CPUs: four passes over the rollouts, sums in
+float64."""
 
 from __future__ import annotations
 

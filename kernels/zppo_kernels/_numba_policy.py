@@ -1,7 +1,8 @@
-"""The compiled loops of `rows_numba`: float32 over the vocabulary, float64 for everything there is one of per row.
+"""The compiled loops of `rows_numba`: float32 over the vocabulary, float64 for everything there is
+one of per row.
 
-Sums over the vocabulary are taken in float32 blocks of 1,024 and added in float64, so their error does not grow with V.
-`-inf` logits have probability 0; NaN logits give a NaN row.
+Sums over the vocabulary are taken in float32 blocks of 1,024 and added in float64, so their error
+does not grow with V. `-inf` logits have probability 0; NaN logits give a NaN row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _BLOCK = 1024
 _LANES = 64
 _BOUND = 20.0  # settings.LOG_RATIO_BOUND, a literal for the compiler
 
-# exp(r) on |r| <= ln(2)/2 by the Cephes polynomial; ln 2 in two parts so that the reduction loses nothing.
+# exp(r) on |r| <= ln(2)/2 by the Cephes polynomial; ln 2 in two parts so that the reduction loses
+# nothing.
 _LOG2E, _LN2_HIGH, _LN2_LOW = _F(1.4426950408889634), _F(0.693359375), _F(-2.12194440e-4)
 _P0, _P1, _P2 = _F(1.9875691500e-4), _F(1.3981999507e-3), _F(8.3334519073e-3)
 _P3, _P4, _P5 = _F(4.1665795894e-2), _F(1.6666665459e-1), _F(5.0000001201e-1)
@@ -27,7 +29,8 @@ _Sums = tuple[np.float32, np.float32]
 
 @compiled(fastmath={"contract"})
 def _exp(x: np.float32) -> np.float32:
-    """exp of a float32 in [-87, 0], written without a branch or a call so that the loop around it becomes SIMD."""
+    """exp of a float32 in [-87, 0], written without a branch or a call so that the loop around it
+    becomes SIMD."""
     k = np.int32(x * _LOG2E - _F(0.5))
     n = _F(k)
     r = x - n * _LN2_HIGH
@@ -39,7 +42,8 @@ def _exp(x: np.float32) -> np.float32:
 
 @compiled()
 def _highest(row_V: np.ndarray, lanes: np.ndarray) -> np.float32:
-    """The maximum, by way of many lanes so that the loop becomes SIMD; `lanes` is the caller's scratch."""
+    """The maximum, by way of many lanes so that the loop becomes SIMD; `lanes` is the caller's
+    scratch."""
     lanes[:] = _F(-np.inf)
     full = len(row_V) // _LANES * _LANES
     for start in range(0, full, _LANES):
@@ -55,7 +59,9 @@ def _highest(row_V: np.ndarray, lanes: np.ndarray) -> np.float32:
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def _block_sums(source_B: np.ndarray, highest: np.float32, inverse_temperature: np.float32) -> _Sums:
+def _block_sums(
+    source_B: np.ndarray, highest: np.float32, inverse_temperature: np.float32
+) -> _Sums:
     total, weighted = _F(0.0), _F(0.0)
     for column in range(len(source_B)):
         x = (source_B[column] - highest) * inverse_temperature
@@ -82,11 +88,15 @@ def _block_exponentials(
 
 
 @compiled()
-def _row_sums(source_V: np.ndarray, highest: np.float32, inverse_temperature: np.float32) -> tuple[float, float]:
+def _row_sums(
+    source_V: np.ndarray, highest: np.float32, inverse_temperature: np.float32
+) -> tuple[float, float]:
     """Sum of exp(x) and of exp(x) * x, with x = (logit - highest) / temperature."""
     total, weighted = 0.0, 0.0
     for start in range(0, len(source_V), _BLOCK):
-        block_total, block_weighted = _block_sums(source_V[start : start + _BLOCK], highest, inverse_temperature)
+        block_total, block_weighted = _block_sums(
+            source_V[start : start + _BLOCK], highest, inverse_temperature
+        )
         total += float(block_total)
         weighted += float(block_weighted)
     return total, weighted
@@ -147,7 +157,9 @@ def gradient_rows(
         if probability_C[row] == 0.0:
             gradient_CV[row, :] = 0.0
         else:
-            _row_exponentials(logits_CV[row], gradient_CV[row], _F(lse_C[row] * temperature), inverse)
+            _row_exponentials(
+                logits_CV[row], gradient_CV[row], _F(lse_C[row] * temperature), inverse
+            )
             _scale(gradient_CV[row], probability_C[row])
         gradient_CV[row, target_ids_C[row]] += label_C[row]
 
@@ -204,8 +216,8 @@ def _row_terms(
     constants: np.ndarray,
     result_M: np.ndarray,
 ) -> tuple[float, float]:
-    """Loss of one row before scaling and its derivative by the log-prob; adds the row to LOGIT_METRICS (from index 4
-    on).
+    """Loss of one row before scaling and its derivative by the log-prob; adds the row to
+    LOGIT_METRICS (from index 4 on).
     """
     clip_low, clip_high, dual_clip, _, kl_coefficient, has_reference = constants
     difference = log_prob - proximal
@@ -255,8 +267,8 @@ def policy_rows(
     constants: np.ndarray,
     result_M: np.ndarray,
 ) -> None:
-    """The fused row: softmax, log-prob, entropy, ratio, clips, weight, loss, metrics, gradient; loss and metrics in
-    `result_M`.
+    """The fused row: softmax, log-prob, entropy, ratio, clips, weight, loss, metrics, gradient;
+    loss and metrics in `result_M`.
     """
     temperature = constants[3]
     inverse = _F(1.0 / temperature)
@@ -280,7 +292,13 @@ def policy_rows(
         result_M[2] += log_prob
         result_M[3] += log_total - (weighted / total if total > 0.0 else np.nan)
         loss, slope = _row_terms(
-            log_prob, proximal_C[row], reference_C[row], advantages_S[sequence], weights_C[row], constants, result_M
+            log_prob,
+            proximal_C[row],
+            reference_C[row],
+            advantages_S[sequence],
+            weights_C[row],
+            constants,
+            result_M,
         )
         result_M[0] += loss * scales_S[sequence]
         if wants_gradient:
@@ -289,8 +307,8 @@ def policy_rows(
 
 @compiled()
 def _write_gradient(gradient_V: np.ndarray, target: int, total: float, coefficient: float) -> None:
-    """exp(x) -> coefficient * (onehot - softmax); the label's entry is formed in float64, where 1 - p does not
-    cancel.
+    """exp(x) -> coefficient * (onehot - softmax); the label's entry is formed in float64, where 1 -
+    p does not cancel.
     """
     if coefficient == 0.0:
         gradient_V[:] = 0.0

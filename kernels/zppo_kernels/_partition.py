@@ -19,7 +19,9 @@ def partition_labels(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 
 @compiled()
-def _longest_first(lengths: np.ndarray, order: np.ndarray, labels: np.ndarray, loads: np.ndarray) -> None:
+def _longest_first(
+    lengths: np.ndarray, order: np.ndarray, labels: np.ndarray, loads: np.ndarray
+) -> None:
     for index in order:
         lightest = np.argmin(loads)
         labels[index] = lightest
@@ -28,7 +30,8 @@ def _longest_first(lengths: np.ndarray, order: np.ndarray, labels: np.ndarray, l
 
 @compiled()
 def _improve(lengths: np.ndarray, labels: np.ndarray, loads: np.ndarray) -> bool:
-    """One move or swap between heaviest and lightest part that brings them nearer; False when there is none."""
+    """One move or swap between heaviest and lightest part that brings them nearer; False when there
+    is none."""
     heavy, light = np.argmax(loads), np.argmin(loads)
     gap = loads[heavy] - loads[light]
     best_shift, best_give, best_take = 0, -1, -1

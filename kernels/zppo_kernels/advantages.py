@@ -1,7 +1,7 @@
 """Group advantages: rewards and a group index in, one advantage per rollout out (ZPPO Eqs. 1-6).
 
-Invariant: a group whose rewards are all equal (max == min, never a test of the standard deviation, which is 8e-9 and
-not 0 for a constant 0.1) gets exactly 0 in every mode.
+Invariant: a group whose rewards are all equal (max == min, never a test of the standard deviation,
+which is 8e-9 and not 0 for a constant 0.1) gets exactly 0 in every mode.
 
 Shapes: R rollouts; groups are named by any integers in [0, R), in any order and of any size.
 """
@@ -23,7 +23,8 @@ AdvantageMode = Literal["norm_without_zero", "norm_with_zero", "center_only", "g
 
 @dataclass(frozen=True)
 class AdvantageStatistics:
-    """Count, mean and M2 (sum of squared deviations) of centred rewards; merging is exact and order does not matter."""
+    """Count, mean and M2 (sum of squared deviations) of centred rewards; merging is exact and order
+    does not matter."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -48,9 +49,11 @@ class AdvantageStatistics:
 def advantage_statistics(
     rewards_R: Tensor, group_ids_R: Tensor, *, mode: AdvantageMode = "norm_without_zero"
 ) -> AdvantageStatistics:
-    """Statistics of A' = r - group mean over the rollouts that `mode` normalises by (non-trivial groups, or all).
+    """Statistics of A' = r - group mean over the rollouts that `mode` normalises by (non-trivial
+    groups, or all).
 
-    Merge the results of several mini-batches or ranks and hand them to `group_advantages(..., statistics=...)`.
+    Merge the results of several mini-batches or ranks and hand them to `group_advantages(...,
+    statistics=...)`.
     """
     check_rewards(rewards_R, group_ids_R, mode)
     check_values(rewards_R, group_ids_R)
@@ -59,7 +62,9 @@ def advantage_statistics(
     if not kept.numel():
         return AdvantageStatistics()
     mean = kept.mean()
-    return AdvantageStatistics(float(kept.numel()), float(mean), float((kept - mean).square().sum()))
+    return AdvantageStatistics(
+        float(kept.numel()), float(mean), float((kept - mean).square().sum())
+    )
 
 
 def group_advantages(
@@ -72,33 +77,52 @@ def group_advantages(
 ) -> Tensor:
     """Rewards [R] and group index int [R], in [0, R), -> advantages float32 [R] (Eqs. 1-3).
 
-    mode: `norm_without_zero` (A' over the std of non-trivial groups), `norm_with_zero` (over the std of all),
+    mode: `norm_without_zero` (A' over the std of non-trivial groups), `norm_with_zero` (over the
+    std of all),
         `center_only` (A' itself), `grpo` (A' over the group's own std, Eq. 1).
-    statistics: mean and std of a wider scope (a whole step, all ranks) instead of those of these rollouts.
+    statistics: mean and std of a wider scope (a whole step, all ranks) instead of those of these
+    rollouts.
 
-    A group of one rollout is trivial; no rollouts give no advantages. Raises ValueError for bad shapes, dtypes, modes
-    and, on a CPU, for group ids out of range and rewards that are not finite, naming the group; on a GPU, which is not
-    waited for, those give NaN. One launch on a GPU.
+    A group of one rollout is trivial; no rollouts give no advantages. Raises ValueError for bad
+    shapes, dtypes, modes and, on a CPU, for group ids out of range and rewards that are not finite,
+    naming the group; on a GPU, which is not waited for, those give NaN. One launch on a GPU.
     """
     check_rewards(rewards_R, group_ids_R, mode)
     return _group_advantages(
-        rewards_R.detach(), group_ids_R, mode, eps, None if statistics is None else [statistics.mean, statistics.std]
+        rewards_R.detach(),
+        group_ids_R,
+        mode,
+        eps,
+        None if statistics is None else [statistics.mean, statistics.std],
     )
 
 
 @torch.library.custom_op("zppo_kernels::group_advantages", mutates_args=())
-def _group_advantages(rewards: Tensor, group_ids: Tensor, mode: str, eps: float, given: list[float] | None) -> Tensor:
+def _group_advantages(
+    rewards: Tensor, group_ids: Tensor, mode: str, eps: float, given: list[float] | None
+) -> Tensor:
     check_values(rewards, group_ids)
     backend = backend_for(rewards).name
     if backend == "triton":
         from .launch_advantages import launch_advantages
 
-        return launch_advantages(rewards.float().contiguous(), group_ids.contiguous(), mode, eps, given)
+        return launch_advantages(
+            rewards.float().contiguous(), group_ids.contiguous(), mode, eps, given
+        )
     if backend == "numba":
         mean, std = given or (0.0, 0.0)
         advantages = np.empty(len(rewards), np.float32)
         code = get_args(AdvantageMode).index(mode)
-        advantages_rows(rewards.float().numpy(), group_ids.numpy(), code, eps, given is not None, mean, std, advantages)
+        advantages_rows(
+            rewards.float().numpy(),
+            group_ids.numpy(),
+            code,
+            eps,
+            given is not None,
+            mean,
+            std,
+            advantages,
+        )
         return torch.from_numpy(advantages)
     statistics = None if given is None else AdvantageStatistics(1.0, given[0], given[1] ** 2)
     scope = {"mode": cast("AdvantageMode", mode), "eps": eps, "statistics": statistics}
@@ -106,7 +130,9 @@ def _group_advantages(rewards: Tensor, group_ids: Tensor, mode: str, eps: float,
 
 
 @_group_advantages.register_fake
-def _(rewards: Tensor, group_ids: Tensor, mode: str, eps: float, given: list[float] | None) -> Tensor:
+def _(
+    rewards: Tensor, group_ids: Tensor, mode: str, eps: float, given: list[float] | None
+) -> Tensor:
     return torch.empty_like(rewards, dtype=torch.float32)
 
 
@@ -131,13 +157,18 @@ def group_advantages_reference(
 
 
 def _centred(rewards_R: Tensor, group_ids_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A' = r - group mean (Eq. 2), whether the group is trivial, and the group's population std, all per rollout."""
+    """A' = r - group mean (Eq. 2), whether the group is trivial, and the group's population std,
+    all per rollout."""
     group_ids_R = group_ids_R.long()
     zeros_G = rewards_R.new_zeros(len(rewards_R))
     count_G = zeros_G.index_add(0, group_ids_R, torch.ones_like(rewards_R)).clamp(min=1)
     mean_R = (zeros_G.index_add(0, group_ids_R, rewards_R) / count_G)[group_ids_R]
-    highest_R = zeros_G.scatter_reduce(0, group_ids_R, rewards_R, "amax", include_self=False)[group_ids_R]
-    lowest_R = zeros_G.scatter_reduce(0, group_ids_R, rewards_R, "amin", include_self=False)[group_ids_R]
+    highest_R = zeros_G.scatter_reduce(0, group_ids_R, rewards_R, "amax", include_self=False)[
+        group_ids_R
+    ]
+    lowest_R = zeros_G.scatter_reduce(0, group_ids_R, rewards_R, "amin", include_self=False)[
+        group_ids_R
+    ]
     trivial_R = highest_R == lowest_R
     centred_R = torch.where(trivial_R, 0.0, rewards_R - mean_R)
     variance_G = zeros_G.index_add(0, group_ids_R, centred_R.square()) / count_G
@@ -150,10 +181,14 @@ def check_rewards(rewards_R: Tensor, group_ids_R: Tensor, mode: str) -> None:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(get_args(AdvantageMode))}")
     if rewards_R.dim() != 1 or rewards_R.shape != group_ids_R.shape:
         raise ValueError(
-            f"rewards have shape {tuple(rewards_R.shape)} and group ids {tuple(group_ids_R.shape)}; expected [R] both"
+            f"rewards have shape {tuple(rewards_R.shape)} and group ids "
+            f"{tuple(group_ids_R.shape)}; expected [R] both"
         )
     if not rewards_R.is_floating_point() or group_ids_R.is_floating_point():
-        raise ValueError(f"rewards are {rewards_R.dtype} and group ids {group_ids_R.dtype}; expected float and integer")
+        raise ValueError(
+            f"rewards are {rewards_R.dtype} and group ids {group_ids_R.dtype}; expected float and "
+            "integer"
+        )
     if rewards_R.device != group_ids_R.device:
         raise ValueError(f"rewards are on {rewards_R.device} but group ids on {group_ids_R.device}")
 
@@ -165,11 +200,13 @@ def check_values(rewards_R: Tensor, group_ids_R: Tensor) -> None:
     low, high = int(group_ids_R.min()), int(group_ids_R.max())
     if low < 0 or high >= len(rewards_R):
         raise ValueError(
-            f"group ids run from {low} to {high}; expected 0 to {len(rewards_R) - 1}, below the number of rollouts"
+            f"group ids run from {low} to {high}; expected 0 to {len(rewards_R) - 1}, below the "
+            "number of rollouts"
         )
     finite_R = torch.isfinite(rewards_R)
     if not bool(finite_R.all()):
         row = int((~finite_R).nonzero()[0])
         raise ValueError(
-            f"reward {row} of group {int(group_ids_R[row])} is {float(rewards_R[row])}; expected a finite number"
+            f"reward {row} of group {int(group_ids_R[row])} is {float(rewards_R[row])}; expected a "
+            "finite number"
         )

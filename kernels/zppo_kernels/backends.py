@@ -1,7 +1,8 @@
-"""Which code runs the row operations: Triton on a GPU, numba on a CPU, plain torch for what neither takes.
+"""Which code runs the row operations: Triton on a GPU, numba on a CPU, plain torch for what neither
+takes.
 
-`using_backend` overrides the choice; the tests run the Triton kernels on CPU tensors with it, under Triton's
-interpreter.
+`using_backend` overrides the choice; the tests run the Triton kernels on CPU tensors with it, under
+Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Autograd of losses whose gradients are complete when the forward pass ends: backward only scales them.
+"""Autograd of losses whose gradients are complete when the forward pass ends: backward only scales
+them.
 
-Invariant: the kept gradients are never changed, so a second backward pass over a retained graph is right as well; a
-second *derivative* would silently be 0 and is refused.
+Invariant: the kept gradients are never changed, so a second backward pass over a retained graph is
+right as well; a second *derivative* would silently be 0 and is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def linear_backward(name: str, constants: int) -> Callable[..., tuple[Tensor | N
         refuse_double_backward(name)
         results: list[Tensor | None] = []
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True):
-            results.append((gradient * outer[0]).to(dtype) if needed and outer[0] is not None else None)
+            results.append(
+                (gradient * outer[0]).to(dtype) if needed and outer[0] is not None else None
+            )
         return (*results, *([None] * constants))
 
     return backward
@@ -62,4 +65,6 @@ def logits_backward(name: str, constants: int) -> Callable[..., tuple[Tensor | N
 def refuse_double_backward(name: str) -> None:
     """Raise where autograd was asked to build a graph of the backward pass."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True")
+        raise RuntimeError(
+            f"{name} has no second derivative: call backward without create_graph=True"
+        )

@@ -1,9 +1,11 @@
-"""Distillation losses from hidden states: student logits and teacher logits exist one chunk at a time, and never [T,
-V].
+"""Distillation losses from hidden states: student logits and teacher logits exist one chunk at a
+time, and never [T, V].
 
-Gradients to the student are complete when the forward pass ends; masked rows are left out before both LM heads.
+Gradients to the student are complete when the forward pass ends; masked rows are left out before
+both LM heads.
 
-Shapes: T rows, L unmasked rows, H student and G teacher hidden, V student and W teacher vocabulary, K teacher support.
+Shapes: T rows, L unmasked rows, H student and G teacher hidden, V student and W teacher vocabulary,
+K teacher support.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ def jsd_loss_from_hidden(
     student_bias_V: Tensor | None = None,
     teacher_bias_W: Tensor | None = None,
 ) -> JsdLossOutput:
-    """Sum over unmasked rows of the generalised Jensen-Shannon divergence, over the global `token_count`.
+    """Sum over unmasked rows of the generalised Jensen-Shannon divergence, over the global
+    `token_count`.
 
-    beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher), as in Liger and TRL.
-    Vocabularies may differ in size: see `jsd_reference.teacher_over`. Only the student gets gradients.
-    Raises ValueError for shapes, dtypes, devices, beta outside [0, 1] and temperatures that are not positive.
+    beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher), as in Liger
+    and TRL. Vocabularies may differ in size: see `jsd_reference.teacher_over`. Only the student
+    gets gradients. Raises ValueError for shapes, dtypes, devices, beta outside [0, 1] and
+    temperatures that are not positive.
     """
     mask = row_mask(mask_T, student_hidden_TH)
     check_projection(student_hidden_TH, student_weight_VH, student_bias_V, mask)
@@ -48,10 +52,13 @@ def jsd_loss_from_hidden(
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_weight_VH)
     teacher = [
-        None if tensor is None else tensor.detach() for tensor in (teacher_hidden_TG, teacher_weight_WG, teacher_bias_W)
+        None if tensor is None else tensor.detach()
+        for tensor in (teacher_hidden_TG, teacher_weight_WG, teacher_bias_W)
     ]
     student = (student_hidden_TH, student_weight_VH, student_bias_V)
-    loss, values_M, *_ = _jsd_hidden(*student, *teacher, mask, scale, beta, temperature, *_needs(*student))
+    loss, values_M, *_ = _jsd_hidden(
+        *student, *teacher, mask, scale, beta, temperature, *_needs(*student)
+    )
     return JsdLossOutput(loss, named(JSD_METRICS, values_M))
 
 
@@ -67,26 +74,34 @@ def jsd_loss_top_k_from_hidden(
     temperature: float = 1.0,
     student_bias_V: Tensor | None = None,
 ) -> JsdLossOutput:
-    """The same from a teacher's top-k tokens alone: the divergence over those K tokens and the tail as one more
-    category.
+    """The same from a teacher's top-k tokens alone: the divergence over those K tokens and the tail
+    as one more category.
 
-    teacher_ids_TK: distinct ids of a row, -1 pads shorter lists; teacher_log_probs_TK: at the same temperature as the
+    teacher_ids_TK: distinct ids of a row, -1 pads shorter lists; teacher_log_probs_TK: at the same
+    temperature as the
         student's.
     """
     mask = row_mask(mask_T, student_hidden_TH)
     check_projection(student_hidden_TH, student_weight_VH, student_bias_V, mask)
-    check_support(teacher_ids_TK, teacher_log_probs_TK, len(student_hidden_TH), student_weight_VH.shape[0])
+    check_support(
+        teacher_ids_TK, teacher_log_probs_TK, len(student_hidden_TH), student_weight_VH.shape[0]
+    )
     check_beta(beta)
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_weight_VH)
     student = (student_hidden_TH, student_weight_VH, student_bias_V)
     support = (teacher_ids_TK.long(), teacher_log_probs_TK.detach())
-    loss, values_M, *_ = _jsd_top_k_hidden(*student, *support, mask, scale, beta, temperature, *_needs(*student))
+    loss, values_M, *_ = _jsd_top_k_hidden(
+        *student, *support, mask, scale, beta, temperature, *_needs(*student)
+    )
     return JsdLossOutput(loss, named(JSD_METRICS, values_M))
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
+    return [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in tensors
+    ]
 
 
 @torch.library.custom_op("zppo_kernels::jsd_loss_from_hidden", mutates_args=())
@@ -116,7 +131,9 @@ def _jsd_hidden(
         if not buffers:
             buffers.append(teacher_head.buffer(len(logits_CV)))
         teacher_CW = teacher_head.logits(teacher_head.operand(teacher_LG[part]), buffers[0])
-        columns = backend.jsd(logits_CV, teacher_CW, ones_L[part], beta, temperature, gradient_CV, scale)
+        columns = backend.jsd(
+            logits_CV, teacher_CW, ones_L[part], beta, temperature, gradient_CV, scale
+        )
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -146,7 +163,9 @@ def _jsd_top_k_hidden(
 
     def row_gradient(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
         support = (ids_LK[part], log_probs_LK[part])
-        columns = jsd_top_k_rows(backend, logits_CV, *support, beta, temperature, gradient_CV, scale)
+        columns = jsd_top_k_rows(
+            backend, logits_CV, *support, beta, temperature, gradient_CV, scale
+        )
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -166,7 +185,10 @@ def _results(
     """Loss, JSD_METRICS and gradients; divergence and entropy sums come in."""
     metrics_M = torch.cat([mask.sum(dtype=torch.float64).unsqueeze(0), sums_2])
     gradient_TH = spread(gradients.hidden_LH, live_L, hidden)
-    gradient_VH, gradient_V = or_empty(gradients.weight_VH, weight), or_empty(gradients.bias_V, weight)
+    gradient_VH, gradient_V = (
+        or_empty(gradients.weight_VH, weight),
+        or_empty(gradients.bias_V, weight),
+    )
     return (sums_2[0] * scale).to(scale.dtype), metrics_M, gradient_TH, gradient_VH, gradient_V
 
 
@@ -220,7 +242,9 @@ def _(
     return _fake(hidden, weight, scale, (needs_hidden, needs_weight, needs_bias))
 
 
-_jsd_hidden.register_autograd(linear_backward("jsd_loss_from_hidden", 10), setup_context=keep_linear_gradients)
+_jsd_hidden.register_autograd(
+    linear_backward("jsd_loss_from_hidden", 10), setup_context=keep_linear_gradients
+)
 _jsd_top_k_hidden.register_autograd(
     linear_backward("jsd_loss_top_k_from_hidden", 9), setup_context=keep_linear_gradients
 )

@@ -32,20 +32,33 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta is {beta!r}; expected a number in [0, 1]")
 
 
-def check_support(teacher_ids_TK: Tensor, teacher_log_probs_TK: Tensor, rows: int, vocabulary: int) -> None:
+def check_support(
+    teacher_ids_TK: Tensor, teacher_log_probs_TK: Tensor, rows: int, vocabulary: int
+) -> None:
     """Ids and log-probs of the teacher's support belong together and to the rows."""
-    if teacher_ids_TK.dim() != 2 or teacher_ids_TK.shape != teacher_log_probs_TK.shape or len(teacher_ids_TK) != rows:
+    if (
+        teacher_ids_TK.dim() != 2
+        or teacher_ids_TK.shape != teacher_log_probs_TK.shape
+        or len(teacher_ids_TK) != rows
+    ):
         raise ValueError(
             f"teacher_ids_TK has shape {tuple(teacher_ids_TK.shape)} and teacher_log_probs_TK "
             f"{tuple(teacher_log_probs_TK.shape)}; expected ({rows}, K) both"
         )
     if teacher_ids_TK.shape[1] == 0 or teacher_ids_TK.is_floating_point():
         raise ValueError(
-            f"teacher_ids_TK has shape {tuple(teacher_ids_TK.shape)} and dtype {teacher_ids_TK.dtype}; "
-            "expected integers, K >= 1"
+            f"teacher_ids_TK has shape {tuple(teacher_ids_TK.shape)} and dtype "
+            f"{teacher_ids_TK.dtype}; expected integers, K >= 1"
         )
     # Where the kernels would read outside the row; a GPU is not waited for.
-    if teacher_ids_TK.device.type == "cpu" and not torch.compiler.is_compiling() and teacher_ids_TK.numel():
+    if (
+        teacher_ids_TK.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and teacher_ids_TK.numel()
+    ):
         highest = int(teacher_ids_TK.max())
         if highest >= vocabulary:
-            raise ValueError(f"teacher_ids_TK holds {highest}; expected ids below {vocabulary}, or -1 for padding")
+            raise ValueError(
+                f"teacher_ids_TK holds {highest}; expected ids below {vocabulary}, or -1 for "
+                "padding"
+            )

@@ -1,4 +1,5 @@
-"""Distillation losses from materialised logits, with the gradient to the student formed in the forward pass.
+"""Distillation losses from materialised logits, with the gradient to the student formed in the
+forward pass.
 
 Shapes: T rows, V student and W teacher vocabulary, K teacher support.
 """
@@ -60,13 +61,21 @@ def jsd_loss_top_k_from_logits(
     scale = jsd_scale(token_count, student_logits_TV)
     wants = torch.is_grad_enabled() and student_logits_TV.requires_grad
     support = (teacher_ids_TK.long(), teacher_log_probs_TK.detach())
-    loss, values_M, _ = _jsd_top_k_logits(student_logits_TV, *support, mask, scale, beta, temperature, wants)
+    loss, values_M, _ = _jsd_top_k_logits(
+        student_logits_TV, *support, mask, scale, beta, temperature, wants
+    )
     return JsdLossOutput(loss, named(JSD_METRICS, values_M))
 
 
 @torch.library.custom_op("zppo_kernels::jsd_loss_from_logits", mutates_args=())
 def _jsd_logits(
-    logits: Tensor, teacher: Tensor, mask: Tensor, scale: Tensor, beta: float, temperature: float, wants_gradient: bool
+    logits: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    beta: float,
+    temperature: float,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient_TV = torch.empty_like(logits) if wants_gradient else None
     sums_2 = torch.zeros(2, dtype=torch.float64, device=logits.device)
@@ -95,11 +104,17 @@ def _jsd_top_k_logits(
     gradient_TV = torch.empty_like(logits) if wants_gradient else None
     sums_2 = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for part in row_chunks(logits):
-        logits_CV = widened(logits[part]).clone()  # the row operation takes the support out of its logits
+        logits_CV = widened(
+            logits[part]
+        ).clone()  # the row operation takes the support out of its logits
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
         support = (teacher_ids[part], teacher_log_probs[part])
-        columns = jsd_top_k_rows(backend_for(logits), logits_CV, *support, beta, temperature, gradient_CV, scale)
-        masked = [torch.where(mask[part], column, 0.0).sum(dtype=torch.float64) for column in columns]
+        columns = jsd_top_k_rows(
+            backend_for(logits), logits_CV, *support, beta, temperature, gradient_CV, scale
+        )
+        masked = [
+            torch.where(mask[part], column, 0.0).sum(dtype=torch.float64) for column in columns
+        ]
         sums_2 += torch.stack(masked)
         if gradient_CV is not None:
             gradient_CV.masked_fill_(~mask[part].unsqueeze(1), 0.0)
@@ -117,12 +132,22 @@ def _results(
 
 def _fake(logits: Tensor, scale: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     metrics = logits.new_empty(len(JSD_METRICS), dtype=torch.float64)
-    return torch.empty_like(scale), metrics, torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
+    return (
+        torch.empty_like(scale),
+        metrics,
+        torch.empty_like(logits) if wants_gradient else logits.new_empty(0),
+    )
 
 
 @_jsd_logits.register_fake
 def _(
-    logits: Tensor, teacher: Tensor, mask: Tensor, scale: Tensor, beta: float, temperature: float, wants_gradient: bool
+    logits: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    beta: float,
+    temperature: float,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake(logits, scale, wants_gradient)
 
@@ -141,7 +166,9 @@ def _(
     return _fake(logits, scale, wants_gradient)
 
 
-_jsd_logits.register_autograd(logits_backward("jsd_loss_from_logits", 6), setup_context=keep_logits_gradient)
+_jsd_logits.register_autograd(
+    logits_backward("jsd_loss_from_logits", 6), setup_context=keep_logits_gradient
+)
 _jsd_top_k_logits.register_autograd(
     logits_backward("jsd_loss_top_k_from_logits", 7), setup_context=keep_logits_gradient
 )

@@ -1,7 +1,9 @@
-"""Generalised Jensen-Shannon divergence between teacher and student in plain torch, gradients by autograd.
+"""Generalised Jensen-Shannon divergence between teacher and student in plain torch, gradients by
+autograd.
 
 Convention of Liger and TRL: beta = 0 is the forward KL(teacher || student), beta = 1 the reverse
-KL(student || teacher), between them beta * KL(T || M) + (1 - beta) * KL(S || M) with M = beta * T + (1 - beta) * S.
+KL(student || teacher), between them beta * KL(T || M) + (1 - beta) * KL(S || M) with M = beta * T +
+(1 - beta) * S.
 
 Shapes: T rows, V student vocabulary, W teacher vocabulary, K teacher support, C categories.
 """
@@ -17,14 +19,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class JsdLossOutput:
-    """loss: 0-dim, with gradient to the student. metrics: JSD_METRICS (sums and counts, float64, without gradient)."""
+    """loss: 0-dim, with gradient to the student. metrics: JSD_METRICS (sums and counts, float64,
+    without gradient)."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
 def jsd_of_log_probs(student_TC: Tensor, teacher_TC: Tensor, beta: float) -> Tensor:
-    """Divergence [T] in nats of two rows of log-probs; categories that both give probability 0 count 0."""
+    """Divergence [T] in nats of two rows of log-probs; categories that both give probability 0
+    count 0."""
     if beta == 0.0:
         return _kl(teacher_TC, student_TC)
     if beta == 1.0:
@@ -34,7 +38,8 @@ def jsd_of_log_probs(student_TC: Tensor, teacher_TC: Tensor, beta: float) -> Ten
 
 
 def _kl(first_TC: Tensor, second_TC: Tensor) -> Tensor:
-    # 0 * log(0 / x) is 0: selected before the subtraction, so that neither value nor gradient meets inf - inf.
+    # 0 * log(0 / x) is 0: selected before the subtraction, so that neither value nor gradient meets
+    # inf - inf.
     present_TC = ~torch.isneginf(first_TC)
     first_TC = torch.where(present_TC, first_TC, 0.0)
     second_TC = torch.where(present_TC, second_TC, 0.0)
@@ -44,8 +49,8 @@ def _kl(first_TC: Tensor, second_TC: Tensor) -> Tensor:
 def teacher_over(vocabulary: int, teacher_logits_TW: Tensor, temperature: float) -> Tensor:
     """Teacher log-probs [T, V] over the student's vocabulary.
 
-    Columns only the teacher has are cut off and the rest renormalised; columns only the student has get probability 0
-    (padding a logit with 0 instead would give mass to tokens that do not exist).
+    Columns only the teacher has are cut off and the rest renormalised; columns only the student has
+    get probability 0 (padding a logit with 0 instead would give mass to tokens that do not exist).
     """
     shared = min(vocabulary, teacher_logits_TW.shape[1])
     log_probs_TV = torch.log_softmax(teacher_logits_TW[:, :shared] / temperature, dim=-1)
@@ -53,42 +58,56 @@ def teacher_over(vocabulary: int, teacher_logits_TW: Tensor, temperature: float)
 
 
 def top_k_log_probs(
-    student_logits_TV: Tensor, teacher_ids_TK: Tensor, teacher_log_probs_TK: Tensor, temperature: float
+    student_logits_TV: Tensor,
+    teacher_ids_TK: Tensor,
+    teacher_log_probs_TK: Tensor,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probs [T, K + 1]: the K tokens of the support, and the tail as one category.
+    """Student and teacher log-probs [T, K + 1]: the K tokens of the support, and the tail as one
+    category.
 
-    The student's tail is summed over the other logits and never formed as 1 - sum, which cancels. Ids below 0 are
-    padding.
+    The student's tail is summed over the other logits and never formed as 1 - sum, which cancels.
+    Ids below 0 are padding.
     """
     scaled_TV = student_logits_TV / temperature
     padding_TK = teacher_ids_TK < 0
     ids_TK = teacher_ids_TK.clamp(min=0)
     total_T1 = torch.logsumexp(scaled_TV, dim=-1, keepdim=True)
     picked_TK = torch.where(padding_TK, -math.inf, scaled_TV.gather(1, ids_TK) - total_T1)
-    support_TV = torch.zeros_like(scaled_TV, dtype=torch.int32).scatter_add(1, ids_TK, (~padding_TK).int()) > 0
+    support_TV = (
+        torch.zeros_like(scaled_TV, dtype=torch.int32).scatter_add(1, ids_TK, (~padding_TK).int())
+        > 0
+    )
     tail_TV = torch.where(support_TV, -math.inf, scaled_TV)
     tail_T1 = torch.logsumexp(tail_TV, dim=-1, keepdim=True) - total_T1
     teacher_TK = torch.where(padding_TK, -math.inf, teacher_log_probs_TK.to(scaled_TV.dtype))
-    return torch.cat([picked_TK, tail_T1], 1), torch.cat([teacher_TK, teacher_tail(teacher_TK, tail_T1.detach())], 1)
+    return torch.cat([picked_TK, tail_T1], 1), torch.cat(
+        [teacher_TK, teacher_tail(teacher_TK, tail_T1.detach())], 1
+    )
 
 
 def teacher_tail(teacher_TK: Tensor, student_tail_T1: Tensor) -> Tensor:
     """log(1 - sum of the support's probabilities) [T, 1], in float64 because it cancels.
 
-    The teacher's log-probs are float32, so a tail below their resolution is not known to be 0 and is set to that
-    resolution; where the student has no tail at all (the support is the vocabulary) the teacher has none either.
+    The teacher's log-probs are float32, so a tail below their resolution is not known to be 0 and
+    is set to that resolution; where the student has no tail at all (the support is the vocabulary)
+    the teacher has none either.
     """
     left_T1 = 1.0 - teacher_TK.double().exp().sum(-1, keepdim=True)
     tail_T1 = left_T1.clamp(min=torch.finfo(torch.float32).eps).log().to(teacher_TK.dtype)
     return torch.where(torch.isneginf(student_tail_T1), -math.inf, tail_T1)
 
 
-def jsd_output(divergence_T: Tensor, entropy_T: Tensor, mask_T: Tensor, scale: Tensor) -> JsdLossOutput:
+def jsd_output(
+    divergence_T: Tensor, entropy_T: Tensor, mask_T: Tensor, scale: Tensor
+) -> JsdLossOutput:
     """Masked sum times scale, with the metrics of the rows."""
     kept_T = torch.where(mask_T, divergence_T, 0.0)
     metrics = {
         "token_count": mask_T.sum(dtype=torch.float64),
         "jsd_sum": kept_T.detach().sum(dtype=torch.float64),
-        "student_entropy_sum": torch.where(mask_T, entropy_T.detach(), 0.0).sum(dtype=torch.float64),
+        "student_entropy_sum": torch.where(mask_T, entropy_T.detach(), 0.0).sum(
+            dtype=torch.float64
+        ),
     }
     return JsdLossOutput(kept_T.sum() * scale.to(kept_T.dtype), metrics)

@@ -1,9 +1,10 @@
-"""Divergence and gradient of one chunk of rows, written out: what the distillation losses compute on every backend.
+"""Divergence and gradient of one chunk of rows, written out: what the distillation losses compute
+on every backend.
 
-With q, t the student's and teacher's probabilities and m = beta * t + (1 - beta) * q, the gradient by the student's
-logits is `q * (h - sum(q * h)) / temperature`, where h is the derivative by q: (1 - beta) * log(q / m) between the
-ends, -t / q for the forward KL and log(q / t) for the reverse KL (constants cancel). Products q * h are formed without
-dividing by q.
+With q, t the student's and teacher's probabilities and m = beta * t + (1 - beta) * q, the gradient
+by the student's logits is `q * (h - sum(q * h)) / temperature`, where h is the derivative by q: (1
+- beta) * log(q / m) between the ends, -t / q for the forward KL and log(q / t) for the reverse KL
+(constants cancel). Products q * h are formed without dividing by q.
 
 Shapes: C rows, V student vocabulary, W teacher vocabulary.
 """
@@ -32,9 +33,15 @@ def weighted_slopes(student_TC: Tensor, teacher_TC: Tensor, beta: float) -> Tens
 
 
 def jsd_rows(
-    student_CV: Tensor, teacher_CW: Tensor, beta: float, temperature: float, gradient_CV: Tensor | None, scale: Tensor
+    student_CV: Tensor,
+    teacher_CW: Tensor,
+    beta: float,
+    temperature: float,
+    gradient_CV: Tensor | None,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Logits in; divergence [C] and student entropy [C] out; scale * gradient, if wanted, to `gradient_CV`."""
+    """Logits in; divergence [C] and student entropy [C] out; scale * gradient, if wanted, to
+    `gradient_CV`."""
     log_q_CV = torch.log_softmax(student_CV / temperature, dim=-1)
     log_t_CV = teacher_over(student_CV.shape[1], teacher_CW.to(student_CV.dtype), temperature)
     divergence_C = jsd_of_log_probs(log_q_CV, log_t_CV, beta)
@@ -42,5 +49,7 @@ def jsd_rows(
     entropy_C = -torch.where(q_CV == 0, 0.0, q_CV * log_q_CV).sum(-1)
     if gradient_CV is not None:
         slopes_CV = weighted_slopes(log_q_CV, log_t_CV, beta)
-        gradient_CV.copy_((slopes_CV - q_CV * slopes_CV.sum(-1, keepdim=True)) * (scale / temperature))
+        gradient_CV.copy_(
+            (slopes_CV - q_CV * slopes_CV.sum(-1, keepdim=True)) * (scale / temperature)
+        )
     return divergence_C, entropy_C

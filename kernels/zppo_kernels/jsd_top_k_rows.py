@@ -1,6 +1,8 @@
-"""The same divergence where only a teacher's top-k tokens are known, as from a remote teacher: K tokens and a tail.
+"""The same divergence where only a teacher's top-k tokens are known, as from a remote teacher: K
+tokens and a tail.
 
-Invariant: the student's tail is summed over the logits outside the support, never formed as 1 - sum, which cancels.
+Invariant: the student's tail is summed over the logits outside the support, never formed as 1 -
+sum, which cancels.
 
 Shapes: C rows, V student vocabulary, K teacher support; the last of K + 1 categories is the tail.
 """
@@ -27,17 +29,22 @@ def jsd_top_k_rows(
     gradient_CV: Tensor | None,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `jsd_rows` with the teacher's K tokens (ids below 0 are padding) and its tail as one category. Overwrites the
-    logits.
+    """As `jsd_rows` with the teacher's K tokens (ids below 0 are padding) and its tail as one
+    category. Overwrites the logits.
 
-    The support is taken out of the logits (set to -inf), so that one pass over the row gives the student's tail
-    exactly, and the gradient of the tail is one softmax row with a single coefficient.
+    The support is taken out of the logits (set to -inf), so that one pass over the row gives the
+    student's tail exactly, and the gradient of the tail is one softmax row with a single
+    coefficient.
     """
     padding_CK = teacher_ids_CK < 0
     ids_CK = teacher_ids_CK.clamp(min=0)
-    picked_CK = torch.where(padding_CK, -math.inf, student_CV.gather(1, ids_CK).float() / temperature)
+    picked_CK = torch.where(
+        padding_CK, -math.inf, student_CV.gather(1, ids_CK).float() / temperature
+    )
     student_CV.scatter_add_(1, ids_CK, torch.where(padding_CK, 0.0, -math.inf).to(student_CV.dtype))
-    _, tail_entropy_C, tail_lse_C = backend.statistics(student_CV, ids_CK[:, 0].contiguous(), temperature)
+    _, tail_entropy_C, tail_lse_C = backend.statistics(
+        student_CV, ids_CK[:, 0].contiguous(), temperature
+    )
     lse_C = torch.logaddexp(torch.logsumexp(picked_CK, -1), tail_lse_C)
     student_CC = torch.cat([picked_CK - lse_C.unsqueeze(1), (tail_lse_C - lse_C).unsqueeze(1)], 1)
     teacher_CK = torch.where(padding_CK, -math.inf, teacher_log_probs_CK.to(student_CC.dtype))
@@ -52,7 +59,9 @@ def jsd_top_k_rows(
         # Every token of the tail shares the tail's gradient in proportion to its probability.
         tail_C = torch.where(q_CC[:, -1] == 0, 0.0, result_CC[:, -1] / q_CC[:, -1])
         zeros_C = torch.zeros_like(tail_C)
-        backend.gradient(student_CV, lse_C, tail_C, ids_CK[:, 0].contiguous(), zeros_C, temperature, gradient_CV)
+        backend.gradient(
+            student_CV, lse_C, tail_C, ids_CK[:, 0].contiguous(), zeros_C, temperature, gradient_CV
+        )
         support_CK = torch.where(padding_CK, 0.0, result_CC[:, :-1])
         gradient_CV.scatter_add_(1, ids_CK, support_CK.to(gradient_CV.dtype))
     return divergence_C, entropy_C

@@ -18,7 +18,11 @@ def launch_advantages(
     rows = len(rewards_R)
     advantages_R = torch.empty_like(rewards_R)
     scratch = torch.empty(SCRATCH_LINES * rows, dtype=torch.float32, device=rewards_R.device)
-    scope = advantages_R if given is None else torch.tensor(given, dtype=torch.float32, device=rewards_R.device)
+    scope = (
+        advantages_R
+        if given is None
+        else torch.tensor(given, dtype=torch.float32, device=rewards_R.device)
+    )
     if rows:
         with on_device(rewards_R):
             advantages_kernel[(1,)](

@@ -1,6 +1,8 @@
-"""The chunk loop of every loss from hidden states: logits, row gradient, and at once its two products.
+"""The chunk loop of every loss from hidden states: logits, row gradient, and at once its two
+products.
 
-Invariant: no more than one chunk of logits exists at any time, and gradient buffers exist only for what needs a
+Invariant: no more than one chunk of logits exists at any time, and gradient buffers exist only for
+what needs a
     gradient.
 
 Shapes: L rows, C rows of a chunk, H hidden, V vocabulary.
@@ -33,7 +35,8 @@ class Needs:
 
 @dataclass
 class LinearGradients:
-    """Gradients in the accumulator's dtype (hidden: in the products' dtype); None where not needed."""
+    """Gradients in the accumulator's dtype (hidden: in the products' dtype); None where not
+    needed."""
 
     hidden_LH: Tensor | None
     weight_VH: Tensor | None
@@ -47,7 +50,9 @@ class LinearGradients:
         new = torch.empty if rows else torch.zeros
         device, dtype = head.weight_VH.device, head.accumulator
         return LinearGradients(
-            hidden_LH=new(rows, width, dtype=head.weight_VH.dtype, device=device) if needs.hidden else None,
+            hidden_LH=new(rows, width, dtype=head.weight_VH.dtype, device=device)
+            if needs.hidden
+            else None,
             weight_VH=new(vocabulary, width, dtype=dtype, device=device) if needs.weight else None,
             bias_V=torch.zeros(vocabulary, dtype=dtype, device=device) if needs.bias else None,
         )
@@ -66,7 +71,8 @@ class LinearGradients:
 def logit_chunks(
     head: Projection, hidden_LH: Tensor, rows_per_chunk: int | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk: its slice of the rows, its hidden states, its logits (in one buffer, used again by the next)."""
+    """For each chunk: its slice of the rows, its hidden states, its logits (in one buffer, used
+    again by the next)."""
     rows = len(hidden_LH)
     if rows == 0:
         return
@@ -84,7 +90,8 @@ def linear_gradients(
     needs: Needs,
     row_gradient: Callable[[slice, Tensor, Tensor | None], None],
 ) -> LinearGradients:
-    """Run `row_gradient(rows, logits, where the gradient goes or None)` over all chunks and collect the products."""
+    """Run `row_gradient(rows, logits, where the gradient goes or None)` over all chunks and collect
+    the products."""
     gradients = LinearGradients.empty(head, len(hidden_LH), needs)
     for part, hidden_CH, logits_CV in logit_chunks(head, hidden_LH):
         gradient_CV = head.gradient_view(logits_CV) if needs.any else None

@@ -1,7 +1,7 @@
 """Log-prob of the target and entropy of each row, without gradient: the proximal pass.
 
-Invariant: allocates two vectors and one chunk of logits, never a gradient buffer; usable under torch.compile and inside
-FSDP (custom operators with fake implementations).
+Invariant: allocates two vectors and one chunk of logits, never a gradient buffer; usable under
+torch.compile and inside FSDP (custom operators with fake implementations).
 
 Shapes: T rows, H hidden, V vocabulary.
 """
@@ -33,21 +33,26 @@ def token_log_probs(
     temperature: float = 1.0,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), float32 [T] each, no gradient.
+    """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), float32 [T]
+    each, no gradient.
 
-    Rows of id -100 give 0 and their logits are not computed. Raises ValueError as `policy_loss_from_hidden` does.
+    Rows of id -100 give 0 and their logits are not computed. Raises ValueError as
+    `policy_loss_from_hidden` does.
     """
     check_integer("target_ids_T", target_ids_T)
     check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
     check_temperature(temperature)
     bias_V = None if bias_V is None else bias_V.detach()
-    return _log_probs_from_hidden(hidden_TH.detach(), weight_VH.detach(), bias_V, target_ids_T.long(), temperature)
+    return _log_probs_from_hidden(
+        hidden_TH.detach(), weight_VH.detach(), bias_V, target_ids_T.long(), temperature
+    )
 
 
 def token_log_probs_from_logits(
     logits_TV: Tensor, target_ids_T: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Logits [T, V], ids [T] -> (log-probs, entropy in nats), float32 [T] each, no gradient; rows of id -100 give 0."""
+    """Logits [T, V], ids [T] -> (log-probs, entropy in nats), float32 [T] each, no gradient; rows
+    of id -100 give 0."""
     check_integer("target_ids_T", target_ids_T)
     check_logits(logits_TV, target_ids_T)
     check_temperature(temperature)
@@ -64,12 +69,18 @@ def _log_probs_from_hidden(
     results = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
     # On a GPU leaving rows out costs a synchronisation, and a proximal pass has few such rows.
     wanted = (target_ids != IGNORED_TARGET).nonzero().squeeze(1) if not hidden.is_cuda else None
-    picked, targets = (hidden, target_ids) if wanted is None else (hidden[wanted], target_ids[wanted])
+    picked, targets = (
+        (hidden, target_ids) if wanted is None else (hidden[wanted], target_ids[wanted])
+    )
     found = results if wanted is None else results.new_empty(2, len(wanted))
     for part, _, logits_CV in logit_chunks(head, picked):
         targets_C = targets[part]
-        log_probs_C, entropy_C, _ = backend.statistics(logits_CV, targets_C.clamp(min=0), temperature)
-        found[:, part] = torch.where(targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0)
+        log_probs_C, entropy_C, _ = backend.statistics(
+            logits_CV, targets_C.clamp(min=0), temperature
+        )
+        found[:, part] = torch.where(
+            targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0
+        )
     if wanted is not None:
         results[:, wanted] = found
     return results[0].clone(), results[1].clone()
@@ -83,14 +94,20 @@ def _(
 
 
 @torch.library.custom_op("zppo_kernels::token_log_probs_from_logits", mutates_args=())
-def _log_probs_from_logits(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probs_from_logits(
+    logits: Tensor, target_ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     check_targets(target_ids, target_ids != IGNORED_TARGET, logits.shape[1])
     backend = backend_for(logits)
     results = _fake_result(logits, target_ids).repeat(2, 1)
     for part in row_chunks(logits):
         targets_C = target_ids[part]
-        log_probs_C, entropy_C, _ = backend.statistics(widened(logits[part]), targets_C.clamp(min=0), temperature)
-        results[:, part] = torch.where(targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0)
+        log_probs_C, entropy_C, _ = backend.statistics(
+            widened(logits[part]), targets_C.clamp(min=0), temperature
+        )
+        results[:, part] = torch.where(
+            targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0
+        )
     return results[0].clone(), results[1].clone()
 
 

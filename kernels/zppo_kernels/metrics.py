@@ -1,7 +1,7 @@
 """Loss metrics as sums, counts and maxima, so that they add over chunks, micro-batches and ranks.
 
-Invariant: a metric whose name ends in `_max` combines by maximum, every other one by addition. The two tuples below
-are the order in which the kernels write their partial results.
+Invariant: a metric whose name ends in `_max` combines by maximum, every other one by addition. The
+two tuples below are the order in which the kernels write their partial results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SAMPLE_METRICS: tuple[str, ...] = (
     "mismatch_kl_sum",  # w - 1 - log w of the raw weight, an estimate of KL(behaviour || proximal)
     "importance_weight_max",
 )
-# Known only from the logits: taken over the rows whose logits were computed (`evaluated_count` of them).
+# Known only from the logits: taken over the rows whose logits were computed (`evaluated_count` of
+# them).
 LOGIT_METRICS: tuple[str, ...] = (
     "evaluated_count",
     "log_prob_sum",
@@ -56,7 +57,8 @@ def reduce_partials(names: tuple[str, ...], partials_PM: Tensor) -> Tensor:
 
 
 def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Metrics of several chunks, micro-batches or ranks -> metrics of all of them; an empty iterable gives {}."""
+    """Metrics of several chunks, micro-batches or ranks -> metrics of all of them; an empty
+    iterable gives {}."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
@@ -89,8 +91,8 @@ _MEANS: dict[str, tuple[str, str]] = {
 
 
 def summarise_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Means, shares and maxima for people. Reads the device (a synchronisation): call it once per step, not per
-    chunk.
+    """Means, shares and maxima for people. Reads the device (a synchronisation): call it once per
+    step, not per chunk.
     """
     values = {name: float(value) for name, value in metrics.items()}
     summary = {name: value for name, value in values.items() if name.endswith("_max")}

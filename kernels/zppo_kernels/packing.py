@@ -1,6 +1,8 @@
-"""Packed sequences: a flat [T] axis with int32 `cu_seqlens` of length B + 1, and splits that balance tokens.
+"""Packed sequences: a flat [T] axis with int32 `cu_seqlens` of length B + 1, and splits that
+balance tokens.
 
-Invariant: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]; every split below is a partition of the sequences.
+Invariant: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]; every split below is a partition
+of the sequences.
 
 Shapes: B sequences, L padded length, T packed tokens.
 """
@@ -24,8 +26,8 @@ def cu_seqlens_of(lengths: Sequence[int] | Tensor) -> Tensor:
 
 
 def sequence_ids_of(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Cumulative lengths [B + 1] -> for each of `total` packed rows the sequence that owns it, int64 [T]; no host
-    sync.
+    """Cumulative lengths [B + 1] -> for each of `total` packed rows the sequence that owns it,
+    int64 [T]; no host sync.
     """
     lengths_B = cu_seqlens.long().diff()
     ids_B = torch.arange(len(lengths_B), device=cu_seqlens.device)
@@ -33,13 +35,15 @@ def sequence_ids_of(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def pack(padded_BL: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Padded [B, L, ...] -> packed [T, ...]; padding is on the right; differentiable; no host sync."""
+    """Padded [B, L, ...] -> packed [T, ...]; padding is on the right; differentiable; no host
+    sync."""
     rows_T, columns_T = _coordinates(cu_seqlens, total)
     return padded_BL[rows_T, columns_T]
 
 
 def unpack(packed_T: Tensor, cu_seqlens: Tensor, length: int, fill: float = 0) -> Tensor:
-    """Packed [T, ...] -> padded [B, length, ...] with `fill` on the right; differentiable; no host sync."""
+    """Packed [T, ...] -> padded [B, length, ...] with `fill` on the right; differentiable; no host
+    sync."""
     rows_T, columns_T = _coordinates(cu_seqlens, len(packed_T))
     padded_BL = packed_T.new_full((len(cu_seqlens) - 1, length, *packed_T.shape[1:]), fill)
     return padded_BL.index_put((rows_T, columns_T), packed_T)
@@ -51,9 +55,11 @@ def _coordinates(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 def balanced_partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of the sequences split into `parts` lists of nearly equal token sums, heaviest list first.
+    """Indices of the sequences split into `parts` lists of nearly equal token sums, heaviest list
+    first.
 
-    Longest first into the lightest list, then swaps while they lower the heaviest: never more than 4/3 of the optimum.
+    Longest first into the lightest list, then swaps while they lower the heaviest: never more than
+    4/3 of the optimum.
     """
     if parts < 1:
         raise ValueError(f"parts is {parts}; expected at least 1")
@@ -64,16 +70,21 @@ def balanced_partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [np.flatnonzero(labels == part).tolist() for part in order]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, *, count_multiple: int = 1) -> list[list[int]]:
-    """Indices of the sequences in micro-batches of at most `max_tokens` tokens, as few and as equal as can be found.
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, *, count_multiple: int = 1
+) -> list[list[int]]:
+    """Indices of the sequences in micro-batches of at most `max_tokens` tokens, as few and as equal
+    as can be found.
 
-    `count_multiple` (the number of ranks, say) makes the number of micro-batches a multiple of it, some perhaps empty.
+    `count_multiple` (the number of ranks, say) makes the number of micro-batches a multiple of it,
+    some perhaps empty.
     """
     values = _lengths(lengths)
     if len(values) and values.max() > max_tokens:
         longest = int(values.argmax())
         raise ValueError(
-            f"sequence {longest} has {int(values[longest])} tokens; expected at most max_tokens = {max_tokens}"
+            f"sequence {longest} has {int(values[longest])} tokens; expected at most max_tokens = "
+            f"{max_tokens}"
         )
     if not len(values):
         return []
@@ -89,5 +100,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, count_multiple: in
 def _lengths(lengths: Sequence[int]) -> np.ndarray:
     values = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if len(values) and values.min() < 0:
-        raise ValueError(f"sequence {int(values.argmin())} has length {int(values.min())}; expected 0 or more")
+        raise ValueError(
+            f"sequence {int(values.argmin())} has length {int(values.min())}; expected 0 or more"
+        )
     return values

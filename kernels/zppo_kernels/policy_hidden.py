@@ -1,12 +1,12 @@
 """The clipped policy loss from hidden states and LM head: three matrix products, no [T, V] tensor.
 
-Each chunk of logits is turned into its gradient in place by one row operation, and the gradients to hidden states,
-weight and bias are complete when the forward pass ends. Rows whose mask or advantage is zero have exactly zero
-gradient, known before any logit is computed: they are left out before the LM head, while the denominator
-(`token_count`) still counts them.
+Each chunk of logits is turned into its gradient in place by one row operation, and the gradients to
+hidden states, weight and bias are complete when the forward pass ends. Rows whose mask or advantage
+is zero have exactly zero gradient, known before any logit is computed: they are left out before the
+LM head, while the denominator (`token_count`) still counts them.
 
-The sequence-level ratio needs every log-prob of a sequence before its first gradient, so it takes a second pass over
-the logits.
+The sequence-level ratio needs every log-prob of a sequence before its first gradient, so it takes a
+second pass over the logits.
 
 Shapes: T rows, L live rows, H hidden, V vocabulary, S sequences, M metrics.
 """
@@ -50,16 +50,18 @@ def policy_loss_from_hidden(
     """Clipped surrogate (ZPPO Table 8; PPO with asymmetric and dual clip) over packed rows.
 
     hidden_TH, weight_VH, bias_V: one dtype; gradients flow to those that require them.
-    target_ids_T: row t of the hidden states predicts this id; rows with id -100 or mask 0 take no part.
-    sequence_ids_T, advantages_S: the advantage is looked up by sequence.
-    proximal_log_probs_T: the ratio is exp(policy - proximal).
-    behaviour_log_probs_T: the importance weight is exp(proximal - behaviour).
-    token_count, sequence_count: global counts of the mini-batch (int or 0-dim tensor), the denominators; micro-batches
+    target_ids_T: row t of the hidden states predicts this id; rows with id -100 or mask 0 take no
+    part. sequence_ids_T, advantages_S: the advantage is looked up by sequence.
+    proximal_log_probs_T: the ratio is exp(policy - proximal). behaviour_log_probs_T: the importance
+    weight is exp(proximal - behaviour). token_count, sequence_count: global counts of the
+    mini-batch (int or 0-dim tensor), the denominators; micro-batches
         and ranks pass the same count and their losses add.
-    full_metrics: compute logits of zero-advantage rows too, for entropy and the like.
-    live_rows_L: the rows with a gradient, where the caller knows them; on a GPU this saves the one synchronisation.
+    full_metrics: compute logits of zero-advantage rows too, for entropy and the like. live_rows_L:
+    the rows with a gradient, where the caller knows them; on a GPU this saves the one
+    synchronisation.
 
-    Raises ValueError for shapes, dtypes, devices and, on a CPU, ids out of range (on a GPU such a row's loss is NaN).
+    Raises ValueError for shapes, dtypes, devices and, on a CPU, ids out of range (on a GPU such a
+    row's loss is NaN).
     """
     check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
     rows = prepare_rows(
@@ -79,7 +81,14 @@ def policy_loss_from_hidden(
         for tensor in (hidden_TH, weight_VH, bias_V)
     ]
     loss, values_M, *_ = _policy_hidden(
-        hidden_TH, weight_VH, bias_V, *rows.tensors(), live_rows_L, *settings_values(settings), full_metrics, *needs
+        hidden_TH,
+        weight_VH,
+        bias_V,
+        *rows.tensors(),
+        live_rows_L,
+        *settings_values(settings),
+        full_metrics,
+        *needs,
     )
     return PolicyLossOutput(loss, named(POLICY_METRICS, values_M))
 
@@ -106,8 +115,11 @@ def _policy_hidden(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics [M] and the gradients of loss by hidden states, weight and bias (empty where not needed)."""
-    rows = PolicyRows(target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference)
+    """Loss, metrics [M] and the gradients of loss by hidden states, weight and bias (empty where
+    not needed)."""
+    rows = PolicyRows(
+        target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
+    )
     check_row_ids(rows, weight.shape[0])
     settings = settings_from(numbers, correction, ratio_level)
     needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -117,11 +129,19 @@ def _policy_hidden(
     loss, partials, gradients = _evaluate(head, *_picked(hidden, rows, live_L), settings, needs)
     if full_metrics:
         dead = (rows.mask_T & ~live_of(rows, settings)).nonzero().squeeze(1)
-        _, dead_partials, _ = _evaluate(head, *_picked(hidden, rows, dead), settings, Needs(False, False, False))
+        _, dead_partials, _ = _evaluate(
+            head, *_picked(hidden, rows, dead), settings, Needs(False, False, False)
+        )
         partials = torch.cat([partials, dead_partials])
     values_M = torch.cat([sample_metrics, reduce_partials(LOGIT_METRICS, partials)])
     gradient_TH = spread(gradients.hidden_LH, live_L, hidden)
-    return loss, values_M, gradient_TH, or_empty(gradients.weight_VH, weight), or_empty(gradients.bias_V, weight)
+    return (
+        loss,
+        values_M,
+        gradient_TH,
+        or_empty(gradients.weight_VH, weight),
+        or_empty(gradients.bias_V, weight),
+    )
 
 
 def _picked(hidden_TH: Tensor, rows: PolicyRows, index_L: Tensor) -> tuple[Tensor, PolicyRows]:
@@ -131,7 +151,11 @@ def _picked(hidden_TH: Tensor, rows: PolicyRows, index_L: Tensor) -> tuple[Tenso
 
 
 def _evaluate(
-    head: Projection, hidden_LH: Tensor, rows: PolicyRows, settings: PolicyLossSettings, needs: Needs
+    head: Projection,
+    hidden_LH: Tensor,
+    rows: PolicyRows,
+    settings: PolicyLossSettings,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, LinearGradients]:
     """Loss, partial LOGIT_METRICS [P, M] and gradients over these rows."""
     if settings.ratio_level == "sequence":
@@ -147,21 +171,32 @@ def _evaluate(
 
     gradients = linear_gradients(head, hidden_LH, needs, row_gradient)
     zeros_M = torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=hidden_LH.device)
-    loss = torch.stack(losses).sum() if losses else torch.zeros((), dtype=head.accumulator, device=hidden_LH.device)
+    loss = (
+        torch.stack(losses).sum()
+        if losses
+        else torch.zeros((), dtype=head.accumulator, device=hidden_LH.device)
+    )
     return loss, torch.stack([zeros_M, *metrics]), gradients
 
 
 def _evaluate_by_sequence(
-    head: Projection, hidden_LH: Tensor, rows: PolicyRows, settings: PolicyLossSettings, needs: Needs
+    head: Projection,
+    hidden_LH: Tensor,
+    rows: PolicyRows,
+    settings: PolicyLossSettings,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, LinearGradients]:
-    """First all log-probs, then the coefficients of every row, then its gradient from the logits computed once more."""
+    """First all log-probs, then the coefficients of every row, then its gradient from the logits
+    computed once more."""
     backend, temperature = backend_for(head.weight_VH), settings.temperature
     columns = [
         backend.statistics(logits_CV, rows.target_ids_T[part], temperature)
         for part, _, logits_CV in logit_chunks(head, hidden_LH)
     ]
     empty_L = torch.zeros(0, dtype=head.accumulator, device=hidden_LH.device)
-    log_probs_L, entropy_L, lse_L = (torch.cat(column) for column in zip(*columns, (empty_L,) * 3, strict=True))
+    log_probs_L, entropy_L, lse_L = (
+        torch.cat(column) for column in zip(*columns, (empty_L,) * 3, strict=True)
+    )
     terms = policy_terms(log_probs_L, entropy_L, rows, settings)
     slopes_L = terms.coefficients_L / temperature
 
@@ -169,11 +204,21 @@ def _evaluate_by_sequence(
         if gradient_CV is None:
             raise RuntimeError("the second pass runs only where a gradient is wanted")
         backend.gradient(
-            logits_CV, lse_L[part], -slopes_L[part], rows.target_ids_T[part], slopes_L[part], temperature, gradient_CV
+            logits_CV,
+            lse_L[part],
+            -slopes_L[part],
+            rows.target_ids_T[part],
+            slopes_L[part],
+            temperature,
+            gradient_CV,
         )
 
     wanted = hidden_LH if needs.any else hidden_LH[:0]
-    return terms.loss, terms.metrics_M.unsqueeze(0), linear_gradients(head, wanted, needs, row_gradient)
+    return (
+        terms.loss,
+        terms.metrics_M.unsqueeze(0),
+        linear_gradients(head, wanted, needs, row_gradient),
+    )
 
 
 @_policy_hidden.register_fake
@@ -208,4 +253,6 @@ def _(
     )
 
 
-_policy_hidden.register_autograd(linear_backward("policy_loss_from_hidden", 16), setup_context=keep_linear_gradients)
+_policy_hidden.register_autograd(
+    linear_backward("policy_loss_from_hidden", 16), setup_context=keep_linear_gradients
+)

@@ -1,7 +1,8 @@
 """The clipped policy loss from materialised logits, with the gradient formed in the forward pass.
 
-One row operation reads the logits and writes their gradient, into a new tensor or (in_place) over the logits
-themselves. Rows whose mask or advantage is zero are not read; their gradient is written as 0.
+One row operation reads the logits and writes their gradient, into a new tensor or (in_place) over
+the logits themselves. Rows whose mask or advantage is zero are not read; their gradient is written
+as 0.
 
 Shapes: T rows, V vocabulary, S sequences, M metrics.
 """
@@ -44,8 +45,9 @@ def policy_loss_from_logits(
 ) -> PolicyLossOutput:
     """`policy_loss_from_hidden` for logits that exist already; arguments and errors as there.
 
-    logits_TV: before division by the temperature; the gradient has their dtype.
-    in_place: the logits' storage becomes the gradient's (no second [T, V] tensor); the logits are gone afterwards, and
+    logits_TV: before division by the temperature; the gradient has their dtype. in_place: the
+    logits' storage becomes the gradient's (no second [T, V] tensor); the logits are gone
+    afterwards, and
         a second backward pass raises RuntimeError.
     """
     check_logits(logits_TV, target_ids_T)
@@ -72,7 +74,11 @@ def policy_loss_from_logits(
 
 
 def _evaluate(
-    logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, full_metrics: bool, gradient_TV: Tensor | None
+    logits_TV: Tensor,
+    rows: PolicyRows,
+    settings: PolicyLossSettings,
+    full_metrics: bool,
+    gradient_TV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics [M]; the gradient goes to `gradient_TV`, which may be the logits."""
     check_row_ids(rows, logits_TV.shape[1])
@@ -110,7 +116,9 @@ def _by_sequence(
         backend.statistics(widened(logits_TV[part]), rows.target_ids_T[part], temperature)
         for part in row_chunks(logits_TV)
     ]
-    log_probs_T, entropy_T, lse_T = (torch.cat(column) for column in zip(*columns, (empty_T,) * 3, strict=True))
+    log_probs_T, entropy_T, lse_T = (
+        torch.cat(column) for column in zip(*columns, (empty_T,) * 3, strict=True)
+    )
     terms = policy_terms(log_probs_T, entropy_T, rows, settings)
     slopes_T = terms.coefficients_L / temperature
     for part in row_chunks(logits_TV):
@@ -119,7 +127,15 @@ def _by_sequence(
         if gradient_CV is None:
             break
         slopes_C = slopes_T[part]
-        backend.gradient(logits_CV, lse_T[part], -slopes_C, rows.target_ids_T[part], slopes_C, temperature, gradient_CV)
+        backend.gradient(
+            logits_CV,
+            lse_T[part],
+            -slopes_C,
+            rows.target_ids_T[part],
+            slopes_C,
+            temperature,
+            gradient_CV,
+        )
         deliver(gradient_CV, gradient_TV, part)
     return terms.loss, terms.metrics_M.unsqueeze(0)
 
@@ -142,7 +158,9 @@ def _policy_logits(
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics [M] and the gradient of the loss by the logits (empty where not wanted)."""
-    rows = PolicyRows(target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference)
+    rows = PolicyRows(
+        target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
+    )
     settings = settings_from(numbers, correction, ratio_level)
     gradient_TV = torch.empty_like(logits) if wants_gradient else None
     loss, values_M = _evaluate(logits, rows, settings, full_metrics, gradient_TV)
@@ -171,7 +189,9 @@ def _(
     return loss, values_M, torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
 
 
-_policy_logits.register_autograd(logits_backward("policy_loss_from_logits", 13), setup_context=keep_logits_gradient)
+_policy_logits.register_autograd(
+    logits_backward("policy_loss_from_logits", 13), setup_context=keep_logits_gradient
+)
 
 
 class _InPlace(torch.autograd.Function):
@@ -179,7 +199,11 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, full_metrics: bool
+        ctx: Any,
+        logits_TV: Tensor,
+        rows: PolicyRows,
+        settings: PolicyLossSettings,
+        full_metrics: bool,
     ) -> tuple[Tensor, Tensor]:
         storage_TV = (
             logits_TV.detach()
@@ -195,7 +219,10 @@ class _InPlace(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("policy_loss_from_logits")
         if ctx.gradient_TV is None:
-            raise RuntimeError("the in-place gradient was given out already; use in_place=False to run backward twice")
+            raise RuntimeError(
+                "the in-place gradient was given out already; use in_place=False to run backward "
+                "twice"
+            )
         gradient_TV, ctx.gradient_TV = ctx.gradient_TV, None
         if outer[0] is not None:
             backend_for(gradient_TV).scale(gradient_TV, outer[0])

@@ -1,8 +1,10 @@
-"""The policy loss in plain torch: every [T, V] tensor materialised, gradients by autograd, any floating dtype.
+"""The policy loss in plain torch: every [T, V] tensor materialised, gradients by autograd, any
+floating dtype.
 
 This is what the fused kernels must equal; in float64 it is the oracle of the tests.
 
-Shapes: T rows (tokens, any packing), H hidden, V vocabulary, S sequences. Row t of the logits predicts target_ids_T[t].
+Shapes: T rows (tokens, any packing), H hidden, V vocabulary, S sequences. Row t of the logits
+predicts target_ids_T[t].
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from .settings import LOG_RATIO_BOUND, PolicyLossSettings
 
 @dataclass(frozen=True)
 class PolicyLossOutput:
-    """loss: 0-dim, with gradient. metrics: sums, counts and maxima (`zppo_kernels.metrics`), float64, without
-    gradient.
+    """loss: 0-dim, with gradient. metrics: sums, counts and maxima (`zppo_kernels.metrics`),
+    float64, without gradient.
     """
 
     loss: Tensor
@@ -29,7 +31,8 @@ class PolicyLossOutput:
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """Everything the loss needs per row besides the logits; checked and completed by `policy_inputs.prepare_rows`."""
+    """Everything the loss needs per row besides the logits; checked and completed by
+    `policy_inputs.prepare_rows`."""
 
     target_ids_T: Tensor  # int64
     sequence_ids_T: Tensor  # int64 index into the [S] tensors
@@ -43,7 +46,9 @@ class PolicyRows:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All fields but the weights, in order: the arguments of the custom operators."""
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "weights_T")
+        return tuple(
+            getattr(self, field.name) for field in fields(self) if field.name != "weights_T"
+        )
 
     def part(self, rows: slice) -> PolicyRows:
         """The same record for a slice of the rows."""
@@ -62,17 +67,23 @@ class PolicyRows:
         return replace(self, **changes)
 
 
-def log_probs_reference(logits_TV: Tensor, target_ids_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of the target and entropy of each row; 0 for rows whose target is negative (-100)."""
+def log_probs_reference(
+    logits_TV: Tensor, target_ids_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of the target and entropy of each row; 0 for rows whose target is negative
+    (-100)."""
     log_probs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     picked_T = log_probs_TV.gather(1, target_ids_T.clamp(min=0).unsqueeze(1)).squeeze(1)
-    # exp(-inf) * -inf is NaN, so impossible tokens are left out by selection and not by multiplication.
+    # exp(-inf) * -inf is NaN, so impossible tokens are left out by selection and not by
+    # multiplication.
     terms_TV = torch.where(torch.isneginf(log_probs_TV), 0.0, log_probs_TV.exp() * log_probs_TV)
     valid_T = target_ids_T >= 0
     return torch.where(valid_T, picked_T, 0.0), torch.where(valid_T, -terms_TV.sum(-1), 0.0)
 
 
-def policy_loss_reference(logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings) -> PolicyLossOutput:
+def policy_loss_reference(
+    logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings
+) -> PolicyLossOutput:
     """Clipped surrogate over materialised logits, differentiable by autograd."""
     log_probs_T, entropy_T = log_probs_reference(logits_TV, rows.target_ids_T, settings.temperature)
     advantages_T = rows.advantages_S[rows.sequence_ids_T].to(log_probs_T.dtype)
@@ -87,17 +98,29 @@ def policy_loss_reference(logits_TV: Tensor, rows: PolicyRows, settings: PolicyL
     with torch.no_grad():
         policy_loss_T = weight_T * surrogate_T
         values_M = logit_metrics_of(
-            log_probs_T, entropy_T, log_ratio_T, policy_loss_T, kl_T, advantages_T, rows.mask_T, settings
+            log_probs_T,
+            entropy_T,
+            log_ratio_T,
+            policy_loss_T,
+            kl_T,
+            advantages_T,
+            rows.mask_T,
+            settings,
         )
     return PolicyLossOutput(loss, named(POLICY_METRICS, torch.cat([sample_metrics, values_M])))
 
 
 def log_ratio_of(log_probs_T: Tensor, rows: PolicyRows, settings: PolicyLossSettings) -> Tensor:
-    """log(policy / proximal) per token, or its mean over the sequence; clamped before any exp, masked rows 0."""
-    log_ratio_T = torch.where(rows.mask_T, log_probs_T - rows.proximal_log_probs_T.to(log_probs_T.dtype), 0.0)
+    """log(policy / proximal) per token, or its mean over the sequence; clamped before any exp,
+    masked rows 0."""
+    log_ratio_T = torch.where(
+        rows.mask_T, log_probs_T - rows.proximal_log_probs_T.to(log_probs_T.dtype), 0.0
+    )
     if settings.ratio_level == "sequence":
         zeros_S = log_ratio_T.new_zeros(len(rows.advantages_S))
-        counts_S = zeros_S.index_add(0, rows.sequence_ids_T, rows.mask_T.to(log_ratio_T.dtype)).clamp(min=1)
+        counts_S = zeros_S.index_add(
+            0, rows.sequence_ids_T, rows.mask_T.to(log_ratio_T.dtype)
+        ).clamp(min=1)
         means_S = zeros_S.index_add(0, rows.sequence_ids_T, log_ratio_T) / counts_S
         log_ratio_T = torch.where(rows.mask_T, means_S[rows.sequence_ids_T], 0.0)
     return log_ratio_T.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -109,14 +132,20 @@ def surrogate_of(ratio_T: Tensor, advantages_T: Tensor, settings: PolicyLossSett
     surrogate_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
     if settings.dual_clip is None:
         return surrogate_T
-    return torch.where(advantages_T < 0, torch.minimum(surrogate_T, -advantages_T * settings.dual_clip), surrogate_T)
+    return torch.where(
+        advantages_T < 0,
+        torch.minimum(surrogate_T, -advantages_T * settings.dual_clip),
+        surrogate_T,
+    )
 
 
 def reference_kl_of(log_probs_T: Tensor, rows: PolicyRows) -> Tensor:
     """k3 estimate of KL(policy || reference) per row; 0 without reference log-probs."""
     if rows.reference_log_probs_T is None:
         return torch.zeros_like(log_probs_T)
-    difference_T = torch.where(rows.mask_T, rows.reference_log_probs_T.to(log_probs_T.dtype) - log_probs_T, 0.0)
+    difference_T = torch.where(
+        rows.mask_T, rows.reference_log_probs_T.to(log_probs_T.dtype) - log_probs_T, 0.0
+    )
     difference_T = difference_T.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return difference_T.exp() - 1.0 - difference_T
 
@@ -137,7 +166,9 @@ def correction_of(rows: PolicyRows, settings: PolicyLossSettings) -> tuple[Tenso
     advantages_T = rows.advantages_S[rows.sequence_ids_T]
     known_T = rows.mask_T if behaviour_T is not None else torch.zeros_like(rows.mask_T)
     usable_T = known_T & torch.isfinite(behaviour_T if behaviour_T is not None else proximal_T)
-    difference_T = proximal_T - behaviour_T if behaviour_T is not None else torch.zeros_like(proximal_T)
+    difference_T = (
+        proximal_T - behaviour_T if behaviour_T is not None else torch.zeros_like(proximal_T)
+    )
     log_weight_T = torch.where(usable_T, difference_T, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     raw_T = log_weight_T.exp()
     capped_T = usable_T & (raw_T > settings.correction_cap)

@@ -1,9 +1,12 @@
-"""From log-probs to loss, row coefficients and metrics: the part of the policy loss that never sees the vocabulary.
+"""From log-probs to loss, row coefficients and metrics: the part of the policy loss that never sees
+the vocabulary.
 
-Invariant: `coefficients_L` is the exact derivative of the loss by each row's log-prob, so the gradient by the logits is
-`coefficient * (onehot - softmax) / temperature`, for the token-level and for the sequence-level ratio alike.
+Invariant: `coefficients_L` is the exact derivative of the loss by each row's log-prob, so the
+gradient by the logits is `coefficient * (onehot - softmax) / temperature`, for the token-level and
+for the sequence-level ratio alike.
 
-Shapes: L rows (all unmasked rows of whole sequences for the sequence-level ratio), S sequences, M metrics.
+Shapes: L rows (all unmasked rows of whole sequences for the sequence-level ratio), S sequences, M
+metrics.
 """
 
 from __future__ import annotations
@@ -13,7 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .policy_reference import PolicyRows, log_ratio_of, logit_metrics_of, reference_kl_of, surrogate_of
+from .policy_reference import (
+    PolicyRows,
+    log_ratio_of,
+    logit_metrics_of,
+    reference_kl_of,
+    surrogate_of,
+)
 from .settings import LOG_RATIO_BOUND, PolicyLossSettings
 
 
@@ -26,7 +35,9 @@ class PolicyTerms:
     metrics_M: Tensor
 
 
-def policy_terms(log_probs_L: Tensor, entropy_L: Tensor, rows: PolicyRows, settings: PolicyLossSettings) -> PolicyTerms:
+def policy_terms(
+    log_probs_L: Tensor, entropy_L: Tensor, rows: PolicyRows, settings: PolicyLossSettings
+) -> PolicyTerms:
     """The surrogate, its derivative and its metrics; `rows.weights_T` must be known."""
     advantages_L = rows.advantages_S[rows.sequence_ids_T]
     scales_L = torch.where(rows.mask_T, rows.scales_S[rows.sequence_ids_T], 0.0)
@@ -39,15 +50,27 @@ def policy_terms(log_probs_L: Tensor, entropy_L: Tensor, rows: PolicyRows, setti
     slopes_L = scales_L * weights_L * _surrogate_slope(log_ratio_L, advantages_L, settings)
     coefficients_L = _through_ratio(slopes_L, rows, settings)
     if rows.reference_log_probs_T is not None and settings.kl_coefficient > 0:
-        coefficients_L = coefficients_L + scales_L * settings.kl_coefficient * _kl_slope(log_probs_L, rows)
+        coefficients_L = coefficients_L + scales_L * settings.kl_coefficient * _kl_slope(
+            log_probs_L, rows
+        )
     metrics_M = logit_metrics_of(
-        log_probs_L, entropy_L, log_ratio_L, policy_loss_L, kl_L, advantages_L, rows.mask_T, settings
+        log_probs_L,
+        entropy_L,
+        log_ratio_L,
+        policy_loss_L,
+        kl_L,
+        advantages_L,
+        rows.mask_T,
+        settings,
     )
     return PolicyTerms(loss, coefficients_L, metrics_M)
 
 
-def _surrogate_slope(log_ratio_L: Tensor, advantages_L: Tensor, settings: PolicyLossSettings) -> Tensor:
-    """dsurrogate / dlog_ratio = -A r where the unclipped branch is the active one, else exactly 0 (never 0 * inf)."""
+def _surrogate_slope(
+    log_ratio_L: Tensor, advantages_L: Tensor, settings: PolicyLossSettings
+) -> Tensor:
+    """dsurrogate / dlog_ratio = -A r where the unclipped branch is the active one, else exactly 0
+    (never 0 * inf)."""
     ratio_L = log_ratio_L.exp()
     lowest = 1.0 - settings.clip_low
     highest = float("inf") if settings.dual_clip is None else settings.dual_clip
@@ -58,11 +81,14 @@ def _surrogate_slope(log_ratio_L: Tensor, advantages_L: Tensor, settings: Policy
 
 
 def _through_ratio(slopes_L: Tensor, rows: PolicyRows, settings: PolicyLossSettings) -> Tensor:
-    """Derivative by the log-ratio -> derivative by each log-prob: itself, or spread over the sequence's mean."""
+    """Derivative by the log-ratio -> derivative by each log-prob: itself, or spread over the
+    sequence's mean."""
     if settings.ratio_level == "token":
         return slopes_L
     zeros_S = slopes_L.new_zeros(len(rows.advantages_S))
-    counts_S = zeros_S.index_add(0, rows.sequence_ids_T, rows.mask_T.to(slopes_L.dtype)).clamp(min=1)
+    counts_S = zeros_S.index_add(0, rows.sequence_ids_T, rows.mask_T.to(slopes_L.dtype)).clamp(
+        min=1
+    )
     means_S = zeros_S.index_add(0, rows.sequence_ids_T, slopes_L) / counts_S
     return torch.where(rows.mask_T, means_S[rows.sequence_ids_T], 0.0)
 

@@ -1,11 +1,14 @@
-"""The LM head's three matrix products over a chunk of rows, with float32 logits and a float32 weight gradient.
+"""The LM head's three matrix products over a chunk of rows, with float32 logits and a float32
+weight gradient.
 
-Invariant: logits are never rounded below float32 (half a unit in the last place of a bf16 logit of 16 to 32 is 0.06
-nat), and the weight gradient is summed over chunks in float32 whatever the weight's dtype.
+Invariant: logits are never rounded below float32 (half a unit in the last place of a bf16 logit of
+16 to 32 is 0.06 nat), and the weight gradient is summed over chunks in float32 whatever the
+weight's dtype.
 
-A CPU has no bf16 product with a float32 result. What it has is oneDNN's leave to round float32 operands to bf16, which
-changes nothing where they were bf16 before: all of a bf16 model's but the gradient of the logits, which a GPU rounds as
-well. It is 2.3 times as fast as float32 on a processor with bf16 instructions, and has no effect on others.
+A CPU has no bf16 product with a float32 result. What it has is oneDNN's leave to round float32
+operands to bf16, which changes nothing where they were bf16 before: all of a bf16 model's but the
+gradient of the logits, which a GPU rounds as well. It is 2.3 times as fast as float32 on a
+processor with bf16 instructions, and has no effect on others.
 
 Shapes: C rows of a chunk, H hidden, V vocabulary.
 """
@@ -21,11 +24,14 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
-# On a CPU a chunk's logits should stay near the caches: 6.3 M float32 are 25 MB, 128 rows of a vocabulary of 49,152.
+# On a CPU a chunk's logits should stay near the caches: 6.3 M float32 are 25 MB, 128 rows of a
+# vocabulary of 49,152.
 _CPU_LOGITS = 128 * 49_152
-# On a GPU small chunks pay in weight-gradient traffic; one float32 buffer of 2,048 rows is 1.2 GB at V = 151,936.
+# On a GPU small chunks pay in weight-gradient traffic; one float32 buffer of 2,048 rows is 1.2 GB
+# at V = 151,936.
 _GPU_ROWS = 2048
-# Rows start 64 bytes apart or a multiple of it, so that kernels may load 16 bytes at a time for any vocabulary.
+# Rows start 64 bytes apart or a multiple of it, so that kernels may load 16 bytes at a time for any
+# vocabulary.
 _ALIGNMENT = 32
 
 
@@ -51,7 +57,8 @@ def bf16_operands(wanted: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Projection:
-    """LM head with the dtypes its device computes in: half precision stays on a GPU, a CPU computes in float32.
+    """LM head with the dtypes its device computes in: half precision stays on a GPU, a CPU computes
+    in float32.
 
     `was_bf16`: a CPU's float32 weight that holds bf16 numbers.
     """
@@ -96,23 +103,29 @@ class Projection:
         return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
 
     def gradient_view(self, logits_CV: Tensor) -> Tensor:
-        """Where the row kernel writes the gradient: over the logits, in the dtype the next two products take.
+        """Where the row kernel writes the gradient: over the logits, in the dtype the next two
+        products take.
 
-        bf16 gradients go to the front of each float32 row's own storage. float16 would lose small ones, so it stays
-        float32.
+        bf16 gradients go to the front of each float32 row's own storage. float16 would lose small
+        ones, so it stays float32.
         """
         if self.weight_VH.dtype != torch.bfloat16:
             return logits_CV
         rows, vocabulary = logits_CV.shape
-        return logits_CV.view(torch.bfloat16).as_strided((rows, vocabulary), (2 * logits_CV.stride(0), 1))
+        return logits_CV.view(torch.bfloat16).as_strided(
+            (rows, vocabulary), (2 * logits_CV.stride(0), 1)
+        )
 
     def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
         """gradient @ weight: [C, H]."""
         with bf16_operands(self.was_bf16):
             return torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype))
 
-    def add_weight_gradient(self, total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, is_first: bool) -> None:
-        """total (+)= gradient.T @ hidden, in float32; the first chunk overwrites, so the total needs no zeroing."""
+    def add_weight_gradient(
+        self, total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, is_first: bool
+    ) -> None:
+        """total (+)= gradient.T @ hidden, in float32; the first chunk overwrites, so the total
+        needs no zeroing."""
         beta = 0.0 if is_first else 1.0
         gradient_VC = gradient_CV.T
         if gradient_CV.dtype in _HALF:

@@ -1,6 +1,8 @@
-"""Materialised logits in pieces: all rows at once where the backend reads their dtype, widened chunks elsewhere.
+"""Materialised logits in pieces: all rows at once where the backend reads their dtype, widened
+chunks elsewhere.
 
-Invariant: a chunk's gradient ends up in its rows of `gradient_TV`, which may be the logits themselves.
+Invariant: a chunk's gradient ends up in its rows of `gradient_TV`, which may be the logits
+themselves.
 
 Shapes: T rows, C rows of a chunk, V vocabulary.
 """
@@ -31,7 +33,11 @@ def row_chunks(logits_TV: Tensor) -> list[slice]:
     rows, vocabulary = logits_TV.shape
     if rows == 0:
         return []
-    size = rows if backend_for(logits_TV).name == "triton" else chunk_rows(rows, vocabulary, logits_TV.device)
+    size = (
+        rows
+        if backend_for(logits_TV).name == "triton"
+        else chunk_rows(rows, vocabulary, logits_TV.device)
+    )
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

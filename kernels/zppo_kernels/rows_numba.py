@@ -1,8 +1,9 @@
-"""Row operations over the vocabulary for CPUs: one fused pass per row while the row sits in the cache, compiled by
-numba.
+"""Row operations over the vocabulary for CPUs: one fused pass per row while the row sits in the
+cache, compiled by numba.
 
-Invariant: equal to `rows_torch.TorchRows` up to rounding; float32 logits only (others fall back to it). Rows are shared
-out to as many threads as torch uses; the compiled code holds no interpreter lock and no state.
+Invariant: equal to `rows_torch.TorchRows` up to rounding; float32 logits only (others fall back to
+it). Rows are shared out to as many threads as torch uses; the compiled code holds no interpreter
+lock and no state.
 
 Shapes: C rows of a chunk, V vocabulary, M metrics.
 """
@@ -58,24 +59,36 @@ class NumbaRows(TorchRows):
         )
         return replace(rows, weights_T=weights_T), torch.from_numpy(metrics_M)
 
-    def statistics(self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read of the logits."""
+    def statistics(
+        self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
+        of the logits."""
         if logits_CV.dtype != torch.float32:
             return super().statistics(logits_CV, target_ids_C, temperature)
         logits, targets = _array(logits_CV), target_ids_C.numpy()
         results = torch.empty(3, len(targets))
         _shared_out(
             logits_CV,
-            lambda part: compiled.statistics_rows(logits[part], targets[part], temperature, results.numpy()[:, part]),
+            lambda part: compiled.statistics_rows(
+                logits[part], targets[part], temperature, results.numpy()[:, part]
+            ),
         )
         log_probs_C, entropy_C, lse_C = results.unbind(0)
         return log_probs_C, entropy_C, lse_C
 
     def policy(
-        self, logits_CV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_CV: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: PolicyRows,
+        settings: PolicyLossSettings,
+        gradient_CV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to `gradient_CV`."""
-        if logits_CV.dtype != torch.float32 or (gradient_CV is not None and gradient_CV.dtype != torch.float32):
+        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
+        `gradient_CV`."""
+        if logits_CV.dtype != torch.float32 or (
+            gradient_CV is not None and gradient_CV.dtype != torch.float32
+        ):
             return super().policy(logits_CV, rows, settings, gradient_CV)
         logits = _array(logits_CV)
         gradient = logits if gradient_CV is None else _array(gradient_CV)
@@ -110,13 +123,20 @@ class NumbaRows(TorchRows):
     ) -> None:
         """gradient = probability_C * softmax + label_C * onehot(target)."""
         if logits_CV.dtype != torch.float32 or gradient_CV.dtype != torch.float32:
-            super().gradient(logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV)
+            super().gradient(
+                logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV
+            )
             return
         logits, gradient = _array(logits_CV), _array(gradient_CV)
         columns = [column.numpy() for column in (lse_C, probability_C, target_ids_C, label_C)]
 
         def run(part: slice) -> None:
-            arguments: list[Any] = [logits[part], gradient[part], *(column[part] for column in columns), temperature]
+            arguments: list[Any] = [
+                logits[part],
+                gradient[part],
+                *(column[part] for column in columns),
+                temperature,
+            ]
             compiled.gradient_rows(*arguments)
 
         _shared_out(logits_CV, run)
@@ -129,7 +149,9 @@ def _array(matrix_CV: Tensor) -> np.ndarray:
 
 def _row_columns(rows: PolicyRows) -> list[np.ndarray]:
     reference_T = rows.reference_log_probs_T
-    weights_T = rows.weights_T if rows.weights_T is not None else torch.ones_like(rows.proximal_log_probs_T)
+    weights_T = (
+        rows.weights_T if rows.weights_T is not None else torch.ones_like(rows.proximal_log_probs_T)
+    )
     columns = (
         rows.mask_T,
         rows.target_ids_T,

@@ -1,7 +1,8 @@
-"""Row operations over the vocabulary in plain torch: the reference beside the numba and Triton versions, any float
-dtype.
+"""Row operations over the vocabulary in plain torch: the reference beside the numba and Triton
+versions, any float dtype.
 
-Invariant: `logits_CV` may be overwritten by every operation that takes a `gradient_CV`; `gradient_CV` may be
+Invariant: `logits_CV` may be overwritten by every operation that takes a `gradient_CV`;
+`gradient_CV` may be
     `logits_CV`.
 
 Shapes: C rows of a chunk, V vocabulary, M metrics.
@@ -30,27 +31,47 @@ class TorchRows:
         weights_T, metrics_M = correction_of(rows, settings)
         return replace(rows, weights_T=weights_T), metrics_M
 
-    def statistics(self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read of the logits."""
+    def statistics(
+        self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
+        of the logits."""
         scaled_CV = logits_CV / temperature
         lse_C = torch.logsumexp(scaled_CV, dim=-1)
         log_probs_CV = torch.log_softmax(scaled_CV, dim=-1)
         terms_CV = torch.where(torch.isneginf(log_probs_CV), 0.0, log_probs_CV.exp() * log_probs_CV)
-        return log_probs_CV.gather(1, target_ids_C.unsqueeze(1)).squeeze(1), -terms_CV.sum(-1), lse_C
+        return (
+            log_probs_CV.gather(1, target_ids_C.unsqueeze(1)).squeeze(1),
+            -terms_CV.sum(-1),
+            lse_C,
+        )
 
     def policy(
-        self, logits_CV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_CV: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: PolicyRows,
+        settings: PolicyLossSettings,
+        gradient_CV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to `gradient_CV`.
+        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
+        `gradient_CV`.
 
         Rows with mask 0 are skipped: they add nothing and their gradient is 0.
         """
-        log_probs_C, entropy_C, lse_C = self.statistics(logits_CV, rows.target_ids_T, settings.temperature)
+        log_probs_C, entropy_C, lse_C = self.statistics(
+            logits_CV, rows.target_ids_T, settings.temperature
+        )
         terms: PolicyTerms = policy_terms(log_probs_C, entropy_C, rows, settings)
         if gradient_CV is not None:
             coefficients_C = terms.coefficients_L / settings.temperature
             self.gradient(
-                logits_CV, lse_C, -coefficients_C, rows.target_ids_T, coefficients_C, settings.temperature, gradient_CV
+                logits_CV,
+                lse_C,
+                -coefficients_C,
+                rows.target_ids_T,
+                coefficients_C,
+                settings.temperature,
+                gradient_CV,
             )
         return terms.loss, terms.metrics_M
 
@@ -64,10 +85,15 @@ class TorchRows:
         temperature: float,
         gradient_CV: Tensor,
     ) -> None:
-        """gradient = probability_C * softmax + label_C * onehot(target): every loss here has this form."""
+        """gradient = probability_C * softmax + label_C * onehot(target): every loss here has this
+        form."""
         probabilities_CV = torch.exp(logits_CV / temperature - lse_C.unsqueeze(1))
-        result_CV = torch.where((probability_C == 0).unsqueeze(1), 0.0, probabilities_CV * probability_C.unsqueeze(1))
-        result_CV.scatter_add_(1, target_ids_C.unsqueeze(1), label_C.unsqueeze(1).to(result_CV.dtype))
+        result_CV = torch.where(
+            (probability_C == 0).unsqueeze(1), 0.0, probabilities_CV * probability_C.unsqueeze(1)
+        )
+        result_CV.scatter_add_(
+            1, target_ids_C.unsqueeze(1), label_C.unsqueeze(1).to(result_CV.dtype)
+        )
         gradient_CV.copy_(result_CV)
 
     def scale(self, gradient_TV: Tensor, factor: Tensor) -> None:
@@ -85,10 +111,12 @@ class TorchRows:
         gradient_CV: Tensor | None,
         scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Divergence [C] and student entropy [C], 0 where masked; scale * gradient by the student's logits to
-        `gradient_CV`.
+        """Divergence [C] and student entropy [C], 0 where masked; scale * gradient by the student's
+        logits to `gradient_CV`.
         """
-        divergence_C, entropy_C = jsd_rows(student_CV, teacher_CW, beta, temperature, gradient_CV, scale)
+        divergence_C, entropy_C = jsd_rows(
+            student_CV, teacher_CW, beta, temperature, gradient_CV, scale
+        )
         if gradient_CV is not None:
             gradient_CV.masked_fill_(~mask_C.unsqueeze(1), 0.0)
         return torch.where(mask_C, divergence_C, 0.0), torch.where(mask_C, entropy_C, 0.0)

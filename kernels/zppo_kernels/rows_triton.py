@@ -1,6 +1,8 @@
-"""Row operations over the vocabulary for GPUs: launches of the kernels in `triton_rows` and `triton_samples`.
+"""Row operations over the vocabulary for GPUs: launches of the kernels in `triton_rows` and
+`triton_samples`.
 
-Invariant: no launch waits for the device, and no tensor larger than a few floats a row is allocated here.
+Invariant: no launch waits for the device, and no tensor larger than a few floats a row is allocated
+here.
 
 Shapes: C rows of a chunk, V vocabulary, P programs, M metrics.
 """
@@ -30,7 +32,8 @@ TILE_BYTES = 16_384
 
 
 class TritonRows(TorchRows):
-    """The GPU backend; under TRITON_INTERPRET=1 it also takes CPU tensors, which is how it is tested without a GPU."""
+    """The GPU backend; under TRITON_INTERPRET=1 it also takes CPU tensors, which is how it is
+    tested without a GPU."""
 
     name = "triton"
 
@@ -40,7 +43,9 @@ class TritonRows(TorchRows):
         proximal_T, behaviour_T = rows.proximal_log_probs_T, rows.behaviour_log_probs_T
         programs = triton.cdiv(count, _SAMPLE_BLOCK)
         weights_T = torch.empty_like(proximal_T)
-        partials_PM = torch.zeros(programs, len(SAMPLE_METRICS), dtype=torch.float32, device=proximal_T.device)
+        partials_PM = torch.zeros(
+            programs, len(SAMPLE_METRICS), dtype=torch.float32, device=proximal_T.device
+        )
         if count:
             with on_device(proximal_T):
                 samples_kernel[(programs,)](
@@ -52,8 +57,11 @@ class TritonRows(TorchRows):
                 )  # fmt: skip
         return replace(rows, weights_T=weights_T), reduce_partials(SAMPLE_METRICS, partials_PM)
 
-    def statistics(self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read of the logits."""
+    def statistics(
+        self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
+        of the logits."""
         rows, vocabulary = logits_CV.shape
         logits_CV = _with_unit_columns(logits_CV)
         log_probs_C, entropy_C, lse_C = torch.empty(3, rows, device=logits_CV.device).unbind(0)
@@ -67,9 +75,14 @@ class TritonRows(TorchRows):
         return log_probs_C, entropy_C, lse_C
 
     def policy(
-        self, logits_CV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_CV: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: PolicyRows,
+        settings: PolicyLossSettings,
+        gradient_CV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to `gradient_CV`."""
+        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
+        `gradient_CV`."""
         count, vocabulary = logits_CV.shape
         source_CV = _with_unit_columns(logits_CV)
         destination_CV = source_CV if gradient_CV is None else gradient_CV
@@ -119,7 +132,12 @@ class TritonRows(TorchRows):
         if rows:
             with on_device(gradient_TV):
                 scale_kernel[(rows,)](
-                    gradient_TV, factor, vocabulary, gradient_TV.stride(0), BLOCK=block, num_warps=warps
+                    gradient_TV,
+                    factor,
+                    vocabulary,
+                    gradient_TV.stride(0),
+                    BLOCK=block,
+                    num_warps=warps,
                 )
 
     def jsd(
@@ -132,8 +150,8 @@ class TritonRows(TorchRows):
         gradient_CV: Tensor | None,
         scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Divergence [C] and student entropy [C], 0 where masked; scale * gradient by the student's logits to
-        `gradient_CV`.
+        """Divergence [C] and student entropy [C], 0 where masked; scale * gradient by the student's
+        logits to `gradient_CV`.
         """
         rows, vocabulary = student_CV.shape
         student_CV, teacher_CW = _with_unit_columns(student_CV), _with_unit_columns(teacher_CW)
@@ -158,7 +176,8 @@ def policy_constants(settings: PolicyLossSettings, has_reference: bool) -> dict[
         "INVERSE_TEMPERATURE": 1.0 / settings.temperature,
         "LOWEST": 1.0 - settings.clip_low,
         "HIGHEST": 1.0 + settings.clip_high,
-        # Beyond exp(LOG_RATIO_BOUND) nothing is ever clipped; an infinite constant would not compile.
+        # Beyond exp(LOG_RATIO_BOUND) nothing is ever clipped; an infinite constant would not
+        # compile.
         "DUAL_CLIP": 1e30 if settings.dual_clip is None else settings.dual_clip,
         "KL_COEFFICIENT": settings.kl_coefficient,
         "HAS_REFERENCE": has_reference,
@@ -166,23 +185,26 @@ def policy_constants(settings: PolicyLossSettings, has_reference: bool) -> dict[
 
 
 def block_and_warps(vocabulary: int, element_size: int) -> tuple[int, int]:
-    """Tile width and warps: two 16-byte loads a thread and tile at full width, and two tiles in flight."""
+    """Tile width and warps: two 16-byte loads a thread and tile at full width, and two tiles in
+    flight."""
     block = min(TILE_BYTES // element_size, triton.next_power_of_2(vocabulary))
     return block, min(16, max(1, block * element_size // 1024))
 
 
 def program_count(logits_CV: Tensor, rows_read: int = 1) -> int:
-    """How many programs share the rows: one per multiprocessor, fewer where their rows together would not fit the L2
-    cache.
+    """How many programs share the rows: one per multiprocessor, fewer where their rows together
+    would not fit the L2 cache.
 
-    rows_read: matrices a program reads a row of.
-    Never fewer than half the multiprocessors: below that they cannot draw the full memory bandwidth.
+    rows_read: matrices a program reads a row of. Never fewer than half the multiprocessors: below
+    that they cannot draw the full memory bandwidth.
     """
     rows, vocabulary = logits_CV.shape
     if not logits_CV.is_cuda:
         return min(rows, 4)
     properties = _properties(logits_CV.device)
-    fitting = int(0.75 * properties.L2_cache_size) // (rows_read * vocabulary * logits_CV.element_size())
+    fitting = int(0.75 * properties.L2_cache_size) // (
+        rows_read * vocabulary * logits_CV.element_size()
+    )
     processors: int = properties.multi_processor_count
     if fitting >= 2 * processors:
         processors *= 2
@@ -200,7 +222,10 @@ def _constant(value: float, device: torch.device) -> Tensor:
 
 
 def _shares_storage(source_CV: Tensor, destination_CV: Tensor) -> bool:
-    return source_CV.dtype != destination_CV.dtype and source_CV.data_ptr() == destination_CV.data_ptr()
+    return (
+        source_CV.dtype != destination_CV.dtype
+        and source_CV.data_ptr() == destination_CV.data_ptr()
+    )
 
 
 def _with_unit_columns(matrix_CV: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Correction = Literal["none", "truncate", "mask"]
 Normalisation = Literal["token", "sequence", "fixed_length"]
 RatioLevel = Literal["token", "sequence"]
 
-# exp(20) = 4.9e8 is far beyond every clip bound and far from overflow, so a clamped ratio changes no loss that matters.
+# exp(20) = 4.9e8 is far beyond every clip bound and far from overflow, so a clamped ratio changes
+# no loss that matters.
 LOG_RATIO_BOUND = 20.0
 
 
@@ -18,12 +19,13 @@ LOG_RATIO_BOUND = 20.0
 class PolicyLossSettings:
     """Switches of the clipped surrogate (ZPPO, Table 8 are the defaults).
 
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-    dual_clip: for negative advantages a token's loss is at most `dual_clip * |A|`; None switches it off.
-    temperature: logits are divided by it before the softmax, as the sampler did.
-    correction: what exp(proximal - behaviour) does: nothing, a weight truncated at `correction_cap`, or a mask that
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: for
+    negative advantages a token's loss is at most `dual_clip * |A|`; None switches it off.
+    temperature: logits are divided by it before the softmax, as the sampler did. correction: what
+    exp(proximal - behaviour) does: nothing, a weight truncated at `correction_cap`, or a mask that
         drops tokens above `correction_cap` and weighs the others by it.
-    normalisation: `token` divides the sum by the global token count; `sequence` averages the sequence means;
+    normalisation: `token` divides the sum by the global token count; `sequence` averages the
+    sequence means;
         `fixed_length` divides by `sequence_count * fixed_length` (Dr. GRPO).
     ratio_level: one ratio per token, or one per sequence: exp(mean log-ratio), as in GSPO.
     kl_coefficient: weight of the k3 estimate of KL(policy || reference); needs reference log-probs.
@@ -50,9 +52,13 @@ class PolicyLossSettings:
         _positive("temperature", self.temperature)
         _positive("correction_cap", self.correction_cap)
         if self.dual_clip is not None and not self.dual_clip >= 1.0 + self.clip_high:
-            raise ValueError(f"dual_clip is {self.dual_clip!r}; expected None or at least 1 + clip_high")
+            raise ValueError(
+                f"dual_clip is {self.dual_clip!r}; expected None or at least 1 + clip_high"
+            )
         if (self.normalisation == "fixed_length") != (self.fixed_length is not None):
-            raise ValueError("fixed_length belongs with normalisation='fixed_length': give both or neither")
+            raise ValueError(
+                "fixed_length belongs with normalisation='fixed_length': give both or neither"
+            )
         if self.fixed_length is not None and self.fixed_length < 1:
             raise ValueError(f"fixed_length is {self.fixed_length!r}; expected at least 1")
 

@@ -1,7 +1,8 @@
 """Triton kernel for group advantages: one launch, one program, any group order and size.
 
-Group sums go through a scratch area of one line per possible group id, with atomics and a barrier of the one program
-between the passes. Rewards of 0 and 1 sum exactly; others may differ in the last place from run to run.
+Group sums go through a scratch area of one line per possible group id, with atomics and a barrier
+of the one program between the passes. Rewards of 0 and 1 sum exactly; others may differ in the last
+place from run to run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,8 +16,8 @@ SCRATCH_LINES = 5  # count, sum, sum of squared deviations, lowest, highest
 
 @triton.jit
 def _centred(rewards, group_ids, scratch, rows, index, inside):
-    """A' of these rollouts (exactly 0 in trivial groups), whether the group is trivial, group ids, and which ids are
-    valid.
+    """A' of these rollouts (exactly 0 in trivial groups), whether the group is trivial, group ids,
+    and which ids are valid.
     """
     group = tl.load(group_ids + index, mask=inside, other=0)
     valid = inside & (group >= 0) & (group < rows)
@@ -44,9 +45,9 @@ def advantages_kernel(
     IS_GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`given` points to mean and std of a wider scope. A group id outside [0, rows) makes its advantage NaN, and so
-    does a NaN
-    reward for its whole group (and for everything, where a mean over groups is taken)."""
+    """`given` points to mean and std of a wider scope. A group id outside [0, rows) makes its
+    advantage NaN, and so does a NaN reward for its whole group (and for everything, where a mean
+    over groups is taken)."""
     lane = tl.arange(0, BLOCK)
     for start in range(0, rows, BLOCK):
         index = start + lane

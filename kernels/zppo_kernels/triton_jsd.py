@@ -1,7 +1,9 @@
-"""Triton kernel for the generalised Jensen-Shannon divergence of two rows of logits: three sweeps on chip, one launch.
+"""Triton kernel for the generalised Jensen-Shannon divergence of two rows of logits: three sweeps
+on chip, one launch.
 
-Sweep 1 normalises both rows, sweep 2 sums the divergences, sweep 3 writes the student's gradient; with few enough
-programs the later sweeps read from the L2 cache. Categories with probability 0 on one side or both count 0, never NaN.
+Sweep 1 normalises both rows, sweep 2 sums the divergences, sweep 3 writes the student's gradient;
+with few enough programs the later sweeps read from the L2 cache. Categories with probability 0 on
+one side or both count 0, never NaN.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -58,13 +60,16 @@ def jsd_kernel(
     SHARES_STORAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`scale` points to one float32; `shared` columns exist in both vocabularies, the teacher is 0 in the student's
-    others.
+    """`scale` points to one float32; `shared` columns exist in both vocabularies, the teacher is 0
+    in the student's others.
     """
     columns = tl.arange(0, BLOCK)
     index = tl.program_id(0).to(tl.int64)
     while index < rows:
-        student_row, teacher_row = student + index * student_stride, teacher + index * teacher_stride
+        student_row, teacher_row = (
+            student + index * student_stride,
+            teacher + index * teacher_stride,
+        )
         gradient_row = gradient + index * gradient_stride
         if tl.load(mask + index) == 0:
             tl.store(divergences + index, 0.0)
@@ -72,15 +77,21 @@ def jsd_kernel(
             if HAS_GRADIENT:
                 fill_zero(gradient_row, vocabulary, BLOCK)
         else:
-            student_max, student_sum, weighted = row_sums(student_row, vocabulary, INVERSE_TEMPERATURE, BLOCK)
+            student_max, student_sum, weighted = row_sums(
+                student_row, vocabulary, INVERSE_TEMPERATURE, BLOCK
+            )
             teacher_max, teacher_sum, _ = row_sums(teacher_row, shared, INVERSE_TEMPERATURE, BLOCK)
             student_log, teacher_log = tl.log(student_sum), tl.log(teacher_sum)
             from_teacher = tl.zeros((BLOCK,), tl.float32)
             from_student = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 here = start + columns
-                log_q = _log_probs(student_row, here, vocabulary, student_max, student_log, INVERSE_TEMPERATURE)
-                log_t = _log_probs(teacher_row, here, shared, teacher_max, teacher_log, INVERSE_TEMPERATURE)
+                log_q = _log_probs(
+                    student_row, here, vocabulary, student_max, student_log, INVERSE_TEMPERATURE
+                )
+                log_t = _log_probs(
+                    teacher_row, here, shared, teacher_max, teacher_log, INVERSE_TEMPERATURE
+                )
                 q, t = tl.exp(log_q), tl.exp(log_t)
                 log_m = _log_mixture(q, t, log_q, log_t, BETA)
                 if BETA < 1.0:
@@ -99,8 +110,12 @@ def jsd_kernel(
                 factor = tl.load(scale) * INVERSE_TEMPERATURE
                 for start in range(0, vocabulary, BLOCK):
                     here = start + columns
-                    log_q = _log_probs(student_row, here, vocabulary, student_max, student_log, INVERSE_TEMPERATURE)
-                    log_t = _log_probs(teacher_row, here, shared, teacher_max, teacher_log, INVERSE_TEMPERATURE)
+                    log_q = _log_probs(
+                        student_row, here, vocabulary, student_max, student_log, INVERSE_TEMPERATURE
+                    )
+                    log_t = _log_probs(
+                        teacher_row, here, shared, teacher_max, teacher_log, INVERSE_TEMPERATURE
+                    )
                     q, t = tl.exp(log_q), tl.exp(log_t)
                     if BETA == 0.0:
                         values = q - t
@@ -112,6 +127,8 @@ def jsd_kernel(
                     if SHARES_STORAGE:
                         tl.debug_barrier()
                     tl.store(
-                        gradient_row + here, (factor * values).to(gradient.dtype.element_ty), mask=here < vocabulary
+                        gradient_row + here,
+                        (factor * values).to(gradient.dtype.element_ty),
+                        mask=here < vocabulary,
                     )
         index += tl.num_programs(0)

@@ -1,8 +1,9 @@
-"""Triton kernels over rows of logits: statistics, the fused policy row, and the gradient of a known coefficient.
+"""Triton kernels over rows of logits: statistics, the fused policy row, and the gradient of a known
+coefficient.
 
-Invariants: offsets of a row are int64; the main loop over the vocabulary loads 16 bytes a thread, and only the tail is
-masked column by column; a padded column is -inf and never counts; every constant is a `tl.constexpr`, none is a float
-argument.
+Invariants: offsets of a row are int64; the main loop over the vocabulary loads 16 bytes a thread,
+and only the tail is masked column by column; a padded column is -inf and never counts; every
+constant is a `tl.constexpr`, none is a float argument.
 
 Shapes: rows of V logits, `stride` elements apart; everything per row or per sequence is contiguous.
 """
@@ -20,7 +21,8 @@ ROW_METRICS = tl.constexpr(12)  # loss, then metrics.LOGIT_METRICS in order
 
 @triton.jit
 def _add_tile(logits, highest, total, weighted, INVERSE_TEMPERATURE: tl.constexpr):
-    """Online softmax sums of one more tile; a row that is -inf so far stays at 0 instead of becoming NaN."""
+    """Online softmax sums of one more tile; a row that is -inf so far stays at 0 instead of
+    becoming NaN."""
     raised = tl.maximum(highest, tl.max(logits, axis=0))
     anchor = tl.where(raised == float("-inf"), 0.0, raised)
     shift = (highest - anchor) * INVERSE_TEMPERATURE
@@ -51,8 +53,8 @@ def load_tail(row, vocabulary, BLOCK: tl.constexpr):
 def row_sums(row, vocabulary, INVERSE_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr):
     """Highest logit, sum of exp(x) and of exp(x) * x, with x = (logit - highest) / temperature.
 
-    Each tile is loaded while the one before it is summed: the maximum is a barrier, and a lone tile would wait for
-    memory there.
+    Each tile is loaded while the one before it is summed: the maximum is a barrier, and a lone tile
+    would wait for memory there.
     """
     columns = tl.arange(0, BLOCK)
     highest = float("-inf")
@@ -62,11 +64,17 @@ def row_sums(row, vocabulary, INVERSE_TEMPERATURE: tl.constexpr, BLOCK: tl.const
     tile = load_first(row, vocabulary, BLOCK)
     for start in range(BLOCK, full, BLOCK):
         ahead = tl.load(row + start + columns)
-        highest, total, weighted = _add_tile(tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
+        highest, total, weighted = _add_tile(
+            tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE
+        )
         tile = ahead
     tail = load_tail(row, vocabulary, BLOCK)
-    highest, total, weighted = _add_tile(tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
-    highest, total, weighted = _add_tile(tail.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE)
+    highest, total, weighted = _add_tile(
+        tile.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE
+    )
+    highest, total, weighted = _add_tile(
+        tail.to(tl.float32), highest, total, weighted, INVERSE_TEMPERATURE
+    )
     return highest, tl.sum(total, axis=0), tl.sum(weighted, axis=0)
 
 
@@ -90,8 +98,11 @@ def fill_zero(row, vocabulary, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _softmax_tile(logits, columns, anchor, factor, target, label, INVERSE_TEMPERATURE: tl.constexpr):
-    """factor * exp(x), and at the target the label's entry, formed in float32 before any rounding."""
+def _softmax_tile(
+    logits, columns, anchor, factor, target, label, INVERSE_TEMPERATURE: tl.constexpr
+):
+    """factor * exp(x), and at the target the label's entry, formed in float32 before any
+    rounding."""
     values = factor * tl.exp((logits.to(tl.float32) - anchor) * INVERSE_TEMPERATURE)
     return tl.where(columns == target, label, values)
 
@@ -111,9 +122,10 @@ def write_softmax(
 ):
     """destination = factor * exp((source - anchor) / temperature), label at the target.
 
-    The first barrier lets every thread read the target's logit before one overwrites it, where both are the same
-    memory. With SHARES_STORAGE a narrower destination row begins where the source row does: tile k is written at or
-    before what tile k reads, so all threads must have read their part of a tile before one writes.
+    The first barrier lets every thread read the target's logit before one overwrites it, where both
+    are the same memory. With SHARES_STORAGE a narrower destination row begins where the source row
+    does: tile k is written at or before what tile k reads, so all threads must have read their part
+    of a tile before one writes.
     """
     columns = tl.arange(0, BLOCK)
     full = vocabulary // BLOCK * BLOCK
@@ -122,7 +134,9 @@ def write_softmax(
     for start in range(0, full, BLOCK):
         following = start + BLOCK + columns
         ahead = tl.load(source + following, mask=following < full, other=float("-inf"))
-        values = _softmax_tile(tile, start + columns, anchor, factor, target, label, INVERSE_TEMPERATURE)
+        values = _softmax_tile(
+            tile, start + columns, anchor, factor, target, label, INVERSE_TEMPERATURE
+        )
         if SHARES_STORAGE:
             tl.debug_barrier()
         tl.store(destination + start + columns, values.to(destination.dtype.element_ty))
@@ -131,7 +145,11 @@ def write_softmax(
     values = _softmax_tile(tail, full + columns, anchor, factor, target, label, INVERSE_TEMPERATURE)
     if SHARES_STORAGE:
         tl.debug_barrier()
-    tl.store(destination + full + columns, values.to(destination.dtype.element_ty), mask=full + columns < vocabulary)
+    tl.store(
+        destination + full + columns,
+        values.to(destination.dtype.element_ty),
+        mask=full + columns < vocabulary,
+    )
 
 
 @triton.jit
@@ -177,9 +195,15 @@ def gradient_kernel(
     """One program a row: gradient = probability * softmax + label * onehot(target)."""
     index = tl.program_id(0).to(tl.int64)
     source, destination = logits + index * logits_stride, gradient + index * gradient_stride
-    factor, target, extra = tl.load(probability + index), tl.load(target_ids + index), tl.load(label + index)
+    factor, target, extra = (
+        tl.load(probability + index),
+        tl.load(target_ids + index),
+        tl.load(label + index),
+    )
     row_lse = tl.load(lse + index)
-    at_target = factor * tl.exp(target_logit(source, target, vocabulary) * INVERSE_TEMPERATURE - row_lse)
+    at_target = factor * tl.exp(
+        target_logit(source, target, vocabulary) * INVERSE_TEMPERATURE - row_lse
+    )
     entry = tl.where(factor == 0.0, 0.0, at_target) + extra
     if factor == 0.0:
         fill_zero(destination, vocabulary, BLOCK)
@@ -233,11 +257,12 @@ def policy_kernel(
     SHARES_STORAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The fused row, for a fixed number of programs that share the rows out: softmax, ratio, clips, loss, metrics,
-    gradient.
+    """The fused row, for a fixed number of programs that share the rows out: softmax, ratio, clips,
+    loss, metrics, gradient.
 
-    Few enough programs keep their rows in the L2 cache, so that the second sweep does not go to device memory. Each row
-    writes one line of `row_metrics` (zeros before): no atomics, so the sums are the same in every run.
+    Few enough programs keep their rows in the L2 cache, so that the second sweep does not go to
+    device memory. Each row writes one line of `row_metrics` (zeros before): no atomics, so the sums
+    are the same in every run.
     """
     index = tl.program_id(0).to(tl.int64)
     while index < rows:
@@ -248,7 +273,9 @@ def policy_kernel(
         if tl.load(mask + index) != 0:
             highest, total, weighted = row_sums(source, vocabulary, INVERSE_TEMPERATURE, BLOCK)
             log_total = tl.log(total)
-            log_prob = (target_logit(source, target, vocabulary) - highest) * INVERSE_TEMPERATURE - log_total
+            log_prob = (
+                target_logit(source, target, vocabulary) - highest
+            ) * INVERSE_TEMPERATURE - log_total
             sequence = tl.load(sequence_ids + index)
             advantage, scale = tl.load(advantages + sequence), tl.load(scales + sequence)
             weight = tl.load(weights + index)
@@ -258,7 +285,9 @@ def policy_kernel(
             is_low = (advantage < 0.0) & (ratio < LOWEST)
             is_high = (advantage > 0.0) & (ratio > HIGHEST)
             is_dual = (advantage < 0.0) & (ratio > DUAL_CLIP)
-            bounded = tl.where(is_low, LOWEST, tl.where(is_high, HIGHEST, tl.where(is_dual, DUAL_CLIP, ratio)))
+            bounded = tl.where(
+                is_low, LOWEST, tl.where(is_high, HIGHEST, tl.where(is_dual, DUAL_CLIP, ratio))
+            )
             policy_loss = -advantage * bounded * weight
             is_active = ~(is_low | is_high | is_dual) & (tl.abs(difference) < _BOUND)
             slope = tl.where(is_active, -advantage * ratio * weight, 0.0)
@@ -267,7 +296,9 @@ def policy_kernel(
                 gap = tl.load(reference + index) - log_prob
                 bounded_gap = _clamped(gap)
                 divergence = tl.exp(bounded_gap) - 1.0 - bounded_gap
-                slope += tl.where(tl.abs(gap) < _BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0)
+                slope += tl.where(
+                    tl.abs(gap) < _BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0
+                )
             coefficient = slope * scale * INVERSE_TEMPERATURE
             label = coefficient * (1.0 - tl.exp(log_prob))
             line = row_metrics + index * ROW_METRICS
@@ -297,7 +328,8 @@ def policy_kernel(
 
 @triton.jit
 def scale_kernel(matrix, factor, columns_count, stride, BLOCK: tl.constexpr):
-    """One program a row: row *= factor, and nothing at all where the factor, read on the device, is 1."""
+    """One program a row: row *= factor, and nothing at all where the factor, read on the device, is
+    1."""
     value = tl.load(factor).to(tl.float32)
     if value == 1.0:
         return

@@ -1,5 +1,5 @@
-"""Triton kernel for what is known before the logits: importance weights and metrics.SAMPLE_METRICS, one launch over all
-rows.
+"""Triton kernel for what is known before the logits: importance weights and metrics.SAMPLE_METRICS,
+one launch over all rows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -33,7 +33,9 @@ def samples_kernel(
     index = program * BLOCK + tl.arange(0, BLOCK)
     inside = index < rows
     used = inside & (tl.load(mask + index, mask=inside, other=0) != 0)
-    advantage = tl.load(advantages + tl.load(sequence_ids + index, mask=inside, other=0), mask=used, other=0.0)
+    advantage = tl.load(
+        advantages + tl.load(sequence_ids + index, mask=inside, other=0), mask=used, other=0.0
+    )
     live = used & (HAS_KL | (advantage != 0.0))
     line = partials + program * SAMPLE_PARTIALS
     tl.store(line + 0, tl.sum(used.to(tl.float32), axis=0))
@@ -49,8 +51,12 @@ def samples_kernel(
         sampled = tl.load(behaviour + index, mask=used, other=0.0)
         usable = used & (tl.abs(sampled) < float("inf"))
         dropped = used & ~(tl.abs(sampled) < float("inf"))
-        difference = tl.where(usable, tl.load(proximal + index, mask=used, other=0.0) - sampled, 0.0)
-        bounded = tl.where(difference > _BOUND, _BOUND, tl.where(difference < -_BOUND, -_BOUND, difference))
+        difference = tl.where(
+            usable, tl.load(proximal + index, mask=used, other=0.0) - sampled, 0.0
+        )
+        bounded = tl.where(
+            difference > _BOUND, _BOUND, tl.where(difference < -_BOUND, -_BOUND, difference)
+        )
         raw = tl.where(usable, tl.exp(bounded), 0.0)
         highest = tl.load(cap)
         capped = usable & (raw > highest)

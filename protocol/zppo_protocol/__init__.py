@@ -1,7 +1,8 @@
 """The words actors exchange, how they become bytes, and the rules of who may send what.
 
-`messages` are the values, `checks` what makes them consistent, `codec` their bytes, `limits` their bounds, `leases`
-and `credits` the pure bookkeeping of work that was given out, `sockets` the one file that imports zmq. Invariant:
-nothing in this package imports torch or any other package of the project, so an engine host needs only numpy, msgspec
-and pyzmq.
+`messages` are the verbs, `values` and `samples` what they carry (`samples` has the arrays, and what
+makes them consistent), `codec` their bytes, `limits` their bounds, `leases` and `credits` the pure
+bookkeeping of work that was given out, `sockets` the one file that imports zmq. Invariant: nothing
+in this package imports torch or any other package of the project; numpy, msgspec and pyzmq are all
+that it needs.
 """

@@ -1,11 +1,13 @@
 """Messages to frames and back, and the same encoding in one blob for checkpoints.
 
-A message is one msgpack header, a map with the tag `type`, and at most one payload frame that holds every numpy array
-end to end, each padded to 8 bytes. In the header an array is `[dtype, shape, offset]`. Invariants: `decode` raises
-nothing but `ProtocolError`, whatever the bytes; `decode(encode(m))` equals `m`; and `encode` refuses what `decode`
-would refuse, so a mistake shows at its origin and never as a lost answer.
+A message is one msgpack header, a map with the tag `type`, and at most one payload frame that holds
+every numpy array end to end, each padded to 8 bytes. In the header an array is `[dtype, shape,
+offset]`. Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes;
+`decode(encode(m))` equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows
+at its origin and never as a lost answer.
 
-Arrays that come out are read-only views into the payload and keep it alive; copy what is to be changed or kept long.
+Arrays that come out are read-only views into the payload and keep it alive; copy what is to be
+changed or kept long.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from zppo_protocol.checks import ProtocolError
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MAX_DIMENSIONS, MAX_FRAMES, Limits
 from zppo_protocol.messages import AnyMessage
 
@@ -33,7 +35,8 @@ DEFAULT_LIMITS = Limits()
 
 
 def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
-    """Return the one or two frames of `message`. Raises ProtocolError if `decode` would not accept them."""
+    """Return the one or two frames of `message`. Raises ProtocolError if `decode` would not accept
+    them."""
     header, payload = _pack(message)
     frames = [header, payload] if payload else [header]
     decode(frames, limits)
@@ -41,7 +44,8 @@ def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
 
 
 def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMessage:
-    """Return the message in `frames`; its arrays are read-only views of the payload. Raises ProtocolError only."""
+    """Return the message in `frames`; its arrays are read-only views of the payload. Raises
+    ProtocolError only."""
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise ProtocolError(f"a message has one or two frames, got {len(frames)}")
     header, payload = frames[0], frames[1] if len(frames) > 1 else b""
@@ -54,15 +58,17 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMess
 def dumps(value: Any) -> bytes:
     """Return `value`, any msgspec-encodable value with numpy arrays in it, as one blob for `loads`.
 
-    Layout: 8 bytes of magic and version, the header's length (u64), the header, zeros up to a multiple of 8, payload.
-    Raises ProtocolError for what msgspec or the dtype allow-list cannot represent.
+    Layout: 8 bytes of magic and version, the header's length (u64), the header, zeros up to a
+    multiple of 8, payload. Raises ProtocolError for what msgspec or the dtype allow-list cannot
+    represent.
     """
     header, payload = _pack(value)
     return b"".join([BLOB.pack(BLOB_MAGIC, len(header)), header, _padding(len(header)), payload])
 
 
 def loads(data: Buffer, type: type[T]) -> T:
-    """Return the `type` that `dumps` wrote; arrays are read-only views of `data`. Raises ProtocolError only."""
+    """Return the `type` that `dumps` wrote; arrays are read-only views of `data`. Raises
+    ProtocolError only."""
     view = memoryview(data).cast("B")
     if len(view) < BLOB.size:
         raise ProtocolError(f"a blob has at least {BLOB.size} bytes, got {len(view)}")
@@ -71,7 +77,9 @@ def loads(data: Buffer, type: type[T]) -> T:
         raise ProtocolError("this is not a blob of this version")
     payload_start = BLOB.size + _aligned(header_bytes)
     if payload_start > len(view):
-        raise ProtocolError(f"the blob is cut off: its header needs {payload_start} bytes, got {len(view)}")
+        raise ProtocolError(
+            f"the blob is cut off: its header needs {payload_start} bytes, got {len(view)}"
+        )
     value: T = _unpack(view[BLOB.size : BLOB.size + header_bytes], view[payload_start:], type)
     return value
 
@@ -89,7 +97,10 @@ def _unpack(header: Buffer, payload: Buffer, type: Any) -> Any:
     reader = _ArrayReader(payload)
     try:
         value = msgspec.msgpack.Decoder(type, dec_hook=reader.array).decode(header)
-    except (ValueError, RecursionError) as error:  # ValueError covers DecodeError and UnicodeDecodeError
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError covers DecodeError and UnicodeDecodeError
         raise ProtocolError(f"not a message: {error}") from error
     reader.finish()
     return value
@@ -117,7 +128,8 @@ class _ArrayWriter:
 
 
 class _ArrayReader:
-    """Hands out views of one payload in the order in which the header names them: end to end, no gap, no overlap."""
+    """Hands out views of one payload in the order in which the header names them: end to end, no
+    gap, no overlap."""
 
     def __init__(self, payload: Buffer) -> None:
         base = np.frombuffer(payload, dtype=np.uint8)
@@ -134,13 +146,18 @@ class _ArrayReader:
         for length in shape:
             size *= length
         if offset != self.cursor or offset + size > len(self.base):
-            raise ProtocolError(f"an array of {size} bytes at {offset} does not lie in {len(self.base)} bytes in order")
+            raise ProtocolError(
+                f"an array of {size} bytes at {offset} does not lie in {len(self.base)} bytes in "
+                "order"
+            )
         self.cursor = offset + _aligned(size)
         return self.base[offset : offset + size].view(dtype).reshape(shape)
 
     def finish(self) -> None:
         if self.cursor != len(self.base):
-            raise ProtocolError(f"the arrays of the header end at byte {self.cursor} of {len(self.base)}")
+            raise ProtocolError(
+                f"the arrays of the header end at byte {self.cursor} of {len(self.base)}"
+            )
 
 
 def _checked_reference(reference: Any) -> tuple[np.dtype[Any], list[int], int]:
@@ -150,8 +167,14 @@ def _checked_reference(reference: Any) -> tuple[np.dtype[Any], list[int], int]:
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise ProtocolError(f"an array's dtype is one of {', '.join(DTYPES)}")
-    if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(map(_is_count, [*shape, offset]))):
-        raise ProtocolError(f"an array has at most {MAX_DIMENSIONS} dimensions, counted by whole numbers")
+    if not (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and all(map(_is_count, [*shape, offset]))
+    ):
+        raise ProtocolError(
+            f"an array has at most {MAX_DIMENSIONS} dimensions, counted by whole numbers"
+        )
     return dtype, shape, offset
 
 

@@ -1,9 +1,10 @@
 """Leases: who works on which task, since when, and whose answer counts.
 
-Invariants: a task has at most one lease at a time; only the present holder (actor and incarnation) may answer, and only
-once; and a task leaves the ledger by exactly one of `accept`, `drop`, or by being handed back to the caller for another
-try (`expired`, `release`, `release_actor`), so none is lost and none is done twice. Pure: time is an argument, in
-seconds of any monotonic clock. Leases are no part of a checkpoint: whatever was leased is issued again on resume.
+Invariants: a task has at most one lease at a time; only the present holder (actor and incarnation)
+may answer, and only once; and a task leaves the ledger by exactly one of `accept`, `drop`, or by
+being handed back to the caller for another try (`expired`, `release`, `release_actor`), so none is
+lost and none is done twice. Pure: time is an argument, in seconds of any monotonic clock. Leases
+are no part of a checkpoint: whatever was leased is issued again on resume.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Generic, TypeVar
 
 from msgspec import Struct
 
-from zppo_protocol.checks import ProtocolError
+from zppo_protocol.errors import ProtocolError
 
 Task = TypeVar("Task")
 
 
 class Lease(Struct, Generic[Task], frozen=True, kw_only=True):
-    """One try at one task. `attempt` counts from 1; `issued` is in seconds of the caller's clock."""
+    """One try at one task. `attempt` counts from 1; `issued` is in seconds of the caller's
+    clock."""
 
     task_id: str
     actor: str
@@ -44,13 +46,22 @@ class LeaseLedger(Generic[Task]):
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._leases
 
-    def issue(self, task_id: str, actor: str, incarnation: int, now: float, payload: Task) -> Lease[Task]:
+    def issue(
+        self, task_id: str, actor: str, incarnation: int, now: float, payload: Task
+    ) -> Lease[Task]:
         """Lease a task that nobody holds. Raises ProtocolError if somebody does."""
         if task_id in self._leases:
-            raise ProtocolError(f"task {task_id!r} is already leased to {self._leases[task_id].actor}")
+            raise ProtocolError(
+                f"task {task_id!r} is already leased to {self._leases[task_id].actor}"
+            )
         attempt = self.attempts(task_id) + 1
         lease = Lease(
-            task_id=task_id, actor=actor, incarnation=incarnation, attempt=attempt, issued=now, payload=payload
+            task_id=task_id,
+            actor=actor,
+            incarnation=incarnation,
+            attempt=attempt,
+            issued=now,
+            payload=payload,
         )
         self._attempts[task_id] = attempt
         self._leases[task_id] = lease
@@ -62,7 +73,8 @@ class LeaseLedger(Generic[Task]):
         self._progress[actor, incarnation] = max(now, self._progress.get((actor, incarnation), now))
 
     def accept(self, task_id: str, actor: str, incarnation: int) -> Task | None:
-        """Return the payload if the answer comes from the present holder, and end the task; else None: discard it."""
+        """Return the payload if the answer comes from the present holder, and end the task; else
+        None: discard it."""
         lease = self.release(task_id, actor, incarnation)
         if lease is None:
             return None
@@ -70,7 +82,8 @@ class LeaseLedger(Generic[Task]):
         return lease.payload
 
     def release(self, task_id: str, actor: str, incarnation: int) -> Lease[Task] | None:
-        """The holder says it failed: take the lease back for another try. None if the speaker is not the holder."""
+        """The holder says it failed: take the lease back for another try. None if the speaker is
+        not the holder."""
         lease = self._leases.get(task_id)
         if lease is None or (lease.actor, lease.incarnation) != (actor, incarnation):
             return None
@@ -85,8 +98,13 @@ class LeaseLedger(Generic[Task]):
         self._attempts.pop(task_id, None)
 
     def expired(self, now: float) -> list[Lease[Task]]:
-        """Take back the leases whose actor has shown no progress for `lease_seconds`, in the order they were issued."""
-        over = [lease for lease in self._leases.values() if now - self._last_sign(lease) >= self.lease_seconds]
+        """Take back the leases whose actor has shown no progress for `lease_seconds`, in the order
+        they were issued."""
+        over = [
+            lease
+            for lease in self._leases.values()
+            if now - self._last_sign(lease) >= self.lease_seconds
+        ]
         for lease in over:
             self._remove(lease)
         return over

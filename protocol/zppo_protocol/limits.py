@@ -1,7 +1,8 @@
 """Every bound of the wire in one place: bytes, queue lengths and waiting times.
 
-Invariant: no buffer and no wait in `codec` or `sockets` is unbounded. A header is decoded into Python objects, which
-take up to about 64 times its size in the worst (hostile) case, so its bound is far tighter than the payload's.
+Invariant: no buffer and no wait in `codec` or `sockets` is unbounded. A header is decoded into
+Python objects, which take up to about 64 times its size in the worst (hostile) case, so its bound
+is far tighter than the payload's.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ MAX_IPC_PATH_BYTES = 107
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Bounds of one socket.
 
-    `header_bytes` and `payload_bytes` bound the two frames of a message. `queue` is the high-water mark, in messages,
-    of each direction of each peer: with credits it is never reached by a peer that reads. `send_seconds` bounds how
-    long a dealer waits for a controller that does not read, `linger_seconds` how long closing waits for unsent ones.
+    `header_bytes` and `payload_bytes` bound the two frames of a message. `queue` is the high-water
+    mark, in messages, of each direction of each peer: with credits it is never reached by a peer
+    that reads. `send_seconds` bounds how long a dealer waits for a controller that does not read,
+    `linger_seconds` how long closing waits for unsent ones.
     """
 
     header_bytes: Annotated[int, Meta(ge=1)] = 64 * MIB
@@ -39,6 +41,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def limits_for(max_message_mib: int) -> Limits:
-    """Limits of a run whose topology allows messages of `max_message_mib` MiB (`transport.max_message_mib`)."""
+    """Limits of a run whose topology allows messages of `max_message_mib` MiB
+    (`transport.max_message_mib`)."""
     payload_bytes = max_message_mib * MIB
     return Limits(payload_bytes=payload_bytes, header_bytes=min(payload_bytes, 64 * MIB))

@@ -1,12 +1,14 @@
-"""A small actor for the supervisor's tests: the real ties, signals and sockets of a process, scripted behaviour.
+"""A small actor for the supervisor's tests: the real ties, signals and sockets of a process,
+scripted behaviour.
 
-`RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave), "die" (exit 3),
-"leave" (exit 0), "refuse" (a user error), "break" (a broken promise), "spawn" (live, with a child of its own),
-"linger" (as "live", but it leaves late). The controller writes what it hears to `RUN_DIR/heard.txt`, a line each, and
-obeys its words: "finish when NAME N" ends the run when that incarnation has said hello, "restart NAME" asks for a
-restart of its first incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
-supervisor is there. Otherwise it ends only after all peers were heard: a router cannot reach those that are not
-connected yet.
+`RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave),
+"die" (exit 3), "leave" (exit 0), "refuse" (a user error), "break" (a broken promise), "spawn"
+(live, with a child of its own), "linger" (as "live", but it leaves late). The controller writes
+what it hears to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends
+the run when that incarnation has said hello, "restart NAME" asks for a restart of its first
+incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
+supervisor is there. Otherwise it ends only after all peers were heard: a router cannot reach those
+that are not connected yet.
 """
 
 from __future__ import annotations
@@ -17,20 +19,28 @@ import sys
 import time
 from pathlib import Path
 
-from zppo.errors import UserError
-from zppo.exit_codes import EXIT_FATAL
-from zppo.processes import processes
-from zppo.run_dir import read
+from zppo.errors import EXIT_FATAL, UserError
+from zppo.plan.processes import processes
+from zppo.records.run_directory import read
 from zppo_actors import process
 from zppo_actors.runtime import controller_address
-from zppo_protocol.messages import ActorExited, Hello, RestartActor, RunEnded, Shutdown, StopRequested
+from zppo_protocol.messages import (
+    ActorExited,
+    Hello,
+    RestartActor,
+    RunEnded,
+    Shutdown,
+    StopRequested,
+)
 from zppo_protocol.sockets import Dealer, Router
 
 
 def main(argv: list[str]) -> int:
     arguments = process._parser().parse_args(argv)
     folder, run_dir = Path(arguments.runtime), Path(arguments.run)
-    process.tie_to_supervisor(arguments.parent_fd, folder, kernel_too=arguments.role != "controller")
+    process.tie_to_supervisor(
+        arguments.parent_fd, folder, kernel_too=arguments.role != "controller"
+    )
     process.set_signals()
     script = json.loads((run_dir / "script.json").read_text())
     words = script.get(arguments.actor, ["live"])
@@ -114,7 +124,9 @@ class Controller:
                     return RunEnded(verdict="nothing moved for 3 s", exit_code=1)
                 if f"finish when {actor} {incarnation}" in self.words:
                     return RunEnded(verdict="finished", exit_code=0)
-            case ActorExited(actor=actor, incarnation=incarnation, verdict=verdict, restarting=restarting):
+            case ActorExited(
+                actor=actor, incarnation=incarnation, verdict=verdict, restarting=restarting
+            ):
                 self.note(f"exited {actor} {incarnation} {restarting}: {verdict}")
             case StopRequested(reason=reason):
                 self.note(f"stop: {reason}")
@@ -126,7 +138,9 @@ class Controller:
         for word in [word for word in self.words if word.startswith("restart ")]:
             self.words.remove(word)
             actor = word.removeprefix("restart ")
-            self.router.send("supervisor", RestartActor(actor=actor, incarnation=0, reason="it sampled nothing"))
+            self.router.send(
+                "supervisor", RestartActor(actor=actor, incarnation=0, reason="it sampled nothing")
+            )
 
     def finish(self, end: RunEnded) -> None:
         for peer in self.peers - {"supervisor"}:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zppo.processes import ProcessPlan
-from zppo_actors.life import KEEP_MEMORY, environment
+from zppo.plan.processes import ProcessPlan
+from zppo_actors.supervisor.life import KEEP_MEMORY, environment
 
 PLAN = ProcessPlan(name="trainer", role="trainer", pool="trainer", threads=3)
 
@@ -17,7 +17,9 @@ def test_every_library_gets_the_threads_of_the_plan() -> None:
     assert {found[name] for name in names} == {"3"}
 
 
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in KEEP_MEMORY:
         monkeypatch.delenv(name, raising=False)
     assert {name: environment(PLAN)[name] for name in KEEP_MEMORY} == KEEP_MEMORY

@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 from worlds import samples, topology
 
-from zppo import checkpoint, run_dir
-from zppo.config import Topology
-from zppo_actors import controller as controller_module
-from zppo_actors.controller import Controller
+from zppo.config.topology import Topology
+from zppo.records import checkpoint, run_directory
+from zppo_actors.controller import controller as controller_module
+from zppo_actors.controller.controller import Controller
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
-from zppo_protocol.checks import ProtocolError
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import AnyMessage
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import Grade, PolicyManifest, Prompt, Sampling
 
 
 class ScriptedRouter:
-    """Hands out what the test queued; a plain list of what was sent. `play` may answer each message."""
+    """Hands out what the test queued; a plain list of what was sent. `play` may answer each
+    message."""
 
     def __init__(self) -> None:
         self.inbox: deque[tuple[str, AnyMessage]] = deque()
@@ -43,7 +46,9 @@ class ScriptedRouter:
         return peer not in self.gone
 
     def to(self, peer: str, kind: type) -> list[Any]:
-        return [message for name, message in self.sent if name == peer and isinstance(message, kind)]
+        return [
+            message for name, message in self.sent if name == peer and isinstance(message, kind)
+        ]
 
 
 class Stage:
@@ -51,7 +56,7 @@ class Stage:
 
     def __init__(self, folder: Path, settings: Topology, start: int = 0) -> None:
         if not folder.exists():
-            run_dir.create(folder, settings)
+            run_directory.create(folder, settings)
         self.context = ActorContext(
             run_dir=folder, runtime=folder, actor="controller", role="controller", incarnation=0,
             topology=settings, run_id="run", start_version=start,
@@ -89,7 +94,10 @@ class Stage:
             match message:
                 case messages.LoadPolicy():
                     version = message.manifest.version
-                    self.say(name, messages.PolicyLoaded(version=version, digest=f"d{version}", seconds=0.0))
+                    self.say(
+                        name,
+                        messages.PolicyLoaded(version=version, digest=f"d{version}", seconds=0.0),
+                    )
                     if version == self.context.start_version:
                         self.say(name, messages.Credits(count=8))
                 case messages.GenerateTask():
@@ -97,7 +105,7 @@ class Stage:
                     self.say(name, messages.GenerateResult(task_id=message.task_id, samples=answer))
                     self.say(name, messages.Credits(count=message.n))
                 case messages.GradeTask():
-                    grades = [messages.Grade(reward=float(i == 0)) for i in range(len(message.responses))]
+                    grades = [Grade(reward=float(i == 0)) for i in range(len(message.responses))]
                     self.say(name, messages.GradeResult(task_id=message.task_id, grades=grades))
                     self.say(name, messages.Credits(count=1))
                 case messages.TrainWindow():
@@ -112,7 +120,12 @@ class Stage:
     def train(self, window: messages.TrainWindow) -> None:
         self.say("trainer", messages.PolicyPublished(manifest=manifest(window.step + 1)))
         ids = [group.group_id for group in window.groups]
-        self.say("trainer", messages.StepTrained(step=window.step, group_ids=ids, metrics={"loss": 0.5}, seconds=1.0))
+        self.say(
+            "trainer",
+            messages.StepTrained(
+                step=window.step, group_ids=ids, metrics={"loss": 0.5}, seconds=1.0
+            ),
+        )
         self.say("trainer", messages.Credits(count=1))
 
     def run(self) -> messages.RunEnded:
@@ -128,8 +141,8 @@ class Stage:
         return ended
 
 
-def manifest(version: int) -> messages.PolicyManifest:
-    return messages.PolicyManifest(version=version, path=f"/p{version}", tensors=[], digest=f"d{version}")
+def manifest(version: int) -> PolicyManifest:
+    return PolicyManifest(version=version, path=f"/p{version}", tensors=[], digest=f"d{version}")
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +155,10 @@ def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(tmp_path: Path) -> Topology:
     data = tmp_path / "train.jsonl"
     data.write_text(
-        "".join(json.dumps({"id": f"q{i}", "question": f"{i}?", "answer": str(i)}) + "\n" for i in range(6))
+        "".join(
+            json.dumps({"id": f"q{i}", "question": f"{i}?", "answer": str(i)}) + "\n"
+            for i in range(6)
+        )
     )
     return topology(
         data={"train": str(data)},
@@ -180,8 +196,16 @@ def test_a_run_from_hello_to_the_last_word(stage: Stage) -> None:
             {"role": "rollout", "actor": "trainer"},
             "it calls itself trainer on the connection of rollout-0",
         ),
-        ("rollout-0", {"role": "rollout", "run_id": "old"}, "it belongs to run old, this is run run"),
-        ("rollout-0", {"role": "rollout", "protocol_version": 9}, "it speaks protocol version 9, this run speaks 3"),
+        (
+            "rollout-0",
+            {"role": "rollout", "run_id": "old"},
+            "it belongs to run old, this is run run",
+        ),
+        (
+            "rollout-0",
+            {"role": "rollout", "protocol_version": 9},
+            "it speaks protocol version 9, this run speaks 3",
+        ),
     ],
 )
 def test_who_is_not_let_in(stage: Stage, peer: str, changes: dict[str, Any], reason: str) -> None:
@@ -217,13 +241,13 @@ def test_what_a_role_may_not_say_changes_nothing(stage: Stage) -> None:
     assert stage.controller.scheduler.dispatcher.credits("rollout-0") == 0
 
 
-def a_sample() -> messages.GroupSamples:
+def a_sample() -> GroupSamples:
     task = messages.GenerateTask(
         task_id="none",
         kind="plain",
-        prompt=messages.Prompt(messages=[]),
+        prompt=Prompt(messages=[]),
         n=1,
-        sampling=messages.Sampling(max_new_tokens=2),
+        sampling=Sampling(max_new_tokens=2),
         seed=0,
     )
     return samples(task, [0, 0])
@@ -233,18 +257,26 @@ def test_stopped_before_the_first_step_it_ends_at_once(stage: Stage) -> None:
     stage.everybody()
     stage.say("supervisor", messages.StopRequested(reason="interrupted"))
     ended = stage.run()
-    assert (ended.verdict, ended.exit_code) == ("interrupted: 0 of 3 steps are trained and saved", 130)
+    assert (ended.verdict, ended.exit_code) == (
+        "interrupted: 0 of 3 steps are trained and saved",
+        130,
+    )
     assert checkpoint.list_steps(stage.context.run_dir) == []
 
 
-def test_stopped_in_the_middle_it_saves_and_the_next_life_goes_on(stage: Stage, settings: Topology) -> None:
+def test_stopped_in_the_middle_it_saves_and_the_next_life_goes_on(
+    stage: Stage, settings: Topology
+) -> None:
     stage.everybody()
     while not stage.router.to("trainer", messages.TrainWindow):
         stage.turn()
         stage.work()
     stage.say("supervisor", messages.StopRequested(reason="interrupted"))
     ended = stage.run()
-    assert (ended.verdict, ended.exit_code) == ("interrupted: 1 of 3 steps are trained and saved", 130)
+    assert (ended.verdict, ended.exit_code) == (
+        "interrupted: 1 of 3 steps are trained and saved",
+        130,
+    )
     again = Stage(stage.context.run_dir, settings, start=1)
     again.everybody()
     assert again.run().verdict == "finished: 3 of 3 steps"
@@ -262,7 +294,10 @@ def test_versions_that_go_backwards_end_the_run(stage: Stage) -> None:
 def test_a_window_too_large_to_send_names_the_setting(stage: Stage) -> None:
     stage.router.too_large = messages.TrainWindow
     stage.everybody()
-    with pytest.raises(controller_module.RunFailure, match=r"payload of 9 bytes, the limit is 8; raise transport\.max"):
+    with pytest.raises(
+        controller_module.RunFailure,
+        match=r"payload of 9 bytes, the limit is 8; raise transport\.max",
+    ):
         for _ in range(100):
             stage.turn()
             stage.work()
@@ -274,7 +309,9 @@ def test_the_watchdog_names_the_stuck_edge(stage: Stage) -> None:
         stage.turn()
         stage.work()
     stage.controller._next_status = 0.0
-    with pytest.raises(controller_module.RunFailure, match="nothing moved for 600 s: step 0 is in the trainer"):
+    with pytest.raises(
+        controller_module.RunFailure, match="nothing moved for 600 s: step 0 is in the trainer"
+    ):
         stage.controller._act(stage.controller._last_progress + 601.0)
 
 

@@ -1,4 +1,5 @@
-"""Rollout and teacher actors: as real processes on a real socket, and their book-keeping around a made-up engine."""
+"""Rollout and teacher actors: as real processes on a real socket, and their book-keeping around a
+made-up engine."""
 
 from __future__ import annotations
 
@@ -16,35 +17,52 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 import pytest
-from engine_helpers import completions, forced_log_probs, make_model, make_task, save, versions, words
+from engine_helpers import (
+    completions,
+    forced_log_probs,
+    make_model,
+    make_task,
+    save,
+    versions,
+    words,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo import run_dir
-from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology, TransportConfig
-from zppo_actors import runtime, weights
-from zppo_actors.engine_actor import EngineActor
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    Topology,
+    TransportConfig,
+)
+from zppo.records import run_directory
+from zppo_actors import runtime
 from zppo_actors.engines.base import EngineError
 from zppo_actors.process import ActorContext
+from zppo_actors.sampler.actor import EngineActor
+from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
     GenerateResult,
     GenerateTask,
     Goodbye,
-    GroupSamples,
     Heartbeat,
     Hello,
     LoadPolicy,
     PolicyLoaded,
-    PolicyManifest,
     PolicyRefused,
     Rejected,
     Shutdown,
     TaskFailed,
     Welcome,
 )
+from zppo_protocol.samples import GroupSamples
 from zppo_protocol.sockets import Router
+from zppo_protocol.values import PolicyManifest
 
 WAIT_SECONDS = 60.0
 Wanted = TypeVar("Wanted")
@@ -55,7 +73,7 @@ class Stage:
 
     def __init__(self, tmp_path: Path, topology: Topology) -> None:
         self.run = tmp_path / "run"
-        self.record = run_dir.create(self.run, topology)
+        self.record = run_directory.create(self.run, topology)
         self.folder, self._lock = runtime.create(self.record.run_id)
         self.router = Router(runtime.controller_address(self.folder))
         self.process: subprocess.Popen[bytes] | None = None
@@ -66,7 +84,16 @@ class Stage:
     def start(self, role: str) -> None:
         self.name = f"{role}-0"
         read_end, self._pipe = os.pipe()
-        command = [sys.executable, "-m", "zppo_actors", role, "--run", str(self.run), "--runtime", str(self.folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "zppo_actors",
+            role,
+            "--run",
+            str(self.run),
+            "--runtime",
+            str(self.folder),
+        ]
         command += ["--actor", self.name, "--incarnation", "1", "--parent-fd", str(read_end)]
         log = (self.run / "logs" / f"{self.name}.log").open("wb")
         self.process = subprocess.Popen(command, pass_fds=(read_end,), stdout=log, stderr=log)
@@ -148,7 +175,7 @@ def simulated(tmp_path: Path, script: dict[str, Any], **engine_args: Any) -> Top
 
 
 def publish(stage: Stage, version: int, seed: int = 0) -> LoadPolicy:
-    manifest = weights.publish(make_model(seed=seed).state_dict(), version, stage.folder)
+    manifest = shared_memory.publish(make_model(seed=seed).state_dict(), version, stage.folder)
     return LoadPolicy(manifest=manifest)
 
 
@@ -159,7 +186,12 @@ def test_rollout_opens_with_its_first_policy_and_gives_every_credit_back(
     on = stage(simulated(tmp_path, {"default": {"tokens": 4}}, max_sequences=10))
     on.start("rollout")
     hello = on.next(Hello)
-    assert (hello.actor, hello.role, hello.incarnation, hello.capacity) == ("rollout-0", "rollout", 1, 10)
+    assert (hello.actor, hello.role, hello.incarnation, hello.capacity) == (
+        "rollout-0",
+        "rollout",
+        1,
+        10,
+    )
     assert hello.run_id == on.record.run_id
     on.send(Welcome(heartbeat_seconds=0.05))
     on.next(Heartbeat)
@@ -177,7 +209,9 @@ def test_rollout_opens_with_its_first_policy_and_gives_every_credit_back(
 
     on.send(msgspec.structs.replace(make_task("q", n=2, task_id="b"), min_version=4))
     failed = on.next(TaskFailed)
-    assert failed == TaskFailed(task_id="b", reason="needs policy version 4, loaded is 3", retryable=True)
+    assert failed == TaskFailed(
+        task_id="b", reason="needs policy version 4, loaded is 3", retryable=True
+    )
     on.credits(2)
 
     on.send(Shutdown(reason="done"))
@@ -187,7 +221,9 @@ def test_rollout_opens_with_its_first_policy_and_gives_every_credit_back(
 
 
 @pytest.mark.slow
-def test_teacher_opens_when_welcomed_and_reports_failures(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+def test_teacher_opens_when_welcomed_and_reports_failures(
+    stage: Callable[[Topology], Stage], tmp_path: Path
+) -> None:
     script = {"questions": {"bad": {"fail": "no answer today"}, "stuck": {"hang": True}}}
     on = stage(simulated(tmp_path, script, max_sequences=8))
     on.start("teacher")
@@ -210,17 +246,23 @@ def test_teacher_opens_when_welcomed_and_reports_failures(stage: Callable[[Topol
 
 
 @pytest.mark.slow
-def test_rejected_actor_leaves_with_exit_code_1(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+def test_rejected_actor_leaves_with_exit_code_1(
+    stage: Callable[[Topology], Stage], tmp_path: Path
+) -> None:
     on = stage(simulated(tmp_path, {}))
     on.start("rollout")
     on.next(Hello)
     on.send(Rejected(reason="another run"))
-    assert on.next(Goodbye).reason == "the controller refuses to work with this process: another run"
+    assert (
+        on.next(Goodbye).reason == "the controller refuses to work with this process: another run"
+    )
     assert on.exit_code() == 1
 
 
 @pytest.mark.slow
-def test_real_student_refuses_a_torn_policy_and_goes_on(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+def test_real_student_refuses_a_torn_policy_and_goes_on(
+    stage: Callable[[Topology], Stage], tmp_path: Path
+) -> None:
     folder = save(make_model(seed=0), tmp_path / "student")
     topology = Topology(
         data=DataConfig(train="unused"),
@@ -240,7 +282,9 @@ def test_real_student_refuses_a_torn_policy_and_goes_on(stage: Callable[[Topolog
         file.truncate(64)
     on.send(torn)
     refused = on.next(PolicyRefused)
-    assert refused.version == 1 and "the file has 64 bytes where the manifest needs" in refused.reason
+    assert (
+        refused.version == 1 and "the file has 64 bytes where the manifest needs" in refused.reason
+    )
 
     on.send(make_task(words(9), n=4, task_id="a"))
     samples = on.next(GenerateResult).samples
@@ -253,18 +297,22 @@ def test_real_student_refuses_a_torn_policy_and_goes_on(stage: Callable[[Topolog
 
 
 @pytest.mark.slow
-def test_user_error_is_one_sentence_and_exit_code_2(stage: Callable[[Topology], Stage], tmp_path: Path) -> None:
+def test_user_error_is_one_sentence_and_exit_code_2(
+    stage: Callable[[Topology], Stage], tmp_path: Path
+) -> None:
     topology = msgspec.structs.replace(
         simulated(tmp_path, {}), actors=ActorsConfig(rollout=ActorConfig(engine="transfomers"))
     )
     on = stage(topology)
     on.start("rollout")
     assert on.exit_code() == 2
-    expected = "actors.rollout.engine: no engine is called 'transfomers' (did you mean 'transformers'?)\n"
+    expected = (
+        "actors.rollout.engine: no engine is called 'transfomers' (did you mean 'transformers'?)\n"
+    )
     assert on.log() == expected
 
 
-# ---- book-keeping around a made-up engine ------------------------------------------------------------------------
+# ---- book-keeping around a made-up engine --------------------------------------------------------
 
 
 class Line:
@@ -286,7 +334,8 @@ class Line:
 
 
 class Moody:
-    """An engine that ends its sequences as told by `plans`: how many at a time, and whether it fails in the end."""
+    """An engine that ends its sequences as told by `plans`: how many at a time, and whether it
+    fails in the end."""
 
     capacity, policy_version, progress = 100, -1, 0
 
@@ -302,7 +351,10 @@ class Moody:
         if fails:
             raise EngineError("moody", retryable=True)
         ids, log_probs = np.zeros(task.n, dtype=np.int32), np.zeros(task.n, dtype=np.float32)
-        offsets, spans = np.arange(task.n + 1, dtype=np.int32), np.array([[task.n, -1]], dtype=np.int32)
+        offsets, spans = (
+            np.arange(task.n + 1, dtype=np.int32),
+            np.array([[task.n, -1]], dtype=np.int32),
+        )
         return GroupSamples(
             prompt_ids=ids[:1],
             token_ids=ids,
@@ -314,7 +366,9 @@ class Moody:
         )
 
 
-def start_actor(engine: Moody, line: Line, messages: list[AnyMessage], heartbeat_seconds: float) -> asyncio.Task[int]:
+def start_actor(
+    engine: Moody, line: Line, messages: list[AnyMessage], heartbeat_seconds: float
+) -> asyncio.Task[int]:
     """A teacher actor with these messages before it."""
     topology = Topology(
         data=DataConfig(train="unused"),
@@ -328,7 +382,8 @@ def start_actor(engine: Moody, line: Line, messages: list[AnyMessage], heartbeat
 
 
 async def serve(engine: Moody, line: Line, messages: list[AnyMessage], answers: int) -> int:
-    """Run a teacher actor until it has given so many answers, then tell it to leave; returns its exit code."""
+    """Run a teacher actor until it has given so many answers, then tell it to leave; returns its
+    exit code."""
     actor = start_actor(engine, line, messages, heartbeat_seconds=1000.0)
     while not actor.done() and len(line.all(GenerateResult)) + len(line.all(TaskFailed)) < answers:
         await asyncio.sleep(0)
@@ -338,7 +393,9 @@ async def serve(engine: Moody, line: Line, messages: list[AnyMessage], answers: 
     return await actor
 
 
-PLANS = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), max_size=5), st.booleans()), max_size=6)
+PLANS = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 4), max_size=5), st.booleans()), max_size=6
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -347,7 +404,9 @@ def test_every_credit_comes_back_once_and_every_task_has_one_answer(
     plans: list[tuple[int, list[int], bool]], twice: bool
 ) -> None:
     engine = Moody({f"t{i}": (ends, fails) for i, (_, ends, fails) in enumerate(plans)})
-    tasks: list[AnyMessage] = [make_task("q", n=n, task_id=f"t{i}") for i, (n, _, _) in enumerate(plans)]
+    tasks: list[AnyMessage] = [
+        make_task("q", n=n, task_id=f"t{i}") for i, (n, _, _) in enumerate(plans)
+    ]
     tasks *= 2 if twice else 1
 
     async def work() -> Line:
@@ -359,8 +418,12 @@ def test_every_credit_comes_back_once_and_every_task_has_one_answer(
     assert all(credit.count > 0 for credit in line.all(Credits))
     cost = sum(n for n, _, _ in plans) * (2 if twice else 1)
     assert sum(credit.count for credit in line.all(Credits)) == engine.capacity + cost
-    answers = [result.task_id for result in line.all(GenerateResult)] + [f.task_id for f in line.all(TaskFailed)]
-    assert sorted(answers) == sorted(task.task_id for task in tasks if isinstance(task, GenerateTask))
+    answers = [result.task_id for result in line.all(GenerateResult)] + [
+        f.task_id for f in line.all(TaskFailed)
+    ]
+    assert sorted(answers) == sorted(
+        task.task_id for task in tasks if isinstance(task, GenerateTask)
+    )
 
 
 def test_actor_leaves_when_its_engine_is_broken() -> None:
@@ -389,7 +452,8 @@ class Holding(Line):
         await super().send(message)
 
     async def next_tasks(self) -> list[str]:
-        """The tasks of the second heartbeat from now; the first may have been on its way already."""
+        """The tasks of the second heartbeat from now; the first may have been on its way
+        already."""
         wanted = len(self.all(Heartbeat)) + 2
         while len(self.all(Heartbeat)) < wanted:
             await asyncio.sleep(0)
@@ -406,9 +470,12 @@ class Stuck(Moody):
 
 
 def test_heartbeats_list_every_task_until_its_answer_is_sent() -> None:
-    """Running, waiting for room, ended well or badly: until then the controller must not think that it is lost."""
+    """Running, waiting for room, ended well or badly: until then the controller must not think that
+    it is lost."""
     engine = Stuck({"good": ([2], False), "bad": ([], True)})
-    tasks: list[AnyMessage] = [make_task("q", n=n, task_id=i) for i, n in (("stuck", 150), ("good", 2), ("bad", 1))]
+    tasks: list[AnyMessage] = [
+        make_task("q", n=n, task_id=i) for i, n in (("stuck", 150), ("good", 2), ("bad", 1))
+    ]
 
     async def work() -> Line:
         line = Holding()
@@ -442,7 +509,9 @@ def test_actor_leaves_when_a_load_broke_its_engine() -> None:
     async def work() -> tuple[int, Line]:
         line = Line()
         manifest = PolicyManifest(version=1, path="unused", digest="0" * 32, tensors=[])
-        actor = start_actor(Torn({}), line, [LoadPolicy(manifest=manifest)], heartbeat_seconds=1000.0)
+        actor = start_actor(
+            Torn({}), line, [LoadPolicy(manifest=manifest)], heartbeat_seconds=1000.0
+        )
         return await asyncio.wait_for(actor, WAIT_SECONDS), line
 
     code, line = asyncio.run(work())

@@ -17,11 +17,12 @@ import pytest
 from engine_helpers import make_model, make_tokenizer
 from openai_server import MODEL, Server, running, status
 
-from zppo.config import DataConfig, ModelConfig, ResponseSampling
-from zppo.evaluation_plan import EvaluationOrder, Served
-from zppo.questions import Question
-from zppo_actors.evaluator import Evaluator, Grading
-from zppo_protocol.messages import GenerateTask, GroupSamples
+from zppo.config.topology import DataConfig, ModelConfig, ResponseSampling
+from zppo.data.question import Question
+from zppo.evaluation.order import EvaluationOrder, Served
+from zppo_actors.evaluator.evaluator import Evaluator, Grading
+from zppo_protocol.messages import GenerateTask
+from zppo_protocol.samples import GroupSamples
 
 pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
@@ -29,11 +30,15 @@ LIMIT = 120
 
 
 def write_set(folder: Path, script: dict[str, Any], count: int = 12) -> list[str]:
-    """Questions `0 + 1?` and so on, a script for the simulated engine, and the options that use both."""
+    """Questions `0 + 1?` and so on, a script for the simulated engine, and the options that use
+    both."""
     rows = [{"id": f"q{i}", "question": f"{i} + 1?", "answer": str(i + 1)} for i in range(count)]
     (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "script.json").write_text(json.dumps(script))
-    options = f"--model sim --engine simulated --engine-arg script={folder / 'script.json'} --data set.jsonl"
+    options = (
+        f"--model sim --engine simulated --engine-arg script={folder / 'script.json'} --data "
+        "set.jsonl"
+    )
     return options.split()
 
 
@@ -66,39 +71,71 @@ def test_the_report_counts_what_the_script_says(tmp_path: Path) -> None:
     report = json.loads(out)
     assert report["pass_at_1"]["value"] == report["pass_at"]["2"]["value"] == 0.75
     assert 0.4 < report["pass_at_1"]["low"] < 0.75 < report["pass_at_1"]["high"] <= 1.0
-    assert (report["questions"], report["samples"], report["failed"], report["unanswered"]) == (12, 2, 0, 0.0)
+    assert (report["questions"], report["samples"], report["failed"], report["unanswered"]) == (
+        12,
+        2,
+        0,
+        0.0,
+    )
     assert "the engine 'simulated' knows no presence penalty" in report["notes"]
     by_question = {line["id"]: line for line in lines(tmp_path / "by.jsonl")}
-    assert len(by_question) == 12 and by_question["q3"]["mean"] == 1.0 and by_question["q11"]["mean"] == 0.0
+    assert (
+        len(by_question) == 12
+        and by_question["q3"]["mean"] == 1.0
+        and by_question["q11"]["mean"] == 0.0
+    )
     assert by_question["q3"]["responses"][0]["answer"] == "4"
 
 
 def test_the_same_seed_gives_the_same_answers_whatever_the_company(tmp_path: Path) -> None:
     options = write_set(tmp_path, {"default": {"answer": "1", "wrong": ["2", "3", "4"]}})
     run(tmp_path, *options, "--out", "all.jsonl", "--seed", "3")
-    run(tmp_path, *options, "--out", "few.jsonl", "--seed", "3", "--limit", "5", "--engine-arg", "max_sequences=4")
+    run(
+        tmp_path,
+        *options,
+        "--out",
+        "few.jsonl",
+        "--seed",
+        "3",
+        "--limit",
+        "5",
+        "--engine-arg",
+        "max_sequences=4",
+    )
     every = {line["id"]: line["responses"] for line in lines(tmp_path / "all.jsonl")}
     few = {line["id"]: line["responses"] for line in lines(tmp_path / "few.jsonl")}
     assert len(few) == 5 and all(every[name] == responses for name, responses in few.items())
 
 
-def test_a_question_that_cannot_be_asked_stops_the_evaluation_and_keeps_what_is_known(tmp_path: Path) -> None:
+def test_a_question_that_cannot_be_asked_stops_the_evaluation_and_keeps_what_is_known(
+    tmp_path: Path,
+) -> None:
     options = write_set(tmp_path, {"questions": {"11 + 1?": {"fail": "the server is down"}}})
     code, out, err = run(tmp_path, *options, "--out", "by.jsonl", "--engine-arg", "max_sequences=4")
     assert (code, out) == (1, "")
-    assert err == ("the question 'q11' could not be asked: the server is down; what was answered is in by.jsonl\n")
+    assert err == (
+        "the question 'q11' could not be asked: the server is down; what was answered is in "
+        "by.jsonl\n"
+    )
     assert 0 < len(lines(tmp_path / "by.jsonl")) < 12
 
 
 def test_the_judge_decides_what_the_rule_leaves_open(tmp_path: Path) -> None:
-    (tmp_path / "set.jsonl").write_text('{"id": "a", "question": "Which city?", "answer": "Paris"}\n')
+    (tmp_path / "set.jsonl").write_text(
+        '{"id": "a", "question": "Which city?", "answer": "Paris"}\n'
+    )
     script = {"default": {"answer": "the capital of France", "accuracy": 1.0, "tokens": 2}}
     (tmp_path / "script.json").write_text(json.dumps(script))
     options = f"--model sim --judge sim --engine simulated --engine-arg script={tmp_path / 'script.json'}".split()
-    code, out, err = run(tmp_path, *options, "--data", "set.jsonl", "--grader", "judge", "--json", "--samples", "1")
+    code, out, err = run(
+        tmp_path, *options, "--data", "set.jsonl", "--grader", "judge", "--json", "--samples", "1"
+    )
     assert code == 0, err
     report = json.loads(out)
-    assert (report["judged"], report["pass_at_1"]["value"]) == (1, 0.0)  # the scripted judge replies with no JSON
+    assert (report["judged"], report["pass_at_1"]["value"]) == (
+        1,
+        0.0,
+    )  # the scripted judge replies with no JSON
 
 
 def test_ctrl_c_leaves_whole_lines_and_no_process(tmp_path: Path) -> None:
@@ -106,7 +143,8 @@ def test_ctrl_c_leaves_whole_lines_and_no_process(tmp_path: Path) -> None:
     options = write_set(tmp_path, slow)
     with start(tmp_path, *options, "--out", "by.jsonl") as process:
         while process.poll() is None and not (
-            (tmp_path / "by.jsonl").exists() and len((tmp_path / "by.jsonl").read_text().splitlines()) == 11
+            (tmp_path / "by.jsonl").exists()
+            and len((tmp_path / "by.jsonl").read_text().splitlines()) == 11
         ):
             os.sched_yield()
         process.send_signal(signal.SIGINT)
@@ -117,16 +155,21 @@ def test_ctrl_c_leaves_whole_lines_and_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("reasoning_gym") is None, reason="the package reasoning-gym is not installed"
+    importlib.util.find_spec("reasoning_gym") is None,
+    reason="the package reasoning-gym is not installed",
 )
 def test_procedural_questions_are_graded_by_their_own_rule_in_the_worker(tmp_path: Path) -> None:
     options = write_set(tmp_path, {"default": {"answer": "1", "accuracy": 1.0}})[:-1]
     source = "reasoning_gym:gcd?size=20&max_value=30"
-    code, out, err = run(tmp_path, *options, source, "--samples", "1", "--out", "by.jsonl", "--json")
+    code, out, err = run(
+        tmp_path, *options, source, "--samples", "1", "--out", "by.jsonl", "--json"
+    )
     assert code == 0, err
     results = lines(tmp_path / "by.jsonl")
     assert [line["mean"] for line in results] == [float(line["gold"] == "1") for line in results]
-    assert json.loads(out)["pass_at_1"]["value"] == pytest.approx(sum(line["mean"] for line in results) / 20)
+    assert json.loads(out)["pass_at_1"]["value"] == pytest.approx(
+        sum(line["mean"] for line in results) / 20
+    )
     assert 0 < sum(line["mean"] for line in results) < 20
 
 
@@ -134,7 +177,10 @@ def test_an_engine_argument_that_does_not_exist_is_one_sentence(tmp_path: Path) 
     options = write_set(tmp_path, {})
     code, out, err = run(tmp_path, *options, "--engine-arg", "max_sequence=3")
     assert (code, out) == (2, "")
-    assert err == "--model.engine_args.max_sequence: unknown engine argument (did you mean 'max_sequences'?)\n"
+    assert (
+        err
+        == "--model.engine_args.max_sequence: unknown engine argument (did you mean 'max_sequences'?)\n"
+    )
 
 
 def test_a_real_model_with_the_decoding_of_the_paper(tmp_path: Path) -> None:
@@ -151,7 +197,10 @@ def test_a_real_model_with_the_decoding_of_the_paper(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not QUICKSTART.is_dir(), reason="the quickstart's models are not here")
 def test_the_teacher_of_the_quickstart_beats_its_student(tmp_path: Path) -> None:
-    options = f"--data {QUICKSTART / 'heldout.jsonl'} --templates {QUICKSTART / 'templates'} --limit 48 --json"
+    options = (
+        f"--data {QUICKSTART / 'heldout.jsonl'} --templates {QUICKSTART / 'templates'} --limit 48 "
+        "--json"
+    )
     options += " --max-new-tokens 24 --temperature 1 --top-p 1 --top-k 0 --presence-penalty 0"
     accuracy = {}
     for name in ("student", "teacher"):
@@ -165,7 +214,8 @@ def test_a_server_is_asked_with_the_decoding_of_the_paper(tmp_path: Path) -> Non
     write_set(tmp_path, {}, count=5)
     with running(Server()) as server:
         options = (
-            f"--server {server.base_url} --served-model {MODEL} --data set.jsonl --samples 2 --out by.jsonl --json"
+            f"--server {server.base_url} --served-model {MODEL} --data set.jsonl --samples 2 --out "
+            "by.jsonl --json"
         )
         code, out, err = run(tmp_path, *options.split())
     assert code == 0, err
@@ -173,7 +223,12 @@ def test_a_server_is_asked_with_the_decoding_of_the_paper(tmp_path: Path) -> Non
     assert (report["model"], report["questions"]) == (f"{MODEL} at {server.base_url}", 5)
     assert len(lines(tmp_path / "by.jsonl")) == len(server.requests) == 5
     sent = server.requests[0].body
-    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["presence_penalty"]) == (0.6, 0.95, 20, 1.5)
+    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["presence_penalty"]) == (
+        0.6,
+        0.95,
+        20,
+        1.5,
+    )
     assert (sent["max_tokens"], sent["n"]) == (12_288, 2)
 
 
@@ -184,7 +239,9 @@ def test_a_server_that_refuses_everything_stops_the_evaluation(tmp_path: Path) -
         options = f"--server {server.base_url} --served-model {MODEL} --data set.jsonl --samples 2"
         code, out, err = run(tmp_path, *options.split(), "--engine-arg", "max_concurrent=2")
     assert (code, out) == (1, "") and err.count("\n") == 1, err
-    assert err.startswith("none of the first 3 questions could be asked: ") and err.endswith("; nothing was written\n")
+    assert err.startswith("none of the first 3 questions could be asked: ") and err.endswith(
+        "; nothing was written\n"
+    )
 
 
 class FixedReply:
@@ -220,10 +277,14 @@ class FixedReply:
         ("Paris", '{"verdict": "correct"}', 0.0, False),
     ],
 )
-def test_the_judge_has_the_last_word_on_boxed_answers_only(text: str, reply: str, reward: float, asks: bool) -> None:
+def test_the_judge_has_the_last_word_on_boxed_answers_only(
+    text: str, reply: str, reward: float, asks: bool
+) -> None:
     model = ModelConfig(model="m", sampling=ResponseSampling(max_new_tokens=8))
     served = Served(model=model, engine="openai")
-    order = EvaluationOrder(label="m", data=DataConfig(train="x.jsonl"), served=served, judge=served, samples=1)
+    order = EvaluationOrder(
+        label="m", data=DataConfig(train="x.jsonl"), served=served, judge=served, samples=1
+    )
     question = Question(id="q", text="Which city?", answer="Paris", grader="exact")
     judge, engine = FixedReply(reply), FixedReply(text)
     with Grading(5.0, "x.jsonl") as grading:

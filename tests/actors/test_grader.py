@@ -1,4 +1,5 @@
-"""The grader actor and its worker as real processes: what hangs is killed, and every task is answered once."""
+"""The grader actor and its worker as real processes: what hangs is killed, and every task is
+answered once."""
 
 from __future__ import annotations
 
@@ -13,18 +14,24 @@ import msgspec
 import psutil
 import pytest
 
-from zppo import run_dir
-from zppo.config import ActorsConfig, DataConfig, GraderConfig, ModelConfig, Topology, TransportConfig
+from zppo.config.topology import (
+    ActorsConfig,
+    DataConfig,
+    GraderConfig,
+    ModelConfig,
+    Topology,
+    TransportConfig,
+)
+from zppo.records import run_directory
 from zppo_actors import runtime
-from zppo_actors.grade_client import CRASHED, TIMED_OUT, GradeWorker
-from zppo_actors.grade_worker import WARM_UP, GradeRequest, pack, read_frame
 from zppo_actors.grader import CAPACITY, GraderActor
+from zppo_actors.grading.handle import CRASHED, TIMED_OUT, GradeWorker
+from zppo_actors.grading.worker import WARM_UP, GradeRequest, pack, read_frame
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
     Goodbye,
-    Grade,
     GradeResult,
     GradeTask,
     Heartbeat,
@@ -35,6 +42,7 @@ from zppo_protocol.messages import (
     Welcome,
 )
 from zppo_protocol.sockets import Router
+from zppo_protocol.values import Grade
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60.0
@@ -75,7 +83,9 @@ class Controller:
 
     def until(self, kind: type, count: int = 1) -> list[AnyMessage]:
         """Receive until `count` messages of `kind` were heard in all; return those."""
-        while len(found := [message for message in self.heard if isinstance(message, kind)]) < count:
+        while (
+            len(found := [message for message in self.heard if isinstance(message, kind)]) < count
+        ):
             received = self.router.receive(PATIENCE)
             assert received is not None, f"no {kind.__name__} came; heard {self.heard}"
             self.heard.append(received[1])
@@ -88,7 +98,9 @@ class Controller:
         self.send(GradeTask(task_id=task_id, gold=gold, responses=list(responses), grader=grader))
 
     def grades(self, task_id: str, count: int = 1) -> list[Grade]:
-        results = [result for result in self.until(GradeResult, count) if isinstance(result, GradeResult)]
+        results = [
+            result for result in self.until(GradeResult, count) if isinstance(result, GradeResult)
+        ]
         return next(result.grades for result in results if result.task_id == task_id)
 
     def worker(self) -> psutil.Process:
@@ -97,7 +109,9 @@ class Controller:
 
 
 @pytest.fixture
-def controller(tmp_path: Path, runtime_base: Path, request: pytest.FixtureRequest) -> Iterator[Controller]:
+def controller(
+    tmp_path: Path, runtime_base: Path, request: pytest.FixtureRequest
+) -> Iterator[Controller]:
     """A grader actor that has said Hello; the fixture's parameter is its time limit."""
     topology = Topology(
         data=DataConfig(train="train.jsonl"),
@@ -105,12 +119,21 @@ def controller(tmp_path: Path, runtime_base: Path, request: pytest.FixtureReques
         actors=ActorsConfig(grader=GraderConfig(timeout_seconds=getattr(request, "param", 60.0))),
         transport=TransportConfig(heartbeat_seconds=0.05),
     )
-    record = run_dir.create(tmp_path / "run", topology)
+    record = run_directory.create(tmp_path / "run", topology)
     folder, lock = runtime.create(record.run_id, runtime_base)
     router = Router(runtime.controller_address(folder))
     read_end, write_end = os.pipe()
     command = [sys.executable, "-P", "-m", "zppo_actors", "grader", "--run", str(tmp_path / "run")]
-    command += ["--runtime", str(folder), "--actor", "grader-0", "--incarnation", "0", "--parent-fd", str(read_end)]
+    command += [
+        "--runtime",
+        str(folder),
+        "--actor",
+        "grader-0",
+        "--incarnation",
+        "0",
+        "--parent-fd",
+        str(read_end),
+    ]
     process = subprocess.Popen(command, pass_fds=(read_end,))
     os.close(read_end)
     controller = Controller(router, process, write_end)
@@ -119,7 +142,9 @@ def controller(tmp_path: Path, runtime_base: Path, request: pytest.FixtureReques
     if process.poll() is None:
         process.kill()
     process.wait(PATIENCE)
-    os.close(controller.parent_fd)  # not `write_end`: a test may have put another descriptor in its place
+    os.close(
+        controller.parent_fd
+    )  # not `write_end`: a test may have put another descriptor in its place
     router.close()
     os.close(lock)
     runtime.remove(folder)
@@ -131,7 +156,11 @@ def gone(process: psutil.Process) -> bool:
 
 def test_it_greets_grants_and_grades(controller: Controller) -> None:
     (hello,) = controller.until(Hello)
-    assert isinstance(hello, Hello) and (hello.actor, hello.role, hello.capacity) == ("grader-0", "grader", CAPACITY)
+    assert isinstance(hello, Hello) and (hello.actor, hello.role, hello.capacity) == (
+        "grader-0",
+        "grader",
+        CAPACITY,
+    )
     controller.ask("t", "x^2-1", NEEDS_MATHS, r"\boxed{x}", "no box", r"\boxed{x^2-1}")
     grades = controller.grades("t")
     assert [grade.reward for grade in grades] == [1.0, 0.0, 0.0, 1.0]
@@ -149,13 +178,23 @@ def test_tasks_are_answered_in_order_whatever_becomes_of_them(controller: Contro
     controller.ask("bad", "7", r"\boxed{7}", grader="maths")
     controller.ask("c", "7", NEEDS_MATHS)
     results = controller.until(GradeResult, 3)
-    assert [result.task_id for result in results if isinstance(result, GradeResult)] == ["a", "b", "c"]
+    assert [result.task_id for result in results if isinstance(result, GradeResult)] == [
+        "a",
+        "b",
+        "c",
+    ]
     assert controller.grades("b") == []
     (failed,) = controller.until(TaskFailed)
     assert isinstance(failed, TaskFailed) and (failed.task_id, failed.retryable) == ("bad", False)
     assert failed.reason == "data.grader: unknown grader 'maths' (did you mean 'math'?)"
     credits = controller.until(Credits, 5)
-    assert [message.count for message in credits if isinstance(message, Credits)] == [CAPACITY, 1, 1, 1, 1]
+    assert [message.count for message in credits if isinstance(message, Credits)] == [
+        CAPACITY,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("controller", [1.0], indirect=True)
@@ -164,7 +203,9 @@ def test_what_hangs_is_killed_and_the_next_answer_is_right(controller: Controlle
     grades = controller.grades("t")
     assert [(grade.reward, grade.note) for grade in grades] == [(0.0, TIMED_OUT), (1.0, "")]
     assert grades[0].answer == "9^{9^{9^{9}}}"
-    beats = [beat for beat in controller.heard if isinstance(beat, Heartbeat) and beat.tasks == ["t"]]
+    beats = [
+        beat for beat in controller.heard if isinstance(beat, Heartbeat) and beat.tasks == ["t"]
+    ]
     assert len(beats) >= 2, "heartbeats must not wait for a response that hangs"
 
 
@@ -183,14 +224,18 @@ def test_a_killed_worker_is_replaced_and_the_task_answered_once(controller: Cont
 
 
 @pytest.mark.parametrize("controller", [1.0], indirect=True)
-def test_heartbeats_list_queued_and_running_tasks_until_they_are_answered(controller: Controller) -> None:
+def test_heartbeats_list_queued_and_running_tasks_until_they_are_answered(
+    controller: Controller,
+) -> None:
     names = ["hanging", "next", "last"]
     for name in names:
         controller.ask(name, "x^2-1", HANGS if name == "hanging" else NEEDS_MATHS)
     controller.until(GradeResult, 3)
     beats = len([message for message in controller.heard if isinstance(message, Heartbeat)])
     controller.until(Heartbeat, beats + 1)
-    assert any(isinstance(message, Heartbeat) and message.tasks == names for message in controller.heard)
+    assert any(
+        isinstance(message, Heartbeat) and message.tasks == names for message in controller.heard
+    )
     listed: list[str] = []
     for message in controller.heard:
         if isinstance(message, GradeResult):
@@ -268,7 +313,9 @@ def test_sigkill_of_the_actor_takes_the_hanging_worker_along(controller: Control
     worker = controller.worker()
     controller.ask("t", "7", HANGS)
     while not any(isinstance(beat, Heartbeat) and beat.tasks for beat in controller.heard):
-        controller.until(Heartbeat, len([beat for beat in controller.heard if isinstance(beat, Heartbeat)]) + 1)
+        controller.until(
+            Heartbeat, len([beat for beat in controller.heard if isinstance(beat, Heartbeat)]) + 1
+        )
     controller.process.kill()
     assert gone(worker)
 
@@ -281,11 +328,11 @@ def test_the_end_of_the_supervisor_takes_actor_and_worker_along(controller: Cont
     assert gone(worker)
 
 
-# ---- the worker alone --------------------------------------------------------------------------------------------
+# ---- the worker alone ----------------------------------------------------------------------------
 
 
 def start_worker() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "zppo_actors.grade_worker"]
+    command = [sys.executable, "-P", "-m", "zppo_actors.grading.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -316,7 +363,7 @@ def test_the_worker_leaves_at_half_a_frame() -> None:
     assert (output, process.returncode) == (b"", 0)
 
 
-# ---- the handle on it --------------------------------------------------------------------------------------------
+# ---- the handle on it ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -346,7 +393,9 @@ def test_every_response_gets_one_grade_whatever_the_worker_does(scripted: GradeW
     assert graded(scripted, "die") == Grade(reward=0.0, note=CRASHED)
     assert graded(scripted, "8") == wrong
     assert graded(scripted, "hang") == Grade(reward=0.0, note=TIMED_OUT)
-    assert graded(scripted, "raise") == Grade(reward=0.0, note="the grader failed: ValueError: no such answer")
+    assert graded(scripted, "raise") == Grade(
+        reward=0.0, note="the grader failed: ValueError: no such answer"
+    )
     assert graded(scripted, "7") == right
 
 
@@ -369,6 +418,9 @@ def test_it_takes_one_response_at_a_time_of_any_size(scripted: GradeWorker) -> N
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:
     worker = GradeWorker(1.0, [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(RuntimeError, match=r"the grade worker cannot start: the grade worker crashed \(exit code 3\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"the grade worker cannot start: the grade worker crashed \(exit code 3\)",
+    ):
         until_ready(worker)
     worker.close()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo_actors.journal import Journal, TrainedRow
+from zppo_actors.controller.journal import Journal, TrainedRow
 
 
 def row(question: str, kind: str = "plain", origin: str = "new", window: int = 0) -> TrainedRow:
@@ -54,7 +54,9 @@ def test_replays_are_not_double_training(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.record_dispatched("a", 0)
     for window in range(3):
-        journal.record_trained(window, window, [row("a", origin="new" if window == 0 else "replay", window=window)])
+        journal.record_trained(
+            window, window, [row("a", origin="new" if window == 0 else "replay", window=window)]
+        )
     assert journal.counts() == (0, 0)
     journal.close()
 
@@ -90,7 +92,10 @@ def test_events_are_kept_in_order_across_openings(tmp_path: Path) -> None:
         journal.record_event(float(second), "rollout-0", "died", f"signal {second}")
     journal.close()
     again = Journal(tmp_path)
-    assert again.events(limit=2) == [(3.0, "rollout-0", "died", "signal 3"), (4.0, "rollout-0", "died", "signal 4")]
+    assert again.events(limit=2) == [
+        (3.0, "rollout-0", "died", "signal 3"),
+        (4.0, "rollout-0", "died", "signal 4"),
+    ]
     again.close()
 
 
@@ -100,7 +105,9 @@ trained = st.tuples(st.integers(0, 3), questions, kinds, st.sampled_from(["new",
 dispatched = st.tuples(questions, st.integers(0, 4))
 
 
-def naive_counts(rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]) -> tuple[int, int]:
+def naive_counts(
+    rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]
+) -> tuple[int, int]:
     groups = Counter((question, window, kind) for window, question, kind, _ in rows)
     as_new: dict[str, set[int]] = {}
     for window, question, _, origin in rows:
@@ -108,14 +115,18 @@ def naive_counts(rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int
             as_new.setdefault(question, set()).add(window)
     seen = {(question, window) for window, question, *_ in rows}
     last = max((window for window, *_ in rows), default=-1)
-    twice = sum(n > 1 for n in groups.values()) + sum(len(windows) > 1 for windows in as_new.values())
+    twice = sum(n > 1 for n in groups.values()) + sum(
+        len(windows) > 1 for windows in as_new.values()
+    )
     return twice, sum(pair not in seen and pair[1] <= last for pair in sent)
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(trained, max_size=12), st.sets(dispatched, max_size=8))
-def test_counts_agree_with_plain_python(rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]) -> None:
+def test_counts_agree_with_plain_python(
+    rows: list[tuple[int, str, str, str]], sent: set[tuple[str, int]]
+) -> None:
     with TemporaryDirectory() as folder:
         journal = Journal(Path(folder))
         for question, window in sent:
@@ -129,7 +140,7 @@ def test_counts_agree_with_plain_python(rows: list[tuple[int, str, str, str]], s
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from zppo_actors.journal import Journal
+from zppo_actors.controller.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 journal.record_trained(0, 0, [("0/a/plain", "a", "plain", "new")])
 
@@ -144,7 +155,9 @@ journal.record_trained(1, 1, rows())
 @pytest.mark.slow
 def test_a_killed_writer_leaves_whole_steps(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path)], env=environment, timeout=60
+    )
     assert done.returncode == -signal.SIGKILL
     journal = Journal(tmp_path)
     journal.record_trained(1, 1, [row("a", origin="replay", window=1)])

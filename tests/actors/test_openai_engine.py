@@ -1,4 +1,5 @@
-"""Teachers behind a server: what is asked and understood, what a misbehaving server can do, and where the key goes."""
+"""Teachers behind a server: what is asked and understood, what a misbehaving server can do, and
+where the key goes."""
 
 from __future__ import annotations
 
@@ -21,33 +22,32 @@ from hypothesis import strategies as st
 from openai_server import MODEL, Server, running
 from test_engine_actor import Stage
 
-from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, TeacherConfig, Topology
-from zppo.errors import UserError
-from zppo.machine import Machine
-from zppo.memory import CLIENT_LIBRARIES
-from zppo.metrics import prompt_length, response_lengths, response_tokens
-from zppo.openai_arguments import OpenAIArguments, check_openai, read_key, read_openai_arguments
-from zppo.pictures import MAX_BYTES
-from zppo.plan import Plan, make_plan
-from zppo.topology import load
-from zppo_actors.engines import create
-from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.openai import OpenAIEngine
-from zppo_actors.engines.openai_body import chat_messages
-from zppo_actors.engines.openai_reply import Events
-from zppo_actors.engines.openai_retry import LONGEST_PAUSE_SECONDS, Pauses, RetryBudget, retry_after
-from zppo_actors.engines.spec import EngineSpec
-from zppo_protocol.messages import (
-    GenerateResult,
-    GroupSamples,
-    Heartbeat,
-    Hello,
-    MediaReference,
-    Prompt,
-    Shutdown,
-    TaskFailed,
-    Welcome,
+from zppo.config.load import load
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    Topology,
 )
+from zppo.data.pictures import MAX_BYTES
+from zppo.errors import UserError
+from zppo.plan.engines.openai import OpenAIArguments, check_openai, read_key, read_openai_arguments
+from zppo.plan.machine import Machine
+from zppo.plan.make import make_plan
+from zppo.plan.memory import CLIENT_LIBRARIES
+from zppo.plan.plan import Plan
+from zppo.records.metrics import prompt_length, response_lengths, response_tokens
+from zppo_actors.engines import create
+from zppo_actors.engines.base import EngineError, EngineSpec
+from zppo_actors.engines.openai.body import chat_messages
+from zppo_actors.engines.openai.engine import OpenAIEngine
+from zppo_actors.engines.openai.reply import Events
+from zppo_actors.engines.openai.retry import LONGEST_PAUSE_SECONDS, Pauses, RetryBudget, retry_after
+from zppo_protocol.messages import GenerateResult, Heartbeat, Hello, Shutdown, TaskFailed, Welcome
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import MediaReference, Prompt
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-very-secret-0123456789"
@@ -60,7 +60,9 @@ def serve() -> Iterator[Callable[..., Server]]:
         yield lambda *answers, **options: stack.enter_context(running(Server(*answers, **options)))
 
 
-def spec(server: Server, where: str = "actors.teacher", model: str = MODEL, **arguments: Any) -> EngineSpec:
+def spec(
+    server: Server, where: str = "actors.teacher", model: str = MODEL, **arguments: Any
+) -> EngineSpec:
     return EngineSpec(
         model=ModelConfig(model=model),
         where=where,
@@ -69,13 +71,17 @@ def spec(server: Server, where: str = "actors.teacher", model: str = MODEL, **ar
     )
 
 
-def use(server: Server, work: Callable[[OpenAIEngine], Coroutine[Any, Any, Result]], **arguments: Any) -> Result:
+def use(
+    server: Server, work: Callable[[OpenAIEngine], Coroutine[Any, Any, Result]], **arguments: Any
+) -> Result:
     """Run `work` with an engine whose pauses are short."""
     settings = OpenAIArguments(base_url=server.base_url, **arguments)
 
     async def run() -> Result:
         key = read_key(settings, "engine_args")
-        engine = OpenAIEngine(settings, MODEL, key, Pauses(first_seconds=0.001, generator=random.Random(0)))
+        engine = OpenAIEngine(
+            settings, MODEL, key, Pauses(first_seconds=0.001, generator=random.Random(0))
+        )
         try:
             return await engine.generate(make_task("q")) if work is None else await work(engine)
         finally:
@@ -84,7 +90,9 @@ def use(server: Server, work: Callable[[OpenAIEngine], Coroutine[Any, Any, Resul
     return asyncio.run(run())
 
 
-def sample(server: Server, n: int = 1, seed: int = 0, sampling: Any = None, **arguments: Any) -> GroupSamples:
+def sample(
+    server: Server, n: int = 1, seed: int = 0, sampling: Any = None, **arguments: Any
+) -> GroupSamples:
     task = make_task("What is 1?", n=n, seed=seed, **(sampling or {}))
     return use(server, lambda engine: engine.generate(task), **arguments)
 
@@ -95,7 +103,7 @@ def failure(server: Server, n: int = 1, **arguments: Any) -> EngineError:
     return caught.value
 
 
-# ---- what is asked, and what is understood -----------------------------------------------------------------------
+# ---- what is asked, and what is understood -------------------------------------------------------
 
 
 DECODING = {"top_p": 0.9, "top_k": 20, "presence_penalty": 1.5}
@@ -119,10 +127,16 @@ def test_a_group_in_one_request(serve: Callable[..., Server]) -> None:
     assert samples.texts == [f"choice {seed}: \\boxed{{1}}" for seed in (5, 6, 7)]
     assert samples.finish_reasons == ["stop"] * 3
     assert samples.text_only and len(samples.token_ids) == 0 and samples.offsets.tolist() == [0] * 4
-    assert response_tokens(samples) == 15 and response_lengths(samples) == [None] * 3 and prompt_length(samples) == 7
+    assert (
+        response_tokens(samples) == 15
+        and response_lengths(samples) == [None] * 3
+        and prompt_length(samples) == 7
+    )
 
 
-def test_lengths_are_known_where_each_request_makes_one_choice(serve: Callable[..., Server]) -> None:
+def test_lengths_are_known_where_each_request_makes_one_choice(
+    serve: Callable[..., Server],
+) -> None:
     server = serve(fake.good(), fake.good(usage=False))
     samples = sample(server, n=2, choices_per_request=1)
     assert ["n" in request.body for request in server.requests] == [False, False]
@@ -157,20 +171,28 @@ def test_a_server_that_makes_too_few_choices_is_asked_for_the_others(
         return [await engine.generate(task), await engine.generate(task)]
 
     for samples in use(server, twice):
-        assert sorted(samples.texts) == [f"choice {seed}: \\boxed{{1}}" for seed in range(7)]  # no seed twice
+        assert sorted(samples.texts) == [
+            f"choice {seed}: \\boxed{{1}}" for seed in range(7)
+        ]  # no seed twice
     assert [request.asked for request in server.requests].count(7) == 1
     assert f"the server made {makes} of 7 choices" in caplog.text
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_surplus_choices_are_left_out_and_not_counted(serve: Callable[..., Server], streams: bool) -> None:
-    choices = [{"index": i, "message": {"content": str(i)}, "finish_reason": "stop"} for i in range(5)]
+def test_surplus_choices_are_left_out_and_not_counted(
+    serve: Callable[..., Server], streams: bool
+) -> None:
+    choices = [
+        {"index": i, "message": {"content": str(i)}, "finish_reason": "stop"} for i in range(5)
+    ]
     samples = sample(serve(fake.good(makes=5) if streams else fake.whole(choices=choices)), n=2)
     assert len(samples.texts) == 2 and response_tokens(samples) == 0
 
 
 def test_a_stream_may_end_without_its_last_marks(serve: Callable[..., Server]) -> None:
-    assert sample(serve(fake.stream(fake.piece(0, "x"), fake.piece(0, "y", "stop").rstrip()))).texts == ["xy"]
+    assert sample(
+        serve(fake.stream(fake.piece(0, "x"), fake.piece(0, "y", "stop").rstrip()))
+    ).texts == ["xy"]
 
 
 def test_extra_body_adds_and_leaves_out(serve: Callable[..., Server]) -> None:
@@ -222,7 +244,9 @@ TEXT = st.characters(codec="utf-8", exclude_characters="\r\n")
 
 
 @given(data=st.data(), payloads=st.lists(st.text(TEXT, max_size=9), max_size=6))
-def test_events_do_not_depend_on_how_the_bytes_are_cut(data: st.DataObject, payloads: list[str]) -> None:
+def test_events_do_not_depend_on_how_the_bytes_are_cut(
+    data: st.DataObject, payloads: list[str]
+) -> None:
     end = data.draw(st.sampled_from(["\n", "\r\n"]))
     encoded = "".join(f": noise{end}data: {text}{end}{end}" for text in payloads).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(encoded)), max_size=8)))
@@ -232,7 +256,7 @@ def test_events_do_not_depend_on_how_the_bytes_are_cut(data: st.DataObject, payl
     assert [event.decode() for event in [*found, *events.close()]] == payloads
 
 
-# ---- a server that misbehaves ------------------------------------------------------------------------------------
+# ---- a server that misbehaves --------------------------------------------------------------------
 
 PIECE = fake.piece(0, "half a")
 PASSING = {
@@ -251,7 +275,9 @@ PASSING = {
     "no choices": fake.whole(choices=[]),
     "no list of choices": fake.whole(choices="none"),
     "no content": fake.whole(choices=[{"index": 0, "message": {}, "finish_reason": "stop"}]),
-    "no reason": fake.whole(choices=[{"index": 0, "message": {"content": "x"}, "finish_reason": None}]),
+    "no reason": fake.whole(
+        choices=[{"index": 0, "message": {"content": "x"}, "finish_reason": None}]
+    ),
     "aborted": fake.good(reason="abort"),
     "index below 0": fake.stream(fake.piece(-1, "x", "stop")),
     "error in the stream": fake.stream(PIECE, fake.event({"error": {"message": "out of memory"}})),
@@ -266,7 +292,9 @@ def test_what_may_pass_is_tried_again(serve: Callable[..., Server], answer: fake
 
 
 @pytest.mark.parametrize("answer", PASSING.values(), ids=PASSING.keys())
-def test_and_is_handed_back_for_another_try_when_it_lasts(serve: Callable[..., Server], answer: fake.Answer) -> None:
+def test_and_is_handed_back_for_another_try_when_it_lasts(
+    serve: Callable[..., Server], answer: fake.Answer
+) -> None:
     server = serve()
     server.default = answer
     error = failure(server, retry_seconds=0.02)
@@ -290,12 +318,18 @@ def test_a_key_that_is_refused_later(serve: Callable[..., Server]) -> None:
 def test_an_error_in_the_stream_is_passed_on(serve: Callable[..., Server]) -> None:
     server = serve()
     server.default = PASSING["error in the stream"]
-    assert "the server broke off: {'message': 'out of memory'}" in str(failure(server, retry_seconds=0.02))
+    assert "the server broke off: {'message': 'out of memory'}" in str(
+        failure(server, retry_seconds=0.02)
+    )
 
 
-@pytest.mark.parametrize("answer", [fake.flood(fake.piece(0, "word")), fake.whole()], ids=["endless", "whole"])
-def test_a_text_has_a_bound(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, answer: fake.Answer) -> None:
-    monkeypatch.setattr("zppo_actors.engines.openai_reply.MAX_TEXT", 10)
+@pytest.mark.parametrize(
+    "answer", [fake.flood(fake.piece(0, "word")), fake.whole()], ids=["endless", "whole"]
+)
+def test_a_text_has_a_bound(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, answer: fake.Answer
+) -> None:
+    monkeypatch.setattr("zppo_actors.engines.openai.reply.MAX_TEXT", 10)
     server = serve()
     server.default = answer
     assert "a text of more than 10 characters" in str(failure(server, retry_seconds=0.02))
@@ -330,11 +364,13 @@ def test_compressed_answers_are_refused(serve: Callable[..., Server]) -> None:
 def test_a_server_that_keeps_the_stream_open_after_its_end(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo_actors.engines.openai_client.DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr("zppo_actors.engines.openai.client.DRAIN_SECONDS", 0.01)
     assert sample(serve(fake.cut(fake.piece(0, "x", "stop") + b"data: [DONE]\n\n"))).texts == ["x"]
 
     async def open_end(request: fake.Request, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n"
+        )
         writer.write(fake.piece(0, "x", "stop") + b"data: [DONE]\n\n")
         await fake.silent()(request, writer)
 
@@ -375,7 +411,9 @@ def test_the_retry_budget_is_for_all_requests_together(serve: Callable[..., Serv
     server.default = fake.status(500)
 
     async def work(engine: OpenAIEngine) -> list[EngineError]:
-        outcomes = await asyncio.gather(*(engine.generate(make_task("q")) for _ in range(4)), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(engine.generate(make_task("q")) for _ in range(4)), return_exceptions=True
+        )
         return [error for error in outcomes if isinstance(error, EngineError)]
 
     errors = use(server, work, retry_budget=5)
@@ -423,10 +461,13 @@ def test_a_failing_part_cancels_the_others(serve: Callable[..., Server]) -> None
 
 def test_more_at_once_than_there_is_room_for(serve: Callable[..., Server]) -> None:
     error = failure(serve(), n=3, max_concurrent=2)
-    assert str(error) == "3 completions at once are more than max_concurrent, 2" and not error.retryable
+    assert (
+        str(error) == "3 completions at once are more than max_concurrent, 2"
+        and not error.retryable
+    )
 
 
-# ---- budget and pauses by themselves -----------------------------------------------------------------------------
+# ---- budget and pauses by themselves -------------------------------------------------------------
 
 
 @given(limit=st.integers(0, 5), events=st.lists(st.booleans(), max_size=200))
@@ -476,7 +517,7 @@ def test_retry_after_in_all_its_forms(value: str | None, seconds: float) -> None
     assert retry_after(value, now=60.0) == seconds
 
 
-# ---- before any work ---------------------------------------------------------------------------------------------
+# ---- before any work -----------------------------------------------------------------------------
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -489,8 +530,14 @@ WHERE = "actors.teacher.engine_args"
 LOCAL = "http://127.0.0.1:8000/v1"
 BAD_ARGUMENTS = [
     ({}, f"{WHERE}.base_url is missing; expected a text"),
-    ({"base_url": LOCAL, "max_conc": 2}, f"{WHERE}.max_conc: unknown engine argument (did you mean 'max_concurrent'?)"),
-    ({"base_url": LOCAL, "api_key": KEY}, f"{WHERE}.api_key: unknown engine argument (did you mean 'api_key_env'?)"),
+    (
+        {"base_url": LOCAL, "max_conc": 2},
+        f"{WHERE}.max_conc: unknown engine argument (did you mean 'max_concurrent'?)",
+    ),
+    (
+        {"base_url": LOCAL, "api_key": KEY},
+        f"{WHERE}.api_key: unknown engine argument (did you mean 'api_key_env'?)",
+    ),
     (
         {"base_url": LOCAL, "max_concurrent": 0},
         f"{WHERE}.max_concurrent is 0; expected a whole number of at least 1 and at most 65536",
@@ -499,7 +546,10 @@ BAD_ARGUMENTS = [
         {"base_url": LOCAL, "timeout_seconds": 0},
         f"{WHERE}.timeout_seconds is 0; expected a number above 0.0 and at most 86400.0",
     ),
-    ({"base_url": LOCAL, "api_key_env": KEY}, f"{WHERE}.api_key_env names an environment variable that is not set"),
+    (
+        {"base_url": LOCAL, "api_key_env": KEY},
+        f"{WHERE}.api_key_env names an environment variable that is not set",
+    ),
     (
         {"base_url": "ftp://host"},
         f"{WHERE}.base_url is 'ftp://host'; expected an http or https address such as {LOCAL}",
@@ -519,8 +569,8 @@ BAD_ARGUMENTS = [
     ),
     (
         {"base_url": "http://example.org/v1"},
-        f"{WHERE}.base_url is 'http://example.org/v1', which sends prompts and the key in the clear; expected https, "
-        "or allow_insecure: true",
+        f"{WHERE}.base_url is 'http://example.org/v1', which sends prompts and the key in the "
+        "clear; expected https, or allow_insecure: true",
     ),
     (
         {"base_url": LOCAL, "extra_body": {"n": 3}},
@@ -532,28 +582,40 @@ BAD_ARGUMENTS = [
     ),
     (
         {"base_url": LOCAL, "extra_body": {"top_n": None}},
-        f"{WHERE}.extra_body.top_n is null; only fields that are sent anyway can be left out (did you mean 'top_p'?)",
+        (
+            f"{WHERE}.extra_body.top_n is null; only fields that are sent anyway can be left out "
+            "(did you mean 'top_p'?)"
+        ),
     ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), BAD_ARGUMENTS, ids=[sentence for _, sentence in BAD_ARGUMENTS])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), BAD_ARGUMENTS, ids=[sentence for _, sentence in BAD_ARGUMENTS]
+)
 def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
     said = refusal(lambda: read_openai_arguments(arguments, "actors.teacher"))
     assert said == sentence and KEY not in said
 
 
-@pytest.mark.parametrize("url", [LOCAL, "http://localhost/v1/", "http://[::1]:1/v1", "https://api.example.org/v1"])
+@pytest.mark.parametrize(
+    "url", [LOCAL, "http://localhost/v1/", "http://[::1]:1/v1", "https://api.example.org/v1"]
+)
 def test_good_addresses(url: str) -> None:
     assert read_openai_arguments({"base_url": url}, "actors.teacher").base_url == url
 
 
 def test_the_key_comes_from_the_environment() -> None:
     default, named, none = (
-        OpenAIArguments(base_url=LOCAL, **extra) for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
+        OpenAIArguments(base_url=LOCAL, **extra)
+        for extra in ({}, {"api_key_env": "K"}, {"api_key_env": None})
     )
     environment = {"OPENAI_API_KEY": KEY, "K": " other\n"}
-    assert [read_key(each, WHERE, environment) for each in (default, named, none)] == [KEY, "other", None]
+    assert [read_key(each, WHERE, environment) for each in (default, named, none)] == [
+        KEY,
+        "other",
+        None,
+    ]
     assert read_key(default, WHERE, {}) is None
     for broken in ("two words", "line\nbreak", "schlüssel"):
         said = refusal(lambda broken=broken: read_key(default, WHERE, {"OPENAI_API_KEY": broken}))
@@ -567,7 +629,9 @@ def topology(engine_args: dict[str, Any], **scheduler: Any) -> Topology:
         teacher=TeacherConfig(model=MODEL),
         actors=ActorsConfig(teacher=ActorConfig(engine="openai", engine_args=engine_args)),
     )
-    return msgspec.structs.replace(base, scheduler=msgspec.structs.replace(base.scheduler, **scheduler))
+    return msgspec.structs.replace(
+        base, scheduler=msgspec.structs.replace(base.scheduler, **scheduler)
+    )
 
 
 def checked(whole: Topology) -> None:
@@ -581,7 +645,8 @@ def test_an_unanswered_request_must_end_before_its_lease_does() -> None:
         "scheduler.lease_seconds, after which the actor counts as stuck"
     )
     assert refusal(lambda: checked(topology({"base_url": LOCAL}, max_attempts=20))) == (
-        f"{WHERE}: timeout_seconds and scheduler.max_attempts times retry_seconds are 1400 together; "
+        f"{WHERE}: timeout_seconds and scheduler.max_attempts times retry_seconds are 1400 "
+        "together; "
         "expected less than 600, the run.no_progress_seconds"
     )
 
@@ -589,7 +654,8 @@ def test_an_unanswered_request_must_end_before_its_lease_does() -> None:
 def test_rollout_actors_are_refused_with_the_reason(serve: Callable[..., Server]) -> None:
     said = refusal(lambda: create("openai", spec(serve(), where="actors.rollout")))
     assert said.startswith(
-        "actors.rollout.engine is 'openai', which serves teachers only: training needs the token ids"
+        "actors.rollout.engine is 'openai', which serves teachers only: training needs the token "
+        "ids"
     )
 
 
@@ -598,8 +664,13 @@ def test_the_server_is_asked_for_its_models_first(serve: Callable[..., Server]) 
     create("openai", spec(server))
     create("openai", spec(server, model="small"))
     said = refusal(lambda: create("openai", spec(server, model="big-techer")))
-    assert said == f"{WHERE}.model: the server at {server.base_url} serves no 'big-techer' (did you mean '{MODEL}'?)"
-    assert refusal(lambda: create("openai", spec(server, model="x"))).endswith(f"(it serves: {MODEL}, small)")
+    assert (
+        said
+        == f"{WHERE}.model: the server at {server.base_url} serves no 'big-techer' (did you mean '{MODEL}'?)"
+    )
+    assert refusal(lambda: create("openai", spec(server, model="x"))).endswith(
+        f"(it serves: {MODEL}, small)"
+    )
     create("openai", spec(server, model="x", check_model=False))
 
 
@@ -609,19 +680,22 @@ def test_a_wrong_key_ends_the_run_before_it_begins(
     server = serve(key="another")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert refusal(lambda: create("openai", spec(server))) == (
-        f"{WHERE}.api_key_env: the server at {server.base_url} asks for a key; expected the name of the environment "
-        "variable that holds it (HTTP 401)"
+        f"{WHERE}.api_key_env: the server at {server.base_url} asks for a key; expected the name "
+        "of the environment variable that holds it (HTTP 401)"
     )
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     said = refusal(lambda: create("openai", spec(server)))
-    assert said == f"{WHERE}.api_key_env: the server at {server.base_url} refuses the key (HTTP 401)"
+    assert (
+        said == f"{WHERE}.api_key_env: the server at {server.base_url} refuses the key (HTTP 401)"
+    )
 
 
 def test_an_address_without_its_version_is_recognised(serve: Callable[..., Server]) -> None:
     server = serve()
     url = server.base_url.removesuffix("/v1")
     assert refusal(lambda: create("openai", spec(server, base_url=url))) == (
-        f"{WHERE}.base_url is '{url}', which has no list of models (HTTP 404); expected the address up to the API's "
+        f"{WHERE}.base_url is '{url}', which has no list of models (HTTP 404); expected the "
+        "address up to the API's "
         "version, often /v1, or check_model: false for a server without a list"
     )
 
@@ -631,12 +705,15 @@ def test_a_server_that_is_not_there_ends_the_run(serve: Callable[..., Server]) -
         pass
     said = refusal(lambda: create("openai", spec(server)))
     assert said.startswith(
-        f"{WHERE}.base_url is '{server.base_url}', where no server was ready within 0.1 s (ConnectError"
+        f"{WHERE}.base_url is '{server.base_url}', where no server was ready within 0.1 s "
+        "(ConnectError"
     )
 
 
-def test_a_server_that_comes_up_is_waited_for(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo_actors.engines.openai_probe.PAUSE_SECONDS", 0.001)
+def test_a_server_that_comes_up_is_waited_for(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo_actors.engines.openai.probe.PAUSE_SECONDS", 0.001)
     server = serve()
     answers = iter([fake.status(503), fake.status(503), fake.model_list((MODEL,))])
 
@@ -647,7 +724,7 @@ def test_a_server_that_comes_up_is_waited_for(serve: Callable[..., Server], monk
     create("openai", spec(server, startup_seconds=60.0))
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 MACHINE = Machine(cores=8, memory=64 << 30, shared=8 << 30)
 
@@ -662,7 +739,8 @@ def plan_of(small: Path, *overrides: str) -> Plan:
 
 
 def test_a_served_teacher_has_a_name_and_takes_no_device(small: Path) -> None:
-    """Relative model paths are made absolute; a served name must stay as it is. No folder of that name exists."""
+    """Relative model paths are made absolute; a served name must stay as it is. No folder of that
+    name exists."""
     plan = plan_of(small)
     assert plan.topology.teacher is not None and plan.topology.teacher.model == "org/big"
     threads = {entry.name: (entry.device, entry.threads) for entry in plan.processes}
@@ -677,15 +755,17 @@ def test_the_plan_refuses_what_cannot_work(small: Path) -> None:
         "actors.rollout.engine is 'openai'"
     )
     assert refusal(lambda: plan_of(small, "actors.teacher.engine_args.max_concurrent=2")) == (
-        f"{WHERE}.max_concurrent is 2; expected at least 4, the method.teacher_group_size, because a group is sampled "
-        "as a whole"
+        f"{WHERE}.max_concurrent is 2; expected at least 4, the method.teacher_group_size, because "
+        "a group is sampled as a whole"
     )
     said = refusal(lambda: plan_of(small, f"actors.teacher.engine_args.api_key={KEY}"))
     assert said == f"{WHERE}.api_key: unknown engine argument (did you mean 'api_key_env'?)"
-    assert "scheduler.lease_seconds" in refusal(lambda: plan_of(small, "scheduler.lease_seconds=100"))
+    assert "scheduler.lease_seconds" in refusal(
+        lambda: plan_of(small, "scheduler.lease_seconds=100")
+    )
 
 
-# ---- the key goes nowhere else -----------------------------------------------------------------------------------
+# ---- the key goes nowhere else -------------------------------------------------------------------
 
 
 def test_a_server_that_repeats_the_key_does_not_put_it_into_our_words(
@@ -724,12 +804,19 @@ def stage(tmp_path: Path) -> Iterator[Callable[[Topology], Stage]]:
 
 
 def files_with(folder: Path, text: str) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and text.encode() in path.read_bytes()
+    ]
 
 
 @pytest.mark.slow
 def test_teacher_actor_behind_a_server(
-    stage: Callable[[Topology], Stage], serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage: Callable[[Topology], Stage],
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(key=KEY)
@@ -740,14 +827,20 @@ def test_teacher_actor_behind_a_server(
     on.credits(4)
     on.send(make_task("question", n=3, task_id="a"))
     result = on.next(GenerateResult)
-    assert result.task_id == "a" and len(result.samples.texts) == 3 and response_tokens(result.samples) == 15
+    assert (
+        result.task_id == "a"
+        and len(result.samples.texts) == 3
+        and response_tokens(result.samples) == 15
+    )
     on.credits(3)
     while on.next(Heartbeat).progress != 15:
         pass
     server.answers = [fake.status(400, said=f"no, {KEY}")]
     on.send(make_task("question", n=1, task_id="b"))
     failed = on.next(TaskFailed)
-    assert failed == TaskFailed(task_id="b", reason="the server answers HTTP 400: no, ***", retryable=False)
+    assert failed == TaskFailed(
+        task_id="b", reason="the server answers HTTP 400: no, ***", retryable=False
+    )
     on.credits(1)
     on.send(Shutdown(reason="done"))
     assert on.exit_code() == 0
@@ -758,12 +851,18 @@ def test_teacher_actor_behind_a_server(
 
 @pytest.mark.slow
 def test_teacher_actor_with_a_wrong_key_says_so(
-    stage: Callable[[Topology], Stage], serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage: Callable[[Topology], Stage],
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(key="another")
     on = stage(topology({"base_url": server.base_url}))
     on.start("teacher")
     assert on.exit_code() == 2
-    assert on.log() == f"{WHERE}.api_key_env: the server at {server.base_url} refuses the key (HTTP 401)\n"
+    assert (
+        on.log()
+        == f"{WHERE}.api_key_env: the server at {server.base_url} refuses the key (HTTP 401)\n"
+    )
     assert not files_with(tmp_path, KEY)

@@ -1,4 +1,5 @@
-"""Whole runs with a teacher behind a server: all its work goes there, the key stays out, and the run can do without."""
+"""Whole runs with a teacher behind a server: all its work goes there, the key stays out, and the
+run can do without."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ import openai_server as fake
 import pytest
 from openai_server import MODEL, Request, Server, running
 
-from zppo.grading import JUDGE_SAMPLING
-from zppo.rollout_store import read_step, step_files
+from zppo.config.topology import JUDGE_SAMPLING
+from zppo.records.rollouts import read_step, step_files
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-never-to-be-seen-0123456789"
 RESPONSE_TOKENS, COMPRESSED_TOKENS = 24, 16
-"""What examples/quickstart.yaml allows the teacher; the server tells the kinds of work apart by them."""
+"""What examples/quickstart.yaml allows the teacher; the server tells the kinds of work apart by
+them."""
 STEPS = 2
 PATIENCE = 240.0
 SMALL = {
@@ -37,16 +39,34 @@ SMALL = {
 pytestmark = pytest.mark.slow
 
 
-def launch(directory: Path, monkeypatch: pytest.MonkeyPatch, engine_args: dict[str, Any], **settings: Any) -> str:
+def launch(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, engine_args: dict[str, Any], **settings: Any
+) -> str:
     """Run to the end and return everything that was printed."""
     monkeypatch.setenv("SERVED_KEY", KEY)
     arguments = json.dumps({"api_key_env": "SERVED_KEY", **engine_args})
-    merged = {**SMALL, "run.directory": directory, "actors.teacher.engine_args": arguments, **settings}
-    command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(ROOT / "examples" / "quickstart.yaml")]
+    merged = {
+        **SMALL,
+        "run.directory": directory,
+        "actors.teacher.engine_args": arguments,
+        **settings,
+    }
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo.launch",
+        "--topology",
+        str(ROOT / "examples" / "quickstart.yaml"),
+    ]
     for name, value in merged.items():
         command += ["--set", f"{name}={value}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
-    logs = [f"== {log.name}\n{log.read_text()[-2000:]}" for log in sorted(directory.glob("logs/*.log"))]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
+    )
+    logs = [
+        f"== {log.name}\n{log.read_text()[-2000:]}" for log in sorted(directory.glob("logs/*.log"))
+    ]
     assert done.returncode == 0, "\n".join([done.stdout, *logs])
     return done.stdout
 
@@ -56,11 +76,20 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 
 
 def rows(directory: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for path in step_files(directory / "rollouts") for row in read_step(path) if row["kind"] == kind]
+    return [
+        row
+        for path in step_files(directory / "rollouts")
+        for row in read_step(path)
+        if row["kind"] == kind
+    ]
 
 
 def files_with_the_key(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
 
 
 def solution(prompt: str) -> str:
@@ -73,7 +102,8 @@ def solution(prompt: str) -> str:
 
 
 async def helpful(request: Request, writer: asyncio.StreamWriter) -> None:
-    """Half of the teacher's answers are right, the judge believes nobody, and compressions keep the answer."""
+    """Half of the teacher's answers are right, the judge believes nobody, and compressions keep the
+    answer."""
     prompt = request.body["messages"][-1]["content"]
     if request.body["max_tokens"] == JUDGE_SAMPLING.max_new_tokens:
         texts = ['{"verdict": "wrong"}']
@@ -82,14 +112,20 @@ async def helpful(request: Request, writer: asyncio.StreamWriter) -> None:
     else:
         texts = [solution(prompt) if i % 2 else "\\boxed{ 99 }" for i in range(request.asked)]
     body = b"".join(fake.piece(index, text, "stop") for index, text in enumerate(texts))
-    body += fake.event({"choices": [], "usage": {"completion_tokens": 10 * len(texts), "prompt_tokens": 5}})
+    body += fake.event(
+        {"choices": [], "usage": {"completion_tokens": 10 * len(texts), "prompt_tokens": 5}}
+    )
     writer.write(fake.raw(body + b"data: [DONE]\n\n", Content_Type="text/event-stream"))
 
 
-def test_sampling_compression_and_judging_go_to_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_compression_and_judging_go_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(Server(key=KEY)) as server:
         server.default = helpful
-        launch(tmp_path / "run", monkeypatch, {"base_url": server.base_url}, **{"data.grader": "judge"})
+        launch(
+            tmp_path / "run", monkeypatch, {"base_url": server.base_url}, **{"data.grader": "judge"}
+        )
     asked = {request.body["max_tokens"] for request in server.requests}
     assert asked == {RESPONSE_TOKENS, COMPRESSED_TOKENS, JUDGE_SAMPLING.max_new_tokens}
     steps = metrics(tmp_path / "run")
@@ -101,7 +137,9 @@ def test_sampling_compression_and_judging_go_to_the_server(tmp_path: Path, monke
     assert not files_with_the_key(tmp_path)
 
 
-def test_the_run_goes_on_without_a_teacher_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_goes_on_without_a_teacher_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(Server(key=KEY)) as server:
         server.default = fake.status(500, said=f"broken, says {KEY}")
         launch(tmp_path / "run", monkeypatch, {"base_url": server.base_url, "retry_budget": 3})

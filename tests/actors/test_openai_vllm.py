@@ -1,4 +1,5 @@
-"""The engine 'openai' against a real `vllm serve` on the loopback interface, with a tiny random model."""
+"""The engine 'openai' against a real `vllm serve` on the loopback interface, with a tiny random
+model."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ import msgspec
 import pytest
 from engine_helpers import make_task, words
 
-from zppo.config import ModelConfig
+from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
-from zppo.metrics import prompt_length, response_lengths, response_tokens
+from zppo.records.metrics import prompt_length, response_lengths, response_tokens
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.openai import OpenAIEngine
-from zppo_protocol.messages import GroupSamples
+from zppo_actors.engines.openai.engine import OpenAIEngine
+from zppo_protocol.samples import GroupSamples
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,11 +61,24 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--api-key",
         KEY,
     ]
-    command += ["--chat-template", str(folder / "template.jinja"), "--dtype", "float32", "--enforce-eager"]
+    command += [
+        "--chat-template",
+        str(folder / "template.jinja"),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     command += ["--max-num-seqs", "16", "--block-size", "32", "--max-model-len", str(CONTEXT)]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
     try:
         wait_for(server, port, folder / "log")
         yield f"http://127.0.0.1:{port}/v1"
@@ -134,28 +148,42 @@ def test_groups_come_back_as_texts_and_are_counted(use: Callable[..., Any]) -> N
     assert progress == sum(response_tokens(samples) for samples in (first, again, other))
 
 
-def test_one_choice_per_request_gives_the_same_group_and_its_lengths(use: Callable[..., Any]) -> None:
+def test_one_choice_per_request_gives_the_same_group_and_its_lengths(
+    use: Callable[..., Any],
+) -> None:
     task = make_task(words(9), n=3, seed=11, max_new_tokens=12)
     together = use(lambda engine: engine.generate(task))
     apart = use(lambda engine: engine.generate(task), choices_per_request=1)
-    assert together.texts == apart.texts  # vLLM gives member i of a group the seed of the request plus i
-    assert sum(length for length in response_lengths(apart) if length is not None) == response_tokens(together)
+    assert (
+        together.texts == apart.texts
+    )  # vLLM gives member i of a group the seed of the request plus i
+    assert sum(
+        length for length in response_lengths(apart) if length is not None
+    ) == response_tokens(together)
 
 
 def test_greedy_groups(use: Callable[..., Any]) -> None:
-    samples = use(lambda engine: engine.generate(make_task(words(5), n=2, temperature=0.0, max_new_tokens=8)))
+    samples = use(
+        lambda engine: engine.generate(make_task(words(5), n=2, temperature=0.0, max_new_tokens=8))
+    )
     assert samples.texts[0] == samples.texts[1] != ""
     assert response_lengths(samples) == [8, 8] and samples.finish_reasons == ["length", "length"]
 
 
-def test_a_response_that_has_no_room_is_refused_in_the_words_of_the_server(use: Callable[..., Any]) -> None:
+def test_a_response_that_has_no_room_is_refused_in_the_words_of_the_server(
+    use: Callable[..., Any],
+) -> None:
     async def work(engine: OpenAIEngine) -> EngineError:
         with pytest.raises(EngineError) as caught:
             await engine.generate(make_task(words(9), max_new_tokens=5000))
         return caught.value
 
     error = use(work)
-    assert not error.retryable and "the server answers HTTP 400: " in str(error) and "1024" in str(error)
+    assert (
+        not error.retryable
+        and "the server answers HTTP 400: " in str(error)
+        and "1024" in str(error)
+    )
 
 
 def test_many_at_once(use: Callable[..., Any]) -> None:
@@ -167,7 +195,9 @@ def test_many_at_once(use: Callable[..., Any]) -> None:
     assert [len(samples.texts) for samples in use(work, max_concurrent=6)] == [2] * 12
 
 
-def test_a_wrong_key_and_a_wrong_name(base_url: str, use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_and_a_wrong_name(
+    base_url: str, use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=f"serves no 'served-techer' \\(did you mean '{MODEL}'"):
         create("openai", spec(base_url, model="served-techer"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")

@@ -7,15 +7,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from zppo_actors.policy_board import PolicyBoard
-from zppo_protocol.messages import PolicyManifest
+from zppo_actors.controller.policies import PolicyBoard
+from zppo_protocol.values import PolicyManifest
 
 ENGINES = ["rollout-0", "rollout-1", "rollout-2"]
 engines = st.sampled_from(ENGINES)
 
 
 def manifest(version: int) -> PolicyManifest:
-    return PolicyManifest(version=version, path=f"/p/{version}", tensors=[], digest=f"digest-{version}")
+    return PolicyManifest(
+        version=version, path=f"/p/{version}", tensors=[], digest=f"digest-{version}"
+    )
 
 
 class BoardMachine(RuleBasedStateMachine):
@@ -41,7 +43,9 @@ class BoardMachine(RuleBasedStateMachine):
         if engine in self.reading or self.loaded.get(engine, -1) == self.version:
             assert wanted is None
         else:
-            assert wanted is not None and wanted.version == self.version, "engines load the newest version"
+            assert wanted is not None and wanted.version == self.version, (
+                "engines load the newest version"
+            )
             self.reading[engine] = wanted.version
 
     @rule(engine=engines)
@@ -63,7 +67,9 @@ class BoardMachine(RuleBasedStateMachine):
         gone = self.board.release()
         assert len(gone) == len(set(gone)) and set(gone) <= self.files
         self.files -= set(gone)
-        assert self.files == ({self.version} if self.version >= 0 else set()) | set(self.reading.values())
+        assert self.files == ({self.version} if self.version >= 0 else set()) | set(
+            self.reading.values()
+        )
 
 
 TestBoard = BoardMachine.TestCase

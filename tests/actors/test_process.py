@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from zppo import run_dir
-from zppo.config import DataConfig, ModelConfig, Topology
+from zppo.config.topology import DataConfig, ModelConfig, Topology
 from zppo.errors import UserError
+from zppo.records import run_directory
 from zppo_actors.process import ActorContext, guarded
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,9 @@ time.sleep(60)
 
 def make_context(tmp_path: Path, actor: str) -> ActorContext:
     topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
-    return ActorContext(tmp_path, tmp_path / "rt", actor, actor.partition("-")[0], 0, topology, "ab", 0)
+    return ActorContext(
+        tmp_path, tmp_path / "rt", actor, actor.partition("-")[0], 0, topology, "ab", 0
+    )
 
 
 def start_tied(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
@@ -87,7 +89,9 @@ def test_actor_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
     options = ["--run", str(tmp_path), "--runtime", str(tmp_path / "rt"), "--actor", "grader-0"]
     command = [sys.executable, "-P", "-m", "zppo_actors", "grader", *options]
     command += ["--incarnation", "0", "--parent-fd", str(read_end)]
-    done = subprocess.run(command, capture_output=True, text=True, pass_fds=(read_end,), timeout=TIMEOUT_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, pass_fds=(read_end,), timeout=TIMEOUT_SECONDS
+    )
     os.close(read_end)
     os.close(write_end)
     assert done.returncode == 2
@@ -96,8 +100,10 @@ def test_actor_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_run_record_survives_and_damage_is_named(tmp_path: Path) -> None:
     topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
-    record = run_dir.create(tmp_path / "run", topology)
-    assert run_dir.read(tmp_path / "run") == record
+    record = run_directory.create(tmp_path / "run", topology)
+    assert run_directory.read(tmp_path / "run") == record
     (tmp_path / "run/run.json").write_text('{"run_id": 3}')
-    with pytest.raises(UserError, match=r"is not the record of a run: Expected `str`, got `int` - at `\$.run_id`"):
-        run_dir.read(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"is not the record of a run: Expected `str`, got `int` - at `\$.run_id`"
+    ):
+        run_directory.read(tmp_path / "run")

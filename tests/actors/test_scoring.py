@@ -1,4 +1,5 @@
-"""Engines that score given tokens: against independent forward passes, beside sampling, and in what they refuse.
+"""Engines that score given tokens: against independent forward passes, beside sampling, and in what
+they refuse.
 
 Shape legend: T response tokens, V vocabulary, K most probable tokens.
 """
@@ -23,33 +24,37 @@ from test_engine_actor import Line, Moody, start_actor
 from test_transformers_engine import build, run
 from training_cases import CPU, SETTINGS, gemma2_with_soft_cap, method, trainer_of
 
-from zppo.memory import SCORED_ROWS, SCORED_TOKENS
-from zppo.openai_arguments import OpenAIArguments
+from zppo.plan.engines.openai import OpenAIArguments
+from zppo.plan.memory import SCORED_ROWS, SCORED_TOKENS
 from zppo.training.batch import assemble
 from zppo.training.distillation import Divergence
 from zppo.training.step import split
-from zppo_actors.engines import scoring
 from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.openai import OpenAIEngine
+from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.score_tasks import NO_TOKEN, ScoreTable, check_scorable
-from zppo_actors.engines.scoring import Scorer, passes
 from zppo_actors.engines.simulated import LOG_PROB, Script, SimulatedEngine
+from zppo_actors.engines.transformers import scoring
+from zppo_actors.engines.transformers.scoring import Scorer, passes
 from zppo_protocol.messages import (
     Credits,
-    GroupSamples,
     Heartbeat,
     ScoreResult,
     ScoreTask,
     Shutdown,
     TaskFailed,
-    TokenScores,
-    TrainGroup,
     TrainWindow,
 )
+from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 
 
 def to_score(
-    lengths: list[int], *, prompt: int = 5, top_k: int = 6, temperature: float = 1.0, seed: int = 0, name: str = "s"
+    lengths: list[int],
+    *,
+    prompt: int = 5,
+    top_k: int = 6,
+    temperature: float = 1.0,
+    seed: int = 0,
+    name: str = "s",
 ) -> ScoreTask:
     """Random responses of these lengths behind a random prompt."""
     random = np.random.default_rng(seed)
@@ -74,8 +79,11 @@ def forward(model: Any, task: ScoreTask) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-def assert_scores(found: TokenScores, expected_TV: np.ndarray, count: int, tolerance: float = 1e-4) -> None:
-    """The `count` best of each row, best first; ids may differ only where two tokens are equally probable."""
+def assert_scores(
+    found: TokenScores, expected_TV: np.ndarray, count: int, tolerance: float = 1e-4
+) -> None:
+    """The `count` best of each row, best first; ids may differ only where two tokens are equally
+    probable."""
     assert found.token_ids.shape == (len(expected_TV), count)
     best_TK = -np.sort(-expected_TV, axis=1)[:, :count]
     assert np.abs(found.log_probs - best_TK).max(initial=0.0) < tolerance
@@ -93,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(make_model(), tmp_path_factory.mktemp("model"))
 
 
-# ---- transformers ------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -126,7 +134,9 @@ def test_a_soft_capped_model_scores_through_its_own_logits(monkeypatch: pytest.M
     monkeypatch.setattr(scoring, "PASS_LOGITS", vocabulary * 20)
     scorer = Scorer(model, "teacher.model")
     assert scorer.pass_tokens == 20
-    task = msgspec.structs.replace(to_score([3, 12, 5], seed=4), token_ids=np.arange(20, dtype=np.int32))
+    task = msgspec.structs.replace(
+        to_score([3, 12, 5], seed=4), token_ids=np.arange(20, dtype=np.int32)
+    )
     task = msgspec.structs.replace(task, prompt_ids=task.prompt_ids % vocabulary, temperature=0.5)
     table = ScoreTable(task, scorer.vocabulary)
     for members in passes(task, scorer.pass_tokens):
@@ -135,13 +145,19 @@ def test_a_soft_capped_model_scores_through_its_own_logits(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_sampling_and_scoring_do_not_disturb_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_and_scoring_do_not_disturb_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scoring, "PASS_TOKENS", 30)
-    sampled = [make_task(words(4 + i), n=3, seed=i, max_new_tokens=40, temperature=0.9) for i in range(3)]
+    sampled = [
+        make_task(words(4 + i), n=3, seed=i, max_new_tokens=40, temperature=0.9) for i in range(3)
+    ]
     scored = [to_score([6, 7, 8, 9], seed=i, name=f"s{i}") for i in range(3)]
 
     async def both(engine: Any) -> tuple[list[GroupSamples], list[TokenScores]]:
-        return await asyncio.gather(test_transformers_engine.sample(engine, *sampled), score(engine, *scored))
+        return await asyncio.gather(
+            test_transformers_engine.sample(engine, *sampled), score(engine, *scored)
+        )
 
     together, alone = build(folder), build(folder)
     found, scores = run(together, both(together))
@@ -154,10 +170,14 @@ def test_sampling_and_scoring_do_not_disturb_each_other(folder: Path, monkeypatc
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), max_tokens=st.integers(1, 60))
-def test_passes_hold_every_response_that_has_tokens_once(lengths: list[int], max_tokens: int) -> None:
+def test_passes_hold_every_response_that_has_tokens_once(
+    lengths: list[int], max_tokens: int
+) -> None:
     task = to_score(lengths)
     batches = passes(task, max_tokens)
-    assert sorted(index for batch in batches for index in batch) == [i for i, length in enumerate(lengths) if length]
+    assert sorted(index for batch in batches for index in batch) == [
+        i for i, length in enumerate(lengths) if length
+    ]
     for batch in batches:
         width = len(task.prompt_ids) + max(lengths[index] for index in batch) - 1
         assert len(batch) == 1 or len(batch) * width <= max_tokens
@@ -174,7 +194,9 @@ def test_what_cannot_be_scored_is_refused_for_good(folder: Path) -> None:
     foreign.token_ids[1] = VOCABULARY
 
     async def refusals() -> list[Any]:
-        return await asyncio.gather(engine.score(long), engine.score(foreign), return_exceptions=True)
+        return await asyncio.gather(
+            engine.score(long), engine.score(foreign), return_exceptions=True
+        )
 
     errors = run(engine, refusals())
     assert [str(error) for error in errors] == [
@@ -223,10 +245,16 @@ def test_a_pass_that_fails_gives_back_its_own_task_alone(folder: Path) -> None:
 def test_three_failures_in_a_row_are_beyond_help_but_odd_numbers_are_not(folder: Path) -> None:
     engine, odd = build(folder), build(folder)
     faulty(engine, RuntimeError("device lost"), 3)
-    faulty(odd, EngineError("the model gives probabilities that are not finite numbers", retryable=True), 3)
+    faulty(
+        odd,
+        EngineError("the model gives probabilities that are not finite numbers", retryable=True),
+        3,
+    )
 
     async def all_of(engine: Any) -> list[Any]:
-        return await asyncio.gather(*(engine.score(to_score([2])) for _ in range(3)), return_exceptions=True)
+        return await asyncio.gather(
+            *(engine.score(to_score([2])) for _ in range(3)), return_exceptions=True
+        )
 
     errors, odd_errors = run(engine, all_of(engine)), run(odd, all_of(odd))
     assert (
@@ -238,7 +266,9 @@ def test_three_failures_in_a_row_are_beyond_help_but_odd_numbers_are_not(folder:
 
 
 @pytest.mark.slow
-def test_a_cancelled_task_leaves_and_closing_fails_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_task_leaves_and_closing_fails_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scoring, "PASS_TOKENS", 1)
     engine = build(folder)
 
@@ -260,19 +290,28 @@ def test_a_cancelled_task_leaves_and_closing_fails_the_others(folder: Path, monk
 
 def test_rows_without_mass_hold_no_token_and_nan_is_refused() -> None:
     table = ScoreTable(to_score([2], top_k=2), VOCABULARY)
-    table.put(0, np.array([[5, 6], [7, 8]]), np.array([[0.0004, -np.inf], [-1.0, -2.0]], np.float32))
+    table.put(
+        0, np.array([[5, 6], [7, 8]]), np.array([[0.0004, -np.inf], [-1.0, -2.0]], np.float32)
+    )
     scores = table.scores()
-    assert scores.token_ids.tolist() == [[5, NO_TOKEN], [7, 8]] and scores.log_probs.tolist() == [[0, 0], [-1, -2]]
+    assert scores.token_ids.tolist() == [[5, NO_TOKEN], [7, 8]] and scores.log_probs.tolist() == [
+        [0, 0],
+        [-1, -2],
+    ]
     for bad in (np.nan, np.inf):
         with pytest.raises(EngineError, match="probabilities that are not finite numbers"):
-            table.put(0, np.array([[5, 6], [7, 8]]), np.array([[-1.0, bad], [-1.0, -2.0]], np.float32))
+            table.put(
+                0, np.array([[5, 6], [7, 8]]), np.array([[-1.0, bad], [-1.0, -2.0]], np.float32)
+            )
 
 
-# ---- the trainer's view ------------------------------------------------------------------------------------------
+# ---- the trainer's view --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_scores_of_the_whole_vocabulary_are_a_colocated_teacher(folder: Path, tmp_path: Path) -> None:
+def test_scores_of_the_whole_vocabulary_are_a_colocated_teacher(
+    folder: Path, tmp_path: Path
+) -> None:
     """From the engine through the message into the loss: the same number and the same gradient."""
     teacher, task = make_model(), to_score([3, 0, 7, 5], top_k=VOCABULARY, temperature=0.8)
     engine = build(folder)
@@ -290,7 +329,9 @@ def _jsd(task: ScoreTask, scores: TokenScores | None, teacher: Any) -> tuple[flo
     loss = type(SETTINGS.loss)(**{**vars(SETTINGS.loss), "temperature": task.temperature})
     words_ = method(updates_per_step=1)
     trainer = trainer_of(student, teacher=teacher, objective="jsd", method=words_, loss=loss)
-    rollouts = assemble(TrainWindow(step=0, groups=[_group(task, scores)]), max_staleness=0, device=CPU)
+    rollouts = assemble(
+        TrainWindow(step=0, groups=[_group(task, scores)]), max_staleness=0, device=CPU
+    )
     batches = split(rollouts, trainer.settings)
     objective = Divergence(trainer, rollouts, batches)
     total = 0.0
@@ -313,19 +354,28 @@ def _group(task: ScoreTask, scores: TokenScores | None) -> TrainGroup:
         finish_reasons=["stop"] * task.n,
     )
     rewards = np.zeros(task.n, np.float32)
-    return TrainGroup(group_id="g", question_id="g", kind="plain", samples=samples, rewards=rewards, scores=scores)
+    return TrainGroup(
+        group_id="g", question_id="g", kind="plain", samples=samples, rewards=rewards, scores=scores
+    )
 
 
-# ---- other engines -----------------------------------------------------------------------------------------------
+# ---- other engines -------------------------------------------------------------------------------
 
 
 def test_the_scripted_engine_likes_every_token_as_it_stands() -> None:
     engine = SimulatedEngine(Script(), 8)
     [whole, two, hot] = asyncio.run(
-        score(engine, to_score([3, 2], top_k=99), to_score([3, 2], top_k=2), to_score([3, 2], temperature=1e2))
+        score(
+            engine,
+            to_score([3, 2], top_k=99),
+            to_score([3, 2], top_k=2),
+            to_score([3, 2], temperature=1e2),
+        )
     )
     task = to_score([3, 2])
-    assert whole.token_ids[:, 0].tolist() == (task.token_ids % 16).tolist() and whole.token_ids.shape == (5, 16)
+    assert whole.token_ids[:, 0].tolist() == (
+        task.token_ids % 16
+    ).tolist() and whole.token_ids.shape == (5, 16)
     assert np.exp(whole.log_probs).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
     assert np.diff(whole.log_probs) == pytest.approx(-np.log(2), abs=1e-5)
     assert np.array_equal(two.log_probs, whole.log_probs[:, :2]) and engine.progress == 15
@@ -340,7 +390,7 @@ def test_a_server_cannot_score_and_says_which_engines_can() -> None:
     assert not error.value.retryable
 
 
-# ---- the actor ---------------------------------------------------------------------------------------------------
+# ---- the actor -----------------------------------------------------------------------------------
 
 
 class Scoring(Moody):
@@ -357,7 +407,10 @@ class Scoring(Moody):
 
 
 def one_each(task: ScoreTask) -> TokenScores:
-    return TokenScores(token_ids=task.token_ids[:, None], log_probs=np.full((len(task.token_ids), 1), -1.0, np.float32))
+    return TokenScores(
+        token_ids=task.token_ids[:, None],
+        log_probs=np.full((len(task.token_ids), 1), -1.0, np.float32),
+    )
 
 
 def refuse(task: ScoreTask) -> TokenScores:
@@ -369,14 +422,20 @@ def stumble(task: ScoreTask) -> TokenScores:
 
 
 async def converse(answer: Callable[[ScoreTask], TokenScores]) -> Line:
-    """Send a task of four responses, wait for a heartbeat that lists it, let the engine answer, and end."""
+    """Send a task of four responses, wait for a heartbeat that lists it, let the engine answer, and
+    end."""
     line, engine = Line(), Scoring(answer)
     actor = start_actor(engine, line, [to_score([1, 2, 0, 3])], heartbeat_seconds=0.01)
     async with asyncio.timeout(30):
-        while not any(beat.tasks == ["s"] and beat.stats["running"] == 4 for beat in line.all(Heartbeat)):
+        while not any(
+            beat.tasks == ["s"] and beat.stats["running"] == 4 for beat in line.all(Heartbeat)
+        ):
             await asyncio.sleep(0.001)
         engine.go.set()
-        while not (line.all(ScoreResult) or line.all(TaskFailed)) or sum(c.count for c in line.all(Credits)) < 104:
+        while (
+            not (line.all(ScoreResult) or line.all(TaskFailed))
+            or sum(c.count for c in line.all(Credits)) < 104
+        ):
             await asyncio.sleep(0.001)
         line.incoming.put_nowait(Shutdown(reason="done"))
         assert await actor == 0

@@ -15,15 +15,23 @@ from engine_helpers import completions, make_task, versions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo.config import ModelConfig
+from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
-from zppo_actors import weights
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.simulated import Behaviour, Script, SimulatedEngine, read_script
-from zppo_protocol.messages import GroupSamples
+from zppo_actors.weights import PublicationRefused, shared_memory
+from zppo_protocol.samples import GroupSamples
 
-QUESTIONS = {"3 * 17": {"answer": "5", "accuracy": 0.25, "accuracy_bcq": 1.0, "wrong": ["7", "9"], "tokens": 12}}
+QUESTIONS = {
+    "3 * 17": {
+        "answer": "5",
+        "accuracy": 0.25,
+        "accuracy_bcq": 1.0,
+        "wrong": ["7", "9"],
+        "tokens": 12,
+    }
+}
 
 
 def build(tmp_path: Path, script: Any, **engine_args: Any) -> SimulatedEngine:
@@ -47,9 +55,13 @@ def sample(engine: SimulatedEngine, *args: Any, **kwargs: Any) -> GroupSamples:
 def test_answers_follow_the_script(tmp_path: Path) -> None:
     engine = build(tmp_path, {"questions": QUESTIONS})
     plain = sample(engine, "what is 3 * 17 ?", n=400, seed=1)
-    answers = [text.removeprefix("The answer is \\boxed{").removesuffix("}") for text in plain.texts]
+    answers = [
+        text.removeprefix("The answer is \\boxed{").removesuffix("}") for text in plain.texts
+    ]
     assert set(answers) == {"5", "7", "9"} and 60 < answers.count("5") < 140
-    assert all(len(token_ids) == 12 for token_ids in completions(plain)) and plain.token_ids.max() < 16
+    assert (
+        all(len(token_ids) == 12 for token_ids in completions(plain)) and plain.token_ids.max() < 16
+    )
     assert set(plain.finish_reasons) == {"stop"}
     bcq = sample(engine, "what is 3 * 17 ?", n=50, seed=1, kind="bcq")
     assert set(bcq.texts) == {"The answer is \\boxed{5}"}
@@ -77,7 +89,9 @@ def test_limit_cuts_the_response(tmp_path: Path) -> None:
 def test_compression_keeps_the_last_answer(tmp_path: Path) -> None:
     engine = build(tmp_path, {})
     text = "Shorten: so \\boxed{ 3 } or rather \\boxed{\\frac12 x}. End inside \\boxed{}."
-    assert sample(engine, "so \\boxed{ 4 } it is", kind="compress").texts == ["In short: \\boxed{4}"]
+    assert sample(engine, "so \\boxed{ 4 } it is", kind="compress").texts == [
+        "In short: \\boxed{4}"
+    ]
     assert sample(engine, text, kind="compress").texts == ["In short: \\boxed{\\frac12 x}"]
     assert sample(engine, "nothing", kind="compress").texts == ["In short: no answer"]
 
@@ -86,11 +100,11 @@ def test_versions_change_in_mid_sentence(tmp_path: Path) -> None:
     engine = build(tmp_path, {"default": {"tokens": 30}, "seconds_per_token": 0.001})
 
     async def work() -> GroupSamples:
-        await engine.load_policy(weights.publish({"a": torch.ones(3)}, 2, tmp_path))
+        await engine.load_policy(shared_memory.publish({"a": torch.ones(3)}, 2, tmp_path))
         running = asyncio.create_task(engine.generate(make_task("q", n=2, max_new_tokens=30)))
         while engine.progress < 10:
             await asyncio.sleep(0)
-        manifest = weights.publish({"a": torch.zeros(3)}, 3, tmp_path)
+        manifest = shared_memory.publish({"a": torch.zeros(3)}, 3, tmp_path)
         assert await engine.load_policy(manifest) == manifest.digest
         return await running
 
@@ -101,9 +115,9 @@ def test_versions_change_in_mid_sentence(tmp_path: Path) -> None:
 
 def test_bad_policy_is_refused(tmp_path: Path) -> None:
     engine = build(tmp_path, {})
-    manifest = weights.publish({"a": torch.ones(3)}, 2, tmp_path)
-    weights.remove(tmp_path, 2)
-    with pytest.raises(EngineError, match="No such file"):
+    manifest = shared_memory.publish({"a": torch.ones(3)}, 2, tmp_path)
+    shared_memory.remove(tmp_path, 2)
+    with pytest.raises(PublicationRefused, match="No such file"):
         asyncio.run(engine.load_policy(manifest))
     assert engine.policy_version == -1
 
@@ -125,9 +139,15 @@ def test_faults_of_the_script(tmp_path: Path) -> None:
             {"questions": {"q": {"acuracy": 1}}},
             "{path}, question 'q': unknown key 'acuracy' (did you mean 'accuracy'?)",
         ),
-        ({"default": {"accuracy": 2}}, "is not a script of the simulated engine: Expected `float` <= 1.0"),
+        (
+            {"default": {"accuracy": 2}},
+            "is not a script of the simulated engine: Expected `float` <= 1.0",
+        ),
         ("{", "is not a script of the simulated engine: Input data was truncated"),
-        ({"defaults": {}}, "is not a script of the simulated engine: Object contains unknown field `defaults`"),
+        (
+            {"defaults": {}},
+            "is not a script of the simulated engine: Object contains unknown field `defaults`",
+        ),
     ],
 )
 def test_bad_scripts_are_user_errors(script: Any, sentence: str, tmp_path: Path) -> None:
@@ -146,5 +166,8 @@ def test_missing_script_is_a_user_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_needs_no_torch() -> None:
-    code = "import sys, zppo_actors.teacher, zppo_actors.engines.simulated; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, zppo_actors.sampler.teacher, zppo_actors.engines.simulated; sys.exit('torch' "
+        "in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from zppo.algorithm import Fate
-from zppo.config import DataConfig, ModelConfig, SinksConfig, Topology
-from zppo.evaluation import EvaluationResult
-from zppo.summary import read_lines
-from zppo.window import Window
-from zppo_actors.sinks import LineSink, MetricSinks
+from zppo.algorithm.steps import Fate
+from zppo.algorithm.window import Window
+from zppo.config.topology import DataConfig, ModelConfig, SinksConfig, Topology
+from zppo.records.summary import read_lines
+from zppo.scheduling.heldout import EvaluationResult
+from zppo_actors.controller.sinks import LineSink, MetricSinks
 
 
 def topology(tensorboard: bool = False, rollouts: bool = True) -> Topology:
@@ -21,7 +21,9 @@ def topology(tensorboard: bool = False, rollouts: bool = True) -> Topology:
 
 
 def evaluation(step: int) -> EvaluationResult:
-    return EvaluationResult(step=step, newest_version=step, accuracy=0.5, low=0.4, high=0.6, questions=10, samples=40)
+    return EvaluationResult(
+        step=step, newest_version=step, accuracy=0.5, low=0.4, high=0.6, questions=10, samples=40
+    )
 
 
 def fate(name: str, question_id: str = "q") -> Fate:
@@ -91,7 +93,9 @@ def test_a_torn_line_is_mended_at_opening(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"step":0}\n{"step":1}\n'
 
 
-def test_a_crash_while_cutting_keeps_the_old_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_cutting_keeps_the_old_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":0}\n{"step":1}\n')
 
@@ -106,11 +110,19 @@ def test_a_crash_while_cutting_keeps_the_old_lines(tmp_path: Path, monkeypatch: 
 
 def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
     sinks = MetricSinks(tmp_path, topology())
-    sinks.write_fate(7, [fate("admitted", "a"), fate("kept", "b"), fate("none", "c"), fate("evicted", "d")])
+    sinks.write_fate(
+        7, [fate("admitted", "a"), fate("kept", "b"), fate("none", "c"), fate("evicted", "d")]
+    )
     sinks.close()
     lines = read_lines(tmp_path / "fates.jsonl")
     assert [line["question_id"] for line in lines] == ["a", "d"]
-    assert lines[0] == {"step": 7, "question_id": "a", "fate": "admitted", "entry_accuracy": 0.25, "visits": 2}
+    assert lines[0] == {
+        "step": 7,
+        "question_id": "a",
+        "fate": "admitted",
+        "entry_accuracy": 0.25,
+        "visits": 2,
+    }
 
 
 def test_sinks_that_are_off_write_nothing(tmp_path: Path) -> None:

@@ -15,14 +15,22 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
-from zppo import checkpoint, run_dir
-from zppo.config import ActorConfig, ActorsConfig, DataConfig, ModelConfig, RunConfig, Topology
-from zppo.processes import ProcessPlan
-from zppo_actors import life, runtime
-from zppo_actors import supervisor as supervisor_module
-from zppo_actors.interrupts import Interrupts
-from zppo_actors.life import End, backoff_seconds
-from zppo_actors.supervisor import supervise
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    Topology,
+)
+from zppo.plan.processes import ProcessPlan
+from zppo.records import checkpoint, run_directory
+from zppo_actors import runtime
+from zppo_actors.supervisor import life
+from zppo_actors.supervisor import supervisor as supervisor_module
+from zppo_actors.supervisor.interrupts import Interrupts
+from zppo_actors.supervisor.life import End, backoff_seconds
+from zppo_actors.supervisor.supervisor import supervise
 from zppo_protocol.messages import RunEnded
 
 STUB = Path(__file__).with_name("stub_actor.py")
@@ -56,13 +64,16 @@ def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
         run=RunConfig(max_restarts=limits.get("run", 0)),
         actors=actors,
     )
-    run_dir.create(path, topology)
+    run_directory.create(path, topology)
     (path / "script.json").write_text(json.dumps(script))
     return path
 
 
-def live(path: Path, script: dict[str, list[str]], **limits: int) -> tuple[End, list[str], list[str]]:
-    """Supervise a scripted run to its end; returns the end, what the controller heard, and what the view said."""
+def live(
+    path: Path, script: dict[str, list[str]], **limits: int
+) -> tuple[End, list[str], list[str]]:
+    """Supervise a scripted run to its end; returns the end, what the controller heard, and what the
+    view said."""
     view = Lines()
     end = supervise(make_run(path, script, **limits), view, Interrupts(), stub_command)
     return end, (path / "heard.txt").read_text().splitlines(), view.lines
@@ -86,7 +97,9 @@ def test_dead_rollout_actor_is_restarted_and_reported(tmp_path: Path) -> None:
     end, heard, said = live(tmp_path / "run", script)
     assert end.exit_code == 0
     assert "exited rollout-0 0 True: rollout-0 ended with exit code 3" in heard
-    assert heard.index("hello rollout-0 1") > heard.index("exited rollout-0 0 True: rollout-0 ended with exit code 3")
+    assert heard.index("hello rollout-0 1") > heard.index(
+        "exited rollout-0 0 True: rollout-0 ended with exit code 3"
+    )
     assert said == ["restarting rollout-0 in 0.5 s"]
 
 
@@ -115,7 +128,9 @@ def test_broken_promise_ends_the_run_in_its_first_life(tmp_path: Path) -> None:
     assert "hello supervisor 1" not in heard
 
 
-def test_nothing_is_restarted_once_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_restarted_once_the_run_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Ctrl-C comes while the restart is due; the controller ends the life long after that."""
     monkeypatch.setattr(life, "backoff_seconds", lambda restarts: 0.2)
     interrupts, started = Interrupts(), []
@@ -138,14 +153,23 @@ def test_nothing_is_restarted_once_the_run_stops(tmp_path: Path, monkeypatch: py
 def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
     started: list[str] = []
     path = make_run(tmp_path / "run", {})
-    last = life.Life(path, run_dir.read(path), 0, Lines(), Interrupts(), lambda plan: started.append(plan.name) or [])
+    last = life.Life(
+        path,
+        run_directory.read(path),
+        0,
+        Lines(),
+        Interrupts(),
+        lambda plan: started.append(plan.name) or [],
+    )
     last._restarts_due["rollout-0"] = (0.0, 1)
     last._on_message(RunEnded(verdict="finished", exit_code=0))
     last._start_due()
     assert started == []
 
 
-@pytest.mark.parametrize("end", [End(verdict="trainer: no", exit_code=2), End(verdict="finished", exit_code=0)])
+@pytest.mark.parametrize(
+    "end", [End(verdict="trainer: no", exit_code=2), End(verdict="finished", exit_code=0)]
+)
 def test_view_closes_with_the_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], end: End
 ) -> None:
@@ -167,9 +191,9 @@ def test_dead_trainer_begins_another_life_from_the_checkpoint(tmp_path: Path) ->
     path = make_run(tmp_path / "run", {"trainer": ["die"]}, run=1)
     checkpoint.write_file(checkpoint.begin(path, 4) / "weights", b"1234")
     checkpoint.commit(path, 4)
-    first, view = run_dir.read(path), Lines()
+    first, view = run_directory.read(path), Lines()
     end = supervise(path, view, Interrupts(), stub_command)
-    second = run_dir.read(path)
+    second = run_directory.read(path)
     assert (end.verdict, end.exit_code) == ("trainer ended with exit code 3", 1)
     assert view.lines == ["trainer ended with exit code 3; the run begins again from step 4"]
     assert (path / "logs/trainer.log").read_text().count("the stub dies") == 2
@@ -196,7 +220,9 @@ def test_stuck_actor_is_restarted_on_request(tmp_path: Path) -> None:
     assert f"exited rollout-0 0 True: {verdict}" in heard
 
 
-def test_actor_that_leaves_unasked_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actor_that_leaves_unasked_is_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(life, "LEAVE_SECONDS", 0.2)
     script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["leave", "live"]}
     end, heard, _ = live(tmp_path / "run", script)
@@ -205,20 +231,23 @@ def test_actor_that_leaves_unasked_is_restarted(tmp_path: Path, monkeypatch: pyt
 
 
 def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:
-    script = {"controller": ["restart rollout-0", "finish when rollout-0 1"], "rollout-0": ["spawn"]}
+    script = {
+        "controller": ["restart rollout-0", "finish when rollout-0 1"],
+        "rollout-0": ["spawn"],
+    }
     end, _, _ = live(tmp_path / "run", script)
     assert end.exit_code == 0  # and the hygiene fixture looks for the orphans
 
 
-# ---- signals: the supervisor as a process of its own -----------------------------------------------------------------
+# ---- signals: the supervisor as a process of its own ---------------------------------------------
 
 DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_supervisor as t
-from zppo_actors.interrupts import Interrupts
-from zppo_actors.supervisor import supervise
+from zppo_actors.supervisor.interrupts import Interrupts
+from zppo_actors.supervisor.supervisor import supervise
 interrupts, view = Interrupts(), t.Lines()
 with interrupts.listening():
     end = supervise(Path(sys.argv[1]), view, interrupts, t.stub_command)
@@ -235,7 +264,9 @@ def supervisor(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Pat
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         heard = path / "heard.txt"
         names = ("trainer 0", "rollout-0 0", "rollout-1 0", "grader-0 0")
-        wait_for(lambda: heard.exists() and all(f"hello {name}" in heard.read_text() for name in names))
+        wait_for(
+            lambda: heard.exists() and all(f"hello {name}" in heard.read_text() for name in names)
+        )
         return process, path
 
     return start
@@ -276,7 +307,7 @@ def test_sigkill_of_the_supervisor_leaves_nothing(supervisor: Callable, runtime_
     wait_for(lambda: not folders[0].exists())
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------
+# ---- small parts ---------------------------------------------------------------------------------
 
 
 def test_backoff_doubles_up_to_ten_seconds() -> None:
@@ -301,18 +332,18 @@ def test_runtime_folder_is_private(tmp_path: Path) -> None:
 
 def test_a_run_is_held_once(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", {})
-    first = run_dir.hold(path)
+    first = run_directory.hold(path)
     assert first is not None
-    assert run_dir.hold(path) is None
+    assert run_directory.hold(path) is None
     os.close(first)
-    again = run_dir.hold(path)
+    again = run_directory.hold(path)
     assert again is not None
     os.close(again)
 
 
 def test_renewed_run_has_another_id(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", {})
-    before = run_dir.read(path)
-    after = run_dir.renew(path, 7)
+    before = run_directory.read(path)
+    after = run_directory.renew(path, 7)
     assert after.run_id != before.run_id
     assert replace(after, run_id=before.run_id, start_step=0) == before

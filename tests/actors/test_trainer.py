@@ -1,4 +1,5 @@
-"""The trainer actor: a real process over a real socket for what it does, a scripted line for how it ends."""
+"""The trainer actor: a real process over a real socket for what it does, a scripted line for how it
+ends."""
 
 from __future__ import annotations
 
@@ -17,8 +18,7 @@ import torch
 from msgspec import structs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zppo import checkpoint, run_dir
-from zppo.config import (
+from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
     MethodConfig,
@@ -29,32 +29,32 @@ from zppo.config import (
     TrainerConfig,
     TransportConfig,
 )
-from zppo.errors import UserError
-from zppo.exit_codes import EXIT_FATAL
+from zppo.errors import EXIT_FATAL, UserError
+from zppo.records import checkpoint, run_directory
 from zppo.training.batch import StalenessError
-from zppo_actors import runtime, weights
+from zppo_actors import runtime
 from zppo_actors.process import ActorContext
-from zppo_actors.trainer import TrainerActor, starting_checkpoint
+from zppo_actors.trainer.actor import TrainerActor, starting_checkpoint
+from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
     CheckpointSaved,
     Credits,
     Goodbye,
-    GroupSamples,
     Heartbeat,
     Hello,
     PolicyPublished,
     Rejected,
     ReleasePolicy,
-    Sampling,
     SaveCheckpoint,
     Shutdown,
     StepTrained,
-    TrainGroup,
     TrainWindow,
     Welcome,
 )
+from zppo_protocol.samples import GroupSamples, TrainGroup
 from zppo_protocol.sockets import Router
+from zppo_protocol.values import Sampling
 
 STUDENT = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
 PATIENCE_SECONDS = 120.0
@@ -64,10 +64,14 @@ pytestmark = pytest.mark.slow
 def topology(*, micro_batch_tokens: int = 512) -> Topology:
     return Topology(
         data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(model=str(STUDENT), dtype="float32", sampling=Sampling(max_new_tokens=16)),
+        student=ModelConfig(
+            model=str(STUDENT), dtype="float32", sampling=Sampling(max_new_tokens=16)
+        ),
         method=MethodConfig(updates_per_step=2, group_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=micro_batch_tokens, threads=1)),
+        actors=ActorsConfig(
+            trainer=TrainerConfig(micro_batch_tokens=micro_batch_tokens, threads=1)
+        ),
         transport=TransportConfig(heartbeat_seconds=0.01),
     )
 
@@ -77,7 +81,10 @@ def window(step: int, *, groups: int = 3, version: int | None = None) -> TrainWi
     random = np.random.default_rng(step)
     return TrainWindow(
         step=step,
-        groups=[_group(f"{step}/{index}", random, step if version is None else version) for index in range(groups)],
+        groups=[
+            _group(f"{step}/{index}", random, step if version is None else version)
+            for index in range(groups)
+        ],
     )
 
 
@@ -94,7 +101,9 @@ def _group(name: str, random: np.random.Generator, version: int) -> TrainGroup:
         finish_reasons=["stop"] * 4,
     )
     rewards = np.array([1, 0, 0, 1], np.float32)
-    return TrainGroup(group_id=name, question_id=name, kind="plain", samples=samples, rewards=rewards)
+    return TrainGroup(
+        group_id=name, question_id=name, kind="plain", samples=samples, rewards=rewards
+    )
 
 
 class Controller:
@@ -149,11 +158,21 @@ class Controller:
 
 @contextmanager
 def trainer_process(run: Path, base: Path, errors: Path = Path(os.devnull)) -> Iterator[Controller]:
-    """A trainer process of this run, tied to us by its pipe; what it says goes to the file `errors`."""
+    """A trainer process of this run, tied to us by its pipe; what it says goes to the file
+    `errors`."""
     folder = Path(tempfile.mkdtemp(prefix="trainer-", dir=base))
     router = Router(runtime.controller_address(folder))
     reading, writing = os.pipe()
-    names = ("--run", str(run), "--runtime", str(folder), "--actor", "trainer", "--incarnation", "0")
+    names = (
+        "--run",
+        str(run),
+        "--runtime",
+        str(folder),
+        "--actor",
+        "trainer",
+        "--incarnation",
+        "0",
+    )
     command = [sys.executable, "-m", "zppo_actors", "trainer", *names, "--parent-fd", str(reading)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with errors.open("w") as stderr:
@@ -168,13 +187,15 @@ def trainer_process(run: Path, base: Path, errors: Path = Path(os.devnull)) -> I
         router.close()
 
 
-def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(tmp_path: Path, runtime_base: Path) -> None:
+def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(
+    tmp_path: Path, runtime_base: Path
+) -> None:
     run = tmp_path / "run"
-    run_dir.create(run, topology())
+    run_directory.create(run, topology())
     with trainer_process(run, runtime_base) as controller:
         first = controller.greet()
         assert first.manifest.version == 0
-        _same_weights(weights.open_policy(first.manifest), STUDENT)
+        _same_weights(shared_memory.open_policy(first.manifest), STUDENT)
 
         second, trained = controller.train(window(0))
         assert second.manifest.version == 1 and second.manifest.digest != first.manifest.digest
@@ -187,7 +208,7 @@ def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(tmp_path
         controller.say(SaveCheckpoint(step=2))
         assert controller.expect(CheckpointSaved) == CheckpointSaved(step=2)
         folder = checkpoint.commit(run, 2)
-        _same_weights(weights.open_policy(third.manifest), folder / checkpoint.MODEL)
+        _same_weights(shared_memory.open_policy(third.manifest), folder / checkpoint.MODEL)
         assert len(AutoTokenizer.from_pretrained(folder / checkpoint.MODEL)) > 0
 
         straight, _ = controller.train(window(2))
@@ -195,7 +216,7 @@ def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(tmp_path
         assert controller.leave() == 0
 
     assert checkpoint.find_latest(run).step == 2
-    run_dir.renew(run, start_step=2)
+    run_directory.renew(run, start_step=2)
     with trainer_process(run, runtime_base) as controller:
         again = controller.greet()
         assert (again.manifest.version, again.manifest.digest) == (2, third.manifest.digest)
@@ -212,7 +233,7 @@ def _same_weights(published: dict[str, torch.Tensor], folder: Path) -> None:
 
 def test_shutdown_ends_a_step_half_way(tmp_path: Path, runtime_base: Path) -> None:
     run = tmp_path / "run"
-    run_dir.create(run, topology(micro_batch_tokens=1))
+    run_directory.create(run, topology(micro_batch_tokens=1))
     with trainer_process(run, runtime_base) as controller:
         controller.greet()
         controller.say(window(0, groups=2000))
@@ -269,17 +290,21 @@ def test_a_stale_window_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
     reason = dealer.sent[-1]
     assert isinstance(reason, Goodbye)
     assert reason.reason == (
-        "step 5: group '5/0' holds tokens of policy version 2, which is 3 versions old where max_staleness allows 1; "
-        "the pacing of windows is broken"
+        "step 5: group '5/0' holds tokens of policy version 2, which is 3 versions old where "
+        "max_staleness allows 1; the pacing of windows is broken"
     )
     assert not any(isinstance(message, StepTrained) for message in dealer.sent)
-    published = [message.manifest.version for message in dealer.sent if isinstance(message, PolicyPublished)]
+    published = [
+        message.manifest.version for message in dealer.sent if isinstance(message, PolicyPublished)
+    ]
     assert published == [5]
 
 
-def test_a_stale_window_ends_the_process_so_that_nobody_retries_it(tmp_path: Path, runtime_base: Path) -> None:
+def test_a_stale_window_ends_the_process_so_that_nobody_retries_it(
+    tmp_path: Path, runtime_base: Path
+) -> None:
     run, errors = tmp_path / "run", tmp_path / "errors"
-    run_dir.create(run, topology())
+    run_directory.create(run, topology())
     with trainer_process(run, runtime_base, errors) as controller:
         controller.greet()
         controller.say(window(0, version=1))
@@ -290,14 +315,31 @@ def test_a_stale_window_ends_the_process_so_that_nobody_retries_it(tmp_path: Pat
 
 
 def test_orders_are_obeyed_in_turn(tmp_path: Path) -> None:
-    script = (Welcome(heartbeat_seconds=60), SaveCheckpoint(step=0), window(0), Shutdown(reason="over"))
+    script = (
+        Welcome(heartbeat_seconds=60),
+        SaveCheckpoint(step=0),
+        window(0),
+        Shutdown(reason="over"),
+    )
     trainer, dealer = actor(tmp_path, *script)
     trainer.run()
-    kinds = [type(message).__name__ for message in dealer.sent if not isinstance(message, Heartbeat)]
-    expected = ["Hello", "PolicyPublished", "Credits", "CheckpointSaved", "PolicyPublished", "StepTrained", "Credits"]
+    kinds = [
+        type(message).__name__ for message in dealer.sent if not isinstance(message, Heartbeat)
+    ]
+    expected = [
+        "Hello",
+        "PolicyPublished",
+        "Credits",
+        "CheckpointSaved",
+        "PolicyPublished",
+        "StepTrained",
+        "Credits",
+    ]
     assert kinds == [*expected, "Goodbye"]
     saved = checkpoint.partial_folder(tmp_path, 0) / checkpoint.MODEL
-    _same_weights(AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").state_dict(), saved)
+    _same_weights(
+        AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").state_dict(), saved
+    )
 
 
 def distillation() -> Topology:
@@ -307,15 +349,26 @@ def distillation() -> Topology:
 
 
 @pytest.mark.parametrize("settings", [topology(), distillation()], ids=["grpo", "on_distill"])
-def test_a_window_without_groups_is_a_step_and_publishes(tmp_path: Path, settings: Topology) -> None:
-    script = (Welcome(heartbeat_seconds=60), window(0, groups=0), window(1), Shutdown(reason="over"))
+def test_a_window_without_groups_is_a_step_and_publishes(
+    tmp_path: Path, settings: Topology
+) -> None:
+    script = (
+        Welcome(heartbeat_seconds=60),
+        window(0, groups=0),
+        window(1),
+        Shutdown(reason="over"),
+    )
     trainer, dealer = actor(tmp_path, *script, settings=settings)
     assert trainer.run() == 0
     first, second, third = (m.manifest for m in dealer.sent if isinstance(m, PolicyPublished))
     assert [manifest.version for manifest in (first, second, third)] == [0, 1, 2]
     assert first.digest == second.digest != third.digest
     nothing, trained = (message for message in dealer.sent if isinstance(message, StepTrained))
-    assert (nothing.group_ids, nothing.metrics["updates"], nothing.metrics["tokens_trained"]) == ([], 0, 0)
+    assert (nothing.group_ids, nothing.metrics["updates"], nothing.metrics["tokens_trained"]) == (
+        [],
+        0,
+        0,
+    )
     assert trained.metrics["updates"] == settings_updates(settings)
     assert ("jsd" in trained.metrics) == (settings.teacher is not None)
 
@@ -328,11 +381,16 @@ def settings_updates(settings: Topology) -> int:
 @pytest.mark.parametrize(
     ("order", "sentence"),
     [
-        (SaveCheckpoint(step=3), "a checkpoint of step 3 was asked for, but the weights are of step 0"),
+        (
+            SaveCheckpoint(step=3),
+            "a checkpoint of step 3 was asked for, but the weights are of step 0",
+        ),
         (window(3), "a window of step 3 came, but the weights are of step 0"),
     ],
 )
-def test_an_order_out_of_turn_is_never_obeyed(tmp_path: Path, order: AnyMessage, sentence: str) -> None:
+def test_an_order_out_of_turn_is_never_obeyed(
+    tmp_path: Path, order: AnyMessage, sentence: str
+) -> None:
     trainer, dealer = actor(tmp_path, Welcome(heartbeat_seconds=60), order)
     with pytest.raises(RuntimeError, match=sentence):
         trainer.run()
@@ -350,6 +408,8 @@ def test_an_unexpected_message_is_ignored(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_missing_starting_checkpoint_is_named(tmp_path: Path) -> None:
     trainer, _ = actor(tmp_path, start_version=7)
     folder = checkpoint.final_folder(tmp_path, 7)
-    with pytest.raises(UserError, match="the checkpoint that the run should continue from does not exist") as error:
+    with pytest.raises(
+        UserError, match="the checkpoint that the run should continue from does not exist"
+    ) as error:
         starting_checkpoint(trainer.context)
     assert str(folder) in str(error.value)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from zppo_actors import view_panels as panels
-from zppo_actors.view import LiveView, new_events, render
-from zppo_actors.view_panels import History
+from zppo_actors.supervisor import panels
+from zppo_actors.supervisor.panels import History
+from zppo_actors.supervisor.view import LiveView, new_events, render
 from zppo_protocol.messages import ActorStatus, Status
 
 
@@ -27,9 +27,16 @@ def actor(name: str, role: str = "rollout", state: str = "working", **stats: flo
 
 
 def status(
-    step: int = 3, actors: int = 4, waiting: int = 1, events: list[str] | None = None, **gauges: float
+    step: int = 3,
+    actors: int = 4,
+    waiting: int = 1,
+    events: list[str] | None = None,
+    **gauges: float,
 ) -> Status:
-    crew = [actor(f"rollout-{i}", tokens_per_second=1200.0, running=5.0, waiting=1.0) for i in range(actors)]
+    crew = [
+        actor(f"rollout-{i}", tokens_per_second=1200.0, running=5.0, waiting=1.0)
+        for i in range(actors)
+    ]
     return Status(
         phase="training",
         step=step,
@@ -48,7 +55,9 @@ def status(
 
 
 def drawn(picture: Status, width: int, height: int) -> list[str]:
-    console = Console(width=width, height=height, force_terminal=True, file=io.StringIO(), record=True)
+    console = Console(
+        width=width, height=height, force_terminal=True, file=io.StringIO(), record=True
+    )
     history = History()
     history.record(picture)
     console.print(render(picture, history, "quickstart", width, height))
@@ -57,9 +66,19 @@ def drawn(picture: Status, width: int, height: int) -> list[str]:
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(st.integers(24, 200), st.integers(5, 60), st.integers(0, 70), st.integers(0, 6), st.integers(0, 30))
-def test_the_picture_fits_every_window(width: int, height: int, actors: int, waiting: int, events: int) -> None:
-    lines = drawn(status(actors=actors, waiting=waiting, events=["x" * 150] * events), width, height)
+@given(
+    st.integers(24, 200),
+    st.integers(5, 60),
+    st.integers(0, 70),
+    st.integers(0, 6),
+    st.integers(0, 30),
+)
+def test_the_picture_fits_every_window(
+    width: int, height: int, actors: int, waiting: int, events: int
+) -> None:
+    lines = drawn(
+        status(actors=actors, waiting=waiting, events=["x" * 150] * events), width, height
+    )
     assert len(lines) < height
     assert max(map(len, lines)) <= width
 
@@ -97,11 +116,14 @@ def test_text_from_the_wire_is_never_markup() -> None:
 def plain_view() -> tuple[LiveView, io.StringIO]:
     out = io.StringIO()
     times = iter([100.0, 192.0])
-    return LiveView(Console(file=out, width=40, force_terminal=False), "quickstart", clock=lambda: next(times)), out
+    return LiveView(
+        Console(file=out, width=40, force_terminal=False), "quickstart", clock=lambda: next(times)
+    ), out
 
 
 STEP_3 = (
-    "step 3/80 · plain 41 % · BCQ 33 % · buffer 29/256 · graduated 9 · staleness 0.50 · 4,800 tok/s · 1:05 left"
+    "step 3/80 · plain 41 % · BCQ 33 % · buffer 29/256 · graduated 9 · staleness 0.50 · 4,800 "
+    "tok/s · 1:05 left"
 )  # fmt: skip
 
 
@@ -145,7 +167,9 @@ def test_a_run_that_ends_before_its_first_status_shows_the_verdict() -> None:
 
 def test_on_a_terminal_the_picture_is_redrawn_and_the_closing_block_stays() -> None:
     out = io.StringIO()
-    view = LiveView(Console(file=out, width=80, height=24, force_terminal=True, color_system=None), "quickstart")
+    view = LiveView(
+        Console(file=out, width=80, height=24, force_terminal=True, color_system=None), "quickstart"
+    )
     view.update(status(step=2))
     view.log("stopping")
     view.update(status(step=3))
@@ -157,7 +181,8 @@ def test_on_a_terminal_the_picture_is_redrawn_and_the_closing_block_stays() -> N
 
 @given(st.lists(st.integers(0, 3).map(str), max_size=12), st.integers(0, 12), st.integers(1, 6))
 def test_new_events_of_a_growing_list_are_found(log: list[str], seen: int, window: int) -> None:
-    """Repeats make the cut ambiguous; what is called new is then still a tail of the list and explains it."""
+    """Repeats make the cut ambiguous; what is called new is then still a tail of the list and
+    explains it."""
     before, now = log[:seen][-window:], log[-window:]
     fresh = new_events(before, now)
     assert fresh == now[len(now) - len(fresh) :]
@@ -172,19 +197,25 @@ def test_new_events_that_differ_are_found_exactly(log: list[int], seen: int, win
 
 
 @pytest.mark.parametrize(
-    "value, text", [(0, "0"), (99_999, "99,999"), (123_456, "123k"), (999_600, "1.0M"), (2_340_000, "2.3M")]
+    "value, text",
+    [(0, "0"), (99_999, "99,999"), (123_456, "123k"), (999_600, "1.0M"), (2_340_000, "2.3M")],
 )
 def test_counts_stay_short(value: float, text: str) -> None:
     assert panels.count(value) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "0:00"), (65, "1:05"), (3661, "1:01:01"), (-5, "0:00")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0.2, "0:00"), (65, "1:05"), (3661, "1:01:01"), (-5, "0:00")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert panels.duration(seconds) == text
 
 
 def test_a_sparkline_spans_its_own_range() -> None:
-    assert panels.sparkline([0.0, 0.5, 1.0], 10) == "▁▅█" or panels.sparkline([0.0, 0.5, 1.0], 10) == "▁▄█"
+    assert (
+        panels.sparkline([0.0, 0.5, 1.0], 10) == "▁▅█"
+        or panels.sparkline([0.0, 0.5, 1.0], 10) == "▁▄█"
+    )
     assert panels.sparkline([0.1], 10) == ""
     assert len(panels.sparkline([float(i) for i in range(100)], 10)) == 10
 

@@ -1,6 +1,8 @@
-"""The vLLM engine, for real, against plain forward passes of the same model: samples, updates in flight, refusals.
+"""The vLLM engine, for real, against plain forward passes of the same model: samples, updates in
+flight, refusals.
 
-One engine serves all tests but the last ones, because it takes longer to start than all of them to run.
+One engine serves all tests but the last ones, because it takes longer to start than all of them to
+run.
 """
 
 from __future__ import annotations
@@ -18,28 +20,43 @@ import psutil
 import pytest
 import test_engine_actor
 import torch
-from engine_helpers import END_ID, completions, forced_log_probs, make_model, make_task, save, versions, words
+from engine_helpers import (
+    END_ID,
+    completions,
+    forced_log_probs,
+    make_model,
+    make_task,
+    save,
+    versions,
+    words,
+)
 from test_engine_actor import Stage
 from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
 
-from zppo.config import ActorConfig, ActorsConfig, DataConfig, MethodConfig, ModelConfig, Topology
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    Topology,
+)
 from zppo.errors import UserError
-from zppo_actors import weights
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
+from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     GenerateResult,
     GenerateTask,
-    GroupSamples,
     Hello,
     LoadPolicy,
     PolicyLoaded,
-    PolicyManifest,
     PolicyRefused,
-    TrainGroup,
     TrainWindow,
     Welcome,
 )
+from zppo_protocol.samples import GroupSamples, TrainGroup
+from zppo_protocol.values import PolicyManifest
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,7 +84,7 @@ class Served:
     def publish(self, model: Any) -> PolicyManifest:
         """Publish `model` as the next version."""
         self.versions += 1
-        return weights.publish(model.state_dict(), self.versions, self.folder)
+        return shared_memory.publish(model.state_dict(), self.versions, self.folder)
 
     def load(self, seed: int) -> None:
         """Make the tiny model of `seed` the policy."""
@@ -97,11 +114,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def gap(model: Any, samples: GroupSamples, temperature: float = 1.0) -> float:
-    """Largest difference between the engine's log-probs and those of a teacher-forced forward pass."""
+    """Largest difference between the engine's log-probs and those of a teacher-forced forward
+    pass."""
     return float(np.abs(forced_log_probs(model, samples, temperature) - samples.log_probs).max())
 
 
-# ---- sampling ----------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def test_a_model_that_was_never_updated_is_frozen(served: Served) -> None:
@@ -113,7 +131,10 @@ def test_a_model_that_was_never_updated_is_frozen(served: Served) -> None:
 
 
 def test_greedy_tokens_are_those_of_generate(served: Served) -> None:
-    tasks = [make_task(words(length, start=length), temperature=0.0, max_new_tokens=24) for length in (1, 40, 70)]
+    tasks = [
+        make_task(words(length, start=length), temperature=0.0, max_new_tokens=24)
+        for length in (1, 40, 70)
+    ]
     for samples in served.sample(*tasks):
         prompt = torch.from_numpy(samples.prompt_ids.astype(np.int64))[None]
         expected = served.model.generate(
@@ -124,7 +145,8 @@ def test_greedy_tokens_are_those_of_generate(served: Served) -> None:
 
 
 def test_more_prompt_tokens_than_one_step_takes_are_sampled(served: Served) -> None:
-    """vLLM 0.32 dies of a prompt that it reads in parts on a CPU, because it cannot rewind the seed of the request."""
+    """vLLM 0.32 dies of a prompt that it reads in parts on a CPU, because it cannot rewind the seed
+    of the request."""
     tasks = [make_task(words(900, start=start), n=1, max_new_tokens=3) for start in range(24)]
     for samples in served.sample(*tasks):
         assert len(samples.prompt_ids) >= 900 and gap(served.model, samples) < TOLERANCE
@@ -174,28 +196,39 @@ def test_prompts_that_cannot_be_sampled_are_refused(served: Served) -> None:
 
 def test_settings_that_cannot_work_are_user_errors(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
-    with pytest.raises(UserError, match=r"max_num_seq: vLLM has no such engine argument \(did you mean 'max_num_seqs'"):
+    with pytest.raises(
+        UserError,
+        match=r"max_num_seq: vLLM has no such engine argument \(did you mean 'max_num_seqs'",
+    ):
         create("vllm", spec_of(folder, max_num_seq=4))
-    with pytest.raises(UserError, match="kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values"):
+    with pytest.raises(
+        UserError,
+        match="kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values",
+    ):
         create("vllm", spec_of(folder, kv_cache_memory_bytes=1000))
     with pytest.raises(UserError, match=r"actors\.rollout\.engine_args: vLLM refuses them: "):
         create("vllm", spec_of(folder, max_num_seqs=-3))
     narrow = save(make_model("llama"), tmp_path / "narrow")
-    with pytest.raises(UserError, match=r"has attention heads of width 8; on a CPU vLLM serves 32, 64"):
+    with pytest.raises(
+        UserError, match=r"has attention heads of width 8; on a CPU vLLM serves 32, 64"
+    ):
         create("vllm", spec_of(narrow))
 
 
-# ---- updates in flight -------------------------------------------------------------------------------------------
+# ---- updates in flight ---------------------------------------------------------------------------
 
 
 def update_in_flight(served: Served, seeds: tuple[int, int]) -> tuple[GroupSamples, np.ndarray]:
-    """Load the second policy while a group is being sampled; returns the samples and which tokens are of the first."""
+    """Load the second policy while a group is being sampled; returns the samples and which tokens
+    are of the first."""
     served.load(seeds[0])
     engine, manifest = served.engine, served.publish(tiny(seeds[1]))
 
     async def work() -> GroupSamples:
         start = engine.progress
-        sampling = asyncio.ensure_future(engine.generate(make_task(words(70), 2, temperature=0.0, max_new_tokens=600)))
+        sampling = asyncio.ensure_future(
+            engine.generate(make_task(words(70), 2, temperature=0.0, max_new_tokens=600))
+        )
         while engine.progress < start + 40:
             await asyncio.sleep(0)
         await engine.load_policy(manifest)
@@ -217,18 +250,21 @@ def differences(samples: GroupSamples, seed: int) -> np.ndarray:
 def test_an_update_in_flight_gives_both_versions_in_one_completion(served: Served) -> None:
     samples, old = update_in_flight(served, (21, 22))
     assert differences(samples, 21)[old].max() < TOLERANCE
-    # Keys and values of the old policy were kept, which a forward pass of the new one does not have.
+    # Keys and values of the old policy were kept, which a forward pass of the new one does not
+    # have.
     assert differences(samples, 22)[~old].max() > TOLERANCE
 
 
-def test_recompute_makes_the_new_policy_read_all_tokens_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompute_makes_the_new_policy_read_all_tokens_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(served.engine, "_kv_policy", "recompute")
     samples, old = update_in_flight(served, (31, 32))
     assert differences(samples, 31)[old].max() < TOLERANCE
     assert differences(samples, 32)[~old].max() < TOLERANCE
 
 
-# ---- bad publications --------------------------------------------------------------------------------------------
+# ---- bad publications ----------------------------------------------------------------------------
 
 
 def truncate(manifest: PolicyManifest) -> PolicyManifest:
@@ -263,20 +299,22 @@ def test_a_damaged_publication_leaves_the_old_weights_serving(
 
 
 def test_a_publication_of_another_model_leaves_the_old_weights_serving(served: Served) -> None:
-    other = make_model("llama", hidden_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    other = make_model(
+        "llama", hidden_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32
+    )
     check_refused(served, lambda: served.publish(other), "has shape")
 
 
 def test_a_file_that_is_replaced_after_it_was_verified_is_not_loaded(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zppo_actors.engines import vllm as module
+    from zppo_actors.engines.vllm import engine as module
 
     verify = module.verify
 
     def verify_then_replace(layout: Any, manifest: PolicyManifest) -> Any:
         update = verify(layout, manifest)
-        weights.publish(tiny(98).state_dict(), manifest.version, served.folder)
+        shared_memory.publish(tiny(98).state_dict(), manifest.version, served.folder)
         return update
 
     def publish() -> PolicyManifest:
@@ -297,11 +335,12 @@ def check_refused(served: Served, publish: Callable[[], PolicyManifest], reason:
     assert set(versions(samples)) == {version}
 
 
-# ---- agreement with the trainer ----------------------------------------------------------------------------------
+# ---- agreement with the trainer ------------------------------------------------------------------
 
 
 def trainer_gap(folder: Path, samples: GroupSamples, step: int) -> tuple[float, float]:
-    """`mismatch_kl` and `log_prob_gap_max` of a training step of the model in `folder` on these samples."""
+    """`mismatch_kl` and `log_prob_gap_max` of a training step of the model in `folder` on these
+    samples."""
     from zppo.training.state import build_trainer
     from zppo.training.step import train_step
 
@@ -311,12 +350,18 @@ def trainer_gap(folder: Path, samples: GroupSamples, step: int) -> tuple[float, 
         method=MethodConfig(updates_per_step=1),
     )
     rewards = np.arange(len(samples.texts), dtype=np.float32) % 2
-    group = TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=rewards)
-    metrics = train_step(build_trainer(topology, lambda: 0.0), TrainWindow(step=step, groups=[group]))
+    group = TrainGroup(
+        group_id="g", question_id="q", kind="plain", samples=samples, rewards=rewards
+    )
+    metrics = train_step(
+        build_trainer(topology, lambda: 0.0), TrainWindow(step=step, groups=[group])
+    )
     return metrics["mismatch_kl"], metrics["log_prob_gap_max"]
 
 
-def test_trainer_and_engine_agree_and_a_skipped_update_shows(served: Served, tmp_path: Path) -> None:
+def test_trainer_and_engine_agree_and_a_skipped_update_shows(
+    served: Served, tmp_path: Path
+) -> None:
     served.load(seed=41)
     (samples,) = served.sample(make_task(words(40), n=4, max_new_tokens=40))
     kl, largest = trainer_gap(save_tiny(tmp_path / "same", seed=41), samples, served.versions)
@@ -325,7 +370,7 @@ def test_trainer_and_engine_agree_and_a_skipped_update_shows(served: Served, tmp
     assert kl > 0.01 and largest > 0.1
 
 
-# ---- the actor ---------------------------------------------------------------------------------------------------
+# ---- the actor -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -334,7 +379,10 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     student = ModelConfig(model=str(save_tiny(tmp_path / "student", tied=False)), dtype="float32")
     rollout = ActorConfig(engine="vllm", engine_args={**ENGINE_ARGS, "max_num_seqs": 4}, threads=1)
     stage = Stage(
-        tmp_path, Topology(data=DataConfig(train="unused"), student=student, actors=ActorsConfig(rollout=rollout))
+        tmp_path,
+        Topology(
+            data=DataConfig(train="unused"), student=student, actors=ActorsConfig(rollout=rollout)
+        ),
     )
     yield stage
     stage.close()
@@ -344,11 +392,17 @@ def test_rollout_actor_serves_and_leaves_when_its_engine_dies_in_a_load(stage: S
     stage.start("rollout")
     assert stage.next(Hello).capacity == 4
     stage.send(Welcome(heartbeat_seconds=0.1))
-    stage.send(LoadPolicy(manifest=weights.publish(tiny(1, tied=False).state_dict(), 0, stage.folder)))
+    stage.send(
+        LoadPolicy(
+            manifest=shared_memory.publish(tiny(1, tied=False).state_dict(), 0, stage.folder)
+        )
+    )
     assert stage.next(PolicyLoaded).version == 0
     stage.credits(4)
 
-    torn = LoadPolicy(manifest=truncate(weights.publish(tiny(2, tied=False).state_dict(), 1, stage.folder)))
+    torn = LoadPolicy(
+        manifest=truncate(shared_memory.publish(tiny(2, tied=False).state_dict(), 1, stage.folder))
+    )
     stage.send(torn)
     assert "the file has 64 bytes" in stage.next(PolicyRefused).reason
     stage.send(make_task(words(40), n=4, task_id="a"))
@@ -359,7 +413,11 @@ def test_rollout_actor_serves_and_leaves_when_its_engine_dies_in_a_load(stage: S
     assert stage.process is not None
     core, worker = engine_processes(stage.process.pid)
     worker.send_signal(signal.SIGSTOP)  # a load cannot end now
-    stage.send(LoadPolicy(manifest=weights.publish(tiny(3, tied=False).state_dict(), 2, stage.folder)))
+    stage.send(
+        LoadPolicy(
+            manifest=shared_memory.publish(tiny(3, tied=False).state_dict(), 2, stage.folder)
+        )
+    )
     core.kill()
     assert stage.exit_code() == 1
     assert "the engine core of vLLM has died" in stage.log()
@@ -370,6 +428,12 @@ def test_rollout_actor_serves_and_leaves_when_its_engine_dies_in_a_load(stage: S
 def engine_processes(actor: int) -> tuple[psutil.Process, psutil.Process]:
     """The engine core of an actor, and the worker under it."""
     processes = psutil.Process(actor).children(recursive=True)
-    (core,) = [process for process in processes if "EngineCore" in process.name() + " ".join(process.cmdline())]
-    (worker,) = [process for process in processes if "Worker" in process.name() + " ".join(process.cmdline())]
+    (core,) = [
+        process
+        for process in processes
+        if "EngineCore" in process.name() + " ".join(process.cmdline())
+    ]
+    (worker,) = [
+        process for process in processes if "Worker" in process.name() + " ".join(process.cmdline())
+    ]
     return core, worker

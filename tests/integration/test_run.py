@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from zppo import checkpoint
+from zppo.records import checkpoint
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.yaml"
@@ -45,7 +45,11 @@ class Run:
         for name, value in settings.items():
             command += ["--set", f"{name}={value}"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     @classmethod
@@ -63,14 +67,18 @@ class Run:
             output, _ = self.process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise AssertionError(f"the run hangs:\n{self.process.communicate()[0]}\n{self.logs()}") from None
+            raise AssertionError(
+                f"the run hangs:\n{self.process.communicate()[0]}\n{self.logs()}"
+            ) from None
         return output
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true of the running run."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self.process.poll() is None, f"the run ended early:\n{self.wait()}\n{self.logs()}"
+            assert self.process.poll() is None, (
+                f"the run ended early:\n{self.wait()}\n{self.logs()}"
+            )
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)
 
@@ -100,7 +108,9 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         command = [sys.executable, "-P", "-m", "zppo.report", str(self.directory), "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
 
     def logs(self) -> str:
         logs = sorted((self.directory / "logs").glob("*.log"))

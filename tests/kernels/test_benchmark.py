@@ -15,20 +15,38 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_quick_run_writes_numbers_and_prints_tables(tmp_path: Path) -> None:
     out = tmp_path / "kernels-cpu.json"
-    command = [sys.executable, str(ROOT / "benches/kernels.py"), "--quick", "--repeats", "1", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "benches/kernels.py"),
+        "--quick",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     command += ["--only", "log-probs from hidden states zppo", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     results = json.loads(out.read_text())["results"]
     assert [row["suite"] for row in results] == ["log-probs from hidden states"]
-    assert all(row["seconds"] > 0 and row["share_of_limit"] > 0 and "peak_bytes" in row for row in results), results
+    assert all(
+        row["seconds"] > 0 and row["share_of_limit"] > 0 and "peak_bytes" in row for row in results
+    ), results
     assert "### log-probs from hidden states: N = 128, H = 16, V = 512" in done.stdout
 
 
 def test_the_page_shows_failures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benches")  # for this test alone: its `kernels.py` bears the name of a package
+    monkeypatch.syspath_prepend(
+        ROOT / "benches"
+    )  # for this test alone: its `kernels.py` bears the name of a package
     from kernel_report import write_report
 
-    size = {"suite": "policy loss from logits", "rows": 64, "hidden": 8, "vocabulary": 100, "live": 1.0}
+    size = {
+        "suite": "policy loss from logits",
+        "rows": 64,
+        "hidden": 8,
+        "vocabulary": 100,
+        "live": 1.0,
+    }
     rows = [
         size | {"contestant": "zppo", "seconds": 0.5, "peak_bytes": 2**21, "share_of_limit": 0.875},
         size | {"contestant": "torch", "seconds": 1.0, "peak_bytes": 2**22},

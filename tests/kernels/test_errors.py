@@ -21,15 +21,27 @@ CASE = make_case(1)
         ({"dual_clip": 1.1}, "dual_clip is 1.1; expected None or at least 1 + clip_high"),
         ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
         ({"correction": "clip"}, "correction is 'clip'; expected one of none, truncate, mask"),
-        ({"normalisation": "batch"}, "normalisation is 'batch'; expected one of token, sequence, fixed_length"),
+        (
+            {"normalisation": "batch"},
+            "normalisation is 'batch'; expected one of token, sequence, fixed_length",
+        ),
         ({"ratio_level": "group"}, "ratio_level is 'group'; expected one of token, sequence"),
-        ({"fixed_length": 8}, "fixed_length belongs with normalisation='fixed_length': give both or neither"),
+        (
+            {"fixed_length": 8},
+            "fixed_length belongs with normalisation='fixed_length': give both or neither",
+        ),
         (
             {"normalisation": "fixed_length"},
             "fixed_length belongs with normalisation='fixed_length': give both or neither",
         ),
-        ({"normalisation": "fixed_length", "fixed_length": 0}, "fixed_length is 0; expected at least 1"),
-        ({"kl_coefficient": -0.1}, "kl_coefficient is -0.1; expected a finite number in [0.0, inf]"),
+        (
+            {"normalisation": "fixed_length", "fixed_length": 0},
+            "fixed_length is 0; expected at least 1",
+        ),
+        (
+            {"kl_coefficient": -0.1},
+            "kl_coefficient is -0.1; expected a finite number in [0.0, inf]",
+        ),
     ],
 )
 def test_settings(options: dict[str, Any], sentence: str) -> None:
@@ -48,10 +60,16 @@ class Gathered(torch.Tensor):
 WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"hidden_TH": CASE.hidden_TH[0]},
-        "hidden_TH has shape (12,) and dtype torch.float32; expected two dimensions, floating point",
+        (
+            "hidden_TH has shape (12,) and dtype torch.float32; expected two dimensions, floating "
+            "point"
+        ),
     ),
     ({"weight_VH": CASE.weight_VH[:, :5]}, "weight_VH has shape (301, 5); expected 12 columns"),
-    ({"weight_VH": CASE.weight_VH[:0]}, "weight_VH has shape (0, 12): an empty shard; gather the LM head first"),
+    (
+        {"weight_VH": CASE.weight_VH[:0]},
+        "weight_VH has shape (0, 12): an empty shard; gather the LM head first",
+    ),
     (
         {"weight_VH": CASE.weight_VH.bfloat16()},
         "hidden_TH is torch.float32 but weight_VH is torch.bfloat16; expected one dtype",
@@ -61,7 +79,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "weight_VH is a DTensor; gather it first (`.full_tensor()`, or FSDP's unshard)",
     ),
     ({"bias_V": CASE.bias_V[:9]}, "bias_V has shape (9,); expected (301,)"),
-    ({"target_ids_T": CASE.target_ids_T[:4]}, "target_ids_T has shape (4,); expected (29,), one per row of hidden_TH"),
+    (
+        {"target_ids_T": CASE.target_ids_T[:4]},
+        "target_ids_T has shape (4,); expected (29,), one per row of hidden_TH",
+    ),
     (
         {"target_ids_T": CASE.target_ids_T.float()},
         "target_ids_T has shape (29,) and dtype torch.float32; expected [T], int64 or int32",
@@ -70,8 +91,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"target_ids_T": CASE.target_ids_T + 400, "mask_T": None},
         "target_ids_T[0] is %d; expected an id in [0, 301) or -100",
     ),
-    ({"advantages_S": torch.ones(2)}, "sequence_ids_T run from 0 to 4; expected 0 to 1, an index into advantages_S"),
-    ({"proximal_log_probs_T": torch.ones(3)}, "proximal_log_probs_T has shape (3,); expected (29,)"),
+    (
+        {"advantages_S": torch.ones(2)},
+        "sequence_ids_T run from 0 to 4; expected 0 to 1, an index into advantages_S",
+    ),
+    (
+        {"proximal_log_probs_T": torch.ones(3)},
+        "proximal_log_probs_T has shape (3,); expected (29,)",
+    ),
     ({"mask_T": torch.ones(29, 1)}, "mask_T has shape (29, 1); expected (29,)"),
     ({"token_count": -3}, "token_count is -3; expected a count of 0 or more"),
     (
@@ -82,13 +109,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"reference_log_probs_T": None, "settings": PolicyLossSettings(kl_coefficient=0.5)},
         "kl_coefficient is 0.5, which needs reference_log_probs_T",
     ),
-    ({"mask_T": torch.ones(29, device="meta")}, "mask_T is on meta; expected cpu, where target_ids_T is"),
+    (
+        {"mask_T": torch.ones(29, device="meta")},
+        "mask_T is on meta; expected cpu, where target_ids_T is",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
+@pytest.mark.parametrize(
+    ("changes", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG]
+)
 def test_policy_loss_inputs(changes: dict[str, Any], sentence: str) -> None:
-    base = {"hidden_TH": CASE.hidden_TH, "weight_VH": CASE.weight_VH, "target_ids_T": CASE.target_ids_T}
+    base = {
+        "hidden_TH": CASE.hidden_TH,
+        "weight_VH": CASE.weight_VH,
+        "target_ids_T": CASE.target_ids_T,
+    }
     arguments = base | CASE.inputs | changes
     if "%d" in sentence:
         sentence %= int(CASE.target_ids_T[0]) + 400
@@ -98,7 +134,11 @@ def test_policy_loss_inputs(changes: dict[str, Any], sentence: str) -> None:
 
 
 def test_log_prob_inputs() -> None:
-    with pytest.raises(ValueError, match=r"^temperature is -1.0; expected a finite number above 0$"):
+    with pytest.raises(
+        ValueError, match=r"^temperature is -1.0; expected a finite number above 0$"
+    ):
         token_log_probs(CASE.hidden_TH, CASE.weight_VH, CASE.target_ids_T, temperature=-1.0)
-    with pytest.raises(ValueError, match=r"^target_ids_T\[0\] is 301; expected an id in \[0, 301\) or -100$"):
+    with pytest.raises(
+        ValueError, match=r"^target_ids_T\[0\] is 301; expected an id in \[0, 301\) or -100$"
+    ):
         token_log_probs(CASE.hidden_TH, CASE.weight_VH, torch.full((29,), 301))

@@ -26,14 +26,21 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: set TRITON_INTERPRET=0"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted: set TRITON_INTERPRET=0"
+    ),
 ]
 
 
 def on_gpu(case: Case, dtype: torch.dtype) -> Case:
     """Everything on the GPU, the LM head in `dtype`."""
-    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.inputs.items()}
-    hidden, weight, bias = (tensor.cuda().to(dtype) for tensor in (case.hidden_TH, case.weight_VH, case.bias_V))
+    inputs = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in case.inputs.items()
+    }
+    hidden, weight, bias = (
+        tensor.cuda().to(dtype) for tensor in (case.hidden_TH, case.weight_VH, case.bias_V)
+    )
     return Case(hidden, weight, bias, case.target_ids_T.cuda(), inputs)
 
 
@@ -47,7 +54,13 @@ def test_policy_loss_from_hidden(dtype: torch.dtype, level: str, vocabulary: int
     leaves = case.leaves(dtype)
     assert backend_for(leaves[0]).name == "triton"
     output = policy_loss_from_hidden(
-        leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen, full_metrics=True, **case.inputs
+        leaves[0],
+        leaves[1],
+        case.target_ids_T,
+        bias_V=leaves[2],
+        settings=chosen,
+        full_metrics=True,
+        **case.inputs,
     )
     output.loss.backward()
     assert output.loss.item() == pytest.approx(exact.output.loss.item(), rel=1e-4)
@@ -63,7 +76,9 @@ def test_policy_loss_from_bf16_logits(in_place: bool) -> None:
     case = on_gpu(make_case(2, rows=300, hidden=16, vocabulary=151_936), torch.float32)
     leaf_TV = case.logits_TV.bfloat16().requires_grad_()
     plain_TV = leaf_TV.detach().float().requires_grad_()
-    found = policy_loss_from_logits(leaf_TV * 1.0, case.target_ids_T, in_place=in_place, **case.inputs)
+    found = policy_loss_from_logits(
+        leaf_TV * 1.0, case.target_ids_T, in_place=in_place, **case.inputs
+    )
     found.loss.mul(2.0).backward()
     with using_backend("torch"):
         exact = policy_loss_from_logits(plain_TV, case.target_ids_T, **case.inputs)
@@ -78,7 +93,9 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     logits_TV[-1, 7] = 20.0
     target_ids_T = torch.full((14_200,), 7, device="cuda")
     log_probs_T, _ = token_log_probs_from_logits(logits_TV, target_ids_T)
-    assert float(log_probs_T[-1]) == pytest.approx(float(torch.log_softmax(logits_TV[-1].double(), -1)[7]), abs=1e-5)
+    assert float(log_probs_T[-1]) == pytest.approx(
+        float(torch.log_softmax(logits_TV[-1].double(), -1)[7]), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("mode", ["norm_without_zero", "norm_with_zero", "center_only", "grpo"])

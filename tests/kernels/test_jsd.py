@@ -1,5 +1,5 @@
-"""The distillation losses against float64 autograd, at both ends of beta and between, dense and from a top-k
-support.
+"""The distillation losses against float64 autograd, at both ends of beta and between, dense and
+from a top-k support.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from zppo_kernels import (
 from zppo_kernels.backends import using_backend
 from zppo_kernels.jsd_reference import jsd_of_log_probs, teacher_over, top_k_log_probs
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where the GPU is silent
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, where the GPU is silent
 TOKENS = 40
 
 
@@ -29,7 +31,13 @@ class Problem:
     """Student and teacher heads, the exact losses and their gradients."""
 
     def __init__(
-        self, seed: int, vocabulary: int, teacher: int, beta: float, temperature: float, rows: int = 11
+        self,
+        seed: int,
+        vocabulary: int,
+        teacher: int,
+        beta: float,
+        temperature: float,
+        rows: int = 11,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -39,13 +47,18 @@ class Problem:
         self.student = (normal(rows, 6), normal(vocabulary, 6), normal(vocabulary))
         self.teacher = (normal(rows, 4), 2 * normal(teacher, 4))
         self.mask_T = torch.rand(rows, generator=generator) > 0.2
-        self.options = {"token_count": TOKENS, "mask_T": self.mask_T, "beta": beta, "temperature": temperature}
+        self.options = {
+            "token_count": TOKENS,
+            "mask_T": self.mask_T,
+            "beta": beta,
+            "temperature": temperature,
+        }
         self.beta, self.temperature = beta, temperature
         self.teacher_logits_TW = self.teacher[0] @ self.teacher[1].T
         shared = min(vocabulary, teacher)
-        self.values, self.ids = torch.log_softmax(self.teacher_logits_TW[:, :shared] / temperature, -1).topk(
-            min(5, shared)
-        )
+        self.values, self.ids = torch.log_softmax(
+            self.teacher_logits_TW[:, :shared] / temperature, -1
+        ).topk(min(5, shared))
         if self.ids.shape[1] > 2:
             self.ids[::2, -1] = -1  # some rows of the support are shorter
 
@@ -59,7 +72,10 @@ class Problem:
             pair = top_k_log_probs(logits_TV, self.ids, self.values, self.temperature)
         else:
             log_q_TV = torch.log_softmax(logits_TV / self.temperature, -1)
-            pair = (log_q_TV, teacher_over(len(leaves[1]), self.teacher_logits_TW.double(), self.temperature))
+            pair = (
+                log_q_TV,
+                teacher_over(len(leaves[1]), self.teacher_logits_TW.double(), self.temperature),
+            )
         loss = torch.where(self.mask_T, jsd_of_log_probs(*pair, self.beta), 0.0).sum() / TOKENS
         return loss.item(), torch.autograd.grad(loss, [*leaves, logits_TV])
 
@@ -68,7 +84,9 @@ def check(problem: Problem, backend: str) -> None:
     for top_k in (False, True):
         loss, gradients = problem.exact(top_k)
         leaves = problem.leaves()
-        logits_TV = (problem.student[0] @ problem.student[1].T + problem.student[2]).requires_grad_()
+        logits_TV = (
+            problem.student[0] @ problem.student[1].T + problem.student[2]
+        ).requires_grad_()
         support = (problem.ids, problem.values)
         with using_backend(backend):
             if top_k:
@@ -78,14 +96,22 @@ def check(problem: Problem, backend: str) -> None:
                 second = jsd_loss_top_k_from_logits(logits_TV, *support, **problem.options)
             else:
                 first = jsd_loss_from_hidden(
-                    leaves[0], leaves[1], *problem.teacher, student_bias_V=leaves[2], **problem.options
+                    leaves[0],
+                    leaves[1],
+                    *problem.teacher,
+                    student_bias_V=leaves[2],
+                    **problem.options,
                 )
-                second = jsd_loss_from_logits(logits_TV, problem.teacher_logits_TW, **problem.options)
+                second = jsd_loss_from_logits(
+                    logits_TV, problem.teacher_logits_TW, **problem.options
+                )
             (first.loss + second.loss).backward()
         for output in (first, second):
             assert output.loss.item() == pytest.approx(loss, rel=2e-5, abs=1e-6)
             assert float(output.metrics["token_count"]) == float(problem.mask_T.sum())
-            assert float(output.metrics["jsd_sum"]) == pytest.approx(loss * TOKENS, rel=2e-5, abs=1e-5)
+            assert float(output.metrics["jsd_sum"]) == pytest.approx(
+                loss * TOKENS, rel=2e-5, abs=1e-5
+            )
         for leaf, exact in zip((*leaves, logits_TV), gradients, strict=True):
             assert leaf.grad is not None
             scale = max(1e-3 / TOKENS, float(exact.abs().max()))
@@ -112,7 +138,9 @@ def test_equal_to_the_oracle(
 
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_a_smaller_chunk_gives_the_same(backend: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smaller_chunk_gives_the_same(
+    backend: str, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("zppo_kernels.linear_chunks.chunk_rows", lambda *_: 3)
     check(Problem(1, 50, 50, beta, 1.0), backend)
 
@@ -135,12 +163,16 @@ def test_tokens_both_sides_rule_out_are_not_nan(backend: str, beta: float) -> No
 
 
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
-def test_a_larger_teacher_vocabulary_gives_no_mass_to_tokens_that_do_not_exist(backend: str) -> None:
+def test_a_larger_teacher_vocabulary_gives_no_mass_to_tokens_that_do_not_exist(
+    backend: str,
+) -> None:
     """Padding the student's logits with 0 did."""
     logits_TV = torch.randn(3, 30, generator=torch.Generator().manual_seed(3))
     teacher_TW = torch.cat([logits_TV, torch.full((3, 9), 5.0)], 1)
     with using_backend(backend):
-        assert jsd_loss_from_logits(logits_TV, teacher_TW, token_count=3).loss.item() == pytest.approx(0.0, abs=1e-6)
+        assert jsd_loss_from_logits(
+            logits_TV, teacher_TW, token_count=3
+        ).loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_ends_of_beta_are_the_two_divergences() -> None:
@@ -156,7 +188,10 @@ def test_the_ends_of_beta_are_the_two_divergences() -> None:
 
 def test_a_full_support_is_the_dense_divergence() -> None:
     generator = torch.Generator().manual_seed(4)
-    student_TV, teacher_TV = torch.randn(4, 12, generator=generator), torch.randn(4, 12, generator=generator)
+    student_TV, teacher_TV = (
+        torch.randn(4, 12, generator=generator),
+        torch.randn(4, 12, generator=generator),
+    )
     values, ids = torch.log_softmax(teacher_TV, -1).sort(-1, descending=True)
     for beta in (0.0, 0.5, 1.0):
         leaves = [student_TV.clone().requires_grad_() for _ in range(2)]

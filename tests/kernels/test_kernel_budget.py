@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, and is no worse than its budget."""
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, and is no worse than its
+budget."""
 
 from __future__ import annotations
 
@@ -33,15 +34,22 @@ def test_kernels_stay_within_their_budget() -> None:
 def test_a_worse_kernel_is_named() -> None:
     """The comparison can fail: every number is held to its own direction."""
     script = (
-        "import sys; sys.path.insert(0, 'tools'); from kernel_budget import complaints, load_widths\n"
+        "import sys; sys.path.insert(0, 'tools'); from kernel_budget import complaints, "
+        "load_widths\n"
         "old = {'registers': 60, 'spill_bytes': 0, 'wide_loads': 6, 'other_loads': 2}\n"
         "new = {'registers': 61, 'spill_bytes': 8, 'wide_loads': 5, 'other_loads': 3}\n"
-        "print(len(complaints('k', new, old)), len(complaints('k', old, old)), len(complaints('k', old, None)))\n"
+        "print(len(complaints('k', new, old)), len(complaints('k', old, old)), len(complaints('k', "
+        "old, None)))\n"
         "ptx = 'ld.global.v4.b32 {}; ld.global.b16 %rs; @%p ld.global.L1::evict_last.v2.b64 {}'\n"
         "print(sorted(load_widths(ptx).items()))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
     )
     assert done.stdout.split("\n")[:2] == ["4 0 1", "[(2, 1), (16, 2)]"]

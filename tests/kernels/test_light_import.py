@@ -1,4 +1,5 @@
-"""The package alone: it imports Triton only where it is used, and works where neither numba nor Triton is installed."""
+"""The package alone: it imports Triton only where it is used, and works where neither numba nor
+Triton is installed."""
 
 from __future__ import annotations
 
@@ -38,12 +39,16 @@ print("fine")
 
 @pytest.mark.slow
 def test_plain_torch_is_enough() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "fine", done.stderr
 
 
 @pytest.mark.slow
 def test_triton_is_imported_late() -> None:
     script = "import sys, zppo_kernels; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"

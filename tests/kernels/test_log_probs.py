@@ -29,10 +29,13 @@ def test_log_probs_from_logits(
     logits_TV = torch.randn(3, vocabulary, generator=generator) * spread + offset
     target_T = torch.randint(vocabulary, (3,), generator=generator)
     with using_backend(backend):
-        log_probs_T, entropy_T = token_log_probs_from_logits(logits_TV, target_T, temperature=temperature)
+        log_probs_T, entropy_T = token_log_probs_from_logits(
+            logits_TV, target_T, temperature=temperature
+        )
     exact_TV = torch.log_softmax(logits_TV.double() / temperature, -1)
     exact_T = exact_TV[torch.arange(3), target_T]
-    # Absolute near 0, and relative for tokens so unlikely that 2e-6 is below their float32 resolution.
+    # Absolute near 0, and relative for tokens so unlikely that 2e-6 is below their float32
+    # resolution.
     assert bool(((log_probs_T.double() - exact_T).abs() <= 2e-6 + 1.2e-7 * exact_T.abs()).all())
     assert torch.allclose(entropy_T.double(), -(exact_TV.exp() * exact_TV).sum(-1), atol=1e-5)
 
@@ -42,7 +45,9 @@ def test_from_hidden_equals_from_logits(backend: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("zppo_kernels.linear_chunks.chunk_rows", lambda *_: 5)
     case = make_case(1)
     with using_backend(backend):
-        hidden = token_log_probs(case.hidden_TH, case.weight_VH, case.target_ids_T, bias_V=case.bias_V, temperature=0.7)
+        hidden = token_log_probs(
+            case.hidden_TH, case.weight_VH, case.target_ids_T, bias_V=case.bias_V, temperature=0.7
+        )
         logits = token_log_probs_from_logits(case.logits_TV, case.target_ids_T, temperature=0.7)
     for first, second in zip(hidden, logits, strict=True):
         assert torch.allclose(first, second, atol=5e-6)

@@ -1,5 +1,5 @@
-"""The losses as operators: torch.compile without a graph break, fake implementations that tell the truth, no autograd
-surprises.
+"""The losses as operators: torch.compile without a graph break, fake implementations that tell the
+truth, no autograd surprises.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ TEACHER = torch.randn(29, 301, generator=torch.Generator().manual_seed(1))
 
 
 def hidden_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return policy_loss_from_hidden(hidden, weight, CASE.target_ids_T, bias_V=bias, **CASE.inputs).loss
+    return policy_loss_from_hidden(
+        hidden, weight, CASE.target_ids_T, bias_V=bias, **CASE.inputs
+    ).loss
 
 
 def sequence_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -44,11 +46,15 @@ def logits_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     return policy_loss_from_logits(hidden @ weight.T + bias, CASE.target_ids_T, **CASE.inputs).loss
 
 
-def distillation_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def distillation_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     dense = jsd_loss_from_hidden(
         hidden, weight, CASE.hidden_TH, CASE.weight_VH + 0.1, student_bias_V=bias, token_count=29
     )
-    sparse = jsd_loss_top_k_from_hidden(hidden, weight, SUPPORT.indices, SUPPORT.values, token_count=29)
+    sparse = jsd_loss_top_k_from_hidden(
+        hidden, weight, SUPPORT.indices, SUPPORT.values, token_count=29
+    )
     logits_TV = hidden @ weight.T
     others = jsd_loss_from_logits(logits_TV, TEACHER, token_count=29).loss
     return dense.loss + sparse.loss + others
@@ -61,7 +67,13 @@ def with_constants(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     return (hidden.sum(1) * (log_probs_T + entropy_T + other_T)).sum() * advantages_R[0]
 
 
-LOSSES: list[Callable[..., torch.Tensor]] = [hidden_loss, sequence_loss, logits_loss, distillation_loss, with_constants]
+LOSSES: list[Callable[..., torch.Tensor]] = [
+    hidden_loss,
+    sequence_loss,
+    logits_loss,
+    distillation_loss,
+    with_constants,
+]
 
 
 @pytest.mark.slow
@@ -97,7 +109,9 @@ def test_fake_implementations_tell_shapes_dtypes_and_strides(
     monkeypatch.undo()
     assert calls
     for operator, arguments in calls:
-        torch.library.opcheck(operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_gradients_come_only_to_those_who_want_them() -> None:
@@ -111,7 +125,9 @@ def test_metrics_carry_no_gradient() -> None:
     leaves = CASE.leaves(torch.float32)
     output = policy_loss_from_hidden(leaves[0], leaves[1], CASE.target_ids_T, **CASE.inputs)
     assert not any(value.requires_grad for value in output.metrics.values())
-    assert all(value.dtype == torch.float64 and value.dim() == 0 for value in output.metrics.values())
+    assert all(
+        value.dtype == torch.float64 and value.dim() == 0 for value in output.metrics.values()
+    )
 
 
 def test_counts_may_be_tensors() -> None:
@@ -125,7 +141,13 @@ def test_counts_may_be_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["jsd_loss_from_hidden", "jsd_loss_top_k_from_hidden", "jsd_loss_from_logits", "jsd_loss_top_k_from_logits"]
+    "name",
+    [
+        "jsd_loss_from_hidden",
+        "jsd_loss_top_k_from_hidden",
+        "jsd_loss_from_logits",
+        "jsd_loss_top_k_from_logits",
+    ],
 )
 def test_second_derivatives_of_the_divergences_are_refused(name: str) -> None:
     hidden, weight, _ = CASE.leaves(torch.float32)
@@ -134,9 +156,13 @@ def test_second_derivatives_of_the_divergences_are_refused(name: str) -> None:
         "jsd_loss_from_hidden": lambda: jsd_loss_from_hidden(
             hidden, weight, CASE.hidden_TH, CASE.weight_VH, token_count=1
         ),
-        "jsd_loss_top_k_from_hidden": lambda: jsd_loss_top_k_from_hidden(hidden, weight, *_support(), token_count=1),
+        "jsd_loss_top_k_from_hidden": lambda: jsd_loss_top_k_from_hidden(
+            hidden, weight, *_support(), token_count=1
+        ),
         "jsd_loss_from_logits": lambda: jsd_loss_from_logits(logits_TV, TEACHER, token_count=1),
-        "jsd_loss_top_k_from_logits": lambda: jsd_loss_top_k_from_logits(logits_TV, *_support(), token_count=1),
+        "jsd_loss_top_k_from_logits": lambda: jsd_loss_top_k_from_logits(
+            logits_TV, *_support(), token_count=1
+        ),
     }[name]().loss
     with pytest.raises(RuntimeError, match=f"^{name} has no second derivative"):
         torch.autograd.grad(loss, hidden if "hidden" in name else logits_TV, create_graph=True)

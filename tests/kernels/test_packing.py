@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo_kernels import balanced_partition, cu_seqlens_of, micro_batches, pack, sequence_ids_of, unpack
+from zppo_kernels import (
+    balanced_partition,
+    cu_seqlens_of,
+    micro_batches,
+    pack,
+    sequence_ids_of,
+    unpack,
+)
 
 LENGTHS = st.lists(st.integers(0, 200), max_size=40)
 
@@ -47,7 +54,9 @@ def test_balanced_partition(lengths: list[int], parts: int) -> None:
     if len(lengths) > parts:
         ordered = sorted(lengths, reverse=True)
         lower = max(lower, ordered[parts - 1] + ordered[parts])
-    assert loads[0] <= (4 / 3 - 1 / (3 * parts)) * lower + 1e-9 or loads[0] <= sum(lengths) / parts + max(lengths)
+    assert loads[0] <= (4 / 3 - 1 / (3 * parts)) * lower + 1e-9 or loads[0] <= sum(
+        lengths
+    ) / parts + max(lengths)
 
 
 @pytest.mark.slow
@@ -66,13 +75,17 @@ def test_micro_batches_keep_the_budget(lengths: list[int], budget: int, multiple
 
 def test_a_known_split_is_perfect() -> None:
     assert balanced_partition([5, 3, 8, 1, 1, 9], 3) == [[5], [1, 3, 4, 0], [2]] or [
-        sum([5, 3, 8, 1, 1, 9][index] for index in part) for part in balanced_partition([5, 3, 8, 1, 1, 9], 3)
+        sum([5, 3, 8, 1, 1, 9][index] for index in part)
+        for part in balanced_partition([5, 3, 8, 1, 1, 9], 3)
     ] == [9, 9, 9]
 
 
 def test_errors_say_what_and_where() -> None:
     for call, sentence in (
-        (lambda: micro_batches([4, 11], 10), "sequence 1 has 11 tokens; expected at most max_tokens = 10"),
+        (
+            lambda: micro_batches([4, 11], 10),
+            "sequence 1 has 11 tokens; expected at most max_tokens = 10",
+        ),
         (lambda: balanced_partition([1], 0), "parts is 0; expected at least 1"),
         (lambda: balanced_partition([1, -2], 1), "sequence 1 has length -2; expected 0 or more"),
     ):

@@ -1,4 +1,5 @@
-"""Equal settings, equal loss and gradients: TRL's GRPO and JSD, Liger's chunked GRPO and its Triton kernel's maths.
+"""Equal settings, equal loss and gradients: TRL's GRPO and JSD, Liger's chunked GRPO and its Triton
+kernel's maths.
 
 Skipped where the peers are not installed: `pip install "trl==1.16.*" liger-kernel`.
 """
@@ -13,7 +14,12 @@ import pytest
 import torch
 from kernel_cases import relative_error
 
-from zppo_kernels import PolicyLossSettings, jsd_loss_from_logits, policy_loss_from_hidden, token_log_probs
+from zppo_kernels import (
+    PolicyLossSettings,
+    jsd_loss_from_logits,
+    policy_loss_from_hidden,
+    token_log_probs,
+)
 
 pytestmark = pytest.mark.slow
 B, L, H, V = 4, 6, 8, 50
@@ -35,7 +41,9 @@ class Padded:
         self.ids_BL = torch.randint(V, (B, L), generator=generator)
         self.mask_BL = (torch.arange(L) < torch.tensor([6, 3, 5, 1]).unsqueeze(1)).int()
         self.advantages_B = torch.tensor([1.0, -0.7, 0.4, -1.5])
-        logp, _ = token_log_probs(self.hidden_BLH.flatten(0, 1), self.weight_VH, self.ids_BL.flatten())
+        logp, _ = token_log_probs(
+            self.hidden_BLH.flatten(0, 1), self.weight_VH, self.ids_BL.flatten()
+        )
         self.old_BL = logp.view(B, L) + 0.5 * normal(B, L)
         self.weights_BL = (0.4 * normal(B, L)).exp()  # importance weights before truncation
         self.reference_BL = self.old_BL + 0.3 * normal(B, L) if kl else None
@@ -51,7 +59,9 @@ class Padded:
             advantages_S=self.advantages_B,
             proximal_log_probs_T=self.old_BL.flatten(),
             behaviour_log_probs_T=(self.old_BL - self.weights_BL.log()).flatten(),
-            reference_log_probs_T=None if self.reference_BL is None else self.reference_BL.flatten(),
+            reference_log_probs_T=None
+            if self.reference_BL is None
+            else self.reference_BL.flatten(),
             mask_T=self.mask_BL.flatten(),
             token_count=int(self.mask_BL.sum()),
             sequence_count=B,
@@ -75,13 +85,18 @@ def settings_for(normalisation: str, level: str, kl: float) -> PolicyLossSetting
 
 
 class TrlTrainer:
-    """What `GRPOTrainer._compute_loss` asks its trainer for, with log-probs from our hidden states."""
+    """What `GRPOTrainer._compute_loss` asks its trainer for, with log-probs from our hidden
+    states."""
 
-    def __init__(self, batch: Padded, leaves: list[torch.Tensor], loss_type: str, level: str, kl: float) -> None:
+    def __init__(
+        self, batch: Padded, leaves: list[torch.Tensor], loss_type: str, level: str, kl: float
+    ) -> None:
         self.leaves, self.batch = leaves, batch
         self.loss_type, self.importance_sampling_level, self.beta = loss_type, level, kl
         self.epsilon_low, self.epsilon_high = COMMON["clip_low"], COMMON["clip_high"]
-        self.args = SimpleNamespace(delta=COMMON["dual_clip"], use_bias_correction_kl=False, steps_per_generation=1)
+        self.args = SimpleNamespace(
+            delta=COMMON["dual_clip"], use_bias_correction_kl=False, steps_per_generation=1
+        )
         self.model = SimpleNamespace(training=True)
         self.accelerator = SimpleNamespace(
             num_processes=1,
@@ -96,11 +111,17 @@ class TrlTrainer:
         self.current_gradient_accumulation_steps, self.max_completion_length = 1, L
         self.aux_loss_enabled = self._entropy_bonus_enabled = False
 
-    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def _get_per_token_logps_and_entropies(
+        self, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
         logits_BLV = self.leaves[0] @ self.leaves[1].T
-        return selective_log_softmax(logits_BLV, self.batch.ids_BL), entropy_from_logits(logits_BLV), None
+        return (
+            selective_log_softmax(logits_BLV, self.batch.ids_BL),
+            entropy_from_logits(logits_BLV),
+            None,
+        )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
@@ -155,11 +176,16 @@ def test_grpo_equals_liger(loss_type: str, normalisation: str, level: str, kl: f
 def test_jsd_equals_trl(beta: float) -> None:
     module = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="TRL is not installed")
     generator = torch.Generator().manual_seed(2)
-    student_BLV, teacher_BLV = torch.randn(2, 5, V, generator=generator), torch.randn(2, 5, V, generator=generator)
+    student_BLV, teacher_BLV = (
+        torch.randn(2, 5, V, generator=generator),
+        torch.randn(2, 5, V, generator=generator),
+    )
     labels_BL = torch.randint(V, (2, 5), generator=generator)
     labels_BL[1, 3:] = -100
     leaves = [student_BLV.clone().requires_grad_() for _ in range(2)]
-    theirs = module.GKDTrainer.generalized_jsd_loss(leaves[0], teacher_BLV, labels_BL, beta=beta, temperature=2.0)
+    theirs = module.GKDTrainer.generalized_jsd_loss(
+        leaves[0], teacher_BLV, labels_BL, beta=beta, temperature=2.0
+    )
     theirs.backward()
     ours = jsd_loss_from_logits(
         leaves[1].flatten(0, 1), teacher_BLV.flatten(0, 1), mask_T=labels_BL.flatten() != -100, token_count=8,

@@ -1,6 +1,8 @@
-"""The fused policy loss against autograd in float64: loss, metrics and every gradient, on every backend.
+"""The fused policy loss against autograd in float64: loss, metrics and every gradient, on every
+backend.
 
-Tolerance in quack's style: no more than three times the error that plain torch makes in float32, plus a floor.
+Tolerance in quack's style: no more than three times the error that plain torch makes in float32,
+plus a floor.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, Case, make_case, reference_answer, relative_error
+from kernel_cases import (
+    BACKENDS,
+    NUMERIC,
+    SLOW_BACKENDS,
+    Case,
+    make_case,
+    reference_answer,
+    relative_error,
+)
 
 from zppo_kernels import PolicyLossSettings, policy_loss_from_hidden, policy_loss_from_logits
 from zppo_kernels.backends import using_backend
@@ -28,7 +38,11 @@ def loss_settings(**changes: object) -> PolicyLossSettings:
 
 ALL = [
     loss_settings(
-        ratio_level=level, correction=correction, normalisation=normalisation, kl_coefficient=kl, temperature=t
+        ratio_level=level,
+        correction=correction,
+        normalisation=normalisation,
+        kl_coefficient=kl,
+        temperature=t,
     )
     for level, correction, normalisation, (kl, t) in itertools.product(
         ("token", "sequence"),
@@ -39,8 +53,13 @@ ALL = [
 ]
 
 
-def check_gradients(case: Case, chosen: PolicyLossSettings, backend: str, full_metrics: bool = True) -> None:
-    oracle, yardstick = reference_answer(case, chosen), reference_answer(case, chosen, torch.float32)
+def check_gradients(
+    case: Case, chosen: PolicyLossSettings, backend: str, full_metrics: bool = True
+) -> None:
+    oracle, yardstick = (
+        reference_answer(case, chosen),
+        reference_answer(case, chosen, torch.float32),
+    )
     allowed = [
         FLOOR + 3 * relative_error(plain, exact)
         for plain, exact in zip(yardstick.gradients, oracle.gradients, strict=True)
@@ -65,7 +84,9 @@ def check_gradients(case: Case, chosen: PolicyLossSettings, backend: str, full_m
         assert found.loss.item() == pytest.approx(oracle.output.loss.item(), rel=1e-5, abs=1e-6)
         assert set(found.metrics) == set(oracle.output.metrics)
         for name, value in oracle.output.metrics.items() if full_metrics else ():
-            assert float(found.metrics[name]) == pytest.approx(float(value), rel=2e-5, abs=2e-5), name
+            assert float(found.metrics[name]) == pytest.approx(float(value), rel=2e-5, abs=2e-5), (
+                name
+            )
 
 
 @pytest.mark.slow
@@ -77,7 +98,9 @@ def test_every_setting_equals_the_oracle(backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs TRITON_INTERPRET=1 and Triton")
-@pytest.mark.parametrize("chosen", ALL[::3], ids=lambda s: f"{s.ratio_level}-{s.correction}-{s.kl_coefficient}")
+@pytest.mark.parametrize(
+    "chosen", ALL[::3], ids=lambda s: f"{s.ratio_level}-{s.correction}-{s.kl_coefficient}"
+)
 def test_triton_kernels_equal_the_oracle_under_the_interpreter(chosen: PolicyLossSettings) -> None:
     check_gradients(make_case(2, rows=17), chosen, "triton")
 
@@ -103,7 +126,9 @@ def test_random_sizes_equal_the_oracle(
 
 
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
-@pytest.mark.parametrize("chosen", [loss_settings(), loss_settings(ratio_level="sequence")], ids=["token", "sequence"])
+@pytest.mark.parametrize(
+    "chosen", [loss_settings(), loss_settings(ratio_level="sequence")], ids=["token", "sequence"]
+)
 def test_in_place_gradient_is_the_same(backend: str, chosen: PolicyLossSettings) -> None:
     case = make_case(3)
     oracle = reference_answer(case, chosen)
@@ -139,9 +164,12 @@ def test_float16_logits_keep_float16_accuracy(backend: str) -> None:
 def test_bfloat16_hidden_states_get_float32_logits() -> None:
     """bf16 inputs: the only roundings are those of the inputs and of the returned gradients."""
     case, chosen = make_case(5), loss_settings()
-    hidden, weight, bias = (tensor.bfloat16() for tensor in (case.hidden_TH, case.weight_VH, case.bias_V))
+    hidden, weight, bias = (
+        tensor.bfloat16() for tensor in (case.hidden_TH, case.weight_VH, case.bias_V)
+    )
     exact = reference_answer(
-        Case(hidden.double(), weight.double(), bias.double(), case.target_ids_T, case.inputs), chosen
+        Case(hidden.double(), weight.double(), bias.double(), case.target_ids_T, case.inputs),
+        chosen,
     )
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
     found = policy_loss_from_hidden(
@@ -159,7 +187,9 @@ def test_float64_passes_gradcheck() -> None:
     """The hand-written derivative is the derivative, to numerical differentiation."""
     case = make_case(6, rows=7, vocabulary=11)
     inputs = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        name: value.double()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
         for name, value in case.inputs.items()
     }
     for level in ("token", "sequence"):

@@ -1,4 +1,5 @@
-"""The LM head on a CPU: bf16 products with float32 results, and no trace left in torch's settings."""
+"""The LM head on a CPU: bf16 products with float32 results, and no trace left in torch's
+settings."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_gradients_are_near_the_exact_ones(dtype: torch.dtype) -> None:
     total_VH = torch.full((257, 64), torch.nan)
     projection.add_weight_gradient(total_VH, gradient_CV, projection.operand(hidden_CH), True)
     projection.add_weight_gradient(total_VH, gradient_CV, projection.operand(hidden_CH), False)
-    error = 1e-5 if dtype == torch.float32 else 2**-8  # a GPU rounds the gradient of the logits to bf16 as well
+    error = (
+        1e-5 if dtype == torch.float32 else 2**-8
+    )  # a GPU rounds the gradient of the logits to bf16 as well
     expected_VH = 2 * gradient_CV.double().T @ hidden_CH.double()
     expected_CH = gradient_CV.double() @ weight_VH.double()
     hidden_gradient_CH = projection.hidden_gradient(gradient_CV)
@@ -47,7 +50,10 @@ def test_gradients_are_near_the_exact_ones(dtype: torch.dtype) -> None:
 
 
 def test_only_a_bf16_head_may_round_its_operands() -> None:
-    assert [head(dtype)[0].was_bf16 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)] == [
+    assert [
+        head(dtype)[0].was_bf16
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    ] == [
         True,
         False,
         False,

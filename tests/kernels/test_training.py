@@ -11,7 +11,9 @@ BENCHES = Path(__file__).parents[2] / "benches"
 
 @pytest.mark.slow
 def test_loss_curves_coincide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHES)  # for this test alone: its `kernels.py` bears the name of a package
+    monkeypatch.syspath_prepend(
+        BENCHES
+    )  # for this test alone: its `kernels.py` bears the name of a package
     from kernel_curves import both_curves
 
     curves = both_curves(25)

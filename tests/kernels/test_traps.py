@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, SLOW_BACKENDS, Case, make_case, reference_answer, relative_error
+from kernel_cases import (
+    INTERPRETED,
+    SLOW_BACKENDS,
+    Case,
+    make_case,
+    reference_answer,
+    relative_error,
+)
 
 from zppo_kernels import (
     PolicyLossOutput,
@@ -24,7 +31,9 @@ from zppo_kernels.projection import Projection, chunk_rows
 
 pytestmark = [
     pytest.mark.parametrize("backend", SLOW_BACKENDS),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy, where the GPU is silent
+    pytest.mark.filterwarnings(
+        "ignore:invalid value encountered:RuntimeWarning"
+    ),  # numpy, where the GPU is silent
 ]
 DEFAULT = PolicyLossSettings()
 
@@ -35,25 +44,34 @@ def loss_of(
     leaves = case.leaves(torch.float32)
     with using_backend(backend):
         output = policy_loss_from_hidden(
-            leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=settings, **case.inputs, **changes
+            leaves[0],
+            leaves[1],
+            case.target_ids_T,
+            bias_V=leaves[2],
+            settings=settings,
+            **case.inputs,
+            **changes,
         )
     return output, leaves
 
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 33, 1025])
 def test_vocabulary_tail_is_not_counted(backend: str, vocabulary: int) -> None:
-    """Padded columns in the log-sum-exp raised log-probs by up to 124 (a vocabulary that no tile divides)."""
+    """Padded columns in the log-sum-exp raised log-probs by up to 124 (a vocabulary that no tile
+    divides)."""
     logits_TV = torch.full((3, vocabulary), -30.0)
     with using_backend(backend):
-        log_probs_T, entropy_T = token_log_probs_from_logits(logits_TV, torch.zeros(3, dtype=torch.int64))
+        log_probs_T, entropy_T = token_log_probs_from_logits(
+            logits_TV, torch.zeros(3, dtype=torch.int64)
+        )
     expected = -torch.log(torch.tensor(float(vocabulary)))
     assert torch.allclose(log_probs_T, expected.expand(3), atol=2e-6)
     assert torch.allclose(entropy_T, -expected.expand(3), atol=2e-6)
 
 
 def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
-    """An int32 row * stride wraps at 2^31 elements. The rows of this 4 GB tensor lie 2^30 apart; its pages are never
-    touched.
+    """An int32 row * stride wraps at 2^31 elements. The rows of this 4 GB tensor lie 2^30 apart;
+    its pages are never touched.
     """
     storage = torch.empty(2**31 + 64, dtype=torch.float16)
     logits_TV = storage.as_strided((3, 64), (2**30, 1))
@@ -61,7 +79,9 @@ def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
     with using_backend(backend):
         log_probs_T, _ = token_log_probs_from_logits(logits_TV, torch.tensor([1, 2, 3]))
     exact_TV = torch.log_softmax(logits_TV.double(), -1)
-    assert torch.allclose(log_probs_T.double(), exact_TV[torch.arange(3), torch.tensor([1, 2, 3])], atol=2e-6)
+    assert torch.allclose(
+        log_probs_T.double(), exact_TV[torch.arange(3), torch.tensor([1, 2, 3])], atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("block", [slice(0, 2048), slice(4000, 6000), slice(0, 5999)])
@@ -87,12 +107,16 @@ def test_minus_infinity_logits_are_impossible_tokens(backend: str, block: slice)
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("gap", [200.0, -200.0])
-def test_clipped_branch_is_never_zero_times_infinity(backend: str, advantage: float, gap: float) -> None:
+def test_clipped_branch_is_never_zero_times_infinity(
+    backend: str, advantage: float, gap: float
+) -> None:
     """exp overflowed in the branch that the clip did not choose; autograd made NaN of 0 * inf."""
     case = make_case(1)
     proximal_T = case.inputs["proximal_log_probs_T"] - gap
     advantages_S = torch.full_like(case.inputs["advantages_S"], advantage)
-    case = case.with_inputs(proximal_log_probs_T=proximal_T, behaviour_log_probs_T=None, advantages_S=advantages_S)
+    case = case.with_inputs(
+        proximal_log_probs_T=proximal_T, behaviour_log_probs_T=None, advantages_S=advantages_S
+    )
     for dual_clip in (10.0, None):
         output, leaves = loss_of(case, backend, dataclasses.replace(DEFAULT, dual_clip=dual_clip))
         output.loss.backward()
@@ -120,16 +144,21 @@ def test_unusable_behaviour_log_prob_drops_the_token(backend: str, bad: float) -
     behaviour_T = case.inputs["proximal_log_probs_T"].clone()
     behaviour_T[4:9] = bad
     mask_T = torch.ones_like(case.inputs["mask_T"])
-    with_bad, _ = loss_of(case.with_inputs(behaviour_log_probs_T=behaviour_T, mask_T=mask_T), backend)
+    with_bad, _ = loss_of(
+        case.with_inputs(behaviour_log_probs_T=behaviour_T, mask_T=mask_T), backend
+    )
     mask_T = mask_T.clone()
     mask_T[4:9] = False
-    without, _ = loss_of(case.with_inputs(behaviour_log_probs_T=behaviour_T, mask_T=mask_T), backend)
+    without, _ = loss_of(
+        case.with_inputs(behaviour_log_probs_T=behaviour_T, mask_T=mask_T), backend
+    )
     assert with_bad.loss.item() == pytest.approx(without.loss.item(), rel=1e-6)
     assert float(with_bad.metrics["behaviour_dropped_count"]) == 5
 
 
 def test_label_entry_survives_a_nearly_certain_token(backend: str) -> None:
-    """p - 1 rounded before the label was subtracted erased the gradient of tokens that are almost certain."""
+    """p - 1 rounded before the label was subtracted erased the gradient of tokens that are almost
+    certain."""
     logits_TV = torch.zeros(1, 64)
     logits_TV[0, 7] = 14.0
     exact_TV = logits_TV.double().requires_grad_()
@@ -145,11 +174,15 @@ def test_label_entry_survives_a_nearly_certain_token(backend: str) -> None:
     assert float(exact_TV.grad[0, 7]) != 0.0
 
 
-def test_weight_gradient_is_summed_in_float32_over_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradient_is_summed_in_float32_over_chunks(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Summed in bf16 its error grew sevenfold over 1,024 chunks."""
     case = make_case(4, rows=64, vocabulary=40)
     hidden_TH, weight_VH = case.hidden_TH.bfloat16(), case.weight_VH.bfloat16()
-    exact = reference_answer(dataclasses.replace(case, hidden_TH=hidden_TH, weight_VH=weight_VH), DEFAULT).gradients[1]
+    exact = reference_answer(
+        dataclasses.replace(case, hidden_TH=hidden_TH, weight_VH=weight_VH), DEFAULT
+    ).gradients[1]
     errors = []
     for size in (64, 1):
         monkeypatch.setattr("zppo_kernels.linear_chunks.chunk_rows", lambda *_, size=size: size)
@@ -164,8 +197,8 @@ def test_weight_gradient_is_summed_in_float32_over_chunks(backend: str, monkeypa
 
 
 def test_micro_batches_add_to_the_whole(backend: str) -> None:
-    """Per-micro-batch means drifted from the mean over all tokens: with the global count, losses and gradients just
-    add.
+    """Per-micro-batch means drifted from the mean over all tokens: with the global count, losses
+    and gradients just add.
     """
     case = make_case(5)
     whole, leaves = loss_of(case, backend, full_metrics=True)
@@ -178,7 +211,12 @@ def test_micro_batches_add_to_the_whole(backend: str) -> None:
         }
         with using_backend(backend):
             output = policy_loss_from_hidden(
-                parts[0][part], parts[1], case.target_ids_T[part], bias_V=parts[2], full_metrics=True, **inputs
+                parts[0][part],
+                parts[1],
+                case.target_ids_T[part],
+                bias_V=parts[2],
+                full_metrics=True,
+                **inputs,
             )
         output.loss.backward()
         total += output.loss.item()
@@ -208,7 +246,9 @@ def test_backward_twice_over_a_retained_graph(backend: str) -> None:
     output, leaves = loss_of(make_case(7), backend)
     (output.loss * 2.0).backward(retain_graph=True)
     once = [leaf.grad.clone() for leaf in leaves]
-    assert all(torch.equal(first, 2 * leaf.grad) for first, leaf in zip(once, unscaled, strict=True))
+    assert all(
+        torch.equal(first, 2 * leaf.grad) for first, leaf in zip(once, unscaled, strict=True)
+    )
     (output.loss * 2.0).backward()
     assert all(torch.equal(leaf.grad, 2 * first) for leaf, first in zip(leaves, once, strict=True))
 
@@ -217,20 +257,25 @@ def test_in_place_gradient_is_given_out_once(backend: str) -> None:
     case = make_case(7)
     leaf_TV = case.logits_TV.requires_grad_()
     with using_backend(backend):
-        output = policy_loss_from_logits(leaf_TV * 1.0, case.target_ids_T, in_place=True, **case.inputs)
+        output = policy_loss_from_logits(
+            leaf_TV * 1.0, case.target_ids_T, in_place=True, **case.inputs
+        )
         output.loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="use in_place=False to run backward twice"):
             output.loss.backward()
 
 
 def test_in_place_logits_cannot_be_used_by_another_backward(backend: str) -> None:
-    """Whoever saved the logits hears of it, instead of differentiating with the gradient in their place."""
+    """Whoever saved the logits hears of it, instead of differentiating with the gradient in their
+    place."""
     case = make_case(7)
     leaf_TV = case.logits_TV.requires_grad_()
     logits_TV = leaf_TV * 1.0
     other = logits_TV.square().sum()
     with using_backend(backend):
-        loss = policy_loss_from_logits(logits_TV, case.target_ids_T, in_place=True, **case.inputs).loss
+        loss = policy_loss_from_logits(
+            logits_TV, case.target_ids_T, in_place=True, **case.inputs
+        ).loss
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             (loss + other).backward()
 
@@ -242,7 +287,9 @@ def test_second_derivative_is_refused(backend: str) -> None:
         torch.autograd.grad(output.loss, leaves[0], create_graph=True)
 
 
-def test_without_gradient_nothing_is_allocated_for_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradient_nothing_is_allocated_for_one(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The evaluation path allocated weight and hidden gradients."""
     made: list[tuple[int, ...]] = []
     original = torch.empty
@@ -282,7 +329,9 @@ def test_all_masked_batch_has_loss_and_gradient_zero(backend: str, normalisation
     """The denominator was 0."""
     case = make_case(11)
     case = case.with_inputs(mask_T=torch.zeros(29), token_count=0, sequence_count=0)
-    output, leaves = loss_of(case, backend, PolicyLossSettings(normalisation=normalisation), full_metrics=True)
+    output, leaves = loss_of(
+        case, backend, PolicyLossSettings(normalisation=normalisation), full_metrics=True
+    )
     output.loss.backward()
     assert output.loss.item() == 0.0
     assert all(float(leaf.grad.abs().max()) == 0.0 for leaf in leaves)
@@ -317,14 +366,20 @@ def test_importance_weight_is_logged_before_truncation(backend: str) -> None:
     case = case.with_inputs(behaviour_log_probs_T=behaviour_T)
     output, _ = loss_of(case, backend)
     assert float(output.metrics["importance_weight_max"]) == pytest.approx(torch.e**3, rel=1e-4)
-    assert float(output.metrics["importance_capped_count"]) == float(output.metrics["importance_weight_count"])
+    assert float(output.metrics["importance_capped_count"]) == float(
+        output.metrics["importance_weight_count"]
+    )
 
 
-def test_zero_advantage_rows_never_reach_the_lm_head(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_advantage_rows_never_reach_the_lm_head(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their gradient is exactly 0 and known beforehand; the denominator still counts them."""
     seen: list[int] = []
 
-    def spy(head: Projection, hidden_LH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    def spy(
+        head: Projection, hidden_LH: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         seen.append(len(hidden_LH))
         return logit_chunks(head, hidden_LH)
 
@@ -348,7 +403,8 @@ def test_live_rows_may_come_from_the_caller(backend: str) -> None:
 
 
 def test_a_narrow_gradient_fits_into_its_own_logits(backend: str) -> None:
-    """On a GPU the bf16 gradient overwrites the float32 logits it is made of; float16 stands in for bf16 here."""
+    """On a GPU the bf16 gradient overwrites the float32 logits it is made of; float16 stands in for
+    bf16 here."""
     if backend != "triton":
         pytest.skip("only the Triton kernels write a narrower gradient")
     assert INTERPRETED
@@ -358,6 +414,10 @@ def test_a_narrow_gradient_fits_into_its_own_logits(backend: str) -> None:
     expected_CV = torch.softmax(logits_CV.double(), -1) * 100.0
     lse_C = torch.logsumexp(logits_CV, -1)
     narrow_CV = logits_CV.view(torch.float16).as_strided((3, 9000), (18000, 1))
-    hundred_C, zeros_C, target_C = torch.full((3,), 100.0), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    hundred_C, zeros_C, target_C = (
+        torch.full((3,), 100.0),
+        torch.zeros(3),
+        torch.zeros(3, dtype=torch.int64),
+    )
     TritonRows().gradient(logits_CV, lse_C, hundred_C, target_C, zeros_C, 1.0, narrow_CV)
     assert relative_error(narrow_CV, expected_CV) < 1e-3

@@ -1,4 +1,5 @@
-"""A dealer in a process of its own, for tests that stop or kill it: greets, then does what its last argument says."""
+"""A dealer in a process of its own, for tests that stop or kill it: greets, then does what its last
+argument says."""
 
 from __future__ import annotations
 

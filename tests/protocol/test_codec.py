@@ -1,4 +1,5 @@
-"""The codec: every message survives the trip, and no bytes whatsoever raise anything but ProtocolError."""
+"""The codec: every message survives the trip, and no bytes whatsoever raise anything but
+ProtocolError."""
 
 from __future__ import annotations
 
@@ -13,46 +14,52 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from zppo_protocol import messages as m
-from zppo_protocol.checks import ProtocolError
 from zppo_protocol.codec import decode, dumps, encode, loads
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import Limits
+from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 
 MESSAGE_TYPES = get_args(m.AnyMessage)
 SHORT = {"max_size": 4}
 packed = msgspec.msgpack.encode
 
 
-# ---- any message, from its own type information ------------------------------------------------------------------
+# ---- any message, from its own type information --------------------------------------------------
 
 
 @st.composite
-def group_samples(draw: st.DrawFn) -> m.GroupSamples:
+def group_samples(draw: st.DrawFn) -> GroupSamples:
     lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     tokens = sum(lengths)
-    cuts = sorted(draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=3))) if tokens > 1 else []
+    cuts = (
+        sorted(draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=3))) if tokens > 1 else []
+    )
     counts = np.diff([0, *cuts, tokens]) if tokens else []
     int32 = st.integers(0, 2**31 - 1)
     floats = st.floats(-(2.0**99), 0.0, width=32, allow_subnormal=False)
-    return m.GroupSamples(
+    return GroupSamples(
         prompt_ids=np.array(draw(st.lists(int32, min_size=1, max_size=5)), np.int32),
         token_ids=np.array(draw(st.lists(int32, min_size=tokens, max_size=tokens)), np.int32),
         log_probs=np.array(draw(st.lists(floats, min_size=tokens, max_size=tokens)), np.float32),
         offsets=np.cumsum([0, *lengths]).astype(np.int32),
-        version_spans=np.array([(c, draw(st.integers(-1, 99))) for c in counts], np.int32).reshape(-1, 2),
+        version_spans=np.array([(c, draw(st.integers(-1, 99))) for c in counts], np.int32).reshape(
+            -1, 2
+        ),
         texts=draw(st.lists(st.text(**SHORT), min_size=len(lengths), max_size=len(lengths))),
         finish_reasons=[draw(st.sampled_from(["stop", "length"])) for _ in lengths],
     )
 
 
 @st.composite
-def token_scores(draw: st.DrawFn, tokens: int | None = None) -> m.TokenScores:
-    """Rows of 0 to 3 tokens whose probabilities sum to less than 1; -1 fills up the shorter rows."""
+def token_scores(draw: st.DrawFn, tokens: int | None = None) -> TokenScores:
+    """Rows of 0 to 3 tokens whose probabilities sum to less than 1; -1 fills up the shorter
+    rows."""
     tokens = draw(st.integers(0, 6)) if tokens is None else tokens
     width = draw(st.integers(0, 3))
     ids = st.lists(st.integers(-1, 2**31 - 1), min_size=width, max_size=width)
     floats = st.lists(st.floats(-(2.0**99), -1.5, width=32), min_size=width, max_size=width)
     shape = (tokens, width)
-    return m.TokenScores(
+    return TokenScores(
         token_ids=np.array([draw(ids) for _ in range(tokens)], np.int32).reshape(shape),
         log_probs=np.array([draw(floats) for _ in range(tokens)], np.float32).reshape(shape),
     )
@@ -72,14 +79,15 @@ def score_tasks(draw: st.DrawFn) -> m.ScoreTask:
 
 
 @st.composite
-def train_groups(draw: st.DrawFn) -> m.TrainGroup:
+def train_groups(draw: st.DrawFn) -> TrainGroup:
     samples = draw(group_samples())
     n = len(samples.finish_reasons)
     rewards = np.array(
-        draw(st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=n, max_size=n)), np.float32
+        draw(st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=n, max_size=n)),
+        np.float32,
     )
     name = st.text(min_size=1, **SHORT)
-    return m.TrainGroup(
+    return TrainGroup(
         group_id=draw(name),
         question_id=draw(name),
         kind="bcq",
@@ -90,7 +98,8 @@ def train_groups(draw: st.DrawFn) -> m.TrainGroup:
 
 
 def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
-    """Hypothesis values for a msgspec type: the bounds come from the messages themselves, so a new one is covered."""
+    """Hypothesis values for a msgspec type: the bounds come from the messages themselves, so a new
+    one is covered."""
     match kind:
         case inspect.StrType():
             return st.text(min_size=kind.min_length or 0, **SHORT)
@@ -99,7 +108,9 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.FloatType():
             low = kind.ge if kind.ge is not None else kind.gt
             exclude = kind.gt is not None
-            return st.floats(low, kind.le, exclude_min=exclude, allow_nan=False, allow_infinity=False)
+            return st.floats(
+                low, kind.le, exclude_min=exclude, allow_nan=False, allow_infinity=False
+            )
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():
@@ -119,9 +130,9 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
 
 def structs(kind: inspect.StructType) -> st.SearchStrategy[Any]:
     special = {
-        m.GroupSamples: group_samples,
-        m.TrainGroup: train_groups,
-        m.TokenScores: token_scores,
+        GroupSamples: group_samples,
+        TrainGroup: train_groups,
+        TokenScores: token_scores,
         m.ScoreTask: score_tasks,
     }
     if kind.cls in special:
@@ -135,11 +146,13 @@ def any_message(cls: type) -> st.SearchStrategy[Any]:
 
 def plain(value: Any) -> Any:
     """The value with its arrays as (dtype, shape, list), which can be compared."""
-    return msgspec.to_builtins(value, enc_hook=lambda array: (array.dtype.str, array.shape, array.tolist()))
+    return msgspec.to_builtins(
+        value, enc_hook=lambda array: (array.dtype.str, array.shape, array.tolist())
+    )
 
 
 def example_result(texts: tuple[str, ...] = ("four", "5")) -> m.GenerateResult:
-    samples = m.GroupSamples(
+    samples = GroupSamples(
         prompt_ids=np.array([1, 2, 3], np.int32),
         token_ids=np.array([4, 5, 6, 7, 8], np.int32),
         log_probs=np.array([-0.5, -1.0, 0.0, -2.0, -0.25], np.float32),
@@ -151,7 +164,7 @@ def example_result(texts: tuple[str, ...] = ("four", "5")) -> m.GenerateResult:
     return m.GenerateResult(task_id="12/q-17/bcq", samples=samples)
 
 
-# ---- what goes in comes out --------------------------------------------------------------------------------------
+# ---- what goes in comes out ----------------------------------------------------------------------
 
 
 def test_the_union_holds_every_message() -> None:
@@ -192,18 +205,24 @@ def test_a_payload_at_an_odd_address_still_gives_aligned_arrays() -> None:
 
 
 def test_arrays_need_not_be_contiguous_or_little_endian_to_be_written() -> None:
-    value = {"rows": np.arange(12, dtype=np.int64).reshape(3, 4).T, "big": np.array([1.5, -2.0], ">f4")}
+    value = {
+        "rows": np.arange(12, dtype=np.int64).reshape(3, 4).T,
+        "big": np.array([1.5, -2.0], ">f4"),
+    }
     back = loads(dumps(value), dict[str, np.ndarray])
     assert np.array_equal(back["rows"], value["rows"]) and np.array_equal(back["big"], value["big"])
 
 
-# ---- what is refused where it is made ----------------------------------------------------------------------------
+# ---- what is refused where it is made ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        (m.StepTrained(step=1, group_ids=[], metrics={"loss": float("nan")}, seconds=1.0), "metrics"),
+        (
+            m.StepTrained(step=1, group_ids=[], metrics={"loss": float("nan")}, seconds=1.0),
+            "metrics",
+        ),
         (m.StepTrained(step=1, group_ids=[], metrics={}, seconds=float("inf")), "seconds"),
         (m.Goodbye(reason="x" * 20_001), "length <= 20000"),
         (m.Goodbye(reason="\ud800"), "surrogates"),
@@ -220,7 +239,14 @@ def test_encode_refuses_what_decode_would_refuse(message: Any, sentence: str) ->
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros(2), np.zeros(2, np.float16), np.array(["a"]), np.array([None]), np.zeros((1, 1, 1), np.int32)]
+    "array",
+    [
+        np.zeros(2),
+        np.zeros(2, np.float16),
+        np.array(["a"]),
+        np.array([None]),
+        np.zeros((1, 1, 1), np.int32),
+    ],
 )
 def test_arrays_off_the_allow_list_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ProtocolError, match="cannot be sent"):
@@ -237,7 +263,7 @@ def test_limits_hold_for_both_frames_in_both_directions() -> None:
         decode(encode(example_result(("x" * 200, ""))), Limits(header_bytes=100))
 
 
-# ---- hostile bytes -----------------------------------------------------------------------------------------------
+# ---- hostile bytes -------------------------------------------------------------------------------
 
 
 def refused_or_fine(frames: list[Any]) -> None:
@@ -267,7 +293,11 @@ def test_truncation_at_every_byte_is_refused() -> None:
 
 def test_trailing_bytes_are_refused() -> None:
     header, payload = encode(example_result())
-    for frames in ([header + b"\x00", payload], [header, payload + bytes(8)], [*encode(m.Credits(count=1)), b"\x00"]):
+    for frames in (
+        [header + b"\x00", payload],
+        [header, payload + bytes(8)],
+        [*encode(m.Credits(count=1)), b"\x00"],
+    ):
         with pytest.raises(ProtocolError):
             decode(frames)
 
@@ -299,16 +329,25 @@ def test_random_bytes(header: bytes, payload: bytes | None) -> None:
 
 
 msgpack_junk = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(**SHORT) | st.binary(**SHORT),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(**SHORT)
+    | st.binary(**SHORT),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(**SHORT) | st.integers(0, 9), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(**SHORT) | st.integers(0, 9), inner, max_size=3)
     ),
     max_leaves=8,
-).map(packed) | st.sampled_from([b"\x81\x80\x01", b"\x81\x91\x01\x01", b"\xc7\x0c\xff" + b"\xff" * 12, b"\xd4\x05\x00"])
+).map(packed) | st.sampled_from(
+    [b"\x81\x80\x01", b"\x81\x91\x01\x01", b"\xc7\x0c\xff" + b"\xff" * 12, b"\xd4\x05\x00"]
+)
 
 
 def header_with(field: bytes, value: bytes) -> bytes:
-    """The header of an empty-handed GenerateResult in which one array reference is replaced by raw msgpack."""
+    """The header of an empty-handed GenerateResult in which one array reference is replaced by raw
+    msgpack."""
     fields = {
         b"prompt_ids": packed(["i4", [1], 0]),
         b"token_ids": packed(["i4", [0], 8]),
@@ -332,7 +371,10 @@ def test_the_hand_made_header_is_right_to_begin_with() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
-@given(field=st.sampled_from([b"prompt_ids", b"version_spans", b"texts", b"finish_reasons"]), value=msgpack_junk)
+@given(
+    field=st.sampled_from([b"prompt_ids", b"version_spans", b"texts", b"finish_reasons"]),
+    value=msgpack_junk,
+)
 def test_junk_in_place_of_a_field(field: bytes, value: bytes) -> None:
     refused_or_fine([header_with(field, value), bytes(16)])
 
@@ -412,18 +454,21 @@ def test_a_header_grows_at_most_72_fold_in_memory() -> None:
     assert peak < 72 * len(header)
 
 
-# ---- blobs -------------------------------------------------------------------------------------------------------
+# ---- blobs ---------------------------------------------------------------------------------------
 
 
 class State(msgspec.Struct):
     cursor: int
-    groups: dict[str, m.TrainGroup]
+    groups: dict[str, TrainGroup]
 
 
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None)
-@given(cursor=st.integers(0, 2**40), groups=st.dictionaries(st.text(**SHORT), train_groups(), max_size=3))
-def test_a_blob_holds_any_struct_with_arrays(cursor: int, groups: dict[str, m.TrainGroup]) -> None:
+@given(
+    cursor=st.integers(0, 2**40),
+    groups=st.dictionaries(st.text(**SHORT), train_groups(), max_size=3),
+)
+def test_a_blob_holds_any_struct_with_arrays(cursor: int, groups: dict[str, TrainGroup]) -> None:
     state = State(cursor, groups)
     assert plain(loads(dumps(state), State)) == plain(state)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from zppo_protocol.checks import ProtocolError
 from zppo_protocol.credits import MAX_CREDITS, CreditBook
+from zppo_protocol.errors import ProtocolError
 
 ACTORS = ["rollout-0", "grader-0", "trainer"]
 COUNTS = st.integers(-2, 40) | st.sampled_from([MAX_CREDITS, MAX_CREDITS + 1])

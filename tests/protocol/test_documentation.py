@@ -19,6 +19,11 @@ def test_the_table_of_messages_is_complete() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     limits = Limits()
-    assert f"{limits.header_bytes // MIB} MiB" in PAGE and f"({limits.payload_bytes // MIB} MiB)" in PAGE
-    assert f"{limits.queue} messages per direction and peer, {limits.send_seconds:g} s to send" in PAGE
+    assert (
+        f"{limits.header_bytes // MIB} MiB" in PAGE
+        and f"({limits.payload_bytes // MIB} MiB)" in PAGE
+    )
+    assert (
+        f"{limits.queue} messages per direction and peer, {limits.send_seconds:g} s to send" in PAGE
+    )
     assert f"{limits.linger_seconds:g} s to linger" in PAGE

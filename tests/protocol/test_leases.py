@@ -1,4 +1,5 @@
-"""The lease ledger against a naive model: answered at most once, never lost, never with two holders."""
+"""The lease ledger against a naive model: answered at most once, never lost, never with two
+holders."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from zppo_protocol.checks import ProtocolError
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.leases import LeaseLedger
 
 LEASE = 10.0
@@ -62,7 +63,8 @@ class LeaseMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.created)
     @rule(data=st.data(), actor=ACTORS, incarnation=INCARNATIONS, honest=st.booleans())
     def answer(self, data: st.DataObject, actor: str, incarnation: int, honest: bool) -> None:
-        """Any actor answers any task ever made: late, twice, as an old incarnation, or as it should."""
+        """Any actor answers any task ever made: late, twice, as an old incarnation, or as it
+        should."""
         task = f"task-{data.draw(st.integers(0, self.created - 1))}"
         lease = self.leased.get(task)
         speaker = lease["holder"] if honest and lease else (actor, incarnation)
@@ -117,7 +119,11 @@ class LeaseMachine(RuleBasedStateMachine):
         assert len(self.ledger) == len(self.leased)
         for task, lease in self.leased.items():
             held = self.ledger.holder(task)
-            assert task in self.ledger and held is not None and (held.actor, held.incarnation) == lease["holder"]
+            assert (
+                task in self.ledger
+                and held is not None
+                and (held.actor, held.incarnation) == lease["holder"]
+            )
         for i in range(self.created):
             assert self.ledger.attempts(f"task-{i}") == self.tries.get(f"task-{i}", 0)
 

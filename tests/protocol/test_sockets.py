@@ -20,9 +20,10 @@ import zmq
 
 import zppo_protocol
 from zppo_protocol import messages as m
-from zppo_protocol.checks import ProtocolError
 from zppo_protocol.codec import encode
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MIB, Limits, limits_for
+from zppo_protocol.samples import GroupSamples, TrainGroup
 from zppo_protocol.sockets import AsyncDealer, Dealer, Router, ipc_path
 
 PATIENCE = 20.0
@@ -37,7 +38,8 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def opened() -> Iterator[Callable[[Any], Any]]:
-    """Register a socket (or process) to be closed at the end, so that a failing test leaves nothing behind."""
+    """Register a socket (or process) to be closed at the end, so that a failing test leaves nothing
+    behind."""
     things: list[Any] = []
 
     def register(thing: Any) -> Any:
@@ -52,7 +54,9 @@ def opened() -> Iterator[Callable[[Any], Any]]:
 class Peer:
     """A dealer process."""
 
-    def __init__(self, address: str, identity: str, incarnation: int = 0, then: str = "echo") -> None:
+    def __init__(
+        self, address: str, identity: str, incarnation: int = 0, then: str = "echo"
+    ) -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(zppo_protocol.__file__).parents[1])}
         command = [sys.executable, str(PEER), address, identity, str(incarnation), then]
         self.process = subprocess.Popen(command, env=environment)
@@ -69,7 +73,7 @@ def heard(router: Router) -> tuple[str, Any]:
 
 
 def result(tokens: int) -> m.GenerateResult:
-    samples = m.GroupSamples(
+    samples = GroupSamples(
         prompt_ids=np.array([1], np.int32),
         token_ids=np.arange(tokens, dtype=np.int32),
         log_probs=np.full(tokens, -1.0, np.float32),
@@ -91,7 +95,7 @@ def raw_dealer(address: str, identity: bytes | None) -> zmq.Socket[bytes]:
     return socket
 
 
-# ---- plain talk --------------------------------------------------------------------------------------------------
+# ---- plain talk ----------------------------------------------------------------------------------
 
 
 def test_a_question_and_its_answer(address: str, opened: Any) -> None:
@@ -120,7 +124,10 @@ def test_a_large_answer_outlives_its_socket(address: str, opened: Any) -> None:
     dealer.send(result(1_000_000))
     samples = heard(router)[1].samples
     router.close()
-    assert np.array_equal(samples.token_ids, np.arange(1_000_000)) and not samples.token_ids.flags.writeable
+    assert (
+        np.array_equal(samples.token_ids, np.arange(1_000_000))
+        and not samples.token_ids.flags.writeable
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 100, 1000, 4000])
@@ -148,7 +155,7 @@ def test_async_dealer_speaks_the_same(address: str, opened: Any) -> None:
     assert asyncio.run(talk()) == m.Shutdown(reason="done")
 
 
-# ---- coming and going --------------------------------------------------------------------------------------------
+# ---- coming and going ----------------------------------------------------------------------------
 
 
 def test_dealers_may_start_before_the_router(address: str, opened: Any) -> None:
@@ -185,7 +192,9 @@ def test_the_newer_of_two_with_one_name_is_the_one_that_counts(address: str, ope
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_gone_and_its_next_incarnation_is_heard(address: str, opened: Any) -> None:
+def test_a_killed_process_is_gone_and_its_next_incarnation_is_heard(
+    address: str, opened: Any
+) -> None:
     router = opened(Router(address))
     first = opened(Peer(address, "rollout-0", incarnation=0))
     assert heard(router)[1].incarnation == 0
@@ -218,7 +227,7 @@ def test_goodbye_is_sent_even_when_the_dealer_closes_at_once(address: str, opene
     assert heard(router) == ("rollout-0", m.Goodbye(reason="told to"))
 
 
-# ---- peers that do not read --------------------------------------------------------------------------------------
+# ---- peers that do not read ----------------------------------------------------------------------
 
 
 def fill(router: Router, peer: str, message: m.AnyMessage, most: int) -> int:
@@ -229,10 +238,15 @@ def fill(router: Router, peer: str, message: m.AnyMessage, most: int) -> int:
     raise AssertionError(f"the router took {most} messages for a peer that does not read")
 
 
-def test_a_peer_that_never_reads_is_refused_and_others_are_served(address: str, opened: Any) -> None:
+def test_a_peer_that_never_reads_is_refused_and_others_are_served(
+    address: str, opened: Any
+) -> None:
     limits = Limits(queue=4)
     router = opened(Router(address, limits))
-    stuck, lively = opened(Dealer(address, "rollout-0", limits)), opened(Dealer(address, "rollout-1", limits))
+    stuck, lively = (
+        opened(Dealer(address, "rollout-0", limits)),
+        opened(Dealer(address, "rollout-1", limits)),
+    )
     for dealer in (stuck, lively):
         dealer.send(m.Credits(count=1))
         heard(router)
@@ -254,7 +268,9 @@ def test_a_stopped_process_holds_up_nobody(address: str, opened: Any) -> None:
     peer.process.send_signal(signal.SIGSTOP)
     taken = fill(router, "rollout-0", m.Shutdown(reason="x" * 20_000), most=1000)
     peer.process.send_signal(signal.SIGCONT)
-    assert [heard(router)[1].reason for _ in range(taken)] == ["x" * 20_000] * taken, "what was taken arrives"
+    assert [heard(router)[1].reason for _ in range(taken)] == ["x" * 20_000] * taken, (
+        "what was taken arrives"
+    )
 
 
 def test_a_dealer_says_so_when_the_controller_reads_nothing(address: str, opened: Any) -> None:
@@ -281,12 +297,14 @@ def test_an_async_dealer_says_so_too(address: str) -> None:
         asyncio.run(talk())
 
 
-def train_group(tokens: int) -> m.TrainGroup:
+def train_group(tokens: int) -> TrainGroup:
     rewards = np.ones(1, np.float32)
-    return m.TrainGroup(group_id="g", question_id="q", kind="plain", samples=result(tokens).samples, rewards=rewards)
+    return TrainGroup(
+        group_id="g", question_id="q", kind="plain", samples=result(tokens).samples, rewards=rewards
+    )
 
 
-# ---- peers without manners ---------------------------------------------------------------------------------------
+# ---- peers without manners -----------------------------------------------------------------------
 
 RUDE = {
     "random bytes": [b"\x00\xff\x13"],
@@ -310,7 +328,9 @@ def test_malformed_messages_are_counted_and_dropped(address: str, opened: Any, n
     assert router.rejected == 1
 
 
-def test_of_many_frames_only_one_too_many_is_kept(address: str, opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_many_frames_only_one_too_many_is_kept(
+    address: str, opened: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
     rude.send_multipart([b"a"] * 20_000)
     rude.send_multipart(encode(m.Credits(count=1)))
@@ -318,8 +338,12 @@ def test_of_many_frames_only_one_too_many_is_kept(address: str, opened: Any, cap
     assert "a message has one or two frames, got 3" in caplog.text
 
 
-@pytest.mark.parametrize("identity", [None, b"\xff\xfe", b"a b", b"../up", b"x" * 65, b"-x", b"a\n"])
-def test_peers_without_an_actor_name_are_not_heard(address: str, opened: Any, identity: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "identity", [None, b"\xff\xfe", b"a b", b"../up", b"x" * 65, b"-x", b"a\n"]
+)
+def test_peers_without_an_actor_name_are_not_heard(
+    address: str, opened: Any, identity: bytes | None
+) -> None:
     router, rude = opened(Router(address)), opened(raw_dealer(address, identity))
     rude.send_multipart(encode(m.Credits(count=1)))
     good = opened(Dealer(address, "rollout-0"))
@@ -340,7 +364,9 @@ def test_a_flood_of_rubbish_does_not_keep_the_router(address: str, opened: Any) 
     assert calls >= 500, "a call whose time is up looks at one message only"
 
 
-def test_rejections_are_logged_ever_more_rarely(address: str, opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejections_are_logged_ever_more_rarely(
+    address: str, opened: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
     for _ in range(100):
         rude.send(b"rubbish")
@@ -395,7 +421,7 @@ def test_what_is_too_large_is_refused_where_it_is_sent(address: str, opened: Any
     assert len(heard(router)[1].samples.token_ids) == 100_000
 
 
-# ---- addresses and names -----------------------------------------------------------------------------------------
+# ---- addresses and names -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -463,5 +489,7 @@ def test_end_dropped_in_a_cycle_does_not_hang_the_collector(address: str, end: s
         "import gc; from zppo_protocol.sockets import Dealer, Router\n"
         f"cycle = [{end.format(address)}]; cycle.append(cycle); del cycle; gc.collect()"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,7 +1,8 @@
-"""A run made up in memory and written through the real sinks, buffer and journal: what the report tests read.
+"""A run made up in memory and written through the real sinks, buffer and journal: what the report
+tests read.
 
-The pupil answers products modulo 23; each question has a skill that grows with every visit, so that questions are
-admitted, come back, graduate, and (the buffer being small) are evicted.
+The pupil answers products modulo 23; each question has a skill that grows with every visit, so that
+questions are admitted, come back, graduate, and (the buffer being small) are evicted.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zppo.algorithm import Recipe, quota, refresh_buffer
-from zppo.buffer import ReplayBuffer
-from zppo.config import DataConfig, MethodConfig, ModelConfig, RunConfig, SchedulerConfig, SinksConfig, Topology
-from zppo.evaluation import EvaluationResult
-from zppo.methods import get_method
-from zppo.metrics import buffer_metrics, outcomes, trainer_metrics, window_metrics
-from zppo.questions import Question
-from zppo.run_dir import create
-from zppo.window import Candidate, Group, Reformulation, Visit, Window
-from zppo_actors.journal import Journal
-from zppo_actors.sinks import MetricSinks
-from zppo_protocol.messages import ChatMessage, Grade, GroupSamples, Prompt
+from zppo.algorithm.methods import get_method
+from zppo.algorithm.replay_buffer import ReplayBuffer
+from zppo.algorithm.steps import Recipe, quota, refresh_buffer
+from zppo.algorithm.window import Candidate, Group, Reformulation, Visit, Window
+from zppo.config.topology import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    SinksConfig,
+    Topology,
+)
+from zppo.data.question import Question
+from zppo.records.metrics import buffer_metrics, outcomes, trainer_metrics, window_metrics
+from zppo.records.run_directory import create
+from zppo.scheduling.heldout import EvaluationResult
+from zppo_actors.controller.journal import Journal
+from zppo_actors.controller.sinks import MetricSinks
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import ChatMessage, Grade, Prompt
 
 WALL_START = 1_780_000_000.0
 
@@ -38,7 +48,9 @@ def prompt(text: str) -> Prompt:
 def make_samples(rng: random.Random, texts: list[str], version: int) -> GroupSamples:
     lengths = [len(text.split()) + 1 for text in texts]
     total, early = sum(lengths), rng.randrange(1, sum(lengths))
-    spans = [[early, max(version - 1, 0)], [total - early, version]] if version >= 0 else [[total, 0]]
+    spans = (
+        [[early, max(version - 1, 0)], [total - early, version]] if version >= 0 else [[total, 0]]
+    )
     return GroupSamples(
         prompt_ids=np.arange(6, dtype=np.int32),
         token_ids=np.ones(total, np.int32),
@@ -51,13 +63,30 @@ def make_samples(rng: random.Random, texts: list[str], version: int) -> GroupSam
 
 
 def make_group(
-    rng: random.Random, name: str, kind: str, text: str, gold: int, chance: float, n: int, version: int
+    rng: random.Random,
+    name: str,
+    kind: str,
+    text: str,
+    gold: int,
+    chance: float,
+    n: int,
+    version: int,
 ) -> Group:
-    answers = [gold if rng.random() < chance else (gold + rng.choice([2, 7])) % 23 for _ in range(n)]
-    texts = [f"{text.split()[0]} * 3 = {rng.randrange(23)} ; \\boxed{{ {answer} }}" for answer in answers]
+    answers = [
+        gold if rng.random() < chance else (gold + rng.choice([2, 7])) % 23 for _ in range(n)
+    ]
+    texts = [
+        f"{text.split()[0]} * 3 = {rng.randrange(23)} ; \\boxed{{ {answer} }}" for answer in answers
+    ]
     grades = [Grade(reward=float(answer == gold), answer=str(answer)) for answer in answers]
     samples = make_samples(rng, texts, version)
-    return Group(id=name, kind=kind, prompt=prompt(f"{text} ?\nanswer in \\boxed{{ }}"), samples=samples, grades=grades)
+    return Group(
+        id=name,
+        kind=kind,
+        prompt=prompt(f"{text} ?\nanswer in \\boxed{{ }}"),
+        samples=samples,
+        grades=grades,
+    )
 
 
 def make_question(rng: random.Random, index: int) -> Question:
@@ -84,31 +113,42 @@ def candidates_of(group: Group, source: str, indices: list[int]) -> list[Candida
 def reformulate(rng: random.Random, visit: Visit, name: str, version: int) -> None:
     """Give a hard visit its teacher group and its BCQ and NCQ groups."""
     gold = int(visit.question.answer)
-    visit.teacher = make_group(rng, f"{name}/teacher", "teacher", visit.question.text, gold, 0.9, 4, -1)
+    visit.teacher = make_group(
+        rng, f"{name}/teacher", "teacher", visit.question.text, gold, 0.9, 4, -1
+    )
     wrong = visit.plain.indices(correct=False)
     right = visit.teacher.indices(correct=True)
     shown = {
-        "bcq": candidates_of(visit.teacher, "teacher", right[:1]) + candidates_of(visit.plain, "student", wrong[:1])
+        "bcq": candidates_of(visit.teacher, "teacher", right[:1])
+        + candidates_of(visit.plain, "student", wrong[:1])
     }
     shown["ncq"] = candidates_of(visit.plain, "student", wrong)
     for kind, chance in (("bcq", 0.5), ("ncq", 0.06)):
-        group = make_group(rng, f"{name}/{kind}", kind, visit.question.text, gold, chance, 8, version)
+        group = make_group(
+            rng, f"{name}/{kind}", kind, visit.question.text, gold, chance, 8, version
+        )
         body = "\n".join(f"<candidate> {c.shown} </candidate>" for c in shown[kind])
         group.prompt = prompt(f"{visit.question.text} ?\n{body}\nanswer in \\boxed{{ }}")
         visit.reformulations.append(Reformulation(kind=kind, candidates=shown[kind], group=group))
 
 
-def make_window(rng: random.Random, index: int, drawn: list[tuple[Question, str]], skill: dict[str, float]) -> Window:
+def make_window(
+    rng: random.Random, index: int, drawn: list[tuple[Question, str]], skill: dict[str, float]
+) -> Window:
     version = max(index - rng.randrange(2), 0)
     window = Window(index=index, visits=[], phase="composed")
     for question, origin in drawn:
         chance = skill.setdefault(question.id, 0.01 if rng.random() < 0.55 else rng.random())
         skill[question.id] = min(1.0, chance + 0.2)
         name = f"{index}/{question.id}"
-        plain = make_group(rng, f"{name}/plain", "plain", question.text, int(question.answer), chance, 8, version)
+        plain = make_group(
+            rng, f"{name}/plain", "plain", question.text, int(question.answer), chance, 8, version
+        )
         visit = Visit(question=question, origin=origin, plain=plain)  # type: ignore[arg-type]
         window.visits.append(visit)
-    hard = sorted((visit for visit in window.visits if visit.accuracy < 0.5), key=lambda visit: visit.accuracy)
+    hard = sorted(
+        (visit for visit in window.visits if visit.accuracy < 0.5), key=lambda visit: visit.accuracy
+    )
     window.hard_questions = len(hard)
     for visit in hard[:4]:
         reformulate(rng, visit, f"{index}/{visit.question.id}", version)
@@ -132,7 +172,9 @@ def fake_topology(method: str = "zppo", **sections: object) -> Topology:
         student=ModelConfig(model="student"),
         run=RunConfig(name="made-up"),
         method=MethodConfig(name=method),
-        scheduler=SchedulerConfig(new_questions=16, rho_replay=0.5, buffer_capacity=100, max_staleness=2),
+        scheduler=SchedulerConfig(
+            new_questions=16, rho_replay=0.5, buffer_capacity=100, max_staleness=2
+        ),
         **sections,  # type: ignore[arg-type]
     )
 
@@ -167,14 +209,22 @@ class FakeRun:
         low, high = accuracy - 0.03, accuracy + 0.03
         sinks.write_heldout(
             EvaluationResult(
-                step=step, newest_version=step, accuracy=accuracy, low=low, high=high, questions=200, samples=800
+                step=step,
+                newest_version=step,
+                accuracy=accuracy,
+                low=low,
+                high=high,
+                questions=200,
+                samples=800,
             )
         )
 
     def step(self, step: int, sinks: MetricSinks, journal: Journal) -> None:
         new = [make_question(self.rng, step * 16 + i) for i in range(16)]
         replayed = self.buffer.draw(quota(0.5, 16), self.rng) if self.recipe.method.replay else []
-        drawn = [(question, "new") for question in new] + [(question, "replay") for question in replayed]
+        drawn = [(question, "new") for question in new] + [
+            (question, "replay") for question in replayed
+        ]
         for question in new:
             journal.record_dispatched(question.id, step)
         window = make_window(self.rng, step, drawn, self.skill)
@@ -182,10 +232,17 @@ class FakeRun:
             for visit in window.visits:
                 visit.teacher, visit.reformulations = None, []
         fates = refresh_buffer(self.buffer, window, self.recipe)
-        rows = [(g.id, v.question.id, g.kind, v.origin) for v in window.visits for g in v.student_groups()]
+        rows = [
+            (g.id, v.question.id, g.kind, v.origin)
+            for v in window.visits
+            for g in v.student_groups()
+        ]
         journal.record_trained(step, window.index, rows)
         entries = Counter(entry.entry_accuracy for entry in self.buffer.entries())
-        waits = {"time/trainer_wait": 0.1 * self.rng.random(), "time/rollout_idle": 0.2 * self.rng.random()}
+        waits = {
+            "time/trainer_wait": 0.1 * self.rng.random(),
+            "time/rollout_idle": 0.2 * self.rng.random(),
+        }
         sinks.write(
             step,
             {

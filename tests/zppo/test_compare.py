@@ -1,4 +1,5 @@
-"""The door of a comparison: what is refused before anything starts, what is run, and what is said."""
+"""The door of a comparison: what is refused before anything starts, what is run, and what is
+said."""
 
 from __future__ import annotations
 
@@ -15,19 +16,23 @@ import msgspec
 import pytest
 from compare_worlds import MadeUpRun, record, write_comparison
 
-from zppo import cli, compare, run_dir
-from zppo.comparison import plan, runs
-from zppo.comparison.plan import Pair
-from zppo.config import Topology
+from zppo import cli, compare
+from zppo.comparison import record as records
+from zppo.comparison import runs
+from zppo.comparison.record import Pair
+from zppo.config.topology import Topology
 from zppo.errors import UserError
+from zppo.records import run_directory
 
 Compare = Callable[..., tuple[int, str]]
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "helpers"
 METHODS = ("--topology", "topology.yaml", "--methods", "grpo,zppo", "--seeds", "0")
 
 
 @pytest.fixture
-def door(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Compare:
+def door(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Compare:
     """Call the door where no run may start; returns the exit code and what it said on stderr."""
 
     def refuse(*_: object) -> None:
@@ -41,13 +46,19 @@ def door(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     return call
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = [
-    ((), "--topology is missing; expected a topology file (write one with: zppo init topology.yaml)"),
+    (
+        (),
+        "--topology is missing; expected a topology file (write one with: zppo init topology.yaml)",
+    ),
     (
         ("--topology", "topology.yaml", "--seeds", "0"),
-        "--methods is missing; expected, for example, --methods grpo,grpo_replay,zppo --seeds 0,1,2",
+        (
+            "--methods is missing; expected, for example, --methods grpo,grpo_replay,zppo --seeds "
+            "0,1,2"
+        ),
     ),
     (
         ("--topology", "topology.yaml", "--methods", "grpo"),
@@ -71,48 +82,70 @@ MISTAKES = [
         (*METHODS, "--set", "method.name=hint"),
         "--set method.name=hint: this setting differs between the runs and is given by --methods",
     ),
-    ((*METHODS, "--out", "topology.yaml"), "--out 'topology.yaml': is a file; expected a folder, or a new name"),
+    (
+        (*METHODS, "--out", "topology.yaml"),
+        "--out 'topology.yaml': is a file; expected a folder, or a new name",
+    ),
     (
         (*METHODS, "--out", "student"),
         "--out 'student': holds files but no comparison; expected one, or a new name",
     ),
     (("--report-only",), "--out is missing; expected the folder of a comparison"),
-    (("--report-only", "--out", "student"), "--out 'student': holds no comparison (it has no comparison.json)"),
-    ((*METHODS, "--metric-budget", "time"), "zppo compare: argument --metric-budget: invalid choice: 'time'"),
+    (
+        ("--report-only", "--out", "student"),
+        "--out 'student': holds no comparison (it has no comparison.json)",
+    ),
+    (
+        (*METHODS, "--metric-budget", "time"),
+        "zppo compare: argument --metric-budget: invalid choice: 'time'",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES[:-1])
-def test_a_mistake_is_one_sentence(door: Compare, arguments: tuple[str, ...], sentence: str) -> None:
+def test_a_mistake_is_one_sentence(
+    door: Compare, arguments: tuple[str, ...], sentence: str
+) -> None:
     assert door(*arguments) == (2, sentence + "\n")
 
 
-@pytest.mark.parametrize(("arguments", "begin"), [MISTAKES[-1], (("--topologie", "x"), "zppo compare: unrecognized")])
-def test_a_mistake_on_the_command_line(door: Compare, arguments: tuple[str, ...], begin: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "begin"), [MISTAKES[-1], (("--topologie", "x"), "zppo compare: unrecognized")]
+)
+def test_a_mistake_on_the_command_line(
+    door: Compare, arguments: tuple[str, ...], begin: str
+) -> None:
     code, said = door(*arguments)
-    assert code == 2 and said.startswith(begin) and said.endswith("see zppo compare --help\n") and said.count("\n") == 1
+    assert (
+        code == 2
+        and said.startswith(begin)
+        and said.endswith("see zppo compare --help\n")
+        and said.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("text", ["", ",", " , "])
 def test_no_method_is_refused_with_the_list(text: str) -> None:
     with pytest.raises(UserError, match=r"^--methods names none; expected some of grpo, .*zppo"):
-        plan.parse_methods(text)
+        records.parse_methods(text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "0,", "1.5", "-1", "3-1", "0-5000", "0 1"])
 def test_seeds_that_are_none(text: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan.parse_seeds(text)
+        records.parse_seeds(text)
     assert str(caught.value) == (
-        f"--seeds is {text!r}; expected whole numbers with commas between, such as 0,1,2 or 0-7, at most 1000 of them"
+        f"--seeds is {text!r}; expected whole numbers with commas between, such as 0,1,2 or 0-7, "
+        "at most 1000 of them"
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "seeds"), [("0", [0]), ("0,1,2", [0, 1, 2]), ("0-3", [0, 1, 2, 3]), ("7, 1-2", [7, 1, 2]), ("5-5", [5])]
+    ("text", "seeds"),
+    [("0", [0]), ("0,1,2", [0, 1, 2]), ("0-3", [0, 1, 2, 3]), ("7, 1-2", [7, 1, 2]), ("5-5", [5])],
 )
 def test_seeds(text: str, seeds: list[int]) -> None:
-    assert plan.parse_seeds(text) == seeds
+    assert records.parse_seeds(text) == seeds
 
 
 def test_every_method_passes_the_checks_of_a_launch(door: Compare, small: Path) -> None:
@@ -128,13 +161,13 @@ def test_every_method_passes_the_checks_of_a_launch(door: Compare, small: Path) 
 
 def test_a_folder_of_another_comparison_is_refused(door: Compare, small: Path) -> None:
     started = record(["grpo"], [0])
-    started.topology = plan.shared_topology(Path("topology.yaml"), ["run.steps=3"])
+    started.topology = records.shared_topology(Path("topology.yaml"), ["run.steps=3"])
     (small / "c").mkdir()
-    plan.write_record(small / "c", started)
+    records.write_record(small / "c", started)
     assert door(*METHODS, "--out", "c") == (
         2,
-        "--out 'c': holds another comparison, whose run.steps is 3 and not 4; name another folder, or give the old "
-        "setting\n",
+        "--out 'c': holds another comparison, whose run.steps is 3 and not 4; name another folder, "
+        "or give the old setting\n",
     )
     assert door(*METHODS, "--out", "c", "--set", "run.steps=3") == (
         2,
@@ -143,43 +176,47 @@ def test_a_folder_of_another_comparison_is_refused(door: Compare, small: Path) -
 
 
 def test_a_run_that_has_not_ended_is_not_touched(door: Compare, small: Path) -> None:
-    directory = plan.run_directory(small / "c", Pair("zppo", 0))
+    directory = records.run_folder(small / "c", Pair("zppo", 0))
     directory.mkdir(parents=True)
-    plan.write_record(small / "c", first_record(small))
-    lock = run_dir.hold(directory)
+    records.write_record(small / "c", first_record(small))
+    lock = run_directory.hold(directory)
     assert lock is not None
     sentence = "--out 'c': the run 'zppo-seed0' in it has not ended; wait for it\n"
     assert door(*METHODS, "--out", "c") == (2, sentence)
     os.close(lock)
 
 
-def first_record(small: Path) -> plan.Record:
+def first_record(small: Path) -> records.Record:
     """The record that a first call writes."""
     arguments = compare._parser().parse_args([*METHODS, "--out", str(small / "c")])
     return compare._order(arguments)
 
 
-# ---- the record --------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 
 
 def test_the_record_survives_the_disk(tmp_path: Path) -> None:
     comparison = record(["grpo", "zppo"], [3, 1], failures={"grpo-seed1": "no"})
-    plan.write_record(tmp_path, comparison)
-    assert plan.read_record(tmp_path) == comparison
+    records.write_record(tmp_path, comparison)
+    assert records.read_record(tmp_path) == comparison
 
 
 def test_a_damaged_record_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / plan.RECORD).write_text('{"source": 3}')
+    (tmp_path / records.RECORD).write_text('{"source": 3}')
     with pytest.raises(UserError, match="is not the record of a comparison: "):
-        plan.read_record(tmp_path)
+        records.read_record(tmp_path)
 
 
 def test_methods_and_seeds_may_be_added(tmp_path: Path) -> None:
     old = record(["grpo", "zppo"], [0, 1], failures={"grpo-seed1": "no"}, budget="compute")
     new = record(["hint", "grpo"], [1, 2])
-    merged = plan.merge(old, new, tmp_path)
+    merged = records.merge(old, new, tmp_path)
     assert (merged.methods, merged.seeds) == (["grpo", "zppo", "hint"], [0, 1, 2])
-    assert (merged.baseline, merged.budget, merged.failures) == ("grpo", "compute", {"grpo-seed1": "no"})
+    assert (merged.baseline, merged.budget, merged.failures) == (
+        "grpo",
+        "compute",
+        {"grpo-seed1": "no"},
+    )
 
 
 def test_runs_go_seed_by_seed() -> None:
@@ -188,15 +225,17 @@ def test_runs_go_seed_by_seed() -> None:
 
 
 def test_only_method_seed_and_place_differ_between_runs(small: Path) -> None:
-    shared = plan.shared_topology(Path("topology.yaml"), [])
-    one, other = (plan.of_pair(shared, pair, small) for pair in (Pair("grpo", 0), Pair("zppo", 7)))
+    shared = records.shared_topology(Path("topology.yaml"), [])
+    one, other = (
+        records.of_pair(shared, pair, small) for pair in (Pair("grpo", 0), Pair("zppo", 7))
+    )
     changed = set()
     before, after = flat(one), flat(other)
     for setting in before:
         if before[setting] != after[setting]:
             changed.add(setting)
-    assert changed == set(plan.OWN_SETTINGS)
-    assert plan.neutral(one) == plan.neutral(other) == shared
+    assert changed == set(records.OWN_SETTINGS)
+    assert records.neutral(one) == records.neutral(other) == shared
 
 
 def flat(topology: Topology) -> dict[str, object]:
@@ -207,11 +246,11 @@ def flat(topology: Topology) -> dict[str, object]:
 
 def test_the_settings_of_a_run_are_what_its_topology_says(small: Path) -> None:
     """The command line of a child gives the very topology that was checked."""
-    from zppo.topology import load
+    from zppo.config.load import load
 
     out, pair = small / 'a "b": c', Pair("zppo", 7)
     loaded = load(Path("topology.yaml"), pair.settings(out))
-    assert loaded == plan.of_pair(plan.shared_topology(Path("topology.yaml"), []), pair, out)
+    assert loaded == records.of_pair(records.shared_topology(Path("topology.yaml"), []), pair, out)
 
 
 @pytest.mark.parametrize(
@@ -225,19 +264,19 @@ def test_the_settings_of_a_run_are_what_its_topology_says(small: Path) -> None:
     ],
 )
 def test_the_first_difference(old: object, new: object, found: object) -> None:
-    assert plan.first_difference(old, new) == found
+    assert records.first_difference(old, new) == found
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def test_states_of_a_run(tmp_path: Path) -> None:
     def state(seed: int) -> tuple[str, int]:
-        progress = runs.progress_of(plan.run_directory(tmp_path, Pair("grpo", seed)))
+        progress = runs.progress_of(records.run_folder(tmp_path, Pair("grpo", seed)))
         return progress.state, progress.steps
 
     assert state(0) == ("absent", 0)
-    plan.run_directory(tmp_path, Pair("grpo", 0)).mkdir(parents=True)
+    records.run_folder(tmp_path, Pair("grpo", 0)).mkdir(parents=True)
     assert state(0) == ("stranded", 0)
     MadeUpRun(tmp_path, Pair("grpo", 1)).write(steps=4)
     assert state(1) == ("stranded", 4)
@@ -289,7 +328,10 @@ def test_time_left_is_that_of_the_same_method() -> None:
     [
         ("", "it ended with exit code 1 and said nothing"),
         (
-            "step 1\nthe trainer died\nthe last lines of x.log:\n  Traceback\ncontinue: python -m x\n",
+            (
+                "step 1\nthe trainer died\nthe last lines of x.log:\n  Traceback\ncontinue: python "
+                "-m x\n"
+            ),
             "the trainer died",
         ),
     ],
@@ -304,14 +346,14 @@ def test_the_verdict_of_a_run_explains_its_failure(tmp_path: Path) -> None:
     assert runs.reason(run.directory, "noise\n", 2) == "noise"
 
 
-# ---- a session with children -------------------------------------------------------------------------------------
+# ---- a session with children ---------------------------------------------------------------------
 
 CHILD = """
 import signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from compare_worlds import MadeUpRun
-from zppo.comparison.plan import Pair
+from zppo.comparison.record import Pair
 pair = Pair({method!r}, {seed})
 if {behaviour!r} == "fails":
     raise SystemExit("the disk is full")
@@ -331,9 +373,15 @@ def behave(small: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, 
     """Children that only make up a run. The dict says how some of them behave."""
 
     def set_behaviour(behaviours: dict[str, str]) -> None:
-        def command(pair: Pair, state: str, topology: Path, overrides: list[str], out: Path) -> list[str]:
+        def command(
+            pair: Pair, state: str, topology: Path, overrides: list[str], out: Path
+        ) -> list[str]:
             text = CHILD.format(
-                tests=str(TESTS), method=pair.method, seed=pair.seed, out=str(out), behaviour=behaviours.get(pair.name)
+                tests=str(TESTS),
+                method=pair.method,
+                seed=pair.seed,
+                out=str(out),
+                behaviour=behaviours.get(pair.name),
             )
             return [sys.executable, "-P", "-c", text]
 
@@ -354,13 +402,13 @@ def test_a_failed_run_is_reported_and_tried_again(
     assert "[1/2] grpo seed 0: 10 steps in " in said and "held-out 30.0 % → 50.0 %" in said
     assert "[2/2] zppo seed 0: FAILED: the disk is full" in said
     assert said.endswith("reported\n")
-    assert plan.read_record(small / "c").failures == {"zppo-seed0": "the disk is full"}
+    assert records.read_record(small / "c").failures == {"zppo-seed0": "the disk is full"}
     behave({})
     assert compare.main(arguments) == 0
     said = capsys.readouterr().out
     assert "[1/2] grpo seed 0: finished before, 10 steps" in said
     assert "[2/2] zppo seed 0: 10 steps in " in said
-    assert plan.read_record(small / "c").failures == {}
+    assert records.read_record(small / "c").failures == {}
 
 
 @pytest.mark.slow
@@ -368,10 +416,13 @@ def test_a_run_without_a_checkpoint_begins_anew(
     small: Path, behave: Callable[[dict[str, str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     behave({})
-    plan.run_directory(small / "c", Pair("grpo", 0)).mkdir(parents=True)
-    plan.write_record(small / "c", first_record(small))
+    records.run_folder(small / "c", Pair("grpo", 0)).mkdir(parents=True)
+    records.write_record(small / "c", first_record(small))
     assert compare.main([*METHODS, "--out", "c"]) == 0
-    assert "grpo-seed0 has no checkpoint and begins anew; kept as grpo-seed0.abandoned-1" in capsys.readouterr().out
+    assert (
+        "grpo-seed0 has no checkpoint and begins anew; kept as grpo-seed0.abandoned-1"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
@@ -390,22 +441,25 @@ def test_an_interrupt_reaches_the_run_and_says_how_to_go_on(
     assert compare.main([*METHODS, "--out", "c"]) == 130
     thread.join()
     said = capsys.readouterr().out
-    assert "stopping: the run finishes its step and writes a checkpoint; Ctrl-C again stops it at once" in said
     assert (
-        "interrupted; continue with the same command: python -m zppo.compare --topology topology.yaml --methods "
-        "grpo,zppo --seeds 0 --out c\n"
+        "stopping: the run finishes its step and writes a checkpoint; Ctrl-C again stops it at once"
+        in said
+    )
+    assert (
+        "interrupted; continue with the same command: python -m zppo.compare --topology "
+        "topology.yaml --methods grpo,zppo --seeds 0 --out c\n"
     ) in said
     assert "reported" not in said
-    assert runs.progress_of(plan.run_directory(small / "c", Pair("grpo", 0))).state == "unfinished"
-    assert not plan.run_directory(small / "c", Pair("zppo", 0)).exists()
-    assert plan.read_record(small / "c").failures == {}
+    assert runs.progress_of(records.run_folder(small / "c", Pair("grpo", 0))).state == "unfinished"
+    assert not records.run_folder(small / "c", Pair("zppo", 0)).exists()
+    assert records.read_record(small / "c").failures == {}
 
 
 KILLED = """
 import sys
 from pathlib import Path
 from zppo.compare import Session
-from zppo.comparison.plan import Pair
+from zppo.comparison.record import Pair
 child = "import signal, sys, time\\nfrom pathlib import Path\\n" \
     "signal.signal(signal.SIGTERM, lambda *_: (Path('ended').touch(), sys.exit()))\\n" \
     "Path('waiting').touch()\\ntime.sleep(60)"
@@ -414,7 +468,9 @@ Session(Path("."), None, Path("t.yaml"), [])._launch([sys.executable, "-c", chil
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a child of its parent's death on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the kernel tells a child of its parent's death on Linux only"
+)
 def test_a_killed_comparison_leaves_no_run_behind(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-P", "-c", KILLED], cwd=tmp_path)
     wait_for(tmp_path / "waiting", process)
@@ -437,8 +493,8 @@ def test_a_comparison_in_use_is_refused(
 ) -> None:
     behave({})
     (small / "c").mkdir()
-    plan.write_record(small / "c", first_record(small))
-    lock = run_dir.hold(small / "c")
+    records.write_record(small / "c", first_record(small))
+    lock = run_directory.hold(small / "c")
     assert lock is not None
     assert compare.main([*METHODS, "--out", "c"]) == 2
     assert "is in use by a comparison that has not ended" in capsys.readouterr().err
@@ -446,9 +502,19 @@ def test_a_comparison_in_use_is_refused(
 
 
 @pytest.mark.slow
-def test_report_only_rebuilds_from_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_only_rebuilds_from_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_comparison(tmp_path / "c", {"grpo": 0.01, "zppo": 0.02}, [0], steps=2)
-    arguments = ["--report-only", "--out", str(tmp_path / "c"), "--baseline", "zppo", "--metric-budget", "compute"]
+    arguments = [
+        "--report-only",
+        "--out",
+        str(tmp_path / "c"),
+        "--baseline",
+        "zppo",
+        "--metric-budget",
+        "compute",
+    ]
     assert cli.main(["compare", *arguments]) == 0
     assert f"wrote {tmp_path / 'c' / 'comparison.html'}\n" in capsys.readouterr().out
     text = (tmp_path / "c/results.md").read_text("utf-8")
@@ -458,7 +524,10 @@ def test_report_only_rebuilds_from_what_is_there(tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 def test_a_refused_command_imports_no_heavy_library() -> None:
     program = (
-        "import sys, zppo.compare; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+        "import sys, zppo.compare; print([m for m in ('torch', 'transformers', 'matplotlib') if m "
+        "in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -1,4 +1,5 @@
-"""A comparison of two methods with two seeds, with real runs of the quickstart, interrupted and continued."""
+"""A comparison of two methods with two seeds, with real runs of the quickstart, interrupted and
+continued."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zppo.comparison.plan import read_record, run_directory
+from zppo.comparison.record import read_record, run_folder
 from zppo.comparison.results import load_results
-from zppo.summary import read_lines, summarise
+from zppo.records.summary import read_lines, summarise
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1500.0
@@ -42,13 +43,24 @@ class Comparison:
     """One `python -m zppo.compare` on the quickstart."""
 
     def __init__(self, out: Path) -> None:
-        command = [sys.executable, "-P", "-m", "zppo.compare", "--topology", str(ROOT / "examples/quickstart.yaml")]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "zppo.compare",
+            "--topology",
+            str(ROOT / "examples/quickstart.yaml"),
+        ]
         command += ["--methods", "grpo_replay,zppo", "--seeds", "0,1", "--out", str(out)]
         for name, value in SETTINGS.items():
             command += ["--set", f"{name}={value}"]
         self.out = out
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -84,7 +96,9 @@ class Comparison:
             raise AssertionError(f"the comparison hangs:\n{self.logs()}") from None
 
     def logs(self) -> str:
-        return "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in (self.out / "logs").glob("*.log"))
+        return "\n".join(
+            f"== {log.name}\n{log.read_text()[-2000:]}" for log in (self.out / "logs").glob("*.log")
+        )
 
 
 def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base: Path) -> None:
@@ -112,21 +126,26 @@ def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base:
 def check_runs(out: Path) -> None:
     record = read_record(out)
     for pair in record.pairs():
-        summary = summarise(run_directory(out, pair))
+        summary = summarise(run_folder(out, pair))
         assert summary["steps"] == STEPS and summary["questions_new"] == 8 * STEPS
         assert summary["trained_twice"] == 0 and summary["lost"] == 0
     asked = [
-        [line["by_question"].keys() for line in read_lines(run_directory(out, pair) / "heldout.jsonl")]
+        [line["by_question"].keys() for line in read_lines(run_folder(out, pair) / "heldout.jsonl")]
         for pair in record.pairs()
     ]
     assert all(names == asked[0] and len(names[0]) == 8 for names in asked)
-    zppo, plain = (read_lines(out / f"runs/{name}-seed1/metrics.jsonl") for name in ("zppo", "grpo_replay"))
+    zppo, plain = (
+        read_lines(out / f"runs/{name}-seed1/metrics.jsonl") for name in ("zppo", "grpo_replay")
+    )
     for line in zppo:
         assert line["compute/student_written"] == line["tokens/generated"]
         assert line["compute/teacher_draws_written"] == line["tokens/teacher"] > 0
         assert line["compute/teacher_other_written"] > 0  # compressed candidates
         assert line["compute/trained"] > line["train/tokens_trained"] == line["tokens/generated"]
-    assert all(line["compute/teacher_draws_read"] == line["compute/teacher_other_read"] == 0 for line in plain)
+    assert all(
+        line["compute/teacher_draws_read"] == line["compute/teacher_other_read"] == 0
+        for line in plain
+    )
 
 
 def check_report(out: Path) -> None:
@@ -139,4 +158,12 @@ def check_report(out: Path) -> None:
     assert [row["state"] for row in rows] == ["finished"] * 4
     assert all(float(row["flops"]) > 0 for row in rows)
     names = {path.stem for path in (out / "figures").glob("*.png")}
-    assert {"accuracy", "differences", "accuracy_flops", "occupancy", "composition", "accuracy_bcq", "compute"} <= names
+    assert {
+        "accuracy",
+        "differences",
+        "accuracy_flops",
+        "occupancy",
+        "composition",
+        "accuracy_bcq",
+        "compute",
+    } <= names

@@ -1,4 +1,5 @@
-"""The door of an evaluation: what it orders, and one sentence for each mistake before anything is started."""
+"""The door of an evaluation: what it orders, and one sentence for each mistake before anything is
+started."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo import checkpoint, evaluate, run_dir, topology
-from zppo.config import ResponseSampling
-from zppo.evaluation_plan import PAPER_SAMPLING, EvaluationOrder
-from zppo.evaluation_report import Answered, QuestionResult, Tally, pass_at_k
+from zppo import evaluate
+from zppo.config import load as topologies
+from zppo.config.topology import ResponseSampling
+from zppo.evaluation.order import PAPER_SAMPLING, EvaluationOrder
+from zppo.evaluation.report import Answered, QuestionResult, Tally, pass_at_k
+from zppo.records import checkpoint, run_directory
 
 Start = Callable[..., tuple[EvaluationOrder | None, str]]
 
@@ -28,7 +31,9 @@ class Started(Exception):
 
 
 @pytest.fixture
-def start(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+def start(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Start:
     """Call the door; returns the order it gave (or None) and what it said on stderr."""
 
     def take_over(file: str, command: list[str]) -> None:
@@ -51,42 +56,70 @@ def start(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def make_run(small: Path, steps: int = 3) -> Path:
     """A run directory with one whole checkpoint."""
     run = small / "small-run"
-    run_dir.create(run, topology.load(small / "topology.yaml", ["data.heldout=train.jsonl", "student.dtype=bfloat16"]))
+    run_directory.create(
+        run,
+        topologies.load(
+            small / "topology.yaml", ["data.heldout=train.jsonl", "student.dtype=bfloat16"]
+        ),
+    )
     partial = checkpoint.begin(run, steps)
     (small / "student").rename(partial / "model")
     checkpoint.commit(run, steps)
     return run
 
 
-# ---- orders ------------------------------------------------------------------------------------------------------
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> None:
     order, said = start("--model", "student", "--data", "train.jsonl")
     assert order is not None and said == ""
-    assert order.served.model.model == str(small / "student") and order.served.engine == "transformers"
+    assert (
+        order.served.model.model == str(small / "student") and order.served.engine == "transformers"
+    )
     assert order.served.model.dtype == "float32" and order.samples == 4
     assert order.served.model.sampling == msgspec.structs.replace(PAPER_SAMPLING, max_new_tokens=63)
     assert order.notes == [
-        "responses have at most 63 tokens less the prompt's, the context of the model, instead of 12288"
+        (
+            "responses have at most 63 tokens less the prompt's, the context of the model, instead "
+            "of 12288"
+        )
     ]
 
 
 def test_options_change_the_decoding(start: Start) -> None:
-    options = "--max-new-tokens 8 --temperature 0 --top-p 1 --top-k 0 --presence-penalty 0 --samples 2 --seed 5"
-    order, _ = start("--model", "student", "--data", "train.jsonl", *options.split(), "--engine-arg", "max_sequences=9")
-    assert order is not None and order.served.model.sampling == ResponseSampling(max_new_tokens=8, temperature=0.0)
+    options = (
+        "--max-new-tokens 8 --temperature 0 --top-p 1 --top-k 0 --presence-penalty 0 --samples 2 "
+        "--seed 5"
+    )
+    order, _ = start(
+        "--model",
+        "student",
+        "--data",
+        "train.jsonl",
+        *options.split(),
+        "--engine-arg",
+        "max_sequences=9",
+    )
+    assert order is not None and order.served.model.sampling == ResponseSampling(
+        max_new_tokens=8, temperature=0.0
+    )
     assert (order.samples, order.seed, order.served.engine_args) == (2, 5, {"max_sequences": 9})
 
 
 def test_variables_of_the_chat_template(start: Start) -> None:
     base = ("--model", "student", "--data", "train.jsonl")
-    order, _ = start(*base, "--chat-template-arg", "enable_thinking=false", "--chat-template-arg", "effort=low")
+    order, _ = start(
+        *base, "--chat-template-arg", "enable_thinking=false", "--chat-template-arg", "effort=low"
+    )
     assert order is not None
     assert order.served.model.chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
     order, said = start(*base, "--chat-template-arg", "effort=[1]")
     assert order is None
-    assert said == "--chat-template-arg.effort is [1]; expected true, false, a number, a text or null\n"
+    assert (
+        said
+        == "--chat-template-arg.effort is [1]; expected true, false, a number, a text or null\n"
+    )
 
 
 def test_a_run_brings_its_checkpoint_questions_and_prompts(start: Start, small: Path) -> None:
@@ -109,37 +142,69 @@ def test_a_checkpoint_is_verified(start: Start, small: Path) -> None:
     )
 
 
-def test_a_server_is_named_by_address_and_model(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_named_by_address_and_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server = ("--server", "http://127.0.0.1:8000/v1", "--served-model", "big")
     order, _ = start(*server, "--data", "train.jsonl", "--engine-arg", "max_concurrent=3")
-    assert order is not None and order.served.engine == "openai" and order.label == "big at http://127.0.0.1:8000/v1"
+    assert (
+        order is not None
+        and order.served.engine == "openai"
+        and order.label == "big at http://127.0.0.1:8000/v1"
+    )
     assert order.served.engine_args == {"base_url": "http://127.0.0.1:8000/v1", "max_concurrent": 3}
     assert b"secret-key" not in msgspec.json.encode(order)
 
 
 def test_a_judge_is_another_model(start: Start) -> None:
-    order, _ = start("--model", "student", "--data", "train.jsonl", "--grader", "judge", "--judge", "teacher")
+    order, _ = start(
+        "--model", "student", "--data", "train.jsonl", "--grader", "judge", "--judge", "teacher"
+    )
     assert order is not None and order.judge is not None
-    assert order.judge.model.model.endswith("/teacher") and order.judge.model.sampling.temperature == 0.0
+    assert (
+        order.judge.model.model.endswith("/teacher")
+        and order.judge.model.sampling.temperature == 0.0
+    )
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("", "zppo evaluate: expected either --model FOLDER or --server URL"),
-        ("--model student --server http://x", "zppo evaluate: expected either --model FOLDER or --server URL"),
-        ("--model student", "--data is missing; expected a question file, a data set folder, or reasoning_gym:TASK?…"),
-        ("--model studnet --data train.jsonl", "--model: there is no model folder 'studnet' (did you mean 'student'?)"),
-        ("--model student --data tran.jsonl", "tran.jsonl: no such question file (did you mean 'train.jsonl'?)"),
-        ("--model student --data train.jsonl --temperature -1", "--temperature is -1.0; expected `float` >= 0.0"),
+        (
+            "--model student --server http://x",
+            "zppo evaluate: expected either --model FOLDER or --server URL",
+        ),
+        (
+            "--model student",
+            (
+                "--data is missing; expected a question file, a data set folder, or "
+                "reasoning_gym:TASK?…"
+            ),
+        ),
+        (
+            "--model studnet --data train.jsonl",
+            "--model: there is no model folder 'studnet' (did you mean 'student'?)",
+        ),
+        (
+            "--model student --data tran.jsonl",
+            "tran.jsonl: no such question file (did you mean 'train.jsonl'?)",
+        ),
+        (
+            "--model student --data train.jsonl --temperature -1",
+            "--temperature is -1.0; expected `float` >= 0.0",
+        ),
         ("--model student --data train.jsonl --top-p 2", "--top-p is 2.0; expected `float` <= 1.0"),
         (
             "--model student --data train.jsonl --samples 0",
-            "zppo evaluate: argument --samples: '0' is not a whole number of at least 1; see zppo evaluate --help",
+            (
+                "zppo evaluate: argument --samples: '0' is not a whole number of at least 1; see "
+                "zppo evaluate --help"
+            ),
         ),
         (
             "--model student --data train.jsonl --grader mth",
@@ -149,10 +214,19 @@ def test_a_judge_is_another_model(start: Start) -> None:
             "--model student --data train.jsonl --grader judge",
             "--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL",
         ),
-        ("--model student --data train.jsonl --out train.jsonl", "--out: 'train.jsonl' exists already; name another"),
+        (
+            "--model student --data train.jsonl --out train.jsonl",
+            "--out: 'train.jsonl' exists already; name another",
+        ),
         ("--model student --data train.jsonl --out no/x.jsonl", "--out: there is no folder 'no'"),
-        ("--model student --data train.jsonl --engine-arg x", "--engine-arg x: expected NAME=VALUE"),
-        ("--server http://127.0.0.1:1/v1 --data train.jsonl", "--served-model is missing; expected the name under"),
+        (
+            "--model student --data train.jsonl --engine-arg x",
+            "--engine-arg x: expected NAME=VALUE",
+        ),
+        (
+            "--server http://127.0.0.1:1/v1 --data train.jsonl",
+            "--served-model is missing; expected the name under",
+        ),
         (
             "--server ftp://x --served-model m --data train.jsonl",
             "--server.engine_args.base_url is 'ftp://x'; expected",
@@ -162,18 +236,26 @@ def test_a_judge_is_another_model(start: Start) -> None:
             "--engine is 'vllm'; expected none, because --server has its own",
         ),
         ("--model student --data train.jsonl --field answr=a", "--field: "),
-        ("--model student --data train.jsonl --templates nowhere", "data.templates: nowhere is not a folder; expected"),
+        (
+            "--model student --data train.jsonl --templates nowhere",
+            "data.templates: nowhere is not a folder; expected",
+        ),
     ],
 )
-def test_mistakes_are_one_sentence_and_start_nothing(start: Start, arguments: str, sentence: str) -> None:
+def test_mistakes_are_one_sentence_and_start_nothing(
+    start: Start, arguments: str, sentence: str
+) -> None:
     order, said = start(*arguments.split())
     assert order is None
     assert said.startswith(sentence) and said.count("\n") == 1
 
 
 def test_a_run_without_checkpoint_is_refused(start: Start, small: Path) -> None:
-    run_dir.create(small / "small-run", topology.load(small / "topology.yaml"))
-    assert start("--model", "small-run") == (None, "--model: the run 'small-run' has no whole checkpoint yet\n")
+    run_directory.create(small / "small-run", topologies.load(small / "topology.yaml"))
+    assert start("--model", "small-run") == (
+        None,
+        "--model: the run 'small-run' has no whole checkpoint yet\n",
+    )
 
 
 def test_bad_rows_are_refused_as_in_a_run(start: Start, small: Path) -> None:
@@ -185,11 +267,14 @@ def test_bad_rows_are_refused_as_in_a_run(start: Start, small: Path) -> None:
     assert order is not None
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def result(rewards: list[float], **changes: object) -> QuestionResult:
-    responses = [Answered(text="", reward=r, answer="1", note="", finish_reason="stop", tokens=3) for r in rewards]
+    responses = [
+        Answered(text="", reward=r, answer="1", note="", finish_reason="stop", tokens=3)
+        for r in rewards
+    ]
     return QuestionResult(id="q", question="?", gold="1", responses=responses, mean=0.0, **changes)  # type: ignore[arg-type]
 
 

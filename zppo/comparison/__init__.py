@@ -1,1 +1,2 @@
-"""The comparison of methods: runs of several methods and seeds under one topology, and the evidence drawn from them."""
+"""The comparison of methods: runs of several methods and seeds under one topology, and the evidence
+drawn from them."""

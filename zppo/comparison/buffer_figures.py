@@ -1,4 +1,5 @@
-"""The figures of a comparison that show the replay buffer and the batch: graduations, fates, occupancy, composition."""
+"""The figures of a comparison that show the replay buffer and the batch: graduations, fates,
+occupancy, composition."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zppo.comparison.panels import BEHIND, Picture, dots, grid, name_axes, name_rows, rows_canvas, stacked_rows
+from zppo.comparison.panels import (
+    BEHIND,
+    Picture,
+    dots,
+    grid,
+    name_axes,
+    name_rows,
+    rows_canvas,
+    stacked_rows,
+)
 from zppo.comparison.results import MethodResult, Results, entries, fate_counts, graduation, kinds
 from zppo.report import plots
 from zppo.report.figures import percent
@@ -31,17 +41,25 @@ def graduated_share(results: Results) -> Picture | None:
     figure, panels = rows_canvas(len(methods), len(bins))
     for axes, entry in zip(panels, bins, strict=True):
         seeds = [_shares(method, entry) for method in methods]
-        dots(axes, seeds, [graduation(method, entry) for method in methods], lambda value: f"{100 * value:.0f} %")
+        dots(
+            axes,
+            seeds,
+            [graduation(method, entry) for method in methods],
+            lambda value: f"{100 * value:.0f} %",
+        )
         name_rows(axes, methods)
         axes.set_title(f"admitted at {percent(entry)}")
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         axes.set_xlim(left=0)
     figure.supxlabel("graduated of those admitted", fontsize=10)
     caption = (
-        "Blue: pooled over seeds, with a 95 % bootstrap interval over seeds. Grey: single seeds. Questions that "
+        "Blue: pooled over seeds, with a 95 % bootstrap interval over seeds. Grey: single seeds. "
+        "Questions that "
         "came in late had less time. The shares that Fig. 4 names."
     )
-    return Picture("graduated_share", SECTION, "Graduates by accuracy at admission", caption, figure)
+    return Picture(
+        "graduated_share", SECTION, "Graduates by accuracy at admission", caption, figure
+    )
 
 
 def graduations(results: Results) -> Picture | None:
@@ -54,11 +72,16 @@ def graduations(results: Results) -> Picture | None:
     for method, axes in zip(methods, panels, strict=True):
         for entry, colour in zip(bins, BIN_COLOURS, strict=False):
             at = [run.the_data.fate_steps("graduated").get(entry) for run in method.finished]
-            _banded(axes, np.array([_cumulative(one, results) for one in at]), colour, percent(entry))
+            _banded(
+                axes, np.array([_cumulative(one, results) for one in at]), colour, percent(entry)
+            )
         axes.set_title(method.title)
         axes.set_ylim(bottom=0)
     _finish(figure, "Graduated questions, cumulative", "trained steps", "questions", panels)
-    caption = "By accuracy at admission; lines are means over seeds, bands the range of the seeds. As in Fig. 4."
+    caption = (
+        "By accuracy at admission; lines are means over seeds, bands the range of the seeds. As in "
+        "Fig. 4."
+    )
     return Picture("graduations", SECTION, "Graduations over steps", caption, figure)
 
 
@@ -74,15 +97,25 @@ def fates(results: Results) -> Picture | None:
     )
     left = np.maximum(admitted - graduated - evicted, 0)
     layers = {"graduated": graduated, "still inside": left, "evicted": evicted}
-    stacked_rows(axes, [layer.tolist() for layer in layers.values()], (GREEN, BEHIND, VERMILION), list(layers))
+    stacked_rows(
+        axes,
+        [layer.tolist() for layer in layers.values()],
+        (GREEN, BEHIND, VERMILION),
+        list(layers),
+    )
     for row, (count, whole) in enumerate(zip(graduated, admitted, strict=True)):
-        axes.text(whole, row, f"  {count:.0f} of {whole:.0f}", va="center", fontsize=8.5, color="#40454D")
+        axes.text(
+            whole, row, f"  {count:.0f} of {whole:.0f}", va="center", fontsize=8.5, color="#40454D"
+        )
     name_rows(axes, methods)
     axes.margins(x=0.22)
     axes.set_title("Fate of the admitted questions")
     axes.set_xlabel("questions, mean over seeds")
     plots.legend_below(axes, 3)
-    caption = "At the end of the run. The number beside a bar: graduated of admitted. As in Figs. 5b and 23."
+    caption = (
+        "At the end of the run. The number beside a bar: graduated of admitted. As in Figs. 5b and "
+        "23."
+    )
     return Picture("fates", SECTION, "Graduation and eviction", caption, figure)
 
 
@@ -97,15 +130,31 @@ def occupancy(results: Results) -> Picture | None:
         layers = _occupancy(method)
         empty = np.zeros(len(next(iter(layers.values()))))
         stack = [layers.get(entry, empty) for entry in bins]
-        plots.stack(axes, np.arange(len(empty)), stack, BIN_COLOURS[: len(bins)], [percent(entry) for entry in bins])
+        plots.stack(
+            axes,
+            np.arange(len(empty)),
+            stack,
+            BIN_COLOURS[: len(bins)],
+            [percent(entry) for entry in bins],
+        )
         axes.set_title(method.title)
     _finish(figure, "Questions in the buffer", STEP, "questions, mean over seeds", panels)
-    return Picture("occupancy", SECTION, "Buffer occupancy", "Stacked by accuracy at admission, as in Fig. 20.", figure)
+    return Picture(
+        "occupancy",
+        SECTION,
+        "Buffer occupancy",
+        "Stacked by accuracy at admission, as in Fig. 20.",
+        figure,
+    )
 
 
 def composition(results: Results) -> Picture | None:
     """Groups by what they are (Fig. 5a)."""
-    methods = [method for method in results.methods if method.finished and method.finished[0].the_data.steps]
+    methods = [
+        method
+        for method in results.methods
+        if method.finished and method.finished[0].the_data.steps
+    ]
     if not methods:
         return None
     shown = kinds(results)
@@ -117,7 +166,10 @@ def composition(results: Results) -> Picture | None:
         plots.stack(axes, np.arange(len(layers[0])), layers, colours, names)
         axes.set_title(method.title)
     _finish(figure, "Groups of a step", STEP, "groups, mean over seeds", panels)
-    caption = "What the student sampled in a step, as in Fig. 5a. Hard: plain accuracy below the threshold τ."
+    caption = (
+        "What the student sampled in a step, as in Fig. 5a. Hard: plain accuracy below the "
+        "threshold τ."
+    )
     return Picture("composition", "Dynamics", "Batch composition", caption, figure)
 
 
@@ -127,13 +179,17 @@ def with_buffer(results: Results) -> list[MethodResult]:
 
 
 def _shares(method: MethodResult, entry: float) -> list[float]:
-    pairs = zip(fate_counts(method, "graduated", entry), fate_counts(method, "admitted", entry), strict=True)
+    pairs = zip(
+        fate_counts(method, "graduated", entry), fate_counts(method, "admitted", entry), strict=True
+    )
     return [graduated / admitted for graduated, admitted in pairs if admitted]
 
 
 def _cumulative(at: np.ndarray | None, results: Results) -> np.ndarray:
     """Events up to the end of each step, one entry more than there are steps."""
-    last = max(int(run.the_data.step_numbers().max(initial=0)) for run in results.runs if run.finished)
+    last = max(
+        int(run.the_data.step_numbers().max(initial=0)) for run in results.runs if run.finished
+    )
     counts = np.bincount(at, minlength=last + 1) if at is not None else np.zeros(last + 1)
     return np.concatenate([[0], np.cumsum(counts)])
 
@@ -152,15 +208,23 @@ def _occupancy(method: MethodResult) -> dict[float, np.ndarray]:
     steps = min((len(run.the_data.steps) for run in method.finished), default=0)
     bins = sorted({entry for family in families for entry in family})
     empty = np.zeros(steps)
-    return {entry: np.mean([family.get(entry, empty)[:steps] for family in families], axis=0) for entry in bins}
+    return {
+        entry: np.mean([family.get(entry, empty)[:steps] for family in families], axis=0)
+        for entry in bins
+    }
 
 
 def _composition(method: MethodResult, shown: Sequence[str]) -> list[np.ndarray]:
-    """Easy and hard plain groups and those of each kind, for the steps that all runs have, means over seeds."""
+    """Easy and hard plain groups and those of each kind, for the steps that all runs have, means
+    over seeds."""
     steps = min(len(run.the_data.steps) for run in method.finished)
 
     def mean(name: str) -> np.ndarray:
-        return np.asarray(np.mean([run.the_data.column(f"window/{name}")[:steps] for run in method.finished], axis=0))
+        return np.asarray(
+            np.mean(
+                [run.the_data.column(f"window/{name}")[:steps] for run in method.finished], axis=0
+            )
+        )
 
     hard = mean("hard")
     return [mean("new") + mean("replayed") - hard, hard, *(mean(kind) for kind in shown)]

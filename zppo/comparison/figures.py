@@ -1,7 +1,8 @@
 """The figures of a comparison: how well the methods learn, and at what price.
 
-Each is a function from the results to a picture, or None when no run has the data for it; captions name the figure of
-the paper that shows the same quantity. Those of the replay buffer are in `zppo.comparison.buffer_figures`.
+Each is a function from the results to a picture, or None when no run has the data for it; captions
+name the figure of the paper that shows the same quantity. Those of the replay buffer are in
+`zppo.comparison.buffer_figures`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,26 @@ from collections.abc import Callable, Sequence
 from matplotlib.ticker import EngFormatter
 
 from zppo.comparison import buffer_figures
-from zppo.comparison.panels import Curve, Picture, curves, dots, name_rows, rows_canvas, stacked_rows
-from zppo.comparison.results import MethodResult, Results, RunResult, cost_curve, curve, heldout_curve, kinds
+from zppo.comparison.panels import (
+    Curve,
+    Picture,
+    curves,
+    dots,
+    name_rows,
+    rows_canvas,
+    stacked_rows,
+)
+from zppo.comparison.results import (
+    MethodResult,
+    Results,
+    RunResult,
+    cost_curve,
+    curve,
+    heldout_curve,
+    kinds,
+)
 from zppo.comparison.statistics import Interval, mean_interval
-from zppo.compute import PART_NAMES
+from zppo.records.flops import PART_NAMES
 from zppo.report import plots
 from zppo.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
@@ -53,7 +70,9 @@ def differences(results: Results) -> Drawn:
     if not any(by_seed):
         return None
     by_question = [results.question_difference(method) for method in others]
-    panels_of: list[tuple[str, Sequence[Interval | None]]] = [(f"by seed, {results.headline_budget}", by_seed)]
+    panels_of: list[tuple[str, Sequence[Interval | None]]] = [
+        (f"by seed, {results.headline_budget}", by_seed)
+    ]
     if any(by_question):
         panels_of.append(("by seed and question, at the end", by_question))
     figure, panels = rows_canvas(len(others), len(panels_of))
@@ -65,25 +84,47 @@ def differences(results: Results) -> Drawn:
         axes.set_xlabel("percentage points")
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
     caption = (
-        "Each seed is compared with itself, because runs of one seed see the data in the same order. Bars: 95 % "
+        "Each seed is compared with itself, because runs of one seed see the data in the same "
+        "order. Bars: 95 % "
         "bootstrap interval over seeds; on the right over seeds and held-out questions together."
     )
-    return Picture("differences", "Accuracy", f"Paired differences to {results.baseline.title}", caption, figure)
+    return Picture(
+        "differences",
+        "Accuracy",
+        f"Paired differences to {results.baseline.title}",
+        caption,
+        figure,
+    )
 
 
 def over_steps(results: Results) -> Drawn:
-    return _curves(results, "accuracy_steps", "Held-out accuracy over steps", heldout_curve, "trained steps", True)
+    return _curves(
+        results,
+        "accuracy_steps",
+        "Held-out accuracy over steps",
+        heldout_curve,
+        "trained steps",
+        True,
+    )
 
 
 def over_compute(results: Results) -> Drawn:
-    picture = _curves(results, "accuracy_flops", "Held-out accuracy over compute", cost_curve, "FLOPs spent", True)
+    picture = _curves(
+        results, "accuracy_flops", "Held-out accuracy over compute", cost_curve, "FLOPs spent", True
+    )
     for axes in picture.figure.axes if picture is not None else ():
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     return picture
 
 
 def rollout_accuracy(results: Results) -> Drawn:
-    return _metric(results, "accuracy/new", "rollout_accuracy", "Rollout accuracy on new questions (Fig. 22)", True)
+    return _metric(
+        results,
+        "accuracy/new",
+        "rollout_accuracy",
+        "Rollout accuracy on new questions (Fig. 22)",
+        True,
+    )
 
 
 def positive(results: Results) -> Drawn:
@@ -92,17 +133,27 @@ def positive(results: Results) -> Drawn:
 
 
 def entropy(results: Results) -> Drawn:
-    return _metric(results, "train/entropy", "entropy", "Policy entropy (Fig. 22)", False, y="nats per token")
+    return _metric(
+        results, "train/entropy", "entropy", "Policy entropy (Fig. 22)", False, y="nats per token"
+    )
 
 
 def loss(results: Results) -> Drawn:
-    return _metric(results, "train/loss", "loss", "Loss (Fig. 25)", False, y="mean over the updates of a step")
+    return _metric(
+        results, "train/loss", "loss", "Loss (Fig. 25)", False, y="mean over the updates of a step"
+    )
 
 
 def reformulated(results: Results) -> list[Drawn]:
     """Accuracy on every kind of reformulated prompt (Fig. 25)."""
     return [
-        _metric(results, f"accuracy/{kind}", f"accuracy_{kind}", f"Accuracy on {title} prompts (Fig. 25)", True)
+        _metric(
+            results,
+            f"accuracy/{kind}",
+            f"accuracy_{kind}",
+            f"Accuracy on {title} prompts (Fig. 25)",
+            True,
+        )
         for kind, title in kinds(results).items()
     ]
 
@@ -113,7 +164,9 @@ def compute(results: Results) -> Drawn:
     shown = {part: values for part, values in parts.items() if any(values)}
     figure, [cost, time] = rows_canvas(len(results.methods), 2)
     if shown:
-        colours = [colour for part, colour in zip(PART_NAMES, PART_COLOURS, strict=True) if part in shown]
+        colours = [
+            colour for part, colour in zip(PART_NAMES, PART_COLOURS, strict=True) if part in shown
+        ]
         stacked_rows(cost, list(shown.values()), colours, [PART_NAMES[part] for part in shown])
         plots.legend_below(cost, 6)
     name_rows(cost, results.methods)
@@ -121,13 +174,19 @@ def compute(results: Results) -> Drawn:
     cost.set_xlabel("FLOPs")
     cost.xaxis.set_major_formatter(EngFormatter(sep=" "))
     seeds = [_values(method, _minutes) for method in results.methods]
-    dots(time, seeds, [method.interval(_minutes) for method in results.methods], lambda value: f"{value:.3g}")
+    dots(
+        time,
+        seeds,
+        [method.interval(_minutes) for method in results.methods],
+        lambda value: f"{value:.3g}",
+    )
     name_rows(time, results.methods)
     time.set_title("Time in training")
     time.set_xlabel("minutes")
     time.set_xlim(left=0)
     caption = (
-        "FLOPs: 2N for each token read or written, 6N for each token of an update, N the parameters of the model at "
+        "FLOPs: 2N for each token read or written, 6N for each token of an update, N the "
+        "parameters of the model at "
         "work; means over seeds. Time depends on the machine and on what else ran there."
     )
     if not shown:
@@ -142,11 +201,21 @@ def tokens(results: Results) -> Drawn:
         "teacher answers": ("compute/teacher_draws_written", ORANGE),
         "teacher prepares and judges": ("compute/teacher_other_written", VERMILION),
     }
-    if not any("compute/trained" in line for run in results.runs if run.finished for line in run.the_data.steps[:1]):
+    if not any(
+        "compute/trained" in line
+        for run in results.runs
+        if run.finished
+        for line in run.the_data.steps[:1]
+    ):
         return None
     figure, [written, trained] = rows_canvas(len(results.methods), 2)
-    layers = {name: [_mean_total(m, metric) for m in results.methods] for name, (metric, _) in columns.items()}
-    stacked_rows(written, list(layers.values()), [colour for _, colour in columns.values()], list(layers))
+    layers = {
+        name: [_mean_total(m, metric) for m in results.methods]
+        for name, (metric, _) in columns.items()
+    }
+    stacked_rows(
+        written, list(layers.values()), [colour for _, colour in columns.values()], list(layers)
+    )
     stacked_rows(
         trained,
         [[_mean_total(m, "train/tokens_trained") for m in results.methods]],
@@ -159,7 +228,13 @@ def tokens(results: Results) -> Drawn:
         axes.set_xlabel("tokens of a run")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     plots.legend_below(written, 3)
-    return Picture("tokens", "Cost", "Tokens", "Means over seeds; prompts are counted in the FLOPs only.", figure)
+    return Picture(
+        "tokens",
+        "Cost",
+        "Tokens",
+        "Means over seeds; prompts are counted in the FLOPs only.",
+        figure,
+    )
 
 
 SECTIONS: Sequence[Callable[[Results], Drawn | list[Drawn]]] = (
@@ -179,17 +254,41 @@ def draw_all(results: Results) -> list[Picture]:
     with plots.look():
         for function in SECTIONS:
             drawn = function(results)
-            pictures += [picture for picture in (drawn if isinstance(drawn, list) else [drawn]) if picture is not None]
+            pictures += [
+                picture
+                for picture in (drawn if isinstance(drawn, list) else [drawn])
+                if picture is not None
+            ]
     return pictures
 
 
-def _curves(results: Results, name: str, title: str, of: Callable[[MethodResult], Curve], x: str, share: bool) -> Drawn:
+def _curves(
+    results: Results,
+    name: str,
+    title: str,
+    of: Callable[[MethodResult], Curve],
+    x: str,
+    share: bool,
+) -> Drawn:
     figure = curves(results.methods, of, title, x, "mean reward", share)
-    return None if figure is None else Picture(name, "Accuracy", title, f"Mean over seeds. {INTERVAL}.", figure)
+    return (
+        None
+        if figure is None
+        else Picture(name, "Accuracy", title, f"Mean over seeds. {INTERVAL}.", figure)
+    )
 
 
-def _metric(results: Results, metric: str, name: str, title: str, share: bool, y: str = "mean reward") -> Drawn:
-    figure = curves(results.methods, lambda method: curve(method, metric), title.partition(" (")[0], STEP, y, share)
+def _metric(
+    results: Results, metric: str, name: str, title: str, share: bool, y: str = "mean reward"
+) -> Drawn:
+    figure = curves(
+        results.methods,
+        lambda method: curve(method, metric),
+        title.partition(" (")[0],
+        STEP,
+        y,
+        share,
+    )
     caption = f"Mean over seeds, smoothed over steps where there are many. {INTERVAL}."
     return None if figure is None else Picture(name, "Dynamics", title, caption, figure)
 

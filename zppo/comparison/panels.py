@@ -1,7 +1,9 @@
-"""Kinds of panels that a comparison draws: for each method a row, a line, or a small panel of its own.
+"""Kinds of panels that a comparison draws: for each method a row, a line, or a small panel of its
+own.
 
-Up to `MOST_LINES` methods share a panel as lines; more get a panel each, with the others behind it in grey, so that no
-reader has to tell thirteen colours apart. Means are strong, intervals over seeds are bands or bars, single seeds faint.
+Up to `MOST_LINES` methods share a panel as lines; more get a panel each, with the others behind it
+in grey, so that no reader has to tell thirteen colours apart. Means are strong, intervals over
+seeds are bands or bars, single seeds faint.
 
 Shape legend: S seeds, K places along the x axis.
 """
@@ -35,7 +37,8 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 class Picture(NamedTuple):
-    """A finished figure. `name` is that of its file; `wide` asks for the whole width of the page."""
+    """A finished figure. `name` is that of its file; `wide` asks for the whole width of the
+    page."""
 
     name: str
     section: str
@@ -57,7 +60,7 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-# ---- a row for each method ---------------------------------------------------------------------------------------
+# ---- a row for each method -----------------------------------------------------------------------
 
 
 def rows_canvas(rows: int, panels: int) -> tuple[Figure, list[Axes]]:
@@ -76,15 +79,32 @@ def name_rows(axes: Axes, methods: Sequence[MethodResult]) -> None:
 
 
 def dots(
-    axes: Axes, seeds: Sequence[Sequence[float]], means: Sequence[Interval | None], text: Callable[[float], str]
+    axes: Axes,
+    seeds: Sequence[Sequence[float]],
+    means: Sequence[Interval | None],
+    text: Callable[[float], str],
 ) -> None:
-    """One row each: the seeds as faint dots, their mean with its interval, and the mean in words above it."""
+    """One row each: the seeds as faint dots, their mean with its interval, and the mean in words
+    above it."""
     for row, (values, mean) in enumerate(zip(seeds, means, strict=True)):
         axes.plot(values, [row + 0.18] * len(values), "o", color=GREY, markersize=3.5, alpha=0.7)
         if mean is None:
             continue
-        bars = None if mean.low is None or mean.high is None else [[mean.value - mean.low], [mean.high - mean.value]]
-        axes.errorbar([mean.value], [row], xerr=bars, color=BLUE, marker="o", markersize=6, capsize=3, linewidth=1.8)
+        bars = (
+            None
+            if mean.low is None or mean.high is None
+            else [[mean.value - mean.low], [mean.high - mean.value]]
+        )
+        axes.errorbar(
+            [mean.value],
+            [row],
+            xerr=bars,
+            color=BLUE,
+            marker="o",
+            markersize=6,
+            capsize=3,
+            linewidth=1.8,
+        )
         axes.annotate(
             text(mean.value), (mean.value, row), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8.5,
             color=BLUE,
@@ -92,7 +112,9 @@ def dots(
     axes.margins(x=0.12)
 
 
-def stacked_rows(axes: Axes, layers: Sequence[Sequence[float]], colours: Sequence[str], names: Sequence[str]) -> None:
+def stacked_rows(
+    axes: Axes, layers: Sequence[Sequence[float]], colours: Sequence[str], names: Sequence[str]
+) -> None:
     """Horizontal bars of several parts; `layers` are the parts, each with a value for every row."""
     start = np.zeros(len(layers[0]))
     for layer, colour, name in zip(layers, colours, names, strict=True):
@@ -101,13 +123,19 @@ def stacked_rows(axes: Axes, layers: Sequence[Sequence[float]], colours: Sequenc
     axes.margins(x=0.1)
 
 
-# ---- a line for each method --------------------------------------------------------------------------------------
+# ---- a line for each method ----------------------------------------------------------------------
 
 
 def curves(
-    methods: Sequence[MethodResult], of: Callable[[MethodResult], Curve], title: str, x: str, y: str, share: bool
+    methods: Sequence[MethodResult],
+    of: Callable[[MethodResult], Curve],
+    title: str,
+    x: str,
+    y: str,
+    share: bool,
 ) -> Figure | None:
-    """Means over seeds along an axis, with bands; one panel, or one for each method when they are many."""
+    """Means over seeds along an axis, with bands; one panel, or one for each method when they are
+    many."""
     found = [(method, curve) for method in methods if len((curve := of(method))[0])]
     if not found:
         return None
@@ -122,7 +150,9 @@ def curves(
     return figure
 
 
-def _small_multiples(found: Sequence[tuple[MethodResult, Curve]], title: str, x: str, y: str, share: bool) -> Figure:
+def _small_multiples(
+    found: Sequence[tuple[MethodResult, Curve]], title: str, x: str, y: str, share: bool
+) -> Figure:
     figure, panels = grid(len(found))
     for (method, curve), axes in zip(found, panels, strict=True):
         for other, (places, values) in found:

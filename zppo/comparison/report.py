@@ -1,7 +1,8 @@
-"""Writes what a comparison found: `comparison.html`, `results.md`, CSV files, and every figure as a PNG.
+"""Writes what a comparison found: `comparison.html`, `results.md`, CSV files, and every figure as a
+PNG.
 
-Each file is written whole or not at all. The page needs no other file and fetches nothing; its content security policy
-forbids scripts. `results.md` refers to the figures by relative paths.
+Each file is written whole or not at all. The page needs no other file and fetches nothing; its
+content security policy forbids scripts. `results.md` refers to the figures by relative paths.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from markupsafe import Markup
 
 from zppo.comparison.figures import draw_all
 from zppo.comparison.panels import Picture, to_png
-from zppo.comparison.plan import Record
+from zppo.comparison.record import Record
 from zppo.comparison.results import Results, load_results
+from zppo.comparison.sentences import command, sentences
 from zppo.comparison.tables import (
     Table,
     evaluation_rows,
@@ -29,19 +31,19 @@ from zppo.comparison.tables import (
     run_rows,
     tables,
 )
-from zppo.comparison.words import command, sentences
-from zppo.compute import Sizes
 from zppo.errors import UserError
+from zppo.records.atomic_file import written_whole
+from zppo.records.flops import Sizes
 from zppo.report import plots
 from zppo.report.page import ASSETS as REPORT_ASSETS
 from zppo.report.page import digest, flatten
-from zppo.whole_file import written_whole
 
 ASSETS = Path(__file__).parent
 
 
 def write_report(out: Path, record: Record) -> list[Path]:
-    """Write all files and return their paths. Raises UserError if nothing can be read or written."""
+    """Write all files and return their paths. Raises UserError if nothing can be read or
+    written."""
     results = load_results(out, record)
     pictures = draw_all(results)
     files = {
@@ -91,7 +93,10 @@ def render_markdown(results: Results, pictures: Sequence[Picture]) -> str:
         parts.append(f"### {table.title}\n\n{markdown_table(table)}")
     parts.append("Brackets: 95 % bootstrap interval over seeds. " + _formula(results.record.sizes))
     for picture in pictures:
-        parts.append(f"![{picture.title}](figures/{picture.name}.png)\n\n*{picture.title}.* {picture.caption}")
+        parts.append(
+            f"![{picture.title}](figures/{picture.name}.png)\n\n*{picture.title}.* "
+            f"{picture.caption}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,16 +113,22 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _formula(sizes: Sizes) -> str:
     teacher = "of unknown size" if sizes.teacher is None else f"with {sizes.teacher:,} parameters"
     return (
-        "FLOPs: 2N for each token that a model reads or writes and for each token of the proximal pass, 6N for each "
-        f"token of an update; student with {sizes.student:,} parameters, teacher {teacher}, an input embedding that "
-        "does not multiply left out. A prompt counts once for each group, and every token of a group in the loss, also "
-        "where the trainer saves a pass; attention's products with itself, evaluations and work lost with a process "
-        "are left out."
+        "FLOPs: 2N for each token that a model reads or writes and for each token of the proximal "
+        "pass, 6N for each "
+        f"token of an update; student with {sizes.student:,} parameters, teacher {teacher}, an "
+        "input embedding that "
+        "does not multiply left out. A prompt counts once for each group, and every token of a "
+        "group in the loss, also "
+        "where the trainer saves a pass; attention's products with itself, evaluations and work "
+        "lost with a process are left out."
     )
 
 
 def _sections(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
-    return [(name, list(group)) for name, group in groupby(pictures, key=lambda picture: picture.section)]
+    return [
+        (name, list(group))
+        for name, group in groupby(pictures, key=lambda picture: picture.section)
+    ]
 
 
 def markdown_table(table: Table) -> str:

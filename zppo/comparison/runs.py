@@ -1,7 +1,9 @@
-"""Which runs of a comparison are left to do, how each is started or continued, and what is said meanwhile.
+"""Which runs of a comparison are left to do, how each is started or continued, and what is said
+meanwhile.
 
-Pure but for reading run directories: starting processes and looking at the clock is the door's (`zppo.compare`).
-Invariant: a finished run is never started again, and a run that can be continued is never begun anew.
+Pure but for reading run directories: starting processes and looking at the clock is the door's
+(`zppo.compare`). Invariant: a finished run is never started again, and a run that can be continued
+is never begun anew.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-from zppo import checkpoint
-from zppo.comparison.plan import Pair, run_directory
-from zppo.exit_codes import EXIT_USER_ERROR
+from zppo.comparison.record import Pair, run_folder
+from zppo.errors import EXIT_USER_ERROR
+from zppo.records import checkpoint
+from zppo.records.summary import Record as Line
+from zppo.records.summary import read_lines, require_run, summarise, topology_value
 from zppo.report.sentences import duration
-from zppo.summary import Record as Line
-from zppo.summary import read_lines, require_run, summarise, topology_value
 
 State: TypeAlias = Literal["finished", "unfinished", "stranded", "absent"]
 """`stranded`: a run directory without a whole checkpoint to continue from."""
@@ -46,7 +48,8 @@ def progress_of(directory: Path) -> Progress:
 
 
 def _finished(directory: Path, summary: Line) -> bool:
-    """By its verdict; or by its numbers, for a run whose last word was lost after everything was done."""
+    """By its verdict; or by its numbers, for a run whose last word was lost after everything was
+    done."""
     if str(summary["verdict"]).startswith("finished"):
         return True
     run = require_run(directory)
@@ -56,24 +59,29 @@ def _finished(directory: Path, summary: Line) -> bool:
     return steps is not None and summary["steps"] == steps and measured
 
 
-def command(pair: Pair, state: State, topology: Path, overrides: Sequence[str], out: Path) -> list[str]:
+def command(
+    pair: Pair, state: State, topology: Path, overrides: Sequence[str], out: Path
+) -> list[str]:
     """The command line that begins or continues a run."""
     base = [sys.executable, "-P", "-m", "zppo.launch"]
     if state == "unfinished":
-        return [*base, "--resume", str(run_directory(out, pair))]
-    settings = [part for setting in (*overrides, *pair.settings(out)) for part in ("--set", setting)]
+        return [*base, "--resume", str(run_folder(out, pair))]
+    settings = [
+        part for setting in (*overrides, *pair.settings(out)) for part in ("--set", setting)
+    ]
     return [*base, "--topology", str(topology), *settings]
 
 
 def set_aside(directory: Path) -> Path:
-    """Make room for a run that must begin anew: its old directory is renamed, not removed. Returns the new name."""
+    """Make room for a run that must begin anew: its old directory is renamed, not removed. Returns
+    the new name."""
     number = 1
     while (aside := directory.with_name(f"{directory.name}.abandoned-{number}")).exists():
         number += 1
     return directory.rename(aside)
 
 
-# ---- what is said ------------------------------------------------------------------------------------------------
+# ---- what is said --------------------------------------------------------------------------------
 
 
 class Clock(Struct):
@@ -83,7 +91,8 @@ class Clock(Struct):
     seconds: dict[Pair, float] = {}
 
     def left(self, pairs: Sequence[Pair]) -> float | None:
-        """Seconds that `pairs` will take: as long as their method took so far, or any method where it has not run."""
+        """Seconds that `pairs` will take: as long as their method took so far, or any method where
+        it has not run."""
         if not self.seconds:
             return None
         overall = sum(self.seconds.values()) / len(self.seconds)
@@ -91,7 +100,8 @@ class Clock(Struct):
         for pair, seconds in self.seconds.items():
             means.setdefault(pair.method, []).append(seconds)
         return sum(
-            sum(means[pair.method]) / len(means[pair.method]) if pair.method in means else overall for pair in pairs
+            sum(means[pair.method]) / len(means[pair.method]) if pair.method in means else overall
+            for pair in pairs
         )
 
 
@@ -104,7 +114,10 @@ def begin_line(number: int, clock: Clock, pair: Pair, state: State, left: Sequen
 
 
 def kept_line(number: int, clock: Clock, pair: Pair, progress: Progress) -> str:
-    return f"[{number}/{clock.total}] {pair.method} seed {pair.seed}: finished before, {progress.steps} steps"
+    return (
+        f"[{number}/{clock.total}] {pair.method} seed {pair.seed}: finished before, "
+        f"{progress.steps} steps"
+    )
 
 
 def end_line(number: int, clock: Clock, pair: Pair, directory: Path, seconds: float) -> str:
@@ -121,10 +134,13 @@ def failed_line(number: int, clock: Clock, pair: Pair, reason: str) -> str:
 
 
 def reason(directory: Path, output: str, exit_code: int) -> str:
-    """Why a run did not finish, in one sentence: its verdict, else the last thing it said that is a sentence."""
+    """Why a run did not finish, in one sentence: its verdict, else the last thing it said that is a
+    sentence."""
     verdict = progress_of(directory).verdict if directory.is_dir() else None
     if verdict is not None and exit_code != EXIT_USER_ERROR:
         return verdict
     hints = ("continue:", "report:", "the last lines of", " ")
-    lines = [line.rstrip() for line in output.splitlines() if line.strip() and not line.startswith(hints)]
+    lines = [
+        line.rstrip() for line in output.splitlines() if line.strip() and not line.startswith(hints)
+    ]
     return lines[-1] if lines else f"it ended with exit code {exit_code} and said nothing"

@@ -1,11 +1,13 @@
 """Intervals for few seeds: the percentile bootstrap, paired wherever the seeds are shared.
 
-Every function draws from its own generator with a fixed seed, so the same runs give the same numbers. An interval is of
-95 %. One seed gives a value and no interval. With few seeds a percentile interval is too narrow (it cannot leave the
-range of the values it has seen): of normal values it covers the mean in 50 % of all cases with two seeds, 75 % with
-three, 85 % with five, 89 % with eight. The report says so, and differences are judged by Student's t as well.
+Every function draws from its own generator with a fixed seed, so the same runs give the same
+numbers. An interval is of 95 %. One seed gives a value and no interval. With few seeds a percentile
+interval is too narrow (it cannot leave the range of the values it has seen): of normal values it
+covers the mean in 50 % of all cases with two seeds, 75 % with three, 85 % with five, 89 % with
+eight. The report says so, and differences are judged by Student's t as well.
 
-Shape legend: S seeds (or the pairs of runs that share one), Q held-out questions, K places along a curve, B resamples.
+Shape legend: S seeds (or the pairs of runs that share one), Q held-out questions, K places along a
+curve, B resamples.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ STUDENT = (
 
 
 class Interval(Struct, frozen=True):
-    """An estimate from `count` seeds; `low` and `high` are None where there are too few for an interval."""
+    """An estimate from `count` seeds; `low` and `high` are None where there are too few for an
+    interval."""
 
     value: float
     low: float | None
@@ -63,7 +66,8 @@ def student_half_width(values: Sequence[float]) -> float | None:
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
-    """Pooled share Σ parts / Σ wholes over seeds, resampled by seed. None if there is nothing to take a share of.
+    """Pooled share Σ parts / Σ wholes over seeds, resampled by seed. None if there is nothing to
+    take a share of.
 
     Resamples without any whole are left out.
     """
@@ -80,7 +84,8 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval 
 
 
 def band(values_SK: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Limits of the mean over seeds at each of K places, [K] each. None with fewer than two seeds."""
+    """Limits of the mean over seeds at each of K places, [K] each. None with fewer than two
+    seeds."""
     seeds = len(values_SK)
     if seeds < 2:
         return None
@@ -90,7 +95,8 @@ def band(values_SK: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def question_interval(differences: np.ndarray) -> Interval | None:
-    """Mean of paired differences [S, Q] with seeds *and* questions resampled, for other seeds and other questions.
+    """Mean of paired differences [S, Q] with seeds *and* questions resampled, for other seeds and
+    other questions.
 
     With one seed only the questions are resampled. None without a question.
     """

@@ -1,4 +1,5 @@
-"""The tables of a comparison: as text for people (page and Markdown), and as plain rows for the CSV files."""
+"""The tables of a comparison: as text for people (page and Markdown), and as plain rows for the CSV
+files."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from zppo.comparison.results import (
     total_flops,
 )
 from zppo.comparison.statistics import Interval, student_half_width
-from zppo.compute import PART_NAMES
-from zppo.metrics import entry_name
+from zppo.records.flops import PART_NAMES
+from zppo.records.metrics import entry_name
 from zppo.report.figures import percent
 
 ABSENT = "–"
@@ -37,12 +38,16 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-# ---- for people --------------------------------------------------------------------------------------------------
+# ---- for people ----------------------------------------------------------------------------------
 
 
 def tables(results: Results) -> list[Table]:
     """All tables that have something to say, in the order of the page."""
-    return [table for table in (accuracies(results), graduates(results), costs(results), unfinished(results)) if table]
+    return [
+        table
+        for table in (accuracies(results), graduates(results), costs(results), unfinished(results))
+        if table
+    ]
 
 
 def accuracies(results: Results) -> Table | None:
@@ -53,10 +58,14 @@ def accuracies(results: Results) -> Table | None:
         "seeds": lambda method: f"{len(method.finished)} of {len(method.runs)}",
         "before": lambda method: _share(method.interval(lambda run: run.accuracy_at(0))),
         f"after {results.step} steps": lambda method: _share(method.interval(results.at_steps)),
-        f"difference to {results.baseline.title}": lambda method: _points(results, method, results.at_steps),
+        f"difference to {results.baseline.title}": lambda method: _points(
+            results, method, results.at_steps
+        ),
     }
     if results.cost is not None:
-        columns[f"after {scientific(results.cost)} FLOPs"] = lambda method: _share(method.interval(results.at_cost))
+        columns[f"after {scientific(results.cost)} FLOPs"] = lambda method: _share(
+            method.interval(results.at_cost)
+        )
         columns["difference"] = lambda method: _points(results, method, results.at_cost)
     if any(results.question_difference(method) for method in results.methods):
         columns["difference, paired by question"] = lambda method: (
@@ -89,10 +98,14 @@ def costs(results: Results) -> Table | None:
         "method": lambda method: method.title,
         "student writes": lambda method: _total(method, "compute/student_written"),
         "teacher answers": lambda method: _total(method, "compute/teacher_draws_written"),
-        "teacher prepares and judges": lambda method: _total(method, "compute/teacher_other_written"),
+        "teacher prepares and judges": lambda method: _total(
+            method, "compute/teacher_other_written"
+        ),
         "tokens in the loss": lambda method: _total(method, "train/tokens_trained"),
         "FLOPs": lambda method: _flops([total_flops(run) for run in method.finished]),
-        "minutes": lambda method: _mean([run.the_data.summary["wall_seconds"] / 60 for run in method.finished], 1),
+        "minutes": lambda method: _mean(
+            [run.the_data.summary["wall_seconds"] / 60 for run in method.finished], 1
+        ),
     }
     return _table("Cost of a run, means over seeds", columns, methods)
 
@@ -108,10 +121,14 @@ def unfinished(results: Results) -> Table | None:
             if not run.finished
         )
     ]
-    return Table("Runs that did not finish", ["method", "seed", "state", "steps", "why"], rows) if rows else None
+    return (
+        Table("Runs that did not finish", ["method", "seed", "state", "steps", "why"], rows)
+        if rows
+        else None
+    )
 
 
-# ---- for machines ------------------------------------------------------------------------------------------------
+# ---- for machines --------------------------------------------------------------------------------
 
 
 def run_rows(results: Results) -> list[Row]:
@@ -135,7 +152,9 @@ def method_rows(results: Results) -> list[Row]:
         }
         row: Row = {"method": method.name, "title": method.title, "finished": len(method.finished)}
         row["runs"] = len(method.runs)
-        row["difference_student_half_width"] = student_half_width(results.differences(method, results.headline))
+        row["difference_student_half_width"] = student_half_width(
+            results.differences(method, results.headline)
+        )
         for name, interval in intervals.items():
             row |= _limits(name, interval)
         rows.append(row)
@@ -143,7 +162,8 @@ def method_rows(results: Results) -> list[Row]:
 
 
 def graduation_rows(results: Results) -> list[Row]:
-    """`graduations.csv`: one row for each method and accuracy at admission, counts summed over seeds."""
+    """`graduations.csv`: one row for each method and accuracy at admission, counts summed over
+    seeds."""
     return [
         {
             "method": method.name,
@@ -165,9 +185,19 @@ def evaluation_rows(results: Results) -> list[Row]:
         if run.data is None:
             continue
         for step, accuracy in zip(*run.evaluations(), strict=True):
-            spent = run.flops_after[step] if run.flops_after is not None and step < len(run.flops_after) else None
+            spent = (
+                run.flops_after[step]
+                if run.flops_after is not None and step < len(run.flops_after)
+                else None
+            )
             rows.append(
-                {"method": run.method, "seed": run.seed, "step": int(step), "flops": spent, "accuracy": float(accuracy)}
+                {
+                    "method": run.method,
+                    "seed": run.seed,
+                    "step": int(step),
+                    "flops": spent,
+                    "accuracy": float(accuracy),
+                }
             )
     return rows
 
@@ -185,13 +215,18 @@ def _run_row(results: Results, run: RunResult) -> Row:
     summary = run.data.summary
     keys = ("heldout_before", "heldout_after", "admitted", "graduated", "evicted", "wall_seconds")
     row |= {key: summary[key] for key in keys}
-    row |= {"accuracy_equal_steps": results.at_steps(run), "accuracy_equal_compute": results.at_cost(run)}
-    row |= {f"tokens_{name.partition('/')[2]}": int(run.data.column(name).sum()) for name in COUNTED}
+    row |= {
+        "accuracy_equal_steps": results.at_steps(run),
+        "accuracy_equal_compute": results.at_cost(run),
+    }
+    row |= {
+        f"tokens_{name.partition('/')[2]}": int(run.data.column(name).sum()) for name in COUNTED
+    }
     row["flops"] = total_flops(run)
     return row | {f"flops_{part}": (run.parts or {}).get(part) for part in PART_NAMES}
 
 
-# ---- cells -------------------------------------------------------------------------------------------------------
+# ---- cells ---------------------------------------------------------------------------------------
 
 
 def share_text(interval: Interval) -> str:
@@ -207,7 +242,9 @@ def points_text(interval: Interval) -> str:
 def scientific(value: float) -> str:
     """`1.2e12` as people write it: 1.20 × 10¹²."""
     digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits} × 10{str(int(exponent)).translate(str.maketrans('0123456789-', '⁰¹²³⁴⁵⁶⁷⁸⁹⁻'))}"
+    return (
+        f"{digits} × 10{str(int(exponent)).translate(str.maketrans('0123456789-', '⁰¹²³⁴⁵⁶⁷⁸⁹⁻'))}"
+    )
 
 
 def _brackets(interval: Interval, digits: str) -> str:
@@ -216,8 +253,12 @@ def _brackets(interval: Interval, digits: str) -> str:
     return f" [{100 * interval.low:{digits}}, {100 * interval.high:{digits}}]"
 
 
-def _table(title: str, columns: dict[str, Callable[[MethodResult], str]], methods: Sequence[MethodResult]) -> Table:
-    return Table(title, list(columns), [[cell(method) for cell in columns.values()] for method in methods])
+def _table(
+    title: str, columns: dict[str, Callable[[MethodResult], str]], methods: Sequence[MethodResult]
+) -> Table:
+    return Table(
+        title, list(columns), [[cell(method) for cell in columns.values()] for method in methods]
+    )
 
 
 def _graduation_cell(entry: float) -> Callable[[MethodResult], str]:
@@ -254,9 +295,17 @@ def _flops(values: Sequence[float | None]) -> str:
 def _state(run: RunResult) -> str:
     if run.finished:
         return "finished"
-    return "failed" if run.failure is not None else {"absent": "not begun"}.get(run.progress.state, "not finished")
+    return (
+        "failed"
+        if run.failure is not None
+        else {"absent": "not begun"}.get(run.progress.state, "not finished")
+    )
 
 
 def _limits(name: str, interval: Interval | None) -> Row:
-    parts = (interval.value, interval.low, interval.high) if interval is not None else (None, None, None)
+    parts = (
+        (interval.value, interval.low, interval.high)
+        if interval is not None
+        else (None, None, None)
+    )
     return dict(zip((name, f"{name}_low", f"{name}_high"), parts, strict=True))

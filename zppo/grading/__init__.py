@@ -2,12 +2,10 @@
 
 from zppo.grading.boxes import last_boxed, parse_answer
 from zppo.grading.graders import GRADERS, Grader, get_grader, grade, quick_grade, shown_gold
-from zppo.grading.judge import JUDGE, JUDGE_SAMPLING, judged, says_correct
+from zppo.grading.judge import judged, says_correct
 
 __all__ = [
     "GRADERS",
-    "JUDGE",
-    "JUDGE_SAMPLING",
     "Grader",
     "get_grader",
     "grade",

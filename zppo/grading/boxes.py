@@ -26,7 +26,8 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox)\s*\{([^{}]*)
 def last_box(text: str) -> tuple[int, int, str] | None:
     r"""(start, end, content) of the last `\boxed{...}` whose braces balance, or None.
 
-    Escaped braces `\{` and `\}` do not count. Of nested boxes the outermost wins, as a reader would see it.
+    Escaped braces `\{` and `\}` do not count. Of nested boxes the outermost wins, as a reader would
+    see it.
     """
     stack: list[tuple[int, int] | None] = []
     found: tuple[int, int, int] | None = None
@@ -50,10 +51,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def tidy(answer: str) -> str:
-    r"""An answer in the form we compare and show: the same mathematics, without differences of typesetting.
+    r"""An answer in the form we compare and show: the same mathematics, without differences of
+    typesetting.
 
-    Collapses white space, drops `$`, spacing and sizing commands and a full stop at the end, unwraps a whole-answer
-    `\text{...}`, and writes `\dfrac` as `\frac`.
+    Collapses white space, drops `$`, spacing and sizing commands and a full stop at the end,
+    unwraps a whole-answer `\text{...}`, and writes `\dfrac` as `\frac`.
     """
     for pattern, replacement in _TYPESETTING:
         answer = pattern.sub(replacement, answer)
@@ -64,11 +66,13 @@ def tidy(answer: str) -> str:
 
 
 def shown(content: str) -> str | None:
-    """The content of a box as an answer to show and to deduplicate by, or None if nothing is in it."""
+    """The content of a box as an answer to show and to deduplicate by, or None if nothing is in
+    it."""
     return tidy(content)[:MAX_ANSWER] or None
 
 
 def parse_answer(text: str) -> str | None:
-    """The last boxed answer in tidy form, for deduplication and display, or None without a box or with an empty one."""
+    """The last boxed answer in tidy form, for deduplication and display, or None without a box or
+    with an empty one."""
     content = last_boxed(text)
     return None if content is None else shown(content)

@@ -1,8 +1,8 @@
 """The registry of graders: by what rule a final answer counts as right.
 
-A grader compares the content of the last box with the gold answer. Its quick half cannot hang and may say None, "I
-cannot tell"; its full half always decides but may need a time limit, which the grader actor gives it. No box, no
-reward.
+A grader compares the content of the last box with the gold answer. Its quick half cannot hang and
+may say None, "I cannot tell"; its full half always decides but may need a time limit, which the
+grader actor gives it. No box, no reward.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from zppo.config.topology import JUDGE, REASONING_GYM
 from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed, shown, tidy
-from zppo.grading.judge import JUDGE
 from zppo.grading.maths import full_maths, gold_answer, quick_maths
 from zppo.grading.procedural import is_entry, reference_answer, scorer
-from zppo.reasoning_gym_tasks import PREFIX
-from zppo_protocol.messages import Grade
+from zppo_protocol.values import Grade
 
 NO_BOX = "no boxed answer"
 
 
 class Grader(Struct, frozen=True):
-    """`quick` and `full` take (content of the last box, gold answer); `usable` tells a gold answer that can be met."""
+    """`quick` and `full` take (content of the last box, gold answer); `usable` tells a gold answer
+    that can be met."""
 
     quick: Callable[[str, str], bool | None]
     full: Callable[[str, str], bool]
@@ -36,14 +36,19 @@ def same_text(answer: str, gold: str) -> bool:
     return tidy(answer).casefold() == gold_answer(gold).casefold() != ""
 
 
-_CHOICES = re.compile(r"\(?([A-Za-z])\)?(?:\s*(?:,|&|and\b|\s)\s*\(?([A-Za-z])\)?(?![a-zA-Z]))*", re.IGNORECASE)
+_CHOICES = re.compile(
+    r"\(?([A-Za-z])\)?(?:\s*(?:,|&|and\b|\s)\s*\(?([A-Za-z])\)?(?![a-zA-Z]))*", re.IGNORECASE
+)
 _LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\s*[.:)])\s*.+", re.DOTALL)
 _LETTER = re.compile(r"(?<![a-zA-Z])[A-Za-z](?![a-zA-Z])")
 
 
 def choice_letters(answer: str) -> frozenset[str]:
-    """The letters an answer to a multiple-choice question names: `B`, `(b)`, `B. because ...`, `A, C`; else none."""
-    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox)\s*\{([^{}]*)\}", r"\1", tidy(answer))
+    """The letters an answer to a multiple-choice question names: `B`, `(b)`, `B. because ...`, `A,
+    C`; else none."""
+    answer = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf|textit|mbox)\s*\{([^{}]*)\}", r"\1", tidy(answer)
+    )
     labelled = _LABELLED.fullmatch(answer)
     if _CHOICES.fullmatch(answer):
         return frozenset(letter.upper() for letter in _LETTER.findall(answer))
@@ -51,7 +56,8 @@ def choice_letters(answer: str) -> frozenset[str]:
 
 
 def names_choice(gold: str) -> bool:
-    """Whether a gold answer names a letter; with one that does not, no response could ever be right."""
+    """Whether a gold answer names a letter; with one that does not, no response could ever be
+    right."""
     return bool(choice_letters(gold_answer(gold)))
 
 
@@ -75,9 +81,10 @@ GRADERS: dict[str, Grader] = {
 
 
 def get_grader(name: str) -> Grader:
-    """The grader of this name; `reasoning_gym:TASK` is the scorer of a task. Raises UserError with the nearest name."""
+    """The grader of this name; `reasoning_gym:TASK` is the scorer of a task. Raises UserError with
+    the nearest name."""
     family, colon, rest = name.partition(":")
-    if family == PREFIX and colon:
+    if family == REASONING_GYM and colon:
         return Grader(*scorer(rest), is_entry)
     if name not in GRADERS:
         raise UserError(f"data.grader: unknown grader {name!r}{nearest(name, GRADERS)}")
@@ -85,8 +92,9 @@ def get_grader(name: str) -> Grader:
 
 
 def shown_gold(gold: str, grader: str) -> str:
-    """The gold answer for people: as it is, but the reference answer alone of a procedural question."""
-    return reference_answer(gold) if grader.startswith(f"{PREFIX}:") else gold
+    """The gold answer for people: as it is, but the reference answer alone of a procedural
+    question."""
+    return reference_answer(gold) if grader.startswith(f"{REASONING_GYM}:") else gold
 
 
 def quick_grade(response: str, gold: str, grader: str) -> Grade | None:
@@ -99,7 +107,8 @@ def quick_grade(response: str, gold: str, grader: str) -> Grade | None:
 
 
 def grade(response: str, gold: str, grader: str) -> Grade:
-    """Grade a response in full: reward 1.0 or 0.0 and the parsed answer. May hang on hostile mathematics."""
+    """Grade a response in full: reward 1.0 or 0.0 and the parsed answer. May hang on hostile
+    mathematics."""
     quick = quick_grade(response, gold, grader)
     if quick is not None:
         return quick

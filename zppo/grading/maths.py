@@ -1,8 +1,9 @@
 """Mathematical equivalence of two answers (paper, section Reward).
 
-The quick half decides by text and exact numbers and cannot hang. The full half asks math-verify, which may run for ever
-on hostile input: call it where the process can be killed. Neither half ever evaluates text as code: only math-verify's
-LaTeX grammar is used, not its expression parser, which goes through Python's compiler.
+The quick half decides by text and exact numbers and cannot hang. The full half asks math-verify,
+which may run for ever on hostile input: call it where the process can be killed. Neither half ever
+evaluates text as code: only math-verify's LaTeX grammar is used, not its expression parser, which
+goes through Python's compiler.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from zppo.grading.numbers import as_number, same_number
 from zppo.grading.units import contradict
 
 MAX_MATHS = 1_000
-"""Characters of an answer that is still read as mathematics; anything longer must be equal as text."""
+"""Characters of an answer that is still read as mathematics; anything longer must be equal as
+text."""
 MAX_DEPTH = 30
 """Nested braces and brackets of such an answer."""
 
@@ -27,7 +29,8 @@ _WORDS = re.compile(r"[^\W\d_]{3,}(?:[ ,'’-]+[^\W\d_]+)*", re.UNICODE)
 
 
 def gold_answer(gold: str) -> str:
-    """The tidy gold answer; out of a worked solution, that in its last box or behind the `####` of its last line."""
+    """The tidy gold answer; out of a worked solution, that in its last box or behind the `####` of
+    its last line."""
     boxed, marked = last_boxed(gold), _MARKED.search(gold)
     return tidy(boxed or (marked[1] if marked else gold))
 
@@ -38,7 +41,8 @@ def without_signs(answer: str) -> str:
 
 
 def quick_maths(answer: str, gold: str) -> bool | None:
-    """Compare by text, words and exact numbers; None when only mathematics can decide. Never hangs."""
+    """Compare by text, words and exact numbers; None when only mathematics can decide. Never
+    hangs."""
     answer, gold = tidy(answer), gold_answer(gold)
     if _same_text(answer, gold) or _same_text(without_signs(answer), without_signs(gold)):
         return True
@@ -61,12 +65,14 @@ def _quick_numbers(answer: str, gold: str) -> bool | None:
         return None
     if same_number(x, y):
         return True
-    # 50 % against 0.5 is for the full comparison; without signs two different numbers are simply different.
+    # 50 % against 0.5 is for the full comparison; without signs two different numbers are simply
+    # different.
     return None if _SIGNS.search(answer) or _SIGNS.search(gold) else False
 
 
 def too_hard(answer: str) -> bool:
-    """Longer or deeper than any real answer: not worth a parser's time, and dangerous to its stack."""
+    """Longer or deeper than any real answer: not worth a parser's time, and dangerous to its
+    stack."""
     if len(answer) > MAX_MATHS:
         return True
     depth = deepest = 0
@@ -77,7 +83,8 @@ def too_hard(answer: str) -> bool:
 
 
 def full_maths(answer: str, gold: str) -> bool:
-    """Compare as mathematics; failing that, without degree and percent signs once more. May hang."""
+    """Compare as mathematics; failing that, without degree and percent signs once more. May
+    hang."""
     answer, gold = tidy(answer), gold_answer(gold)
     if _equivalent(answer, gold):
         return True
@@ -89,14 +96,17 @@ def _equivalent(answer: str, gold: str) -> bool:
     from math_verify import verify  # a second of import, wanted in the grade worker only
 
     parsed_gold, parsed = _parse(gold), _parse(answer)
-    return bool(parsed_gold and parsed and verify(list(parsed_gold), list(parsed), timeout_seconds=None))
+    return bool(
+        parsed_gold and parsed and verify(list(parsed_gold), list(parsed), timeout_seconds=None)
+    )
 
 
 @lru_cache(maxsize=256)
 def _parse(answer: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
-    # Both functions warn once that their own time limit is off; ours is the one that also works inside C code.
+    # Both functions warn once that their own time limit is off; ours is the one that also works
+    # inside C code.
     for module in ("parser", "grader"):
         logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
     config = [LatexExtractionConfig()]

@@ -1,7 +1,8 @@
-r"""Plain numbers as exact fractions: integers, decimals, thousands separators, powers of ten, `\frac{a}{b}` and a/b.
+r"""Plain numbers as exact fractions: integers, decimals, thousands separators, powers of ten,
+`\frac{a}{b}` and a/b.
 
-The invariant: nothing here can take long. Digits and exponents are capped before any arithmetic, so `1e999999999` is
-simply not a number.
+The invariant: nothing here can take long. Digits and exponents are capped before any arithmetic, so
+`1e999999999` is simply not a number.
 """
 
 from __future__ import annotations
@@ -66,14 +67,20 @@ def _value(digits: str) -> Fraction:
 
 
 def same_number(answer: Fraction, gold: Fraction) -> bool:
-    """Equal; or, unless the gold number is whole, one is the other rounded to SIGNIFICANT digits or more."""
-    return answer == gold or (gold.denominator != 1 and (_rounds_to(gold, answer) or _rounds_to(answer, gold)))
+    """Equal; or, unless the gold number is whole, one is the other rounded to SIGNIFICANT digits or
+    more."""
+    return answer == gold or (
+        gold.denominator != 1 and (_rounds_to(gold, answer) or _rounds_to(answer, gold))
+    )
 
 
 def _rounds_to(number: Fraction, decimal: Fraction) -> bool:
-    """Whether `decimal`, at the places it is written with, is `number` rounded: 0.333333 for 1/3, 0.33 not."""
+    """Whether `decimal`, at the places it is written with, is `number` rounded: 0.333333 for 1/3,
+    0.33 not."""
     for places in range(1, MAX_PLACES):
         shifted = decimal * 10**places
         if shifted.denominator == 1:
-            return bool(abs(shifted) >= 10 ** (SIGNIFICANT - 1) and round(number * 10**places) == shifted)
+            return bool(
+                abs(shifted) >= 10 ** (SIGNIFICANT - 1) and round(number * 10**places) == shifted
+            )
     return False

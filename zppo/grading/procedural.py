@@ -1,9 +1,11 @@
-"""Scorers of procedural tasks as graders: `reasoning_gym:TASK` (with the settings of the task, where it has some).
+"""Scorers of procedural tasks as graders: `reasoning_gym:TASK` (with the settings of the task,
+where it has some).
 
-The gold answer of such a question is its *entry*, the reference answer and what the scorer needs to know, as JSON. The
-package gives partial credit for some near misses; here, as everywhere, only a full score earns the reward. A few of its
-scorers hand the answer to Python's compiler. The invariant: such an answer passes `GUARDS` first, which let nothing
-through that could call or reach anything but arithmetic.
+The gold answer of such a question is its *entry*, the reference answer and what the scorer needs to
+know, as JSON. The package gives partial credit for some near misses; here, as everywhere, only a
+full score earns the reward. A few of its scorers hand the answer to Python's compiler. The
+invariant: such an answer passes `GUARDS` first, which let nothing through that could call or reach
+anything but arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from zppo.grading.boxes import tidy
-from zppo.reasoning_gym_tasks import build_task, parse_specification, quiet
+from zppo.grading.reasoning_gym_tasks import build_task, parse_specification, quiet
 
 MAX_ANSWER = 20_000
 """Characters of an answer that is still scored."""
@@ -38,14 +40,16 @@ GUARDS: dict[str, re.Pattern[str]] = {
 
 
 class Entry(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a scorer needs of a question; `answer` is None where the task has no single reference answer."""
+    """What a scorer needs of a question; `answer` is None where the task has no single reference
+    answer."""
 
     answer: str | None
     metadata: Mapping[str, Any]
 
 
 def gold_entry(entry: Mapping[str, Any]) -> str:
-    """An entry of the package as a gold answer: JSON. Values that JSON has no name for become text."""
+    """An entry of the package as a gold answer: JSON. Values that JSON has no name for become
+    text."""
     answer = entry["answer"]
     kept = Entry(None if answer is None else str(answer), entry["metadata"])
     return msgspec.json.encode(msgspec.to_builtins(kept, enc_hook=_plain, str_keys=True)).decode()
@@ -66,8 +70,11 @@ def is_entry(gold: str) -> bool:
     return True
 
 
-def scorer(specification: str) -> tuple[Callable[[str, str], bool | None], Callable[[str, str], bool]]:
-    """The quick and the full half of the grader `reasoning_gym:SPECIFICATION`; the task is built when it scores."""
+def scorer(
+    specification: str,
+) -> tuple[Callable[[str, str], bool | None], Callable[[str, str], bool]]:
+    """The quick and the full half of the grader `reasoning_gym:SPECIFICATION`; the task is built
+    when it scores."""
     task = specification.partition("?")[0]
 
     def quick(answer: str, gold: str) -> bool | None:
@@ -83,7 +90,11 @@ def scorer(specification: str) -> tuple[Callable[[str, str], bool | None], Calla
 
 def _forms(answer: str) -> list[str]:
     """The answer as it stands in the box, and without typesetting."""
-    return list(dict.fromkeys(form for form in (answer.strip(), tidy(answer)) if 0 < len(form) <= MAX_ANSWER))
+    return list(
+        dict.fromkeys(
+            form for form in (answer.strip(), tidy(answer)) if 0 < len(form) <= MAX_ANSWER
+        )
+    )
 
 
 def _allowed(task: str, answer: str) -> bool:

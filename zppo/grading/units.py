@@ -1,7 +1,8 @@
 """Units that contradict each other: 5 m is not 5 km, although both are the number 5.
 
-The comparison of mathematics drops units, so that `5 cm` answers a gold `5`. Two answers that both name a unit from
-this table must name the same one. Nothing is converted, and a unit that the table does not know contradicts nothing.
+The comparison of mathematics drops units, so that `5 cm` answers a gold `5`. Two answers that both
+name a unit from this table must name the same one. Nothing is converted, and a unit that the table
+does not know contradicts nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _LAST = re.compile(r"[\d}]\s*(?:\\(?:text|mathrm|mbox|rm)\s*\{\s*)?([A-Za-z]+)\s
 
 
 def unit_of(answer: str) -> str | None:
-    """The unit at the end of an answer such as `5 km` or `5\\text{ kilometres}`, by its short name, if it is known."""
+    """The unit at the end of an answer such as `5 km` or `5\\text{ kilometres}`, by its short name,
+    if it is known."""
     tail = answer[-40:]
     matches = [match for match in _LAST.finditer(tail) if match.end() == len(tail)]
     return _UNIT_OF.get(matches[-1].group(1).lower()) if matches else None

@@ -1,1 +1,2 @@
-"""The report of a run: `python -m zppo.report RUN` makes one self-contained HTML page from the run directory."""
+"""The report of a run: `python -m zppo.report RUN` makes one self-contained HTML page from the run
+directory."""

@@ -1,8 +1,10 @@
-"""The data of the question browser: hard questions with all their visits, small enough to be carried in the page.
+"""The data of the question browser: hard questions with all their visits, small enough to be
+carried in the page.
 
-A run may hold more text than a page can carry. Whole questions are taken, those with the richest history first and each
-fate in turn, until the size is reached; what was left out is said. Very long texts are cut with a note. Only two passes
-over the rollout store are made, the first over a few short columns.
+A run may hold more text than a page can carry. Whole questions are taken, those with the richest
+history first and each fate in turn, until the size is reached; what was left out is said. Very long
+texts are cut with a note. Only two passes over the rollout store are made, the first over a few
+short columns.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
-from zppo.metrics import entry_name
+from zppo.records.metrics import entry_name
+from zppo.records.rollouts import read_step, step_files
 from zppo.report.load import RunData
-from zppo.rollout_store import read_step, step_files
 
 MAX_QUESTIONS = 400
 MAX_BYTES = 6_000_000
@@ -77,27 +79,35 @@ class _Tally(Struct):
     visits: int = 0
 
 
-def browser_data(run: RunData, max_questions: int = MAX_QUESTIONS, max_bytes: int = MAX_BYTES) -> BrowserData:
+def browser_data(
+    run: RunData, max_questions: int = MAX_QUESTIONS, max_bytes: int = MAX_BYTES
+) -> BrowserData:
     """The questions that were hard at some visit, as many as fit."""
     tallies = _tally(run)
     hard = [question_id for question_id, tally in tallies.items() if tally.hard]
     fates = question_fates(run.fates)
     chosen = _choose(hard, tallies, fates)[:max_questions]
     views = _collect(run, chosen, fates)
-    return BrowserData(total=len(hard), questions=list(_within([views[i] for i in chosen], max_bytes)))
+    return BrowserData(
+        total=len(hard), questions=list(_within([views[i] for i in chosen], max_bytes))
+    )
 
 
 def question_fates(fates: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """Latest fate and entry accuracy of every question that ever entered the buffer."""
     names = {"admitted": "in the buffer"}
     return {
-        line["question_id"]: (names.get(line["fate"], line["fate"]), entry_name(line["entry_accuracy"]))
+        line["question_id"]: (
+            names.get(line["fate"], line["fate"]),
+            entry_name(line["entry_accuracy"]),
+        )
         for line in fates
     }
 
 
 def embed(data: BrowserData) -> str:
-    """JSON that is safe inside a `<script>` element: nothing in it can end the element or open a comment."""
+    """JSON that is safe inside a `<script>` element: nothing in it can end the element or open a
+    comment."""
     text = msgspec.json.encode(data).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -118,45 +128,65 @@ def _tally(run: RunData) -> dict[str, _Tally]:
     return tallies
 
 
-def _choose(hard: list[str], tallies: dict[str, _Tally], fates: Mapping[str, tuple[str, str]]) -> list[str]:
+def _choose(
+    hard: list[str], tallies: dict[str, _Tally], fates: Mapping[str, tuple[str, str]]
+) -> list[str]:
     """The richest histories first, one of each fate in turn, so that no fate crowds out another."""
     ranked = sorted(hard, key=lambda i: (-tallies[i].reformulated, -tallies[i].visits, i))
     by_fate: dict[str, list[str]] = {}
     for question_id in ranked:
-        by_fate.setdefault(fates.get(question_id, ("never admitted", ""))[0], []).append(question_id)
+        by_fate.setdefault(fates.get(question_id, ("never admitted", ""))[0], []).append(
+            question_id
+        )
     rounds = zip_longest(*(by_fate[fate] for fate in sorted(by_fate)))
     return [question_id for question_id in chain.from_iterable(rounds) if question_id is not None]
 
 
-def _collect(run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]]) -> dict[str, QuestionView]:
+def _collect(
+    run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]]
+) -> dict[str, QuestionView]:
     views: dict[str, QuestionView] = {}
     for path in step_files(run.run_dir / "rollouts"):
         for row in read_step(path, question_ids=chosen):
             _add_row(views, row, fates)
     for view in views.values():
         for visit in view.visits:
-            visit.groups.sort(key=lambda group: GROUP_ORDER.index(group.kind) if group.kind in GROUP_ORDER else 9)
+            visit.groups.sort(
+                key=lambda group: GROUP_ORDER.index(group.kind) if group.kind in GROUP_ORDER else 9
+            )
     return views
 
 
-def _add_row(views: dict[str, QuestionView], row: Mapping[str, Any], fates: Mapping[str, tuple[str, str]]) -> None:
+def _add_row(
+    views: dict[str, QuestionView], row: Mapping[str, Any], fates: Mapping[str, tuple[str, str]]
+) -> None:
     """Rows come in step order and, within a step, group by group."""
     name = row["question_id"]
     if name not in views:
         fate, entry = fates.get(name, ("never admitted", None))
-        views[name] = QuestionView(id=name, text=cut(row["question"]), gold=cut(row["gold"]), fate=fate, entry=entry)
+        views[name] = QuestionView(
+            id=name, text=cut(row["question"]), gold=cut(row["gold"]), fate=fate, entry=entry
+        )
     visits = views[name].visits
     if not visits or visits[-1].step != row["step"]:
         visits.append(_visit(row))
     groups = visits[-1].groups
     if not groups or groups[-1].kind != row["kind"]:
-        groups.append(GroupView(kind=row["kind"], prompt=cut(row["prompt"]), candidates=_candidates(row["candidates"])))
+        groups.append(
+            GroupView(
+                kind=row["kind"],
+                prompt=cut(row["prompt"]),
+                candidates=_candidates(row["candidates"]),
+            )
+        )
     groups[-1].rollouts.append(_rollout(row))
 
 
 def _visit(row: Mapping[str, Any]) -> VisitView:
     accuracy = round(row["question_accuracy"], 4)
-    return VisitView(step=row["step"], origin=row["origin"], outcome=row["outcome"], accuracy=accuracy)
+    return VisitView(
+        step=row["step"], origin=row["origin"], outcome=row["outcome"], accuracy=accuracy
+    )
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout:
@@ -173,12 +203,16 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
 
 
 def _candidates(encoded: str | None) -> list[dict[str, Any]]:
-    """Where each candidate came from and what was shown of it; the uncompressed text is among the rollouts anyway."""
+    """Where each candidate came from and what was shown of it; the uncompressed text is among the
+    rollouts anyway."""
     if encoded is None:
         return []
     shown = ("source", "answer", "correct")
     return [
-        {**{key: candidate[key] for key in shown}, "text": cut(candidate["shown"] or candidate["text"])}
+        {
+            **{key: candidate[key] for key in shown},
+            "text": cut(candidate["shown"] or candidate["text"]),
+        }
         for candidate in msgspec.json.decode(encoded, type=list[dict[str, Any]])
     ]
 

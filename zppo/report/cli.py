@@ -8,11 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from zppo.command_line import Parser
-from zppo.errors import UserError
+from zppo.errors import Parser, UserError
+from zppo.records.atomic_file import written_whole
+from zppo.records.summary import summarise
 from zppo.report.load import load_run
-from zppo.summary import summarise
-from zppo.whole_file import written_whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         if arguments.json:
-            print(msgspec.json.format(msgspec.json.encode(summarise(arguments.run)), indent=2).decode())
+            print(
+                msgspec.json.format(
+                    msgspec.json.encode(summarise(arguments.run)), indent=2
+                ).decode()
+            )
         if arguments.out is not None or not arguments.json:
-            path = write_report(arguments.run, arguments.out or arguments.run / "report" / "index.html")
+            path = write_report(
+                arguments.run, arguments.out or arguments.run / "report" / "index.html"
+            )
             print(f"report: {path}", file=sys.stderr if arguments.json else sys.stdout)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -31,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(run_dir: Path, out: Path) -> Path:
-    """Make the page and put it at `out`, whole or not at all. Raises UserError if the run or `out` cannot be used."""
+    """Make the page and put it at `out`, whole or not at all. Raises UserError if the run or `out`
+    cannot be used."""
     # matplotlib takes a second to import, which `--json` should not pay.
     from zppo.report.page import render_page
 
@@ -48,6 +54,12 @@ def write_report(run_dir: Path, out: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="zppo report", description="Report on a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON (no page unless --out is given)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: RUN/report/index.html)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the summary as JSON (no page unless --out is given)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write (default: RUN/report/index.html)"
+    )
     return parser

@@ -1,4 +1,5 @@
-"""The figures of one run, each a function from `RunData` to a drawing, or None when the run lacks the data for it.
+"""The figures of one run, each a function from `RunData` to a drawing, or None when the run lacks
+the data for it.
 
 The captions name the figure of the paper that shows the same quantity.
 """
@@ -48,16 +49,28 @@ def heldout(run: RunData) -> _Sketch | None:
     points = {line["step"]: line for line in run.heldout}
     steps = sorted(points)
     values = [points[step]["accuracy"] for step in steps]
-    low = [value - points[step].get("low", value) for step, value in zip(steps, values, strict=True)]
-    high = [points[step].get("high", value) - value for step, value in zip(steps, values, strict=True)]
+    low = [
+        value - points[step].get("low", value) for step, value in zip(steps, values, strict=True)
+    ]
+    high = [
+        points[step].get("high", value) - value for step, value in zip(steps, values, strict=True)
+    ]
     axes.errorbar(steps, values, yerr=[low, high], color=BLUE, marker="o", capsize=4, linewidth=2)
     for step, value in zip(steps, values, strict=True):
-        axes.annotate(f"{100 * value:.1f} %", (step, value), xytext=(8, -14), textcoords="offset points", color=BLUE)
+        axes.annotate(
+            f"{100 * value:.1f} %",
+            (step, value),
+            xytext=(8, -14),
+            textcoords="offset points",
+            color=BLUE,
+        )
     axes.margins(x=0.15, y=0.3)
     plots.label(axes, "Held-out accuracy", "trained steps", "mean reward")
     plots.percent_ticks(axes)
     plots.whole_numbers(axes)
-    caption = "Questions that are never trained on, plain prompts. Bars: 95 % interval over questions."
+    caption = (
+        "Questions that are never trained on, plain prompts. Bars: 95 % interval over questions."
+    )
     return _Sketch(figure, "Held-out accuracy", caption)
 
 
@@ -111,10 +124,12 @@ def training(run: RunData) -> _Sketch | None:
             plots.shares(axes)
     _steps_on(*panels)
     if len(present) == 1:
-        return _Sketch(figure, "Loss", "Mean over the updates of a step; the first quantity of Fig. 25.")
+        return _Sketch(
+            figure, "Loss", "Mean over the updates of a step; the first quantity of Fig. 25."
+        )
     caption = (
-        "The quantities of Fig. 25. BCQ: one right and one wrong candidate in the prompt. NCQ: only wrong answers. "
-        "Hint and prefix: Algorithms 5 and 6."
+        "The quantities of Fig. 25. BCQ: one right and one wrong candidate in the prompt. NCQ: "
+        "only wrong answers. Hint and prefix: Algorithms 5 and 6."
     )
     return _Sketch(figure, "Loss and reformulated prompts", caption)
 
@@ -134,12 +149,18 @@ def composition(run: RunData) -> _Sketch | None:
         "prefix": (run.column("window/prefix"), BLUE),
     }
     present = {name: layer for name, layer in layers.items() if layer[0].any()}
-    values, colours = [layer for layer, _ in present.values()], [colour for _, colour in present.values()]
+    values, colours = (
+        [layer for layer, _ in present.values()],
+        [colour for _, colour in present.values()],
+    )
     plots.stack(axes, run.step_numbers(), values, colours, list(present))
     plots.label(axes, "Groups in the loss", STEP, "groups")
     plots.whole_numbers(axes, y=True)
     plots.legend_below(axes, 4)
-    caption = "Composition of each step's batch, as in Fig. 5a. Hard: plain accuracy below the threshold τ."
+    caption = (
+        "Composition of each step's batch, as in Fig. 5a. Hard: plain accuracy below the threshold "
+        "τ."
+    )
     return _Sketch(figure, "Batch composition", caption)
 
 
@@ -156,7 +177,10 @@ def graduations(run: RunData) -> _Sketch | None:
     plots.label(axes, "Graduated questions, cumulative", STEP, "questions")
     plots.whole_numbers(axes, y=True)
     plots.legend(axes, title="accuracy at admission: graduated of admitted", loc="upper left")
-    caption = "Questions that left the buffer mastered, by the accuracy they were admitted with, as in Fig. 4."
+    caption = (
+        "Questions that left the buffer mastered, by the accuracy they were admitted with, as in "
+        "Fig. 4."
+    )
     return _Sketch(figure, "Graduations by entry accuracy", caption)
 
 
@@ -165,13 +189,20 @@ def fates(run: RunData) -> _Sketch | None:
     if not run.fates:
         return None
     figure, [axes] = plots.canvas()
-    for fate, colour, style in (("admitted", GREY, ":"), ("graduated", GREEN, "-"), ("evicted", VERMILION, "--")):
+    for fate, colour, style in (
+        ("admitted", GREY, ":"),
+        ("graduated", GREEN, "-"),
+        ("evicted", VERMILION, "--"),
+    ):
         at = np.array([line["step"] for line in run.fates if line["fate"] == fate], dtype=int)
         plots.staircase(axes, at, _last_step(run), colour, f"{fate} ({len(at):,})", style)
     plots.label(axes, "Ways in and out of the buffer, cumulative", STEP, "questions")
     plots.whole_numbers(axes, y=True)
     plots.legend(axes, loc="upper left")
-    caption = "Graduated: answered at least at the rate τ. Evicted: the oldest of a full buffer. As in Figs. 5b and 23."
+    caption = (
+        "Graduated: answered at least at the rate τ. Evicted: the oldest of a full buffer. As in "
+        "Figs. 5b and 23."
+    )
     return _Sketch(figure, "Graduation and eviction", caption)
 
 
@@ -212,25 +243,41 @@ def bins(run: RunData) -> _Sketch | None:
     for axes, values in ((number, counts), (share, rates)):
         axes.set_ylim(top=1.15 * max(values) or 1.0)  # room for the labels
         axes.grid(axis="x", visible=False)
-    return _Sketch(figure, "Graduates per bin", "Count and share of graduates by accuracy at admission, as in Fig. 21.")
+    return _Sketch(
+        figure,
+        "Graduates per bin",
+        "Count and share of graduates by accuracy at admission, as in Fig. 21.",
+    )
 
 
 def visits(run: RunData) -> _Sketch | None:
     """Fate by number of visits (Fig. 24)."""
-    ends = [(min(line["visits"], MOST_VISITS), line["fate"]) for line in run.fates if line["fate"] != "admitted"]
+    ends = [
+        (min(line["visits"], MOST_VISITS), line["fate"])
+        for line in run.fates
+        if line["fate"] != "admitted"
+    ]
     if not ends:
         return None
     figure, [axes] = plots.canvas()
     numbers = np.arange(1, max(count for count, _ in ends) + 1)
-    layers = [np.array([ends.count((n, fate)) for n in numbers]) for fate in ("graduated", "evicted")]
+    layers = [
+        np.array([ends.count((n, fate)) for n in numbers]) for fate in ("graduated", "evicted")
+    ]
     plots.stacked_bars(axes, numbers, layers, (GREEN, VERMILION), ("graduated", "evicted"))
     axes.set_xticks(numbers, [f"{n}+" if n == MOST_VISITS else str(n) for n in numbers])
-    plots.label(axes, "Questions that left the buffer", "visits, the admitting one included", "questions")
+    plots.label(
+        axes, "Questions that left the buffer", "visits, the admitting one included", "questions"
+    )
     plots.whole_numbers(axes, x=False, y=True)
     axes.set_ylim(top=1.08 * np.sum(layers, axis=0).max())
     axes.grid(axis="x", visible=False)
     plots.legend(axes)
-    return _Sketch(figure, "Fate by number of visits", "How often a question was tried before it left, as in Fig. 24.")
+    return _Sketch(
+        figure,
+        "Fate by number of visits",
+        "How often a question was tried before it left, as in Fig. 24.",
+    )
 
 
 def staleness(run: RunData) -> _Sketch | None:
@@ -239,7 +286,9 @@ def staleness(run: RunData) -> _Sketch | None:
     if not len(series.steps):
         return None
     figure, [axes] = plots.canvas()
-    axes.step(*run.series("staleness/max"), where="mid", color=ORANGE, linewidth=1.4, label="oldest token")
+    axes.step(
+        *run.series("staleness/max"), where="mid", color=ORANGE, linewidth=1.4, label="oldest token"
+    )
     plots.line(axes, *run.series("staleness/in_queue"), GREY, "mean, after sampling")
     plots.line(axes, *series, BLUE, "mean over tokens")
     bound = run.setting("scheduler", "max_staleness")
@@ -249,7 +298,10 @@ def staleness(run: RunData) -> _Sketch | None:
     axes.set_ylim(bottom=0, top=max([bound or 0, *series.values]) + 0.6)
     plots.whole_numbers(axes)
     plots.legend_below(axes, 4)
-    caption = "Step minus the version that sampled a token. Queue time counts: nothing may pass the bound."
+    caption = (
+        "Step minus the version that sampled a token. Queue time counts: nothing may pass the "
+        "bound."
+    )
     return _Sketch(figure, "Staleness", caption)
 
 
@@ -262,7 +314,13 @@ def throughput(run: RunData) -> _Sketch | None:
     plots.line(speed, seconds.steps, run.column("tokens/generated") / seconds.values, BLUE)
     plots.label(speed, "Trained tokens a second", STEP, "tokens/s")
     speed.set_ylim(bottom=0)
-    plots.line(waits, seconds.steps, run.column("time/trainer_wait") / seconds.values, VERMILION, "trainer waits")
+    plots.line(
+        waits,
+        seconds.steps,
+        run.column("time/trainer_wait") / seconds.values,
+        VERMILION,
+        "trainer waits",
+    )
     idle = run.series("time/rollout_idle")
     if len(idle.steps):
         plots.line(waits, *idle, SKY, "rollout slots idle")
@@ -270,7 +328,11 @@ def throughput(run: RunData) -> _Sketch | None:
     plots.shares(waits)
     plots.legend(waits)
     _steps_on(speed, waits)
-    return _Sketch(figure, "Throughput and waiting", "Response tokens that entered the loss, over wall-clock time.")
+    return _Sketch(
+        figure,
+        "Throughput and waiting",
+        "Response tokens that entered the loss, over wall-clock time.",
+    )
 
 
 def off_policy(run: RunData) -> _Sketch | None:
@@ -288,7 +350,10 @@ def off_policy(run: RunData) -> _Sketch | None:
     plots.label(axes, "Estimated divergence", STEP, "nats per token")
     plots.whole_numbers(axes)
     plots.legend_below(axes, 2)
-    caption = "Behaviour: the engine, sampling. Proximal: the trainer, before the step. Policy: the trainer, updating."
+    caption = (
+        "Behaviour: the engine, sampling. Proximal: the trainer, before the step. Policy: the "
+        "trainer, updating."
+    )
     return _Sketch(figure, "Off-policy distance", caption)
 
 
@@ -303,7 +368,13 @@ def draw_all(run: RunData) -> list[Drawing]:
     """All figures the run has data for, in the order of the page."""
     with plots.look():
         return [
-            Drawing(section, sketch.title, sketch.caption, plots.to_uri(sketch.figure), len(sketch.figure.axes) > 1)
+            Drawing(
+                section,
+                sketch.title,
+                sketch.caption,
+                plots.to_uri(sketch.figure),
+                len(sketch.figure.axes) > 1,
+            )
             for section, functions in SECTIONS.items()
             for function in functions
             if (sketch := function(run)) is not None

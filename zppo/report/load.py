@@ -1,4 +1,5 @@
-"""What the report knows of a run: the records of its directory, and series and counts drawn from them."""
+"""What the report knows of a run: the records of its directory, and series and counts drawn from
+them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec import Struct
 
-from zppo.summary import Record, read_lines, require_run, summarise, topology_value
+from zppo.records.summary import Record, read_lines, require_run, summarise, topology_value
 
 MAX_BINS = 8
 """As many bins as there are colours that colour-blind readers can tell apart."""
@@ -49,7 +50,8 @@ class RunData(Struct, kw_only=True):
         return topology_value(self.run, *path, default=default)
 
     def families(self, prefix: str) -> dict[float, np.ndarray]:
-        """Metrics `<prefix>/<entry>` by entry accuracy, each for every step, in rising order of entry."""
+        """Metrics `<prefix>/<entry>` by entry accuracy, each for every step, in rising order of
+        entry."""
         names = {name for line in self.steps for name in line if name.startswith(f"{prefix}/")}
         found = {float(name.rpartition("/")[2]): self.column(name) for name in names}
         merged: dict[float, np.ndarray] = {}
@@ -77,7 +79,8 @@ class RunData(Struct, kw_only=True):
 
 
 def merger(entries: list[float]) -> Callable[[float], float]:
-    """Bins are the entry accuracies themselves; if too many to tell apart, steps of 12.5 % (the paper's)."""
+    """Bins are the entry accuracies themselves; if too many to tell apart, steps of 12.5 % (the
+    paper's)."""
     if len({round(entry, 6) for entry in entries}) <= MAX_BINS:
         return lambda entry: round(entry, 6)
     return lambda entry: int(entry * 8) / 8

@@ -1,8 +1,9 @@
-"""The page: figures, numbers, sentences and the question browser put into one self-contained HTML file.
+"""The page: figures, numbers, sentences and the question browser put into one self-contained HTML
+file.
 
-Nothing is fetched from anywhere, and the page's own content security policy forbids it: the only script and the only
-style sheet that run are those whose digests are in the policy. All text of the run is escaped by the template or goes
-through `textContent`.
+Nothing is fetched from anywhere, and the page's own content security policy forbids it: the only
+script and the only style sheet that run are those whose digests are in the policy. All text of the
+run is escaped by the template or goes through `textContent`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def render_page(run: RunData) -> str:
     """The whole page as text."""
     browser = browser_data(run)
     drawings = draw_all(run)
-    script, style = (ASSETS / "browser.js").read_text("utf-8"), (ASSETS / "page.css").read_text("utf-8")
+    script, style = (
+        (ASSETS / "browser.js").read_text("utf-8"),
+        (ASSETS / "page.css").read_text("utf-8"),
+    )
     return _environment().get_template("page.html.j2").render(
         title=run.setting("run", "name", default=run.run_dir.name),
         method=run.summary["method"],
@@ -55,14 +59,24 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The headline numbers: (value, what it is, a detail)."""
 
     def change(before: float | None, after: float | None) -> str:
-        return " → ".join("–" if value is None else f"{100 * value:.0f} %" for value in (before, after))
+        return " → ".join(
+            "–" if value is None else f"{100 * value:.0f} %" for value in (before, after)
+        )
 
     kept = summary["trained_twice"] == 0 and summary["lost"] == 0
     detail = f"{summary['trained_twice']} trained twice, {summary['lost']} lost"
     return [
         (f"{summary['steps']:,}", "rollout steps", duration(summary["wall_seconds"])),
-        (change(summary["heldout_before"], summary["heldout_after"]), "held-out accuracy", "before → after"),
-        (change(summary["accuracy_first"], summary["accuracy_last"]), "on new questions", "first → last tenth"),
+        (
+            change(summary["heldout_before"], summary["heldout_after"]),
+            "held-out accuracy",
+            "before → after",
+        ),
+        (
+            change(summary["accuracy_first"], summary["accuracy_last"]),
+            "on new questions",
+            "first → last tenth",
+        ),
         (f"{summary['graduated']:,}", "graduated", f"of {summary['admitted']:,} admitted"),
         (f"{summary['max_staleness_seen']}", "versions", "greatest staleness"),
         ("kept" if kept else "broken", "exactly-once", detail),
@@ -75,8 +89,10 @@ def browser_note(browser: BrowserData) -> str:
     if shown == browser.total:
         return f"All {shown:,} questions that were hard at some visit."
     return (
-        f"{shown:,} of {browser.total:,} questions that were hard at some visit: those with the most reformulated "
-        "prompts and visits, each fate in turn, as many as one page can carry. The rollout store holds them all."
+        f"{shown:,} of {browser.total:,} questions that were hard at some visit: those with the "
+        "most reformulated "
+        "prompts and visits, each fate in turn, as many as one page can carry. The rollout store "
+        "holds them all."
     )
 
 

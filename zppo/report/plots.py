@@ -1,7 +1,8 @@
 """The hand that draws: one look for all figures, and their way into the page.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. A figure becomes an SVG data URI for an `<img>`:
-no script can run in it, no id of one figure meets an id of another, and it prints sharp.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. A figure becomes an SVG data
+URI for an `<img>`: no script can run in it, no id of one figure meets an id of another, and it
+prints sharp.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ _LOOK = {
 
 
 def look() -> AbstractContextManager[None]:
-    """Draw within this context: matplotlib reads its settings whenever a part of a figure is made."""
+    """Draw within this context: matplotlib reads its settings whenever a part of a figure is
+    made."""
     return matplotlib.rc_context(_LOOK)  # type: ignore[arg-type]
 
 
 def canvas(panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with one row of panels: a single one fills half the page, several its whole width."""
+    """A figure with one row of panels: a single one fills half the page, several its whole
+    width."""
     figure = Figure(figsize=(6.2 if panels == 1 else 12.4, 3.1), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
@@ -91,13 +94,24 @@ def percent_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
 
 
-def line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, name: str | None = None) -> None:
-    """A noisy series: its points faintly and a running mean on top; a short one as it is, with markers."""
+def line(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, name: str | None = None
+) -> None:
+    """A noisy series: its points faintly and a running mean on top; a short one as it is, with
+    markers."""
     if len(values) < 2 * smoothing_width(len(values)) or len(values) < 16:
-        axes.plot(steps, values, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.6)
+        axes.plot(
+            steps, values, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.6
+        )
         return
     axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
-    axes.plot(steps, running_mean(values, smoothing_width(len(values))), color=colour, label=name, linewidth=2)
+    axes.plot(
+        steps,
+        running_mean(values, smoothing_width(len(values))),
+        color=colour,
+        label=name,
+        linewidth=2,
+    )
 
 
 def smoothing_width(length: int) -> int:
@@ -111,7 +125,9 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return sums / np.convolve(np.ones(len(values)), np.ones(width), mode="same")
 
 
-def staircase(axes: Axes, at: np.ndarray, last: int, colour: str, name: str, style: str = "-") -> None:
+def staircase(
+    axes: Axes, at: np.ndarray, last: int, colour: str, name: str, style: str = "-"
+) -> None:
     """Cumulative count of events at the steps `at`, drawn up to the end of step `last`."""
     steps = np.arange(last + 2)
     counts = np.concatenate([[0], np.cumsum(np.bincount(at, minlength=last + 1)[: last + 1])])
@@ -119,17 +135,28 @@ def staircase(axes: Axes, at: np.ndarray, last: int, colour: str, name: str, sty
 
 
 def stack(
-    axes: Axes, steps: np.ndarray, layers: Sequence[np.ndarray], colours: Sequence[str], names: Sequence[str]
+    axes: Axes,
+    steps: np.ndarray,
+    layers: Sequence[np.ndarray],
+    colours: Sequence[str],
+    names: Sequence[str],
 ) -> None:
-    """Stacked layers, one level a step, without gaps; each layer is a single shape however long the run is."""
+    """Stacked layers, one level a step, without gaps; each layer is a single shape however long the
+    run is."""
     edges = np.append(steps - 0.5, steps[-1:] + 0.5)
     levels = [np.append(layer, layer[-1:]) for layer in layers]
-    axes.stackplot(edges, levels, colors=list(colours), labels=list(names), step="post", linewidth=0)
+    axes.stackplot(
+        edges, levels, colors=list(colours), labels=list(names), step="post", linewidth=0
+    )
     axes.margins(x=0)
 
 
 def stacked_bars(
-    axes: Axes, places: np.ndarray, layers: Sequence[np.ndarray], colours: Sequence[str], names: Sequence[str]
+    axes: Axes,
+    places: np.ndarray,
+    layers: Sequence[np.ndarray],
+    colours: Sequence[str],
+    names: Sequence[str],
 ) -> None:
     """Stacked bars with gaps, for few places."""
     below = np.zeros(len(places))
@@ -138,7 +165,9 @@ def stacked_bars(
         below = below + layer
 
 
-def legend(axes: Axes, loc: Literal["best", "upper left"] = "best", title: str | None = None) -> None:
+def legend(
+    axes: Axes, loc: Literal["best", "upper left"] = "best", title: str | None = None
+) -> None:
     axes.legend(loc=loc, title=title, handlelength=1.4)
 
 

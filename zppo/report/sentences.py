@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zppo.metrics import KIND_TITLES
+from zppo.records.metrics import KIND_TITLES
 from zppo.report.load import RunData
 
 
@@ -14,7 +14,13 @@ def sentences(run: RunData) -> list[str]:
     summary = run.summary
     if summary["steps"] == 0:
         return ["No step has been trained yet.", *_evaluated(run)]
-    parts = [_work(summary), *_evaluated(run), *_buffer(summary), _staleness(run), _promise(summary)]
+    parts = [
+        _work(summary),
+        *_evaluated(run),
+        *_buffer(summary),
+        _staleness(run),
+        _promise(summary),
+    ]
     return [part for part in parts if part]
 
 
@@ -29,7 +35,11 @@ def duration(seconds: float) -> str:
 
 
 def _work(summary: Mapping[str, Any]) -> str:
-    rewritten = {name.removeprefix("groups_"): n for name, n in summary.items() if name.startswith("groups_") and n}
+    rewritten = {
+        name.removeprefix("groups_"): n
+        for name, n in summary.items()
+        if name.startswith("groups_") and n
+    }
     text = (
         f"{summary['steps']:,} rollout steps in {duration(summary['wall_seconds'])} trained on "
         f"{summary['questions_new']:,} new and {summary['questions_replayed']:,} replayed questions"
@@ -55,7 +65,8 @@ def _evaluated(run: RunData) -> list[str]:
 
 
 def _intervals(run: RunData) -> str:
-    """The 95 % intervals of the first and the last evaluation, so that nobody reads noise as progress."""
+    """The 95 % intervals of the first and the last evaluation, so that nobody reads noise as
+    progress."""
     lines = sorted(run.heldout, key=lambda line: line["step"])
     ends = [line for line in (lines[0], lines[-1]) if "low" in line and "high" in line]
     if len(ends) < 2:
@@ -69,7 +80,8 @@ def _buffer(summary: Mapping[str, Any]) -> list[str]:
         return []
     share = 100 * summary["graduated"] / summary["admitted"]
     return [
-        f"The replay buffer admitted {summary['admitted']:,} hard questions; {summary['graduated']:,} of them "
+        f"The replay buffer admitted {summary['admitted']:,} hard questions; "
+        f"{summary['graduated']:,} of them "
         f"({share:.0f} %) graduated and {summary['evicted']:,} were evicted."
     ]
 
@@ -79,7 +91,9 @@ def _staleness(run: RunData) -> str:
     if bound is None:
         return f"No token was older than {_versions(seen)} when it was trained on."
     verdict = "within" if seen <= bound else "ABOVE"
-    return f"The oldest token trained on was {_versions(seen)} behind, {verdict} the bound of {bound}."
+    return (
+        f"The oldest token trained on was {_versions(seen)} behind, {verdict} the bound of {bound}."
+    )
 
 
 def _versions(number: float) -> str:
@@ -88,8 +102,12 @@ def _versions(number: float) -> str:
 
 def _promise(summary: Mapping[str, Any]) -> str:
     if summary["trained_twice"] == 0 and summary["lost"] == 0:
-        return "Every new question was trained exactly once: none was lost, no group was trained twice."
+        return (
+            "Every new question was trained exactly once: none was lost, no group was trained "
+            "twice."
+        )
     return (
-        f"THE EXACTLY-ONCE PROMISE WAS BROKEN: {summary['trained_twice']:,} groups or questions were trained twice and "
+        f"THE EXACTLY-ONCE PROMISE WAS BROKEN: {summary['trained_twice']:,} groups or questions "
+        "were trained twice and "
         f"{summary['lost']:,} questions were lost."
     )

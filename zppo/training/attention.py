@@ -1,14 +1,16 @@
-"""Attention of the trainer on a CPU: matrix products and a softmax, with the weights computed again in the backward
-pass.
+"""Attention of the trainer on a CPU: matrix products and a softmax, with the weights computed again
+in the backward pass.
 
-torch's fused kernel for CPUs saves memory that short rows do not need: at 265 positions in bfloat16 it takes 15.6 ms a
-layer where this takes 8, at 90 positions 3.6 ms where this takes 1.2. Rows longer than `WIDEST`, other devices and
-everything that transformers' own `sdpa` may do on top go to that function unchanged.
+torch's fused kernel for CPUs saves memory that short rows do not need: at 265 positions in bfloat16
+it takes 15.6 ms a layer where this takes 8, at 90 positions 3.6 ms where this takes 1.2. Rows
+longer than `WIDEST`, other devices and everything that transformers' own `sdpa` may do on top go to
+that function unchanged.
 
-Invariant: no scores or weights (L * L a head) are kept between forward and backward pass; they are masked and
-normalised in float32.
+Invariant: no scores or weights (L * L a head) are kept between forward and backward pass; they are
+masked and normalised in float32.
 
-Shape legend: B rows, H query heads, K key-value heads, G = H / K query heads of each, L positions, D head width.
+Shape legend: B rows, H query heads, K key-value heads, G = H / K query heads of each, L positions,
+D head width.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ WIDEST = 1024
 
 
 def adopt(model: Any) -> None:
-    """Let a model on a CPU that uses transformers' `sdpa` use this; another model is left as it is."""
+    """Let a model on a CPU that uses transformers' `sdpa` use this; another model is left as it
+    is."""
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, products_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -45,15 +48,29 @@ def products_attention(
     is_causal: bool | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; `attention_mask` is None (causal), boolean or additive. Returns [B, L, H,
-    D].
+    """What transformers calls in every layer; `attention_mask` is None (causal), boolean or
+    additive. Returns [B, L, H, D].
     """
     length = query_BHLD.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = key_BKLD.shape[2] == length <= WIDEST and not dropout and (attention_mask is not None or causal)
-    if not plain or any(value is not None for name, value in extras.items() if name in ("softcap", "s_aux")):
+    plain = (
+        key_BKLD.shape[2] == length <= WIDEST
+        and not dropout
+        and (attention_mask is not None or causal)
+    )
+    if not plain or any(
+        value is not None for name, value in extras.items() if name in ("softcap", "s_aux")
+    ):
         return sdpa_attention_forward(
-            module, query_BHLD, key_BKLD, value_BKLD, attention_mask, dropout, scaling, is_causal, **extras
+            module,
+            query_BHLD,
+            key_BKLD,
+            value_BKLD,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            **extras,
         )
     bias = _bias(attention_mask, length, query_BHLD)
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -81,11 +98,17 @@ def _weights(query_BKXD: Tensor, key_BKLD: Tensor, bias: Tensor, scale: float) -
 
 
 class _Attention(torch.autograd.Function):
-    """The G query heads of a key-value head lie one behind the other, so that keys and values are not repeated."""
+    """The G query heads of a key-value head lie one behind the other, so that keys and values are
+    not repeated."""
 
     @staticmethod
     def forward(
-        ctx: Any, query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, bias: Tensor, scale: float
+        ctx: Any,
+        query_BHLD: Tensor,
+        key_BKLD: Tensor,
+        value_BKLD: Tensor,
+        bias: Tensor,
+        scale: float,
     ) -> Tensor:
         query_BKXD = _by_key_head(query_BHLD, key_BKLD.shape[1])
         key_BKLD, value_BKLD = key_BKLD.contiguous(), value_BKLD.contiguous()

@@ -1,10 +1,12 @@
-"""Distillation (Algorithms 2 and 3): the divergence of the student from the teacher at every response token.
+"""Distillation (Algorithms 2 and 3): the divergence of the student from the teacher at every
+response token.
 
-It does not matter who wrote the tokens, so there are no advantages, no ratio and no proximal pass. A colocated teacher
-reads the same micro-batches and gives its whole distribution; of a remote one the window brings the K most probable
-tokens, and what they leave of 1 is one more category.
+It does not matter who wrote the tokens, so there are no advantages, no ratio and no proximal pass.
+A colocated teacher reads the same micro-batches and gives its whole distribution; of a remote one
+the window brings the K most probable tokens, and what they leave of 1 is one more category.
 
-Shape legend: T response tokens of the window, R of a micro-batch, K most probable tokens of the teacher.
+Shape legend: T response tokens of the window, R of a micro-batch, K most probable tokens of the
+teacher.
 """
 
 from __future__ import annotations
@@ -20,26 +22,32 @@ from zppo.training.batch import Rollouts
 from zppo.training.layout import MicroBatch
 from zppo.training.trainer import Trainer
 from zppo_kernels import JsdLossOutput
-from zppo_protocol.messages import TokenScores, TrainGroup
+from zppo_protocol.samples import TokenScores, TrainGroup
 
 UNKNOWN = -1
-"""The id of a teacher token that is not there, or that the student does not have; its mass belongs to the tail."""
+"""The id of a teacher token that is not there, or that the student does not have; its mass belongs
+to the tail."""
 
 
 class Divergence:
-    """An `Objective`: the generalised Jensen-Shannon divergence, summed over the tokens and divided by their number."""
+    """An `Objective`: the generalised Jensen-Shannon divergence, summed over the tokens and divided
+    by their number."""
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
         self._trainer = trainer
         self._rollouts = rollouts
         self._support = (
-            support_of(rollouts, trainer.policy.vocabulary) if trainer.teacher is None and rollouts.tokens else None
+            support_of(rollouts, trainer.policy.vocabulary)
+            if trainer.teacher is None and rollouts.tokens
+            else None
         )
 
     def live(self, sequences: np.ndarray) -> np.ndarray:
         return sequences[self._rollouts.lengths_S[sequences] > 0]
 
-    def loss(self, batch: MicroBatch, token_count: int, sequence_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: MicroBatch, token_count: int, sequence_count: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self._trainer.settings
         output = self._divergence(
             batch,
@@ -58,26 +66,35 @@ class Divergence:
             return trainer.policy.jsd_loss(batch, trainer.teacher, **arguments)
         assert self._support is not None
         ids_TK, log_probs_TK = self._support
-        return trainer.policy.jsd_loss_top_k(batch, ids_TK[batch.tokens_R], log_probs_TK[batch.tokens_R], **arguments)
+        return trainer.policy.jsd_loss_top_k(
+            batch, ids_TK[batch.tokens_R], log_probs_TK[batch.tokens_R], **arguments
+        )
 
 
 def support_of(rollouts: Rollouts, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The remote teacher's tokens [T, K] int64 and their log-probs [T, K] float32, on the device of the rollouts.
+    """The remote teacher's tokens [T, K] int64 and their log-probs [T, K] float32, on the device of
+    the rollouts.
 
-    K is that of the widest group; groups without tokens need no scores. Raises RuntimeError for any other group that
-    has none: the window should not have come.
+    K is that of the widest group; groups without tokens need no scores. Raises RuntimeError for any
+    other group that has none: the window should not have come.
     """
     scores = [_scores(group) for group in rollouts.groups if len(group.samples.token_ids)]
     width = max(1, *(score.token_ids.shape[1] for score in scores))
-    ids_TK = np.concatenate([_widened(score.token_ids, width, UNKNOWN) for score in scores]).astype(np.int64)
+    ids_TK = np.concatenate([_widened(score.token_ids, width, UNKNOWN) for score in scores]).astype(
+        np.int64
+    )
     ids_TK[ids_TK >= vocabulary] = UNKNOWN
     log_probs_TK = np.concatenate([_widened(score.log_probs, width, 0.0) for score in scores])
-    return torch.from_numpy(ids_TK).to(rollouts.device), torch.from_numpy(log_probs_TK).to(rollouts.device)
+    return torch.from_numpy(ids_TK).to(rollouts.device), torch.from_numpy(log_probs_TK).to(
+        rollouts.device
+    )
 
 
 def _scores(group: TrainGroup) -> TokenScores:
     if group.scores is None:
-        raise RuntimeError(f"group {group.group_id!r} came for distillation without the scores of a remote teacher")
+        raise RuntimeError(
+            f"group {group.group_id!r} came for distillation without the scores of a remote teacher"
+        )
     return group.scores
 
 

@@ -1,7 +1,7 @@
 """The LM head of a causal LM: a matrix and perhaps a bias, if it is no more than that.
 
-A head that is more (soft caps, scaled logits) is found by a probe; then only the model's own logits are right, at the
-price of logits for all positions.
+A head that is more (soft caps, scaled logits) is found by a probe; then only the model's own logits
+are right, at the price of logits for all positions.
 
 Shape legend: B rows, L positions, H hidden size, V vocabulary.
 """
@@ -35,7 +35,8 @@ def hidden_states(model: Any, **inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def probe_head(model: Any, where: str) -> Head | None:
-    """The head of a transformers causal LM, or None if its logits are more than hidden states times a matrix.
+    """The head of a transformers causal LM, or None if its logits are more than hidden states times
+    a matrix.
 
     Raises UserError, naming the setting `where`, for logits that are not finite.
     """
@@ -54,4 +55,8 @@ def probe_head(model: Any, where: str) -> Head | None:
         raise UserError(f"{where}: the model's logits are not finite, so its weights are damaged")
     head = Head(weight_VH, getattr(output, "bias", None))
     own = nn.functional.linear(hidden, head.weight_VH, head.bias_V).float()
-    return head if torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())) else None
+    return (
+        head
+        if torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+        else None
+    )

@@ -1,14 +1,18 @@
-"""How sequences lie in one forward pass: right-padded rows, sorted by length, rollouts of a group behind one prompt.
+"""How sequences lie in one forward pass: right-padded rows, sorted by length, rollouts of a group
+behind one prompt.
 
-A *row* holds a prompt once and behind it one or more rollouts of its group. With one rollout it is an ordinary causal
-sequence. With several, positions restart behind the prompt and an attention mask keeps the rollouts apart, so each sees
-the prompt and itself only and its hidden states are what they would be alone; the prompt is computed once instead of n
-times, which pays where prompts are long against answers (BCQ and NCQ above all). Padding stands on the right, where no
-real token can see it.
+A *row* holds a prompt once and behind it one or more rollouts of its group. With one rollout it is
+an ordinary causal sequence. With several, positions restart behind the prompt and an attention mask
+keeps the rollouts apart, so each sees the prompt and itself only and its hidden states are what
+they would be alone; the prompt is computed once instead of n times, which pays where prompts are
+long against answers (BCQ and NCQ above all). Padding stands on the right, where no real token can
+see it.
 
-Invariant: each response token of the sequences handed in has exactly one entry in exactly one micro-batch.
+Invariant: each response token of the sequences handed in has exactly one entry in exactly one
+micro-batch.
 
-Shape legend: B rows, L padded positions, R response tokens and S sequences of a micro-batch; T tokens of the window.
+Shape legend: B rows, L padded positions, R response tokens and S sequences of a micro-batch; T
+tokens of the window.
 """
 
 from __future__ import annotations
@@ -26,16 +30,18 @@ PROMPT, PADDING = 0, -1
 """Segments of a row: its prompt, rollouts from 1, and padding."""
 
 SHARED_WIDTH = 1024
-"""Longest row with several rollouts. The mask makes attention dense, L*L a row, so long rows would lose again."""
+"""Longest row with several rollouts. The mask makes attention dense, L*L a row, so long rows would
+lose again."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass.
 
-    input_ids_BL: prompts and responses. positions_BL and segments_BL: only when some row holds several rollouts, else
-    None. rows_R: positions in the flattened [B*L] whose hidden states predict the response tokens. tokens_R: indices of
-    these tokens in the window. sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window.
+    input_ids_BL: prompts and responses. positions_BL and segments_BL: only when some row holds
+    several rollouts, else None. rows_R: positions in the flattened [B*L] whose hidden states
+    predict the response tokens. tokens_R: indices of these tokens in the window. sequence_ids_R:
+    their sequence, in [0, S). sequences_S: its index in the window.
     """
 
     input_ids_BL: Tensor
@@ -49,18 +55,23 @@ class MicroBatch:
 
 @dataclass
 class _Row:
-    """One row in the making: its group, the sequences behind its prompt, and the positions they take together."""
+    """One row in the making: its group, the sequences behind its prompt, and the positions they
+    take together."""
 
     group: int
     sequences: list[int]
     width: int
 
 
-def micro_batches(rollouts: Rollouts, sequences: np.ndarray, max_tokens: int, *, share: bool) -> list[MicroBatch]:
-    """Lay `sequences` into rows, sort these by length, longest first, and cut where B*L would pass `max_tokens`.
+def micro_batches(
+    rollouts: Rollouts, sequences: np.ndarray, max_tokens: int, *, share: bool
+) -> list[MicroBatch]:
+    """Lay `sequences` into rows, sort these by length, longest first, and cut where B*L would pass
+    `max_tokens`.
 
-    Sequences without response tokens are left out; a row that is longer than `max_tokens` goes alone. `share` allows
-    several rollouts behind one prompt, as far as the row stays within `max_tokens` and `SHARED_WIDTH`.
+    Sequences without response tokens are left out; a row that is longer than `max_tokens` goes
+    alone. `share` allows several rollouts behind one prompt, as far as the row stays within
+    `max_tokens` and `SHARED_WIDTH`.
     """
     limit = min(SHARED_WIDTH, max_tokens) if share else 0
     rows = sorted(_rows(rollouts, sequences, limit), key=lambda row: -row.width)
@@ -73,7 +84,8 @@ def micro_batches(rollouts: Rollouts, sequences: np.ndarray, max_tokens: int, *,
 
 
 def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:
-    """Fill rows group by group up to `limit` positions; a rollout's last token predicts nothing and is left out."""
+    """Fill rows group by group up to `limit` positions; a rollout's last token predicts nothing and
+    is left out."""
     rows: list[_Row] = []
     for sequence in sequences[np.argsort(rollouts.group_S[sequences], kind="stable")].tolist():
         group, length = int(rollouts.group_S[sequence]), int(rollouts.lengths_S[sequence])
@@ -96,7 +108,11 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     for index, row in enumerate(rows):
         prompt = rollouts.prompts_G[row.group]
         end = len(prompt)
-        ids_BL[index, :end], positions_BL[index, :end], segments_BL[index, :end] = prompt, np.arange(end), PROMPT
+        ids_BL[index, :end], positions_BL[index, :end], segments_BL[index, :end] = (
+            prompt,
+            np.arange(end),
+            PROMPT,
+        )
         for segment, sequence in enumerate(row.sequences, start=1):
             start, length = int(rollouts.starts_S[sequence]), int(rollouts.lengths_S[sequence])
             part = slice(end, end + length - 1)
@@ -117,18 +133,22 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
         np.repeat(np.arange(len(sequences_S)), rollouts.lengths_S[sequences_S]),
         sequences_S,
     )
-    return MicroBatch(*(None if a is None else torch.from_numpy(a).to(rollouts.device) for a in arrays))  # type: ignore[arg-type]
+    return MicroBatch(
+        *(None if a is None else torch.from_numpy(a).to(rollouts.device) for a in arrays)
+    )  # type: ignore[arg-type]
 
 
 def _predictors(row_start: int, prompt_length: int, start: int, length: int) -> np.ndarray:
-    """Flat positions that predict a rollout written from column `start`: the end of the prompt, then its own tokens."""
+    """Flat positions that predict a rollout written from column `start`: the end of the prompt,
+    then its own tokens."""
     positions = np.arange(row_start + start - 1, row_start + start + length - 1)
     positions[0] = row_start + prompt_length - 1
     return positions
 
 
 def attention_mask(segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, L, L]: a position sees earlier ones of the prompt and of its own segment.
+    """Additive mask [B, 1, L, L]: a position sees earlier ones of the prompt and of its own
+    segment.
 
     Padding sees padding, so that no row of the softmax is empty.
     """

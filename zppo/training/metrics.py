@@ -1,8 +1,9 @@
-"""What the trainer measures in one step, under stable names; `metrics.jsonl` shows them as `train/<name>`.
+"""What the trainer measures in one step, under stable names; `metrics.jsonl` shows them as
+`train/<name>`.
 
-All values are finite floats; what a method does not measure has no key. Sums over tokens follow the rule of
-`zppo_kernels`: parts add up, so micro-batches do not show. An update that was skipped as not finite gives nothing to
-`loss`, `grad_norm`, `jsd` and the ratio's numbers.
+All values are finite floats; what a method does not measure has no key. Sums over tokens follow the
+rule of `zppo_kernels`: parts add up, so micro-batches do not show. An update that was skipped as
+not finite gives nothing to `loss`, `grad_norm`, `jsd` and the ratio's numbers.
 
 Shape legend: T response tokens of the window, S its rollouts.
 """
@@ -15,33 +16,93 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zppo.metrics import Metric
+from zppo.records.metrics import Metric
 from zppo.training.batch import Rollouts
 from zppo_kernels import combine_metrics, summarise_metrics
 
 TRAINER_METRICS: tuple[Metric, ...] = (
-    Metric("loss", "", "Clipped surrogate or divergence, mean over the applied updates; 0 if there was none."),
-    Metric("grad_norm", "", "Global L2 norm of the gradient before clipping, mean over the applied updates."),
-    Metric("clip_low_share", "share", "Tokens whose ratio was cut at 1 - clip_low, among those with an advantage."),
-    Metric("clip_high_share", "share", "Tokens whose ratio was cut at 1 + clip_high, among those with an advantage."),
-    Metric("dual_clip_share", "share", "Tokens held by the dual clip, among those with an advantage."),
-    Metric("approximate_kl", "nat", "KL(proximal || policy) a token, k3 estimate, over tokens with an advantage."),
-    Metric("mismatch_kl", "nat", "KL(behaviour || proximal) a token, k3 estimate, over the tokens a policy sampled."),
-    Metric("importance_weight_mean", "", "Mean of exp(proximal - behaviour) over these tokens, before truncation."),
+    Metric(
+        "loss",
+        "",
+        "Clipped surrogate or divergence, mean over the applied updates; 0 if there was none.",
+    ),
+    Metric(
+        "grad_norm",
+        "",
+        "Global L2 norm of the gradient before clipping, mean over the applied updates.",
+    ),
+    Metric(
+        "clip_low_share",
+        "share",
+        "Tokens whose ratio was cut at 1 - clip_low, among those with an advantage.",
+    ),
+    Metric(
+        "clip_high_share",
+        "share",
+        "Tokens whose ratio was cut at 1 + clip_high, among those with an advantage.",
+    ),
+    Metric(
+        "dual_clip_share", "share", "Tokens held by the dual clip, among those with an advantage."
+    ),
+    Metric(
+        "approximate_kl",
+        "nat",
+        "KL(proximal || policy) a token, k3 estimate, over tokens with an advantage.",
+    ),
+    Metric(
+        "mismatch_kl",
+        "nat",
+        "KL(behaviour || proximal) a token, k3 estimate, over the tokens a policy sampled.",
+    ),
+    Metric(
+        "importance_weight_mean",
+        "",
+        "Mean of exp(proximal - behaviour) over these tokens, before truncation.",
+    ),
     Metric("importance_weight_max", "", "The largest of them."),
     Metric("log_prob_gap_max", "nat", "Largest |proximal - behaviour| of a token."),
-    Metric("entropy", "nat", "Mean entropy of the policy at the response tokens, at the start of the step."),
-    Metric("jsd", "nat", "Distillation: divergence from the teacher a token, over the applied updates."),
+    Metric(
+        "entropy",
+        "nat",
+        "Mean entropy of the policy at the response tokens, at the start of the step.",
+    ),
+    Metric(
+        "jsd", "nat", "Distillation: divergence from the teacher a token, over the applied updates."
+    ),
     Metric("positive_advantage_share", "share", "Rollouts with an advantage above 0."),
-    Metric("live_rollout_share", "share", "Rollouts with an advantage other than 0; the others cost no pass."),
-    Metric("staleness_mean", "versions", "Step minus sampling version, mean over tokens; a teacher's count 0."),
+    Metric(
+        "live_rollout_share",
+        "share",
+        "Rollouts with an advantage other than 0; the others cost no pass.",
+    ),
+    Metric(
+        "staleness_mean",
+        "versions",
+        "Step minus sampling version, mean over tokens; a teacher's count 0.",
+    ),
     Metric("staleness_max", "versions", "The same, oldest token."),
-    Metric("tokens_trained", "tokens", "Response tokens of the window; all of them count in the denominators."),
+    Metric(
+        "tokens_trained",
+        "tokens",
+        "Response tokens of the window; all of them count in the denominators.",
+    ),
     Metric("response_length_mean", "tokens", "Mean response length."),
     Metric("accuracy_<kind>", "share", "Mean reward of the groups of this kind (plain, bcq, ncq)."),
-    Metric("updates", "updates", "Optimizer updates applied; a mini-batch of trivial groups alone makes none."),
-    Metric("updates_skipped", "updates", "Updates skipped because loss or gradient norm was not finite."),
-    Metric("seconds_proximal", "s", "Time of the proximal pass; the first update's rollouts are not in it."),
+    Metric(
+        "updates",
+        "updates",
+        "Optimizer updates applied; a mini-batch of trivial groups alone makes none.",
+    ),
+    Metric(
+        "updates_skipped",
+        "updates",
+        "Updates skipped because loss or gradient norm was not finite.",
+    ),
+    Metric(
+        "seconds_proximal",
+        "s",
+        "Time of the proximal pass; the first update's rollouts are not in it.",
+    ),
     Metric("seconds_update", "s", "Time of the updates."),
 )
 
@@ -71,13 +132,17 @@ def _accuracies(rollouts: Rollouts) -> dict[str, float]:
     rewards: dict[str, list[np.ndarray]] = {}
     for group in rollouts.groups:
         rewards.setdefault(group.kind, []).append(group.rewards)
-    return {f"accuracy_{kind}": float(np.concatenate(parts).mean()) for kind, parts in sorted(rewards.items())}
+    return {
+        f"accuracy_{kind}": float(np.concatenate(parts).mean())
+        for kind, parts in sorted(rewards.items())
+    }
 
 
 def proximal_metrics(
     rollouts: Rollouts, sequences: np.ndarray, proximal_T: Tensor, entropy_T: Tensor
 ) -> dict[str, float]:
-    """The entropy of these rollouts, and how far the trainer's log-probs are from the engine's on what it sampled."""
+    """The entropy of these rollouts, and how far the trainer's log-probs are from the engine's on
+    what it sampled."""
     read_S = np.zeros(rollouts.sequences, dtype=np.bool_)
     read_S[sequences] = True
     read_T = torch.from_numpy(np.repeat(read_S, rollouts.lengths_S)).to(rollouts.device)
@@ -90,7 +155,9 @@ def proximal_metrics(
     gap_T = (proximal_T - rollouts.behaviour_T)[sampled_T].double()
     # exp(80) is beyond anything that still means something, and finite.
     weight_T = gap_T.clamp(max=80.0).exp()
-    values = torch.stack([(weight_T - 1 - gap_T).mean(), weight_T.mean(), weight_T.max(), gap_T.abs().max()]).tolist()
+    values = torch.stack(
+        [(weight_T - 1 - gap_T).mean(), weight_T.mean(), weight_T.max(), gap_T.abs().max()]
+    ).tolist()
     names = ("mismatch_kl", "importance_weight_mean", "importance_weight_max", "log_prob_gap_max")
     return entropy | dict(zip(names, values, strict=True))
 
@@ -103,11 +170,13 @@ def update_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def divergence_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Divergence and entropy a token; the passes of the updates see the policy, so there is no pass for the entropy."""
+    """Divergence and entropy a token; the passes of the updates see the policy, so there is no pass
+    for the entropy."""
     summary = summarise_metrics(combine_metrics(parts))
     return {"jsd": summary["jsd"], "entropy": summary["student_entropy"]} if parts else {}
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Leave out what is not finite (a broken model); its absence shows in the records, and no message is refused."""
+    """Leave out what is not finite (a broken model); its absence shows in the records, and no
+    message is refused."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,16 +1,17 @@
-"""A model inside the trainer, the student or a frozen teacher: a causal LM, cut between last hidden state and LM head.
+"""A model inside the trainer, the student or a frozen teacher: a causal LM, cut between last hidden
+state and LM head.
 
-Only the rows that predict response tokens are gathered before the head, so prompts and padding never reach it. Padding
-stands on the right and attention is causal, so a real token cannot see it: ordinary rows need no attention mask and no
-position ids, and the fast causal attention path stays open. Rows with several rollouts behind one prompt need both; a
-probe finds out whether the model computes them as it would compute the rollouts alone (no sliding windows, no
-recurrent layers).
+Only the rows that predict response tokens are gathered before the head, so prompts and padding
+never reach it. Padding stands on the right and attention is causal, so a real token cannot see it:
+ordinary rows need no attention mask and no position ids, and the fast causal attention path stays
+open. Rows with several rollouts behind one prompt need both; a probe finds out whether the model
+computes them as it would compute the rollouts alone (no sliding windows, no recurrent layers).
 
-A head that is more than a matrix and a bias goes through the model's own logits instead (`zppo.training.head`): right
-for every model, at the price of logits for all positions.
+A head that is more than a matrix and a bias goes through the model's own logits instead
+(`zppo.training.head`): right for every model, at the price of logits for all positions.
 
-Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V vocabulary, K most
-probable tokens of a teacher.
+Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V
+vocabulary, K most probable tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Policy:
     """Log-probs and losses of micro-batches under the current weights."""
 
     def __init__(self, model: Any, where: str = "student.model") -> None:
-        """`model` is a transformers causal LM; it is put into evaluation mode, because dropout would bend the ratio.
+        """`model` is a transformers causal LM; it is put into evaluation mode, because dropout
+        would bend the ratio.
 
         Raises UserError, naming the setting `where`, if its logits are not finite.
         """
@@ -65,11 +67,15 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def recompute_layers(self) -> None:
-        """Keep only the inputs of the layers and recompute the rest in the backward pass (gradient checkpointing).
+        """Keep only the inputs of the layers and recompute the rest in the backward pass (gradient
+        checkpointing).
 
-        transformers does so in training mode only; the layers alone are put into it, so that dropout stays off.
+        transformers does so in training mode only; the layers alone are put into it, so that
+        dropout stays off.
         """
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         for layer in self.model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True
@@ -78,32 +84,46 @@ class Policy:
                     setattr(layer, "dropout", 0.0)  # noqa: B010 - typed as a module, which it is not
 
     @torch.no_grad()
-    def log_probs(self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, float32 [R] each."""
         return self.log_probs_of(self.outputs(batch), target_ids_R, temperature=temperature)
 
     def outputs(self, batch: MicroBatch) -> Tensor:
-        """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V] if the head is not
-        plain. For `log_probs_of` and `policy_loss_of`."""
+        """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V]
+        if the head is not plain. For `log_probs_of` and `policy_loss_of`."""
         return self.logits(batch) if self.head is None else self.hidden(batch)
 
     @torch.no_grad()
-    def log_probs_of(self, outputs: Tensor, target_ids_R: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs_of(
+        self, outputs: Tensor, target_ids_R: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, float32 [R] each, of what one forward pass gave."""
         if self.head is None:
             return token_log_probs_from_logits(outputs, target_ids_R, temperature=temperature)
         return token_log_probs(
-            outputs, self.head.weight_VH, target_ids_R, temperature=temperature, bias_V=self.head.bias_V
+            outputs,
+            self.head.weight_VH,
+            target_ids_R,
+            temperature=temperature,
+            bias_V=self.head.bias_V,
         )
 
-    def policy_loss_of(self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any) -> PolicyLossOutput:
-        """Policy loss of one forward pass; `arguments` are those of `zppo_kernels.policy_loss_from_hidden`."""
+    def policy_loss_of(
+        self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any
+    ) -> PolicyLossOutput:
+        """Policy loss of one forward pass; `arguments` are those of
+        `zppo_kernels.policy_loss_from_hidden`."""
         if self.head is None:
             return policy_loss_from_logits(outputs, target_ids_R, **arguments)
-        return policy_loss_from_hidden(outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments)
+        return policy_loss_from_hidden(
+            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
+        )
 
     def jsd_loss(self, batch: MicroBatch, teacher: Policy, **arguments: Any) -> JsdLossOutput:
-        """Divergence from a teacher that reads the same tokens; `arguments` are those of `jsd_loss_from_hidden`.
+        """Divergence from a teacher that reads the same tokens; `arguments` are those of
+        `jsd_loss_from_hidden`.
 
         The teacher gets no gradient. Logits exist a chunk at a time if both heads are plain.
         """
@@ -123,8 +143,11 @@ class Policy:
             **arguments,
         )
 
-    def jsd_loss_top_k(self, batch: MicroBatch, ids_RK: Tensor, log_probs_RK: Tensor, **more: Any) -> JsdLossOutput:
-        """Divergence from a teacher of which K tokens a position are known; see `jsd_loss_top_k_from_hidden`."""
+    def jsd_loss_top_k(
+        self, batch: MicroBatch, ids_RK: Tensor, log_probs_RK: Tensor, **more: Any
+    ) -> JsdLossOutput:
+        """Divergence from a teacher of which K tokens a position are known; see
+        `jsd_loss_top_k_from_hidden`."""
         if self.head is None:
             return jsd_loss_top_k_from_logits(self.logits(batch), ids_RK, log_probs_RK, **more)
         return jsd_loss_top_k_from_hidden(
@@ -138,7 +161,11 @@ class Policy:
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden states that predict the response tokens [R, H]."""
-        return hidden_states(self.model, **self._inputs(batch)).flatten(0, 1).index_select(0, batch.rows_R)
+        return (
+            hidden_states(self.model, **self._inputs(batch))
+            .flatten(0, 1)
+            .index_select(0, batch.rows_R)
+        )
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's own logits at the same rows [R, V]."""
@@ -156,7 +183,8 @@ class Policy:
 
     @torch.no_grad()
     def _probe_sharing(self) -> bool:
-        """Say whether two rollouts behind one prompt get the hidden states that they get one by one."""
+        """Say whether two rollouts behind one prompt get the hidden states that they get one by
+        one."""
         config = self.model.config
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             return False  # a window is longer than a probe
@@ -164,14 +192,22 @@ class Policy:
             return False
         ids = torch.arange(12, device=self.device).remainder(config.get_text_config().vocab_size)
         alone = [ids[:8], torch.cat([ids[:4], ids[8:]])]
-        expected = torch.cat([hidden_states(self.model, input_ids=row[None])[0, 4:] for row in alone])
+        expected = torch.cat(
+            [hidden_states(self.model, input_ids=row[None])[0, 4:] for row in alone]
+        )
         positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7], device=self.device)
         segments = torch.tensor([PROMPT] * 4 + [1] * 4 + [2] * 4, device=self.device)
         mask = attention_mask(segments[None], self.model.dtype)
         try:
-            inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
+            inputs = {
+                "input_ids": ids[None],
+                "position_ids": positions[None],
+                "attention_mask": mask,
+            }
             found = hidden_states(self.model, **inputs)[0, 4:]
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False  # a model that takes no such mask
-        tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
+        tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * float(
+            expected.abs().max()
+        )
         return bool(torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance))

@@ -1,9 +1,10 @@
 """From files to a trainer and back: the student's folder, and the trainer's share of a checkpoint.
 
 The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, tokenizer),
-`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step and the count of updates. There is no
-generator state: everything random in the trainer derives from the run's seed, the step and the count of updates, so
-these files continue a run bit for bit (on one device, with deterministic kernels and a fixed number of threads).
+`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step and the count of
+updates. There is no generator state: everything random in the trainer derives from the run's seed,
+the step and the count of updates, so these files continue a run bit for bit (on one device, with
+deterministic kernels and a fixed number of threads).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zppo.checkpoint import MODEL, write_file
-from zppo.config import Topology
+from zppo.algorithm.methods import get_method
+from zppo.config.topology import Topology
 from zppo.errors import UserError
-from zppo.methods import get_method
-from zppo.optimizer import AdamW, Gradients
-from zppo.tokenization import check_same_vocabulary
+from zppo.prompting.tokenization import check_same_vocabulary
+from zppo.records.checkpoint import MODEL, write_file
+from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer
 
@@ -33,18 +34,22 @@ TRAINABLE_DTYPES = ("float32", "bfloat16")
 
 
 class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`step`: steps trained, which is also the policy version. `updates`: optimizer updates applied."""
+    """`step`: steps trained, which is also the policy version. `updates`: optimizer updates
+    applied."""
 
     format: int = 1
     step: int
     updates: int
 
 
-def build_trainer(topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None) -> Trainer:
-    """Load the student from `student.model`, or everything from a checkpoint folder; and a teacher that is colocated.
+def build_trainer(
+    topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None
+) -> Trainer:
+    """Load the student from `student.model`, or everything from a checkpoint folder; and a teacher
+    that is colocated.
 
-    Raises UserError if a model cannot be loaded, the student's dtype cannot be trained, the teacher has another
-    vocabulary, or the checkpoint does not fit.
+    Raises UserError if a model cannot be loaded, the student's dtype cannot be trained, the teacher
+    has another vocabulary, or the checkpoint does not fit.
     """
     settings = StepSettings.of(topology)
     source = str(checkpoint / MODEL) if checkpoint is not None else topology.student.model
@@ -56,16 +61,21 @@ def build_trainer(topology: Topology, clock: Callable[[], float], checkpoint: Pa
     optimizer = AdamW(parameters, topology.optimizer, seed=topology.run.seed)
     if checkpoint is not None:
         load_optimizer(optimizer, checkpoint)
-    return Trainer(policy, optimizer, Gradients(parameters), settings, clock, teacher=load_teacher(topology))
+    return Trainer(
+        policy, optimizer, Gradients(parameters), settings, clock, teacher=load_teacher(topology)
+    )
 
 
 def load_teacher(topology: Topology) -> Policy | None:
-    """The frozen teacher that a distillation compares the student with, on the trainer's device; None without one."""
+    """The frozen teacher that a distillation compares the student with, on the trainer's device;
+    None without one."""
     method, teacher = get_method(topology.method.name), topology.teacher
     if not method.needs_scores:
         return None
     if teacher is None:
-        raise UserError(f"teacher: the method {method.name!r} needs a teacher, and the topology has none")
+        raise UserError(
+            f"teacher: the method {method.name!r} needs a teacher, and the topology has none"
+        )
     if teacher.scoring == "remote":
         return None
     check_same_vocabulary(topology.student.model, teacher.model)
@@ -76,7 +86,10 @@ def load_teacher(topology: Topology) -> Policy | None:
 def load_model(source: str, dtype: str, device: str) -> Any:
     """Load a student in `dtype` onto `device`."""
     if dtype not in TRAINABLE_DTYPES:
-        raise UserError(f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(TRAINABLE_DTYPES)}")
+        raise UserError(
+            f"student.dtype: {dtype} cannot be trained; expected one of "
+            f"{', '.join(TRAINABLE_DTYPES)}"
+        )
     return _load(source, dtype, device, "student.model")
 
 
@@ -88,11 +101,14 @@ def _load(source: str, dtype: str, device: str, where: str) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"actors.trainer.device: cannot use {device!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"actors.trainer.device: cannot use {device!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def save_share(trainer: Trainer, folder: Path, *, step: int, tokenizer_source: str) -> None:
-    """Write the trainer's share of the checkpoint of `step` into `folder`; `checkpoint.commit` syncs the files."""
+    """Write the trainer's share of the checkpoint of `step` into `folder`; `checkpoint.commit`
+    syncs the files."""
     trainer.policy.model.save_pretrained(folder / MODEL)
     AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder / MODEL)
     save_file(dict(trainer.optimizer.tensors()), folder / MOMENTS)
@@ -101,9 +117,12 @@ def save_share(trainer: Trainer, folder: Path, *, step: int, tokenizer_source: s
 
 
 def load_optimizer(optimizer: AdamW, folder: Path) -> None:
-    """Take over the moments of a checkpoint. Raises UserError if they do not fit the model or the topology."""
+    """Take over the moments of a checkpoint. Raises UserError if they do not fit the model or the
+    topology."""
     try:
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=TrainerRecord)
         optimizer.load(load_file(folder / MOMENTS), updates=record.updates)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: the trainer cannot continue from this checkpoint: {error}") from error
+        raise UserError(
+            f"{folder}: the trainer cannot continue from this checkpoint: {error}"
+        ) from error

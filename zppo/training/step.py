@@ -1,8 +1,8 @@
 """One training step, in the order of Algorithm 1, step 6.
 
-Invariants: each rollout token is used in exactly one update. An update whose loss or gradient norm is not finite is
-skipped whole: neither weights nor optimizer state see it. Given weights, optimizer state, seed and window, the step is
-a pure function; it draws nothing from global generators.
+Invariants: each rollout token is used in exactly one update. An update whose loss or gradient norm
+is not finite is skipped whole: neither weights nor optimizer state see it. Given weights, optimizer
+state, seed and window, the step is a pure function; it draws nothing from global generators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zppo.methods.base import Loss
+from zppo.algorithm.methods.base import Loss
 from zppo.training import metrics
 from zppo.training.batch import Rollouts, assemble, mini_batches
 from zppo.training.distillation import Divergence
@@ -49,9 +49,11 @@ class Tally:
 
 
 def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
-    """Train the policy on one window and return the metrics of `zppo.training.metrics.TRAINER_METRICS`.
+    """Train the policy on one window and return the metrics of
+    `zppo.training.metrics.TRAINER_METRICS`.
 
-    Raises StalenessError if the window holds a token older than the bound, before anything is changed.
+    Raises StalenessError if the window holds a token older than the bound, before anything is
+    changed.
     """
     settings = trainer.settings
     rollouts = assemble(window, max_staleness=settings.max_staleness, device=trainer.policy.device)
@@ -71,13 +73,19 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
 def split(rollouts: Rollouts, settings: StepSettings) -> list[np.ndarray]:
     """The rollouts of each of the I mini-batches, as indices; a group is never cut."""
     groups = mini_batches(
-        len(rollouts.groups), settings.method.updates_per_step, seed=settings.seed, step=rollouts.step
+        len(rollouts.groups),
+        settings.method.updates_per_step,
+        seed=settings.seed,
+        step=rollouts.step,
     )
     return [np.flatnonzero(np.isin(rollouts.group_S, chosen)) for chosen in groups]
 
 
-def update(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray, objective: Objective, tally: Tally) -> None:
-    """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip, step.
+def update(
+    trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray, objective: Objective, tally: Tally
+) -> None:
+    """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
+    step.
 
     A mini-batch in which no rollout has a gradient has nothing to say and makes no update.
     """

@@ -1,9 +1,10 @@
 """The clipped surrogate of the RL methods (Algorithm 1, step 6; Eqs. 2-3).
 
-A rollout with advantage 0 has no gradient (the loss has no KL term), so it takes part in no forward or backward pass of
-the updates; its tokens still count in the denominator. The proximal pass covers it for the measurements alone, unless
-`actors.trainer.measured_rollouts` is `trained`. It leaves out the rollouts of the first update: their forward pass runs
-under the same weights, so it gives the proximal log-probs as well.
+A rollout with advantage 0 has no gradient (the loss has no KL term), so it takes part in no forward
+or backward pass of the updates; its tokens still count in the denominator. The proximal pass covers
+it for the measurements alone, unless `actors.trainer.measured_rollouts` is `trained`. It leaves out
+the rollouts of the first update: their forward pass runs under the same weights, so it gives the
+proximal log-probs as well.
 
 Shape legend: T response tokens of the window, S its rollouts; R response tokens of a micro-batch.
 """
@@ -14,19 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zppo.config import MethodConfig
-from zppo.losses import old_log_probs
+from zppo.config.topology import MethodConfig
 from zppo.training import metrics
 from zppo.training.batch import Rollouts
 from zppo.training.layout import MicroBatch
+from zppo.training.loss_settings import old_log_probs
 from zppo.training.trainer import Trainer
 from zppo_kernels import advantage_statistics, group_advantages
 
 
 class ClippedSurrogate:
-    """An `Objective`; making one runs the proximal pass, under the weights that the step starts from.
+    """An `Objective`; making one runs the proximal pass, under the weights that the step starts
+    from.
 
-    `_first_tokens` counts the tokens of the first update that have no proximal log-prob yet; its own passes give them.
+    `_first_tokens` counts the tokens of the first update that have no proximal log-prob yet; its
+    own passes give them.
     """
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
@@ -34,18 +37,27 @@ class ClippedSurrogate:
         self._rollouts = rollouts
         self._advantages_S = step_advantages(rollouts, batches, trainer.settings.method)
         everyone = np.arange(rollouts.sequences)
-        self._measured = everyone if trainer.settings.measured_rollouts == "all" else self.live(everyone)
+        self._measured = (
+            everyone if trainer.settings.measured_rollouts == "all" else self.live(everyone)
+        )
         first = next((live for live in map(self.live, batches) if len(live)), everyone[:0])
         self._first_tokens = int(rollouts.lengths_S[first].sum())
         begin = trainer.clock()
-        self.proximal_T, self.entropy_T = proximal_pass(trainer, rollouts, np.setdiff1d(self._measured, first))
+        self.proximal_T, self.entropy_T = proximal_pass(
+            trainer, rollouts, np.setdiff1d(self._measured, first)
+        )
         self._seconds_proximal = trainer.clock() - begin
 
     def live(self, sequences: np.ndarray) -> np.ndarray:
-        advantages_S, lengths_S = self._advantages_S[sequences].numpy(), self._rollouts.lengths_S[sequences]
+        advantages_S, lengths_S = (
+            self._advantages_S[sequences].numpy(),
+            self._rollouts.lengths_S[sequences],
+        )
         return sequences[(advantages_S != 0) & (lengths_S > 0)]
 
-    def loss(self, batch: MicroBatch, token_count: int, sequence_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: MicroBatch, token_count: int, sequence_count: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         rollouts, settings, tokens_R = self._rollouts, self._trainer.settings, batch.tokens_R
         policy, targets_R = self._trainer.policy, rollouts.token_ids_T[tokens_R]
         outputs = policy.outputs(batch)
@@ -55,7 +67,10 @@ class ClippedSurrogate:
                 outputs, targets_R, temperature=settings.loss.temperature
             )
         old_R, behaviour_R = old_log_probs(
-            settings.method, self.proximal_T[tokens_R], rollouts.behaviour_T[tokens_R], rollouts.frozen_T[tokens_R]
+            settings.method,
+            self.proximal_T[tokens_R],
+            rollouts.behaviour_T[tokens_R],
+            rollouts.frozen_T[tokens_R],
         )
         output = policy.policy_loss_of(
             outputs,
@@ -72,16 +87,24 @@ class ClippedSurrogate:
 
     def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         return (
-            metrics.proximal_metrics(self._rollouts, self._measured, self.proximal_T, self.entropy_T)
+            metrics.proximal_metrics(
+                self._rollouts, self._measured, self.proximal_T, self.entropy_T
+            )
             | {"seconds_proximal": self._seconds_proximal}
             | metrics.advantage_metrics(self._advantages_S)
             | metrics.update_metrics(parts)
         )
 
 
-def proximal_pass(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of these rollouts' tokens under the present weights, float32 [T] each, elsewhere 0."""
-    proximal_T, entropy_T = torch.zeros_like(rollouts.behaviour_T), torch.zeros_like(rollouts.behaviour_T)
+def proximal_pass(
+    trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of these rollouts' tokens under the present weights, float32 [T]
+    each, elsewhere 0."""
+    proximal_T, entropy_T = (
+        torch.zeros_like(rollouts.behaviour_T),
+        torch.zeros_like(rollouts.behaviour_T),
+    )
     temperature = trainer.settings.loss.temperature
     for batch in trainer.micro_batches(rollouts, sequences):
         targets_R = rollouts.token_ids_T[batch.tokens_R]
@@ -93,7 +116,8 @@ def proximal_pass(trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray) -
 
 
 def step_advantages(rollouts: Rollouts, batches: list[np.ndarray], method: MethodConfig) -> Tensor:
-    """Advantages of all rollouts (Eqs. 2-3), float32 [S]; normalised over each mini-batch, or over the whole step."""
+    """Advantages of all rollouts (Eqs. 2-3), float32 [S]; normalised over each mini-batch, or over
+    the whole step."""
     groups_S = torch.from_numpy(rollouts.group_S)
     shared = None
     if method.advantage_scope == "step" and rollouts.sequences:
@@ -102,6 +126,9 @@ def step_advantages(rollouts: Rollouts, batches: list[np.ndarray], method: Metho
     for sequences in batches:
         local = np.unique(rollouts.group_S[sequences], return_inverse=True)[1]
         advantages_S[sequences] = group_advantages(
-            rollouts.rewards_S[sequences], torch.from_numpy(local), mode=method.advantage, statistics=shared
+            rollouts.rewards_S[sequences],
+            torch.from_numpy(local),
+            mode=method.advantage,
+            statistics=shared,
         )
     return advantages_S

@@ -1,4 +1,5 @@
-"""What a training step works with: the policy and what updates it, and the settings that the topology gives it."""
+"""What a training step works with: the policy and what updates it, and the settings that the
+topology gives it."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from zppo.config import MethodConfig, Topology
-from zppo.losses import loss_settings
-from zppo.methods import Method, get_method
-from zppo.methods.base import Loss
-from zppo.optimizer import AdamW, Gradients
+from zppo.algorithm.methods import Method, get_method
+from zppo.algorithm.methods.base import Loss
+from zppo.config.topology import MethodConfig, Topology
 from zppo.training.batch import Rollouts
 from zppo.training.layout import MicroBatch, micro_batches
+from zppo.training.loss_settings import loss_settings
+from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo_kernels import PolicyLossSettings
 
@@ -61,9 +62,11 @@ def _fixed_by(chosen: Method, words: MethodConfig) -> MethodConfig:
 
 @dataclass
 class Trainer:
-    """The policy and what updates it. `tick` is called after every micro-batch; `clock` gives seconds.
+    """The policy and what updates it. `tick` is called after every micro-batch; `clock` gives
+    seconds.
 
-    `teacher` is the frozen model of a distillation whose teacher is colocated; a remote one sends scores instead.
+    `teacher` is the frozen model of a distillation whose teacher is colocated; a remote one sends
+    scores instead.
     """
 
     policy: Policy

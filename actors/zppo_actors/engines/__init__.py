@@ -1,18 +1,18 @@
-"""Engines by name. A name leads to a module that is imported only when it is built: one engine's packages suffice."""
+"""Engines by name. A name leads to a module that is imported only when it is built: one engine's
+packages suffice."""
 
 from __future__ import annotations
 
 import importlib
 
 from zppo.errors import UserError, nearest
-from zppo_actors.engines.base import Engine, EngineError
-from zppo_actors.engines.spec import EngineSpec
+from zppo_actors.engines.base import Engine, EngineError, EngineSpec
 
 ENGINES: dict[str, str] = {
-    "transformers": "zppo_actors.engines.transformers",
+    "transformers": "zppo_actors.engines.transformers.engine",
     "simulated": "zppo_actors.engines.simulated",
-    "vllm": "zppo_actors.engines.vllm",
-    "openai": "zppo_actors.engines.openai",
+    "vllm": "zppo_actors.engines.vllm.engine",
+    "openai": "zppo_actors.engines.openai.engine",
 }
 """Name -> module with `create(spec) -> Engine`."""
 
@@ -20,13 +20,15 @@ __all__ = ["ENGINES", "Engine", "EngineError", "EngineSpec", "create", "module_o
 
 
 def module_of(name: str, where: str) -> str:
-    """The module of engine `name`. Raises UserError with the nearest name; `where` is the path of the section."""
+    """The module of engine `name`. Raises UserError with the nearest name; `where` is the path of
+    the section."""
     if name not in ENGINES:
         raise UserError(f"{where}.engine: no engine is called {name!r}{nearest(name, ENGINES)}")
     return ENGINES[name]
 
 
 def create(name: str, spec: EngineSpec) -> Engine:
-    """Build engine `name`. Raises UserError for an unknown name, unknown arguments, or a model it cannot serve."""
+    """Build engine `name`. Raises UserError for an unknown name, unknown arguments, or a model it
+    cannot serve."""
     engine: Engine = importlib.import_module(module_of(name, spec.where)).create(spec)
     return engine

@@ -1,28 +1,48 @@
-"""The one interface every engine offers to its actor, and the errors it may raise.
+"""The one interface every engine offers to its actor, what it is built from, and the error it may
+raise; no torch.
 
-An engine samples groups from token prompts (token-in/token-out), says what its model would have written in the place of
-given tokens, takes new weights while it samples, and says how much it can take on. It knows nothing of windows,
-questions or sockets.
+An engine samples groups from token prompts (token-in/token-out), says what its model would have
+written in the place of given tokens, takes new weights while it samples, and says how much it can
+take on. It knows nothing of windows, questions or sockets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ScoreTask, TokenScores
+from msgspec import Struct
+
+from zppo.config.topology import ModelConfig
+from zppo_protocol.messages import GenerateTask, ScoreTask
+from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.values import PolicyManifest
 
 
 class EngineError(RuntimeError):
-    """This task cannot be done. `retryable` is false when any other try must fail as well (e.g. prompt too long)."""
+    """This task cannot be done. `retryable` is false when any other try must fail as well (e.g.
+    prompt too long)."""
 
     def __init__(self, reason: str, *, retryable: bool) -> None:
         super().__init__(reason)
         self.retryable = retryable
 
 
+class EngineSpec(Struct, frozen=True, kw_only=True):
+    """One engine to build. `where` is the path of its section in the topology, for messages
+    (`actors.rollout`)."""
+
+    model: ModelConfig
+    where: str
+    model_where: str
+    device: str = "cpu"
+    threads: int | None = None
+    engine_args: Mapping[str, Any] = {}
+
+
 class Engine(Protocol):
-    """All methods may be called from one asyncio loop; calls of `generate` and `score` overlap freely."""
+    """All methods may be called from one asyncio loop; calls of `generate` and `score` overlap
+    freely."""
 
     @property
     def capacity(self) -> int:
@@ -40,20 +60,26 @@ class Engine(Protocol):
     def broken(self) -> str | None:
         """Why the engine cannot go on at all, so that its process must end; None while it works."""
 
-    async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
+    async def generate(
+        self, task: GenerateTask, finished: Callable[[int], None] | None = None
+    ) -> GroupSamples:
         """Sample `task.n` completions. Raises EngineError.
 
-        `finished(k)` is called in the caller's loop when k more sequences have ended, so that their room can be given
-        away before the last one of the group is done. An engine that cannot tell need not call it.
+        `finished(k)` is called in the caller's loop when k more sequences have ended, so that their
+        room can be given away before the last one of the group is done. An engine that cannot tell
+        need not call it.
         """
 
     async def score(self, task: ScoreTask) -> TokenScores:
-        """The model's `task.top_k` most probable tokens at each token of given responses. Raises EngineError."""
+        """The model's `task.top_k` most probable tokens at each token of given responses. Raises
+        EngineError."""
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
-        """Load new weights between two tokens, keep running sequences, and return the digest of what was loaded.
+        """Load new weights between two tokens, keep running sequences, and return the digest of
+        what was loaded.
 
-        Raises EngineError (old weights stay) if the file, its names, shapes, dtypes or digest do not match.
+        Raises PublicationRefused (old weights stay) if the file, its names, shapes, dtypes or
+        digest do not match, and EngineError for an engine that is broken.
         """
 
     async def close(self) -> None:

@@ -1,4 +1,5 @@
-"""What every engine that scores does around its forward passes: refuse what it cannot read, and lay out the answer.
+"""What every engine that scores does around its forward passes: refuse what it cannot read, and lay
+out the answer.
 
 Legend: T response tokens of a task, K most probable tokens, n tokens of one response.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from zppo_actors.engines.base import EngineError
-from zppo_protocol.messages import ScoreTask, TokenScores
+from zppo_protocol.messages import ScoreTask
+from zppo_protocol.samples import TokenScores
 
 NO_TOKEN = -1
 
@@ -17,11 +19,16 @@ def check_scorable(task: ScoreTask, vocabulary: int, max_length: int) -> None:
     """Raise EngineError for a task that no model of this vocabulary and context can read."""
     longest = len(task.prompt_ids) + int(np.diff(task.offsets).max())
     if longest > max_length:
-        reason = f"prompt and response have {longest} tokens together, more than the context of {max_length}"
+        reason = (
+            f"prompt and response have {longest} tokens together, more than the context of "
+            f"{max_length}"
+        )
         raise EngineError(reason, retryable=False)
     largest = max(int(task.prompt_ids.max()), int(task.token_ids.max(initial=0)))
     if largest >= vocabulary:
-        reason = f"the tokens to score hold token id {largest}, but the model has {vocabulary} tokens"
+        reason = (
+            f"the tokens to score hold token id {largest}, but the model has {vocabulary} tokens"
+        )
         raise EngineError(reason, retryable=False)
 
 
@@ -41,7 +48,9 @@ class ScoreTable:
         Raises EngineError for numbers that no distribution has.
         """
         if np.isnan(log_probs_nK).any() or (log_probs_nK == np.inf).any():
-            raise EngineError("the model gives probabilities that are not finite numbers", retryable=True)
+            raise EngineError(
+                "the model gives probabilities that are not finite numbers", retryable=True
+            )
         rows = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         possible_nK = log_probs_nK > -np.inf
         self._ids_TK[rows] = np.where(possible_nK, ids_nK, NO_TOKEN)

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from zppo_protocol.messages import GroupSamples, Sampling
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import Sampling
 
 if TYPE_CHECKING:  # engines without a model need this module but no torch
-    from zppo_actors.engines.sampling import UniformStream
+    from zppo_actors.engines.uniforms import UniformStream
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A response: token ids [n] int32, behaviour log-probs [n] float32, spans of (token count, policy version)."""
+    """A response: token ids [n] int32, behaviour log-probs [n] float32, spans of (token count,
+    policy version)."""
 
     token_ids: np.ndarray
     log_probs: np.ndarray
@@ -25,7 +27,8 @@ class Completion:
 
 @dataclass(eq=False)
 class Running:
-    """A response in the making. `budget` is the most tokens it may have; `owner` is whatever the caller needs."""
+    """A response in the making. `budget` is the most tokens it may have; `owner` is whatever the
+    caller needs."""
 
     prompt_ids: np.ndarray
     sampling: Sampling
@@ -46,10 +49,15 @@ class Running:
     def spans(self, tokens: int) -> list[tuple[int, int]]:
         """Run-length encoding of the policy versions of `tokens` tokens."""
         ends = [start for start, _ in self.version_starts[1:]] + [tokens]
-        return [(end - start, version) for (start, version), end in zip(self.version_starts, ends, strict=True)]
+        return [
+            (end - start, version)
+            for (start, version), end in zip(self.version_starts, ends, strict=True)
+        ]
 
 
-def group_samples(prompt_ids: np.ndarray, completions: list[Completion], texts: list[str]) -> GroupSamples:
+def group_samples(
+    prompt_ids: np.ndarray, completions: list[Completion], texts: list[str]
+) -> GroupSamples:
     """Lay the completions of one prompt end to end."""
     lengths = [len(completion.token_ids) for completion in completions]
     spans = [span for completion in completions for span in completion.version_spans if span[0]]

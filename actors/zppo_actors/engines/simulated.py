@@ -1,11 +1,13 @@
-"""Scripted answers and latencies: an engine without a model, for tests, simulations and trying out a topology.
+"""Scripted answers and latencies: an engine without a model, for tests, simulations and trying out
+a topology.
 
-The script (JSON, `engine_args.script`) says per question how often the answer is right and how long it takes:
-`{"default": {…}, "questions": {"3 * 17": {"answer": "5", "accuracy": 0.25, "accuracy_bcq": 0.5, "wrong": ["7", "9"],
-"tokens": 12}}, "seconds_per_token": 0.0}`. A question entry applies to prompts that contain its key; the longest key
-wins. Everything follows from the task's seed. Token ids are numbers below 16, log-probs those of a uniform choice.
-Asked for scores, it holds each given token for the most probable one, and each of the 15 after it for half as probable
-as the one before.
+The script (JSON, `engine_args.script`) says per question how often the answer is right and how long
+it takes: `{"default": {…}, "questions": {"3 * 17": {"answer": "5", "accuracy": 0.25,
+"accuracy_bcq": 0.5, "wrong": ["7", "9"], "tokens": 12}}, "seconds_per_token": 0.0}`. A question
+entry applies to prompts that contain its key; the longest key wins. Everything follows from the
+task's seed. Token ids are numbers below 16, log-probs those of a uniform choice. Asked for scores,
+it holds each given token for the most probable one, and each of the 15 after it for half as
+probable as the one before.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from zppo.engine_arguments import SimulatedArguments, convert_arguments
 from zppo.errors import UserError, nearest
-from zppo.tokenization import share_of
-from zppo_actors.engines.base import EngineError
+from zppo.plan.engines.own import SimulatedArguments, convert_arguments
+from zppo.prompting.tokenization import share_of
+from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.sequences import Completion, group_samples
-from zppo_actors.engines.spec import EngineSpec
-from zppo_protocol.messages import GenerateTask, GroupSamples, PolicyManifest, ResponseStart, ScoreTask, TokenScores
+from zppo_protocol.messages import GenerateTask, ScoreTask
+from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.values import PolicyManifest, ResponseStart
 
 VOCABULARY = 16
 LOG_PROB = -float(np.log(VOCABULARY))
@@ -37,7 +40,8 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Behaviour(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one question is answered. `accuracies` holds the `accuracy_KIND` keys; `fail` and `hang` are faults."""
+    """How one question is answered. `accuracies` holds the `accuracy_KIND` keys; `fail` and `hang`
+    are faults."""
 
     answer: str = "1"
     accuracy: Share = 0.5
@@ -80,11 +84,14 @@ def read_script(path: Path, where: str) -> Script:
     except OSError as error:
         raise UserError(f"{where}: cannot read {str(path)!r} ({error.strerror})") from error
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise UserError(f"{where}: {str(path)!r} is not a script of the simulated engine: {error}") from error
+        raise UserError(
+            f"{where}: {str(path)!r} is not a script of the simulated engine: {error}"
+        ) from error
 
 
 class SimulatedEngine:
-    """Answers from a script; it holds no weights but checks and stamps every policy version as a real engine does."""
+    """Answers from a script; it holds no weights but checks and stamps every policy version as a
+    real engine does."""
 
     def __init__(self, script: Script, max_sequences: int) -> None:
         self._script = script
@@ -108,7 +115,9 @@ class SimulatedEngine:
     def broken(self) -> str | None:
         return None
 
-    async def generate(self, task: GenerateTask, finished: Callable[[int], None] | None = None) -> GroupSamples:
+    async def generate(
+        self, task: GenerateTask, finished: Callable[[int], None] | None = None
+    ) -> GroupSamples:
         text = "\n".join(message.content for message in task.prompt.messages)
         behaviour = self._script.behaviour(text)
         if behaviour.fail is not None:
@@ -120,7 +129,9 @@ class SimulatedEngine:
         if finished is not None:
             finished(task.n)
         reason = "stop" if tokens == behaviour.tokens else "length"
-        ids = np.random.default_rng(task.seed).integers(0, VOCABULARY, size=(task.n, tokens), dtype=np.int32)
+        ids = np.random.default_rng(task.seed).integers(
+            0, VOCABULARY, size=(task.n, tokens), dtype=np.int32
+        )
         log_probs = np.full(tokens, LOG_PROB, dtype=np.float32)
         completions = [Completion(ids[i], log_probs, spans, reason) for i in range(task.n)]  # type: ignore[arg-type]
         start = _start(task.prompt.start)
@@ -133,15 +144,21 @@ class SimulatedEngine:
         self._progress += len(task.token_ids)
         tokens, width = len(task.token_ids), min(task.top_k, VOCABULARY)
         ids_TK = (task.token_ids[:, None] + np.arange(width, dtype=np.int32)) % VOCABULARY
-        log_probs_K = -np.log(2.0) * np.arange(width) / task.temperature - _normaliser(task.temperature)
+        log_probs_K = -np.log(2.0) * np.arange(width) / task.temperature - _normaliser(
+            task.temperature
+        )
         log_probs_TK = np.broadcast_to(log_probs_K, (tokens, width))
-        return TokenScores(token_ids=ids_TK.astype(np.int32), log_probs=log_probs_TK.astype(np.float32))
+        return TokenScores(
+            token_ids=ids_TK.astype(np.int32), log_probs=log_probs_TK.astype(np.float32)
+        )
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
         """Verify the file as a real engine would, then serve under its version."""
-        from zppo_actors import weights  # only here, so that a run without weights needs no torch
+        from zppo_actors.weights import (
+            shared_memory,
+        )  # only here, so that a run without weights needs no torch
 
-        await asyncio.to_thread(weights.open_policy, manifest)
+        await asyncio.to_thread(shared_memory.open_policy, manifest)
         self._version = manifest.version
         return manifest.digest
 
@@ -149,7 +166,8 @@ class SimulatedEngine:
         """Nothing to free."""
 
     async def _pass_time(self, sequences: int, tokens: int) -> list[tuple[int, int]]:
-        """Let the tokens of all sequences tick by; returns the spans of the versions that were serving meanwhile."""
+        """Let the tokens of all sequences tick by; returns the spans of the versions that were
+        serving meanwhile."""
         spans: list[tuple[int, int]] = []
         for _ in range(tokens):
             if self._script.seconds_per_token > 0.0:
@@ -164,7 +182,10 @@ class SimulatedEngine:
     def _texts(self, task: GenerateTask, text: str, behaviour: Behaviour) -> list[str]:
         if task.kind == "compress":
             return [_compressed(text)] * task.n
-        return [self._text(random.Random(f"{task.seed}/{i}"), task.kind, behaviour) for i in range(task.n)]
+        return [
+            self._text(random.Random(f"{task.seed}/{i}"), task.kind, behaviour)
+            for i in range(task.n)
+        ]
 
     def _text(self, numbers: random.Random, kind: str, behaviour: Behaviour) -> str:
         right = numbers.random() < behaviour.share_right(kind)
@@ -203,7 +224,9 @@ def _with_accuracies(raw: dict[str, object], where: str) -> dict[str, object]:
         changed["default"] = _behaviour(default, f"{where}, default")
     if isinstance(questions := raw.get("questions"), dict):
         changed["questions"] = {
-            key: _behaviour(value, f"{where}, question {key!r}") if isinstance(value, dict) else value
+            key: _behaviour(value, f"{where}, question {key!r}")
+            if isinstance(value, dict)
+            else value
             for key, value in questions.items()
         }
     return changed
@@ -215,5 +238,10 @@ def _behaviour(raw: dict[str, object], where: str) -> dict[str, object]:
     for key in raw:
         if key not in known and not key.startswith(prefix):
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-    accuracies = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
-    return {**{key: value for key, value in raw.items() if not key.startswith(prefix)}, "accuracies": accuracies}
+    accuracies = {
+        key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)
+    }
+    return {
+        **{key: value for key, value in raw.items() if not key.startswith(prefix)},
+        "accuracies": accuracies,
+    }

@@ -1,4 +1,5 @@
-"""Between chat messages and tokens: prompts go in as ids, completions come out as text, nothing is re-tokenised."""
+"""Between chat messages and tokens: prompts go in as ids, completions come out as text, nothing is
+re-tokenised."""
 
 from __future__ import annotations
 
@@ -8,31 +9,42 @@ import numpy as np
 from transformers import GenerationConfig
 
 from zppo.errors import UserError
-from zppo.tokenization import encode_prompts, encode_start, load_tokenizer
+from zppo.prompting.tokenization import encode_prompts, encode_start, load_tokenizer
 from zppo_actors.engines.base import EngineError
-from zppo_protocol.messages import Prompt, ResponseStart
+from zppo_protocol.values import Prompt, ResponseStart
 
 
 class PromptTokenizer:
-    """A tokenizer with the ids that end a response (the tokenizer's own and those of the generation config)."""
+    """A tokenizer with the ids that end a response (the tokenizer's own and those of the generation
+    config)."""
 
     def __init__(self, folder: str, where: str) -> None:
         self._tokenizer: Any = load_tokenizer(folder, where)
         if self._tokenizer.eos_token_id is None:
-            raise UserError(f"{where}: the tokenizer of {folder!r} has no end token, so no response would ever stop")
+            raise UserError(
+                f"{where}: the tokenizer of {folder!r} has no end token, so no response would ever "
+                "stop"
+            )
         self.end_ids = frozenset({int(self._tokenizer.eos_token_id), *_configured_ends(folder)})
 
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids [P] int32 of the prompt, up to where sampling starts. Raises EngineError if it has none."""
+        """Token ids [P] int32 of the prompt, up to where sampling starts. Raises EngineError if it
+        has none."""
         if prompt.media:
-            raise EngineError("this engine takes text only, but the prompt has pictures or videos", retryable=False)
+            raise EngineError(
+                "this engine takes text only, but the prompt has pictures or videos",
+                retryable=False,
+            )
         [ids] = encode_prompts(self._tokenizer, [prompt])
         if not ids:
             raise EngineError("the prompt has no tokens", retryable=False)
         return np.asarray(ids, dtype=np.int32)
 
-    def decode(self, completions: list[np.ndarray], start: ResponseStart | None = None) -> list[str]:
-        """Texts of the responses, with the start that was given to them; without special tokens, spaces as they are."""
+    def decode(
+        self, completions: list[np.ndarray], start: ResponseStart | None = None
+    ) -> list[str]:
+        """Texts of the responses, with the start that was given to them; without special tokens,
+        spaces as they are."""
         given = [] if start is None else encode_start(self._tokenizer, start)
         texts: list[str] = self._tokenizer.batch_decode(
             [[*given, *completion.tolist()] for completion in completions],

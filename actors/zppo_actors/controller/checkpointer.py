@@ -1,0 +1,55 @@
+"""The controller's part of a checkpoint: the scheduler's state at one step, joined with the
+trainer's share.
+
+Order of things: a step is trained, the state of that very moment is kept here and the trainer is
+asked for its share; when the share is written, state, records and manifest follow on the background
+thread and the folder gets its name. Records are forced to the disk first: a checkpoint is never
+ahead of its journal.
+"""
+
+from __future__ import annotations
+
+from zppo.records import checkpoint
+from zppo.scheduling.scheduler import RunFailure, SchedulerState
+from zppo_actors.controller.file_thread import Background
+from zppo_actors.controller.recorder import Recorder
+from zppo_actors.process import ActorContext
+from zppo_protocol import codec
+
+
+class Checkpointer:
+    """`saved` is the newest step whose checkpoint is whole on the disk."""
+
+    def __init__(self, context: ActorContext, recorder: Recorder, background: Background) -> None:
+        self.saved = context.start_version
+        self.waiting_for: int | None = None
+        self._run_dir, self._keep = context.run_dir, context.topology.checkpoints.keep
+        self._recorder, self._background = recorder, background
+        self._state = b""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint has been begun and is not whole yet."""
+        return self.waiting_for is not None or not self._background.idle
+
+    def begin(self, step: int, state: SchedulerState) -> None:
+        """Keep the scheduler as it is after `step` trained steps, until the trainer's share is
+        there."""
+        self.waiting_for, self._state = step, codec.dumps(state)
+
+    def share_written(self, step: int) -> None:
+        """The trainer's share lies in the partial folder: complete the checkpoint."""
+        if step != self.waiting_for:
+            raise RunFailure(f"the trainer saved step {step}, which nobody asked for")
+        self.waiting_for = None
+        self._recorder.journal.sync()
+        self._background.submit(self._complete, step, self._state)
+
+    def _complete(self, step: int, state: bytes) -> None:
+        checkpoint.write_file(
+            checkpoint.partial_folder(self._run_dir, step) / checkpoint.SCHEDULER, state
+        )
+        self._recorder.sinks.sync()
+        checkpoint.commit(self._run_dir, step)
+        checkpoint.prune(self._run_dir, self._keep, newest=step)
+        self.saved = step

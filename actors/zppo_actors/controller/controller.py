@@ -1,0 +1,447 @@
+"""The controller: owner of everything that must not be lost, and a thin shell around the scheduler.
+
+It turns messages into events of `zppo.scheduling.scheduler`, and the scheduler's assignments and
+windows into messages. One thread, one socket, no state of its own beyond who is connected; what
+must survive is in the scheduler's state (checkpoints) and in the recorder's files.
+
+Consumes: everything actors and the supervisor send. Produces: tasks, windows, policy announcements,
+checkpoints and status. Waits for: the next message, at most `TICK_SECONDS`. Is unblocked by: any
+message; the watchdog ends a run in which nothing moves for `run.no_progress_seconds` and names what
+waits for what.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from msgspec import structs
+
+from zppo.algorithm.methods import get_method
+from zppo.data.corpus import load_questions
+from zppo.data.question import Question, digest
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from zppo.plan.processes import cores, processes
+from zppo.prompting.prompts import PromptSet
+from zppo.records import checkpoint, run_directory
+from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
+from zppo_actors.controller.checkpointer import Checkpointer
+from zppo_actors.controller.file_thread import Background
+from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
+from zppo_actors.controller.policies import PolicyBoard
+from zppo_actors.controller.recorder import Recorder
+from zppo_actors.controller.status import StepClock, build_status
+from zppo_actors.process import ActorContext
+from zppo_protocol import codec, messages
+from zppo_protocol.errors import ProtocolError
+from zppo_protocol.limits import limits_for
+from zppo_protocol.messages import AnyMessage
+from zppo_protocol.sockets import Router
+from zppo_protocol.values import PolicyManifest
+
+TICK_SECONDS = 0.05
+STATUS_SECONDS = 0.5
+LEAVE_SECONDS = 10.0
+
+WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, messages.Goodbye)
+ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
+SPEAKS: dict[str, tuple[type, ...]] = {
+    "rollout": (*ENGINE_SPEAKS, messages.PolicyLoaded, messages.PolicyRefused),
+    "teacher": (*ENGINE_SPEAKS, messages.ScoreResult),
+    "grader": (*WORKER_SPEAKS, messages.GradeResult),
+    "trainer": (
+        messages.Heartbeat,
+        messages.Credits,
+        messages.PolicyPublished,
+        messages.StepTrained,
+        messages.CheckpointSaved,
+        messages.Goodbye,
+    ),
+    "supervisor": (messages.ActorExited, messages.StopRequested),
+}
+"""What each role may say after its Hello; anything else is logged and ignored."""
+
+log = logging.getLogger("zppo.controller")
+
+
+def main(context: ActorContext) -> int:
+    """Run the controller to the end of the run; returns the run's exit code."""
+    limits = limits_for(context.topology.transport.max_message_mib)
+    router = Router(context.address, limits)
+    try:
+        return Controller(context, router).run()
+    finally:
+        router.close()
+
+
+def load_scheduler(context: ActorContext, now: float) -> Scheduler:
+    """The scheduler of this life: fresh, or continued from the checkpoint of
+    `context.start_version`."""
+    topology, base = context.topology, Path.cwd()
+    questions = load_questions(topology.data.train, topology.data, base).questions
+    recorded = run_directory.read(context.run_dir).corpus
+    if recorded and recorded != digest(questions):
+        raise UserError(
+            f"data.train: {topology.data.train!r} has changed since the run began; put the old "
+            "file back"
+        )
+    heldout: list[Question] = []
+    if topology.data.heldout is not None:
+        heldout = load_questions(topology.data.heldout, topology.data, base).questions
+    return Scheduler(
+        topology,
+        get_method(topology.method.name),
+        questions,
+        heldout,
+        PromptSet.of(topology),
+        load_state(context),
+        now,
+    )
+
+
+def load_state(context: ActorContext) -> SchedulerState | None:
+    if context.start_version == 0:
+        return None
+    folder = checkpoint.final_folder(context.run_dir, context.start_version)
+    return codec.loads((folder / checkpoint.SCHEDULER).read_bytes(), SchedulerState)
+
+
+class Controller:
+    def __init__(self, context: ActorContext, router: Router) -> None:
+        now = time.monotonic()
+        self.context, self.router = context, router
+        self.scheduler = load_scheduler(context, now)
+        self.background = Background()
+        self.recorder = Recorder(
+            context, context.start_version if is_later_life(context) else None, self.background
+        )
+        self.checkpointer = Checkpointer(context, self.recorder, self.background)
+        self.board = PolicyBoard()
+        table = processes(context.topology, cores())
+        self.peers = Peers(context.run_id, {plan.name: plan.role for plan in table})
+        self.pools = {plan.name: plan.pool for plan in table}
+        self.clock = StepClock(now)
+        self.verdict: messages.RunEnded | None = None
+        self.stop_reason: str | None = None
+        self._last_progress = now
+        self._next_status = now
+        for window in self.scheduler.windows.values():
+            self.recorder.opened(window)
+
+    def run(self) -> int:
+        """Serve until the run has ended, then tell everybody and leave."""
+        try:
+            while self.verdict is None:
+                self._receive()
+                self._act(time.monotonic())
+        except RunFailure as failure:
+            self.verdict = messages.RunEnded(verdict=str(failure), exit_code=EXIT_FAILED)
+        except OSError as error:
+            self.verdict = messages.RunEnded(
+                verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED
+            )
+        return self._leave(self.verdict)
+
+    # ---- loop ------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take everything that has come, so that decisions see the newest state."""
+        received = self.router.receive(TICK_SECONDS)
+        while received is not None:
+            peer, message = received
+            self._handle(peer, message, time.monotonic())
+            received = self.router.receive(0.0)
+
+    def _act(self, now: float) -> None:
+        self._announce_policies()
+        for assignment in self.scheduler.assignments(now):
+            self._send(assignment.worker, assignment.job.message)
+        for opened in self.scheduler.opened():
+            self.recorder.opened(opened)
+        self._ship(now)
+        self._finish_evaluation()
+        self.background.check()
+        self._end_if_done()
+        if now >= self._next_status:
+            self._next_status = now + STATUS_SECONDS
+            self._watch(now)
+            self.clock.sample(self.peers)
+            self._send(SUPERVISOR, self._status())
+
+    def _status(self) -> messages.Status:
+        return build_status(self.scheduler, self.peers, self.recorder, self.clock, self._waiting())
+
+    def _ship(self, now: float) -> None:
+        window = self.scheduler.next_window(now)
+        if window is not None:
+            self.clock.shipped(now)
+            self._send(TRAINER, window)
+
+    def _announce_policies(self) -> None:
+        for peer in self.peers.of_role("rollout"):
+            manifest = self.board.next_for(peer.name)
+            if manifest is not None:
+                self._send(peer.name, messages.LoadPolicy(manifest=manifest))
+        for version in self.board.release():
+            self._send(TRAINER, messages.ReleasePolicy(version=version))
+
+    def _finish_evaluation(self) -> None:
+        result = self.scheduler.evaluation_done()
+        if result is not None:
+            self.recorder.evaluated(result)
+            self.recorder.event(
+                "evaluation", "held_out", f"{result.accuracy:.3f} after {result.step} steps"
+            )
+
+    def _watch(self, now: float) -> None:
+        for actor in self.scheduler.without_progress(now):
+            self._restart(
+                actor,
+                f"it made no progress for {self.context.topology.scheduler.lease_seconds:g} s",
+            )
+        limit = self.context.topology.run.no_progress_seconds
+        if now - self._last_progress > limit:
+            raise RunFailure(
+                f"nothing moved for {limit:g} s: "
+                f"{'; '.join(self._waiting()) or 'no actor has greeted'}"
+            )
+
+    def _waiting(self) -> list[str]:
+        step = self.checkpointer.waiting_for
+        saving = (
+            [f"the checkpoint of step {step} waits for the trainer"] if step is not None else []
+        )
+        return saving + self.scheduler.waiting()
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def _end_if_done(self) -> None:
+        """Finished: every step is trained, evaluated and saved. Stopped: the trainer is idle, its
+        last step saved."""
+        if self.checkpointer.busy or self.scheduler.training is not None:
+            return
+        stopped = self.stop_reason is not None
+        if not stopped and not self.scheduler.finished:
+            return
+        if self.checkpointer.saved < self.scheduler.trained:
+            self._save()
+            return
+        steps = f"{self.scheduler.trained} of {self.scheduler.total_steps} steps"
+        if stopped:
+            self.verdict = messages.RunEnded(
+                verdict=f"{self.stop_reason}: {steps} are trained and saved",
+                exit_code=EXIT_INTERRUPTED,
+            )
+        else:
+            self.verdict = messages.RunEnded(verdict=f"finished: {steps}", exit_code=0)
+
+    def _leave(self, verdict: messages.RunEnded) -> int:
+        log.info("run ended: %s", verdict.verdict)
+        try:
+            self.background.close()
+        except OSError as error:
+            verdict = structs.replace(
+                verdict, verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED
+            )
+        self.router.send(SUPERVISOR, self._status())
+        self.recorder.close(verdict.verdict)
+        for peer in self.peers.actors():
+            self.router.send(peer.name, messages.Shutdown(reason=verdict.verdict))
+        self.router.send(SUPERVISOR, verdict)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.peers.actors() and time.monotonic() < deadline:
+            received = self.router.receive(TICK_SECONDS)
+            if received is not None and isinstance(
+                received[1], messages.Goodbye | messages.ActorExited
+            ):
+                self.peers.forget(getattr(received[1], "actor", received[0]))
+        return verdict.exit_code
+
+    def _save(self) -> None:
+        """Keep the scheduler as it is at this very step, and ask for the trainer's share to go with
+        it."""
+        step = self.scheduler.trained
+        self.checkpointer.begin(step, self.scheduler.state())
+        self._send(TRAINER, messages.SaveCheckpoint(step=step))
+
+    # ---- messages --------------------------------------------------------------------------------
+
+    def _handle(self, name: str, message: AnyMessage, now: float) -> None:
+        if isinstance(message, messages.Hello):
+            self._greet(name, message)
+            return
+        peer = self.peers.get(name)
+        if peer is None:
+            self.router.send(name, messages.Rejected(reason="say Hello first"))
+            return
+        if not isinstance(message, SPEAKS[peer.role]):
+            log.warning("%s sent %s, which is not for it to say", name, type(message).__name__)
+            return
+        match message:
+            case messages.Heartbeat():
+                self._heartbeat(peer, message, now)
+            case messages.Credits():
+                self._credits(peer, message.count, now)
+            case messages.GenerateResult():
+                if self.scheduler.sampled(
+                    message.task_id, name, peer.incarnation, message.samples, now
+                ):
+                    self._last_progress = now
+            case messages.ScoreResult():
+                if self.scheduler.scored(
+                    message.task_id, name, peer.incarnation, message.scores, now
+                ):
+                    self._last_progress = now
+            case messages.GradeResult():
+                if self.scheduler.graded(
+                    message.task_id, name, peer.incarnation, message.grades, now
+                ):
+                    self._last_progress = now
+            case messages.TaskFailed():
+                self._failed(peer, message, now)
+            case messages.PolicyPublished():
+                self._published(message.manifest)
+                self._last_progress = now
+            case messages.PolicyLoaded():
+                self._loaded(peer, message)
+            case messages.PolicyRefused():
+                self.recorder.event(
+                    name, "refused_policy", f"version {message.version}: {message.reason}"
+                )
+                self._restart(name, f"it refused policy version {message.version}")
+            case messages.StepTrained():
+                self._step_trained(message, now)
+            case messages.CheckpointSaved():
+                self.checkpointer.share_written(message.step)
+                self.recorder.event("controller", "checkpoint", f"step {message.step}")
+            case messages.ActorExited():
+                self._exited(message)
+            case messages.StopRequested():
+                self.stop_reason = message.reason
+                self.scheduler.stopping = True
+            case messages.Goodbye():
+                if message.reason:
+                    self.recorder.event(name, "left", message.reason)
+                self._lost(name)
+
+    def _greet(self, name: str, hello: messages.Hello) -> None:
+        problem = self.peers.problem(name, hello)
+        if problem is not None:
+            log.warning("%s is rejected: %s", name, problem)
+            self.router.send(name, messages.Rejected(reason=problem))
+            return
+        if name in self.peers:
+            self._lost(name)
+        self.peers.add(name, hello)
+        self._send(
+            name,
+            messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds),
+        )
+        if hello.role not in (SUPERVISOR, TRAINER):
+            self.scheduler.actor_joined(name, self.pools[name], hello.incarnation)
+        log.info("%s joined (incarnation %d, process %d)", name, hello.incarnation, hello.pid)
+
+    def _heartbeat(self, peer: Peer, message: messages.Heartbeat, now: float) -> None:
+        if message.progress > peer.progress:
+            self._last_progress = now
+            self.scheduler.progressed(peer.name, now)
+        peer.progress, peer.stats = message.progress, message.stats
+        lost = self.scheduler.heard(peer.name, message.tasks, now)
+        if lost:
+            self._restart(peer.name, f"it lost {len(lost)} of its tasks, first {lost[0]}")
+
+    def _credits(self, peer: Peer, count: int, now: float) -> None:
+        if peer.role == "trainer":
+            self.scheduler.trainer_free(now)
+            self.clock.trainer_free(now)
+            return
+        try:
+            self.scheduler.granted(peer.name, count)
+        except ProtocolError as error:
+            log.warning("%s", error)
+
+    def _failed(self, peer: Peer, message: messages.TaskFailed, now: float) -> None:
+        self.recorder.event(peer.name, "task_failed", f"{message.task_id}: {message.reason}")
+        self.scheduler.failed(
+            message.task_id, peer.name, peer.incarnation, message.reason, message.retryable, now
+        )
+
+    def _published(self, manifest: PolicyManifest) -> None:
+        try:
+            self.board.publish(manifest)
+        except ValueError as error:
+            raise RunFailure(str(error)) from None
+        self.scheduler.policy_published(manifest.version)
+
+    def _loaded(self, peer: Peer, message: messages.PolicyLoaded) -> None:
+        if self.board.loaded(peer.name, message.version, message.digest):
+            peer.policy_version = message.version
+            self.scheduler.policy_loaded(peer.name, message.version)
+        else:
+            self.recorder.event(
+                peer.name, "wrong_policy", f"version {message.version} has another digest"
+            )
+            self._restart(peer.name, f"it loaded other weights than version {message.version}")
+
+    def _step_trained(self, message: messages.StepTrained, now: float) -> None:
+        trained = self.scheduler.step_trained(message.step, message.seconds)
+        self._last_progress = now
+        self.recorder.trained(trained, message, self.scheduler.buffer, self.clock.step_done(now))
+        done = self.scheduler.trained
+        if (
+            done % self.context.topology.checkpoints.every == 0
+            or done >= self.scheduler.total_steps
+        ):
+            self._save()
+
+    # ---- peers -----------------------------------------------------------------------------------
+
+    def _exited(self, message: messages.ActorExited) -> None:
+        self.recorder.event(message.actor, "exited", message.verdict)
+        peer = self.peers.get(message.actor)
+        if peer is not None and peer.incarnation <= message.incarnation:
+            self._lost(message.actor)
+        if message.restarting:
+            self.recorder.event(message.actor, "restarting")
+            self.recorder.totals["restarts"] += 1
+
+    def _restart(self, name: str, reason: str) -> None:
+        """Ask the supervisor for a new incarnation of an actor that lives but does not do its
+        work."""
+        peer = self.peers.get(name)
+        if peer is None:
+            return
+        self.recorder.event(name, "restart_asked", reason)
+        self._send(
+            SUPERVISOR,
+            messages.RestartActor(actor=name, incarnation=peer.incarnation, reason=reason),
+        )
+        self._lost(name)
+
+    def _lost(self, name: str) -> None:
+        peer = self.peers.forget(name)
+        self.board.forget(name)
+        if peer is not None and peer.role not in (SUPERVISOR, TRAINER):
+            self.scheduler.actor_left(name)
+
+    def _send(self, name: str, message: AnyMessage) -> None:
+        """Send, or treat the peer as lost: its jobs go to others and its next incarnation greets
+        anew."""
+        try:
+            sent = name not in self.peers or self.router.send(name, message)
+        except ProtocolError as error:
+            raise RunFailure(
+                f"a {type(message).__name__} for {name} cannot be sent: {error}; raise "
+                "transport.max_message_mib"
+            ) from None
+        if not sent:
+            log.warning("%s cannot be reached", name)
+            if name != SUPERVISOR:
+                self._lost(name)
+
+
+def is_later_life(context: ActorContext) -> bool:
+    """Whether this run directory was written to before, so that records after the checkpoint must
+    be rolled back."""
+    return context.start_version > 0 or (context.run_dir / "journal.sqlite").exists()

@@ -1,0 +1,103 @@
+"""The journal: what was dispatched, what was trained, and what happened, in `journal.sqlite` of the
+run directory.
+
+It is the witness of the exactly-once promise, so it only records and never prevents: a group that
+is trained twice is inserted twice and shows in `counts`. Every call is one transaction in WAL mode:
+a killed process loses at most the call it was in, and a reader (report, summary) is never in the
+way of the run.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+from zppo.records.summary import JOURNAL_SCHEMA, JournalCounts, journal_counts
+
+TrainedRow = tuple[str, str, str, str]
+"""(group_id, question_id, kind, origin)"""
+
+
+class Journal:
+    """Opens or creates the journal of a run directory. Used from one thread of one process, the
+    controller."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._connection = sqlite3.connect(run_dir / "journal.sqlite", isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.executescript(JOURNAL_SCHEMA)
+
+    def record_dispatched(self, question_id: str, window: int, epoch: int = 0) -> None:
+        """A new question (X_new) of pass `epoch` entered a window. Saying it again for the same
+        window, as a resumed controller does for the windows it restored, changes nothing."""
+        self._connection.execute(
+            "INSERT OR IGNORE INTO dispatched VALUES (?, ?, ?)", (question_id, window, epoch)
+        )
+
+    def record_trained(self, step: int, window_index: int, rows: Iterable[TrainedRow]) -> None:
+        """The groups that entered the loss of one step; all of them or none are recorded."""
+        with _transaction(self._connection):
+            self._connection.executemany(
+                "INSERT INTO trained VALUES (?, ?, ?, ?, ?, ?)",
+                ((step, window_index, *row) for row in rows),
+            )
+
+    def record_event(self, wall_time: float, actor: str, event: str, detail: str = "") -> None:
+        """Something worth keeping: `wall_time` in seconds since the epoch, `event` a short
+        snake_case word.
+
+        The event `run_ended` carries the verdict that the summary shows.
+        """
+        self._connection.execute(
+            "INSERT INTO events VALUES (?, ?, ?, ?)", (wall_time, actor, event, detail)
+        )
+
+    def roll_back(self, step: int) -> None:
+        """On resume from the checkpoint before `step`: forget what the lost policy had trained and
+        was asked for."""
+        with _transaction(self._connection):
+            self._connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
+            self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
+
+    def count(self, event: str) -> int:
+        """How many events of this name there were, over all lives of the run."""
+        return int(
+            self._connection.execute(
+                "SELECT COUNT(*) FROM events WHERE event = ?", (event,)
+            ).fetchone()[0]
+        )
+
+    def sync(self) -> None:
+        """Force everything recorded so far to the disk."""
+        self._connection.execute("PRAGMA wal_checkpoint(FULL)")
+
+    def counts(self) -> JournalCounts:
+        """(trained_twice, lost): groups or new questions trained more than once; new questions that
+        were dropped."""
+        return journal_counts(self._connection)
+
+    def events(self, limit: int = 100) -> list[tuple[float, str, str, str]]:
+        """The latest events, oldest first, as (wall_time, actor, event, detail)."""
+        query = (
+            "SELECT * FROM (SELECT rowid, * FROM events ORDER BY rowid DESC LIMIT ?) ORDER BY rowid"
+        )
+        return [tuple(row[1:]) for row in self._connection.execute(query, (limit,))]
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class _transaction:
+    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK if the block raises; autocommit stays the rule
+    elsewhere."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._connection.execute("ROLLBACK" if kind else "COMMIT")

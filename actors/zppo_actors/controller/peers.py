@@ -1,0 +1,72 @@
+"""Who is connected to the controller: one `Peer` per live incarnation of an actor (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec import Struct, field
+
+from zppo_protocol.messages import PROTOCOL_VERSION, Hello
+from zppo_protocol.values import Role
+
+TRAINER = "trainer"
+SUPERVISOR = "supervisor"
+
+
+class Peer(Struct, kw_only=True):
+    name: str
+    role: Role
+    incarnation: int
+    capacity: int
+    policy_version: int = -1
+    progress: int = 0
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Peers:
+    """`roles` is the process table of the run: no other name may greet, and none in another's
+    role."""
+
+    def __init__(self, run_id: str, roles: Mapping[str, str]) -> None:
+        self._run_id, self._roles = run_id, {**roles, SUPERVISOR: SUPERVISOR}
+        self._peers: dict[str, Peer] = {}
+        self._newest: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._peers
+
+    def get(self, name: str) -> Peer | None:
+        return self._peers.get(name)
+
+    def of_role(self, role: str) -> list[Peer]:
+        return [peer for peer in self._peers.values() if peer.role == role]
+
+    def actors(self) -> list[Peer]:
+        """All but the supervisor, by name."""
+        return [self._peers[name] for name in sorted(self._peers) if name != SUPERVISOR]
+
+    def problem(self, name: str, hello: Hello) -> str | None:
+        """Why this greeting is not accepted, or None."""
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"it speaks protocol version {hello.protocol_version}, this run speaks "
+                f"{PROTOCOL_VERSION}"
+            )
+        if hello.run_id != self._run_id:
+            return f"it belongs to run {hello.run_id}, this is run {self._run_id}"
+        if hello.actor != name:
+            return f"it calls itself {hello.actor} on the connection of {name}"
+        if self._roles.get(name) != hello.role:
+            return f"this run has no {hello.role} called {name}"
+        if hello.incarnation < self._newest.get(name, 0):
+            return f"incarnation {hello.incarnation} came after incarnation {self._newest[name]}"
+        return None
+
+    def add(self, name: str, hello: Hello) -> None:
+        self._newest[name] = hello.incarnation
+        self._peers[name] = Peer(
+            name=name, role=hello.role, incarnation=hello.incarnation, capacity=hello.capacity
+        )
+
+    def forget(self, name: str) -> Peer | None:
+        return self._peers.pop(name, None)

@@ -1,0 +1,165 @@
+"""What a run leaves behind while it runs: journal, metrics, fates, held-out results, rollouts, and
+running totals.
+
+The one writer of these files; owned by the controller. `totals` and `gauges` carry the names of the
+live view.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+
+from zppo.algorithm.composition import trained_members
+from zppo.algorithm.methods import get_method
+from zppo.algorithm.replay_buffer import ReplayBuffer
+from zppo.algorithm.window import Window
+from zppo.records.flops import token_counts
+from zppo.records.metrics import (
+    LASTING_FATES,
+    Scalars,
+    buffer_metrics,
+    entry_name,
+    outcomes,
+    reformulated_kinds,
+    trainer_metrics,
+    window_metrics,
+)
+from zppo.records.summary import read_lines
+from zppo.scheduling.heldout import EvaluationResult
+from zppo.scheduling.scheduler import Trained
+from zppo_actors.controller.file_thread import Background
+from zppo_actors.controller.journal import Journal, TrainedRow
+from zppo_actors.controller.sinks import MetricSinks
+from zppo_actors.process import ActorContext
+from zppo_protocol.messages import StepTrained
+
+SHOWN_EVENTS = 20
+
+
+class Recorder:
+    def __init__(
+        self, context: ActorContext, resume_step: int | None, background: Background
+    ) -> None:
+        self._background = background
+        self._scored = get_method(context.topology.method.name).needs_scores
+        self.journal = Journal(context.run_dir)
+        self.sinks = MetricSinks(context.run_dir, context.topology, resume_step)
+        if resume_step is not None:
+            self.journal.roll_back(resume_step)
+        self.totals: Counter[str] = Counter()
+        self.gauges: dict[str, float] = {
+            "max_staleness": float(context.topology.scheduler.max_staleness)
+        }
+        self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
+        self._recall(context)
+
+    def event(self, actor: str, event: str, detail: str = "") -> None:
+        """Journal an event and show it."""
+        self.journal.record_event(time.time(), actor, event, detail)
+        what = f"{event.replace('_', ' ')}: {detail}" if detail else event.replace("_", " ")
+        self.events.append(f"{time.strftime('%H:%M:%S')} {actor}: {what}")
+
+    def opened(self, window: Window) -> None:
+        for visit in window.visits:
+            if visit.origin == "new":
+                self.journal.record_dispatched(visit.question.id, window.index, visit.epoch)
+
+    def trained(
+        self, trained: Trained, message: StepTrained, buffer: ReplayBuffer, waits: Scalars
+    ) -> None:
+        """One finished step: the journal gets what the trainer says it trained, not what it was
+        sent."""
+        window, fates = trained.window, trained.fates
+        self.journal.record_trained(
+            message.step, window.index, journal_rows(trained, message.group_ids)
+        )
+        lasting = [fate for fate in fates if fate.fate in LASTING_FATES]
+        metrics = {
+            **window_metrics(window, message.step),
+            **token_counts(window, trained.composed, scored=self._scored),
+            **buffer_metrics(len(buffer), buffer.capacity, by_entry_accuracy(buffer), lasting),
+            **trainer_metrics(message.metrics),
+            **waits,
+        }
+        line = self.sinks.write(message.step, metrics)
+        self.sinks.write_fate(message.step, lasting)
+        members = trained_members(composition for _, composition in trained.composed)
+        self._background.submit(
+            self.sinks.write_rollouts, message.step, window, outcomes(fates), members
+        )
+        self._add(line)
+
+    def evaluated(self, result: EvaluationResult) -> None:
+        self.sinks.write_heldout(result)
+        self._heldout(result.step, result.accuracy)
+
+    def close(self, verdict: str) -> None:
+        self.journal.record_event(time.time(), "controller", "run_ended", verdict)
+        self.journal.close()
+        self.sinks.close()
+
+    def _recall(self, context: ActorContext) -> None:
+        """Totals of a resumed run, from its own files."""
+        for line in read_lines(context.run_dir / "metrics.jsonl"):
+            self._add(line)
+        for line in read_lines(context.run_dir / "heldout.jsonl"):
+            self._heldout(line["step"], line["accuracy"])
+        self.totals["restarts"] = self.journal.count("restarting")
+
+    def _add(self, line: Scalars) -> None:
+        for total, name in _SUMMED.items():
+            self.totals[total] += int(line.get(name, 0))
+        for kind in reformulated_kinds(line):
+            self.totals[f"groups_{kind}"] += int(line[f"window/{kind}"])
+            if f"accuracy/{kind}" in line:
+                self.gauges[f"accuracy_{kind}"] = float(line[f"accuracy/{kind}"])
+        for gauge, name in _LATEST.items():
+            if name in line:
+                self.gauges[gauge] = float(line[name])
+        self.gauges.setdefault("accuracy_first", float(line.get("accuracy/new", 0.0)))
+        self.gauges["staleness_max"] = max(
+            self.gauges.get("staleness_max", 0.0), float(line.get("staleness/max", 0))
+        )
+
+    def _heldout(self, step: int, accuracy: float) -> None:
+        self.gauges["heldout_before" if step == 0 else "heldout_last"] = accuracy
+
+
+def journal_rows(trained: Trained, group_ids: list[str]) -> list[TrainedRow]:
+    """What the trainer says it trained, and one row of kind `none` for each question that had
+    nothing to train."""
+    known = {c.id: (visit.question.id, c.kind, visit.origin) for visit, c in trained.composed}
+    rows = [(group_id, *known.get(group_id, ("?", "?", "?"))) for group_id in group_ids]
+    composed = {visit.question.id for visit, _ in trained.composed}
+    idle = [visit for visit in trained.window.visits if visit.question.id not in composed]
+    return rows + [
+        (f"{visit.plain.id}/none", visit.question.id, "none", visit.origin) for visit in idle
+    ]
+
+
+_SUMMED = {
+    "questions_new": "window/new",
+    "questions_replayed": "window/replayed",
+    "admitted": "buffer/admitted",
+    "graduated": "buffer/graduated",
+    "evicted": "buffer/evicted",
+    "tokens_generated": "tokens/generated",
+}
+_LATEST = {
+    "accuracy_plain": "accuracy/new",
+    "staleness_mean": "staleness/mean",
+    "step_seconds": "time/step",
+}
+
+
+def by_entry_accuracy(buffer: ReplayBuffer) -> dict[float, int]:
+    """How many entries were admitted at each accuracy."""
+    return Counter(entry.entry_accuracy for entry in buffer.entries())
+
+
+def entry_counters(buffer: ReplayBuffer) -> dict[str, int]:
+    """The same under the names of the live view."""
+    return {
+        f"buffer_by_entry/{entry_name(a)}": n for a, n in sorted(by_entry_accuracy(buffer).items())
+    }

@@ -1,0 +1,1 @@
+"""The engine `transformers`: batched sampling with continuous admission, in this process."""

@@ -1,0 +1,1 @@
+"""The engine `vllm`: sampling, weights in flight, scores and pictures through vLLM."""

@@ -1,0 +1,1 @@
+"""`zppo evaluate`: an engine, questions, and their grades, in one process tree."""

@@ -1,0 +1,106 @@
+"""The process of an evaluation: builds the engines of one order, lets an `Evaluator` ask, and
+prints the report.
+
+Started as `python -m zppo_actors evaluate ORDER` (JSON, `zppo.evaluation.order`). Each result is
+written as soon as it is known, so a stopped evaluation leaves whole lines behind. Standard output
+carries the report and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+
+from zppo.data.corpus import load_questions
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from zppo.evaluation.order import EvaluationOrder, Served
+from zppo.evaluation.report import EvaluationReport, report_text
+from zppo_actors import engines
+from zppo_actors.engines import Engine, EngineSpec
+from zppo_actors.evaluator.evaluator import CannotGoOn, Evaluator, Grading
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out one order; returns the exit code. Raises UserError."""
+    order = msgspec.json.decode(arguments[0], type=EvaluationOrder)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job inherits it as ignored
+    logging.getLogger("zppo").setLevel(logging.ERROR)  # what went wrong is counted in the report
+    with private_stdout() as stdout:
+        try:
+            report = asyncio.run(evaluate(order))
+        except KeyboardInterrupt:
+            print(f"stopped; {_left_behind(order)}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except CannotGoOn as error:
+            print(f"{error}; {_left_behind(order)}", file=sys.stderr)
+            return EXIT_FAILED
+        stdout.write(_json(report) if order.json else report_text(report))
+    return 0
+
+
+def private_stdout() -> TextIO:
+    """Standard output for the report alone; whatever a library prints goes to stderr."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stdout
+
+
+async def evaluate(order: EvaluationOrder) -> EvaluationReport:
+    """Ask all questions and sum up. Raises UserError, or CannotGoOn when the engine cannot
+    answer."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    questions = load_questions(order.data.train, order.data, Path.cwd()).questions[: order.limit]
+    async with AsyncExitStack() as stack:
+        out = stack.enter_context(_open(order.out)) if order.out is not None else None
+        engine = _build(order.served)
+        stack.push_async_callback(engine.close)
+        judge = _build(order.judge) if order.judge is not None else None
+        if judge is not None:
+            stack.push_async_callback(judge.close)
+        grading = stack.enter_context(Grading(order.grader_seconds, order.data.train))
+        try:
+            return await Evaluator(order, engine, judge, grading, out).run(questions)
+        except* CannotGoOn as errors:
+            raise _first(errors) from None
+
+
+def _build(served: Served) -> Engine:
+    spec = EngineSpec(
+        model=served.model,
+        where=served.where,
+        model_where=served.where,
+        device=served.device,
+        threads=served.threads,
+        engine_args=served.engine_args,
+    )
+    return engines.create(served.engine, spec)
+
+
+def _open(path: str) -> TextIO:
+    try:
+        return open(path, "x", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {path!r} cannot be written ({error.strerror})") from None
+
+
+def _first(errors: BaseExceptionGroup[CannotGoOn]) -> CannotGoOn:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _json(report: EvaluationReport) -> str:
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+
+
+def _left_behind(order: EvaluationOrder) -> str:
+    return "nothing was written" if order.out is None else f"what was answered is in {order.out}"

@@ -1,0 +1,1 @@
+"""Scoring in worker processes that can be killed."""

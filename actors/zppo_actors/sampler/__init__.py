@@ -1,0 +1,1 @@
+"""Rollout and teacher actors: one engine each, and the messages around it."""

@@ -1,0 +1,319 @@
+"""The asyncio shell around one engine, shared by rollout and teacher actors.
+
+Invariant: of every task's n credits each is given back exactly once, one by one as its sequences
+end and the rest when the task is answered, and every task is answered exactly once, with its
+samples or with a reason. Heartbeats list a task from its arrival until its answer is sent, whether
+its sequences run or wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from typing import Literal
+
+from zppo.config.topology import ActorConfig, ModelConfig
+from zppo.errors import EXIT_FAILED
+from zppo_actors.engines import Engine, EngineError, EngineSpec, create
+from zppo_actors.process import ActorContext
+from zppo_actors.weights import PublicationRefused
+from zppo_protocol.errors import ProtocolError
+from zppo_protocol.limits import limits_for
+from zppo_protocol.messages import (
+    AnyMessage,
+    Credits,
+    GenerateResult,
+    GenerateTask,
+    Goodbye,
+    Heartbeat,
+    LoadPolicy,
+    PolicyLoaded,
+    PolicyRefused,
+    Rejected,
+    ScoreResult,
+    ScoreTask,
+    Shutdown,
+    TaskFailed,
+    Welcome,
+)
+from zppo_protocol.sockets import AsyncDealer
+
+CLOSE_SECONDS = 5.0
+"""How long a leaving actor waits for its engine; the decode thread does not keep the process
+alive."""
+
+RATE_SECONDS = 10.0
+"""`tokens_per_second` is averaged exponentially over about so long, since engines work in
+bursts."""
+
+log = logging.getLogger("zppo.engine_actor")
+
+
+def run(
+    context: ActorContext,
+    config: ActorConfig,
+    model: ModelConfig,
+    role: Literal["rollout", "teacher"],
+    where: str,
+    model_where: str,
+) -> int:
+    """Build the engine of this actor and serve it until told to leave; returns the exit code.
+    Raises UserError.
+
+    `where` and `model_where` are the settings that errors name.
+    """
+    engine = create(config.engine, engine_spec(context, config, model, where, model_where))
+    return asyncio.run(_serve(context, engine, role))
+
+
+def engine_spec(
+    context: ActorContext, config: ActorConfig, model: ModelConfig, where: str, model_where: str
+) -> EngineSpec:
+    """What this actor's engine is built from; devices are given out in turn."""
+    return EngineSpec(
+        model=model,
+        where=where,
+        model_where=model_where,
+        device=config.devices[context.index % len(config.devices)],
+        threads=config.threads,
+        engine_args=config.engine_args,
+    )
+
+
+async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout", "teacher"]) -> int:
+    dealer = AsyncDealer(
+        context.address, context.actor, limits_for(context.topology.transport.max_message_mib)
+    )
+    try:
+        return await EngineActor(context, engine, dealer, role).run()
+    finally:
+        try:
+            await asyncio.wait_for(engine.close(), CLOSE_SECONDS)
+        except TimeoutError:
+            log.warning("the engine did not stop within %g s", CLOSE_SECONDS)
+        dealer.close()
+
+
+class Leave(Exception):
+    """Ends the actor's tasks; carries the exit code and the last words."""
+
+    def __init__(self, exit_code: int, reason: str = "") -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+        self.reason = reason
+
+
+class Work:
+    """One task in hand: `left` of its sequences have not ended. The same task may come twice, if
+    its lease ran out."""
+
+    def __init__(self, task: GenerateTask | ScoreTask) -> None:
+        self.task = task
+        self.left = task.n
+
+
+class EngineActor:
+    """Messages in and out of one engine."""
+
+    def __init__(
+        self,
+        context: ActorContext,
+        engine: Engine,
+        dealer: AsyncDealer,
+        role: Literal["rollout", "teacher"],
+    ) -> None:
+        self._context = context
+        self._engine = engine
+        self._dealer = dealer
+        self._role: Literal["rollout", "teacher"] = role
+        self._heartbeat_seconds = context.topology.transport.heartbeat_seconds
+        self._running: list[Work] = []
+        self._returned = 0
+        self._room = asyncio.Event()
+        self._loading = asyncio.Lock()
+        self._open = False
+
+    async def run(self) -> int:
+        """Greet, then serve until `Shutdown`, `Rejected` or an engine beyond repair.
+
+        Consumes: what `_listen` takes. Produces: Hello, Goodbye, and what the three loops and the
+        tasks send. Waits for: the first of its tasks to raise. Is unblocked by: `Leave`, or any
+        failure of a task.
+        """
+        await self._dealer.send(self._context.hello(self._role, self._engine.capacity))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen(tasks))
+                tasks.create_task(self._give_back())
+                tasks.create_task(self._beat())
+        except* Leave as group:
+            leave = _first_leave(group)
+        if leave.exit_code:
+            log.error("leaving: %s", leave.reason)
+        await self._dealer.send(Goodbye(reason=leave.reason[:2000]))
+        return leave.exit_code
+
+    # ---- loops -----------------------------------------------------------------------------------
+
+    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+        """The receiving loop.
+
+        Consumes: every message of the controller. Produces: one asyncio task per GenerateTask,
+        ScoreTask and LoadPolicy, so that it never waits for the engine. Waits for: the next
+        message. Is unblocked by: the controller.
+        """
+        while True:
+            message = await self._dealer.receive()
+            match message:
+                case GenerateTask() | ScoreTask():
+                    self._running.append(work := Work(message))
+                    tasks.create_task(self._do(work))
+                case LoadPolicy():
+                    tasks.create_task(self._load(message))
+                case _:
+                    self._obey(message)
+
+    async def _give_back(self) -> None:
+        """The credit loop.
+
+        Consumes: ended sequences. Produces: Credits, as many at once as have come together. Waits
+        for: an ended sequence, or the right to open. Is unblocked by: `_free`.
+        """
+        while True:
+            await self._room.wait()
+            self._room.clear()
+            count, self._returned = self._returned, 0
+            if count:
+                await self._dealer.send(Credits(count=count))
+
+    async def _beat(self) -> None:
+        """The heartbeat loop.
+
+        Consumes: the engine's token count. Produces: Heartbeat, in which `progress` rises only with
+        tokens sampled or scored. Waits for: the next beat. Is unblocked by: the clock.
+        """
+        before, then, rate = self._engine.progress, time.monotonic(), 0.0
+        while True:
+            await asyncio.sleep(self._heartbeat_seconds)
+            self._check_engine()
+            progress, now = self._engine.progress, time.monotonic()
+            share = -math.expm1((then - now) / RATE_SECONDS)
+            rate += share * ((progress - before) / (now - then) - rate)
+            before, then = progress, now
+            await self._dealer.send(self._heartbeat(progress, rate))
+
+    # ---- one message -----------------------------------------------------------------------------
+
+    def _obey(self, message: AnyMessage) -> None:
+        match message:
+            case Welcome():
+                self._heartbeat_seconds = message.heartbeat_seconds
+                if self._role == "teacher":
+                    self._open_up()
+            case Shutdown():
+                raise Leave(0)
+            case Rejected():
+                raise Leave(
+                    EXIT_FAILED,
+                    f"the controller refuses to work with this process: {message.reason}",
+                )
+            case _:
+                log.warning("ignored a %s, which no engine expects", type(message).__name__)
+
+    async def _do(self, work: Work) -> None:
+        """Do one task, answer it, and give back what credits of it are left."""
+        answer = await self._answer(work)
+        try:
+            await self._dealer.send(answer)
+        except ProtocolError as error:
+            await self._dealer.send(
+                _failed(work.task, f"the answer is no valid message: {error}", retryable=False)
+            )
+        self._ended(work, work.left)
+        self._running.remove(work)
+        self._check_engine()
+
+    async def _answer(self, work: Work) -> GenerateResult | ScoreResult | TaskFailed:
+        task = work.task
+        try:
+            if isinstance(task, ScoreTask):
+                return ScoreResult(task_id=task.task_id, scores=await self._engine.score(task))
+            if task.min_version > self._engine.policy_version:
+                have = self._engine.policy_version
+                return _failed(
+                    task,
+                    f"needs policy version {task.min_version}, loaded is {have}",
+                    retryable=True,
+                )
+            samples = await self._engine.generate(task, lambda count: self._ended(work, count))
+            return GenerateResult(task_id=task.task_id, samples=samples)
+        except EngineError as error:
+            return _failed(task, str(error), retryable=error.retryable)
+        except Exception as error:
+            # One task must not take the others with it; the controller bounds how often it is
+            # tried.
+            log.exception("task %s failed unexpectedly", task.task_id)
+            return _failed(task, f"{type(error).__name__}: {error}", retryable=True)
+
+    async def _load(self, message: LoadPolicy) -> None:
+        """Load one policy after the other; the first one opens the actor for work."""
+        version = message.manifest.version
+        async with self._loading:
+            start = time.monotonic()
+            try:
+                digest = await self._engine.load_policy(message.manifest)
+            except (EngineError, PublicationRefused) as error:
+                self._check_engine()  # a refusal says that the old weights keep serving
+                log.warning("%s", error)
+                await self._dealer.send(PolicyRefused(version=version, reason=str(error)))
+                return
+            seconds = time.monotonic() - start
+        await self._dealer.send(PolicyLoaded(version=version, digest=digest, seconds=seconds))
+        self._open_up()
+
+    # ---- credits and state -----------------------------------------------------------------------
+
+    def _open_up(self) -> None:
+        """Grant the engine's capacity, once."""
+        if not self._open:
+            self._open = True
+            self._free(self._engine.capacity)
+
+    def _ended(self, work: Work, count: int) -> None:
+        """So many sequences of the task have ended: their credits go back, but never more than the
+        task cost."""
+        count = min(count, work.left)
+        work.left -= count
+        self._free(count)
+
+    def _free(self, count: int) -> None:
+        self._returned += count
+        self._room.set()
+
+    def _check_engine(self) -> None:
+        if (reason := self._engine.broken) is not None:
+            raise Leave(EXIT_FAILED, reason)
+
+    def _heartbeat(self, progress: int, rate: float) -> Heartbeat:
+        sequences = sum(work.left for work in self._running)
+        running = min(sequences, self._engine.capacity)
+        stats = {
+            "tokens_total": float(progress),
+            "tokens_per_second": rate,
+            "running": float(running),
+            "waiting": float(sequences - running),
+        }
+        return Heartbeat(
+            progress=progress, tasks=[work.task.task_id for work in self._running], stats=stats
+        )
+
+
+def _failed(task: GenerateTask | ScoreTask, reason: str, *, retryable: bool) -> TaskFailed:
+    return TaskFailed(task_id=task.task_id, reason=reason[:2000], retryable=retryable)
+
+
+def _first_leave(group: BaseExceptionGroup[Leave]) -> Leave:
+    first = group.exceptions[0]
+    return first if isinstance(first, Leave) else _first_leave(first)

@@ -1,0 +1,358 @@
+"""One life of a run: a set of processes with one run id and one runtime folder, from their start to
+their common end.
+
+Engines and graders are restarted within a life, with growing pauses and a budget; the death of the
+controller or the trainer ends it. The invariant: when `Life.run` returns, no process of the life is
+left and its runtime folder is gone.
+
+Consumes `Status`, `RestartActor` and `RunEnded` from the controller, exits of children, Ctrl-C.
+Produces `ActorExited` and `StopRequested`. Waits for the controller's `RunEnded`; is unblocked by
+the exit of a child and by a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from zppo.plan.processes import ProcessPlan, cores, processes
+from zppo.records.run_directory import RunRecord
+from zppo_actors import runtime
+from zppo_actors.supervisor import children
+from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor.interrupts import Interrupts
+from zppo_protocol.limits import Limits, limits_for
+from zppo_protocol.messages import (
+    PROTOCOL_VERSION,
+    ActorExited,
+    AnyMessage,
+    Hello,
+    RestartActor,
+    RunEnded,
+    Status,
+    StopRequested,
+)
+from zppo_protocol.sockets import Dealer
+
+TICK_SECONDS = 0.1
+LEAVE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 1.0
+LONGEST_BACKOFF_SECONDS = 10.0
+IRREPLACEABLE = ("controller", "trainer")
+FINAL = {EXIT_USER_ERROR: EXIT_USER_ERROR, EXIT_FATAL: EXIT_FAILED}
+"""Exit codes of an actor that no restart would mend, and the exit code of the run that they end."""
+
+log = logging.getLogger("zppo.supervisor")
+
+
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
+"""For glibc. By default every tensor above some megabytes is mapped anew, page by page, and
+unmapped again, which cost a quarter of the time of sampling on a CPU; now up to 2 GiB that a
+process has freed stay with it.
+"""
+
+
+class View(Protocol):
+    """What the supervisor needs of the live view."""
+
+    def update(self, status: Status) -> None: ...
+
+    def log(self, line: str) -> None: ...
+
+    def close(self, verdict: str = "") -> None: ...
+
+
+class End(Struct, frozen=True, kw_only=True):
+    """How a life ended. `renewable` says whether another life may begin from the last
+    checkpoint."""
+
+    verdict: str
+    exit_code: int
+    renewable: bool = False
+    log: Path | None = None
+
+
+Commands = Callable[[ProcessPlan], Sequence[str]]
+
+
+def actor_command(plan: ProcessPlan) -> list[str]:
+    """Start of the command line of an actor. `-P` keeps the current folder off the import path."""
+    return [sys.executable, "-P", "-m", "zppo_actors", plan.role]
+
+
+def backoff_seconds(restarts: int) -> float:
+    """Pause before restart number `restarts` (from 0): half a second, doubled each time, at most
+    ten."""
+    return min(LONGEST_BACKOFF_SECONDS, 0.5 * 2.0**restarts)
+
+
+class Means(Struct, frozen=True):
+    """What a life needs of the system: the runtime folder, the reading end of the parent pipe, the
+    controller's ear."""
+
+    folder: Path
+    parent_fd: int
+    dealer: Dealer
+
+
+@contextmanager
+def means(run_id: str, limits: Limits) -> Iterator[Means]:
+    """Make the means of one life and take them away again, in the order that leaves nothing
+    behind."""
+    folder, lock = runtime.create(run_id)
+    read_end, write_end = os.pipe()
+    dealer = Dealer(runtime.controller_address(folder), "supervisor", limits)
+    try:
+        yield Means(folder, read_end, dealer)
+    finally:
+        dealer.close()
+        runtime.remove(folder)
+        for descriptor in (read_end, write_end, lock):
+            os.close(descriptor)
+
+
+class Life:
+    """One set of processes from their start to their common end."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        record: RunRecord,
+        number: int,
+        view: View,
+        interrupts: Interrupts,
+        commands: Commands,
+    ) -> None:
+        self._run_dir, self._record, self._number = run_dir, record, number
+        self._view, self._interrupts, self._commands = view, interrupts, commands
+        self._plans = {plan.name: plan for plan in processes(record.topology, cores())}
+        self._children: dict[str, Child] = {}
+        self._left: list[tuple[float, Child]] = []
+        self._restarts_due: dict[str, tuple[float, int]] = {}
+        self._reasons: dict[tuple[str, int], str] = {}
+        self._ended: RunEnded | None = None
+        self._end: End | None = None
+        self._stopping = False
+        self._deadline = float("inf")
+
+    def run(self) -> End:
+        """Start everything, watch until the run has ended, and clear everything away."""
+        limits = limits_for(self._record.topology.transport.max_message_mib)
+        with means(self._record.run_id, limits) as self._means:
+            try:
+                self._means.dealer.send(self._hello())
+                for name in self._plans:
+                    self._start(name, incarnation=0)
+                return self._watch()
+            finally:
+                for child in self._children.values():
+                    child.kill()
+
+    def _watch(self) -> End:
+        while True:
+            self._heed_interrupts()
+            self._listen(TICK_SECONDS)
+            self._reap()
+            self._judge_the_left()
+            self._start_due()
+            end = self._outcome()
+            if end is not None:
+                return end
+
+    def _outcome(self) -> End | None:
+        late = time.monotonic() > self._deadline
+        if self._ended is not None and (not self._children or late):
+            return self._end or End(verdict=self._ended.verdict, exit_code=self._ended.exit_code)
+        if self._interrupts.count >= 2:
+            return End(verdict="stopped at once", exit_code=EXIT_INTERRUPTED)
+        # A life that gives up lets the trainer finish and checkpoint, so its end waits for the
+        # controller's last word.
+        if self._end is not None and (
+            not self._stopping or late or "controller" not in self._children
+        ):
+            return self._end
+        return None
+
+    # ---- messages --------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=self._record.run_id,
+            actor="supervisor",
+            role="supervisor",
+            incarnation=self._number,
+            pid=os.getpid(),
+            capacity=0,
+        )
+
+    def _listen(self, seconds: float) -> None:
+        """Wait up to `seconds` for a message, then take all that are there."""
+        message = self._means.dealer.receive(seconds)
+        while message is not None:
+            self._on_message(message)
+            message = self._means.dealer.receive(0.0)
+
+    def _on_message(self, message: AnyMessage) -> None:
+        match message:
+            case Status():
+                self._view.update(message)
+            case RestartActor():
+                self._kill_stuck(message)
+            case RunEnded():
+                self._ended = message
+                self._deadline = time.monotonic() + LEAVE_SECONDS
+
+    def _kill_stuck(self, message: RestartActor) -> None:
+        child = self._children.get(message.actor)
+        if child is not None and child.incarnation == message.incarnation:
+            self._reasons[message.actor, message.incarnation] = message.reason
+            child.kill()
+
+    def _heed_interrupts(self) -> None:
+        if self._interrupts.count and not self._stopping:
+            self._view.log(
+                "stopping: the trainer finishes its step, then a checkpoint; Ctrl-C again stops at "
+                "once"
+            )
+            self._stop("interrupted")
+
+    def _stop(self, reason: str) -> None:
+        self._stopping = True
+        self._means.dealer.send(StopRequested(reason=reason))
+
+    # ---- processes -------------------------------------------------------------------------------
+
+    def _start(self, name: str, incarnation: int) -> None:
+        plan = self._plans[name]
+        options = {
+            "--run": self._run_dir,
+            "--runtime": self._means.folder,
+            "--actor": name,
+            "--incarnation": incarnation,
+            "--parent-fd": self._means.parent_fd,
+        }
+        self._children[name] = children.spawn(
+            [*self._commands(plan), *(str(part) for option in options.items() for part in option)],
+            name=name,
+            role=plan.role,
+            incarnation=incarnation,
+            log=self._run_dir / "logs" / f"{name}.log",
+            env=environment(plan),
+            parent_fd=self._means.parent_fd,
+        )
+        log.info(
+            "started %s, incarnation %d, process %d",
+            name,
+            incarnation,
+            self._children[name].process.pid,
+        )
+
+    def _reap(self) -> None:
+        for child in [child for child in self._children.values() if child.ended]:
+            del self._children[child.name]
+            child.kill()  # what the process itself had spawned
+            log.info(
+                "%s (incarnation %d, exit code %d)",
+                child.verdict,
+                child.incarnation,
+                child.exit_code,
+            )
+            if child.role == "controller":
+                self._hear_last_words()
+            if child.exit_code == 0 and child.role != "controller":
+                self._left.append((time.monotonic() + LEAVE_SECONDS, child))
+            elif self._ended is None:
+                self._on_death(child)
+
+    def _hear_last_words(self) -> None:
+        """What an ended controller had sent may still be on its way through the socket."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self._ended is None and time.monotonic() < deadline:
+            self._listen(TICK_SECONDS)
+
+    def _judge_the_left(self) -> None:
+        """Who left in order may have been told to by a controller whose last word is still on its
+        way."""
+        if self._ended is not None or self._stopping:
+            return
+        due = [child for deadline, child in self._left if deadline <= time.monotonic()]
+        self._left = [(deadline, child) for deadline, child in self._left if child not in due]
+        for child in due:
+            self._on_death(child)
+
+    def _on_death(self, child: Child) -> None:
+        reason = self._reasons.pop((child.name, child.incarnation), "")
+        verdict = f"{child.verdict} because {reason}" if reason else child.verdict
+        if child.exit_code in FINAL:
+            sentence = (children.tail(child.log, lines=1) or [child.verdict])[0]
+            self._give_up(
+                child, End(verdict=f"{child.name}: {sentence}", exit_code=FINAL[child.exit_code])
+            )
+        elif child.role in IRREPLACEABLE:
+            self._end = self._end or End(
+                verdict=verdict, exit_code=EXIT_FAILED, renewable=not self._stopping, log=child.log
+            )
+            self._stopping = False
+        elif self._stopping:
+            self._tell(child, verdict, restarting=False)
+        elif child.incarnation < self._record.topology.actors.max_restarts:
+            self._restart(child, verdict)
+        else:
+            verdict = f"{verdict} after {child.incarnation} restarts"
+            self._give_up(child, End(verdict=verdict, exit_code=EXIT_FAILED, log=child.log))
+
+    def _restart(self, child: Child, verdict: str) -> None:
+        pause = backoff_seconds(child.incarnation)
+        self._view.log(f"restarting {child.name} in {pause:g} s")
+        self._tell(child, verdict, restarting=True)
+        self._restarts_due[child.name] = (time.monotonic() + pause, child.incarnation + 1)
+
+    def _start_due(self) -> None:
+        if self._stopping or self._ended is not None or self._end is not None:
+            self._restarts_due.clear()
+        now = time.monotonic()
+        for name, (due, incarnation) in list(self._restarts_due.items()):
+            if due <= now:
+                del self._restarts_due[name]
+                self._start(name, incarnation)
+
+    def _give_up(self, child: Child, end: End) -> None:
+        self._end = self._end or end
+        self._view.log(f"{child.name} does not come back; ending the run")
+        self._tell(child, end.verdict, restarting=False)
+        if child.role in IRREPLACEABLE:
+            self._stopping = False
+            return
+        self._stop(end.verdict)
+        self._deadline = time.monotonic() + self._record.topology.run.no_progress_seconds
+
+    def _tell(self, child: Child, verdict: str, *, restarting: bool) -> None:
+        self._means.dealer.send(
+            ActorExited(
+                actor=child.name,
+                incarnation=child.incarnation,
+                verdict=verdict,
+                restarting=restarting,
+            )
+        )
+
+
+def environment(plan: ProcessPlan) -> dict[str, str]:
+    """Environment of an actor: its share of the CPU for every library that starts threads of its
+    own, and a C library that keeps what large tensors give back, unless the user has set it up
+    otherwise.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    threads = dict.fromkeys(names, str(plan.threads))
+    kept = {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
+    return {**threads, **kept, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,347 @@
+"""The parts of the live view: pure functions from a `Status` (and what was seen before it) to rich
+renderables.
+
+Each part knows how to get smaller: columns leave the actors' table on narrow terminals, rows and
+events on short ones. Nothing is said by colour alone. Text that came over the wire is wrapped in
+`Text`, so markup in it stays text.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zppo.records.metrics import KIND_TITLES
+from zppo_protocol.messages import ActorStatus, Status
+
+ENTRY_PREFIX = "buffer_by_entry/"
+SPARKS = "▁▂▃▄▅▆▇█"
+_STATE_STYLES = {
+    "dead": "bold red",
+    "lost": "bold red",
+    "stuck": "bold red",
+    "starting": "yellow",
+    "waiting": "dim",
+}
+
+
+class History:
+    """What the view remembers between two statuses: one value per step of each accuracy.
+
+    A single step is noisy, so `first` and `now` are means over a few steps (up to `SPAN`, never
+    overlapping).
+    """
+
+    PLAIN = "accuracy_plain"
+    SPAN = 5
+
+    def __init__(self) -> None:
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
+        self._step: int | None = None
+        self._resumed = False
+
+    def record(self, status: Status) -> None:
+        """Take in a status; each step counts once."""
+        if status.step == self._step:
+            return
+        self._resumed = self._resumed or (self._step is None and status.step > 1)
+        self._step = status.step
+        for name in (self.PLAIN, *(f"accuracy_{kind}" for kind in kinds(status))):
+            if name in status.gauges:
+                self.values[name].append(status.gauges[name])
+
+    def first(self, name: str, status: Status) -> float | None:
+        """Accuracy at the start; of a resumed run only what the controller still knows of it."""
+        if self._resumed and name == self.PLAIN and "accuracy_first" in status.gauges:
+            return status.gauges["accuracy_first"]
+        return _mean(self.values[name][: self._span(name)])
+
+    def now(self, name: str) -> float | None:
+        return _mean(self.values[name][-self._span(name) :])
+
+    def _span(self, name: str) -> int:
+        return min(max(len(self.values[name]) // 2, 1), self.SPAN)
+
+
+def kinds(status: Status) -> list[str]:
+    """The reformulated kinds the run has had groups of; BCQ and NCQ until there are any."""
+    counted = [
+        name.removeprefix("groups_")
+        for name, n in status.counters.items()
+        if name.startswith("groups_") and n
+    ]
+    return counted or ["bcq", "ncq"]
+
+
+def accuracies(status: Status) -> list[tuple[str, str]]:
+    """(gauge, title) of each kind of prompt, plain first."""
+    return [
+        (History.PLAIN, "plain"),
+        *((f"accuracy_{kind}", KIND_TITLES.get(kind, kind)) for kind in kinds(status)),
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def count(value: float) -> str:
+    """1234 -> `1,234`; from a hundred thousand on `123k`, `1.2M`."""
+    if abs(value) < 100_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e6:.1f}M" if abs(value) >= 999_500 else f"{value / 1e3:.0f}k"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34`, `5:06:07`."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values averaged into at most `width` bars, scaled to their own range."""
+    width = min(width, len(values))
+    if width < 2:
+        return ""
+    edges = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(max(means) - min(means), 1e-9)
+    return "".join(SPARKS[round((mean - low) / span * (len(SPARKS) - 1))] for mean in means)
+
+
+def header(status: Status, title: str) -> RenderableType:
+    """Run, phase, step and ETA over a progress bar; two lines."""
+    line = Table.grid(expand=True)
+    line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    line.add_column(justify="right", no_wrap=True)
+    eta = f" · {duration(status.eta_seconds)} left" if status.eta_seconds > 0 else ""
+    left = Text.assemble(("zppo ", "bold"), title, " · " if title else "", (status.phase, "cyan"))
+    line.add_row(left, Text(f"step {status.step}/{status.total_steps}{eta}"))
+    bar = Table.grid(expand=True)  # a bar of its own would not end its line
+    bar.add_row(
+        ProgressBar(total=max(status.total_steps, 1), completed=status.step, complete_style="green")
+    )
+    return Group(line, bar)
+
+
+def actors(status: Status, width: int, rows: int) -> RenderableType:
+    """One row per actor, at most `rows`; those left out are summed in the last row."""
+    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), header_style="dim")
+    columns = _actor_columns(width)
+    for name in columns:
+        if name == "state":
+            table.add_column(name, ratio=1, no_wrap=True, overflow="ellipsis")
+        else:
+            table.add_column(
+                name,
+                justify="left" if name == "actor" else "right",
+                no_wrap=True,
+                min_width=len(name),
+            )
+    shown = status.actors if len(status.actors) <= rows else status.actors[: max(rows - 1, 0)]
+    for actor in shown:
+        cells = _actor_cells(actor)
+        table.add_row(*(cells[name] for name in columns))
+    hidden = status.actors[len(shown) :]
+    if hidden and rows > 0:
+        rate = sum(actor.stats.get("tokens_per_second", 0.0) for actor in hidden)
+        rest = {"actor": f"+ {len(hidden)} more", "tok/s": count(rate)}
+        table.add_row(*(Text(rest.get(name, ""), "dim") for name in columns))
+    faults = [
+        plural(status.counters.get("restarts", 0), "restart"),
+        f"{status.counters.get('reissued', 0)} re-issued",
+    ]
+    return _panel(table, "actors", " · ".join(faults))
+
+
+def waiting(status: Status, rows: int) -> RenderableType | None:
+    """Who waits for whom, a line each; nothing if nobody waits."""
+    lines = [
+        Text(f" {line}", "yellow", no_wrap=True, overflow="ellipsis")
+        for line in status.waiting[:rows]
+    ]
+    return Group(*lines) if lines else None
+
+
+def learning(status: Status, history: History, width: int) -> RenderableType:
+    """Accuracy of each kind of prompt, from the start to now with its trend, and on held-out
+    questions; four lines."""
+    grid = Table.grid(padding=(0, 1))
+    for _ in range(5):
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+    for name, label in accuracies(status)[:3]:
+        trend = sparkline(history.values[name], width - 30)
+        grid.add_row(
+            label, *_change(history.first(name, status), history.now(name)), Text(trend, "cyan")
+        )
+    grid.add_row(
+        "held-out",
+        *_change(status.gauges.get("heldout_before"), status.gauges.get("heldout_last")),
+        "",
+    )
+    return _panel(grid, "accuracy, first → now")
+
+
+def buffer(status: Status, width: int) -> RenderableType:
+    """Fill, entries by accuracy at admission, fates so far, and staleness against its bound; four
+    lines."""
+    counters, gauges = status.counters, status.gauges
+    size, capacity = counters.get("buffer_size", 0), counters.get("buffer_capacity", 0)
+    fill = Table.grid(padding=(0, 1))
+    fill.add_column()
+    fill.add_column(no_wrap=True, overflow="ellipsis")
+    bar = ProgressBar(
+        total=max(capacity, 1), completed=size, width=max(width - 24, 4), complete_style="magenta"
+    )
+    fill.add_row(bar, f"{count(size)} of {count(capacity)}")
+    fates = (
+        f"{count(counters.get('admitted', 0))} in · {count(counters.get('graduated', 0))} "
+        "graduated · "
+    )
+    fates += f"{count(counters.get('evicted', 0))} evicted"
+    stale = (
+        f"staleness {gauges.get('staleness_mean', 0):.2f} · max "
+        f"{gauges.get('staleness_max', 0):.0f}"
+    )
+    if "max_staleness" in gauges:
+        stale += f" · bound {gauges['max_staleness']:.0f}"
+    lines = [_line(text) for text in (_entries(counters), fates, stale)]
+    return _panel(Group(fill, *lines), "replay buffer")
+
+
+def pipeline(status: Status) -> RenderableType:
+    """Windows on their way and the step time; one line."""
+    counters, gauges = status.counters, status.gauges
+    parts = [
+        f"windows {counters.get('windows_open', 0)} open, {counters.get('windows_ready', 0)} ready"
+    ]
+    if "lead" in gauges:
+        parts.append(f"lead {gauges['lead']:.0f}")
+    if gauges.get("step_seconds", 0) > 0:
+        parts.append(f"{gauges['step_seconds']:.2f} s/step")
+    if "trainer_wait_share" in gauges:
+        parts.append(f"trainer waits {percent(gauges['trainer_wait_share'])}")
+    return _line(" " + " · ".join(parts))
+
+
+def events(lines: Sequence[str], rows: int) -> RenderableType | None:
+    """The latest events, oldest first."""
+    if rows <= 0 or not lines:
+        return None
+    return Group(
+        *(Text(f" {line}", "dim", no_wrap=True, overflow="ellipsis") for line in lines[-rows:])
+    )
+
+
+def final_lines(status: Status, history: History, verdict: str, elapsed: float) -> list[str]:
+    """The closing block: what the run did, in plain text for both kinds of terminal."""
+    counters, gauges = status.counters, status.gauges
+
+    def counted(*pairs: tuple[str, str]) -> str:
+        return " · ".join(f"{counters.get(name, 0):,} {label}" for name, label in pairs)
+
+    accuracy = " · ".join(
+        f"{label} {percent(history.first(name, status))} → {percent(history.now(name))}"
+        for name, label in accuracies(status)
+        if history.values[name]
+    )
+    before, after = gauges.get("heldout_before"), gauges.get("heldout_last")
+    rows = {
+        "steps": f"{status.step} of {status.total_steps} in {duration(elapsed)}",
+        "accuracy": accuracy,
+        "held-out": f"{percent(before)} → {percent(after)}" if before is not None else "",
+        "questions": counted(("questions_new", "new"), ("questions_replayed", "replayed")),
+        "groups": counted(
+            *((f"groups_{kind}", KIND_TITLES.get(kind, kind)) for kind in kinds(status))
+        ),
+        "buffer": counted(
+            ("buffer_size", "inside"),
+            ("admitted", "admitted"),
+            ("graduated", "graduated"),
+            ("evicted", "evicted"),
+        ),
+        "staleness": f"at most {gauges.get('staleness_max', 0):.0f}"
+        + (f" (bound {gauges['max_staleness']:.0f})" if "max_staleness" in gauges else ""),
+        "tokens": counted(("tokens_generated", "trained")),
+        "faults": f"{plural(counters.get('restarts', 0), 'restart')} · "
+        f"{plural(counters.get('reissued', 0), 'task')} re-issued",
+    }
+    return [
+        verdict or status.phase,
+        *(f"  {name:<10} {text}" for name, text in rows.items() if text),
+    ]
+
+
+def _panel(content: RenderableType, title: str, subtitle: str | None = None) -> Panel:
+    frame = Panel(
+        content,
+        title=title,
+        title_align="left",
+        box=box.ROUNDED,
+        border_style="dim",
+        padding=(0, 1),
+    )
+    frame.subtitle, frame.subtitle_align = subtitle, "right"
+    return frame
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _change(first: float | None, now: float | None) -> tuple[Text, Text, Text]:
+    style = "bold" if first is None or now is None or now <= first else "bold green"
+    return Text(f"{percent(first):>5}"), Text("→"), Text(f"{percent(now):>5}", style)
+
+
+def _entries(counters: dict[str, int]) -> str:
+    bins = {
+        name.removeprefix(ENTRY_PREFIX): n
+        for name, n in counters.items()
+        if name.startswith(ENTRY_PREFIX)
+    }
+    names = sorted(bins, key=float)
+    return "entry " + " ".join(f"{name.removeprefix('0') or '0'}:{bins[name]}" for name in names)
+
+
+def _actor_columns(width: int) -> list[str]:
+    columns = ["actor", "state", "policy", "tok/s", "run/wait"]
+    if width >= 76:
+        columns += ["credits", "leases", "restarts"]
+    return columns if width >= 50 else ["actor", "state", "tok/s"]
+
+
+def _actor_cells(actor: ActorStatus) -> dict[str, Text]:
+    stats = actor.stats
+    busy = (
+        f"{stats.get('running', 0):.0f}/{stats.get('waiting', 0):.0f}" if "running" in stats else ""
+    )
+    rate = count(stats["tokens_per_second"]) if "tokens_per_second" in stats else ""
+    state_style = _STATE_STYLES.get(actor.state.split(" ")[0], "green")
+    return {
+        "actor": Text(actor.actor, "bold"),
+        "state": Text(actor.state, state_style),
+        "policy": Text(str(actor.policy_version) if actor.policy_version >= 0 else ""),
+        "tok/s": Text(rate),
+        "run/wait": Text(busy),
+        "credits": Text(str(actor.credits)),
+        "leases": Text(str(actor.leases)),
+        "restarts": Text(str(actor.incarnation), "yellow" if actor.incarnation else "dim"),
+    }

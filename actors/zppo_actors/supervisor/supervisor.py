@@ -1,0 +1,112 @@
+"""The supervisor: it lives a run from one life to the next, shows what happens, and leaves nothing
+behind.
+
+A new life begins from the last whole checkpoint when the controller or the trainer died, as often
+as `run.max_restarts` allows. The invariant: when `supervise` returns, no process of the run is left
+and its runtime folder is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from zppo.records import checkpoint
+from zppo.records.run_directory import hold, read, renew
+from zppo_actors import runtime
+from zppo_actors.supervisor import children
+from zppo_actors.supervisor.interrupts import Interrupts
+from zppo_actors.supervisor.life import Commands, End, Life, View, actor_command, backoff_seconds
+
+log = logging.getLogger("zppo.supervisor")
+
+
+def supervise(
+    run_dir: Path, view: View, interrupts: Interrupts, commands: Commands = actor_command
+) -> End:
+    """Live the run to its end, with as many new lives from the last checkpoint as
+    `run.max_restarts` allows."""
+    record, number = read(run_dir), 0
+    while True:
+        end = Life(run_dir, record, number, view, interrupts, commands).run()
+        log.info("life %d ended: %s", number, end.verdict)
+        if not end.renewable or number >= record.topology.run.max_restarts:
+            return end
+        found = checkpoint.find_latest(run_dir)
+        for warning in found.warnings:
+            view.log(warning)
+        view.log(f"{end.verdict}; the run begins again from step {found.step}")
+        if interrupts.wait(backoff_seconds(number)):
+            return End(verdict="stopped between two lives of the run", exit_code=EXIT_INTERRUPTED)
+        record, number = renew(run_dir, found.step), number + 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Supervise the run in `--run DIR`; returns 0 finished, 1 failed, 2 user error, 130
+    interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zppo_actors supervisor", description="Supervisor of one run."
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR")
+    run_dir: Path = parser.parse_args(argv).run.absolute()
+    read(run_dir)
+    if hold(run_dir) is None:
+        raise UserError(f"run.directory: {str(run_dir)!r} is in use by another run")
+    _start_log(run_dir)
+    for folder in runtime.sweep():
+        log.info("removed %s, which a dead run had left", folder)
+    interrupts = Interrupts()
+    with interrupts.listening():
+        view = _live_view(run_dir)
+        try:
+            end = supervise(run_dir, view, interrupts)
+        except BaseException:
+            view.close()
+            raise
+        view.close(end.verdict)
+    _say(run_dir, end)
+    return end.exit_code
+
+
+def _live_view(run_dir: Path) -> View:
+    # Imported here so that tests of the supervisor need no terminal library.
+    from rich.console import Console
+
+    from zppo_actors.supervisor.view import LiveView
+
+    return LiveView(Console(), title=run_dir.name)
+
+
+def _start_log(run_dir: Path) -> None:
+    handler = logging.FileHandler(run_dir / "logs" / "supervisor.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def _failed(end: End) -> bool:
+    """Whether the verdict belongs on stderr."""
+    return end.exit_code in (EXIT_FAILED, EXIT_USER_ERROR)
+
+
+def _say(run_dir: Path, end: End) -> None:
+    """Last words below the view's summary: what went wrong, the end of the log that explains it,
+    and how to go on.
+
+    The verdict of a failure is in the summary on stdout too; here it is the sentence on stderr.
+    """
+    lines = [end.verdict] if _failed(end) else []
+    if end.log is not None:
+        lines += [
+            f"the last lines of {end.log}:",
+            *(f"  {line}" for line in children.tail(end.log)),
+        ]
+    if end.exit_code == 0:
+        lines.append(f"report: python -m zppo.report {run_dir}")
+    elif checkpoint.find_latest(run_dir).folder is not None:
+        lines.append(f"continue: python -m zppo.launch --resume {run_dir}")
+    print("\n".join(lines), file=sys.stderr if _failed(end) else sys.stdout, flush=True)

@@ -1,0 +1,1 @@
+"""The trainer: finished windows in, new policy versions out."""

@@ -1,0 +1,271 @@
+"""Policy weights in shared memory: one file per version, published by the trainer and read by every
+engine.
+
+A weight file is tensors end to end, each starting at a multiple of 64 bytes; names, dtypes, shapes
+and digests travel in the `PolicyManifest`. The invariant: a file under its final name is whole and
+never changes again (it is written aside and renamed), and an engine verifies everything before it
+touches its first parameter, so a bad publication leaves the old weights serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from zppo.records.atomic_file import written_whole
+from zppo_actors.weights import PublicationRefused
+from zppo_protocol.values import PolicyManifest, TensorEntry
+
+ALIGNMENT = 64
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""(parameter of the model, published tensor) of the same shape and dtype."""
+
+
+def weight_path(folder: Path, version: int) -> Path:
+    """The file of policy `version` in the runtime folder."""
+    return folder / f"policy-{version}.bin"
+
+
+def publish(
+    tensors: Mapping[str, Tensor], version: int, folder: Path, dtype: torch.dtype | None = None
+) -> PolicyManifest:
+    """Write `tensors` (a state dict, any device) as policy `version` into `folder` and describe
+    them.
+
+    Tied tensors are written once, under their first name. `dtype` casts floating tensors on the
+    way, for a trainer that keeps wider masters. Raises OSError if the folder is full (nothing is
+    left behind), TypeError for an odd dtype.
+    """
+    path = weight_path(folder, version)
+    with written_whole(path) as file:
+        entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in untied(tensors)]
+        _pad(file)
+    return PolicyManifest(
+        version=version, path=str(path), tensors=entries, digest=whole_digest(entries)
+    )
+
+
+def remove(folder: Path, version: int) -> None:
+    """Unlink the file of `version`; engines that still map it keep their mapping. Silent if it is
+    gone."""
+    weight_path(folder, version).unlink(missing_ok=True)
+
+
+def whole_digest(entries: Iterable[TensorEntry]) -> str:
+    """Digest over names, dtypes, shapes and tensor digests; it says that two processes hold the
+    same weights."""
+    lines = [[entry.name, entry.dtype, entry.shape, entry.digest] for entry in entries]
+    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(lines))
+
+
+def untied(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The tensors without those that share all their memory with an earlier one."""
+    seen: set[tuple[object, ...]] = set()
+    unique = []
+    for name, tensor in tensors.items():
+        if (key := _identity(name, tensor)) not in seen:
+            seen.add(key)
+            unique.append((name, tensor))
+    return unique
+
+
+def open_policy(manifest: PolicyManifest) -> dict[str, Tensor]:
+    """Map the file of `manifest` and return its tensors by name (CPU, no copy, private to this
+    process).
+
+    Raises PublicationRefused unless size, bounds, dtypes and every digest are as the manifest says.
+    """
+    with _refusals(manifest):
+        size = _check_layout(manifest)
+        with Path(manifest.path).open("rb") as file:
+            if (found := os.fstat(file.fileno()).st_size) != size:
+                raise ValueError(f"the file has {found} bytes where the manifest needs {size}")
+            # ACCESS_COPY gives writable pages, which torch wants; they are private, so nobody else
+            # sees a write.
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+        return {entry.name: _tensor_at(memory, entry) for entry in manifest.tensors}
+
+
+def match(model: nn.Module, manifest: PolicyManifest) -> Pairs:
+    """Verify the whole publication against `model` and pair its tensors with the model's; nothing
+    is written.
+
+    Raises PublicationRefused for a name too many or too few, another shape or dtype, or a value
+    that is not finite.
+    """
+    published = open_policy(manifest)
+    with _refusals(manifest):
+        slots = _slots_by_name(model)
+        pairs = [(_slot(slots, name), tensor) for name, tensor in published.items()]
+        for (slot, tensor), name in zip(pairs, published, strict=True):
+            _check_fit(name, slot, tensor)
+        _check_cover(untied(model.state_dict()), pairs)
+    return pairs
+
+
+@torch.no_grad()
+def copy(pairs: Pairs) -> None:
+    """Copy verified tensors into the model in place, each onto its own device."""
+    for slot, tensor in pairs:
+        slot.copy_(tensor)
+
+
+def load_into(model: nn.Module, manifest: PolicyManifest) -> str:
+    """`match` then `copy`; returns the digest of what was loaded. Raises PublicationRefused, with
+    the old weights in place."""
+    copy(match(model, manifest))
+    return manifest.digest
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def _identity(name: str, tensor: Tensor) -> tuple[object, ...]:
+    if tensor.numel() == 0:
+        return (name,)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", cast).contiguous()
+
+
+def _append(file: BinaryIO, name: str, tensor: Tensor) -> TensorEntry:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise TypeError(
+            f"tensor {name!r} has dtype {tensor.dtype}; weight files hold {', '.join(DTYPES)}"
+        )
+    raw = (
+        memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel()
+        else memoryview(b"")
+    )
+    start = _pad(file)
+    file.write(raw)
+    return TensorEntry(
+        name=name,
+        dtype=DTYPE_NAMES[tensor.dtype],
+        shape=list(tensor.shape),
+        start=start,
+        size=raw.nbytes,
+        digest=xxhash.xxh3_128_hexdigest(raw),
+    )
+
+
+def _pad(file: BinaryIO) -> int:
+    position = file.tell()
+    file.write(b"\0" * (-position % ALIGNMENT))
+    return file.tell()
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _refusals(manifest: PolicyManifest) -> Iterator[None]:
+    """Turn what can go wrong with a file into the one error of this room."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise PublicationRefused(manifest, error) from error
+
+
+def _check_layout(manifest: PolicyManifest) -> int:
+    """Check what the manifest says about itself; returns the file size it implies."""
+    if not manifest.tensors:
+        raise ValueError("it holds no tensors")
+    end, names = 0, set()
+    for entry in manifest.tensors:
+        _check_entry(entry, end)
+        if entry.name in names:
+            raise ValueError(f"tensor {entry.name!r} comes twice")
+        names.add(entry.name)
+        end = entry.start + entry.size
+    if (digest := whole_digest(manifest.tensors)) != manifest.digest:
+        raise ValueError(f"the manifest's digest is {manifest.digest}, its tensors give {digest}")
+    return end + -end % ALIGNMENT
+
+
+def _check_entry(entry: TensorEntry, previous_end: int) -> None:
+    if entry.dtype not in DTYPES:
+        raise ValueError(
+            f"tensor {entry.name!r} has dtype {entry.dtype!r}; allowed are {', '.join(DTYPES)}"
+        )
+    if entry.size != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+        raise ValueError(
+            f"tensor {entry.name!r} has {entry.size} bytes, which is not {entry.dtype}{entry.shape}"
+        )
+    if entry.start % ALIGNMENT or entry.start < previous_end:
+        raise ValueError(
+            f"tensor {entry.name!r} starts at {entry.start}, not at a free multiple of {ALIGNMENT}"
+        )
+
+
+def _tensor_at(memory: mmap.mmap | bytes, entry: TensorEntry) -> Tensor:
+    with memoryview(memory) as whole, whole[entry.start : entry.start + entry.size] as raw:
+        digest = xxhash.xxh3_128_hexdigest(raw)
+    if digest != entry.digest:
+        raise ValueError(
+            f"tensor {entry.name!r} has digest {digest} where the manifest says {entry.digest}"
+        )
+    count, dtype = math.prod(entry.shape), DTYPES[entry.dtype]
+    if count == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+
+# ---- fitting -------------------------------------------------------------------------------------
+
+
+def _slots_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Every name of the state dict, tied ones too, so that a publication may use either name of a
+    tied pair."""
+    return dict(model.state_dict())
+
+
+def _slot(slots: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in slots:
+        raise ValueError(f"the model has no tensor {name!r}")
+    return slots[name]
+
+
+def _check_fit(name: str, slot: Tensor, tensor: Tensor) -> None:
+    if slot.shape != tensor.shape:
+        raise ValueError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, the model wants {list(slot.shape)}"
+        )
+    if slot.dtype != tensor.dtype:
+        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, the model wants {slot.dtype}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"tensor {name!r} holds values that are not finite")
+
+
+def _check_cover(wanted: list[tuple[str, Tensor]], pairs: Pairs) -> None:
+    covered = {_identity("", slot) for slot, _ in pairs if slot.numel()}
+    missing = [
+        name for name, slot in wanted if slot.numel() and _identity(name, slot) not in covered
+    ]
+    if missing:
+        raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")

@@ -1,0 +1,255 @@
+"""Arrays inside messages, and what makes them consistent with each other.
+
+Token streams are numpy arrays and travel as raw little-endian bytes behind the header, never as
+lists of numbers. The checks run from `__post_init__`, so the invariant holds for every value that
+exists, whether it was built here, decoded from a peer or read from a checkpoint: a `GroupSamples`
+always has one axis T, cut by `offsets` into N completions and by `version_spans` into policy
+versions, with finite log-probabilities.
+
+Shape legend: P prompt tokens, N completions of the group, T response tokens of all completions laid
+end to end, S version spans, K most probable tokens of a teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from zppo_protocol.errors import ProtocolError
+from zppo_protocol.values import GroupKind, Name, Text, Usage, Value
+
+MAX_LOG_PROB = 1e-3
+"""A log-probability is at most 0; a float32 log-softmax may end up a rounding error above it."""
+
+
+class GroupSamples(Value, frozen=True):
+    """The completions of one prompt.
+
+    `token_ids` [T] int32 and `log_probs` [T] float32 hold the N completions end to end, `offsets`
+    [N+1] int32 bounds them. `log_probs` are *behaviour* log-probs: natural logarithms under the
+    distribution that was sampled. `version_spans` [S, 2] int32 run-length encodes, along the same
+    axis T, (token count, policy version); version -1 is a frozen model, whose log-probs say nothing
+    of the policy. `texts` has N entries, or none where nobody reads them (a trainer's window).
+    Raises ProtocolError if they do not fit together.
+
+    An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are
+    empty, `texts` has all N entries, and `usage` may tell the lengths. Such samples are graded and
+    shown like others, but never trained on.
+    """
+
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    offsets: np.ndarray
+    version_spans: np.ndarray
+    texts: list[Text]
+    finish_reasons: list[Literal["stop", "length"]]
+    usage: list[Usage] = []  # noqa: RUF012  (msgspec copies it)
+
+    @property
+    def text_only(self) -> bool:
+        """Whether token ids and log-probs are unknown."""
+        return len(self.prompt_ids) == 0
+
+    @property
+    def written_tokens(self) -> int:
+        """Response tokens of the whole group; what a server did not count is left out."""
+        return int(self.token_ids.size) + sum(use.completion_tokens or 0 for use in self.usage)
+
+    @property
+    def read_tokens(self) -> int:
+        """Prompt tokens, once for the group; 0 where nobody counted them."""
+        if not self.text_only:
+            return int(self.prompt_ids.size)
+        return next((use.prompt_tokens for use in self.usage if use.prompt_tokens is not None), 0)
+
+    def __post_init__(self) -> None:
+        check_samples(self)
+
+
+class TokenScores(Value, frozen=True):
+    """A teacher's K most probable tokens at each of T response tokens, best first.
+
+    `token_ids` [T, K] int32, -1 where a row has fewer; `log_probs` [T, K] float32, natural
+    logarithms over the whole vocabulary, so what they leave of 1 is the tail.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_scores(self)
+
+
+class TrainGroup(Value, frozen=True):
+    """One group as the trainer needs it; `rewards` is [N] float32. `scores` [T, K] are those of a
+    remote teacher."""
+
+    group_id: Name
+    question_id: Name
+    kind: GroupKind
+    samples: GroupSamples
+    rewards: np.ndarray
+    scores: TokenScores | None = None
+
+    def __post_init__(self) -> None:
+        check_train_group(self)
+
+
+def check_array(name: str, value: Any, dtype: type[np.generic], dimensions: int = 1) -> None:
+    """Raise ProtocolError unless `value` is a numpy array of exactly this dtype and number of
+    dimensions."""
+    if not isinstance(value, np.ndarray):
+        raise ProtocolError(f"{name} must be a numpy array, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise ProtocolError(f"{name} must be {np.dtype(dtype).name}, got {value.dtype.name}")
+    if value.ndim != dimensions:
+        raise ProtocolError(f"{name} must have {dimensions} dimension(s), got shape {value.shape}")
+
+
+def check_samples(samples: GroupSamples) -> None:
+    """Check one group of completions; cost O(T) without copies. Raises ProtocolError naming the
+    field."""
+    check_array("prompt_ids", samples.prompt_ids, np.int32)
+    check_array("token_ids", samples.token_ids, np.int32)
+    check_array("log_probs", samples.log_probs, np.float32)
+    check_array("offsets", samples.offsets, np.int32)
+    check_array("version_spans", samples.version_spans, np.int32, dimensions=2)
+    _check_ids("prompt_ids", samples.prompt_ids)
+    _check_ids("token_ids", samples.token_ids)
+    _check_log_probs(samples.log_probs, len(samples.token_ids))
+    _check_offsets(samples.offsets, len(samples.token_ids))
+    _check_spans(samples.version_spans, len(samples.token_ids))
+    _check_completions(samples, len(samples.offsets) - 1)
+    _check_text_only(samples, len(samples.offsets) - 1)
+
+
+def check_train_group(group: TrainGroup) -> None:
+    """Check that there is one reward in [0, 1] per completion. Raises ProtocolError."""
+    check_array("rewards", group.rewards, np.float32)
+    if group.samples.text_only:
+        raise ProtocolError("samples must have token ids to be trained on, got texts only")
+    completions = len(group.samples.offsets) - 1
+    if len(group.rewards) != completions:
+        raise ProtocolError(
+            f"rewards must have one entry per completion ({completions}), got {len(group.rewards)}"
+        )
+    if not (group.rewards.min() >= 0.0 and group.rewards.max() <= 1.0):
+        raise ProtocolError("rewards must be finite numbers from 0 to 1")
+    tokens = len(group.samples.token_ids)
+    if group.scores is not None and len(group.scores.token_ids) != tokens:
+        raise ProtocolError(
+            f"scores must have one row per token ({tokens}), got {len(group.scores.token_ids)}"
+        )
+
+
+def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray) -> None:
+    """Check that there is a prompt and that `offsets` cut the tokens into responses. Raises
+    ProtocolError."""
+    for name, value in (("prompt_ids", prompt_ids), ("token_ids", token_ids), ("offsets", offsets)):
+        check_array(name, value, np.int32)
+    if not len(prompt_ids):
+        raise ProtocolError("prompt_ids must hold at least one token")
+    _check_ids("prompt_ids", prompt_ids)
+    _check_ids("token_ids", token_ids)
+    _check_offsets(offsets, len(token_ids))
+
+
+def check_scores(scores: TokenScores) -> None:
+    """Check that ids and log-probs belong together and no row sums to more than 1. Raises
+    ProtocolError."""
+    check_array("token_ids", scores.token_ids, np.int32, dimensions=2)
+    check_array("log_probs", scores.log_probs, np.float32, dimensions=2)
+    if scores.token_ids.shape != scores.log_probs.shape:
+        raise ProtocolError(
+            f"log_probs must have the shape {scores.token_ids.shape}, got {scores.log_probs.shape}"
+        )
+    if scores.token_ids.size and scores.token_ids.min() < -1:
+        raise ProtocolError(f"token_ids must be at least -1, got {scores.token_ids.min()}")
+    _check_log_probs(scores.log_probs.reshape(-1), scores.log_probs.size)
+    mass_T = np.where(scores.token_ids >= 0, np.exp(scores.log_probs, dtype=np.float64), 0.0).sum(
+        axis=1
+    )
+    if len(mass_T) and mass_T.max() > 1.0 + MAX_LOG_PROB * 10:
+        raise ProtocolError(f"log_probs of a row must not sum to more than 1, got {mass_T.max():g}")
+
+
+def check_result(samples: GroupSamples) -> None:
+    """Check that an engine's answer carries the text of every completion, which is what gets
+    graded."""
+    completions = len(samples.offsets) - 1
+    if len(samples.texts) != completions:
+        raise ProtocolError(f"texts must have {completions} entries, got {len(samples.texts)}")
+
+
+def _check_ids(name: str, ids: np.ndarray) -> None:
+    if len(ids) and ids.min() < 0:
+        raise ProtocolError(f"{name} must not be negative, got {ids.min()}")
+
+
+def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
+    if len(log_probs_T) != tokens:
+        raise ProtocolError(
+            f"log_probs must have one entry per token ({tokens}), got {len(log_probs_T)}"
+        )
+    # min and max hand NaN on, and every comparison with NaN is false: two reductions find NaN, ±inf
+    # and positives.
+    if tokens and not (log_probs_T.min() > -np.inf and log_probs_T.max() <= MAX_LOG_PROB):
+        raise ProtocolError(f"log_probs must be finite and at most {MAX_LOG_PROB}")
+
+
+def _check_offsets(offsets: np.ndarray, tokens: int) -> None:
+    if len(offsets) < 2:
+        raise ProtocolError(
+            f"offsets must bound at least one completion, got {len(offsets)} entries"
+        )
+    if offsets[0] != 0 or offsets[-1] != tokens:
+        raise ProtocolError(
+            f"offsets must run from 0 to {tokens}, got {offsets[0]} to {offsets[-1]}"
+        )
+    if (offsets[1:] < offsets[:-1]).any():
+        raise ProtocolError("offsets must not fall")
+
+
+def _check_spans(spans_S2: np.ndarray, tokens: int) -> None:
+    if spans_S2.shape[1] != 2:
+        raise ProtocolError(f"version_spans must have shape [S, 2], got {spans_S2.shape}")
+    counts, versions = spans_S2[:, 0], spans_S2[:, 1]
+    if len(spans_S2) and (counts.min() < 1 or versions.min() < -1):
+        raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
+    if counts.sum(dtype=np.int64) != tokens:
+        raise ProtocolError(
+            f"version_spans must cover {tokens} tokens, got {counts.sum(dtype=np.int64)}"
+        )
+
+
+def _check_completions(samples: GroupSamples, completions: int) -> None:
+    if len(samples.finish_reasons) != completions:
+        raise ProtocolError(
+            f"finish_reasons must have {completions} entries, got {len(samples.finish_reasons)}"
+        )
+    if samples.texts and len(samples.texts) != completions:
+        raise ProtocolError(
+            f"texts must have {completions} entries (or none at all), got {len(samples.texts)}"
+        )
+
+
+def _check_text_only(samples: GroupSamples, completions: int) -> None:
+    if not samples.text_only:
+        if samples.usage:
+            raise ProtocolError("usage must be empty where the token ids are known")
+        return
+    if len(samples.token_ids):
+        raise ProtocolError(
+            "prompt_ids must hold at least one token, unless there are texts and no token ids at "
+            "all"
+        )
+    if len(samples.texts) != completions:
+        raise ProtocolError(
+            f"texts must have {completions} entries where there are no token ids, got "
+            f"{len(samples.texts)}"
+        )
+    counted = sum(usage.completions for usage in samples.usage)
+    if samples.usage and counted != completions:
+        raise ProtocolError(f"usage must cover {completions} completions, got {counted}")

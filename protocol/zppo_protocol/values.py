@@ -1,0 +1,117 @@
+"""Values inside messages that hold no arrays: what is asked, what was decided, and where weights
+lie.
+
+Types of fields bound what a peer can make us hold; a text or a list beyond them is refused when it
+is decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
+Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
+Reason: TypeAlias = Annotated[str, Meta(max_length=20_000)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Finite: TypeAlias = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor"]
+GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
+NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
+TemplateValue: TypeAlias = bool | int | float | str | None
+
+
+class Value(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the untagged values inside messages."""
+
+
+class MediaReference(Value, frozen=True):
+    """A picture or video of a question, by reference; the engine host reads the file itself."""
+
+    kind: Literal["image", "video"]
+    path: Name
+
+
+class ChatMessage(Value, frozen=True):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ResponseStart(Value, frozen=True):
+    """How every response must begin: with the first ⌊share·n⌋ of the n tokens of `text`.
+
+    The engine that knows the tokens cuts them. They end `GroupSamples.prompt_ids`, so they are
+    given and not sampled, and are part of `GroupSamples.texts`, so that the whole response is
+    graded.
+    """
+
+    text: Text
+    share: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class Prompt(Value, frozen=True):
+    """What an engine is asked: chat messages and the media they refer to, in order of appearance.
+
+    `chat_template_kwargs` are variables for the chat template of the model that reads it.
+    """
+
+    messages: list[ChatMessage]
+    media: list[MediaReference] = []
+    start: ResponseStart | None = None
+    chat_template_kwargs: dict[str, TemplateValue] = {}
+
+
+class Sampling(Value, frozen=True):
+    """Decoding settings of one task; `top_k` 0 and `top_p` 1.0 mean no truncation. `temperature` 0
+    is greedy.
+
+    `presence_penalty` is taken from the logits of tokens that the response holds already, before
+    the temperature.
+    """
+
+    max_new_tokens: NewTokens
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+
+
+class Usage(Value, frozen=True):
+    """What a server counted for so many consecutive completions of a group, all together; None
+    where it did not say."""
+
+    completions: Annotated[int, Meta(ge=1, le=65_536)]
+    completion_tokens: Count | None = None
+    prompt_tokens: Count | None = None
+
+
+class Grade(Value, frozen=True):
+    """The verdict on one response: reward in [0, 1], the parsed final answer, and why if something
+    went wrong."""
+
+    reward: Annotated[float, Meta(ge=0.0, le=1.0)]
+    answer: Text | None = None
+    note: Reason = ""
+
+
+class TensorEntry(Value, frozen=True):
+    """Where one tensor lies in a weight file (`start`, `size` in bytes) and the xxh3-128 digest of
+    its bytes."""
+
+    name: Name
+    dtype: Name
+    shape: list[Count]
+    start: Count
+    size: Count
+    digest: Name
+
+
+class PolicyManifest(Value, frozen=True):
+    """One published policy version: the file that holds it, its tensors, and the digest over all of
+    them."""
+
+    version: Count
+    path: Name
+    tensors: list[TensorEntry]
+    digest: Name

@@ -1,0 +1,145 @@
+"""What the kernel tests share: random policy-loss problems, the float64 oracle, and the backends
+that can run here.
+
+Shapes: T rows, H hidden, V vocabulary, S sequences.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase
+from torch import Tensor
+
+from zppo_kernels import PolicyLossSettings
+from zppo_kernels.policy_inputs import prepare_rows
+from zppo_kernels.policy_reference import (
+    PolicyLossOutput,
+    log_probs_reference,
+    policy_loss_reference,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+BACKENDS = ["torch", "numba", *(["triton"] if INTERPRETED else [])]
+SLOW_BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "triton" else []) for name in BACKENDS
+]  # the interpreter takes seconds
+
+
+# Hypothesis for numerical properties: the same examples in every run, and no shrinking, which takes
+# the interpreter minutes.
+NUMERIC = {
+    "deadline": None,
+    "derandomize": True,
+    "phases": (Phase.explicit, Phase.generate),
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: tensors of the LM head, target ids, and the keyword arguments of the loss."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor
+    target_ids_T: Tensor
+    inputs: dict[str, Any]
+
+    def with_inputs(self, **changes: Any) -> Case:
+        """The same problem with other keyword arguments."""
+        return replace(self, inputs=self.inputs | changes)
+
+    @property
+    def logits_TV(self) -> Tensor:
+        """Materialised, in the dtype of the hidden states."""
+        return self.hidden_TH @ self.weight_VH.T + self.bias_V
+
+    def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh copies of hidden, weight and bias that collect gradients."""
+        hidden, weight, bias = (
+            tensor.detach().to(dtype).clone().requires_grad_()
+            for tensor in (self.hidden_TH, self.weight_VH, self.bias_V)
+        )
+        return hidden, weight, bias
+
+
+def make_case(
+    seed: int = 0,
+    *,
+    rows: int = 29,
+    hidden: int = 12,
+    vocabulary: int = 301,
+    sequences: int = 5,
+    drift: float = 0.4,
+) -> Case:
+    """A problem with masked rows, an ignored target, a zero advantage and an unusable behaviour
+    log-prob."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden_TH, weight_VH, bias_V = (
+        normal(rows, hidden),
+        normal(vocabulary, hidden),
+        normal(vocabulary),
+    )
+    target_ids_T = torch.randint(vocabulary, (rows,), generator=generator)
+    sequence_ids_T = torch.randint(sequences, (rows,), generator=generator).sort().values
+    advantages_S = normal(sequences)
+    mask_T = torch.rand(rows, generator=generator) > 0.2
+    log_probs_T, _ = log_probs_reference(hidden_TH @ weight_VH.T + bias_V, target_ids_T)
+    proximal_T = log_probs_T + drift * normal(rows)
+    behaviour_T = proximal_T + drift * normal(rows)
+    if rows > 3:
+        target_ids_T[1], behaviour_T[2], advantages_S[0] = -100, float("nan"), 0.0
+    inputs = {
+        "sequence_ids_T": sequence_ids_T,
+        "advantages_S": advantages_S,
+        "proximal_log_probs_T": proximal_T,
+        "behaviour_log_probs_T": behaviour_T,
+        "reference_log_probs_T": proximal_T + drift * normal(rows),
+        "mask_T": mask_T,
+        "token_count": 2 * rows,
+        "sequence_count": 2 * sequences,
+    }
+    return Case(hidden_TH, weight_VH, bias_V, target_ids_T, inputs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Loss, metrics, and gradients by hidden states, weight, bias and logits."""
+
+    output: PolicyLossOutput
+    gradients: tuple[Tensor, ...]
+
+
+def reference_answer(
+    case: Case, settings: PolicyLossSettings, dtype: torch.dtype = torch.float64
+) -> Answer:
+    """Autograd through materialised logits, in float64 (the oracle) or in the dtype under test (the
+    yardstick)."""
+    inputs = {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in case.inputs.items()
+    }
+    leaves = case.leaves(dtype)
+    logits_TV = leaves[0] @ leaves[1].T + leaves[2]
+    output = policy_loss_reference(
+        logits_TV, prepare_rows(case.target_ids_T, settings=settings, **inputs), settings
+    )
+    return Answer(output, torch.autograd.grad(output.loss, (*leaves, logits_TV)))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest error over the largest expected value."""
+    if not expected.numel():
+        return 0.0
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((found.double() - expected.double()).abs().max()) / scale

@@ -1,0 +1,208 @@
+"""A small world for the tests of the trainer: tiny models, windows made by hand, and log-probs
+written out longhand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from zppo.config.topology import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.training.optimizer import AdamW, Gradients
+from zppo.training.policy import Policy
+from zppo.training.trainer import StepSettings, Trainer
+from zppo_protocol.messages import TrainWindow
+from zppo_protocol.samples import GroupSamples, TrainGroup
+from zppo_protocol.values import Sampling
+
+VOCABULARY = 31
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+)
+CPU = torch.device("cpu")
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**(SMALL | dict(num_key_value_heads=1, initializer_range=0.5) | extra))
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype)
+
+
+def qwen3() -> Any:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **SMALL, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, initializer_range=0.5
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def phi_with_head_bias() -> Any:
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**SMALL, initializer_range=0.5))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def gemma2_with_soft_cap() -> Any:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0)
+    return Gemma2ForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "qwen3, tied": qwen3,
+    "phi, head bias": phi_with_head_bias,
+    "gemma2, soft cap": gemma2_with_soft_cap,
+}
+
+
+def group(
+    name: str,
+    rewards: list[float],
+    *,
+    seed: int = 0,
+    kind: str = "plain",
+    lengths: list[int] | None = None,
+    spans: list[tuple[int, int]] | None = None,
+) -> TrainGroup:
+    random = np.random.default_rng([seed, *name.encode()])
+    lengths = lengths if lengths is not None else random.integers(1, 7, len(rewards)).tolist()
+    total = sum(lengths)
+    default_spans = [(total, 0)] if total else []
+    samples = GroupSamples(
+        prompt_ids=random.integers(0, VOCABULARY, int(random.integers(1, 9))).astype(np.int32),
+        token_ids=random.integers(0, VOCABULARY, total).astype(np.int32),
+        log_probs=-random.uniform(0.1, 4, total).astype(np.float32),
+        offsets=np.array([0, *itertools.accumulate(lengths)], np.int32),
+        version_spans=np.array(spans if spans is not None else default_spans, np.int32).reshape(
+            -1, 2
+        ),
+        texts=[],
+        finish_reasons=["stop"] * len(rewards),
+    )
+    return TrainGroup(
+        group_id=name,
+        question_id=name,
+        kind=kind,
+        samples=samples,
+        rewards=np.array(rewards, np.float32),
+    )
+
+
+def window(*groups: TrainGroup, step: int = 0) -> TrainWindow:
+    return TrainWindow(step=step, groups=list(groups))
+
+
+def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
+    """Groups of every sort: mixed, all right, all wrong, of another kind."""
+    patterns = ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0], [1, 0])
+    groups = [
+        group(
+            f"g{i}",
+            list(map(float, patterns[i % 5])),
+            seed=step,
+            kind="bcq" if i % 5 == 4 else "plain",
+        )
+        for i in range(count)
+    ]
+    return window(*groups)
+
+
+SETTINGS = StepSettings.of(
+    Topology(
+        data=DataConfig(train="x"),
+        student=ModelConfig(model="x", sampling=Sampling(max_new_tokens=8)),
+    )
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, state_dtype="float32")
+
+
+def trainer_of(
+    model: Any, *, optimizer: OptimizerConfig = OPTIMIZER, teacher: Any = None, **changes: Any
+) -> Trainer:
+    policy = Policy(model)
+    parameters = policy.parameters()
+    steps = itertools.count()
+    return Trainer(
+        policy,
+        AdamW(parameters, optimizer, seed=0),
+        Gradients(parameters),
+        replace(SETTINGS, **changes),
+        clock=lambda: float(next(steps)),
+        teacher=None if teacher is None else Policy(teacher.requires_grad_(False), "teacher.model"),
+    )
+
+
+def method(**changes: Any) -> MethodConfig:
+    return msgspec.structs.replace(MethodConfig(), **changes)
+
+
+def longhand_log_probs(
+    model: Any, sample: GroupSamples, index: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probs of one completion from one unpadded forward pass of the whole model."""
+    response = sample.token_ids[sample.offsets[index] : sample.offsets[index + 1]]
+    ids = torch.tensor(np.concatenate([sample.prompt_ids, response]), dtype=torch.int64)
+    logits = (
+        model(input_ids=ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1].double() / temperature
+    )
+    return logits.log_softmax(-1).gather(-1, ids[len(sample.prompt_ids) :, None])[:, 0]
+
+
+def longhand_loss(model: Any, task: TrainWindow, advantages: Tensor, words: MethodConfig) -> Tensor:
+    """The paper's loss of one mini-batch, one rollout at a time, in float64 (first update: policy =
+    proximal)."""
+    terms, sequence = [], 0
+    for g in task.groups:
+        for index in range(len(g.rewards)):
+            policy = longhand_log_probs(model, g.samples, index)
+            part = slice(g.samples.offsets[index], g.samples.offsets[index + 1])
+            behaviour = torch.tensor(g.samples.log_probs[part]).double()
+            terms.append(_surrogate(policy, behaviour, advantages[sequence].double(), words))
+            sequence += 1
+    if words.loss_normalisation == "sequence":
+        return torch.stack([term.mean() for term in terms]).mean()
+    return torch.cat(terms).mean()
+
+
+def _surrogate(policy: Tensor, behaviour: Tensor, advantage: Tensor, words: MethodConfig) -> Tensor:
+    old = policy.detach() if words.ratio == "proximal" else behaviour
+    ratio = (policy - old).exp()
+    clipped = ratio.clamp(1 - words.clip_low, 1 + words.clip_high)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    if advantage < 0 and words.dual_clip is not None:
+        gain = torch.maximum(gain, words.dual_clip * advantage)
+    weight = (
+        (policy.detach() - behaviour).exp()
+        if words.ratio == "proximal"
+        else torch.ones_like(policy)
+    )
+    if words.correction == "truncate":
+        weight = weight.clamp(max=words.correction_cap)
+    elif words.correction == "mask":
+        weight = weight * (weight <= words.correction_cap)
+    else:
+        weight = torch.ones_like(policy)
+    return -(gain * weight)

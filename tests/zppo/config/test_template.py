@@ -1,0 +1,92 @@
+"""`zppo init` and the command line: complete, correct, and one sentence for a mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from zppo.algorithm.methods import method_names
+from zppo.cli import main
+from zppo.config.load import setting_names
+from zppo.config.strict_yaml import parse
+from zppo.config.template import EXAMPLE, commented_topology, reference
+from zppo.config.topology import Topology
+from zppo.grading.graders import GRADERS
+from zppo.setting_help import HELP
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_setting_has_its_line_of_help() -> None:
+    assert list(HELP) == sorted(HELP, key=list(HELP).index)
+    assert set(HELP) == set(setting_names())
+
+
+def test_commented_topology_is_the_defaults() -> None:
+    data = parse(commented_topology(), "init").data
+    assert msgspec.convert(data, Topology) == EXAMPLE
+
+
+def test_commented_topology_names_every_setting_once() -> None:
+    document = parse(commented_topology(), "init")
+    written = {path for path in document.lines if path and "[" not in path}
+    inside_null = {path for path in setting_names() if path.startswith("evaluation.sampling.")}
+    assert written == set(setting_names()) - inside_null
+
+
+def test_help_names_every_method() -> None:
+    assert set(re.findall(r"[a-z_]+", HELP["method.name"])) - {"or"} == set(method_names())
+
+
+def test_help_names_every_grader() -> None:
+    assert all(re.search(rf"\b{name}\b", HELP["data.grader"]) for name in GRADERS)
+
+
+def test_reference_in_the_docs_is_up_to_date() -> None:
+    text = (ROOT / "docs/topology.md").read_text(encoding="utf-8")
+    assert reference() in text, "run tools/topology_reference.py"
+
+
+def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.yaml"
+    assert main(["init", str(path)]) == 0
+    assert path.read_text(encoding="utf-8") == commented_topology()
+    assert main(["init", str(path)]) == 2
+    assert capsys.readouterr().err == f"{path}: exists already; expected the name of a new file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["lunch"], "zppo: there is no command 'lunch' (did you mean 'launch'?)\n"),
+        (["init", "a", "b"], "zppo init: expected one file name, got 'a b'\n"),
+        (
+            ["report"],
+            "zppo report: the following arguments are required: RUN; see zppo report --help\n",
+        ),
+        (
+            ["launch", "--topolgy"],
+            "zppo launch: unrecognized arguments: --topolgy; see zppo launch --help\n",
+        ),
+        (
+            ["init", "/nowhere/t.yaml"],
+            "/nowhere/t.yaml: cannot be written (No such file or directory)\n",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == sentence
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"zppo \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    for arguments in ([], ["--help"], ["init", "--help"], ["init", "-h"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.startswith("usage: zppo COMMAND")

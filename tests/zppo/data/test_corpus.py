@@ -1,0 +1,275 @@
+"""The corpus: good rows in, bad rows listed and refused with one sentence, and an order that never
+changes."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from zppo.config.topology import DataConfig
+from zppo.data.corpus import Corpus, bad_rows_text, held_out_overlap, load_questions, shuffled
+from zppo.data.pictures import picture_problem
+from zppo.data.question import Question
+from zppo.errors import UserError
+
+GOOD = {"id": "a", "question": "1 + 1?", "answer": "2"}
+
+
+def write(folder: Path, *rows: object, name: str = "train.jsonl") -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+    return folder / name
+
+
+def load(folder: Path, *rows: object, limit: int = 0, **options: object) -> Corpus:
+    write(folder, *rows)
+    config = DataConfig(train="train.jsonl", max_bad_rows=limit, **options)  # type: ignore[arg-type]
+    return load_questions("train.jsonl", config, folder)
+
+
+def picture(folder: Path, name: str = "square.png") -> Path:
+    Image.new("RGB", (120, 120), "white").save(folder / name)
+    return folder / name
+
+
+def test_rows_become_questions_in_order(tmp_path: Path) -> None:
+    corpus = load(tmp_path, GOOD, {"id": 7, "question": " 2 + 2? ", "answer": 4}, grader="exact")
+    assert corpus.questions == [
+        Question(id="a", text="1 + 1?", answer="2", grader="exact"),
+        Question(id="7", text="2 + 2?", answer="4", grader="exact"),
+    ]
+    assert corpus.bad_rows == []
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    row = {"uid": "x", "problem": "1 + 1?", "solution": 2.5, "other": [1]}
+    corpus = load(tmp_path, row, fields={"id": "uid", "question": "problem", "answer": "solution"})
+    assert corpus.questions == [Question(id="x", text="1 + 1?", answer="2.5")]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
+    corpus = load(
+        tmp_path,
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        b"",
+        b"  ",
+        {**GOOD, "id": "b", "question": "?"},
+    )
+    assert [question.id for question in corpus.questions] == ["a", "b"]
+
+
+def test_a_missing_id_comes_from_the_content(tmp_path: Path) -> None:
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
+    ids = [question.id for question in load(tmp_path, *rows).questions]
+    turned = [question.id for question in load(tmp_path, *reversed(rows)).questions]
+    assert ids == turned[::-1] and len(set(ids)) == 2
+    assert ids[0] == "train-c97c3a9c9b990740"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"id": "b", "question": "?"},
+            "the gold answer ('answer') is missing (valid: id, question)",
+        ),
+        (
+            {"id": "b", "question": "?", "answers": "2"},
+            "the gold answer ('answer') is missing (did you mean 'answers'?)",
+        ),
+        ({"id": "b", "question": "?", "answer": None}, "the gold answer ('answer') is missing"),
+        ({"id": "b", "question": "?", "answer": "  "}, "the gold answer ('answer') is empty"),
+        ({"id": "b", "question": "", "answer": "2"}, "the question ('question') is empty"),
+        (
+            {"id": "b", "question": "?", "answer": ["2"]},
+            "the gold answer ('answer') is a list; expected text or a number",
+        ),
+        (
+            {"id": "b", "question": "?", "answer": True},
+            "the gold answer ('answer') is a true/false value; expected text or a number",
+        ),
+        (
+            {"id": "b", "question": {"a": 1}, "answer": 1},
+            "the question ('question') is a JSON object; expected text or a number",
+        ),
+        ({"id": "a", "question": "?", "answer": "2"}, "the id 'a' was used on line 1"),
+        ({"id": "b", "question": " 1 +  1? ", "answer": "3"}, "asks the same as line 1"),
+        (
+            {"id": "", "question": "?", "answer": "2"},
+            "the id ('id') is ''; expected 1 to 200 printable characters",
+        ),
+        (
+            {"id": "x\n", "question": "?", "answer": "2"},
+            "the id ('id') is 'x\\n'; expected 1 to 200 printable characters",
+        ),
+        (
+            {"id": "b", "question": "?\0", "answer": "2"},
+            "the question ('question') holds a NUL or half a surrogate pair",
+        ),
+        (
+            {"id": "b", "question": "?", "answer": "2", "images": 3},
+            "the images ('images') are a number; expected a path or a list of paths",
+        ),
+        (
+            {"id": "b", "question": "?", "answer": "2", "images": "no.png"},
+            "image 'no.png' does not exist",
+        ),
+        ([1, 2], "a list where a JSON object was expected"),
+        (b"3", "a number where a JSON object was expected"),
+        (
+            b"{'id': 1}",
+            "not a JSON value (JSON is malformed: object keys must be strings (byte 1))",
+        ),
+        (b'{"id": "\xff"}', "not UTF-8 text (byte 9 of the line)"),
+        (
+            b"[" * 100_000,
+            "not a JSON value (maximum recursion depth exceeded while deserializing an object)",
+        ),
+    ],
+)
+def test_bad_rows_are_listed_and_refused(tmp_path: Path, row: object, reason: str) -> None:
+    corpus = load(tmp_path, GOOD, row, limit=1)
+    assert [question.id for question in corpus.questions] == ["a"]
+    assert bad_rows_text(corpus) == f"line 2: {reason}\n"
+    with pytest.raises(UserError) as error:
+        load(tmp_path, GOOD, row)
+    place = f"{tmp_path / 'train.jsonl'}:2"
+    fix = "1 bad row where data.max_bad_rows allows 0: mend the file or raise the limit"
+    assert str(error.value) == f"{place}: {reason}; {fix}"
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
+    row = rb'{"id": "b", "question": "\ud800", "answer": "2"}'
+    assert len(load(tmp_path, GOOD, row, limit=1).bad_rows) == 1
+
+
+def test_the_refusal_counts_all_bad_rows_and_names_the_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, GOOD, {}, {}, {}, limit=2)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'train.jsonl'}:2: the question ('question') is missing; 3 bad rows"
+    )
+
+
+def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    with pytest.raises(UserError) as error:
+        load_questions("trian.jsonl", DataConfig(train="trian.jsonl"), tmp_path)
+    assert (
+        str(error.value)
+        == f"{tmp_path / 'trian.jsonl'}: no such question file (did you mean 'train.jsonl'?)"
+    )
+
+
+def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, name="train.csv")
+    with pytest.raises(UserError) as error:
+        load_questions("train.csv", DataConfig(train="train.csv"), tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'train.csv'}: unknown kind of question file '.csv' (valid: .arrow, .jsonl, "
+        ".parquet)"
+    )
+
+
+def test_an_unknown_grader_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, GOOD, grader="choise")
+    assert str(error.value) == "data.grader: unknown grader 'choise' (did you mean 'choice'?)"
+
+
+@pytest.mark.parametrize(
+    ("grader", "gold"), [("choice", "Paris"), ("math", "$ $"), ("exact", r"\boxed{$}")]
+)
+def test_gold_answers_that_nothing_can_meet_are_bad_rows(
+    tmp_path: Path, grader: str, gold: str
+) -> None:
+    good = {"id": "b", "question": "Which?", "answer": "B"}
+    corpus = load(tmp_path, good, {**GOOD, "answer": gold}, grader=grader, limit=1)
+    reason = f"the gold answer is {gold!r}, which the grader {grader!r} can never meet"
+    assert bad_rows_text(corpus) == f"line 2: {reason}\n"
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, b"")
+    assert (
+        str(error.value)
+        == f"{tmp_path / 'train.jsonl'}: holds no question; expected at least one row"
+    )
+
+
+def test_pictures_are_found_next_to_the_file(tmp_path: Path) -> None:
+    path = picture(tmp_path)
+    corpus = load(
+        tmp_path,
+        {**GOOD, "images": "square.png"},
+        {**GOOD, "id": "b", "images": ["square.png", "square.png"]},
+    )
+    assert [len(question.media) for question in corpus.questions] == [1, 2]
+    assert corpus.questions[0].media[0].path == str(path)
+
+
+def test_the_same_words_about_other_pictures_are_another_question(tmp_path: Path) -> None:
+    picture(tmp_path)
+    assert len(load(tmp_path, GOOD, {**GOOD, "id": "b", "images": "square.png"}).questions) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["square.png", "square.jpg", "square.webp", "square.gif", "square.bmp"]
+)
+def test_readable_pictures_pass(tmp_path: Path, name: str) -> None:
+    assert picture_problem(picture(tmp_path, name)) is None
+
+
+@pytest.mark.parametrize("name", ["square.png", "square.jpg"])
+def test_truncated_pictures_do_not(tmp_path: Path, name: str) -> None:
+    path = picture(tmp_path, name)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert str(picture_problem(path)).startswith("is unreadable")
+
+
+def test_what_is_no_picture_does_not_pass(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("hello")
+    assert (
+        picture_problem(tmp_path / "x.png")
+        == "is not a picture; expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF"
+    )
+    assert picture_problem(tmp_path) == "does not exist"
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = picture(tmp_path)
+    bomb = bytearray(path.read_bytes())
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    path.write_bytes(bytes(bomb))
+    assert picture_problem(path) == "has more than 100000000 pixels"
+
+
+def test_held_out_overlap(tmp_path: Path) -> None:
+    train = [
+        Question(id="a", text="How  much?", answer="1"),
+        Question(id="b", text="Else?", answer="2"),
+    ]
+    assert held_out_overlap(train, [Question(id="z", text="how much? ", answer="1")]) == ["a"]
+    assert held_out_overlap(train, []) == []
+
+
+@given(st.integers(0, 500), st.integers(0, 2**40), st.integers(0, 1000))
+def test_shuffled_is_a_permutation_and_repeats_itself(n: int, seed: int, epoch: int) -> None:
+    order = shuffled(n, seed, epoch)
+    assert order.dtype == np.int64 and sorted(order) == list(range(n))
+    assert np.array_equal(order, shuffled(n, seed, epoch))
+
+
+def test_shuffled_never_changes() -> None:
+    assert shuffled(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert shuffled(8, 0, 1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
+    assert shuffled(8, 1, 0).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]

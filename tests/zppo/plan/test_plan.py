@@ -1,0 +1,435 @@
+"""The resolved plan: processes, window sizes, memory, and what the machine cannot give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from zppo.algorithm.methods import method_names
+from zppo.config.load import load
+from zppo.config.topology import (
+    VLLM,
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    Topology,
+    TrainerConfig,
+)
+from zppo.errors import UserError
+from zppo.plan.checks import ENGINE_ARGUMENTS
+from zppo.plan.machine import GIB, Machine
+from zppo.plan.make import make_plan
+from zppo.plan.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
+from zppo.plan.model_folder import inspect_model
+from zppo.plan.processes import ProcessPlan, processes
+from zppo_actors.engines import ENGINES
+
+MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
+
+
+def topology_of(small: Path, *overrides: str) -> Topology:
+    return load(small / "topology.yaml", overrides)
+
+
+def test_numbers_of_a_window(small: Path) -> None:
+    overrides = (
+        "scheduler.new_questions=4",
+        "scheduler.rho_replay=0.5",
+        "scheduler.rho_aug=0.25",
+        "run.steps=null",
+    )
+    windows = make_plan(topology_of(small, *overrides), 10, MACHINE).windows
+    assert (windows.new, windows.replayed, windows.reformulated, windows.steps) == (4, 2, 1, 3)
+    assert (
+        windows.largest_bytes == (4 + 2 + 1) * 8 * 8 * 8
+    )  # groups, of 8 responses, of 8 tokens, of 8 bytes
+
+
+def test_methods_without_buffer_or_reformulation_have_smaller_windows(small: Path) -> None:
+    windows = make_plan(
+        topology_of(small, "method.name=grpo", "scheduler.new_questions=4"), 10, MACHINE
+    ).windows
+    assert (windows.replayed, windows.reformulated) == (0, 0)
+
+
+def test_teacher_is_not_started_without_work(small: Path) -> None:
+    plan = make_plan(topology_of(small, "method.name=grpo"), 6, MACHINE)
+    assert [entry.name for entry in plan.processes] == [
+        "controller",
+        "trainer",
+        "rollout-0",
+        "grader-0",
+    ]
+    assert "the method 'grpo' has no work for the teacher; it is not started" in plan.notes
+
+
+def test_notes_say_what_may_surprise(small: Path) -> None:
+    overrides = (
+        "scheduler.max_staleness=0",
+        "data.max_prompt_tokens=60",
+        "method.hard_threshold=0",
+    )
+    assert make_plan(topology_of(small, *overrides), 6, MACHINE).notes == [
+        "run.steps is 4, but the corpus ends after 3 (run.epochs is 1): the run ends there",
+        "scheduler.rho_aug leaves no room for a single reformulated question in a window",
+        "method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed",
+        "prompts and responses may have 68 tokens together, the student's context has 64: long prompts get shorter "
+        "responses",
+        "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1",
+    ]
+
+
+@given(
+    cores=st.integers(1, 256),
+    rollouts=st.integers(1, 8),
+    teachers=st.integers(1, 8),
+    threads=st.none() | st.integers(1, 64),
+)
+def test_threads_are_shared_out_evenly(
+    cores: int, rollouts: int, teachers: int, threads: int | None
+) -> None:
+    topology = Topology(
+        data=DataConfig(train="q"),
+        student=ModelConfig(model="s"),
+        teacher=TeacherConfig(model="t"),
+        actors=ActorsConfig(
+            rollout=ActorConfig(count=rollouts, devices=["cpu", "cuda:1"]),
+            teacher=ActorConfig(count=teachers),
+            trainer=TrainerConfig(threads=threads),
+        ),
+    )
+    table = processes(topology, cores)
+    assert len({entry.name for entry in table}) == len(table) == rollouts + teachers + 3
+    engines = [entry for entry in table if entry.role in ("rollout", "teacher")]
+    assert len({entry.threads for entry in engines}) == 1
+    shared = engines[0].threads * (len(engines) + 1)
+    assert engines[0].threads == 1 or shared <= cores
+    trainer = next(entry for entry in table if entry.role == "trainer")
+    assert trainer.threads == (threads or engines[0].threads)
+    assert [entry.device for entry in table if entry.role == "rollout"] == ["cpu", "cuda:1"] * (
+        rollouts // 2
+    ) + ["cpu"] * (rollouts % 2)
+
+
+def test_facts_of_a_model_folder(small: Path) -> None:
+    facts = inspect_model(small / "student", "student.model")
+    assert (facts.parameters, facts.context, facts.layers, facts.kv_heads, facts.head_dim) == (
+        8,
+        64,
+        1,
+        2,
+        4,
+    )
+
+
+def test_memory_of_the_trainer_by_hand(small: Path) -> None:
+    topology = topology_of(small, "student.dtype=float32", "actors.trainer.micro_batch_tokens=100")
+    models = inspect_models(topology, with_teacher=False)
+    size = need(
+        ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cpu"), topology, models
+    )
+    weights_gradients_states = 8 * (4 + 4 + 2 + 2)
+    activations = 34 * 100 * 8 * 1 * 4 // 2
+    logits = 2 * 1024 * 16 * 4
+    assert size.host == MODEL_LIBRARIES + 1.25 * (weights_gradients_states + activations + logits)
+
+
+def test_memory_goes_to_the_device(small: Path) -> None:
+    topology = topology_of(small)
+    models = inspect_models(topology, with_teacher=True)
+    on_cpu = need(
+        ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cpu"),
+        topology,
+        models,
+    )
+    on_gpu = need(
+        ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cuda:0"),
+        topology,
+        models,
+    )
+    assert (on_gpu.host, on_gpu.device) == (MODEL_LIBRARIES, on_cpu.host - MODEL_LIBRARIES)
+    cache = (
+        64 * (24 + 8) * 1 * 2 * 2 * 4 * 2
+    )  # sequences, length, layers, keys and values, heads, width, bytes
+    assert on_gpu.device == 8 * 2 + cache + 64 * 16 * 4
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_published_versions_in_shared_memory(small: Path, staleness: int) -> None:
+    topology = topology_of(small, f"scheduler.max_staleness={staleness}")
+    assert (
+        shared_bytes(topology, inspect_models(topology, with_teacher=False))
+        == (staleness + 2) * 8 * 2
+    )
+
+
+REFUSALS = [
+    (
+        (),
+        replace(MACHINE, memory=GIB),
+        "the plan needs 1.8 GiB of memory but 1.0 GiB are free; the largest part is trainer with 0.4 GiB",
+    ),
+    (
+        (),
+        replace(MACHINE, shared=7),
+        "the plan keeps weights of 0.0 GiB in the runtime folder but 0.0 GiB are free there; lower "
+        "scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder",
+    ),
+    (
+        ("actors.rollout.devices=[cuda:1]",),
+        replace(MACHINE, gpus=[GIB]),
+        "actors.rollout.devices names 'cuda:1'; this machine has 1 CUDA devices",
+    ),
+    (
+        ("actors.trainer.device=cuda", "actors.trainer.micro_batch_tokens=1000000"),
+        replace(MACHINE, gpus=[GIB // 8]),
+        "the plan needs 0.3 GiB on cuda:0 but 0.1 GiB are free; the largest part is trainer with 0.3 "
+        "GiB; try actors.trainer.gradient_checkpointing or a smaller actors.trainer.micro_batch_tokens",
+    ),
+    (
+        ("transport.max_message_mib=1", "scheduler.new_questions=3000"),
+        MACHINE,
+        "transport.max_message_mib is 1; expected at least 3, the size of a window whose responses all have full "
+        "length",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "machine", "sentence"), REFUSALS)
+def test_what_the_machine_cannot_give(
+    small: Path, overrides: tuple[str, ...], machine: Machine, sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides), 3000, machine)
+    assert str(caught.value) == sentence
+
+
+SERVER = (
+    "actors.teacher.engine=openai",
+    "actors.teacher.engine_args={base_url: http://127.0.0.1:9/v1, model: m}",
+)
+REMOTE = ("method.name=on_distill", "teacher.scoring=remote")
+METHOD_REFUSALS = [
+    (
+        ("method.name=off_distil",),
+        "method.name: there is no method 'off_distil' (did you mean 'off_distill'?)",
+    ),
+    (
+        ("method.name=grpo", "method.group_size=1"),
+        "method.group_size is 1; expected at least 2, because a group of one has no advantage",
+    ),
+    (
+        ("method.name=on_distill", "teacher=null"),
+        "teacher: is missing; expected a section, because the method 'on_distill' needs a teacher",
+    ),
+    (
+        ("method.name=off_distill", *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method 'off_distill' trains "
+        "on the teacher's tokens, and a server gives text alone",
+    ),
+    (
+        ("method.name=grpo_replay_teacher_response", *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method "
+        "'grpo_replay_teacher_response' trains on the teacher's tokens, and a server gives text alone",
+    ),
+    (
+        (*REMOTE, *SERVER),
+        "actors.teacher.engine is 'openai'; expected 'transformers' or 'vllm', because the method 'on_distill' needs a "
+        "teacher that scores tokens, and a server gives text alone",
+    ),
+    (
+        (*REMOTE, "actors.teacher.count=0"),
+        "actors.teacher.count is 0; expected at least 1, because the run asks the teacher",
+    ),
+    (
+        (*REMOTE, "actors.teacher.engine_args={max_sequences: 7}"),
+        "actors.teacher.engine_args.max_sequences is 7; expected at least 8, the method.group_size, because a group is "
+        "sampled as a whole",
+    ),
+    (
+        ("scheduler.rho_aug_max=0.125",),
+        "scheduler.rho_aug_max is 0.125; expected null or at least 0.25, scheduler.rho_aug",
+    ),
+    (
+        ("method.name=on_distill", "method.dynamic_sampling=true"),
+        "method.dynamic_sampling is true; expected false, because 'on_distill' learns from answers that are all right "
+        "or all wrong as well",
+    ),
+    (
+        ("method.name=on_distill", "more_teachers=[{model: teacher}]"),
+        "more_teachers: expected none, because 'on_distill' learns the distribution of a single teacher",
+    ),
+    (
+        ("method.name=grpo", "teacher=null", "more_teachers=[{model: teacher}]"),
+        "more_teachers: there are some, but no section teacher; expected the first one there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), METHOD_REFUSALS)
+def test_what_a_method_cannot_be_run_with(
+    small: Path, overrides: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides), 6, MACHINE)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1, False)])
+def test_vllm_scores_at_temperature_1_alone(
+    small: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, refused: bool
+) -> None:
+    monkeypatch.setattr(
+        "zppo.plan.checks.check_vllm_arguments", lambda *given: None
+    )  # vLLM need not be installed
+    overrides = (
+        *REMOTE,
+        "actors.teacher.engine=vllm",
+        f"student.sampling.temperature={temperature}",
+    )
+    try:
+        make_plan(topology_of(small, *overrides), 6, MACHINE)
+    except UserError as error:
+        assert refused and str(error) == (
+            "student.sampling.temperature is 0.7; expected 1, because 'vllm' scores tokens at temperature 1 alone (or "
+            "set teacher.scoring to colocated)"
+        )
+    else:
+        assert not refused
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*REMOTE, "method.name=off_distill"),
+        (*REMOTE, "actors.teacher.engine_args={max_sequences: 8}"),
+        (
+            "method.name=on_distill",
+            *SERVER,
+        ),  # its teacher writes nothing, and the trainer has a copy of it
+        ("method.name=hint", *SERVER),
+        ("method.name=prefix", *SERVER),
+        ("method.name=zppo", "method.dynamic_sampling=true", "scheduler.rho_aug_max=0.25"),
+        ("method.name=grpo_replay_teacher_response", "more_teachers=[{model: teacher}]"),
+    ],
+)
+def test_what_a_method_can_be_run_with(small: Path, overrides: tuple[str, ...]) -> None:
+    assert make_plan(topology_of(small, *overrides), 6, MACHINE).method.name in method_names()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teacher"),
+    [
+        (("method.name=on_distill",), False),
+        (REMOTE, True),
+        (("method.name=off_distill",), True),
+        (("method.name=grpo_replay",), False),
+    ],
+)
+def test_the_teacher_is_started_where_it_has_work(
+    small: Path, overrides: tuple[str, ...], teacher: bool
+) -> None:
+    plan = make_plan(topology_of(small, *overrides), 6, MACHINE)
+    assert ("teacher-0" in [entry.name for entry in plan.processes]) == teacher
+
+
+def test_remote_scores_make_larger_windows(small: Path) -> None:
+    overrides = ("method.name=on_distill", "scheduler.new_questions=4", "teacher.score_top_k=16")
+    colocated = make_plan(topology_of(small, *overrides), 10, MACHINE).windows.largest_bytes
+    remote = make_plan(
+        topology_of(small, *overrides, "teacher.scoring=remote"), 10, MACHINE
+    ).windows.largest_bytes
+    assert remote == 17 * colocated  # a token and its log-prob, and as much for each of the 16
+
+
+def test_an_adaptive_cap_makes_room_for_the_largest_window(small: Path) -> None:
+    overrides = (
+        "scheduler.new_questions=4",
+        "scheduler.rho_aug=0.25",
+        "scheduler.rho_aug_max=0.75",
+    )
+    assert make_plan(topology_of(small, *overrides), 10, MACHINE).windows.reformulated == 3
+
+
+def test_what_vllm_takes_of_a_card_it_shares(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "zppo.plan.checks.check_vllm_arguments", lambda *given: None
+    )  # vLLM need not be installed
+    overrides = [
+        "method.name=grpo",
+        "actors.trainer.device=cuda:0",
+        "actors.rollout.devices=['cuda:0']",
+    ]
+    overrides += ["actors.rollout.engine=vllm", "actors.trainer.micro_batch_tokens=1000000"]
+    machine = replace(MACHINE, gpus=[16 * GIB])
+    shared = "actors.rollout.engine_args={max_model_len: 64, gpu_memory_utilization: 0.4}"
+    assert make_plan(topology_of(small, *overrides, shared), 10, machine)
+    cache = "actors.rollout.engine_args={max_model_len: 64, kv_cache_memory_bytes: 1000000}"
+    assert make_plan(topology_of(small, *overrides, cache), 10, machine)
+    greedy = "actors.rollout.engine_args={max_model_len: 64, gpu_memory_utilization: 0.999}"
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, *overrides, greedy), 10, machine)
+    assert (
+        "the largest part is rollout-0 with 16.0 GiB; try fewer or shorter sequences, and with vLLM a smaller"
+        in str(caught.value)
+    )
+
+
+def test_a_card_that_nobody_uses_is_mentioned(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr("zppo.plan.machine.NVIDIA", tmp_path / "gpus")
+    note = "every device is cpu, though this machine has 1 GPU: see actors.trainer.device and actors.rollout.devices"
+    assert note in make_plan(topology_of(small), 10, MACHINE).notes
+    used = topology_of(small, "actors.teacher.devices=[cuda]")
+    assert note not in make_plan(used, 10, replace(MACHINE, gpus=[8 * GIB])).notes
+    with pytest.raises(UserError, match="no setting names a GPU"):
+        make_plan(topology_of(small), 10, replace(MACHINE, memory=GIB))
+
+
+def test_ncq_without_a_teacher_says_who_shortens_the_candidates(small: Path) -> None:
+    note = "there is no teacher: candidates are shortened by rule, not compressed as in the paper"
+    assert (
+        note
+        in make_plan(
+            topology_of(small, "method.name=grpo_replay_ncq", "teacher=null"), 10, MACHINE
+        ).notes
+    )
+    assert (
+        note not in make_plan(topology_of(small, "method.name=grpo_replay_ncq"), 10, MACHINE).notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "student.chat_template_kwargs={tokenize: false}",
+            "student.chat_template_kwargs.tokenize cannot be set: it is always true",
+        ),
+        (
+            "teacher.compression_chat_template_kwargs={tools: null}",
+            "teacher.compression_chat_template_kwargs.tools cannot be set: prompts have none",
+        ),
+        (
+            "teacher.chat_template_kwargs={enable-thinking: false}",
+            "teacher.chat_template_kwargs: 'enable-thinking' is no variable of a template; expected a name such as "
+            "enable_thinking",
+        ),
+    ],
+)
+def test_only_variables_of_templates_can_be_set(small: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(topology_of(small, override), 10, MACHINE)
+    assert str(caught.value) == sentence
+
+
+def test_every_engine_can_be_planned_for() -> None:
+    assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES)  # the arguments of vLLM are vLLM's own

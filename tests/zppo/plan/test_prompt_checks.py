@@ -1,0 +1,137 @@
+"""Prompts that the models of a run cannot read are refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_helpers import make_model, make_tokenizer
+
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    Topology,
+)
+from zppo.data.question import Question
+from zppo.errors import UserError
+from zppo.plan.prompt_checks import (
+    check_room,
+    check_system_prompt,
+    check_teachers,
+    student_reader,
+    teacher_readers,
+)
+from zppo.prompting.prompts import PromptSet
+
+PLAIN = "{% for message in messages %}{{ message.content }} {% endfor %}"
+REFUSES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% "
+    "endif %}" + PLAIN
+)
+DROPS = (
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.content }} {% endif "
+    "%}{% endfor %}"
+)
+
+
+def tokenizer_with(template: str | None) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [None, PLAIN])
+def test_system_prompt_that_is_shown_passes(template: str | None) -> None:
+    check_system_prompt(tokenizer_with(template), "Be brief.", "models/a", "student.model")
+
+
+@pytest.mark.parametrize("template", [PLAIN, REFUSES, DROPS])
+def test_without_a_system_prompt_any_template_passes(template: str) -> None:
+    check_system_prompt(tokenizer_with(template), None, "models/a", "student.model")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(REFUSES, "System role not supported"), (DROPS, "it leaves them out")]
+)
+def test_template_without_a_system_role_is_one_sentence(template: str, reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_system_prompt(tokenizer_with(template), "Be brief.", "models/a", "student.model")
+    assert str(caught.value) == (
+        "data.system_prompt: the chat template of student.model, 'models/a', takes no system "
+        "messages "
+        f"({reason}); expected null, and the words in a template of data.templates"
+    )
+
+
+def save(folder: Path, template: str | None = PLAIN, **sizes: Any) -> str:
+    make_model("llama", **sizes).save_pretrained(folder)
+    tokenizer_with(template).save_pretrained(folder)
+    return str(folder)
+
+
+def topology(
+    tmp_path: Path, teacher_args: dict[str, Any], engine: str = "transformers", **data: Any
+) -> Topology:
+    student, teacher = (
+        save(tmp_path / "student"),
+        save(tmp_path / "teacher", DROPS, max_position_embeddings=64),
+    )
+    return Topology(
+        data=DataConfig(train="unused", **data),
+        method=MethodConfig(name="zppo"),
+        student=ModelConfig(model=student, dtype="float32"),
+        teacher=ModelConfig(model=teacher, dtype="float32"),
+        actors=ActorsConfig(
+            rollout=ActorConfig(engine="transformers", engine_args={"max_length": 100}),
+            teacher=ActorConfig(engine=engine, engine_args=teacher_args),
+        ),
+    )
+
+
+def test_context_is_the_smaller_of_model_and_engine(tmp_path: Path) -> None:
+    run = topology(tmp_path, {"max_length": 1000})
+    student, [teacher] = student_reader(run), teacher_readers(run)
+    assert (student.context, student.setting) == (100, "actors.rollout.engine_args.max_length")
+    assert (teacher.context, teacher.setting) == (64, "the context of teacher.model")
+
+
+def test_teacher_behind_a_server_is_not_asked(tmp_path: Path) -> None:
+    assert (
+        teacher_readers(topology(tmp_path, {"base_url": "http://127.0.0.1:1/v1"}, engine="openai"))
+        == []
+    )
+
+
+def test_prompt_without_room_is_one_sentence(tmp_path: Path) -> None:
+    student = student_reader(topology(tmp_path, {}))
+    question = Question(id="q7", text="?", answer="1")
+    check_room("data.train", question, 99, student)
+    with pytest.raises(UserError) as caught:
+        check_room("data.train", question, 100, student)
+    assert str(caught.value) == (
+        "data.train: the question 'q7' makes a prompt of 100 tokens; expected less than 100, "
+        "actors.rollout.engine_args.max_length"
+    )
+
+
+def test_teachers_are_checked_in_their_own_tokens_on_the_longest_questions(tmp_path: Path) -> None:
+    run = topology(tmp_path, {})
+    short, long = (Question(id=f"q{n}", text="w5 " * n, answer="1") for n in (3, 70))
+    check_teachers(run, PromptSet.of(run), [short])
+    with pytest.raises(
+        UserError,
+        match=r"'q70' makes a prompt of \d+ tokens; expected less than 64, the context of",
+    ):
+        check_teachers(run, PromptSet.of(run), [short, long])
+
+
+def test_system_prompt_that_a_teacher_leaves_out_is_refused(tmp_path: Path) -> None:
+    run = topology(tmp_path, {}, system_prompt="Be brief.")
+    with pytest.raises(
+        UserError, match=r"the chat template of teacher\.model, .* takes no system messages"
+    ):
+        check_teachers(run, PromptSet.of(run), [])

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from zppo.algorithm.window import Candidate, Window
+from zppo.records import rollouts
+from zppo.records.metrics import window_metrics
+from zppo.records.rollouts import RolloutRow
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import ChatMessage, Prompt, Usage
+
+
+def students(window: Window) -> set[tuple[str, int]]:
+    """What Algorithm 1 trains on."""
+    return {(group.id, i) for group in window.student_groups() for i in range(len(group.rewards))}
+
+
+def rows_of(window: Window, folder: Path, **outcome: str) -> list[RolloutRow]:
+    path = rollouts.write_step(folder, 4, window, outcome, students(window))
+    return [msgspec.convert(row, RolloutRow) for row in rollouts.read_step(path)]
+
+
+def test_every_rollout_comes_back_as_it_was(window: Window, tmp_path: Path) -> None:
+    rows = rows_of(window, tmp_path)
+    groups = [
+        g
+        for v in window.visits
+        for g in (v.plain, v.teacher, *(r.group for r in v.reformulations))
+        if g
+    ]
+    assert [row.group_id for row in rows] == [g.id for g in groups for _ in g.grades or []]
+    at = 0
+    for group in groups:
+        assert group.samples is not None and group.grades is not None
+        for i, grade in enumerate(group.grades):
+            row, begin, end = rows[at], group.samples.offsets[i], group.samples.offsets[i + 1]
+            assert (row.response, row.answer, row.reward) == (
+                group.samples.texts[i],
+                grade.answer,
+                grade.reward,
+            )
+            assert (row.rollout, row.length, row.kind) == (i, end - begin, group.kind)
+            assert row.log_prob_mean == pytest.approx(
+                float(np.mean(group.samples.log_probs[begin:end]))
+            )
+            at += 1
+    assert at == len(rows)
+
+
+def test_the_teacher_is_in_the_store_but_not_trained(window: Window, tmp_path: Path) -> None:
+    rows = rows_of(window, tmp_path)
+    assert {row.kind for row in rows if not row.trained} == {"teacher"}
+    assert all(row.version_min is None for row in rows if row.kind == "teacher")
+    assert all(row.version_min is not None for row in rows if row.kind != "teacher")
+
+
+def test_a_teachers_rollout_is_trained_where_the_method_says_so(
+    window: Window, tmp_path: Path
+) -> None:
+    teacher = window.visits[0].teacher
+    assert teacher is not None
+    path = rollouts.write_step(tmp_path, 4, window, {}, {(teacher.id, 1)})
+    rows = [msgspec.convert(row, RolloutRow) for row in rollouts.read_step(path)]
+    assert [(row.group_id, row.rollout) for row in rows if row.trained] == [(teacher.id, 1)]
+
+
+def test_teachers_that_failed_are_in_the_store(window: Window, tmp_path: Path) -> None:
+    visit = window.visits[0]
+    assert visit.teacher is not None
+    failed = msgspec.structs.replace(visit.teacher, id=f"{visit.teacher.id}-failed")
+    visit.failed_teachers.append(failed)
+    names = list(
+        dict.fromkeys(row.group_id for row in rows_of(window, tmp_path) if row.kind == "teacher")
+    )
+    assert names[:2] == [failed.id, visit.teacher.id]
+
+
+def test_candidates_come_back_with_their_compressed_text(window: Window, tmp_path: Path) -> None:
+    rows = rows_of(window, tmp_path)
+    encoded = next(row.candidates for row in rows if row.kind == "bcq")
+    assert encoded is not None
+    expected = window.visits[0].reformulations[0].candidates
+    assert msgspec.json.decode(encoded, type=list[Candidate]) == expected
+    assert next(row.candidates for row in rows if row.kind == "plain") is None
+
+
+def test_outcomes_default_to_none(window: Window, tmp_path: Path) -> None:
+    rows = rows_of(window, tmp_path, **{"q-0000": "admitted"})
+    assert {(row.question_id, row.outcome) for row in rows} == {
+        ("q-0000", "admitted"),
+        ("q-0001", "none"),
+    }
+
+
+def test_a_reformulation_cut_by_the_cap_has_no_rows(window: Window, tmp_path: Path) -> None:
+    window.visits[0].reformulations[1].group = None
+    assert "ncq" not in {row.kind for row in rows_of(window, tmp_path)}
+
+
+def test_a_completion_without_tokens_has_no_versions_and_no_log_prob(
+    window: Window, tmp_path: Path
+) -> None:
+    samples = window.visits[0].plain.samples
+    assert samples is not None
+    offsets = samples.offsets.copy()
+    offsets[1] = 0
+    window.visits[0].plain.samples = msgspec.structs.replace(samples, offsets=offsets)
+    first = rows_of(window, tmp_path)[0]
+    assert (first.length, first.version_min, first.log_prob_mean) == (0, None, None)
+
+
+def test_lengths_that_only_a_server_may_know(window: Window, tmp_path: Path) -> None:
+    teacher = window.visits[0].teacher
+    assert teacher is not None and teacher.samples is not None
+    texts, nothing = teacher.samples.texts, np.zeros(0, np.int32)
+    rest = Usage(completions=len(texts) - 1, completion_tokens=30)
+    teacher.samples = GroupSamples(
+        prompt_ids=nothing,
+        token_ids=nothing,
+        log_probs=np.zeros(0, np.float32),
+        offsets=np.zeros(len(texts) + 1, np.int32),
+        version_spans=np.zeros((0, 2), np.int32),
+        texts=texts,
+        finish_reasons=["stop"] * len(texts),
+        usage=[Usage(completions=1, completion_tokens=12, prompt_tokens=9), rest],
+    )
+    rows = [row for row in rows_of(window, tmp_path) if row.kind == "teacher"]
+    assert [row.response for row in rows] == texts
+    assert [row.length for row in rows] == [12] + [None] * (len(texts) - 1)
+    assert {(row.prompt_length, row.log_prob_mean) for row in rows} == {(9, None)}
+    assert window_metrics(window, 4)["tokens/teacher"] == 42
+
+
+def test_columns_and_questions_can_be_picked(window: Window, tmp_path: Path) -> None:
+    path = rollouts.write_step(tmp_path, 4, window, {}, students(window))
+    rows = rollouts.read_step(path, ["kind"], question_ids=["q-0001"])
+    assert rows == [{"kind": "plain"}] * 8
+
+
+def test_writing_leaves_nothing_aside_and_replaces_whole(window: Window, tmp_path: Path) -> None:
+    rollouts.write_step(tmp_path, 4, window, {}, students(window))
+    window.visits.pop()
+    path = rollouts.write_step(tmp_path, 4, window, {}, students(window))
+    assert list(tmp_path.iterdir()) == [path]
+    assert {row["question_id"] for row in rollouts.read_step(path)} == {"q-0000"}
+
+
+def test_a_failed_write_leaves_the_old_file(
+    window: Window, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rollouts.write_step(tmp_path, 4, window, {}, students(window))
+    before = path.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        rollouts.write_step(tmp_path, 4, Window(index=4, visits=[]), {}, set())
+    assert path.read_bytes() == before
+    assert list(rollouts.step_files(tmp_path)) == [path]
+
+
+def test_roll_back_removes_later_steps_and_half_written_files(
+    window: Window, tmp_path: Path
+) -> None:
+    for step in (3, 4, 12):
+        rollouts.write_step(tmp_path, step, window, {}, students(window))
+    (tmp_path / ".step-000013.parquet.partial").write_bytes(b"half")
+    rollouts.roll_back(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003.parquet"]
+
+
+def test_roles_are_named_when_there_is_a_system_message() -> None:
+    user = ChatMessage(role="user", content="hello")
+    assert rollouts.prompt_text(Prompt(messages=[user])) == "hello"
+    system = ChatMessage(role="system", content="be brief")
+    assert (
+        rollouts.prompt_text(Prompt(messages=[system, user])) == "[system]\nbe brief\n[user]\nhello"
+    )

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import base64
+import html.parser
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from zppo.algorithm.window import Window
+from zppo.data.question import Question
+from zppo.records import rollouts
+from zppo.report import browser, figures, load, plots, sentences
+from zppo.report.cli import main
+from zppo.report.page import digest, render_page
+
+HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 & \\boxed{7}"
+EVERY_FIGURE = [
+    "Held-out accuracy", "Batch composition", "Training dynamics", "Loss and reformulated prompts",
+    "Graduations by entry accuracy", "Graduation and eviction", "Buffer occupancy", "Fate by number of visits",
+    "Graduates per bin", "Staleness", "Off-policy distance", "Throughput and waiting",
+]  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, the text of its scripts, and every attribute that could act or
+    fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.handlers: list[str] = []
+        self.sources: list[str] = []
+        self._in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag == "script":
+            self.scripts.append("")
+            self._in_script = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+def write_window(run_dir: Path, window: Window, step: int = 4) -> None:
+    rollouts.write_step(run_dir / "rollouts", step, window, {"q-0000": "admitted"}, set())
+
+
+def rename(window: Window, text: str) -> None:
+    """Put a text wherever a run may carry one."""
+    for visit in window.visits:
+        visit.question = Question(id=f"{visit.question.id}{text}", text=text, answer=text)
+        for group in (visit.plain, *(r.group for r in visit.reformulations)):
+            assert group is not None and group.samples is not None and group.grades is not None
+            texts = [text] * len(group.samples.texts)
+            group.samples = msgspec.structs.replace(group.samples, texts=texts)
+            group.grades = [
+                msgspec.structs.replace(grade, answer=text, note=text) for grade in group.grades
+            ]
+
+
+@pytest.mark.slow
+def test_a_full_run_draws_every_figure(fake_run: Callable[..., Path]) -> None:
+    drawings = figures.draw_all(load.load_run(fake_run(steps=12)))
+    assert [drawing.title for drawing in drawings] == EVERY_FIGURE
+    for drawing in drawings:
+        kind, _, data = drawing.uri.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert b"<svg" in base64.b64decode(data)
+
+
+@pytest.mark.slow
+def test_grpo_draws_what_it_has(fake_run: Callable[..., Path]) -> None:
+    drawings = figures.draw_all(load.load_run(fake_run(steps=3, method="grpo")))
+    assert [d.title for d in drawings] == [
+        "Held-out accuracy", "Batch composition", "Training dynamics", "Loss", "Staleness", "Off-policy distance",
+        "Throughput and waiting",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_distillation_shows_its_divergence_and_no_advantages(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=12, method="grpo"))
+    for line in run.steps:
+        line["train/jsd"] = line["train/loss"]
+        del line["train/positive_advantage_share"]
+    with plots.look():
+        dynamics, training = figures.dynamics(run), figures.training(run)
+    assert dynamics is not None and training is not None
+    titles = [axes.get_title(loc="left") for axes in (*dynamics.figure.axes, *training.figure.axes)]
+    assert "Rollouts with positive advantage" not in titles and "Distillation loss" in titles
+    assert "JSD, nats" in [axes.get_ylabel() for axes in training.figure.axes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_has_hardly_begun_still_gives_a_page(
+    fake_run: Callable[..., Path], steps: int
+) -> None:
+    page = Page(render_page(load.load_run(fake_run(steps=steps))))
+    assert page.tags.count("figure") == (1 if steps == 0 else page.tags.count("img"))
+    assert len(page.scripts) == (0 if steps == 0 else 2)
+
+
+@pytest.mark.slow
+def test_the_page_is_self_contained_and_its_policy_names_its_own_script(
+    fake_run: Callable[..., Path],
+) -> None:
+    text = render_page(load.load_run(fake_run(steps=4)))
+    page = Page(text)
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert len(page.scripts) == 2
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    assert f"script-src '{digest(page.scripts[1])}'" in policy.group(1).replace("&#43;", "+")
+    assert "default-src 'none'" in policy.group(1)
+
+
+@pytest.mark.slow
+def test_hostile_text_stays_text(fake_run: Callable[..., Path], window: Window) -> None:
+    run_dir = fake_run(steps=0)
+    rename(window, HOSTILE)
+    write_window(run_dir, window)
+    (run_dir / "run.json").write_bytes(
+        (run_dir / "run.json").read_bytes().replace(b'"made-up"', msgspec.json.encode(HOSTILE))
+    )
+    page = Page(render_page(load.load_run(run_dir)))
+    assert len(page.scripts) == 2
+    assert page.handlers == []
+    assert page.tags.count("img") == 1
+    question = msgspec.json.decode(page.scripts[0])["questions"][0]
+    assert (question["text"], question["gold"]) == (HOSTILE, HOSTILE)
+    assert question["visits"][0]["groups"][0]["rollouts"][0]["response"] == HOSTILE
+
+
+def test_the_browser_retells_a_visit(fake_run: Callable[..., Path], window: Window) -> None:
+    run_dir = fake_run(steps=0)
+    write_window(run_dir, window)
+    data = browser.browser_data(load.load_run(run_dir))
+    assert (data.total, [question.id for question in data.questions]) == (1, ["q-0000"])
+    question, visit = data.questions[0], data.questions[0].visits[0]
+    assert (question.fate, visit.step, visit.origin, visit.outcome) == (
+        "never admitted",
+        4,
+        "new",
+        "admitted",
+    )
+    assert [group.kind for group in visit.groups] == ["plain", "teacher", "bcq", "ncq"]
+    assert [len(group.rollouts) for group in visit.groups] == [8, 4, 8, 8]
+    bcq = window.visits[0].reformulations[0]
+    assert bcq.group is not None
+    assert visit.groups[2].prompt == bcq.group.prompt.messages[0].content
+    shown = [
+        (candidate["source"], candidate["correct"]) for candidate in visit.groups[2].candidates
+    ]
+    assert shown == [(candidate.source, candidate.correct) for candidate in bcq.candidates]
+
+
+def test_visits_of_a_question_are_gathered_in_step_order(
+    fake_run: Callable[..., Path], window: Window
+) -> None:
+    run_dir = fake_run(steps=0)
+    for step in (9, 2, 11):
+        write_window(run_dir, window, step)
+    data = browser.browser_data(load.load_run(run_dir))
+    assert [visit.step for visit in data.questions[0].visits] == [2, 9, 11]
+
+
+@pytest.mark.slow
+def test_the_browser_is_cut_to_size_with_every_fate_kept(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=14))
+    whole = browser.browser_data(run)
+    few = browser.browser_data(run, max_questions=9)
+    assert len(whole.questions) == whole.total > 9
+    assert (len(few.questions), few.total) == (9, whole.total)
+    assert {question.fate for question in few.questions} == {
+        question.fate for question in whole.questions
+    }
+    small = browser.browser_data(run, max_bytes=30_000)
+    assert 0 < len(small.questions) < whole.total
+    assert len(browser.embed(small)) < 60_000
+
+
+def test_long_texts_are_cut_with_a_note() -> None:
+    assert browser.cut("short") == "short"
+    assert (
+        browser.cut("x" * 12, limit=10)
+        == "x" * 10 + " … [2 more characters are in the rollout store]"
+    )
+
+
+def fate_line(fate: str, entry: float) -> dict[str, Any]:
+    return {"step": 0, "question_id": "q", "fate": fate, "entry_accuracy": entry, "visits": 1}
+
+
+def test_many_entry_accuracies_are_gathered_into_the_bins_of_the_paper() -> None:
+    assert load.merger([0.0, 0.125, 0.25])(0.125) == 0.125
+    merge = load.merger([i / 32 for i in range(16)])
+    assert [merge(i / 32) for i in (0, 3, 4, 15)] == [0.0, 0.0, 0.125, 0.375]
+
+
+def test_the_latest_fate_of_a_question_counts() -> None:
+    lines = [fate_line("admitted", 0.0), fate_line("graduated", 0.0), fate_line("admitted", 0.25)]
+    assert browser.question_fates(lines[:2]) == {"q": ("graduated", "0")}
+    assert browser.question_fates(lines) == {"q": ("in the buffer", "0.25")}
+
+
+def test_sentences_say_when_a_promise_was_broken(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=1))
+    assert sentences.sentences(run)[-1] == (
+        "Every new question was trained exactly once: none was lost, no group was trained twice."
+    )
+    run.summary |= {"trained_twice": 2, "lost": 1, "max_staleness_seen": 3}
+    assert sentences.sentences(run)[-2:] == [
+        "The oldest token trained on was 3 policy versions behind, ABOVE the bound of 2.",
+        (
+            "THE EXACTLY-ONCE PROMISE WAS BROKEN: 2 groups or questions were trained twice and 1 "
+            "questions were lost."
+        ),
+    ]
+
+
+def test_held_out_progress_is_told_with_its_intervals(fake_run: Callable[..., Path]) -> None:
+    assert sentences.sentences(load.load_run(fake_run(steps=1)))[1] == (
+        "Held-out accuracy went up by 9.0 points, from 38.0 % to 47.0 % (95 % intervals 35–41 % "
+        "and 44–50 %)."
+    )
+
+
+def test_json_prints_the_summary_and_writes_no_page(
+    fake_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = fake_run(steps=2)
+    assert main([str(run_dir), "--json"]) == 0
+    assert msgspec.json.decode(capsys.readouterr().out)["steps"] == 2
+    assert not (run_dir / "report").exists()
+
+
+@pytest.mark.slow
+def test_the_page_is_written_whole_where_asked(
+    fake_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, out = fake_run(steps=0), tmp_path / "deep" / "page.html"
+    assert main([str(run_dir), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"report: {out}\n"
+    assert out.read_text("utf-8").endswith("</html>\n") or out.read_text("utf-8").endswith(
+        "</html>"
+    )
+    assert list(out.parent.iterdir()) == [out]
+    assert main([str(run_dir)]) == 0
+    assert (run_dir / "report" / "index.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: is not the directory of a run (it has no run.json)\n"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_out_that_cannot_be_written_is_one_sentence(
+    fake_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "page.html"
+    assert main([str(fake_run(steps=0)), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"--out {out}: cannot be written (File exists)\n"

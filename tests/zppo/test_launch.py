@@ -1,0 +1,569 @@
+"""The door of a run: nothing is started or written after a mistake, and each mistake is one
+sentence, word for word."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zppo import launch
+from zppo.records import checkpoint, run_directory
+from zppo_actors.controller.journal import Journal
+
+Launch = Callable[..., tuple[int | None, str]]
+
+
+class Started(Exception):
+    """Stands for the supervisor taking over."""
+
+
+@pytest.fixture
+def start(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Launch:
+    """Call the door; returns the exit code (None: it became the supervisor) and what it said on
+    stderr."""
+
+    def take_over(file: str, command: list[str]) -> None:
+        assert command[1:5] == ["-P", "-m", "zppo_actors", "supervisor"]
+        raise Started
+
+    monkeypatch.setattr(os, "execv", take_over)
+
+    def start(*arguments: str) -> tuple[int | None, str]:
+        try:
+            code = launch.main(arguments)
+        except Started:
+            code = None
+        return code, capsys.readouterr().err.replace(f"{small}/", "")
+
+    return start
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+SETTING_MISTAKES = [
+    ("method.name=zpo", "method.name: there is no method 'zpo' (did you mean 'zppo'?)"),
+    ("teacher=null", "teacher: is missing; expected a section, because the method 'zppo' needs a teacher"),
+    ("actors.teacher.count=0", "actors.teacher.count is 0; expected at least 1, because the run asks the teacher"),
+    ("actors.rollout.count=0", "actors.rollout.count is 0; expected at least 1"),
+    (
+        "actors.rollout.engine=vlm",
+        "actors.rollout.engine is 'vlm'; expected the name of an engine (did you mean 'vllm'?)",
+    ),
+    (
+        "actors.rollout.engine_args.max_sequence=9",
+        "actors.rollout.engine_args.max_sequence: unknown engine argument "
+        "(did you mean 'max_sequences'?)",
+    ),
+    (
+        "actors.rollout.engine_args.max_sequences=7",
+        "actors.rollout.engine_args.max_sequences is 7; expected at least 8, the "
+        "method.group_size, because a group is sampled as a whole",
+    ),
+    (
+        "actors.teacher.engine_args.max_sequences=three",
+        (
+            "actors.teacher.engine_args.max_sequences is 'three'; expected a whole number of at "
+            "least 1 and at most 65536"
+        ),
+    ),
+    (
+        "actors.rollout.devices=[]",
+        "actors.rollout.devices is empty; expected at least one device, such as cpu or cuda:0",
+    ),
+    ("actors.rollout.hosts=[a]", "actors.rollout.hosts names 'a'; this version runs on one host, 'localhost'"),
+    ("actors.trainer.device=tpu", "actors.trainer.device names 'tpu'; expected cpu, cuda or cuda:N"),
+    ("method.group_size=1", "method.group_size is 1; expected at least 2, because a group of one has no advantage"),
+    ("evaluation.every=5", "evaluation.every is 5; expected null, or a file in data.heldout"),
+    (
+        "scheduler.lease_seconds=2",
+        "scheduler.lease_seconds is 2; expected more than 2, two of transport.heartbeat_seconds",
+    ),
+    (
+        "student.dtype=float16",
+        "student.dtype is 'float16'; expected 'bfloat16' or 'float32', because gradients in "
+        "float16 vanish without loss scaling",
+    ),
+    (
+        "method.dual_clip=1.25",
+        "method.dual_clip is 1.25; expected null or at least 1.28, 1 + method.clip_high, because a "
+        "bound within the clip range would hold ordinary tokens",
+    ),
+    (
+        "data.max_prompt_tokens=20",
+        "data.train: the question 'q0' makes a prompt of 21 tokens; expected at most 20, "
+        "data.max_prompt_tokens (6 questions are longer)",
+    ),
+    ("optimizer.beta2=1", "optimizer.beta2 is 1; expected a number below 1"),
+    ("run.name=a/b", "run.name is 'a/b'; expected a name that can be the name of a folder"),
+    ("data.grader=maths", "data.grader: unknown grader 'maths' (did you mean 'math'?)"),
+    ("data.train=trian.jsonl", "trian.jsonl: no such question file (did you mean 'train.jsonl'?)"),
+    (
+        "data.heldout=train.jsonl",
+        "data.heldout: 6 of its questions are in data.train too, first the training question 'q0'; "
+        "expected none in both",
+    ),
+    ("student.model=studnet", "student.model: there is no model folder 'studnet' (did you mean 'student'?)"),
+    (
+        "teacher.model=org/model",
+        "teacher.model: there is no model folder 'org/model'; expected one as save_pretrained or "
+        "`hf download` writes it",
+    ),
+    (
+        "student.sampling.max_new_tokens=64",
+        "student.sampling.max_new_tokens is 64; expected less than 64, the context of 'student'",
+    ),
+    ("run.steps=0", "--set run.steps=0: run.steps is 0; expected a whole number of at least 1, or null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "sentence"), SETTING_MISTAKES)
+def test_setting_that_cannot_work(start: Launch, small: Path, setting: str, sentence: str) -> None:
+    before = files(small)
+    code, said = start("--topology", "topology.yaml", "--set", setting)
+    assert said == sentence + "\n"
+    assert code == 2
+    assert files(small) == before
+
+
+def test_judge_needs_a_teacher(start: Launch) -> None:
+    changes = ("--set", "method.name=grpo", "--set", "teacher=null", "--set", "data.grader=judge")
+    sentence = (
+        "teacher: is missing; expected a section, because data.grader 'judge' asks the teacher\n"
+    )
+    assert start("--topology", "topology.yaml", *changes) == (2, sentence)
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def scramble_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x00" * 40)
+
+
+def remove_end_token(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
+def remove_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def not_a_language_model(folder: Path) -> None:
+    (folder / "config.json").write_text('{"hidden_size": 8, "num_attention_heads": 2}')
+
+
+MODEL_MISTAKES = [
+    (damage_config, "student.model: 'student' is not a model folder: it has no config.json"),
+    (
+        damage_weights,
+        "student.model: 'student' is not a model folder: it has no weights (*.safetensors)",
+    ),
+    (
+        truncate_weights,
+        "student.model: 'student/model.safetensors' is cut short; expected {size} bytes",
+    ),
+    (
+        scramble_weights,
+        (
+            "student.model: 'student/model.safetensors' is not a safetensors file: Input data was "
+            "truncated"
+        ),
+    ),
+    (
+        remove_end_token,
+        "student.model: the tokenizer of 'student' has no end token, so no response would ever "
+        "stop; set eos_token in its tokenizer_config.json",
+    ),
+    (remove_tokenizer, "student.model: 'student' has no tokenizer: tokenizer.json is missing"),
+    (
+        not_a_language_model,
+        (
+            "student.model: 'student/config.json' has no num_hidden_layers; expected a causal "
+            "language model"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), MODEL_MISTAKES)
+def test_folder_that_is_no_model(
+    start: Launch, small: Path, damage: Callable[[Path], None], sentence: str
+) -> None:
+    size = (small / "student/model.safetensors").stat().st_size
+    damage(small / "student")
+    before = files(small)
+    assert start("--topology", "topology.yaml") == (2, sentence.format(size=size) + "\n")
+    assert files(small) == before
+
+
+DATA_MISTAKES = [
+    ('{"question": "a"}', "train.jsonl:1: the gold answer ('answer') is missing"),
+    ('{"question": " ", "answer": "1"}', "train.jsonl:1: the question ('question') is empty"),
+    ("{", "train.jsonl:1: not a JSON value (Input data was truncated)"),
+    (
+        '{"id": "x", "question": "a", "answer": 1}\n{"id": "x", "question": "b", "answer": 2}',
+        "train.jsonl:2: the id 'x' was used on line 1",
+    ),
+    (
+        '{"question": "a", "answer": "1", "images": ["no.png"]}',
+        "train.jsonl:1: image 'no.png' does not exist",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "start_of_sentence"), DATA_MISTAKES)
+def test_bad_row_is_refused(start: Launch, small: Path, text: str, start_of_sentence: str) -> None:
+    (small / "train.jsonl").write_text(text + "\n")
+    before = files(small)
+    code, said = start("--topology", "topology.yaml")
+    assert code == 2
+    assert said.startswith(start_of_sentence)
+    assert said.endswith(
+        "1 bad row where data.max_bad_rows allows 0: mend the file or raise the limit\n"
+    )
+    assert files(small) == before
+
+
+def test_pictures_are_refused_while_no_engine_takes_them(start: Launch, small: Path) -> None:
+    Image.new("RGB", (4, 4)).save(small / "p.png")
+    (small / "train.jsonl").write_text(
+        '{"id": "x", "question": "a", "answer": "1", "images": ["p.png"]}\n'
+    )
+    sentence = (
+        "data.train: the question 'x' has pictures; expected text only, because the engine "
+        "'transformers' cannot show them to the model\n"
+    )
+    assert start("--topology", "topology.yaml") == (2, sentence)
+
+
+def test_too_little_memory(start: Launch, small: Path) -> None:
+    code, said = start(
+        "--topology", "topology.yaml", "--set", "actors.trainer.micro_batch_tokens=1000000000000"
+    )
+    assert code == 2
+    assert said.startswith("the plan needs ")
+    assert said.endswith("; the largest part is trainer with 316650.1 GiB\n")
+
+
+def test_broken_template(start: Launch, small: Path) -> None:
+    (small / "templates").mkdir()
+    (small / "templates/plain.j2").write_text("{{ question")
+    code, said = start("--topology", "topology.yaml", "--set", "data.templates=templates")
+    assert code == 2
+    assert said.startswith("templates/plain.j2:1: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "refused"), [(3, False), (4, True)])
+def test_longest_prompt(start: Launch, small: Path, words: int, refused: bool) -> None:
+    """21 words are the prompt of every training question, 16 of them its closing instruction."""
+    (small / "heldout.jsonl").write_text(
+        '{"id": "short", "question": "Why?", "answer": "1"}\n'
+        + json.dumps({"id": "long", "question": "so " * (5 + words), "answer": "2"})
+    )
+    code, said = start("--topology", "topology.yaml", "--set", "data.heldout=heldout.jsonl")
+    sentence = (
+        "data.heldout: the question 'long' makes a prompt of 25 tokens; expected at most 24, "
+        "data.max_prompt_tokens (1 question is longer)\n"
+    )
+    assert (code, said) == ((2, sentence) if refused else (None, ""))
+    assert (small / "small-run").exists() is not refused
+
+
+COMMAND_MISTAKES = [
+    (
+        (),
+        "--topology is missing; expected a topology file (write one with: zppo init topology.yaml)",
+    ),
+    (("--resume",), "--resume: expected a run directory, or the --topology of the run"),
+    (("--resume", "nowhere"), "'nowhere' is not a run directory: it has no run.json"),
+    (
+        ("--topologie", "x"),
+        "zppo launch: unrecognized arguments: --topologie x; see zppo launch --help",
+    ),
+    (
+        ("--topology",),
+        "zppo launch: argument --topology: expected one argument; see zppo launch --help",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), COMMAND_MISTAKES)
+def test_mistake_on_the_command_line(
+    start: Launch, arguments: tuple[str, ...], sentence: str
+) -> None:
+    assert start(*arguments) == (2, sentence + "\n")
+
+
+# ---- starting ------------------------------------------------------------------------------------
+
+
+def test_run_is_made_and_the_supervisor_takes_over(start: Launch, small: Path) -> None:
+    assert start("--topology", "topology.yaml", "--set", "run.steps=3") == (None, "")
+    record = run_directory.read(small / "small-run")
+    assert record.start_step == 0
+    assert record.topology.run.steps == 3
+    assert record.topology.student.model == str(small / "student")
+    assert files(small / "small-run") == {"run.json", "checkpoints", "logs", "rollouts"}
+
+
+def test_bad_rows_within_the_limit_are_listed(start: Launch, small: Path) -> None:
+    with (small / "train.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    assert start("--topology", "topology.yaml", "--set", "data.max_bad_rows=1")[0] is None
+    assert (small / "small-run/bad_rows.txt").read_text().startswith("line 7: not a JSON value")
+
+
+def test_directory_that_exists_is_refused(start: Launch, small: Path) -> None:
+    (small / "small-run").mkdir()
+    sentence = (
+        "run.directory: 'small-run' exists already; continue it with --resume, or name another "
+        "directory\n"
+    )
+    assert start("--topology", "topology.yaml") == (2, sentence)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(small)
+    assert launch.main(["--topology", "topology.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        name in shown for name in ("controller", "trainer", "rollout-0", "teacher-0", "grader-0")
+    )
+    assert "3, 4 updates each" in shown  # six questions, two a step
+    assert files(small) == before
+
+
+@pytest.mark.slow
+def test_exit_code_of_the_real_command(small: Path) -> None:
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo.launch",
+        "--topology",
+        "topology.yaml",
+        "--set",
+        "run.steps=0",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "--set run.steps=0: run.steps is 0; expected a whole number of at least 1, or null\n"
+    )
+    assert done.stdout == ""
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(start: Launch, small: Path) -> Path:
+    """A run of `topology.yaml` with a whole checkpoint of step 2."""
+    start("--topology", "topology.yaml")
+    path = small / "small-run"
+    checkpoint.write_file(checkpoint.begin(path, 2) / "weights", b"1234")
+    checkpoint.commit(path, 2)
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--resume", "small-run"), ("--topology", "topology.yaml", "--resume")]
+)
+def test_resume_begins_another_life(
+    start: Launch, interrupted: Path, arguments: tuple[str, ...]
+) -> None:
+    before = run_directory.read(interrupted)
+    assert start(*arguments) == (None, "")
+    after = run_directory.read(interrupted)
+    assert (after.start_step, after.topology) == (2, before.topology)
+    assert after.run_id != before.run_id
+
+
+def test_resume_may_change_what_does_not_matter(start: Launch, interrupted: Path) -> None:
+    changes = ("--set", "run.steps=9", "--set", "actors.grader.count=2")
+    assert start("--resume", "small-run", *changes) == (None, "")
+    assert run_directory.read(interrupted).topology.run.steps == 9
+
+
+def test_resume_of_a_torn_checkpoint_takes_the_one_before(start: Launch, interrupted: Path) -> None:
+    checkpoint.write_file(checkpoint.begin(interrupted, 3) / "weights", b"1234")
+    checkpoint.commit(interrupted, 3)
+    (interrupted / "checkpoints/step-3/weights").write_bytes(b"12")
+    code, said = start("--resume", "small-run")
+    assert code is None
+    assert said == (
+        "checkpoint small-run/checkpoints/step-3 is not whole and is skipped: weights has 2 bytes "
+        "instead of 4\n"
+    )
+    assert run_directory.read(interrupted).start_step == 2
+
+
+RESUME_MISTAKES = [
+    (
+        "method.name=grpo",
+        "--resume: method.name was 'zppo' and is now 'grpo'; it cannot change, because the trained "
+        "steps were made by another recipe",
+    ),
+    (
+        "data.train=other.jsonl",
+        "--resume: data.train was 'train.jsonl' and is now 'other.jsonl'; it cannot change, "
+        "because the data cursor counts questions of another corpus",
+    ),
+    (
+        "student.sampling.max_new_tokens=9",
+        "--resume: student.sampling.max_new_tokens was 8 and is now 9; it cannot change, because "
+        "the checkpoint holds another student",
+    ),
+    (
+        "run.seed=1",
+        "--resume: run.seed was 0 and is now 1; it cannot change, because the order of the corpus "
+        "would change in the middle",
+    ),
+    (
+        "scheduler.max_staleness=0",
+        "--resume: scheduler.max_staleness was 1 and is now 0; it cannot shrink, because windows "
+        "in flight keep to the old bound",
+    ),
+    (
+        "run.steps=1",
+        (
+            "--resume: run.steps is 1 and the run has reached step 2; extend it, for example with "
+            "--set run.steps=4"
+        ),
+    ),
+    (
+        "run.steps=2",
+        (
+            "--resume: the run is finished, step 2 was its last; extend it, for example with --set "
+            "run.steps=4"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("setting", "sentence"), RESUME_MISTAKES)
+def test_resume_that_would_be_another_run(
+    start: Launch, interrupted: Path, setting: str, sentence: str
+) -> None:
+    before = run_directory.read(interrupted)
+    assert start("--topology", "topology.yaml", "--set", setting, "--resume") == (
+        2,
+        sentence + "\n",
+    )
+    assert run_directory.read(interrupted) == before
+
+
+def finish(path: Path, step: int) -> None:
+    """The run has a checkpoint of `step`, the last one."""
+    checkpoint.write_file(checkpoint.begin(path, step) / "weights", b"1234")
+    checkpoint.commit(path, step)
+
+
+def test_run_stopped_in_its_last_evaluation_may_go_on(start: Launch, small: Path) -> None:
+    (small / "heldout.jsonl").write_text('{"question": "Why?", "answer": "1"}\n')
+    start(
+        "--topology", "topology.yaml", "--set", "data.heldout=heldout.jsonl", "--set", "run.steps=2"
+    )
+    path = small / "small-run"
+    finish(path, 2)
+    (path / "heldout.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n')
+    assert start("--resume", "small-run") == (None, "")
+    with (path / "heldout.jsonl").open("a") as file:
+        file.write('{"step": 2, "accuracy": 0.5}\n')
+    sentence = (
+        "--resume: the run is finished, step 2 was its last; extend it, for example with --set "
+        "run.steps=4\n"
+    )
+    assert start("--resume", "small-run") == (2, sentence)
+    assert start("--resume", "small-run", "--set", "run.steps=3") == (None, "")
+
+
+@pytest.mark.parametrize(
+    "verdict", ["interrupted: 3 of 3 steps are trained and saved", "finished: 3 of 3 steps"]
+)
+def test_run_to_the_end_of_the_corpus_is_finished_when_it_said_so(
+    start: Launch, small: Path, verdict: str
+) -> None:
+    start("--topology", "topology.yaml", "--set", "run.steps=null")
+    path = small / "small-run"
+    finish(path, 3)
+    journal = Journal(path)
+    journal.record_event(0.0, "controller", "run_ended", verdict)
+    journal.close()
+    sentence = (
+        "--resume: the run is finished, step 3 was its last; extend it, for example with --set "
+        "run.epochs=2\n"
+    )
+    assert start("--resume", "small-run") == (
+        (2, sentence) if verdict.startswith("finished") else (None, "")
+    )
+    assert start("--resume", "small-run", "--set", "run.epochs=2") == (None, "")
+
+
+@pytest.mark.parametrize("row", ['{"id": "q1", "question": "What is 1 + 1?", "answer": "3"}', None])
+def test_resume_with_edited_questions(
+    start: Launch, interrupted: Path, small: Path, row: str | None
+) -> None:
+    """An answer was changed, or two rows changed places; the path is the same."""
+    lines = (small / "train.jsonl").read_text().splitlines()
+    lines[:2] = [lines[1], lines[0]] if row is None else [lines[0], row]
+    before = run_directory.read(interrupted)
+    (small / "train.jsonl").write_text("\n".join(lines) + "\n")
+    sentence = (
+        "--resume: the questions of data.train, 'train.jsonl', are not those that the run began "
+        "with; they cannot "
+        "change, because the data cursor counts questions of another corpus\n"
+    )
+    assert start("--resume", "small-run") == (2, sentence)
+    assert run_directory.read(interrupted) == before
+
+
+def test_resume_without_a_checkpoint(start: Launch, small: Path) -> None:
+    start("--topology", "topology.yaml")
+    sentence = (
+        "--resume: 'small-run' has no whole checkpoint to continue from; remove it to begin anew\n"
+    )
+    assert start("--resume", "small-run") == (2, sentence)
+
+
+def test_resume_of_a_run_that_has_not_ended(start: Launch, interrupted: Path) -> None:
+    lock = run_directory.hold(interrupted)
+    assert lock is not None
+    assert start("--resume", "small-run") == (
+        2,
+        "--resume: 'small-run' is in use by a run that has not ended\n",
+    )
+    os.close(lock)
+
+
+def test_run_record_can_be_read_by_anyone(interrupted: Path) -> None:
+    record = json.loads((interrupted / "run.json").read_text())
+    assert set(record) == {"run_id", "created", "start_step", "corpus", "versions", "topology"}
+    assert record["versions"]["zppo"]

@@ -1,0 +1,229 @@
+"""AdamW against torch's own, stochastic rounding, fp32 gradient sums, saved moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from zppo.config.topology import OptimizerConfig
+from zppo.training import optimizer as module
+from zppo.training.optimizer import AdamW, Gradients, round_stochastically
+
+SHAPES = {"matrix": (7, 5), "vector": (5,), "scalar": ()}
+
+
+def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def torch_adamw(own: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        own.values(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(
+    learning_rate=st.floats(1e-6, 1e-1),
+    beta1=st.floats(0.0, 0.99),
+    beta2=st.floats(0.5, 0.9999),
+    weight_decay=st.floats(0.0, 1.0),
+)
+def test_fp32_is_torch_adamw(
+    learning_rate: float, beta1: float, beta2: float, weight_decay: float
+) -> None:
+    config = OptimizerConfig(
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        state_dtype="float32",
+    )
+    own, theirs = parameters(), parameters()
+    ours, reference = AdamW(own, config, seed=0), torch_adamw(theirs, config)
+    for step in range(5):
+        ours.step(gradients(step))
+        for name, gradient in gradients(step).items():
+            theirs[name].grad = gradient
+        reference.step()
+    for name in SHAPES:
+        torch.testing.assert_close(own[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(learning_rate=0.1, state_dtype="float32")
+    whole, cut = parameters(), parameters()
+    AdamW(whole, config, seed=0).step(gradients(0))
+    monkeypatch.setattr(module, "CHUNK", 4)
+    AdamW(cut, config, seed=0).step(gradients(0))
+    assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    own = parameters()
+    before = own["vector"].clone()
+    AdamW(own, OptimizerConfig(learning_rate=0.1), seed=0).step({"matrix": gradients(0)["matrix"]})
+    assert torch.equal(own["vector"], before)
+
+
+def _distance_after(
+    dtype: torch.dtype, state_dtype: str, learning_rate: float, steps: int
+) -> float:
+    """Fit a vector of 256 numbers with noisy gradients; returns the root mean square error at the
+    end."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(256, generator=generator)
+    own = {"w": nn.Parameter(torch.zeros(256, dtype=dtype))}
+    config = OptimizerConfig(learning_rate=learning_rate, weight_decay=0.0, state_dtype=state_dtype)  # type: ignore[arg-type]
+    ours = AdamW(own, config, seed=0)
+    for _ in range(steps):
+        noise = 0.1 * torch.randn(256, generator=generator)
+        ours.step({"w": own["w"].detach().float() - target + noise})
+    return float((own["w"].detach().float() - target).square().mean().sqrt())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_states_converge_as_fp32_ones_do(dtype: torch.dtype) -> None:
+    """bf16 weights are a grid of 0.4 %, so near the optimum they are that far away; fp32 weights
+    must come as near."""
+    reference = _distance_after(torch.float32, "float32", 1e-2, 600)
+    found = _distance_after(dtype, "bfloat16", 1e-2, 600)
+    assert found < reference + (0.01 if dtype == torch.bfloat16 else 0.003)
+
+
+def test_steps_far_below_half_a_bf16_step_are_not_lost() -> None:
+    """Weights of 1.0 in bf16 have neighbours 0.4-0.8 % away; 400 updates of 1e-4 must still move
+    them by 0.04."""
+    own = {"w": nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))}
+    ours = AdamW(own, OptimizerConfig(learning_rate=1e-4, weight_decay=0.0), seed=0)
+    for _ in range(400):
+        ours.step({"w": torch.ones(4096)})
+    assert float(own["w"].detach().float().mean()) == pytest.approx(0.96, abs=0.002)
+
+
+def test_the_second_moment_does_not_stand_still_in_bf16() -> None:
+    """beta2 = 0.999 moves it by 0.1 % an update, below what rounding to nearest in bf16 can
+    follow."""
+    own = {"w": nn.Parameter(torch.zeros(4096))}
+    ours = AdamW(own, OptimizerConfig(learning_rate=1e-9), seed=0)
+    for _ in range(500):
+        ours.step({"w": torch.ones(4096)})
+    second = dict(ours.tensors())["second.w"]
+    assert second.dtype == torch.bfloat16
+    assert float(second.float().mean()) == pytest.approx(1 - 0.999**500, rel=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    value=st.floats(min_value=2.0**-100, max_value=2.0**100, width=32),
+    sign=st.sampled_from([1.0, -1.0]),
+)
+def test_rounding_goes_to_a_neighbour_and_keeps_the_expectation(value: float, sign: float) -> None:
+    values = torch.full((20_000,), sign * value)
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0))
+    bits = values[:1].view(torch.int32)
+    below, above = (
+        (bits & -65536).view(torch.float32),
+        ((bits & -65536) + 65536).view(torch.float32),
+    )
+    assert set(rounded.float().tolist()) <= {float(below), float(above)}
+    share = float((values[0] - below) / (above - below))
+    assert float((rounded.float() == above).float().mean()) == pytest.approx(share, abs=0.02)
+
+
+def test_rounding_leaves_exact_and_non_finite_values_alone() -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, float("inf"), float("-inf"), float("nan")])
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float()
+    torch.testing.assert_close(rounded, values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_saved_moments_continue_bit_for_bit() -> None:
+    config = OptimizerConfig(learning_rate=1e-2)
+    straight, resumed = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    first = AdamW(straight, config, seed=3)
+    for step in range(3):
+        first.step(gradients(step))
+    saved = {name: tensor.clone() for name, tensor in first.tensors()}
+    for name in SHAPES:
+        resumed[name].data.copy_(straight[name].data)
+    second = AdamW(resumed, config, seed=3)
+    second.load(saved, updates=first.updates)
+    for ours in (first, second):
+        for step in range(3, 6):
+            ours.step(gradients(step))
+    assert all(torch.equal(straight[name], resumed[name]) for name in SHAPES)
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(first.tensors(), second.tensors(), strict=True)
+    )
+
+
+def test_foreign_moments_are_refused_before_anything_changes() -> None:
+    ours = AdamW(parameters(), OptimizerConfig(), seed=0)
+    saved = {name: torch.ones_like(tensor) for name, tensor in ours.tensors()}
+    short = {name: tensor for name, tensor in saved.items() if name != "second.vector"}
+    with pytest.raises(ValueError, match=r"differ in 1 tensors, e.g. 'second.vector'"):
+        ours.load(short, updates=1)
+    wide = saved | {"second.vector": torch.ones(5)}
+    message = r"optimizer state 'second.vector' was saved as torch.float32 \[5\], the run needs torch.bfloat16 \[5\]"
+    with pytest.raises(ValueError, match=message):
+        ours.load(wide, updates=1)
+    assert ours.updates == 0 and all(not tensor.any() for _, tensor in ours.tensors())
+
+
+def test_half_precision_weights_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"parameter 'w' is torch.float16; expected float32 or bfloat16"
+    ):
+        AdamW({"w": nn.Parameter(torch.ones(2, dtype=torch.float16))}, OptimizerConfig(), seed=0)
+
+
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """512 micro-batches of 1 after one of 512: in bf16 the sum would stand still at 512."""
+    own = {"w": nn.Parameter(torch.ones(1, dtype=torch.bfloat16))}
+    sums = Gradients(own)
+    for factor in [512.0] + [1.0] * 512:
+        (own["w"] * factor).sum().backward()
+    assert sums.tensors()["w"].dtype == torch.float32
+    assert float(sums.tensors()["w"]) == 1024.0
+    sums.clear()
+    assert sums.tensors() == {}
+    (own["w"] * 2.0).sum().backward()
+    assert float(sums.tensors()["w"]) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_bounds_the_global_norm(dtype: torch.dtype) -> None:
+    own = {
+        "a": nn.Parameter(torch.zeros(1, dtype=dtype)),
+        "b": nn.Parameter(torch.zeros(1, dtype=dtype)),
+    }
+    sums = Gradients(own)
+    (3.0 * own["a"] + 4.0 * own["b"]).sum().backward()
+    norm = sums.norm()
+    assert float(norm) == 5.0
+    sums.clip(norm, 10.0)
+    assert float(sums.norm()) == 5.0
+    sums.clip(norm, 1.0)
+    assert float(sums.norm()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_no_gradient_has_norm_zero() -> None:
+    assert float(Gradients(parameters()).norm()) == 0.0

@@ -1,0 +1,674 @@
+"""The training step against plain torch written out longhand, and the properties that the method
+rests on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from training_cases import (
+    CPU,
+    MODELS,
+    OPTIMIZER,
+    SETTINGS,
+    gemma2_with_soft_cap,
+    group,
+    llama,
+    longhand_log_probs,
+    longhand_loss,
+    method,
+    mixed_window,
+    phi_with_head_bias,
+    qwen3,
+    trainer_of,
+    window,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zppo.config.topology import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.errors import UserError
+from zppo.records import checkpoint
+from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches
+from zppo.training.layout import PROMPT, SHARED_WIDTH, MicroBatch, attention_mask, micro_batches
+from zppo.training.metrics import TRAINER_METRICS
+from zppo.training.policy import Policy
+from zppo.training.state import build_trainer, load_model, save_share
+from zppo.training.step import Tally, split, train_step, update
+from zppo.training.surrogate import ClippedSurrogate, proximal_pass, step_advantages
+from zppo.training.trainer import StepSettings, Trainer
+from zppo_protocol.messages import TrainWindow
+from zppo_protocol.values import Sampling
+
+STUDENT = Path(__file__).parents[3] / "examples" / "quickstart" / "student"
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    groups=st.integers(0, 40),
+    updates=st.integers(1, 9),
+    seed=st.integers(0, 3),
+    step=st.integers(0, 3),
+)
+def test_mini_batches_share_the_groups_out(groups: int, updates: int, seed: int, step: int) -> None:
+    batches = mini_batches(groups, updates, seed=seed, step=step)
+    assert len(batches) == min(groups, updates)
+    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(groups))
+    sizes = [len(batch) for batch in batches]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    again = mini_batches(groups, updates, seed=seed, step=step)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+def test_another_step_is_another_permutation() -> None:
+    orders = {
+        tuple(np.concatenate(mini_batches(12, 3, seed=0, step=step)).tolist()) for step in range(5)
+    }
+    assert len(orders) == 5
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=5),
+    max_tokens=st.integers(1, 60),
+    share=st.booleans(),
+)
+def test_micro_batches_hold_every_token_once(
+    lengths: list[list[int]], max_tokens: int, share: bool
+) -> None:
+    groups = [group(f"g{i}", [0.0] * len(part), lengths=part) for i, part in enumerate(lengths)]
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    batches = micro_batches(rollouts, np.arange(rollouts.sequences), max_tokens, share=share)
+    tokens = [token for batch in batches for token in batch.tokens_R.tolist()]
+    assert sorted(tokens) == list(range(rollouts.tokens))
+    for batch in batches:
+        assert len(batch.input_ids_BL) == 1 or batch.input_ids_BL.numel() <= max_tokens
+        assert share or batch.segments_BL is None
+        _check_layout(rollouts, batch)
+
+
+def _check_layout(rollouts: Rollouts, batch: MicroBatch) -> None:
+    """Each position that predicts a token sees its prompt and the rollout's earlier tokens, at
+    positions 0, 1, 2, …"""
+    width = batch.input_ids_BL.shape[1]
+    visible_BLL = _visible(batch)
+    for row, token, sequence in zip(
+        batch.rows_R.tolist(), batch.tokens_R.tolist(), batch.sequence_ids_R.tolist(), strict=True
+    ):
+        index = int(batch.sequences_S[sequence])
+        prompt, start = rollouts.prompts_G[rollouts.group_S[index]], rollouts.starts_S[index]
+        seen = visible_BLL[row // width, row % width]
+        assert batch.input_ids_BL[row // width][seen].tolist() == [
+            *prompt,
+            *rollouts.host_ids_T[start:token],
+        ]
+        if batch.positions_BL is not None:
+            assert batch.positions_BL[row // width][seen].tolist() == list(range(int(seen.sum())))
+
+
+def _visible(batch: MicroBatch) -> Tensor:
+    """Which positions each position attends to, [B, L, L]."""
+    rows, width = batch.input_ids_BL.shape
+    if batch.segments_BL is None:
+        return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, width, width)
+    return attention_mask(batch.segments_BL, torch.float32)[:, 0] == 0
+
+
+def test_rollouts_of_a_group_share_one_copy_of_the_prompt() -> None:
+    task = window(group("a", [1, 0, 0], lengths=[3, 2, 4]), group("b", [1], lengths=[2]))
+    rollouts = assemble(task, max_staleness=0, device=CPU)
+    (batch,) = micro_batches(rollouts, np.arange(4), 1000, share=True)
+    prompt = len(rollouts.prompts_G[0])
+    assert batch.input_ids_BL.shape == (2, prompt + 2 + 1 + 3)
+    assert batch.segments_BL is not None
+    assert batch.segments_BL[0].tolist() == [PROMPT] * prompt + [1, 1, 2, 3, 3, 3]
+
+
+def test_rows_are_shared_only_up_to_a_width() -> None:
+    rollouts = assemble(
+        window(group("a", [1, 0, 0], lengths=[600, 400, 400])), max_staleness=0, device=CPU
+    )
+    (batch,) = micro_batches(rollouts, np.arange(3), 10_000, share=True)
+    assert batch.input_ids_BL.shape[0] == 2 and batch.input_ids_BL.shape[1] <= SHARED_WIDTH
+
+
+def test_token_past_the_staleness_bound_stops_the_step() -> None:
+    fresh, stale = (
+        group("fresh", [1, 0], lengths=[1, 1]),
+        group("stale", [1, 0], lengths=[3, 2], spans=[(4, 5), (1, 3)]),
+    )
+    assert assemble(window(stale, step=5), max_staleness=2, device=CPU).staleness_T.tolist() == [
+        0,
+        0,
+        0,
+        0,
+        2,
+    ]
+    with pytest.raises(StalenessError) as error:
+        assemble(window(fresh, stale, step=5), max_staleness=1, device=CPU)
+    assert "group 'fresh' holds tokens of policy version 0, which is 5 versions old" in str(
+        error.value
+    )
+
+
+def test_a_version_from_the_future_stops_the_step() -> None:
+    with pytest.raises(StalenessError, match="group 'g' holds tokens of the later version 7"):
+        assemble(
+            window(group("g", [1.0], lengths=[2], spans=[(2, 7)]), step=6),
+            max_staleness=1,
+            device=CPU,
+        )
+
+
+def test_staleness_error_leaves_the_weights_alone() -> None:
+    trainer = trainer_of(llama(), max_staleness=0)
+    before = {name: p.detach().clone() for name, p in trainer.policy.parameters().items()}
+    with pytest.raises(StalenessError):
+        train_step(trainer, window(group("g", [1.0, 0.0]), step=1))
+    assert all(torch.equal(before[name], p) for name, p in trainer.policy.parameters().items())
+    assert trainer.optimizer.updates == 0
+
+
+# ---- log-probs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_batched_log_probs_are_those_of_one_sequence_at_a_time(
+    name: str, share: bool, temperature: float
+) -> None:
+    policy = Policy(MODELS[name]())
+    assert (policy.head is not None) == (name != "gemma2, soft cap")
+    task = mixed_window()
+    rollouts = assemble(task, max_staleness=0, device=CPU)
+    (batch,) = micro_batches(
+        rollouts, np.arange(rollouts.sequences), 10_000, share=share and policy.shares_prompts
+    )
+    found, entropy = policy.log_probs(
+        batch, rollouts.token_ids_T[batch.tokens_R], temperature=temperature
+    )
+    in_order = torch.zeros(rollouts.tokens).index_copy(0, batch.tokens_R, found)
+    expected = torch.cat(
+        [
+            longhand_log_probs(policy.model, g.samples, index, temperature)
+            for g in task.groups
+            for index in range(len(g.rewards))
+        ]
+    )
+    torch.testing.assert_close(in_order.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    assert bool((entropy >= 0).all())
+
+
+def test_prompts_are_shared_where_attention_allows_it() -> None:
+    assert Policy(llama()).shares_prompts and Policy(llama(dtype=torch.bfloat16)).shares_prompts
+    assert Policy(qwen3()).shares_prompts and Policy(phi_with_head_bias()).shares_prompts
+    # Gemma 2 alternates full attention with sliding windows, which a mask over one row cannot
+    # express.
+    assert not Policy(gemma2_with_soft_cap()).shares_prompts
+
+
+def test_the_probe_itself_finds_a_model_that_mixes_rollouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama()
+    forward = model.model.forward
+
+    def without_mask(**inputs: Any) -> Any:
+        return forward(**(inputs | {"attention_mask": None}))
+
+    monkeypatch.setattr(model.model, "forward", without_mask)
+    assert not Policy(model).shares_prompts
+
+
+def test_dropout_is_off_in_both_passes() -> None:
+    trainer = trainer_of(llama(attention_dropout=0.9))
+    metrics = train_step(trainer, mixed_window())
+    once = trainer_of(llama(attention_dropout=0.0))
+    assert metrics == train_step(once, mixed_window())
+
+
+@pytest.mark.slow
+def test_recomputed_layers_give_the_same_step() -> None:
+    plain, recomputed = (
+        trainer_of(llama(attention_dropout=0.5)),
+        trainer_of(llama(attention_dropout=0.5)),
+    )
+    recomputed.policy.recompute_layers()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    recomputed.policy.model.model.layers[0].self_attn.register_forward_hook(count)
+    assert train_step(plain, mixed_window()) == train_step(recomputed, mixed_window())
+    assert same_weights(plain, recomputed)
+    # One proximal pass, and two for each of the mini-batches that have a gradient.
+    assert calls > 1 and calls % 2 == 1
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+def test_advantages_are_normalised_within_each_mini_batch_or_over_the_step() -> None:
+    task = window(group("a", [1, 0]), group("b", [1, 0, 0, 0]), group("c", [1, 1]))
+    rollouts = assemble(task, max_staleness=0, device=CPU)
+    batches = [np.array([0, 1]), np.array([2, 3, 4, 5, 6, 7])]
+    within = step_advantages(rollouts, batches, method())
+    over = step_advantages(rollouts, batches, method(advantage_scope="step"))
+    # a: ±0.5; b: 0.75, -0.25 three times; c is trivial. Eq. 3 divides by the population std.
+    std_b, std_all = (0.75 / 4) ** 0.5, ((0.5 + 0.75) / 6) ** 0.5
+    expected_b, raw = [0.75, -0.25, -0.25, -0.25], [0.5, -0.5, 0.75, -0.25, -0.25, -0.25]
+    torch.testing.assert_close(
+        within, torch.tensor([1, -1, *(x / std_b for x in expected_b), 0, 0]), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        over, torch.tensor([*(x / std_all for x in raw), 0, 0]), rtol=1e-4, atol=1e-5
+    )
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def longhand_step(model: Any, task: TrainWindow, words: MethodConfig) -> tuple[float, float]:
+    """One update with torch's own AdamW; returns loss and gradient norm."""
+    rollouts = assemble(task, max_staleness=0, device=CPU)
+    advantages = step_advantages(rollouts, [np.arange(rollouts.sequences)], words)
+    reference = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.1,
+    )
+    loss = longhand_loss(model, task, advantages, words)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    reference.step()
+    return float(loss.detach()), float(norm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize(
+    "words",
+    [
+        method(updates_per_step=1),
+        method(updates_per_step=1, correction="mask", dual_clip=None),
+        method(updates_per_step=1, correction="none", loss_normalisation="sequence"),
+        method(updates_per_step=1, ratio="behaviour", clip_high=0.5),
+    ],
+    ids=["truncate", "mask", "none, sequence", "behaviour"],
+)
+def test_one_update_is_the_papers_loss_written_longhand(
+    micro_batch_tokens: int, words: MethodConfig
+) -> None:
+    ours, theirs, task = llama(), llama(), mixed_window()
+    topology = Topology(
+        data=DataConfig(train="x"),
+        student=ModelConfig(model="x", sampling=Sampling(max_new_tokens=8)),
+        method=words,
+    )
+    changes: dict[str, Any] = dict(
+        method=words, loss=StepSettings.of(topology).loss, micro_batch_tokens=micro_batch_tokens
+    )
+    metrics = train_step(trainer_of(ours, **changes), task)
+    loss, norm = longhand_step(theirs, task, words)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    # The first update of Adam is lr * sign(gradient), so a gradient of rounding size may go either
+    # way.
+    for name, parameter in ours.named_parameters():
+        far = (parameter - theirs.get_parameter(name)).abs() > 1e-4
+        assert float(far.float().mean()) < 0.02, name
+
+
+def test_soft_capped_model_trains_through_its_own_logits() -> None:
+    model = gemma2_with_soft_cap()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metrics = train_step(trainer_of(model), mixed_window())
+    assert metrics["updates"] >= 2 and metrics["grad_norm"] > 0
+    assert not torch.equal(before["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+
+
+def test_rollouts_without_advantage_cost_no_pass_of_an_update_but_count_in_the_denominator() -> (
+    None
+):
+    mixed = group("mixed", [1, 0], lengths=[3, 3])
+    wrong = group("wrong", [0, 0, 0], lengths=[2, 4, 6])
+    words = method(updates_per_step=1)
+    alone, together = trainer_of(llama(), method=words), trainer_of(llama(), method=words)
+    passes = {"alone": 0, "together": 0}
+    alone.tick = lambda: passes.__setitem__("alone", passes["alone"] + 1)
+    together.tick = lambda: passes.__setitem__("together", passes["together"] + 1)
+    first, second = train_step(alone, window(mixed)), train_step(together, window(mixed, wrong))
+    assert second["grad_norm"] == pytest.approx(first["grad_norm"] * 6 / 18, rel=1e-3)
+    # The first update is its own proximal pass; what has no advantage is read once, to be measured.
+    assert passes == {"alone": 1, "together": 2}
+    assert second["live_rollout_share"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+@pytest.mark.parametrize("measured", ["all", "trained"])
+@pytest.mark.parametrize("make", [llama, gemma2_with_soft_cap])
+def test_first_update_gives_the_log_probs_of_a_proximal_pass(
+    make: Callable[[], Any], measured: Literal["all", "trained"], updates: int
+) -> None:
+    """Against a pass of its own over every rollout before anything is updated."""
+    task = mixed_window()
+    trainer = trainer_of(
+        make(), method=method(updates_per_step=updates), measured_rollouts=measured
+    )
+    rollouts = assemble(task, max_staleness=trainer.settings.max_staleness, device=CPU)
+    batches = split(rollouts, trainer.settings)
+    proximal_T, entropy_T = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    objective = ClippedSurrogate(trainer, rollouts, batches)
+    for sequences in batches:
+        update(trainer, rollouts, sequences, objective, Tally())
+    live_S = np.isin(np.arange(rollouts.sequences), objective.live(np.arange(rollouts.sequences)))
+    read_T = np.repeat(live_S | (measured == "all"), rollouts.lengths_S)
+    assert read_T.any()
+    torch.testing.assert_close(
+        objective.proximal_T[read_T], proximal_T[read_T], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(objective.entropy_T[read_T], entropy_T[read_T], rtol=1e-5, atol=1e-5)
+
+
+def test_first_update_need_not_be_the_first_mini_batch() -> None:
+    """A mini-batch without an advantage makes no update, so the one behind it still sees the
+    weights of the start."""
+    groups = [group("a", [1, 0]), group("b", [0, 0]), group("c", [0, 1, 1])]
+    trainer = trainer_of(llama(), method=method(updates_per_step=3), measured_rollouts="trained")
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    wrong, *mixed = sorted(
+        split(rollouts, trainer.settings), key=lambda sequences: rollouts.group_S[sequences[0]] != 1
+    )
+    proximal_T, _ = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    objective = ClippedSurrogate(trainer, rollouts, [wrong, *mixed])
+    for sequences in (wrong, *mixed):
+        update(trainer, rollouts, sequences, objective, Tally())
+    read_T = np.repeat(rollouts.group_S != 1, rollouts.lengths_S)
+    torch.testing.assert_close(
+        objective.proximal_T[read_T], proximal_T[read_T], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_measuring_trained_rollouts_alone_changes_no_weight() -> None:
+    task = window(
+        group("mixed", [1, 0], lengths=[3, 3]), group("wrong", [0, 0, 0], lengths=[2, 4, 6], seed=1)
+    )
+    everything, trained = trainer_of(llama()), trainer_of(llama(), measured_rollouts="trained")
+    alone = trainer_of(llama())
+    first, second = train_step(everything, task), train_step(trained, task)
+    reference = train_step(alone, window(group("mixed", [1, 0], lengths=[3, 3])))
+    for name, parameter in everything.policy.parameters().items():
+        torch.testing.assert_close(trained.policy.parameters()[name], parameter, msg=name)
+    measured = (
+        "entropy",
+        "mismatch_kl",
+        "importance_weight_mean",
+        "importance_weight_max",
+        "log_prob_gap_max",
+    )
+    for name in measured:
+        assert second[name] == pytest.approx(reference[name], rel=1e-4), name
+    assert second["entropy"] != first["entropy"]
+    same = set(first) - {*measured, "seconds_proximal", "seconds_update"}
+    assert {name: second[name] for name in same} == pytest.approx(
+        {name: first[name] for name in same}, rel=1e-4
+    )
+
+
+def test_nothing_is_measured_where_nothing_is_trained() -> None:
+    trainer = trainer_of(llama(), measured_rollouts="trained")
+    passes: list[None] = []
+    trainer.tick = lambda: passes.append(None)
+    metrics = train_step(trainer, window(group("right", [1, 1]), group("wrong", [0, 0])))
+    assert not passes and "entropy" not in metrics and metrics["updates"] == 0
+
+
+def test_a_window_of_trivial_groups_makes_no_update() -> None:
+    trainer = trainer_of(llama())
+    train_step(trainer, mixed_window())
+    before = [p.detach().clone() for p in trainer.policy.parameters().values()]
+    metrics = train_step(trainer, window(group("right", [1, 1]), group("wrong", [0, 0])))
+    assert (
+        metrics["loss"],
+        metrics["grad_norm"],
+        metrics["updates"],
+        metrics["updates_skipped"],
+    ) == (0, 0, 0, 0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters().values(), strict=True)
+    )
+
+
+def test_empty_completions_and_an_empty_window_are_no_trouble() -> None:
+    metrics = train_step(
+        trainer_of(llama()),
+        window(group("g", [1, 0, 0], lengths=[2, 0, 3]), group("e", [1], lengths=[0])),
+    )
+    assert metrics["tokens_trained"] == 5 and metrics["updates"] == 1
+    assert train_step(trainer_of(llama()), window())["updates"] == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 9), updates=st.integers(1, 5))
+def test_each_rollout_is_in_one_update(count: int, updates: int) -> None:
+    rollouts = assemble(mixed_window(count=count), max_staleness=0, device=CPU)
+    batches = split(rollouts, replace(SETTINGS, method=method(updates_per_step=updates)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(rollouts.sequences))
+    owners = [set(rollouts.group_S[batch].tolist()) for batch in batches]
+    assert all(not (a & b) for a, b in itertools.combinations(owners, 2))
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_whole(broken: str) -> None:
+    """The second update is poisoned; the result is the step without it."""
+    trainer, clean = trainer_of(llama()), trainer_of(llama())
+    task = window(group("a", [1, 0]), group("b", [1, 0]), group("c", [0, 1]))
+    # With 1e30 the loss stays finite, but the squares of its gradient do not.
+    poison, calls = float("nan") if broken == "loss" else 1e30, 0
+    original = trainer.policy.policy_loss_of
+
+    def loss(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = original(*arguments, **named)
+        return replace(output, loss=output.loss * poison) if calls == 2 else output
+
+    trainer.policy.policy_loss_of = loss  # type: ignore[method-assign]
+    states = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda gradients: states.append(1) or step(gradients)  # type: ignore[method-assign,func-returns-value]
+    metrics = train_step(trainer, task)
+    assert (metrics["updates"], metrics["updates_skipped"], len(states)) == (2, 1, 2)
+    assert all(bool(p.isfinite().all()) for p in trainer.policy.parameters().values())
+    assert all(bool(moment.isfinite().all()) for _, moment in trainer.optimizer.tensors())
+    assert abs(metrics["loss"]) < 10 and metrics["grad_norm"] < 1e6
+    train_step(clean, task)
+    assert not same_weights(trainer, clean)
+
+
+def test_a_student_with_damaged_weights_is_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(
+        UserError, match="the model's logits are not finite, so its weights are damaged"
+    ):
+        Policy(model)
+
+
+def test_a_model_that_gives_nan_is_never_stepped_and_its_metrics_stay_finite() -> None:
+    trainer = trainer_of(llama())
+    with torch.no_grad():
+        trainer.policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    metrics = train_step(trainer, window(group("a", [1, 0]), group("b", [0, 1])))
+    assert (metrics["updates"], metrics["updates_skipped"]) == (0, 2)
+    assert trainer.optimizer.updates == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert "entropy" not in metrics
+
+
+def test_metrics_have_the_names_of_the_table() -> None:
+    metrics = train_step(trainer_of(llama()), mixed_window())
+    table = {metric.name for metric in TRAINER_METRICS} - {"accuracy_<kind>", "jsd"}
+    assert metrics.keys() == table | {"accuracy_plain", "accuracy_bcq"}
+    assert metrics["accuracy_bcq"] == 0.5 and metrics["accuracy_plain"] == pytest.approx(7 / 15)
+    assert metrics["seconds_proximal"] == 1.0 and metrics["seconds_update"] == 1.0
+    assert metrics["staleness_max"] == 0.0
+
+
+def test_mismatch_metrics_see_the_gap_between_engine_and_trainer() -> None:
+    model = llama()
+    task = window(group("g", [1, 0], lengths=[2, 2]))
+    sample = task.groups[0].samples
+    exact = (
+        torch.cat([longhand_log_probs(model, sample, index) for index in range(2)]).detach().numpy()
+    )
+    shifted = msgspec.structs.replace(
+        sample, log_probs=(exact - [0, 0, 0, np.log(3)]).astype(np.float32)
+    )
+    metrics = train_step(
+        trainer_of(model), window(msgspec.structs.replace(task.groups[0], samples=shifted))
+    )
+    assert metrics["log_prob_gap_max"] == pytest.approx(np.log(3), abs=1e-4)
+    assert metrics["importance_weight_max"] == pytest.approx(3, abs=1e-3)
+    assert metrics["importance_weight_mean"] == pytest.approx(1.5, abs=1e-3)
+    assert metrics["mismatch_kl"] == pytest.approx((2 - np.log(3)) / 4, abs=1e-3)
+
+
+def test_the_step_raises_the_chance_of_rewarded_rollouts() -> None:
+    task = window(group("g", [1, 0], lengths=[4, 4]))
+    trainer = trainer_of(llama(), method=method(updates_per_step=1))
+    sample = task.groups[0].samples
+    before = [
+        float(longhand_log_probs(trainer.policy.model, sample, i).sum().detach()) for i in (0, 1)
+    ]
+    for _ in range(3):
+        train_step(trainer, task)
+    after = [
+        float(longhand_log_probs(trainer.policy.model, sample, i).sum().detach()) for i in (0, 1)
+    ]
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def same_weights(one: Trainer, other: Trainer) -> bool:
+    pairs = zip(one.policy.parameters().values(), other.policy.parameters().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def saved_student(folder: Path, dtype: torch.dtype) -> Path:
+    llama(dtype=dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(folder)
+    return folder
+
+
+def topology_of(student: Path, dtype: str) -> Topology:
+    return Topology(
+        data=DataConfig(train="x"),
+        student=ModelConfig(model=str(student), dtype=dtype, sampling=Sampling(max_new_tokens=8)),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(
+            learning_rate=1e-2, state_dtype="float32" if dtype == "float32" else "bfloat16"
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_six_steps_straight_are_three_and_a_restart_and_three_bit_for_bit(
+    tmp_path: Path, dtype: str
+) -> None:
+    topology = topology_of(saved_student(tmp_path / "student", getattr(torch, dtype)), dtype)
+    straight, first = build_trainer(topology, float), build_trainer(topology, float)
+    for step in range(6):
+        train_step(straight, mixed_window(step))
+    for step in range(3):
+        train_step(first, mixed_window(step))
+    folder = checkpoint.begin(tmp_path, 3)
+    save_share(first, folder, step=3, tokenizer_source=topology.student.model)
+    folder = checkpoint.commit(tmp_path, 3)
+    torch.rand(7)  # the global generator must not matter
+    resumed = build_trainer(topology, float, folder)
+    assert same_weights(first, resumed)
+    for step in range(3, 6):
+        train_step(resumed, mixed_window(step))
+    assert same_weights(straight, resumed) and not same_weights(straight, first)
+    assert resumed.optimizer.updates == straight.optimizer.updates
+    pairs = zip(straight.optimizer.tensors(), resumed.optimizer.tensors(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+@pytest.mark.slow
+def test_the_model_of_a_checkpoint_opens_with_transformers(tmp_path: Path) -> None:
+    topology = topology_of(saved_student(tmp_path / "student", torch.bfloat16), "bfloat16")
+    trainer = build_trainer(topology, float)
+    train_step(trainer, mixed_window())
+    save_share(
+        trainer, checkpoint.begin(tmp_path, 1), step=1, tokenizer_source=topology.student.model
+    )
+    folder = checkpoint.commit(tmp_path, 1) / checkpoint.MODEL
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    own = trainer.policy.model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+    assert (
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        == AutoTokenizer.from_pretrained(STUDENT).get_vocab()
+    )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_the_topology_is_refused(tmp_path: Path) -> None:
+    topology = topology_of(saved_student(tmp_path / "student", torch.float32), "float32")
+    save_share(
+        build_trainer(topology, float),
+        checkpoint.begin(tmp_path, 1),
+        step=1,
+        tokenizer_source=str(STUDENT),
+    )
+    folder = checkpoint.commit(tmp_path, 1)
+    changed = msgspec.structs.replace(topology, optimizer=OptimizerConfig(state_dtype="bfloat16"))
+    with pytest.raises(UserError) as error:
+        build_trainer(changed, float, folder)
+    assert str(error.value).startswith(
+        f"{folder}: the trainer cannot continue from this checkpoint: optimizer state "
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere/student", "float32", "cpu"), "student.model: cannot load 'nowhere/student': "),
+        (
+            (str(STUDENT), "float16", "cpu"),
+            "student.dtype: float16 cannot be trained; expected one of float32, bfloat16",
+        ),
+        ((str(STUDENT), "float32", "abacus"), "actors.trainer.device: cannot use 'abacus': "),
+    ],
+)
+def test_a_student_that_cannot_be_trained_is_one_sentence(
+    arguments: tuple[str, str, str], sentence: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_model(*arguments)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)

@@ -1,0 +1,140 @@
+"""Which rollouts of a visit are trained on, and in which groups (Algorithm 1, step 6, and its
+variants).
+
+A *composer* looks at a visit whose groups are all graded and says which of their rollouts form
+which groups. Each group has its own id and with it its own baseline. Composers are pure: what
+chance decides comes from the given generator.
+
+Rollouts of a teacher keep the version -1 on every token: the trainer then knows that no policy
+sampled them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import numpy as np
+from msgspec import Struct, structs
+
+from zppo.algorithm.window import Group, Visit
+from zppo_protocol.samples import GroupSamples, TrainGroup
+
+FROZEN = -1
+"""The version of tokens that a frozen model wrote."""
+
+
+class Composition(Struct, frozen=True, kw_only=True):
+    """One group to train: `members` are (group, index of the rollout in it)."""
+
+    id: str
+    kind: str
+    members: list[tuple[Group, int]]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[N] float32."""
+        return np.array([group.rewards[index] for group, index in self.members], dtype=np.float32)
+
+
+Composer: TypeAlias = Callable[[Visit, random.Random], list[Composition]]
+
+
+def student_groups(visit: Visit, rng: random.Random) -> list[Composition]:
+    """Everything the student sampled, and nothing else: plain, BCQ and NCQ rollouts in three groups
+    (Algorithm 1)."""
+    return [_whole(group) for group in visit.student_groups()]
+
+
+def with_teacher_response(visit: Visit, rng: random.Random) -> list[Composition]:
+    """A correct teacher response stands in the plain group in the place of a wrong rollout, as if
+    the student had written it (GRPO† + teacher response). Without a correct one, or on a question
+    that is not hard: the plain group."""
+    right = visit.teacher.indices(correct=True) if visit.teacher is not None else []
+    wrong = visit.plain.indices(correct=False)
+    if visit.teacher is None or not right or not wrong:
+        return student_groups(visit, rng)
+    plain, *others = student_groups(visit, rng)
+    plain.members[rng.choice(wrong)] = (visit.teacher, rng.choice(right))
+    return [plain, *others]
+
+
+def correct_teacher_responses(visit: Visit, rng: random.Random) -> list[Composition]:
+    """The correct ones of the G_T teacher responses, if there are any (off-policy distillation,
+    Algorithm 2)."""
+    right = visit.teacher.indices(correct=True) if visit.teacher is not None else []
+    if visit.teacher is None or not right:
+        return []
+    members = [(visit.teacher, index) for index in right]
+    return [Composition(id=visit.teacher.id, kind=visit.teacher.kind, members=members)]
+
+
+def all_same(compositions: list[Composition]) -> bool:
+    """Whether every group is all right or all wrong, so that none of them has an advantage."""
+    return all(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)
+
+
+def trained_members(compositions: Iterable[Composition]) -> set[tuple[str, int]]:
+    """(group id, index) of every rollout that is trained on."""
+    return {
+        (group.id, index) for composition in compositions for group, index in composition.members
+    }
+
+
+def train_group(visit: Visit, composition: Composition) -> TrainGroup:
+    """What the trainer gets: token streams and rewards, no texts; the remote teacher's scores if
+    there are any."""
+    return TrainGroup(
+        group_id=composition.id,
+        question_id=visit.question.id,
+        kind=composition.kind,
+        samples=gathered(visit, composition),
+        rewards=composition.rewards,
+        scores=visit.scores.get(composition.id),
+    )
+
+
+def gathered(visit: Visit, composition: Composition) -> GroupSamples:
+    """The members' token streams end to end, behind the prompt that the student read."""
+    groups = {group.id: group for group, _ in composition.members}
+    if len(groups) == 1:
+        [group] = groups.values()
+        whole = [index for _, index in composition.members] == list(
+            range(len(group.the_samples.offsets) - 1)
+        )
+        if whole and group is not visit.teacher:
+            return structs.replace(group.the_samples, texts=[])
+    parts = [_rollout(group.the_samples, index) for group, index in composition.members]
+    prompt = next((group for group in groups.values() if group is not visit.teacher), visit.plain)
+    return GroupSamples(
+        prompt_ids=prompt.the_samples.prompt_ids,
+        token_ids=np.concatenate([ids_T for ids_T, _, _ in parts]),
+        log_probs=np.concatenate([log_probs_T for _, log_probs_T, _ in parts]),
+        offsets=np.cumsum([0, *(len(ids_T) for ids_T, _, _ in parts)]).astype(np.int32),
+        version_spans=_run_lengths(np.concatenate([versions_T for _, _, versions_T in parts])),
+        texts=[],
+        finish_reasons=[
+            group.the_samples.finish_reasons[index] for group, index in composition.members
+        ],
+    )
+
+
+def _whole(group: Group) -> Composition:
+    return Composition(
+        id=group.id, kind=group.kind, members=[(group, i) for i in range(len(group.rewards))]
+    )
+
+
+def _rollout(samples: GroupSamples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, log-probs and versions of one completion, [T] each."""
+    part = slice(int(samples.offsets[index]), int(samples.offsets[index + 1]))
+    versions_T = np.repeat(samples.version_spans[:, 1], samples.version_spans[:, 0])
+    return samples.token_ids[part], samples.log_probs[part], versions_T[part]
+
+
+def _run_lengths(versions_T: np.ndarray) -> np.ndarray:
+    """[S, 2] int32: (token count, version)."""
+    starts = np.flatnonzero(np.diff(versions_T, prepend=versions_T[:1] - 1))
+    counts = np.diff(starts, append=len(versions_T))
+    return np.stack([counts, versions_T[starts]], axis=1).astype(np.int32)

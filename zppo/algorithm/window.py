@@ -1,0 +1,157 @@
+"""What one rollout step is made of: windows, visits, groups and candidates.
+
+A *window* is one rollout step of Algorithm 1. It holds one *visit* per question of X = X_new ∪
+X_replay. A visit gathers the question's plain group, its teacher group, and the reformulated groups
+(BCQ, NCQ, …) with the candidates shown in them. These are plain values, serialised by msgspec with
+the state of the scheduler and written to the rollout store.
+
+A window goes through phases, each entered when the one before misses nothing more
+(`zppo.scheduling.stages`): plain → selected → reformulated → composed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+from msgspec import Struct, field
+
+from zppo.data.question import Question
+from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.values import Grade, Prompt
+
+PLAIN, TEACHER, EVALUATE = "plain", "teacher", "evaluate"
+BCQ, NCQ, HINT, PREFIX = "bcq", "ncq", "hint", "prefix"
+COMPRESS, WRITE_HINT, SCORE = "compress", "write_hint", "score"
+
+Phase: TypeAlias = Literal["plain", "selected", "reformulated", "composed"]
+
+
+class Group(Struct, kw_only=True):
+    """All rollouts of one prompt. `id` is unique in a run, e.g. `12/q-17/bcq`: it has its own
+    baseline (own uid)."""
+
+    id: str
+    kind: str
+    prompt: Prompt
+    teacher: int = 0
+    """Which of the teachers writes a teacher group."""
+    samples: GroupSamples | None = None
+    grades: list[Grade] | None = None
+    verdicts: dict[int, Grade] = field(default_factory=dict)
+    """Grades so far by response, while a judge is still at work on the others."""
+
+    @property
+    def done(self) -> bool:
+        return self.grades is not None
+
+    @property
+    def the_samples(self) -> GroupSamples:
+        """The samples of a group that has them."""
+        assert self.samples is not None, f"group {self.id} is not sampled"
+        return self.samples
+
+    @property
+    def accuracy(self) -> float:
+        """Mean reward r̄ of the group."""
+        assert self.grades is not None
+        return sum(grade.reward for grade in self.grades) / len(self.grades)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[N] float32."""
+        assert self.grades is not None
+        return np.array([grade.reward for grade in self.grades], dtype=np.float32)
+
+    def indices(self, *, correct: bool) -> list[int]:
+        """Positions of the correct (reward 1) or the wrong rollouts."""
+        assert self.grades is not None
+        return [i for i, grade in enumerate(self.grades) if (grade.reward >= 1.0) == correct]
+
+
+Writer: TypeAlias = Literal["teacher", "rule"] | None
+
+
+class Candidate(Struct, kw_only=True):
+    """A response that a reformulated prompt is made from.
+
+    `shown` is what the prompt shows of it, once known: its compressed text, or the hint written
+    from it. `writer` says who wrote that where the teacher was asked to: `rule` if what it wrote
+    cannot be used. `count` is how many near-duplicates it stands for, itself included.
+    """
+
+    source: Literal["student", "teacher"]
+    index: int
+    text: str
+    answer: str | None
+    correct: bool
+    shown: str | None = None
+    writer: Writer = None
+    count: int = 1
+
+
+class Reformulation(Struct, kw_only=True):
+    """A rewritten prompt of one visit: its candidates in the order shown, and its group once the
+    prompt is built."""
+
+    kind: str
+    candidates: list[Candidate]
+    group: Group | None = None
+
+
+class Visit(Struct, kw_only=True):
+    """One question in one window."""
+
+    question: Question
+    origin: Literal["new", "replay"]
+    plain: Group
+    epoch: int = 0
+    """Pass over the corpus that a new question belongs to."""
+    selected: bool = False
+    """One of the hardest questions, on which alone some methods ask the teacher (X_aug of
+    Algorithms 5 and 6)."""
+    teacher: Group | None = None
+    failed_teachers: list[Group] = field(default_factory=list)
+    """Groups of teachers that had no correct response, so that the next one was asked."""
+    reformulations: list[Reformulation] = field(default_factory=list)
+    scores: dict[str, TokenScores] = field(default_factory=dict)
+    """The remote teacher's scores by the id of the composed group."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.plain.accuracy
+
+    def teacher_groups(self) -> list[Group]:
+        """The groups of all teachers that were asked, in their order."""
+        return [*self.failed_teachers, *([self.teacher] if self.teacher is not None else [])]
+
+    def student_groups(self) -> list[Group]:
+        """The groups the student sampled: plain first, then the reformulated ones."""
+        return [self.plain, *(r.group for r in self.reformulations if r.group is not None)]
+
+
+class Window(Struct, kw_only=True):
+    """One rollout step. `index` is also the training step that consumes it."""
+
+    index: int
+    visits: list[Visit]
+    phase: Phase = "plain"
+    hard_questions: int = 0
+    """Visits with r̄_x < τ, known once the window is reformulated."""
+    spent: dict[str, int] = field(default_factory=dict)
+    """Tokens read and written by the teacher for what leaves no group here (`spend`)."""
+
+    @property
+    def new_count(self) -> int:
+        """|X_new|."""
+        return sum(visit.origin == "new" for visit in self.visits)
+
+    def spend(self, samples: GroupSamples) -> None:
+        """Add what a job cost whose samples are not kept with the window (a compression, a verdict
+        of the judge)."""
+        for name, count in (("read", samples.read_tokens), ("written", samples.written_tokens)):
+            self.spent[name] = self.spent.get(name, 0) + count
+
+    def student_groups(self) -> list[Group]:
+        """All groups the student sampled."""
+        return [group for visit in self.visits for group in visit.student_groups()]

@@ -1,0 +1,185 @@
+"""From a YAML file and `--set path=value` to a checked `Topology`; every mistake becomes one
+sentence.
+
+A sentence names the place (file and line, or the `--set`), the path of the setting, the value, what
+was expected, and the nearest valid name. What spans several settings is checked in
+`zppo.plan.make`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import inspect as shape
+from msgspec.structs import replace
+
+from zppo.config.explain import explain, nearest_setting, settings, step
+from zppo.config.strict_yaml import parse
+from zppo.config.topology import OPENAI, ActorConfig, Topology, is_procedural
+from zppo.errors import UserError, nearest
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Topology:
+    """Read the topology in `path`, apply `overrides` (`path=value`), and resolve relative paths
+    against its folder.
+
+    Raises UserError.
+    """
+    name = str(path)
+    document = parse(_read(path), name)
+    data = {} if document.data is None else document.data
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{name}:1: expected a mapping of sections{nearest('', Topology.__struct_fields__)}"
+        )
+    places = {place: f"{name}:{line}" for place, line in document.lines.items()}
+    places[""] = name
+    for override in overrides:
+        _apply(override, data, places)
+    return resolve(convert(data, places), path.absolute().parent)
+
+
+def override(topology: Topology, overrides: Sequence[str]) -> Topology:
+    """Apply `overrides` to the topology of an existing run. Raises UserError."""
+    data: dict[str, Any] = msgspec.to_builtins(topology)
+    places = {"": "run.json"}
+    for text in overrides:
+        _apply(text, data, places)
+    return convert(data, places)
+
+
+def resolve(topology: Topology, base: Path) -> Topology:
+    """The same topology with absolute paths; relative ones are taken from `base`, `~` is the home
+    folder.
+
+    The model of a teacher behind a server is a name, not a path.
+    """
+    data, teacher, actors = topology.data, topology.teacher, topology.actors
+    if teacher is not None and actors.teacher.engine != OPENAI:
+        teacher = replace(teacher, model=_absolute(teacher.model, base))
+    others = [replace(one, actor=_with_script(one.actor, base)) for one in topology.more_teachers]
+    others = [
+        one if one.actor.engine == OPENAI else replace(one, model=_absolute(one.model, base))
+        for one in others
+    ]
+    data = replace(
+        data,
+        train=_question_source(data.train, base),
+        heldout=data.heldout and _question_source(data.heldout, base),
+        templates=data.templates and _absolute(data.templates, base),
+    )
+    return replace(
+        topology,
+        data=data,
+        student=replace(topology.student, model=_absolute(topology.student.model, base)),
+        teacher=teacher,
+        more_teachers=others,
+        actors=replace(
+            actors,
+            rollout=_with_script(actors.rollout, base),
+            teacher=_with_script(actors.teacher, base),
+        ),
+    )
+
+
+def run_folder(topology: Topology) -> Path:
+    """`run.directory` with `{name}` filled in, relative to the current folder."""
+    return Path(topology.run.directory.replace("{name}", topology.run.name)).expanduser().absolute()
+
+
+def convert(data: dict[str, Any], places: Mapping[str, str]) -> Topology:
+    """Check plain data against the configuration. `places` says where each dotted path stands.
+    Raises UserError."""
+    try:
+        return msgspec.convert(data, Topology)
+    except msgspec.ValidationError as error:
+        mistake = explain(str(error), data, Topology)
+        raise UserError(f"{_place(mistake.path, places)}: {mistake.sentence}") from None
+
+
+def setting_names() -> Iterator[str]:
+    """Dotted paths of all settings, sections included, in the order of the configuration."""
+    return settings(shape.type_info(Topology))
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+
+
+def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> None:
+    """Set one `path=value` in `data`; the value is read as YAML."""
+    place = f"--set {override}"
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"{place}: expected path=value, for example run.steps=100")
+    keys = path.split(".")
+    _check_path(keys, place)
+    value = parse(text, place).data
+    section = data
+    for key in keys[:-1]:
+        inner = section.get(key)
+        section[key] = inner if isinstance(inner, dict) else {}
+        section = section[key]
+    section[keys[-1]] = value
+    for known in [known for known in places if known.startswith(f"{path}.")]:
+        del places[known]
+    places[path] = place
+
+
+def _check_path(keys: list[str], place: str) -> None:
+    node: shape.Type = shape.type_info(Topology)
+    for depth, key in enumerate(keys):
+        inner = step(node, key)
+        if inner is None:
+            hint = nearest_setting(key, node, shape.type_info(Topology))
+            raise UserError(f"{place}: there is no setting {'.'.join(keys[: depth + 1])}{hint}")
+        node = inner
+
+
+# ---- places --------------------------------------------------------------------------------------
+
+
+def _place(path: str, places: Mapping[str, str]) -> str:
+    """The place of the path, or of the nearest section above it that has one."""
+    while path and path not in places:
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
+    return places[path]
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent
+        names = [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1)
+        raise UserError(
+            f"{path}: there is no such topology{nearest(path.name, close) if close else ''}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start + 1})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _absolute(path: str, base: Path) -> str:
+    return str((base / Path(path).expanduser()).absolute())
+
+
+def _question_source(source: str, base: Path) -> str:
+    """Procedural questions have a specification instead of a path."""
+    return source if is_procedural(source) else _absolute(source, base)
+
+
+def _with_script(config: ActorConfig, base: Path) -> ActorConfig:
+    """The simulated engine's script is a path as well."""
+    script = config.engine_args.get("script")
+    if not isinstance(script, str):
+        return config
+    return replace(config, engine_args={**config.engine_args, "script": _absolute(script, base)})

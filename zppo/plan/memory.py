@@ -1,0 +1,185 @@
+"""How much memory a run needs, process by process: upper estimates that are made before anything
+starts.
+
+Legend of the terms, all in bytes: weights = parameters · width; gradients = weights; optimizer = 2
+· parameters · state width; activations ≈ 34 · tokens · hidden · layers at two bytes a number
+(Korthikanti et al. 2022, §4, without the part of the attention that fused attention never stores);
+key-value cache = sequences · length · layers · 2 · heads · head width. A teacher that is colocated
+with the trainer adds its weights, one layer's activations and its logits.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from msgspec import Struct
+
+from zppo.algorithm.methods import get_method
+from zppo.config.topology import OPENAI, VLLM, ActorConfig, ModelConfig, TeacherConfig, Topology
+from zppo.plan.engines.own import DEFAULT_SEQUENCES
+from zppo.plan.engines.vllm import sequence_bytes
+from zppo.plan.model_folder import ModelFacts, inspect_model
+from zppo.plan.processes import ProcessPlan, teacher_pool, teachers, trainer_scores
+
+MIB = 1 << 20
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
+"""What a process takes before it does anything; those that run a model take `MODEL_LIBRARIES`."""
+MODEL_LIBRARIES = 450 * MIB
+CLIENT_LIBRARIES = 200 * MIB
+"""A teacher actor whose model runs behind a server."""
+VLLM_LIBRARIES = 1800 * MIB
+"""The three processes of a vLLM engine beside the actor's own libraries."""
+WITHOUT_FOLDER = ("simulated", OPENAI)
+"""Engines of a teacher that read no model folder."""
+RETAINED = 1.25
+"""What the allocators of the trainer keep beyond what is in use."""
+LOGITS_ROWS = 1024
+"""Rows of logits that exist at once, in float32, in the trainer's chunked loss."""
+SCORED_TOKENS, SCORED_ROWS = 8192, 256
+"""Tokens of one scoring pass of an engine, and rows of its logits that exist at once, twice."""
+PUBLISHED_MARGIN = 2
+"""Policy versions in shared memory beyond max_staleness: the newest one and the one being
+written."""
+
+
+class Need(Struct, frozen=True, kw_only=True):
+    """Bytes one process needs on its device and on the host."""
+
+    device: int
+    host: int
+
+
+class Models(Struct, frozen=True, kw_only=True):
+    """Facts of the models of a run. `teachers` are those whose folder is read here, by the name of
+    their pool."""
+
+    student: ModelFacts | None
+    teachers: dict[str, ModelFacts]
+
+    @property
+    def teacher(self) -> ModelFacts | None:
+        """The first teacher."""
+        return self.teachers.get(teacher_pool(0))
+
+
+def inspect_models(topology: Topology, with_teacher: bool) -> Models:
+    """Read the model folders that the run will load. Raises UserError."""
+    asked = [
+        one for one in teachers(topology) if with_teacher and one.actor.engine not in WITHOUT_FOLDER
+    ]
+    if not asked and trainer_scores(topology):
+        asked = teachers(topology)[:1]
+    return Models(
+        student=inspect_model(Path(topology.student.model), "student.model"),
+        teachers={one.pool: inspect_model(Path(one.model.model), one.model_where) for one in asked},
+    )
+
+
+def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
+    """Memory of one process."""
+    if plan.role == "trainer" and models.student is not None:
+        return _on(
+            plan.device,
+            _trainer_bytes(topology, models.student) + _colocated_bytes(topology, models.teacher),
+        )
+    if plan.role == "rollout" and models.student is not None:
+        return _on(
+            plan.device,
+            _engine_bytes(topology, topology.actors.rollout, topology.student, models.student),
+        )
+    if plan.role == "teacher":
+        return _teacher_need(plan, topology, models)
+    return Need(device=0, host=LIBRARIES.get(plan.role, MODEL_LIBRARIES))
+
+
+def _teacher_need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
+    one = next(one for one in teachers(topology) if one.pool == plan.pool)
+    if one.actor.engine == OPENAI:
+        return Need(device=0, host=CLIENT_LIBRARIES)
+    facts = models.teachers.get(plan.pool)
+    if facts is None:
+        return Need(device=0, host=MODEL_LIBRARIES)
+    return _on(plan.device, _engine_bytes(topology, one.actor, one.model, facts))
+
+
+def shared_bytes(topology: Topology, models: Models) -> int:
+    """Published policies that lie in the runtime folder at once."""
+    if models.student is None:
+        return 0
+    versions = topology.scheduler.max_staleness + PUBLISHED_MARGIN
+    return versions * models.student.parameters * BYTES[topology.student.dtype]
+
+
+def _on(device: str, size: int) -> Need:
+    if device == "cpu":
+        return Need(device=0, host=size + MODEL_LIBRARIES)
+    return Need(device=size, host=MODEL_LIBRARIES)
+
+
+def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
+    width = BYTES[topology.student.dtype]
+    trainer = topology.actors.trainer
+    weights_and_gradients = facts.parameters * (width + BYTES["float32"])
+    optimizer = 2 * facts.parameters * BYTES[topology.optimizer.state_dtype]
+    per_layer = trainer.micro_batch_tokens * facts.hidden * width
+    stored = 34 * per_layer // 2
+    activations = (
+        facts.layers * per_layer + stored
+        if trainer.gradient_checkpointing
+        else facts.layers * stored
+    )
+    logits = 2 * LOGITS_ROWS * facts.vocabulary * 4
+    return math.ceil(RETAINED * (weights_and_gradients + optimizer + activations + logits))
+
+
+def _colocated_bytes(topology: Topology, facts: ModelFacts | None) -> int:
+    """A frozen teacher beside the student: nothing is kept for a backward pass, so one layer is
+    alive at a time."""
+    if topology.teacher is None or facts is None or not trainer_scores(topology):
+        return 0
+    width = BYTES[topology.teacher.dtype]
+    activations = 34 * topology.actors.trainer.micro_batch_tokens * facts.hidden * width // 2
+    logits = LOGITS_ROWS * facts.vocabulary * 4
+    return math.ceil(RETAINED * (facts.parameters * width + activations + logits))
+
+
+def _engine_bytes(
+    topology: Topology, actor: ActorConfig, model: ModelConfig, facts: ModelFacts
+) -> int:
+    if actor.engine == "simulated":
+        return 0
+    if actor.engine == VLLM:
+        return _vllm_bytes(actor, model, facts)
+    width = BYTES[model.dtype]
+    sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
+    longest = topology.data.max_prompt_tokens + model.sampling.max_new_tokens
+    length = min(facts.context, int(actor.engine_args.get("max_length") or longest))
+    cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
+    return (
+        facts.parameters * width
+        + cache
+        + sequences * facts.vocabulary * 4
+        + _scoring_bytes(topology, model, facts)
+    )
+
+
+def _scoring_bytes(topology: Topology, model: ModelConfig, facts: ModelFacts) -> int:
+    """One scoring pass of a remote teacher: one layer's activations and a chunk of logits."""
+    remote = isinstance(model, TeacherConfig) and model.scoring == "remote"
+    if not (remote and get_method(topology.method.name).needs_scores):
+        return 0
+    return (
+        34 * SCORED_TOKENS * facts.hidden * BYTES[model.dtype] // 2
+        + 2 * SCORED_ROWS * facts.vocabulary * 4
+    )
+
+
+def _vllm_bytes(actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> int:
+    """The least that vLLM must have: it fits its cache to what is free, from one full sequence
+    on."""
+    cache = actor.engine_args.get("kv_cache_memory_bytes") or sequence_bytes(
+        actor.engine_args, facts, model.dtype
+    )
+    return 2 * facts.parameters * BYTES[model.dtype] + int(cache) + VLLM_LIBRARIES

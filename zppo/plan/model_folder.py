@@ -1,0 +1,153 @@
+"""What can be known of a model folder without loading it: its size, its context, and whether it can
+be trained on.
+
+Only JSON is read: `config.json`, the tokenizer's files, and the headers of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from zppo.errors import UserError, nearest
+
+MAX_HEADER_BYTES = 100 << 20
+TEXT_SECTION = "text_config"
+"""Models that also see pictures keep the numbers of their language part in this section."""
+
+
+class ModelFacts(Struct, frozen=True, kw_only=True):
+    """Counts of a causal language model. `context` is in tokens; `parameters` counts tied weights
+    once. `tied`: the input embedding is the head as well."""
+
+    parameters: int
+    context: int
+    hidden: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = True
+
+
+def inspect_model(folder: Path, where: str) -> ModelFacts:
+    """Read the facts. Raises UserError, naming `where` and what is missing, for a folder that is no
+    usable model."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
+        )
+    config = _read_json(folder / "config.json", where)
+    text = config.get(TEXT_SECTION, config)
+    heads, hidden = (
+        _number(text, "num_attention_heads", folder, where),
+        _number(text, "hidden_size", folder, where),
+    )
+    facts = ModelFacts(
+        parameters=_count_parameters(folder, where),
+        context=int(text.get("max_position_embeddings") or 2**31),
+        hidden=hidden,
+        layers=_number(text, "num_hidden_layers", folder, where),
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=int(text.get("head_dim") or hidden // heads),
+        vocabulary=_number(text, "vocab_size", folder, where),
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
+    )
+    _check_tokenizer(folder, where)
+    return facts
+
+
+def _nearest_folder(folder: Path) -> str:
+    siblings = (
+        [path.name for path in folder.parent.iterdir() if path.is_dir()]
+        if folder.parent.is_dir()
+        else []
+    )
+    close = difflib.get_close_matches(folder.name, siblings, n=1)
+    return (
+        nearest(folder.name, close)
+        if close
+        else "; expected one as save_pretrained or `hf download` writes it"
+    )
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        data = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{where}: {str(path.parent)!r} is not a model folder: it has no {path.name}"
+        ) from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: {str(path)!r} does not hold a JSON object")
+    return data
+
+
+def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"{where}: {str(folder / 'config.json')!r} has no {key}; expected a causal language "
+            "model"
+        )
+    return value
+
+
+def _count_parameters(folder: Path, where: str) -> int:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{where}: {str(folder)!r} is not a model folder: it has no weights (*.safetensors)"
+        )
+    return sum(_elements(file, where) for file in files)
+
+
+def _elements(file: Path, where: str) -> int:
+    """Number of elements of all tensors of a safetensors file, from its header."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = msgspec.json.decode(stream.read(size if size <= MAX_HEADER_BYTES else 0))
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        end = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+            default=0,
+        )
+        whole = file.stat().st_size == 8 + size + end
+    except (
+        OSError,
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        IndexError,
+    ) as error:
+        raise UserError(f"{where}: {str(file)!r} is not a safetensors file: {error}") from None
+    if not whole:
+        raise UserError(f"{where}: {str(file)!r} is cut short; expected {8 + size + end} bytes")
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _check_tokenizer(folder: Path, where: str) -> None:
+    """A tokenizer without an end token would never end a response."""
+    names = ("tokenizer_config.json", "tokenizer.json")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{where}: {str(folder)!r} has no tokenizer: {name} is missing")
+    configs = [_read_json(folder / "tokenizer_config.json", where)]
+    if (folder / "special_tokens_map.json").is_file():
+        configs.append(_read_json(folder / "special_tokens_map.json", where))
+    if not any(config.get("eos_token") for config in configs):
+        raise UserError(
+            f"{where}: the tokenizer of {str(folder)!r} has no end token, so no response would "
+            "ever stop; "
+            "set eos_token in its tokenizer_config.json"
+        )

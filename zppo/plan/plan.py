@@ -1,0 +1,37 @@
+"""The plan of a run: what `--dry-run` shows, and what is checked against the machine."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from zppo.algorithm.methods import Method
+from zppo.config.topology import Topology
+from zppo.plan.memory import Need
+from zppo.plan.processes import ProcessPlan
+
+
+class Windows(Struct, frozen=True, kw_only=True):
+    """Sizes of one window and of the run, in questions, groups and steps."""
+
+    new: int
+    replayed: int
+    reformulated: int
+    steps: int
+    largest_bytes: int
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """Everything `--dry-run` shows."""
+
+    topology: Topology
+    method: Method
+    processes: list[ProcessPlan]
+    needs: list[Need]
+    shared: int
+    windows: Windows
+    notes: list[str]
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host, published policies included."""
+        return sum(entry.host for entry in self.needs) + self.shared

@@ -1,0 +1,80 @@
+"""The resolved plan as a person reads it: what runs where, how large the windows are, what
+staleness is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from zppo.plan.machine import gib
+from zppo.plan.plan import Plan
+
+
+def show(plan: Plan, run_dir: Path, console: Console) -> None:
+    """Print the plan."""
+    console.print(_facts(plan, run_dir))
+    console.print(_processes(plan))
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _facts(plan: Plan, run_dir: Path) -> Table:
+    topology, windows = plan.topology, plan.windows
+    scheduler, method = topology.scheduler, topology.method
+    table = Table.grid(padding=(0, 2))
+    extra = f"up to {windows.replayed} replayed and {windows.reformulated} reformulated"
+    versions = f"at most {scheduler.max_staleness} policy versions"
+    rows = [
+        ("run", f"{topology.run.name}, seed {topology.run.seed}, in {run_dir}"),
+        ("method", f"{plan.method.name}: {plan.method.summary}"),
+        ("student", topology.student.model),
+        ("teacher", topology.teacher.model if topology.teacher else "none"),
+        (
+            "steps",
+            (
+                f"{windows.steps}, {plan.method.updates_per_step or method.updates_per_step} "
+                "updates each"
+            ),
+        ),
+        ("window", f"{windows.new} new questions, {extra}; groups of {method.group_size}"),
+        ("staleness", f"{versions}, so up to {scheduler.max_staleness + 1} windows at once"),
+        (
+            "checkpoints",
+            f"every {topology.checkpoints.every} steps, {topology.checkpoints.keep} kept",
+        ),
+        (
+            "memory",
+            (
+                f"{gib(plan.host_bytes)} at most on the host, {gib(plan.shared)} of it published "
+                "weights"
+            ),
+        ),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _processes(plan: Plan) -> Table:
+    table = Table(title="processes", title_justify="left")
+    for name in ("name", "device", "engine"):
+        table.add_column(name)
+    for name in ("threads", "host memory", "device memory"):
+        table.add_column(name, justify="right")
+    for entry, size in zip(plan.processes, plan.needs, strict=True):
+        table.add_row(
+            entry.name,
+            entry.device or "-",
+            _engine(plan, entry.role),
+            str(entry.threads),
+            gib(size.host),
+            gib(size.device) if size.device else "-",
+        )
+    return table
+
+
+def _engine(plan: Plan, role: str) -> str:
+    actors = plan.topology.actors
+    return {"rollout": actors.rollout.engine, "teacher": actors.teacher.engine}.get(role, "-")

@@ -1,0 +1,1 @@
+"""Question and candidates → prompt → token ids."""

@@ -1,0 +1,296 @@
+"""Prompts from templates: the plain question, its reformulations, and what the teacher is asked to
+write or to judge.
+
+Templates are Jinja2 files, one for each name in `VARIABLES`; a user's folder replaces them one by
+one (docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` or
+`<hint>` element. Words of models pass through `neutral`, which takes structural tags and chat
+control marks out, so no response can close its element early, open another, or end the user's turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from jinja2 import (
+    ChoiceLoader,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    TemplateSyntaxError,
+    meta,
+)
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import structs
+
+from zppo.config.topology import Topology
+from zppo.data.question import Question
+from zppo.errors import UserError, nearest
+from zppo.grading.boxes import last_boxed
+from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
+
+DEFAULT_TEMPLATES = Path(__file__).parent / "templates"
+Value: TypeAlias = str | int | Sequence[str] | Sequence[int]
+VARIABLES: dict[str, dict[str, Value]] = {
+    "plain.j2": {"question": "@question"},
+    "bcq.j2": {"question": "@question", "candidates": ["@first", "@second"]},
+    "ncq.j2": {
+        "question": "@question",
+        "wrong_answers": ["@wrong", "@false"],
+        "candidates": ["@first", "@second"],
+        "counts": [1, 2],
+    },
+    "hint.j2": {"question": "@question", "hint": "@hint"},
+    "write_hint.j2": {
+        "question": "@question",
+        "response": "@response",
+        "max_tokens": 512,
+        "max_lines": 5,
+    },
+    "compress.j2": {
+        "question": "@question",
+        "response": "@response",
+        "max_tokens": 512,
+        "max_lines": 5,
+    },
+    "judge.j2": {"question": "@question", "gold": "@gold", "answer": "@answer"},
+}
+"""Template -> its variables, with dummies that `validate` looks for in the rendered text."""
+
+_CHAT_MARK = re.compile(r"<\|[^<>|]{1,64}\|>")
+# Possessive: after a "<" and a page of spaces there is nothing to try again.
+_STRUCTURE = re.compile(
+    r"<\s*+/?+\s*+(?:candidate|think|hint)\b[^<>]*+>|<\|[^<>|]{1,64}\|>", re.IGNORECASE
+)
+_PASSES = 20
+"""Tags within tags that are taken out one by one; text that nests deeper is hostile and loses its
+angle brackets."""
+
+
+def neutral(text: str) -> str:
+    """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`) and chat marks
+    such as `<|end|>`.
+
+    Removal repeats until nothing is left to remove, since taking one tag out may join two halves of
+    another. Time is linear in the text, whatever a model wrote.
+    """
+    for _ in range(_PASSES):
+        text, removed = _STRUCTURE.subn("", text)
+        if not removed:
+            return text.strip()
+    return text.replace("<", "").strip()
+
+
+def distinct_answers(answers: Iterable[str | None]) -> list[str]:
+    """NCQ's list of wrong answers (paper, step 4): parsed answers without repeats, in order of
+    first appearance."""
+    return list(dict.fromkeys(answer for answer in answers if answer))
+
+
+class PromptSet:
+    """The templates of one run. `system_prompt` goes first in every prompt a student or teacher
+    answers."""
+
+    def __init__(
+        self,
+        templates: Path | None = None,
+        system_prompt: str | None = None,
+        prefix_share: float = 0.4,
+    ) -> None:
+        """`templates` is a folder of replacements; a file that it lacks comes from the built-in
+        set.
+
+        `prefix_share` is α of Algorithm 6.
+        """
+        if templates is not None and not templates.is_dir():
+            raise UserError(
+                f"data.templates: {templates} is not a folder; expected one with .j2 templates"
+            )
+        folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
+        self._own = templates
+        self._prefix_share = prefix_share
+        self._system = [ChatMessage(role="system", content=system_prompt)] if system_prompt else []
+        self._environment = ImmutableSandboxedEnvironment(
+            loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,
+        )
+
+    @classmethod
+    def of(cls, topology: Topology) -> PromptSet:
+        """The prompts of a run. Raises UserError for a folder that is not one."""
+        data = topology.data
+        templates = Path(data.templates) if data.templates else None
+        return cls(templates, data.system_prompt, topology.method.prefix_share)
+
+    def validate(self) -> None:
+        """Render every template once. Raises UserError naming file and line, or the variable that
+        is never shown."""
+        self._refuse_unknown_files()
+        for name, variables in VARIABLES.items():
+            rendered = self._render(name, variables)
+            for variable, value in variables.items():
+                if not all(dummy in rendered for dummy in _dummies(value)):
+                    raise UserError(
+                        f"{self._file(name)}: never shows {variable!r}; expected "
+                        f"{{{{ {variable} }}}} in it"
+                    )
+
+    def plain(self, question: Question) -> Prompt:
+        """The question as it is, with the closing instruction."""
+        return self._prompt("plain.j2", question.media, question=question.text)
+
+    def bcq(self, question: Question, candidates: Sequence[str]) -> Prompt:
+        """Binary candidate-included question (paper, step 4): two compressed candidates in the
+        order to be shown."""
+        if len(candidates) != 2:
+            raise ValueError(f"a BCQ shows 2 candidates, got {len(candidates)}")
+        return self._prompt(
+            "bcq.j2",
+            question.media,
+            question=question.text,
+            candidates=[neutral(text) for text in candidates],
+        )
+
+    def ncq(
+        self,
+        question: Question,
+        wrong_answers: Sequence[str],
+        candidates: Sequence[str],
+        counts: Sequence[int] | None = None,
+    ) -> Prompt:
+        """Negative candidate-included question (paper, step 4): every wrong answer, every wrong
+        candidate.
+
+        `counts` says how many responses each candidate stands for; one each if left out.
+        """
+        return self._prompt(
+            "ncq.j2",
+            question.media,
+            question=question.text,
+            wrong_answers=distinct_answers(neutral(answer) for answer in wrong_answers),
+            candidates=[neutral(text) for text in candidates],
+            counts=counts or [1] * len(candidates),
+        )
+
+    def hint(self, question: Question, hint: str) -> Prompt:
+        """The question with a hint that does not give the answer away (Algorithm 5)."""
+        return self._prompt("hint.j2", question.media, question=question.text, hint=neutral(hint))
+
+    def prefix(self, question: Question, response: str) -> Prompt:
+        """The plain question, whose answer begins with the first α of the tokens of `response`
+        (Algorithm 6)."""
+        start = ResponseStart(text=_CHAT_MARK.sub("", response), share=self._prefix_share)
+        return structs.replace(self.plain(question), start=start)
+
+    def write_hint(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+        """Ask the teacher for a hint from a correct response (Algorithm 5)."""
+        return self._prompt(
+            "write_hint.j2",
+            (),
+            question=question,
+            response=neutral(response),
+            max_tokens=max_tokens,
+            max_lines=max_lines,
+        )
+
+    def compress(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+        """Ask the teacher to shorten a candidate: one instruction and one cap for teacher's and
+        student's texts."""
+        return self._prompt(
+            "compress.j2",
+            (),
+            question=question,
+            response=neutral(response),
+            max_tokens=max_tokens,
+            max_lines=max_lines,
+        )
+
+    def judge(self, question: str, gold: str, response: str) -> Prompt:
+        """Ask the teacher to compare what the last box of a response holds with the reference
+        (paper, Reward)."""
+        return self._prompt(
+            "judge.j2", (), question=question, gold=gold, answer=neutral(last_boxed(response) or "")
+        )
+
+    def _prompt(self, name: str, media: Sequence[MediaReference], **variables: Value) -> Prompt:
+        user = ChatMessage(role="user", content=self._render(name, variables))
+        return Prompt(messages=[*self._system, user], media=list(media))
+
+    def _render(self, name: str, variables: Mapping[str, Value]) -> str:
+        try:
+            return self._environment.get_template(name).render(variables).strip()
+        except TemplateSyntaxError as error:
+            place = f"{error.filename or self._file(name)}:{error.lineno}"
+            raise UserError(f"{place}: broken template: {error.message}") from None
+        except TemplateNotFound as error:
+            hint = nearest(str(error.name), self._environment.list_templates())
+            raise UserError(
+                f"{self._place(name, error)}: includes {error.name!r}, which does not exist{hint}"
+            ) from None
+        except TemplateError as error:
+            raise UserError(
+                f"{self._place(name, error)}: {error.message}; expected one of {_names(name)}"
+            ) from None
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{self._file(name)}: is not UTF-8 text; expected a Jinja2 template"
+            ) from None
+        except (
+            Exception
+        ) as error:  # a template may divide by zero, recurse or call what is not callable
+            raise UserError(f"{self._place(name, error)}: the template fails: {error}") from None
+
+    def _place(self, name: str, error: Exception) -> str:
+        """`file:line` of the innermost template frame; Jinja2 puts template lines into the
+        traceback."""
+        place, trace = str(self._file(name)), error.__traceback__
+        while trace is not None:
+            file = trace.tb_frame.f_code.co_filename
+            place = f"{file}:{trace.tb_lineno}" if file.endswith(".j2") else place
+            trace = trace.tb_next
+        return place
+
+    def _file(self, name: str) -> Path:
+        own = self._own / name if self._own is not None else None
+        return own if own is not None and own.is_file() else DEFAULT_TEMPLATES / name
+
+    def _refuse_unknown_files(self) -> None:
+        """A misspelt file name must not fall back to the built-in template in silence."""
+        if self._own is None:
+            return
+        files = sorted(path.relative_to(self._own).as_posix() for path in self._own.rglob("*.j2"))
+        included = {target for name in {*files, *VARIABLES} for target in self._references(name)}
+        for name in files:
+            if name not in VARIABLES and name not in included:
+                raise UserError(
+                    f"{self._own / name}: no prompt and no other template uses this "
+                    f"file{nearest(name, VARIABLES)}"
+                )
+
+    def _references(self, name: str) -> set[str]:
+        try:
+            source = self._file(name).read_text(encoding="utf-8")
+            return {
+                target
+                for target in meta.find_referenced_templates(self._environment.parse(source))
+                if target
+            }
+        except (TemplateSyntaxError, UnicodeDecodeError):
+            return set()  # rendering it says what is wrong, with its line
+
+
+def _dummies(value: Value) -> Sequence[str]:
+    """The texts to look for; numbers need not be shown."""
+    if isinstance(value, str):
+        return [value]
+    return [] if isinstance(value, int) else [item for item in value if isinstance(item, str)]
+
+
+def _names(name: str) -> str:
+    return ", ".join(VARIABLES.get(name, {}))

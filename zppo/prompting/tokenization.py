@@ -1,0 +1,103 @@
+"""Prompts as token ids: the one way from chat messages to what a model reads, for engines and for
+checks at launch.
+
+A prompt goes through the chat template of the tokenizer, up to where the response starts. A
+tokenizer without a template gets the messages one below the other. A start that is given to the
+response ends the prompt: the same tokens are then read and not sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from zppo.errors import UserError
+from zppo_protocol.values import Prompt, ResponseStart
+
+
+def load_tokenizer(folder: str, where: str) -> Any:
+    """The tokenizer of a model folder. Raises UserError, naming the setting `where`, if it cannot
+    be loaded."""
+    from transformers import (
+        AutoTokenizer,
+    )  # here, because it takes seconds and most commands need none
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{where}: {folder!r} has no tokenizer that can be loaded ({_first_line(error)})"
+        ) from error
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, in one batch, and behind them those of its response's start.
+    Pictures are left out."""
+    if not prompts:
+        return []
+    return [
+        ids if prompt.start is None else ids + encode_start(tokenizer, prompt.start)
+        for prompt, ids in zip(prompts, _encode_chats(tokenizer, prompts), strict=True)
+    ]
+
+
+def encode_start(tokenizer: Any, start: ResponseStart) -> list[int]:
+    """The first ⌊share·n⌋ of the n tokens of its text (Algorithm 6)."""
+    ids: list[int] = tokenizer(start.text, add_special_tokens=False)["input_ids"]
+    return ids[: share_of(start.share, len(ids))]
+
+
+def share_of(share: float, count: int) -> int:
+    """⌊share·count⌋, forgiving the rounding of a product that should be whole."""
+    return math.floor(share * count + 1e-9)
+
+
+def check_same_vocabulary(
+    student_folder: str, teacher_folder: str, teacher_where: str = "teacher.model"
+) -> None:
+    """Raise UserError, with the first difference, unless both tokenizers give every token the same
+    id.
+
+    Distillation compares probabilities id by id, and a teacher's tokens are trained on as ids.
+    Logits that a model has beyond its tokenizer do not count.
+    """
+    student, teacher = (
+        {index: token for token, index in load_tokenizer(folder, where).get_vocab().items()}
+        for folder, where in ((student_folder, "student.model"), (teacher_folder, teacher_where))
+    )
+    different = sorted(index for index, token in (student.items() ^ teacher.items()))
+    if different:
+        first = different[0]
+        raise UserError(
+            f"{teacher_where}: the method needs one vocabulary, but token {first} is "
+            f"{_quoted(student.get(first))} for "
+            f"the student {student_folder!r} and {_quoted(teacher.get(first))} for the teacher "
+            f"{teacher_folder!r}"
+        )
+
+
+def _quoted(token: str | None) -> str:
+    return "no token" if token is None else repr(token)
+
+
+def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    if tokenizer.chat_template is None:
+        texts = ["\n".join(message.content for message in prompt.messages) for prompt in prompts]
+        ids: list[list[int]] = tokenizer(texts)["input_ids"]
+        return ids
+    encoded: list[list[int]] = []
+    for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
+        chats = [
+            [{"role": one.role, "content": one.content} for one in prompt.messages]
+            for prompt in alike
+        ]
+        encoded += tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+        )
+    return encoded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,37 @@
+"""Files that are whole or absent: written aside, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+SUFFIX = ".partial"
+
+
+def aside_of(path: Path) -> Path:
+    """Where `path` is while it is being written: hidden, in the same folder."""
+    return path.with_name(f".{path.name}{SUFFIX}")
+
+
+@contextmanager
+def written_whole(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block ends; nothing changes if the
+    block fails.
+
+    `synced` puts its content on the disk first, so that not even a power cut leaves an empty file
+    under the name.
+    """
+    aside = aside_of(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

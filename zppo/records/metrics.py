@@ -1,0 +1,358 @@
+"""Every number a run writes down: its name, its unit, what it means, and how it is computed from a
+trained window.
+
+Names are flat with slashes. One trained step is one line of `metrics.jsonl` and one TensorBoard
+step. A name that holds `<kind>` or `<entry>` stands for a family: kinds are those of
+`zppo.algorithm.window`, entries are accuracies at admission as `entry_name` writes them. The
+functions are pure: values in, a flat dict out. `docs/metrics.md` is held to this table.
+
+Shape legend: T response tokens of a group laid end to end, N completions of a group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from zppo.algorithm.steps import Fate
+from zppo.algorithm.window import HINT, PLAIN, Group, Visit, Window
+from zppo_protocol.samples import GroupSamples
+
+Scalars: TypeAlias = dict[str, float | int]
+LASTING_FATES = ("admitted", "graduated", "evicted")
+"""Fates that change the buffer; `kept` and `none` do not."""
+
+
+class Metric(NamedTuple):
+    name: str
+    unit: str
+    meaning: str
+
+
+STEP_METRICS: tuple[Metric, ...] = (
+    Metric("step", "index", "Rollout step this line belongs to, from 0; the policy has version step + 1 after it."),
+    Metric("wall_seconds", "s", "Time in training since the run began; time between a stop and a resume is left out."),
+    Metric("time/step", "s", "From the end of the previous step to the end of this one."),
+    Metric("time/trainer_wait", "s", "Part of the step in which the trainer had no window to train on."),
+    Metric("time/rollout_idle", "share", "Share of sequence slots of the rollout actors that sampled nothing."),
+    Metric("accuracy/plain", "share", "Mean reward of all plain rollouts, new and replayed questions."),
+    Metric("accuracy/new", "share", "Mean reward of plain rollouts of new questions, a fair sample of the corpus."),
+    Metric("accuracy/replay", "share", "Mean reward of plain rollouts of replayed questions."),
+    Metric("accuracy/<kind>", "share", "Mean reward of the reformulated groups of this kind (bcq, ncq, hint, prefix)."),
+    Metric("accuracy/teacher", "share", "Mean reward of the teacher's rollouts on hard questions."),
+    Metric("window/new", "questions", "Fresh questions of the window, |X_new|."),
+    Metric("window/replayed", "questions", "Questions of the window drawn from the buffer, |X_replay|."),
+    Metric("window/hard", "questions", "Questions with plain accuracy below the hard threshold τ."),
+    Metric("window/<kind>", "groups", "Reformulated groups of this kind (bcq, ncq, hint, prefix)."),
+    Metric("compression/by_rule", "share", "Candidates or hints of which the teacher wrote nothing usable."),
+    Metric("staleness/mean", "versions", "Step minus sampling version, mean over all trained tokens."),
+    Metric("staleness/max", "versions", "The same, worst token. Never above scheduler.max_staleness."),
+    Metric("staleness/in_flight", "versions", "Versions published while a rollout was sampled, mean over rollouts."),
+    Metric("staleness/in_queue", "versions", "Versions published after its last token, mean over rollouts."),
+    Metric("length/mean", "tokens", "Mean response length of the trained rollouts."),
+    Metric("length/truncated", "share", "Share of trained rollouts that hit the length limit."),
+    Metric("tokens/generated", "tokens", "Response tokens of the trained rollouts of this step."),
+    Metric("tokens/teacher", "tokens", "Response tokens of the teacher's answers, as far as its engine counts them."),
+    Metric("compute/student_read", "tokens", "Prompt tokens of what the student sampled, once for each group."),
+    Metric("compute/student_written", "tokens", "Response tokens that the student sampled, trained on or not."),
+    Metric("compute/teacher_draws_read", "tokens", "Prompt tokens of the teacher's answers, once for each group."),
+    Metric("compute/teacher_draws_written", "tokens", "Response tokens of the teacher's answers."),
+    Metric("compute/teacher_other_read", "tokens", "Prompt tokens of compressions, hints and the judge's verdicts."),
+    Metric("compute/teacher_other_written", "tokens", "What the teacher wrote for them."),
+    Metric("compute/teacher_scored", "tokens", "Tokens at which the teacher gave its distribution (distillation)."),
+    Metric("compute/proximal", "tokens", "Tokens of a proximal pass over all groups, prompts once for each."),
+    Metric("compute/trained", "tokens", "Tokens of the groups in the loss, prompts once for each group."),
+    Metric("buffer/size", "questions", "Questions in the replay buffer after this step."),
+    Metric("buffer/fill", "share", "Size over capacity."),
+    Metric("buffer/admitted", "questions", "Questions admitted at this step."),
+    Metric("buffer/graduated", "questions", "Questions that left mastered (r̄ ≥ τ) at this step."),
+    Metric("buffer/evicted", "questions", "Oldest questions pushed out by a full buffer at this step."),
+    Metric("buffer/by_entry_accuracy/<entry>", "questions", "Part of the size that was admitted at this accuracy."),
+    Metric("graduated/by_entry/<entry>", "questions", "Part of buffer/graduated that was admitted at this accuracy."),
+    Metric("heldout/accuracy", "share", "Mean reward on the held-out questions, on steps that evaluated."),
+    Metric("train/<name>", "", "What the trainer measured: `zppo.training.metrics.TRAINER_METRICS`."),
+)  # fmt: skip
+
+FATE_FIELDS: tuple[Metric, ...] = (
+    Metric("step", "index", "Step at whose end it happened."),
+    Metric("question_id", "", "Which question."),
+    Metric("fate", "", "admitted, graduated or evicted."),
+    Metric("entry_accuracy", "share", "r̄ of its plain group when it was admitted."),
+    Metric(
+        "visits",
+        "visits",
+        "Plain visits from its admission to this step, the admitting one included.",
+    ),
+)
+
+HELDOUT_FIELDS: tuple[Metric, ...] = (
+    Metric(
+        "step",
+        "steps",
+        "Trained steps of the policy that was evaluated; 0 is the untrained student.",
+    ),
+    Metric(
+        "newest_version",
+        "version",
+        "Latest policy that sampled a token; above step only in the middle of a run.",
+    ),
+    Metric("accuracy", "share", "Mean reward."),
+    Metric("samples", "rollouts", "Answers that were graded."),
+    Metric("questions", "questions", "Questions they belong to."),
+    Metric("low", "share", "Lower end of the 95 % interval."),
+    Metric("high", "share", "Upper end of the 95 % interval."),
+    Metric("by_question", "share", "Mean reward of each question, by its id."),
+)
+
+STATUS_COUNTERS: tuple[Metric, ...] = (
+    Metric("windows_open", "windows", "Windows being generated."),
+    Metric("windows_ready", "windows", "Finished windows that wait for the trainer."),
+    Metric("questions_new", "questions", "New questions trained so far."),
+    Metric("questions_replayed", "questions", "Replayed questions trained so far."),
+    Metric(
+        "groups_<kind>",
+        "groups",
+        "Reformulated groups of this kind so far (bcq, ncq, hint, prefix).",
+    ),
+    Metric("admitted", "questions", "Admissions to the buffer so far."),
+    Metric("graduated", "questions", "Graduations so far."),
+    Metric("evicted", "questions", "Evictions so far."),
+    Metric("buffer_size", "questions", "Questions in the buffer now."),
+    Metric("buffer_capacity", "questions", "scheduler.buffer_capacity."),
+    Metric(
+        "buffer_by_entry/<entry>",
+        "questions",
+        "Part of buffer_size that was admitted at this accuracy.",
+    ),
+    Metric("tokens_generated", "tokens", "Trained response tokens so far."),
+    Metric("restarts", "processes", "Actors restarted so far."),
+    Metric(
+        "reissued", "tasks", "Tasks sent out again because their actor died or made no progress."
+    ),
+)
+
+STATUS_GAUGES: tuple[Metric, ...] = (
+    Metric(
+        "accuracy_plain",
+        "share",
+        "accuracy/new of the last step (replayed questions are hard by selection).",
+    ),
+    Metric(
+        "accuracy_<kind>", "share", "accuracy/<kind> of the last step that had groups of this kind."
+    ),
+    Metric("accuracy_first", "share", "accuracy/new of the first step of the run."),
+    Metric("heldout_before", "share", "Held-out accuracy before the first step."),
+    Metric("heldout_last", "share", "Latest held-out accuracy."),
+    Metric("staleness_mean", "versions", "staleness/mean of the last step."),
+    Metric("staleness_max", "versions", "Largest staleness/max so far."),
+    Metric("max_staleness", "versions", "The bound, scheduler.max_staleness."),
+    Metric("step_seconds", "s", "Duration of a step, recent mean."),
+    Metric(
+        "trainer_wait_share",
+        "share",
+        "Share of recent time in which the trainer waited for a window.",
+    ),
+    Metric(
+        "lead",
+        "windows",
+        "How many windows ahead of the trainer the scheduler dispatches at present.",
+    ),
+)
+
+
+def entry_name(accuracy: float) -> str:
+    """Name of the bin of an accuracy at admission: 0.375 -> `0.375`, 0.0 -> `0`. Bins are the
+    multiples of 1/G_S."""
+    return f"{accuracy:.4g}"
+
+
+def versions_T(samples: GroupSamples) -> np.ndarray:
+    """Policy version of every response token, [T] int32, from the run-length encoded spans."""
+    return np.repeat(samples.version_spans[:, 1], samples.version_spans[:, 0])
+
+
+def version_ranges(samples: GroupSamples) -> list[tuple[int, int] | None]:
+    """Lowest and highest version within each of the N completions; None for a completion without
+    tokens."""
+    versions, offsets = versions_T(samples), samples.offsets
+    parts = (versions[start:end] for start, end in pairwise(offsets))
+    return [(int(part.min()), int(part.max())) if part.size else None for part in parts]
+
+
+def response_lengths(samples: GroupSamples) -> list[int | None]:
+    """Response tokens of each of the N completions; None where only a server counted them, and
+    several together."""
+    if not samples.text_only:
+        return [int(length) for length in np.diff(samples.offsets)]
+    lengths = [
+        use.completion_tokens if use.completions == 1 else None
+        for use in samples.usage
+        for _ in range(use.completions)
+    ]
+    return lengths or [None] * len(samples.texts)
+
+
+def prompt_length(samples: GroupSamples) -> int | None:
+    """Prompt tokens, chat template included; None where nobody counted them."""
+    if not samples.text_only:
+        return int(samples.prompt_ids.size)
+    return next((use.prompt_tokens for use in samples.usage if use.prompt_tokens is not None), None)
+
+
+def response_tokens(samples: GroupSamples) -> int:
+    """Response tokens of the whole group; what a server did not count is left out."""
+    return int(samples.token_ids.size) + sum(use.completion_tokens or 0 for use in samples.usage)
+
+
+def mean_accuracy(groups: Iterable[Group]) -> float | None:
+    """Mean reward over all rollouts of the groups (each group counts by its size); None without
+    rollouts."""
+    rewards = [grade.reward for group in groups for grade in group.grades or ()]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def window_metrics(window: Window, step: int) -> Scalars:
+    """What a trained window itself tells: accuracy/, window/, staleness/, length/ and tokens/ of
+    `STEP_METRICS`."""
+    sampled = window.student_groups()
+    return {
+        **_composition(window),
+        **_accuracies(window.visits),
+        **staleness_metrics(sampled, step),
+        **_compression(window.visits),
+        **_lengths(sampled),
+        "tokens/teacher": sum(
+            _tokens(group) for visit in window.visits for group in visit.teacher_groups()
+        ),
+    }
+
+
+def staleness_metrics(groups: Iterable[Group], step: int) -> Scalars:
+    """staleness/: step − version over tokens, split per rollout into versions missed while sampled
+    and while queued."""
+    samples = [group.samples for group in groups if group.samples is not None]
+    ages = step - np.concatenate([versions_T(s) for s in samples] or [np.zeros(0, np.int32)])
+    ranges = [r for s in samples for r in version_ranges(s) if r is not None]
+    if not ranges:
+        return {}
+    return {
+        "staleness/mean": float(ages.mean()),
+        "staleness/max": int(ages.max()),
+        "staleness/in_flight": float(np.mean([high - low for low, high in ranges])),
+        "staleness/in_queue": float(np.mean([step - high for _, high in ranges])),
+    }
+
+
+def buffer_metrics(
+    size: int, capacity: int, by_entry: Mapping[float, int], fates: Sequence[Fate]
+) -> Scalars:
+    """buffer/ and graduated/: the buffer after the step, and what the step's fates were.
+
+    `by_entry` counts the entries now in the buffer by their accuracy at admission.
+    """
+    counts: Counter[str] = Counter(fate.fate for fate in fates)
+    graduated = Counter(
+        entry_name(fate.entry_accuracy) for fate in fates if fate.fate == "graduated"
+    )
+    return {
+        "buffer/size": size,
+        "buffer/fill": size / capacity if capacity else 0.0,
+        **{f"buffer/{fate}": counts[fate] for fate in LASTING_FATES},
+        **{
+            f"buffer/by_entry_accuracy/{entry_name(entry)}": n
+            for entry, n in sorted(by_entry.items())
+        },
+        **{f"graduated/by_entry/{entry}": n for entry, n in sorted(graduated.items())},
+    }
+
+
+def outcomes(fates: Iterable[Fate]) -> dict[str, str]:
+    """What became of each visited question, for the rollout store; an eviction is not the outcome
+    of a visit."""
+    return {fate.question_id: fate.fate for fate in fates if fate.fate != "evicted"}
+
+
+def trainer_metrics(metrics: Mapping[str, float]) -> Scalars:
+    """`StepTrained.metrics` under the prefix `train/`."""
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def _composition(window: Window) -> Scalars:
+    origins = Counter(visit.origin for visit in window.visits)
+    kinds = Counter(group.kind for visit in window.visits for group in visit.student_groups()[1:])
+    return {
+        "window/new": origins["new"],
+        "window/replayed": origins["replay"],
+        "window/hard": window.hard_questions,
+        **{f"window/{kind}": kinds[kind] for kind in sorted({"bcq", "ncq", *kinds})},
+    }
+
+
+def _accuracies(visits: Sequence[Visit]) -> Scalars:
+    """Mean rewards by kind and origin; a family without rollouts has no key, so that no zero is
+    made up."""
+    families = {
+        "plain": [visit.plain for visit in visits],
+        "new": [visit.plain for visit in visits if visit.origin == "new"],
+        "replay": [visit.plain for visit in visits if visit.origin == "replay"],
+        "teacher": [group for visit in visits for group in visit.teacher_groups()],
+    }
+    for group in (
+        group for visit in visits for group in visit.student_groups() if group.kind != PLAIN
+    ):
+        families.setdefault(group.kind, []).append(group)
+    means = {f"accuracy/{family}": mean_accuracy(groups) for family, groups in families.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _compression(visits: Sequence[Visit]) -> Scalars:
+    """Over what the teacher was asked to write; a response that several prompts show counts
+    once."""
+    writers = {
+        (number, reformulation.kind == HINT, candidate.source, candidate.index): candidate.writer
+        for number, visit in enumerate(visits)
+        for reformulation in visit.reformulations
+        for candidate in reformulation.candidates
+        if candidate.writer is not None
+    }
+    return (
+        {"compression/by_rule": list(writers.values()).count("rule") / len(writers)}
+        if writers
+        else {}
+    )
+
+
+def _lengths(groups: Sequence[Group]) -> Scalars:
+    reasons = [
+        reason for group in groups if group.samples for reason in group.samples.finish_reasons
+    ]
+    tokens = sum(_tokens(group) for group in groups)
+    shares: Scalars = {
+        "length/mean": tokens / len(reasons),
+        "length/truncated": reasons.count("length") / len(reasons),
+    } if reasons else {}  # fmt: skip
+    return {"tokens/generated": tokens, **shares}
+
+
+def _tokens(group: Group) -> int:
+    return response_tokens(group.samples) if group.samples is not None else 0
+
+
+KIND_TITLES = {"bcq": "BCQ", "ncq": "NCQ", "hint": "hint", "prefix": "prefix"}
+"""Reformulated kinds as they are shown; others go by their own name."""
+_NOT_KINDS = ("new", "replayed", "hard")
+
+
+def reformulated_kinds(line: Mapping[str, object]) -> list[str]:
+    """The reformulated kinds that a line of `metrics.jsonl` counts."""
+    names = [name.removeprefix("window/") for name in line if name.startswith("window/")]
+    return [name for name in names if name not in _NOT_KINDS]
+
+
+def table_row(metric: Metric) -> str:
+    """One line of the tables in `docs/metrics.md`."""
+    return f"| `{metric.name}` | {metric.unit or '–'} | {metric.meaning} |"

@@ -1,0 +1,151 @@
+"""The run directory: where everything of a run lies, and `run.json`, the record of what the run is.
+
+Layout: `run.json`, `journal.sqlite`, `checkpoints/step-N/`, `metrics.jsonl`, `tensorboard/`,
+`rollouts/`, `logs/`, `bad_rows.txt`, `report/`. `run.json` is written aside and renamed, so a
+reader sees a whole record or none. A run keeps its directory for life; its `run_id` changes each
+time its processes start anew, so that a message from an earlier life can be told apart. One process
+at a time may hold the directory: `hold` takes a file lock that the kernel lets go of when the
+process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import secrets
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from zppo.config.topology import Topology
+from zppo.errors import UserError
+from zppo.records.atomic_file import written_whole
+
+RECORDED_PACKAGES = (
+    "zppo",
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "numba",
+    "msgspec",
+    "pyzmq",
+)
+
+
+class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Content of `run.json`. `start_step`: the step of the checkpoint that this life begins from,
+    else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`)."""
+
+    run_id: str
+    created: str
+    start_step: int
+    corpus: str
+    versions: dict[str, str]
+    topology: Topology
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide numbers; absent packages are left out."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def create(path: Path, topology: Topology, corpus: str = "") -> RunRecord:
+    """Make the directory of a new run that trains on the questions of digest `corpus`.
+
+    Raises UserError if it exists or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(in_the_way(path)) from None
+    except OSError as error:
+        raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
+    for folder in ("checkpoints", "logs", "rollouts"):
+        (path / folder).mkdir()
+    record = _new_record(topology, start_step=0, corpus=corpus)
+    write(path, record)
+    return record
+
+
+def in_the_way(path: Path) -> str:
+    """The sentence for a directory that exists although a new run was asked for."""
+    return (
+        f"run.directory: {str(path)!r} exists already; continue it with --resume, or name another "
+        "directory"
+    )
+
+
+def read(path: Path) -> RunRecord:
+    """Read `run.json`. Raises UserError if the folder is not a run or the record is damaged."""
+    file = path / "run.json"
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=RunRecord)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{str(path)!r} is not a run directory: it has no run.json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(file)!r} is not the record of a run: {error}") from None
+
+
+def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunRecord:
+    """Begin another life of the run from the checkpoint of `start_step`, under a new run id."""
+    old = read(path)
+    topology = topology if topology is not None else old.topology
+    record = msgspec.structs.replace(
+        _new_record(topology, start_step, old.corpus), created=old.created
+    )
+    write(path, record)
+    return record
+
+
+def write(path: Path, record: RunRecord) -> None:
+    """Write `run.json`, whole or not at all."""
+    with written_whole(path / "run.json", synced=True) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+
+
+def hold(path: Path) -> int | None:
+    """Lock the folder for this process. Returns the open descriptor of its lock file, or None if
+    another holds it.
+
+    The descriptor is not inherited by child processes: the lock ends with this process.
+    """
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def runtime_base() -> Path:
+    """Where the runtime folder of a run is made: `$ZPPO_RUNTIME_DIR`, else shared memory, else the
+    temporary folder."""
+    chosen = os.environ.get("ZPPO_RUNTIME_DIR")
+    if chosen:
+        if not Path(chosen).is_dir():
+            raise UserError(f"ZPPO_RUNTIME_DIR is {chosen!r}; expected a folder that exists")
+        return Path(chosen).absolute()
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _new_record(topology: Topology, start_step: int, corpus: str) -> RunRecord:
+    return RunRecord(
+        run_id=secrets.token_hex(4),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        start_step=start_step,
+        corpus=corpus,
+        versions=package_versions(),
+        topology=topology,
+    )

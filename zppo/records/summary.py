@@ -1,0 +1,219 @@
+"""The summary of a run as one flat dict with stable keys, computed from what the run directory
+holds.
+
+Nothing here is remembered by a process: the numbers come from `metrics.jsonl`, `fates.jsonl`,
+`heldout.jsonl` and `journal.sqlite`, so a run that died can be summed up as well as one that ended.
+`trained_twice` and `lost` are the exactly-once promise, counted independently of the scheduler that
+keeps it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from zppo.errors import UserError
+from zppo.records.metrics import entry_name, reformulated_kinds
+
+Record = dict[str, Any]
+
+JOURNAL_SCHEMA = """
+CREATE TABLE IF NOT EXISTS trained (
+    step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL, question_id TEXT NOT NULL,
+    kind TEXT NOT NULL, origin TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS trained_by_question ON trained (question_id, window);
+CREATE TABLE IF NOT EXISTS dispatched (
+    question_id TEXT NOT NULL, window INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    PRIMARY KEY (question_id, window)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
+"""
+"""`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A
+question of a trained window that had nothing to train (no correct teacher response to learn from,
+say) has one row of kind `none`."""
+
+_GROUPS_TRAINED_TWICE = """
+SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
+"""
+# A question is new once per pass over the corpus, so two windows of one epoch must not both have
+# trained it as new.
+_QUESTIONS_TRAINED_TWICE = """
+SELECT COUNT(*) FROM (
+    SELECT 1 FROM trained LEFT JOIN dispatched USING (question_id, window)
+    WHERE origin = 'new'
+    GROUP BY question_id, COALESCE(epoch, 0) HAVING COUNT(DISTINCT window) > 1)
+"""
+_LOST = """
+SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
+    SELECT 1 FROM trained WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
+"""
+
+
+class JournalCounts(NamedTuple):
+    """Violations of exactly-once; both are 0 in a correct run."""
+
+    trained_twice: int
+    lost: int
+
+
+def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
+    """Count groups and new questions trained more than once, and dispatched new questions that were
+    never trained."""
+
+    def one(query: str) -> int:
+        return int(connection.execute(query).fetchone()[0])
+
+    return JournalCounts(one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE), one(_LOST))
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Records of a JSONL file; an absent file has none, and a last line cut short by a crash is
+    left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    # Only what a line feed ends was written whole, so the last piece is either empty or torn.
+    return [
+        _decode(line, path, number)
+        for number, line in enumerate(lines[:-1], start=1)
+        if line.strip()
+    ]
+
+
+def require_run(run_dir: Path) -> Record:
+    """Contents of `run.json`. Raises UserError if the folder is not a run directory."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder; expected the directory of a run")
+    path = run_dir / "run.json"
+    if not path.is_file():
+        raise UserError(f"{run_dir}: is not the directory of a run (it has no run.json)")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: is not valid JSON ({error}); expected what zppo.launch wrote"
+        ) from None
+
+
+def summarise(run_dir: Path) -> Record:
+    """The stable keys of one run. Accuracies that were never measured are None. Raises UserError
+    for a folder that is no run."""
+    run = require_run(run_dir)
+    steps = read_lines(run_dir / "metrics.jsonl")
+    journal = _read_journal(run_dir / "journal.sqlite")
+    return {
+        "run": run.get("run_id"),
+        "method": topology_value(run, "method", "name", default="zppo"),
+        **step_totals(steps),
+        **_fates(read_lines(run_dir / "fates.jsonl")),
+        **_heldout(read_lines(run_dir / "heldout.jsonl")),
+        **journal,
+    }
+
+
+def step_totals(steps: Sequence[Mapping[str, Any]]) -> Record:
+    """Sums and extremes over the step lines of `metrics.jsonl`."""
+
+    def total(name: str) -> int:
+        return int(sum(line.get(name, 0) for line in steps))
+
+    first, last = accuracy_ends(steps)
+    return {
+        "steps": len(steps),
+        "questions_new": total("window/new"),
+        "questions_replayed": total("window/replayed"),
+        **{
+            f"groups_{kind}": total(f"window/{kind}")
+            for kind in ("bcq", "ncq", *_other_kinds(steps))
+        },
+        "max_staleness_seen": max((line.get("staleness/max", 0) for line in steps), default=0),
+        "accuracy_first": first,
+        "accuracy_last": last,
+        "tokens_generated": total("tokens/generated"),
+        "wall_seconds": max((line.get("wall_seconds", 0.0) for line in steps), default=0.0),
+    }
+
+
+def _other_kinds(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = dict.fromkeys(kind for line in steps for kind in reformulated_kinds(line))
+    return [kind for kind in kinds if kind not in ("bcq", "ncq")]
+
+
+def accuracy_ends(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """Accuracy at the start and at the end of a run: the mean over its first and last tenth (one
+    step at least).
+
+    New questions only, because replayed ones are hard by selection and would hide what was learnt.
+    """
+    values = [line.get("accuracy/new", line.get("accuracy/plain")) for line in steps]
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None, None
+    width = max(1, round(len(known) / 10))
+    return sum(known[:width]) / width, sum(known[-width:]) / width
+
+
+def topology_value(run: Record, *path: str, default: Any = None) -> Any:
+    """A value of the resolved topology in `run.json`, or the default if any part of the path is
+    absent."""
+    node: Any = run.get("topology", {})
+    for key in path:
+        if not isinstance(node, dict) or node.get(key) is None:
+            return default
+        node = node[key]
+    return node
+
+
+def _decode(line: bytes, path: Path, number: int) -> Record:
+    try:
+        return msgspec.json.decode(line, type=Record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{number}: is not a JSON object ({error})") from None
+
+
+def _fates(fates: Sequence[Record]) -> Record:
+    counts = Counter(fate["fate"] for fate in fates)
+    entries = Counter(
+        entry_name(fate["entry_accuracy"]) for fate in fates if fate["fate"] == "graduated"
+    )
+    return {
+        **{name: counts[name] for name in ("admitted", "graduated", "evicted")},
+        "graduated_by_entry_accuracy": dict(
+            sorted(entries.items(), key=lambda item: float(item[0]))
+        ),
+    }
+
+
+def _heldout(evaluations: Sequence[Record]) -> Record:
+    """Accuracy before the first step and after the last; a run evaluated once has no `after`."""
+    by_step = {line["step"]: line["accuracy"] for line in evaluations}
+    last = max(by_step, default=0)
+    return {"heldout_before": by_step.get(0), "heldout_after": by_step[last] if last > 0 else None}
+
+
+def _read_journal(path: Path) -> Record:
+    """Counts and the verdict. A run without a journal trained nothing, so it broke no promise
+    either."""
+    if not path.exists():
+        return {"trained_twice": 0, "lost": 0, "verdict": None}
+    try:
+        # Not `mode=ro`: the first reader after a crash must be able to replay the write-ahead log.
+        connection = sqlite3.connect(path)
+        try:
+            counts, verdict = journal_counts(connection), _verdict(connection)
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: cannot be read as a run's journal ({error})") from None
+    return {**counts._asdict(), "verdict": verdict}
+
+
+def _verdict(connection: sqlite3.Connection) -> str | None:
+    query = "SELECT detail FROM events WHERE event = 'run_ended' ORDER BY rowid DESC LIMIT 1"
+    row = connection.execute(query).fetchone()
+    return None if row is None else str(row[0])
