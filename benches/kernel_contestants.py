@@ -135,8 +135,8 @@ def hidden_liger(problem: Problem) -> Run:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=problem.hidden_NH.is_cuda, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH,
-        loss_type="dapo", temperature=1.0, delta=DUAL_CLIP,
+        beta=0.0, compiled=problem.hidden_NH.is_cuda, use_ref_model=False, epsilon_low=CLIP_LOW,
+        epsilon_high=CLIP_HIGH, loss_type="dapo", temperature=1.0, delta=DUAL_CLIP,
     )  # fmt: skip
     shape = (problem.rows // LENGTH, LENGTH)
     mask = torch.ones(shape, dtype=torch.int32, device=problem.hidden_NH.device)
@@ -181,8 +181,8 @@ def logits_liger(problem: Problem) -> Run:
     logits_SLV = (padded_SLH @ problem.weight_VH.detach().T).requires_grad_()
     targets, proximal = problem.target_ids_N.view(shape), problem.proximal_N.view(shape)
     return lambda: triton_grpo_loss(
-        logits_SLV, proximal, None, targets, problem.advantages_S, temperature=1.0, beta=0.0, eps_low=CLIP_LOW,
-        eps_high=CLIP_HIGH, inplace=False, delta=DUAL_CLIP, reduce=True,
+        logits_SLV, proximal, None, targets, problem.advantages_S, temperature=1.0, beta=0.0,
+        eps_low=CLIP_LOW, eps_high=CLIP_HIGH, inplace=False, delta=DUAL_CLIP, reduce=True,
     )[0].backward()  # fmt: skip
 
 

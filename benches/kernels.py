@@ -2,7 +2,7 @@
 machine.
 
     python benches/kernels.py                       run everything here, write JSON, print the table
-    python benches/kernels.py --report              draw docs/benchmarks.md from the JSON files of benches/results
+    python benches/kernels.py --report              draw docs/benchmarks.md from benches/results
 
 Sizes are those of the paper's students on a GPU and of the CPU job elsewhere. Every measurement
 runs in a process of its own, so that its peak memory is its own: on a GPU the allocator's peak, on

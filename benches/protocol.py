@@ -145,7 +145,8 @@ def table(measured: dict[str, Any]) -> str:
         )
     size = measured["mib"]
     lines.append(
-        f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}{size['lists'] / size['codec']:7.1f}x"
+        f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}"
+        f"{size['lists'] / size['codec']:7.1f}x"
     )
     lines.append(f"{'over ipc (ms)':18}{measured['socket_milliseconds']:10.2f}")
     return "\n".join(lines)

@@ -139,6 +139,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.prompting",
         "zppo.training",
         "zppo_actors.weights",
+        "zppo_kernels",
         "zppo_protocol",
     },
     "zppo_actors.grading": {"zppo.config", "zppo.grading", "zppo_protocol"},

@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and hold it to a budget of registers,
 spills and load widths.
 
-    python tools/kernel_budget.py            compare with kernels/budget.json, exit 1 where something got worse
+    python tools/kernel_budget.py            compare with kernels/budget.json; exit 1 if worse
     python tools/kernel_budget.py --write    measure and write the budget
 
 Each case is compiled as a launch on the named vocabulary would specialise it: 16-divisible sizes

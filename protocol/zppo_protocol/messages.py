@@ -314,8 +314,9 @@ class RunEnded(Message, frozen=True):
 
 
 AnyMessage: TypeAlias = (
-    Hello | Heartbeat | Credits | GenerateResult | ScoreResult | GradeResult | TaskFailed | PolicyPublished
-    | PolicyLoaded | PolicyRefused | StepTrained | Goodbye | ActorExited | StopRequested | Welcome | Rejected
-    | GenerateTask | ScoreTask | GradeTask | TrainWindow | SaveCheckpoint | CheckpointSaved | LoadPolicy
-    | ReleasePolicy | RestartActor | Status | Shutdown | RunEnded
+    Hello | Heartbeat | Credits | GenerateResult | ScoreResult | GradeResult | TaskFailed |
+    PolicyPublished | PolicyLoaded | PolicyRefused | StepTrained | Goodbye | ActorExited |
+    StopRequested | Welcome | Rejected | GenerateTask | ScoreTask | GradeTask | TrainWindow |
+    SaveCheckpoint | CheckpointSaved | LoadPolicy | ReleasePolicy | RestartActor | Status |
+    Shutdown | RunEnded
 )  # fmt: skip

@@ -71,10 +71,16 @@ class Sampling(Value, frozen=True):
     """
 
     max_new_tokens: NewTokens
+    """longest response, in tokens"""
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy"""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """1 leaves the distribution as it is"""
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    """0 leaves the distribution as it is"""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    """taken from the logits of tokens that the response holds already; 0 for the student, because
+    training knows no penalty"""
 
 
 class Usage(Value, frozen=True):

@@ -70,8 +70,8 @@ class Stage:
 
     def greet(self, peer: str, role: Any, **changes: Any) -> None:
         fields: dict[str, Any] = {
-            "protocol_version": messages.PROTOCOL_VERSION, "run_id": "run", "actor": peer, "role": role,
-            "incarnation": 0, "pid": 1, "capacity": 8, **changes,
+            "protocol_version": messages.PROTOCOL_VERSION, "run_id": "run", "actor": peer,
+            "role": role, "incarnation": 0, "pid": 1, "capacity": 8, **changes,
         }  # fmt: skip
         self.say(peer, messages.Hello(**fields))
 

@@ -44,11 +44,12 @@ def status(
         eta_seconds=65.0,
         actors=[*crew, actor("trainer", "trainer", "waiting")],
         counters={
-            "questions_new": 96, "questions_replayed": 48, "groups_bcq": 12, "groups_ncq": 10, "admitted": 40,
-            "graduated": 9, "evicted": 2, "buffer_size": 29, "buffer_capacity": 256, "tokens_generated": 12345,
-            "restarts": 1, "reissued": 4, "buffer_by_entry/0": 20, "buffer_by_entry/0.125": 9,
-        },
-        gauges={"accuracy_plain": 0.41, "accuracy_bcq": 0.33, "staleness_mean": 0.5, "staleness_max": 2, **gauges},
+            "questions_new": 96, "questions_replayed": 48, "groups_bcq": 12, "groups_ncq": 10,
+            "admitted": 40, "graduated": 9, "evicted": 2, "buffer_size": 29, "buffer_capacity": 256,
+            "tokens_generated": 12345, "restarts": 1, "reissued": 4, "buffer_by_entry/0": 20,
+            "buffer_by_entry/0.125": 9,
+        }, gauges={"accuracy_plain": 0.41, "accuracy_bcq": 0.33, "staleness_mean": 0.5,
+        "staleness_max": 2, **gauges},
         waiting=[f"trainer waits for window {i}" for i in range(waiting)],
         events=events if events is not None else ["12:00:00 controller: started"],
     )  # fmt: skip

@@ -212,9 +212,11 @@ def test_errors_say_what_and_where() -> None:
          "temperature is 0.0; expected a finite number above 0"),
         (lambda: jsd_loss_from_logits(logits_TV, logits_TV, token_count=2, mask_T=torch.ones(3)),
          "mask_T has shape (3,); expected (2,)"),
-        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK + 5, torch.zeros(2, 3), token_count=2),
+        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK + 5, torch.zeros(2, 3),
+        token_count=2),
          "teacher_ids_TK holds 5; expected ids below 5, or -1 for padding"),
-        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK[:1], torch.zeros(1, 3), token_count=2),
+        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK[:1], torch.zeros(1, 3),
+        token_count=2),
          "teacher_ids_TK has shape (1, 3) and teacher_log_probs_TK (1, 3); expected (2, K) both"),
     ):  # fmt: skip
         with pytest.raises(ValueError) as caught:

@@ -133,9 +133,11 @@ def test_grpo_equals_trl(loss_type: str, normalisation: str, level: str, kl: flo
     leaves = [batch.hidden_BLH.clone().requires_grad_(), batch.weight_VH.clone().requires_grad_()]
     inputs = {
         "prompt_ids": batch.ids_BL[:, :1], "prompt_mask": batch.mask_BL[:, :1],
-        "completion_ids": batch.ids_BL, "completion_mask": batch.mask_BL, "advantages": batch.advantages_B,
-        "old_per_token_logps": batch.old_BL, "ref_per_token_logps": batch.reference_BL,
-        "importance_sampling_ratio": batch.weights_BL.clamp(max=2.0), "num_items_in_batch": batch.mask_BL.sum(),
+        "completion_ids": batch.ids_BL, "completion_mask": batch.mask_BL,
+        "advantages": batch.advantages_B, "old_per_token_logps": batch.old_BL,
+        "ref_per_token_logps": batch.reference_BL,
+        "importance_sampling_ratio": batch.weights_BL.clamp(max=2.0),
+        "num_items_in_batch": batch.mask_BL.sum(),
     }  # fmt: skip
     trainer = TrlTrainer(batch, leaves, loss_type, level, kl)
     loss = trainer_module.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -155,9 +157,9 @@ def test_grpo_equals_liger(loss_type: str, normalisation: str, level: str, kl: f
     batch = Padded(kl > 0)
     leaves = [batch.hidden_BLH.clone().requires_grad_(), batch.weight_VH.clone().requires_grad_()]
     module = chunked.LigerFusedLinearGRPOLoss(
-        beta=kl, compiled=False, use_ref_model=kl > 0, epsilon_low=COMMON["clip_low"], epsilon_high=COMMON["clip_high"],
-        loss_type=loss_type, max_completion_length=L, importance_sampling_level=level, temperature=1.0,
-        delta=COMMON["dual_clip"],
+        beta=kl, compiled=False, use_ref_model=kl > 0, epsilon_low=COMMON["clip_low"],
+        epsilon_high=COMMON["clip_high"], loss_type=loss_type, max_completion_length=L,
+        importance_sampling_level=level, temperature=1.0, delta=COMMON["dual_clip"],
     )  # fmt: skip
     loss, _ = module(
         leaves[0], leaves[1], batch.ids_BL, batch.mask_BL, batch.advantages_B,
@@ -188,8 +190,8 @@ def test_jsd_equals_trl(beta: float) -> None:
     )
     theirs.backward()
     ours = jsd_loss_from_logits(
-        leaves[1].flatten(0, 1), teacher_BLV.flatten(0, 1), mask_T=labels_BL.flatten() != -100, token_count=8,
-        beta=beta, temperature=2.0,
+        leaves[1].flatten(0, 1), teacher_BLV.flatten(0, 1), mask_T=labels_BL.flatten() != -100,
+        token_count=8, beta=beta, temperature=2.0,
     ).loss  # fmt: skip
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)

@@ -67,8 +67,8 @@ def check_gradients(
     with using_backend(backend):
         leaves = case.leaves(torch.float32)
         output = policy_loss_from_hidden(
-            leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen, full_metrics=full_metrics,
-            **case.inputs,
+            leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen,
+            full_metrics=full_metrics, **case.inputs,
         )  # fmt: skip
         output.loss.backward()
         logits_TV = case.logits_TV.requires_grad_()
@@ -118,8 +118,8 @@ def test_triton_kernels_equal_the_oracle_under_the_interpreter(chosen: PolicyLos
     chosen=st.sampled_from(ALL),
 )
 def test_random_sizes_equal_the_oracle(
-    backend: str, seed: int, rows: int, vocabulary: int, sequences: int, drift: float, full_metrics: bool,
-    chosen: PolicyLossSettings,
+    backend: str, seed: int, rows: int, vocabulary: int, sequences: int, drift: float,
+    full_metrics: bool, chosen: PolicyLossSettings,
 ) -> None:  # fmt: skip
     case = make_case(seed, rows=rows, vocabulary=vocabulary, sequences=sequences, drift=drift)
     check_gradients(case, chosen, backend, full_metrics)

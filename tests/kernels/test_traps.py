@@ -94,8 +94,8 @@ def test_minus_infinity_logits_are_impossible_tokens(backend: str, block: slice)
         log_probs_T, entropy_T = token_log_probs_from_logits(logits_TV, target_T)
         leaf_TV = logits_TV.clone().requires_grad_()
         policy_loss_from_logits(
-            leaf_TV, target_T, sequence_ids_T=torch.tensor([0, 1]), advantages_S=torch.tensor([1.0, -1.0]),
-            proximal_log_probs_T=log_probs_T, token_count=2,
+            leaf_TV, target_T, sequence_ids_T=torch.tensor([0, 1]), advantages_S=torch.tensor([1.0,
+            -1.0]), proximal_log_probs_T=log_probs_T, token_count=2,
         ).loss.backward()  # fmt: skip
     exact_TV = torch.log_softmax(logits_TV.double(), -1)
     assert torch.allclose(log_probs_T.double(), exact_TV[:, int(target_T[0])], atol=2e-6)
@@ -166,8 +166,9 @@ def test_label_entry_survives_a_nearly_certain_token(backend: str) -> None:
     leaf_TV = logits_TV.clone().requires_grad_()
     with using_backend(backend):
         policy_loss_from_logits(
-            leaf_TV, torch.tensor([7]), sequence_ids_T=torch.tensor([0]), advantages_S=torch.ones(1),
-            proximal_log_probs_T=torch.log_softmax(logits_TV, -1)[:, 7], token_count=1,
+            leaf_TV, torch.tensor([7]), sequence_ids_T=torch.tensor([0]),
+            advantages_S=torch.ones(1), proximal_log_probs_T=torch.log_softmax(logits_TV, -1)[:, 7],
+            token_count=1,
         ).loss.backward()  # fmt: skip
     assert leaf_TV.grad is not None and exact_TV.grad is not None
     assert float(leaf_TV.grad[0, 7]) == pytest.approx(float(exact_TV.grad[0, 7]), rel=5e-3)

@@ -114,9 +114,8 @@ SETTING_MISTAKES = [
         "data.heldout=train.jsonl",
         "data.heldout: 6 of its questions are in data.train too, first the training question 'q0'; "
         "expected none in both",
-    ),
-    ("student.model=studnet", "student.model: there is no model folder 'studnet' (did you mean 'student'?)"),
-    (
+    ), ("student.model=studnet",
+    "student.model: there is no model folder 'studnet' (did you mean 'student'?)"), (
         "teacher.model=org/model",
         "teacher.model: there is no model folder 'org/model'; expected one as save_pretrained or "
         "`hf download` writes it",

@@ -3,9 +3,9 @@ steps with other values of the method.
 
 Step 1  plain rollouts        `draw_replayed`       X = X_new ∪ X_replay
 Step 2  teacher rollouts      `is_hard`             afresh for every x with r̄_x < τ
-Step 3  pre-cap               `pre_cap`             the ρ_aug·|X_new| hardest that admit a reformulation
+Step 3  pre-cap               `pre_cap`             the ρ_aug·|X_new| hardest that admit one
 Step 4  build prompts         `Reformulator.prompt` from candidates prepared by the teacher
-Step 5  post-cap              `post_cap`            at most ρ_aug·|X_new| BCQ + NCQ instances together
+Step 5  post-cap              `post_cap`            at most ρ_aug·|X_new| of BCQ + NCQ together
 Step 6  update and refresh    `compose`, `zppo.training`, `refresh_buffer`
 
 Nothing here knows of time, processes or versions; `zppo.scheduling.scheduler` calls these functions

@@ -238,10 +238,9 @@ def tokens(results: Results) -> Drawn:
 
 
 SECTIONS: Sequence[Callable[[Results], Drawn | list[Drawn]]] = (
-    accuracy, differences, over_steps, over_compute,
-    buffer_figures.graduated_share, buffer_figures.graduations, buffer_figures.fates, buffer_figures.occupancy,
-    rollout_accuracy, buffer_figures.composition, reformulated, positive, entropy, loss,
-    compute, tokens,
+    accuracy, differences, over_steps, over_compute, buffer_figures.graduated_share,
+    buffer_figures.graduations, buffer_figures.fates, buffer_figures.occupancy, rollout_accuracy,
+    buffer_figures.composition, reformulated, positive, entropy, loss, compute, tokens,
 )  # fmt: skip
 """All figures in the order of the page."""
 

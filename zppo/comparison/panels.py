@@ -106,8 +106,8 @@ def dots(
             linewidth=1.8,
         )
         axes.annotate(
-            text(mean.value), (mean.value, row), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8.5,
-            color=BLUE,
+            text(mean.value), (mean.value, row), xytext=(0, 5), textcoords="offset points",
+            ha="center", fontsize=8.5, color=BLUE,
         )  # fmt: skip
     axes.margins(x=0.12)
 
@@ -196,8 +196,8 @@ def _line(axes: Axes, curve: Curve, colour: str, style: str, name: str | None) -
     places, values = curve
     marker = "o" if len(places) < 16 else None
     axes.plot(
-        places, values.mean(axis=0), color=colour, linestyle=style, linewidth=1.9, label=name, marker=marker,
-        markersize=3.5,
+        places, values.mean(axis=0), color=colour, linestyle=style, linewidth=1.9, label=name,
+        marker=marker, markersize=3.5,
     )  # fmt: skip
     limits = band(values)
     if limits is not None:

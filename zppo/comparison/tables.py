@@ -22,9 +22,10 @@ from zppo.report.figures import percent
 
 ABSENT = "–"
 COUNTED = (
-    "tokens/generated", "compute/student_read", "compute/student_written", "compute/teacher_draws_read",
-    "compute/teacher_draws_written", "compute/teacher_other_read", "compute/teacher_other_written",
-    "compute/teacher_scored", "compute/proximal", "compute/trained", "train/tokens_trained",
+    "tokens/generated", "compute/student_read", "compute/student_written",
+    "compute/teacher_draws_read", "compute/teacher_draws_written", "compute/teacher_other_read",
+    "compute/teacher_other_written", "compute/teacher_scored", "compute/proximal",
+    "compute/trained", "train/tokens_trained",
 )  # fmt: skip
 
 Row = dict[str, Any]

@@ -58,7 +58,7 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     expected = _expectation(node)
     if where.endswith("[...]`"):  # of a mapping, msgspec does not say which value
         values = [
-            choice.value_type for choice in _choices(node) if isinstance(choice, shape.DictType)
+            choice.value_type for choice in choices(node) if isinstance(choice, shape.DictType)
         ]
         expected = f"each value to be {_expectation(values[0] if values else None)}"
     return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {expected}{hint}")
@@ -103,7 +103,7 @@ def _type_at(node: shape.Type, keys: Sequence[Key]) -> shape.Type:
 
 def step(node: shape.Type, key: Key) -> shape.Type | None:
     """The type one key further down, or None if there is no such setting."""
-    for choice in _choices(node):
+    for choice in choices(node):
         if isinstance(choice, shape.StructType):
             return next((field.type for field in choice.fields if field.name == key), None)
         if isinstance(choice, shape.DictType):
@@ -116,13 +116,13 @@ def step(node: shape.Type, key: Key) -> shape.Type | None:
     return None
 
 
-def _choices(node: shape.Type) -> Iterator[shape.Type]:
+def choices(node: shape.Type) -> Iterator[shape.Type]:
     """The members of a union, or the type itself, without wrappers."""
     if isinstance(node, shape.UnionType):
         for inner in node.types:
-            yield from _choices(inner)
+            yield from choices(inner)
     elif isinstance(node, shape.Metadata):
-        yield from _choices(node.type)
+        yield from choices(node.type)
     else:
         yield node
 
@@ -130,7 +130,7 @@ def _choices(node: shape.Type) -> Iterator[shape.Type]:
 def _literals(node: shape.Type) -> list[str]:
     return [
         str(value)
-        for choice in _choices(node)
+        for choice in choices(node)
         if isinstance(choice, shape.LiteralType)
         for value in choice.values
     ]
@@ -152,7 +152,7 @@ def nearest_setting(name: str, node: shape.Type, root: shape.Type) -> str:
 def _names(node: shape.Type) -> list[str]:
     """Names of the settings in a section, or of the keys that a mapping may have."""
     names: list[str] = []
-    for choice in _choices(node):
+    for choice in choices(node):
         if isinstance(choice, shape.StructType):
             names += [field.name for field in choice.fields]
         elif isinstance(choice, shape.DictType):
@@ -162,7 +162,7 @@ def _names(node: shape.Type) -> list[str]:
 
 def settings(node: shape.Type, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all settings, sections included, in the order of the configuration."""
-    for choice in _choices(node):
+    for choice in choices(node):
         if isinstance(choice, shape.StructType):
             for field in choice.fields:
                 yield f"{prefix}{field.name}"
@@ -171,14 +171,15 @@ def settings(node: shape.Type, prefix: str = "") -> Iterator[str]:
 
 def _expectation(node: shape.Type | None) -> str:
     """What a setting may be, in words, e.g. `a whole number of at least 1, or null`."""
-    words = [_one_expectation(choice) for choice in _choices(node or shape.AnyType())]
+    words = [_one_expectation(choice) for choice in choices(node or shape.AnyType())]
     return ", or ".join(dict.fromkeys(words))
 
 
 def _one_expectation(node: shape.Type) -> str:
     match node:
         case shape.IntType() | shape.FloatType():
-            return f"{'a whole number' if isinstance(node, shape.IntType) else 'a number'}{_range(node)}"
+            noun = "a whole number" if isinstance(node, shape.IntType) else "a number"
+            return f"{noun}{_range(node)}"
         case shape.StrType():
             return "a text"
         case shape.BoolType():

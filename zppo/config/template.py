@@ -6,17 +6,17 @@ three things that have no default (questions, student, teacher) are examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
+from msgspec import inspect as shape
 
-from zppo.config.load import setting_names
+from zppo.config.docstrings import setting_help
 from zppo.config.topology import DataConfig, ModelConfig, TeacherConfig, Topology
 from zppo.errors import UserError
-from zppo.setting_help import HELP
 
 HEADING = """\
 # A run of zppo: every setting with its default. Delete what you do not change. Check it with
@@ -35,7 +35,8 @@ def commented_topology() -> str:
     """The YAML text of `EXAMPLE` with a comment on every setting."""
     values: dict[str, Any] = msgspec.to_builtins(EXAMPLE)
     names = [*ORDER, *(name for name in values if name not in ORDER)]
-    parts = ["\n".join(_section(name, values[name], name, depth=0)) for name in names]
+    helps = dict(setting_help(shape.type_info(Topology)))
+    parts = ["\n".join(_section(name, values[name], name, helps)) for name in names]
     return HEADING + "".join(f"\n{part}\n" for part in parts)
 
 
@@ -56,13 +57,13 @@ def reference() -> str:
     values: dict[str, Any] = msgspec.to_builtins(EXAMPLE)
     required = {"data.train", "student.model", "teacher.model"}
     rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for path in setting_names():
+    for path, meaning in setting_help(shape.type_info(Topology)):
         value = _value(values, path.split("."))
         if isinstance(value, dict) and value:
-            rows.append(f"| **{path}** | | {HELP[path]} |")
+            rows.append(f"| **{path}** | | {meaning} |")
         elif value is not _ABSENT:
             default = "required" if path in required else f"`{_scalar(value)}`"
-            rows.append(f"| `{path}` | {default} | {HELP[path]} |")
+            rows.append(f"| `{path}` | {default} | {meaning} |")
     return "\n".join(row.replace("|X_new|", "\\|X_new\\|") for row in rows) + "\n"
 
 
@@ -78,15 +79,19 @@ def _value(values: Any, keys: list[str]) -> Any:
     return values
 
 
-def _section(name: str, value: Any, path: str, depth: int) -> Iterator[str]:
+def _section(name: str, value: Any, path: str, helps: Mapping[str, str]) -> Iterator[str]:
+    depth = path.count(".")
     indent = "  " * depth
     if isinstance(value, dict) and value:
         heading = f"{indent}{name}:"
-        yield from ([f"# {HELP[path]}.", heading] if depth == 0 else [f"{heading}  # {HELP[path]}"])
+        if depth == 0:
+            yield from (f"# {helps[path]}.", heading)
+        else:
+            yield f"{heading}  # {helps[path]}"
         for key, inner in value.items():
-            yield from _section(key, inner, f"{path}.{key}", depth + 1)
+            yield from _section(key, inner, f"{path}.{key}", helps)
     else:
-        yield f"{indent}{name}: {_scalar(value)}  # {HELP[path]}"
+        yield f"{indent}{name}: {_scalar(value)}  # {helps[path]}"
 
 
 def _scalar(value: Any) -> str:

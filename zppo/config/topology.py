@@ -1,8 +1,8 @@
 """The topology: everything a run is, as strict msgspec Structs. Defaults are Table 8 of the paper.
 
-Field docstrings of the YAML live in `zppo init`; this file holds types, defaults and ranges.
-`zppo.config.load` reads a file into `Topology` and turns every mistake into one sentence;
-`zppo.plan.make` checks what spans several fields.
+The docstring under a field is its help: `zppo init` prints the first paragraph. `zppo.config.load`
+reads a file into `Topology` and turns every mistake into one sentence; `zppo.plan` checks what
+spans several fields.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class ResponseSampling(Sampling, frozen=True, kw_only=True):
     """How responses are sampled (Table 8)."""
 
     max_new_tokens: NewTokens = 12_288
+    """longest response, in tokens"""
 
 
 class CompressionSampling(Sampling, frozen=True, kw_only=True):
     """How candidates are compressed (paper, step 4)."""
 
     max_new_tokens: NewTokens = 512
+    """longest compressed candidate, in tokens"""
 
 
 JUDGE_SAMPLING = ResponseSampling(max_new_tokens=512, temperature=0.0)
@@ -60,48 +62,67 @@ class RunConfig(Config, frozen=True, kw_only=True):
     exist yet."""
 
     name: str = "run"
+    """name of the run; fills {name} in the directory"""
     directory: str = "runs/{name}"
+    """where everything of the run is kept; must not exist yet; relative to the current folder"""
     seed: NonNegative = 0
+    """order of the corpus, replay draws and sampling follow from it"""
     steps: Positive | None = None
+    """rollout steps to train; null: as many as the passes over the corpus have"""
     epochs: Positive = 1
+    """passes over the corpus"""
     max_restarts: NonNegative = 3
-    """Whole-run restarts from the last checkpoint after the controller or the trainer died."""
+    """new starts from the last checkpoint after the controller or the trainer died"""
     no_progress_seconds: PositiveFloat = 600.0
+    """the run is stopped, and what it waits for is named, after this long without progress"""
 
 
 class MethodConfig(Config, frozen=True, kw_only=True):
     """Which method, and the recipe all methods share (paper §3, Table 8, Fig. 6)."""
 
     name: str = "zppo"
+    """zppo, grpo, grpo_replay, grpo_both, grpo_replay_bcq, grpo_replay_ncq,
+    grpo_replay_teacher_response, hint, prefix, off_distill, off_distill_replay, on_distill or
+    on_distill_replay"""
     group_size: Positive = 8
+    """G_S, the student's responses to each prompt"""
     teacher_group_size: Positive = 4
+    """G_T, the teacher's responses to each hard question"""
     hard_threshold: Share = 0.5
+    """τ: a question is hard if the mean reward of its plain responses is below"""
     updates_per_step: Positive = 4
+    """I, gradient updates per step, each on an equal share of the groups"""
     advantage: Literal["norm_without_zero", "norm_with_zero", "center_only", "grpo"] = (
         "norm_without_zero"
     )
+    """norm_without_zero (Eqs. 2-3), norm_with_zero, center_only, or grpo (Eq. 1)"""
     advantage_scope: Literal["minibatch", "step"] = "minibatch"
+    """what the advantage is normalised over: minibatch or step"""
     clip_low: Share = 0.20
+    """ε_low: the probability ratio is clipped at 1 - ε_low"""
     clip_high: NonNegativeFloat = 0.28
+    """ε_high: the probability ratio is clipped at 1 + ε_high"""
     dual_clip: Annotated[float, Meta(gt=1.0)] | None = 10.0
+    """bound of the ratio for negative advantages, at least 1 + clip_high; null: none"""
     loss_normalisation: Literal["token", "sequence"] = "token"
+    """token: mean over all tokens; sequence: mean over responses of their means"""
     ratio: Literal["proximal", "behaviour"] = "proximal"
+    """proximal: against the policy at the start of the step; behaviour: against the sampling
+    policy"""
     prefix_share: Share = 0.4
-    """α, the share of a correct teacher response that the method `prefix` begins the student's with
-    (Algorithm 6)."""
+    """α of the method prefix: share of a correct teacher response that the student goes on from"""
     jsd_beta: Share = 0.5
-    """Weight of the teacher in the mixture of the Jensen-Shannon divergence (Algorithms 2 and
-    3)."""
+    """distillation: 0 is the forward KL, 1 the reverse KL, between them Jensen-Shannon"""
     teacher_order: Literal["cascade", "pool"] = "cascade"
-    """Ours, with `more_teachers`: ask the next teacher where the one before has no correct
-    response, or ask any one."""
+    """ours, with more_teachers: cascade (the next one where the last failed) or pool (any one)"""
     dynamic_sampling: bool = False
-    """Ours: leave a question out of the loss if all its groups, the reformulated ones too, came
-    back all-same."""
+    """ours: leave out questions whose groups, reformulated too, are all right or all wrong"""
     merge_candidates: bool = False
-    """Ours: NCQ shows near-duplicate wrong responses once, with their count."""
+    """ours: NCQ shows near-duplicate wrong responses once, with their count"""
     correction: Literal["none", "truncate", "mask"] = "truncate"
+    """weight proximal/behaviour of each token: none, truncate or mask"""
     correction_cap: PositiveFloat = 2.0
+    """largest weight of a token in that correction"""
 
 
 class DataConfig(Config, frozen=True, kw_only=True):
@@ -109,68 +130,91 @@ class DataConfig(Config, frozen=True, kw_only=True):
     names."""
 
     train: str
+    """questions: JSONL, Parquet or Arrow file, data set folder, or reasoning_gym:TASK?…
+    (docs/data.md)"""
     heldout: str | None = None
+    """questions for evaluation, from any such source; none of them may be in data.train"""
     fields: dict[Literal["id", "question", "answer", "images"], str] = {}
+    """other column names, e.g. {question: problem, answer: solution}"""
     grader: str = "math"
+    """how responses are scored: math, exact, choice, or judge (the teacher compares answers)"""
     max_bad_rows: NonNegative = 0
+    """rows that may be left out (and listed in bad_rows.txt) before the file is refused"""
     templates: str | None = None
-    """Folder with plain.j2, bcq.j2, …; files that are absent come from the built-in set
-    (docs/templates.md)."""
+    """folder with .j2 files in place of the built-in ones (docs/templates.md)"""
     system_prompt: str | None = None
+    """system message of every prompt"""
     max_prompt_tokens: Positive = 4096
-    """Plain prompts only; reformulated prompts are bounded by the model's context alone (paper,
-    step 4)."""
+    """longest plain prompt; reformulated prompts are bounded by the context alone"""
 
 
 class ModelConfig(Config, frozen=True, kw_only=True):
     """A model folder and how to decode from it."""
 
     model: str
+    """model folder; with the engine openai the name of the served model"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """bfloat16 or float32, for sampling and training; float16 for teachers only"""
     sampling: ResponseSampling = ResponseSampling()
+    """how it answers questions"""
     chat_template_kwargs: dict[str, TemplateValue] = {}
+    """variables for the model's chat template, e.g. {enable_thinking: false}"""
 
 
 class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     compression: Literal["teacher", "rule"] = "teacher"
+    """who shortens the candidates shown in prompts: teacher, or rule (last lines and the answer)"""
     compression_sampling: CompressionSampling = CompressionSampling()
+    """how the teacher writes them"""
     compression_chat_template_kwargs: dict[str, TemplateValue] | None = None
-    """When the teacher compresses, writes hints or judges; null: see
-    `zppo.prompting.chat_template.when_writing`."""
+    """the same when it compresses, hints or judges; null: no thinking"""
     compression_max_lines: Positive = 5
+    """most lines of a compressed candidate"""
     scoring: Literal["colocated", "remote"] = "colocated"
-    """Where distillation gets the teacher's distribution: from a copy inside the trainer, over the
-    whole vocabulary, or from the teacher actors, as `score_top_k` tokens and the mass of the
-    rest."""
+    """distillation: colocated (a copy of the teacher in the trainer) or remote (the teacher
+    actors)"""
     score_top_k: Annotated[int, Meta(ge=1, le=4096)] = 32
+    """remote: so many most probable tokens at each position, the rest as one mass"""
 
 
 class SchedulerConfig(Config, frozen=True, kw_only=True):
     """Windows, replay and the bound on staleness (policy versions)."""
 
     max_staleness: NonNegative = 1
+    """a token may be at most this many policy versions old when trained; 0: synchronous"""
     new_questions: Positive = 384
-    """|X_new|, questions per window from the corpus."""
+    """|X_new|, questions from the corpus in each step"""
     rho_replay: Share = 0.25
+    """replayed hard questions per new question, on top of them"""
     rho_aug: Share = 0.25
+    """most reformulated prompts (BCQ and NCQ together) per new question"""
     rho_aug_max: Share | None = None
-    """Ours: ρ_aug follows the number of hard questions, from `rho_aug` up to this share; null: it
-    is fixed."""
+    """ours: rho_aug follows the number of hard questions up to this share; null: it is fixed"""
     buffer_capacity: Positive = 10_000
+    """hard questions kept for replay; the oldest leaves first"""
     lease_seconds: PositiveFloat = 300.0
+    """a task goes to another actor when its holder made no progress for so long"""
     max_attempts: Positive = 5
+    """tries of one task before the run stops"""
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):
     """AdamW as in Table 8."""
 
     learning_rate: PositiveFloat = 1e-6
+    """step size"""
     beta1: Share = 0.9
+    """decay of the first moment"""
     beta2: Share = 0.999
+    """decay of the second moment"""
     epsilon: PositiveFloat = 1e-8
+    """added to the root of the second moment"""
     weight_decay: NonNegativeFloat = 0.1
+    """decoupled weight decay"""
     gradient_clip: PositiveFloat = 1.0
+    """largest norm of the gradient"""
     state_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """how both moments are stored: bfloat16 or float32"""
 
 
 class ActorConfig(Config, frozen=True, kw_only=True):
@@ -178,37 +222,52 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     engine as they are."""
 
     count: NonNegative = 1
+    """number of processes; none is started of a teacher that has no work"""
     engine: str = "transformers"
+    """transformers, vllm (docs/vllm.md), openai (teachers: a server, docs/openai.md), or simulated
+    (scripted answers)"""
     engine_args: dict[str, Any] = {}
+    """arguments of the engine, e.g. {max_sequences: 64, max_length: 4096}; {base_url:
+    'http://127.0.0.1:8000/v1'} for openai"""
     devices: list[str] = field(default_factory=lambda: ["cpu"])
+    """given out in turn: cpu, cuda, cuda:1, …"""
     hosts: list[str] = field(default_factory=lambda: ["localhost"])
+    """only localhost in this version"""
     threads: Positive | None = None
-    """CPU threads of each process; null shares the cores out evenly."""
+    """CPU threads of each process; null: the cores are shared out evenly"""
 
 
 class GraderConfig(Config, frozen=True, kw_only=True):
     count: Positive = 1
+    """number of processes"""
     timeout_seconds: PositiveFloat = 5.0
+    """a response that takes longer to score counts as wrong"""
 
 
 class TrainerConfig(Config, frozen=True, kw_only=True):
     device: str = "cpu"
+    """cpu, cuda, cuda:1, …"""
     threads: Positive | None = None
+    """CPU threads; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384
-    """Padded tokens per forward-backward pass."""
+    """padded tokens in one forward-backward pass"""
     measured_rollouts: Literal["all", "trained"] = "all"
-    """Whose entropy and distance from the engine are measured; `trained` spares rollouts with
-    advantage 0 the forward pass that only measures them."""
+    """`all`, or `trained`: no pass that only measures rollouts with advantage 0"""
     gradient_checkpointing: bool = False
+    """compute activations twice to save memory"""
 
 
 class ActorsConfig(Config, frozen=True, kw_only=True):
     rollout: ActorConfig = ActorConfig()
+    """Processes that sample the student"""
     teacher: ActorConfig = ActorConfig()
+    """Processes that sample the teacher"""
     grader: GraderConfig = GraderConfig()
+    """Processes that score responses"""
     trainer: TrainerConfig = TrainerConfig()
+    """The process that trains the student"""
     max_restarts: NonNegative = 10
-    """Restarts of one actor before the run gives up."""
+    """restarts of one actor before the run gives up"""
 
 
 class TransportConfig(Config, frozen=True, kw_only=True):
@@ -216,13 +275,18 @@ class TransportConfig(Config, frozen=True, kw_only=True):
     runs."""
 
     kind: Literal["ipc"] = "ipc"
+    """ipc: Unix sockets on this host"""
     heartbeat_seconds: PositiveFloat = 1.0
+    """how often actors report progress"""
     max_message_mib: Positive = 1024
+    """largest message, in MiB; a whole window must fit"""
 
 
 class CheckpointConfig(Config, frozen=True, kw_only=True):
     every: Positive = 20
+    """steps between checkpoints; the last step always has one"""
     keep: Positive = 2
+    """newest checkpoints to keep"""
 
 
 class EvaluationConfig(Config, frozen=True, kw_only=True):
@@ -230,15 +294,20 @@ class EvaluationConfig(Config, frozen=True, kw_only=True):
     ends)."""
 
     every: Positive | None = None
+    """and after each so many steps; null: only at the ends"""
     samples: Positive = 4
+    """responses to each held-out question"""
     limit: Positive | None = None
+    """at most so many held-out questions; null: all"""
     sampling: ResponseSampling | None = None
-    """Null decodes as the student does in training."""
+    """how they are sampled; null: as in training"""
 
 
 class SinksConfig(Config, frozen=True, kw_only=True):
     tensorboard: bool = True
+    """TensorBoard event files in tensorboard/"""
     rollouts: bool = True
+    """every response with its prompt and reward in rollouts/*.parquet"""
 
 
 class MoreTeacher(ModelConfig, frozen=True, kw_only=True):
@@ -246,19 +315,33 @@ class MoreTeacher(ModelConfig, frozen=True, kw_only=True):
     judges and scores."""
 
     actor: ActorConfig = ActorConfig()
+    """its processes, as in actors.teacher"""
 
 
 class Topology(Config, frozen=True, kw_only=True):
     data: DataConfig
+    """Questions and prompts; relative paths are taken from the folder of this file"""
     student: ModelConfig
+    """The model that is trained: a folder as written by save_pretrained or `hf download`"""
     teacher: TeacherConfig | None = None
+    """The frozen teacher; leave the section out for methods that have no work for it"""
     more_teachers: list[MoreTeacher] = []
+    """ours: more that draw responses, each {model, dtype, sampling, actor: {engine, …}}"""
     run: RunConfig = field(default_factory=RunConfig)
+    """The run as a whole"""
     method: MethodConfig = field(default_factory=MethodConfig)
+    """The method and the recipe that all methods share (paper: §3, Table 8, Fig. 6)"""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """Windows, replay, and the bound on staleness"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW with a constant learning rate (Table 8)"""
     actors: ActorsConfig = field(default_factory=ActorsConfig)
+    """Processes: how many of each role, where, and with which engine"""
     transport: TransportConfig = field(default_factory=TransportConfig)
+    """How the processes talk"""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """State from which `--resume` continues"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Accuracy on data.heldout, before and after the run"""
     sinks: SinksConfig = field(default_factory=SinksConfig)
+    """Where metrics go besides metrics.jsonl"""

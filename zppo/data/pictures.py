@@ -30,7 +30,7 @@ def picture_problem(path: Path) -> str | None:
         return f"is not a picture; expected one of {', '.join(FORMATS)}"
     except Image.DecompressionBombError:
         return f"has more than {MAX_PIXELS} pixels"
-    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, OSError and more on broken data
+    except Exception as error:  # Pillow's decoders raise many kinds on broken data
         return f"is unreadable ({error})"
 
 

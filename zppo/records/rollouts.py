@@ -71,9 +71,10 @@ class RolloutRow(Struct, kw_only=True):
 
 
 _ARROW_TYPES = {
-    "step": "int32", "window": "int32", "rollout": "int32", "length": "int32", "prompt_length": "int32",
-    "version_min": "int32", "version_max": "int32", "question_accuracy": "float32", "reward": "float32",
-    "log_prob_mean": "float32", "trained": "bool",
+    "step": "int32", "window": "int32", "rollout": "int32", "length": "int32",
+    "prompt_length": "int32", "version_min": "int32", "version_max": "int32",
+    "question_accuracy": "float32", "reward": "float32", "log_prob_mean": "float32",
+    "trained": "bool",
 }  # fmt: skip
 
 

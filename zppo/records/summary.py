@@ -24,8 +24,8 @@ Record = dict[str, Any]
 
 JOURNAL_SCHEMA = """
 CREATE TABLE IF NOT EXISTS trained (
-    step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL, question_id TEXT NOT NULL,
-    kind TEXT NOT NULL, origin TEXT NOT NULL);
+    step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL,
+    question_id TEXT NOT NULL, kind TEXT NOT NULL, origin TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS trained_by_question ON trained (question_id, window);
 CREATE TABLE IF NOT EXISTS dispatched (
     question_id TEXT NOT NULL, window INTEGER NOT NULL, epoch INTEGER NOT NULL,
@@ -50,7 +50,8 @@ SELECT COUNT(*) FROM (
 """
 _LOST = """
 SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
-    SELECT 1 FROM trained WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
+    SELECT 1 FROM trained
+    WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
 """
 
 

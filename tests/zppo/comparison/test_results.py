@@ -304,9 +304,9 @@ class Page(html.parser.HTMLParser):
 
 
 EVERY_FIGURE = [
-    "accuracy", "differences", "accuracy_steps", "accuracy_flops", "graduated_share", "graduations", "fates",
-    "occupancy", "rollout_accuracy", "composition", "accuracy_bcq", "accuracy_ncq", "positive_advantage", "entropy",
-    "loss", "compute", "tokens",
+    "accuracy", "differences", "accuracy_steps", "accuracy_flops", "graduated_share", "graduations",
+    "fates", "occupancy", "rollout_accuracy", "composition", "accuracy_bcq", "accuracy_ncq",
+    "positive_advantage", "entropy", "loss", "compute", "tokens",
 ]  # fmt: skip
 
 

@@ -17,8 +17,10 @@ answers = st.sampled_from(
     ["5", "-5", "3.5", "A", "x y", "x  y", "\\frac{1}{2}", "\\text{Paris}", "…", "a…", "<", "50%"]
 )
 pieces = st.sampled_from(
-    ["5", "x", "y", "A", "Paris", "PARIS", " ", "\n", "\\boxed{", "\\boxed", "{5}", "}", "\\fboxed{x}", "<think>",
-     "</think>", "<hint>", "<|", "|>", "<", ">", "…", "=", ".", "3", "1", "\\frac{1}{2}", "50%", "word"]
+    ["5", "x", "y", "A", "Paris", "PARIS", " ", "\n", "\\boxed{", "\\boxed", "{5}", "}",
+    "\\fboxed{x}", "<think>",
+     "</think>", "<hint>", "<|", "|>", "<", ">", "…", "=", ".", "3", "1", "\\frac{1}{2}", "50%",
+     "word"]
 )  # fmt: skip
 texts = st.lists(pieces | st.text(max_size=3), max_size=30).map("".join)
 

@@ -18,9 +18,10 @@ from zppo_actors.controller.recorder import journal_rows
 from zppo_protocol.values import Grade, Prompt
 
 STABLE_KEYS = [
-    "run", "method", "steps", "questions_new", "questions_replayed", "groups_bcq", "groups_ncq", "max_staleness_seen",
-    "accuracy_first", "accuracy_last", "tokens_generated", "wall_seconds", "admitted", "graduated", "evicted",
-    "graduated_by_entry_accuracy", "heldout_before", "heldout_after", "trained_twice", "lost", "verdict",
+    "run", "method", "steps", "questions_new", "questions_replayed", "groups_bcq", "groups_ncq",
+    "max_staleness_seen", "accuracy_first", "accuracy_last", "tokens_generated", "wall_seconds",
+    "admitted", "graduated", "evicted", "graduated_by_entry_accuracy", "heldout_before",
+    "heldout_after", "trained_twice", "lost", "verdict",
 ]  # fmt: skip
 
 
@@ -47,10 +48,11 @@ def test_a_run_without_a_step_has_all_keys(run_dir: Path) -> None:
 
 def test_sums_and_extremes(run_dir: Path) -> None:
     write_lines(
-        run_dir / "metrics.jsonl",
-        {"step": 0, "window/new": 32, "window/replayed": 0, "window/bcq": 3, "staleness/max": 0, "wall_seconds": 1.5,
+        run_dir / "metrics.jsonl", {"step": 0, "window/new": 32, "window/replayed": 0,
+        "window/bcq": 3, "staleness/max": 0, "wall_seconds": 1.5,
          "accuracy/new": 0.25, "tokens/generated": 100},
-        {"step": 1, "window/new": 32, "window/replayed": 16, "window/bcq": 4, "window/ncq": 2, "staleness/max": 2,
+        {"step": 1, "window/new": 32, "window/replayed": 16, "window/bcq": 4, "window/ncq": 2,
+        "staleness/max": 2,
          "wall_seconds": 2.5, "accuracy/new": 0.5, "tokens/generated": 50},
     )  # fmt: skip
     summary = summarise(run_dir)

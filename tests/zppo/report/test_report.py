@@ -20,8 +20,9 @@ from zppo.report.page import digest, render_page
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 & \\boxed{7}"
 EVERY_FIGURE = [
     "Held-out accuracy", "Batch composition", "Training dynamics", "Loss and reformulated prompts",
-    "Graduations by entry accuracy", "Graduation and eviction", "Buffer occupancy", "Fate by number of visits",
-    "Graduates per bin", "Staleness", "Off-policy distance", "Throughput and waiting",
+    "Graduations by entry accuracy", "Graduation and eviction", "Buffer occupancy",
+    "Fate by number of visits", "Graduates per bin", "Staleness", "Off-policy distance",
+    "Throughput and waiting",
 ]  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def test_a_full_run_draws_every_figure(fake_run: Callable[..., Path]) -> None:
 def test_grpo_draws_what_it_has(fake_run: Callable[..., Path]) -> None:
     drawings = figures.draw_all(load.load_run(fake_run(steps=3, method="grpo")))
     assert [d.title for d in drawings] == [
-        "Held-out accuracy", "Batch composition", "Training dynamics", "Loss", "Staleness", "Off-policy distance",
-        "Throughput and waiting",
+        "Held-out accuracy", "Batch composition", "Training dynamics", "Loss", "Staleness",
+        "Off-policy distance", "Throughput and waiting",
     ]  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def _rows(specification: Specification, first: Any) -> Iterator[RawRow]:
             row = _draw(stream, index, specification, seen)
             if row is not None:
                 row["id"] = (
-                    f"{specification.task}-{specification.seed}-{number * specification.size + index}"
+                    f"{specification.task}-{specification.seed}"
+                    f"-{number * specification.size + index}"
                 )
                 yield len(seen), row
             if len(seen) == specification.size:
