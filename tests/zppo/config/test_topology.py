@@ -16,6 +16,7 @@ from zppo.config.topology import Topology
 from zppo.errors import UserError
 
 Reader = Callable[..., Topology]
+EXAMPLES = Path(__file__).parents[3] / "examples"
 BASE = "data: {train: q.jsonl}\nstudent:\n  model: m\n"
 
 
@@ -221,6 +222,16 @@ def test_relative_paths_are_taken_from_the_file(
     assert topology.teacher.model == str(tmp_path / "sub/../t")
     assert topology.actors.rollout.engine_args == {"script": str(tmp_path / "sub/s.json")}
     assert run_folder(topology) == tmp_path / "runs/run"
+
+
+@pytest.mark.parametrize("example", ["quickstart", "smollm2", "one_gpu"])
+def test_the_name_of_a_run_is_its_folder(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = EXAMPLES / f"{example}.yaml"
+    assert run_folder(load(file)) == tmp_path / "runs" / example.replace("_", "-")
+    assert run_folder(load(file, ["run.name=X"])) == tmp_path / "runs/X"
 
 
 def test_a_sampling_section_may_say_only_what_differs(tmp_path: Path) -> None:
