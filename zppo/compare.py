@@ -10,17 +10,15 @@ was left, and `--report-only` reports on what is there.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from msgspec.structs import replace
 
@@ -35,9 +33,9 @@ from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.make import make_plan
 from zppo.plan.processes import cores
 from zppo.records import run_directory
+from zppo.signals import Interrupts, die_with_parent
 
 POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,18 +190,16 @@ def say(line: str) -> None:
 
 
 class Session:
-    """One call's runs. `process` is the run at work; `interrupts` counts Ctrl-C and SIGTERM, which
-    it is told too."""
+    """One call's runs, one after another."""
 
     def __init__(self, out: Path, record: Record, topology: Path, overrides: Sequence[str]) -> None:
         self._out, self._record, self._topology, self._overrides = out, record, topology, overrides
-        self.process: subprocess.Popen[bytes] | None = None
-        self.interrupts = 0
+        self._interrupts = Interrupts()
 
     def run(self, pairs: Sequence[Pair]) -> bool:
         """Finish every pair or note why it failed. False when interrupted."""
         clock = runs.Clock(total=len(pairs))
-        with self._listening():
+        with self._interrupts.listening():
             for number, pair in enumerate(pairs, start=1):
                 progress = runs.progress_of(records.run_folder(self._out, pair))
                 if progress.state == "finished":
@@ -213,7 +209,7 @@ class Session:
                 say(runs.begin_line(number, clock, pair, progress.state, pairs[number - 1 :]))
                 self._one(number, clock, pair, progress.state)
                 records.write_record(self._out, self._record)
-                if self.interrupts:
+                if self._interrupts.count:
                     return False
         return True
 
@@ -234,7 +230,7 @@ class Session:
             clock.seconds[pair] = seconds
             self._record.failures.pop(pair.name, None)
             say(runs.end_line(number, clock, pair, directory, seconds))
-        elif not self.interrupts:
+        elif not self._interrupts.count:
             reason = runs.reason(
                 directory, log.read_bytes()[said:].decode(errors="replace"), exit_code
             )
@@ -242,34 +238,36 @@ class Session:
             say(runs.failed_line(number, clock, pair, reason))
 
     def _launch(self, command: Sequence[str], log: Path, pair: Pair) -> int:
-        """Run one child to its end. In a session of its own, so that Ctrl-C reaches it only from
-        here, and counted.
+        """Run one child to its end. In a session of its own, so that each Ctrl-C reaches it once,
+        from here.
 
         Should this process be killed, the child is asked to stop, so that no run goes on unseen.
         """
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
             )
-        shown, told = 0, False
-        while self.process.poll() is None:
+        shown, told = 0, 0
+        while process.poll() is None:
             time.sleep(POLL_SECONDS)
             shown = self._show_steps(pair, shown)
-            if self.interrupts and not told:
-                told = True
-                say(
-                    "stopping: the run finishes its step and writes a checkpoint; Ctrl-C again "
-                    "stops it at once"
-                )
+            # One a round, because the child would take two that come together for one.
+            if told < self._interrupts.count:
+                process.send_signal(signal.SIGINT)
+                told += 1
+                if told == 1:
+                    say(
+                        "stopping: the run finishes its step and writes a checkpoint; Ctrl-C again "
+                        "stops it at once"
+                    )
         if shown:
             print("\r\033[K", end="", flush=True)
-        exit_code, self.process = self.process.returncode, None
-        return exit_code
+        return process.returncode
 
     def _show_steps(self, pair: Pair, shown: int) -> int:
         """On a terminal, how far the run at work is; elsewhere one line a run is enough."""
@@ -282,28 +280,6 @@ class Session:
                 f"\r\033[K  {pair.name}: step {steps} of {self._record.steps}", end="", flush=True
             )
         return steps
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._interrupt) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.interrupts += 1
-        if self.process is not None:
-            self.process.send_signal(signal.SIGINT)
-
-
-def _end_with_parent() -> None:
-    """In the child, before its program begins: the kernel is to send it SIGTERM when this process
-    dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 # ---- the command line ----------------------------------------------------------------------------

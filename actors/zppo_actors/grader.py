@@ -10,7 +10,6 @@ arrival until its answer is sent.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter, deque
 
@@ -19,19 +18,14 @@ from msgspec import Struct
 from zppo.errors import UserError
 from zppo.grading import parse_answer, quick_grade
 from zppo_actors.grading.handle import TIMED_OUT, GradeWorker, worker_command
+from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
-from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
-    AnyMessage,
     Credits,
-    Goodbye,
     GradeResult,
     GradeTask,
     Heartbeat,
-    Rejected,
-    Shutdown,
     TaskFailed,
-    Welcome,
 )
 from zppo_protocol.sockets import Dealer
 from zppo_protocol.values import Grade
@@ -42,15 +36,13 @@ among graders."""
 BUSY_WAIT = 0.05
 """Longest wait for the worker, in seconds, before the controller is heard again."""
 
-log = logging.getLogger("zppo.grader")
-
 
 def main(context: ActorContext) -> int:
     """Grade until told to leave; returns the exit code."""
     topology = context.topology
     command = worker_command(topology.data.train, topology.data.heldout)
     worker = GradeWorker(topology.actors.grader.timeout_seconds, command)
-    dealer = Dealer(context.address, context.actor, limits_for(topology.transport.max_message_mib))
+    dealer = Dealer(context.address, context.actor, context.limits)
     try:
         return GraderActor(context, dealer, worker).run()
     finally:
@@ -58,7 +50,7 @@ def main(context: ActorContext) -> int:
         dealer.close()
 
 
-class _Job(Struct):
+class _TaskInHand(Struct):
     """A task and the grades of its first responses."""
 
     task: GradeTask
@@ -72,108 +64,94 @@ class GraderActor:
         self._context = context
         self._dealer = dealer
         self._worker = worker
-        self._jobs: deque[_Job] = deque()
-        self._heartbeat_seconds = context.topology.transport.heartbeat_seconds
-        self._next_beat = 0.0
+        self._in_hand: deque[_TaskInHand] = deque()
+        self._membership = Membership(context.topology.transport.heartbeat_seconds)
         self._counts: Counter[str] = Counter()
         self._open = False
-        self._exit_code: int | None = None
 
     def run(self) -> int:
-        self._greet()
-        while self._exit_code is None:
-            self._beat()
-            self._listen()
-            self._work()
-        self._dealer.send(Goodbye())
-        return self._exit_code
-
-    def _greet(self) -> None:
+        """Greet, then grade until told to leave; returns the exit code."""
         self._dealer.send(self._context.hello("grader", CAPACITY))
+        try:
+            while True:
+                self._beat()
+                self._listen()
+                self._work()
+        except Leave as leave:
+            self._dealer.send(leave.goodbye())
+            return leave.exit_code
 
     def _beat(self) -> None:
-        now = time.monotonic()
-        if now < self._next_beat:
+        if not self._membership.due(time.monotonic()):
             return
-        self._next_beat = now + self._heartbeat_seconds
         stats = {
             "graded_total": float(self._counts["graded"]),
             "timeouts_total": float(self._counts["timed out"]),
-            "waiting": float(len(self._jobs)),
+            "waiting": float(len(self._in_hand)),
         }
-        tasks = [job.task.task_id for job in self._jobs]
+        tasks = [one.task.task_id for one in self._in_hand]
         self._dealer.send(Heartbeat(progress=self._counts["graded"], tasks=tasks, stats=stats))
 
     def _listen(self) -> None:
         """Take one message; wait for it only when there is nothing else to do."""
-        idle = self._open and not self._jobs
-        message = self._dealer.receive(
-            max(0.0, self._next_beat - time.monotonic()) if idle else 0.0
-        )
-        if message is not None:
-            self._handle(message)
-
-    def _handle(self, message: AnyMessage) -> None:
-        match message:
-            case GradeTask():
-                self._jobs.append(_Job(message, []))
-            case Welcome():
-                self._heartbeat_seconds = message.heartbeat_seconds
-            case Shutdown():
-                self._exit_code = 0
-            case Rejected():
-                log.error("the controller refuses to work with this process: %s", message.reason)
-                self._exit_code = 1
-            case _:
-                log.warning("ignored a %s, which no grader expects", type(message).__name__)
+        idle = self._open and not self._in_hand
+        message = self._dealer.receive(self._membership.rest(time.monotonic()) if idle else 0.0)
+        if isinstance(message, GradeTask):
+            self._in_hand.append(_TaskInHand(message, []))
+        elif message is not None:
+            self._membership.obey(message)
 
     def _work(self) -> None:
         """Grade one response further: at once where that is safe, else in the worker, a short wait
         at a time."""
-        if self._worker.ready and self._jobs:
-            self._begin(self._jobs[0])
+        if self._worker.ready and self._in_hand:
+            self._begin(self._in_hand[0])
         elif not self._worker.ready:
             grade = self._worker.poll(BUSY_WAIT)
             if grade is not None:
-                self._record(self._jobs[0], grade)
+                self._record(self._in_hand[0], grade)
         if self._worker.ready and not self._open:
             self._open = True
             self._dealer.send(Credits(count=CAPACITY))
 
-    def _begin(self, job: _Job) -> None:
-        """Grade the next response of the job, or hand it to the worker."""
-        task, index = job.task, len(job.grades)
+    def _begin(self, current: _TaskInHand) -> None:
+        """Grade the next response of the task, or hand it to the worker."""
+        task, index = current.task, len(current.grades)
         if index == len(task.responses):
-            self._answer(GradeResult(task_id=task.task_id, grades=job.grades))
+            self._answer(GradeResult(task_id=task.task_id, grades=current.grades))
             return
         response = task.responses[index]
         try:
             grade = quick_grade(response, task.gold, task.grader)
         except UserError as error:
-            self._answer(TaskFailed(task_id=task.task_id, reason=str(error), retryable=False))
+            self._answer(
+                TaskFailed(
+                    task_id=task.task_id, reason=str(error)[:LONGEST_REASON], retryable=False
+                )
+            )
             return
         if grade is None:
             self._worker.submit(response, task.gold, task.grader)
         else:
-            self._record(job, grade)
+            self._record(current, grade)
 
-    def _record(self, job: _Job, grade: Grade) -> None:
+    def _record(self, current: _TaskInHand, grade: Grade) -> None:
         if grade.note and grade.answer is None:
             # A worker that was killed could not parse it; the answer still belongs in NCQ's list of
             # wrong ones.
             grade = Grade(
                 reward=grade.reward,
-                answer=parse_answer(job.task.responses[len(job.grades)]),
+                answer=parse_answer(current.task.responses[len(current.grades)]),
                 note=grade.note,
             )
-        job.grades.append(grade)
+        current.grades.append(grade)
         self._counts["graded"] += 1
         self._counts["timed out"] += grade.note == TIMED_OUT
-        if len(job.grades) == len(job.task.responses):
-            self._answer(GradeResult(task_id=job.task.task_id, grades=job.grades))
+        if len(current.grades) == len(current.task.responses):
+            self._answer(GradeResult(task_id=current.task.task_id, grades=current.grades))
 
     def _answer(self, message: GradeResult | TaskFailed) -> None:
-        """Close the first job: send its answer and give its credit back."""
+        """Close the first task: send its answer and give its credit back."""
         self._dealer.send(message)
-        self._jobs.popleft()
+        self._in_hand.popleft()
         self._dealer.send(Credits(count=1))

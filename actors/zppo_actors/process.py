@@ -11,7 +11,6 @@ removes the runtime folder before it leaves.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import logging
@@ -26,7 +25,9 @@ from pathlib import Path
 from zppo.config.topology import Topology
 from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from zppo.records.run_directory import read
+from zppo.signals import die_with_parent
 from zppo_actors import runtime
+from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello
 from zppo_protocol.values import Role
 
@@ -38,14 +39,13 @@ ROLES = {
     "trainer": "zppo_actors.trainer.actor",
 }
 """Role -> module with `main(context) -> int`; only the one that is started is imported."""
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("zppo")
 
 
 @dataclass(frozen=True)
 class ActorContext:
-    """Where and who an actor is. `start_version` is the policy version that this life of the run
+    """Where and who an actor is. `start_version` is the policy version that this attempt at the run
     begins with."""
 
     run_dir: Path
@@ -61,6 +61,11 @@ class ActorContext:
     def address(self) -> str:
         """Address of the controller's socket."""
         return runtime.controller_address(self.runtime)
+
+    @property
+    def limits(self) -> Limits:
+        """What a message of this run may hold."""
+        return limits_for(self.topology.transport.max_message_mib)
 
     def hello(self, role: Role, capacity: int) -> Hello:
         """The first word of this actor to the controller."""
@@ -109,8 +114,8 @@ def guarded(body: Callable[[], int]) -> int:
 
 def tie_to_supervisor(parent_fd: int, runtime_folder: Path, *, kernel_too: bool) -> None:
     """End this process when the supervisor has ended."""
-    if kernel_too and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if kernel_too:
+        die_with_parent(signal.SIGKILL)
     os.set_inheritable(parent_fd, False)
     threading.Thread(
         target=_wait_for_end, args=(parent_fd, runtime_folder), daemon=True, name="parent"
@@ -139,6 +144,7 @@ def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:
     while os.read(parent_fd, 1):
         pass
     runtime.remove(runtime_folder)
+    # Not sys.exit, which would end this thread alone.
     os._exit(EXIT_FAILED)
 
 

@@ -1,5 +1,5 @@
-"""The runtime folder: the sockets and shared weights of one life of a run, on memory where there is
-such a file system.
+"""The runtime folder: the sockets and shared weights of one attempt at a run, on memory where there
+is such a file system.
 
 Invariant: a runtime folder whose lock nobody holds belongs to a dead supervisor and may be removed
 by anyone of the same user. The supervisor makes the folder under another name, locks it, and only

@@ -364,6 +364,13 @@ if {behaviour!r} == "waits":
     signal.signal(signal.SIGINT, stop)
     Path({out!r}, "waiting").touch()
     time.sleep(60)
+if {behaviour!r} == "waits for two":
+    told = []
+    signal.signal(signal.SIGINT, lambda *_: told.append(1))
+    Path({out!r}, "waiting").touch()
+    while len(told) < 2:
+        time.sleep(0.6)
+    sys.exit(130)
 MadeUpRun(Path({out!r}), pair).write()
 """
 
@@ -453,6 +460,24 @@ def test_an_interrupt_reaches_the_run_and_says_how_to_go_on(
     assert runs.progress_of(records.run_folder(small / "c", Pair("grpo", 0))).state == "unfinished"
     assert not records.run_folder(small / "c", Pair("zppo", 0)).exists()
     assert records.read_record(small / "c").failures == {}
+
+
+@pytest.mark.slow
+def test_two_interrupts_at_once_reach_the_run_as_two(
+    small: Path, behave: Callable[[dict[str, str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave({"grpo-seed0": "waits for two"})
+
+    def interrupt() -> None:
+        wait_for(small / "c/waiting")
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert compare.main([*METHODS, "--out", "c"]) == 130
+    thread.join()
+    assert capsys.readouterr().out.count("stopping: the run finishes its step") == 1
 
 
 KILLED = """

@@ -2,8 +2,8 @@
 
 Layout: `run.json`, `journal.sqlite`, `checkpoints/step-N/`, `metrics.jsonl`, `tensorboard/`,
 `rollouts/`, `logs/`, `bad_rows.txt`, `report/`. `run.json` is written aside and renamed, so a
-reader sees a whole record or none. A run keeps its directory for life; its `run_id` changes each
-time its processes start anew, so that a message from an earlier life can be told apart. One process
+reader sees a whole record or none. A run keeps its directory for good; its `run_id` changes each
+time its processes start anew, so that a message from an earlier attempt can be told apart. One process
 at a time may hold the directory: `hold` takes a file lock that the kernel lets go of when the
 process ends, however it ends.
 """
@@ -39,7 +39,7 @@ RECORDED_PACKAGES = (
 
 
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Content of `run.json`. `start_step`: the step of the checkpoint that this life begins from,
+    """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins from,
     else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`)."""
 
     run_id: str
@@ -97,7 +97,7 @@ def read(path: Path) -> RunRecord:
 
 
 def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunRecord:
-    """Begin another life of the run from the checkpoint of `start_step`, under a new run id."""
+    """Begin another attempt at the run from the checkpoint of `start_step`, under a new run id."""
     old = read(path)
     topology = topology if topology is not None else old.topology
     record = msgspec.structs.replace(

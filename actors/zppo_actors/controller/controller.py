@@ -35,7 +35,6 @@ from zppo_actors.controller.status import StepClock, build_status
 from zppo_actors.process import ActorContext
 from zppo_protocol import codec, messages
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import AnyMessage
 from zppo_protocol.sockets import Router
 from zppo_protocol.values import PolicyManifest
@@ -67,8 +66,7 @@ log = logging.getLogger("zppo.controller")
 
 def main(context: ActorContext) -> int:
     """Run the controller to the end of the run; returns the run's exit code."""
-    limits = limits_for(context.topology.transport.max_message_mib)
-    router = Router(context.address, limits)
+    router = Router(context.address, context.limits)
     try:
         return Controller(context, router).run()
     finally:
@@ -76,7 +74,7 @@ def main(context: ActorContext) -> int:
 
 
 def load_scheduler(context: ActorContext, now: float) -> Scheduler:
-    """The scheduler of this life: fresh, or continued from the checkpoint of
+    """The scheduler of this attempt: fresh, or continued from the checkpoint of
     `context.start_version`."""
     topology, base = context.topology, Path.cwd()
     questions = load_questions(topology.data.train, topology.data, base).questions
@@ -114,7 +112,7 @@ class Controller:
         self.scheduler = load_scheduler(context, now)
         self.background = Background()
         self.recorder = Recorder(
-            context, context.start_version if is_later_life(context) else None, self.background
+            context, context.start_version if is_later_attempt(context) else None, self.background
         )
         self.checkpointer = Checkpointer(context, self.recorder, self.background)
         self.board = PolicyBoard()
@@ -126,6 +124,7 @@ class Controller:
         self.stop_reason: str | None = None
         self._last_progress = now
         self._next_status = now
+        # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
 
@@ -150,7 +149,9 @@ class Controller:
         received = self.router.receive(TICK_SECONDS)
         while received is not None:
             peer, message = received
-            self._handle(peer, message, time.monotonic())
+            now = time.monotonic()
+            if self._handle(peer, message, now):
+                self._last_progress = now
             received = self.router.receive(0.0)
 
     def _act(self, now: float) -> None:
@@ -239,6 +240,7 @@ class Controller:
     def _leave(self, verdict: messages.RunEnded) -> int:
         log.info("run ended: %s", verdict.verdict)
         try:
+            # A disk that is full only now makes a failure of what had looked finished.
             self.background.close()
         except OSError as error:
             verdict = structs.replace(
@@ -252,6 +254,7 @@ class Controller:
         deadline = time.monotonic() + LEAVE_SECONDS
         while self.peers.actors() and time.monotonic() < deadline:
             received = self.router.receive(TICK_SECONDS)
+            # A Goodbye speaks for its sender; an exit is told by the supervisor, about another.
             if received is not None and isinstance(
                 received[1], messages.Goodbye | messages.ActorExited
             ):
@@ -267,42 +270,45 @@ class Controller:
 
     # ---- messages --------------------------------------------------------------------------------
 
-    def _handle(self, name: str, message: AnyMessage, now: float) -> None:
+    def _handle(self, name: str, message: AnyMessage, now: float) -> bool:
+        """Take one message; says whether it moved the run forward, which is what the watchdog
+        waits for."""
+        peer = self.peers.get(name)
         if isinstance(message, messages.Hello):
             self._greet(name, message)
-            return
-        peer = self.peers.get(name)
-        if peer is None:
+        elif peer is None:
             self.router.send(name, messages.Rejected(reason="say Hello first"))
-            return
-        if not isinstance(message, SPEAKS[peer.role]):
+        elif not isinstance(message, SPEAKS[peer.role]):
             log.warning("%s sent %s, which is not for it to say", name, type(message).__name__)
-            return
+        else:
+            return self._heed(peer, message, now)
+        return False
+
+    def _heed(self, peer: Peer, message: AnyMessage, now: float) -> bool:
+        """What a known peer may say; says whether something moved."""
+        name = peer.name
         match message:
             case messages.Heartbeat():
-                self._heartbeat(peer, message, now)
+                return self._heartbeat(peer, message, now)
             case messages.Credits():
                 self._credits(peer, message.count, now)
             case messages.GenerateResult():
-                if self.scheduler.sampled(
+                return self.scheduler.sampled(
                     message.task_id, name, peer.incarnation, message.samples, now
-                ):
-                    self._last_progress = now
+                )
             case messages.ScoreResult():
-                if self.scheduler.scored(
+                return self.scheduler.scored(
                     message.task_id, name, peer.incarnation, message.scores, now
-                ):
-                    self._last_progress = now
+                )
             case messages.GradeResult():
-                if self.scheduler.graded(
+                return self.scheduler.graded(
                     message.task_id, name, peer.incarnation, message.grades, now
-                ):
-                    self._last_progress = now
+                )
             case messages.TaskFailed():
                 self._failed(peer, message, now)
             case messages.PolicyPublished():
                 self._published(message.manifest)
-                self._last_progress = now
+                return True
             case messages.PolicyLoaded():
                 self._loaded(peer, message)
             case messages.PolicyRefused():
@@ -312,6 +318,7 @@ class Controller:
                 self._restart(name, f"it refused policy version {message.version}")
             case messages.StepTrained():
                 self._step_trained(message, now)
+                return True
             case messages.CheckpointSaved():
                 self.checkpointer.share_written(message.step)
                 self.recorder.event("controller", "checkpoint", f"step {message.step}")
@@ -324,6 +331,7 @@ class Controller:
                 if message.reason:
                     self.recorder.event(name, "left", message.reason)
                 self._lost(name)
+        return False
 
     def _greet(self, name: str, hello: messages.Hello) -> None:
         problem = self.peers.problem(name, hello)
@@ -332,6 +340,7 @@ class Controller:
             self.router.send(name, messages.Rejected(reason=problem))
             return
         if name in self.peers:
+            # Its earlier incarnation ended without a word; what it held goes to others now.
             self._lost(name)
         self.peers.add(name, hello)
         self._send(
@@ -342,14 +351,15 @@ class Controller:
             self.scheduler.actor_joined(name, self.pools[name], hello.incarnation)
         log.info("%s joined (incarnation %d, process %d)", name, hello.incarnation, hello.pid)
 
-    def _heartbeat(self, peer: Peer, message: messages.Heartbeat, now: float) -> None:
-        if message.progress > peer.progress:
-            self._last_progress = now
+    def _heartbeat(self, peer: Peer, message: messages.Heartbeat, now: float) -> bool:
+        moved = message.progress > peer.progress
+        if moved:
             self.scheduler.progressed(peer.name, now)
         peer.progress, peer.stats = message.progress, message.stats
         lost = self.scheduler.heard(peer.name, message.tasks, now)
         if lost:
             self._restart(peer.name, f"it lost {len(lost)} of its tasks, first {lost[0]}")
+        return moved
 
     def _credits(self, peer: Peer, count: int, now: float) -> None:
         if peer.role == "trainer":
@@ -386,9 +396,9 @@ class Controller:
 
     def _step_trained(self, message: messages.StepTrained, now: float) -> None:
         trained = self.scheduler.step_trained(message.step, message.seconds)
-        self._last_progress = now
         self.recorder.trained(trained, message, self.scheduler.buffer, self.clock.step_done(now))
         done = self.scheduler.trained
+        # After the records: a checkpoint is never ahead of its journal.
         if (
             done % self.context.topology.checkpoints.every == 0
             or done >= self.scheduler.total_steps
@@ -400,6 +410,7 @@ class Controller:
     def _exited(self, message: messages.ActorExited) -> None:
         self.recorder.event(message.actor, "exited", message.verdict)
         peer = self.peers.get(message.actor)
+        # The next incarnation may have greeted before this word of the last one came.
         if peer is not None and peer.incarnation <= message.incarnation:
             self._lost(message.actor)
         if message.restarting:
@@ -441,7 +452,7 @@ class Controller:
                 self._lost(name)
 
 
-def is_later_life(context: ActorContext) -> bool:
+def is_later_attempt(context: ActorContext) -> bool:
     """Whether this run directory was written to before, so that records after the checkpoint must
     be rolled back."""
     return context.start_version > 0 or (context.run_dir / "journal.sqlite").exists()

@@ -62,7 +62,7 @@ class Journal:
             self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
 
     def count(self, event: str) -> int:
-        """How many events of this name there were, over all lives of the run."""
+        """How many events of this name there were, over all attempts at the run."""
         return int(
             self._connection.execute(
                 "SELECT COUNT(*) FROM events WHERE event = ?", (event,)

@@ -58,6 +58,7 @@ class PolicyBoard:
 
     def release(self) -> list[int]:
         """Versions whose files may go now, each once."""
+        # An engine reads the file only while it loads; afterwards it has its own copy.
         busy = set(self._loading.values())
         gone = [
             v

@@ -47,7 +47,7 @@ Judged = tuple[Grade, bool]
 """A grade, and whether the judge gave it."""
 
 
-class CannotGoOn(RuntimeError):
+class EvaluationFailed(RuntimeError):
     """The engine cannot answer; the message is one sentence."""
 
 
@@ -113,7 +113,7 @@ class Evaluator:
 
     async def run(self, questions: list[Question]) -> EvaluationReport:
         """Ask all of them, about twice as many at once as the engine samples. Raises a group with
-        CannotGoOn."""
+        EvaluationFailed."""
         start = time.monotonic()
         at_once = max(2, 2 * self._engine.capacity // self._order.samples)
         queue = iter(questions)
@@ -146,8 +146,8 @@ class Evaluator:
         return _result(question, _answered(samples, grades, lengths))
 
     async def _sample(self, question: Question) -> GroupSamples:
-        """The samples of one question. Raises EngineError if it cannot be asked, CannotGoOn if
-        nothing can."""
+        """The samples of one question. Raises EngineError if it cannot be asked, EvaluationFailed
+        if nothing can."""
         prompt, order = self._prompts.plain(question), self._order
         task = self._task(EVALUATE, question.id, prompt, order.samples, order.served.model)
         for attempt in range(1, ATTEMPTS + 1):
@@ -155,7 +155,7 @@ class Evaluator:
                 return await self._engine.generate(task)
             except EngineError as error:
                 if self._engine.broken is not None or (error.retryable and attempt == ATTEMPTS):
-                    raise CannotGoOn(
+                    raise EvaluationFailed(
                         f"the question {question.id!r} could not be asked: {error}"
                     ) from error
                 if not error.retryable:
@@ -198,7 +198,7 @@ class Evaluator:
     def _check_hope(self) -> None:
         tally = self._tally
         if tally.failed >= HOPELESS and tally.failed == len(tally.right):
-            raise CannotGoOn(
+            raise EvaluationFailed(
                 f"none of the first {tally.failed} questions could be asked: {self._last_failure}"
             )
 

@@ -25,7 +25,7 @@ from zppo.evaluation.order import EvaluationOrder, Served
 from zppo.evaluation.report import EvaluationReport, report_text
 from zppo_actors import engines
 from zppo_actors.engines import Engine, EngineSpec
-from zppo_actors.evaluator.evaluator import CannotGoOn, Evaluator, Grading
+from zppo_actors.evaluator.evaluator import EvaluationFailed, Evaluator, Grading
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"stopped; {_left_behind(order)}", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except CannotGoOn as error:
+        except EvaluationFailed as error:
             print(f"{error}; {_left_behind(order)}", file=sys.stderr)
             return EXIT_FAILED
         stdout.write(_json(report) if order.json else report_text(report))
@@ -56,7 +56,7 @@ def private_stdout() -> TextIO:
 
 
 async def evaluate(order: EvaluationOrder) -> EvaluationReport:
-    """Ask all questions and sum up. Raises UserError, or CannotGoOn when the engine cannot
+    """Ask all questions and sum up. Raises UserError, or EvaluationFailed when the engine cannot
     answer."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     questions = load_questions(order.data.train, order.data, Path.cwd()).questions[: order.limit]
@@ -70,7 +70,7 @@ async def evaluate(order: EvaluationOrder) -> EvaluationReport:
         grading = stack.enter_context(Grading(order.grader_seconds, order.data.train))
         try:
             return await Evaluator(order, engine, judge, grading, out).run(questions)
-        except* CannotGoOn as errors:
+        except* EvaluationFailed as errors:
             raise _first(errors) from None
 
 
@@ -93,7 +93,7 @@ def _open(path: str) -> TextIO:
         raise UserError(f"--out: {path!r} cannot be written ({error.strerror})") from None
 
 
-def _first(errors: BaseExceptionGroup[CannotGoOn]) -> CannotGoOn:
+def _first(errors: BaseExceptionGroup[EvaluationFailed]) -> EvaluationFailed:
     first = errors.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 

@@ -12,7 +12,6 @@ Frames, both ways: a 4-byte little-endian length, then that many bytes of msgpac
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import struct
@@ -24,6 +23,7 @@ from msgspec import Struct
 
 from zppo.grading import grade
 from zppo.grading.reasoning_gym_tasks import task_names
+from zppo.signals import die_with_parent
 from zppo_protocol.values import Grade
 
 HEADER = struct.Struct("<I")
@@ -32,7 +32,6 @@ MAX_MEMORY = 4 * 2**30
 """Bytes of address space; 9^9^9^9 asks for more than any machine has."""
 PROCEDURAL = "--procedural"
 """Loads the scorers of procedural tasks, seconds of work, before the first time limit runs."""
-_PR_SET_PDEATHSIG = 1
 
 
 class GradeRequest(Struct, frozen=True, kw_only=True):
@@ -69,7 +68,7 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 def main(arguments: list[str]) -> int:
     """Answer requests until stdin ends; with PROCEDURAL among the arguments, be ready for
     procedural tasks too."""
-    _die_with_parent()
+    die_with_parent(signal.SIGKILL)
     requests, replies = _private_pipes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -108,11 +107,6 @@ def _limit_memory() -> None:
 
         with contextlib.suppress(ValueError, OSError):  # a lower limit set from outside stays
             resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":

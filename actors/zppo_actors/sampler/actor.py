@@ -17,26 +17,21 @@ from typing import Literal
 from zppo.config.topology import ActorConfig, ModelConfig
 from zppo.errors import EXIT_FAILED
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
+from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights import PublicationRefused
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
-    AnyMessage,
     Credits,
     GenerateResult,
     GenerateTask,
-    Goodbye,
     Heartbeat,
     LoadPolicy,
     PolicyLoaded,
     PolicyRefused,
-    Rejected,
     ScoreResult,
     ScoreTask,
-    Shutdown,
     TaskFailed,
-    Welcome,
 )
 from zppo_protocol.sockets import AsyncDealer
 
@@ -83,9 +78,7 @@ def engine_spec(
 
 
 async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout", "teacher"]) -> int:
-    dealer = AsyncDealer(
-        context.address, context.actor, limits_for(context.topology.transport.max_message_mib)
-    )
+    dealer = AsyncDealer(context.address, context.actor, context.limits)
     try:
         return await EngineActor(context, engine, dealer, role).run()
     finally:
@@ -94,15 +87,6 @@ async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout",
         except TimeoutError:
             log.warning("the engine did not stop within %g s", CLOSE_SECONDS)
         dealer.close()
-
-
-class Leave(Exception):
-    """Ends the actor's tasks; carries the exit code and the last words."""
-
-    def __init__(self, exit_code: int, reason: str = "") -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
-        self.reason = reason
 
 
 class Work:
@@ -128,7 +112,7 @@ class EngineActor:
         self._engine = engine
         self._dealer = dealer
         self._role: Literal["rollout", "teacher"] = role
-        self._heartbeat_seconds = context.topology.transport.heartbeat_seconds
+        self._membership = Membership(context.topology.transport.heartbeat_seconds)
         self._running: list[Work] = []
         self._returned = 0
         self._room = asyncio.Event()
@@ -150,9 +134,7 @@ class EngineActor:
                 tasks.create_task(self._beat())
         except* Leave as group:
             leave = _first_leave(group)
-        if leave.exit_code:
-            log.error("leaving: %s", leave.reason)
-        await self._dealer.send(Goodbye(reason=leave.reason[:2000]))
+        await self._dealer.send(leave.goodbye())
         return leave.exit_code
 
     # ---- loops -----------------------------------------------------------------------------------
@@ -173,7 +155,10 @@ class EngineActor:
                 case LoadPolicy():
                     tasks.create_task(self._load(message))
                 case _:
-                    self._obey(message)
+                    self._membership.obey(message)
+                    # A rollout actor opens with its first policy; a teacher's weights are there.
+                    if self._membership.welcomed and self._role == "teacher":
+                        self._open_up()
 
     async def _give_back(self) -> None:
         """The credit loop.
@@ -196,9 +181,10 @@ class EngineActor:
         """
         before, then, rate = self._engine.progress, time.monotonic(), 0.0
         while True:
-            await asyncio.sleep(self._heartbeat_seconds)
+            await asyncio.sleep(self._membership.seconds)
             self._check_engine()
             progress, now = self._engine.progress, time.monotonic()
+            # 1 - exp(-seconds / RATE_SECONDS), so that a late beat weighs what it covers.
             share = -math.expm1((then - now) / RATE_SECONDS)
             rate += share * ((progress - before) / (now - then) - rate)
             before, then = progress, now
@@ -206,28 +192,13 @@ class EngineActor:
 
     # ---- one message -----------------------------------------------------------------------------
 
-    def _obey(self, message: AnyMessage) -> None:
-        match message:
-            case Welcome():
-                self._heartbeat_seconds = message.heartbeat_seconds
-                if self._role == "teacher":
-                    self._open_up()
-            case Shutdown():
-                raise Leave(0)
-            case Rejected():
-                raise Leave(
-                    EXIT_FAILED,
-                    f"the controller refuses to work with this process: {message.reason}",
-                )
-            case _:
-                log.warning("ignored a %s, which no engine expects", type(message).__name__)
-
     async def _do(self, work: Work) -> None:
         """Do one task, answer it, and give back what credits of it are left."""
         answer = await self._answer(work)
         try:
             await self._dealer.send(answer)
         except ProtocolError as error:
+            # Too large, or not finite: the next try would be no better.
             await self._dealer.send(
                 _failed(work.task, f"the answer is no valid message: {error}", retryable=False)
             )
@@ -311,7 +282,7 @@ class EngineActor:
 
 
 def _failed(task: GenerateTask | ScoreTask, reason: str, *, retryable: bool) -> TaskFailed:
-    return TaskFailed(task_id=task.task_id, reason=reason[:2000], retryable=retryable)
+    return TaskFailed(task_id=task.task_id, reason=reason[:LONGEST_REASON], retryable=retryable)
 
 
 def _first_leave(group: BaseExceptionGroup[Leave]) -> Leave:

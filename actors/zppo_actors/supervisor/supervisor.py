@@ -1,9 +1,9 @@
-"""The supervisor: it lives a run from one life to the next, shows what happens, and leaves nothing
-behind.
+"""The supervisor: it brings a run to its end in as many attempts as it takes, shows what happens,
+and leaves nothing behind.
 
-A new life begins from the last whole checkpoint when the controller or the trainer died, as often
-as `run.max_restarts` allows. The invariant: when `supervise` returns, no process of the run is left
-and its runtime folder is gone.
+A new attempt begins from the last whole checkpoint when the controller or the trainer died, as
+often as `run.max_restarts` allows. The invariant: when `supervise` returns, no process of the run
+is left and its runtime folder is gone.
 """
 
 from __future__ import annotations
@@ -11,16 +11,26 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from zppo.records import checkpoint
 from zppo.records.run_directory import hold, read, renew
+from zppo.signals import Interrupts
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
-from zppo_actors.supervisor.interrupts import Interrupts
-from zppo_actors.supervisor.life import Commands, End, Life, View, actor_command, backoff_seconds
+from zppo_actors.supervisor.run_attempt import (
+    Commands,
+    End,
+    RunAttempt,
+    View,
+    actor_command,
+    backoff_seconds,
+)
+
+TICK_SECONDS = 0.1
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -28,19 +38,19 @@ log = logging.getLogger("zppo.supervisor")
 def supervise(
     run_dir: Path, view: View, interrupts: Interrupts, commands: Commands = actor_command
 ) -> End:
-    """Live the run to its end, with as many new lives from the last checkpoint as
+    """Bring the run to its end, with as many new attempts from the last checkpoint as
     `run.max_restarts` allows."""
     record, number = read(run_dir), 0
     while True:
-        end = Life(run_dir, record, number, view, interrupts, commands).run()
-        log.info("life %d ended: %s", number, end.verdict)
+        end = RunAttempt(run_dir, record, number, view, interrupts, commands).run()
+        log.info("attempt %d ended: %s", number, end.verdict)
         if not end.renewable or number >= record.topology.run.max_restarts:
             return end
         found = checkpoint.find_latest(run_dir)
         for warning in found.warnings:
             view.log(warning)
         view.log(f"{end.verdict}; the run begins again from step {found.step}")
-        if interrupts.wait(backoff_seconds(number)):
+        if _interrupted_within(backoff_seconds(number), interrupts):
             return End(verdict="stopped between two lives of the run", exit_code=EXIT_INTERRUPTED)
         record, number = renew(run_dir, found.step), number + 1
 
@@ -54,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR")
     run_dir: Path = parser.parse_args(argv).run.absolute()
     read(run_dir)
+    # The lock is never given back: it goes with this process.
     if hold(run_dir) is None:
         raise UserError(f"run.directory: {str(run_dir)!r} is in use by another run")
     _start_log(run_dir)
@@ -70,6 +81,14 @@ def main(argv: Sequence[str]) -> int:
         view.close(end.verdict)
     _say(run_dir, end)
     return end.exit_code
+
+
+def _interrupted_within(seconds: float, interrupts: Interrupts) -> bool:
+    """Wait until `seconds` have passed or an interrupt has come; says whether one has."""
+    deadline = time.monotonic() + seconds
+    while not interrupts.count and time.monotonic() < deadline:
+        time.sleep(TICK_SECONDS)
+    return interrupts.count > 0
 
 
 def _live_view(run_dir: Path) -> View:

@@ -8,7 +8,6 @@ controller the rest.
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections import deque
@@ -16,15 +15,15 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from zppo.errors import EXIT_FAILED, EXIT_FATAL, UserError
+from zppo.errors import EXIT_FATAL, UserError
 from zppo.records import checkpoint
 from zppo.training.batch import StalenessError
 from zppo.training.state import build_trainer, save_share
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
+from zppo_actors.membership import Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights import shared_memory
-from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     AnyMessage,
     CheckpointSaved,
@@ -32,32 +31,25 @@ from zppo_protocol.messages import (
     Goodbye,
     Heartbeat,
     PolicyPublished,
-    Rejected,
     ReleasePolicy,
     SaveCheckpoint,
-    Shutdown,
     StepTrained,
     TrainWindow,
-    Welcome,
 )
 from zppo_protocol.sockets import Dealer
 
 CAPACITY = 1
 """Windows held at once: windows are trained in order, and a second one would only age here."""
 
-log = logging.getLogger("zppo.trainer")
-
 
 def main(context: ActorContext) -> int:
     """Run the trainer until it is told to leave; returns the exit code of the process.
 
-    A stale window breaks the promise of the run, and a new life would hide it: the exit code says
-    not to begin one.
+    A stale window breaks the promise of the run, and a new attempt would hide it: the exit code
+    says not to begin one.
     """
     disable_progress_bar()
-    dealer = Dealer(
-        context.address, context.actor, limits_for(context.topology.transport.max_message_mib)
-    )
+    dealer = Dealer(context.address, context.actor, context.limits)
     try:
         return TrainerActor(context, dealer).run()
     except StalenessError as error:
@@ -67,21 +59,19 @@ def main(context: ActorContext) -> int:
         dealer.close()
 
 
-class Leave(Exception):
-    """Stop at once, also in the middle of a step: the controller has no more use for its result."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
-
-
 class TrainerActor:
-    """Messages in and out of `zppo.training`."""
+    """Messages in and out of `zppo.training`.
+
+    `progress` counts trained micro-batches; `Leave` ends a step in its middle, because the
+    controller has no more use for its result.
+    """
 
     def __init__(self, context: ActorContext, dealer: Dealer) -> None:
         self.context = context
         self.dealer = dealer
-        self.pulse = Pulse(dealer, context.topology.transport.heartbeat_seconds)
+        self.membership = Membership(context.topology.transport.heartbeat_seconds)
+        self.progress = 0
+        self.stats = {"running": 0.0}
         self.version = context.start_version
         self.orders: deque[TrainWindow | SaveCheckpoint] = deque()
 
@@ -103,7 +93,7 @@ class TrainerActor:
             while True:
                 self._obey(trainer, self._next_order())
         except Leave as leave:
-            self.dealer.send(Goodbye())
+            self.dealer.send(leave.goodbye())
             return leave.exit_code
         except (UserError, StalenessError) as error:
             self.dealer.send(Goodbye(reason=str(error)))
@@ -121,23 +111,30 @@ class TrainerActor:
     def _await_welcome(self) -> None:
         """consumes, waits for: Welcome. produces: nothing. is unblocked by: Welcome, Shutdown,
         Rejected."""
-        while not self.pulse.welcomed:
-            self._receive(self.pulse.seconds)
+        while not self.membership.welcomed:
+            self._receive(self.membership.seconds)
 
     def _next_order(self) -> TrainWindow | SaveCheckpoint:
         """consumes, waits for: an order. produces: Heartbeat. is unblocked by: an order, Shutdown,
         Rejected."""
         while not self.orders:
-            self._receive(self.pulse.rest())
-            self.pulse.beat()
+            self._receive(self.membership.rest(time.monotonic()))
+            self._beat()
         return self.orders.popleft()
 
     def _tick(self) -> None:
         """After each micro-batch: count it, report when it is time, and hear what has come
         (Shutdown ends the step)."""
-        self.pulse.progress += 1
-        if self.pulse.beat():
+        self.progress += 1
+        if self._beat():
             self._receive(0.0)
+
+    def _beat(self) -> bool:
+        """Send a heartbeat if it is time; say whether it was."""
+        due = self.membership.due(time.monotonic())
+        if due:
+            self.dealer.send(Heartbeat(progress=self.progress, stats=dict(self.stats)))
+        return due
 
     def _receive(self, timeout_s: float) -> None:
         message = self.dealer.receive(timeout_s)
@@ -147,21 +144,12 @@ class TrainerActor:
 
     def _handle(self, message: AnyMessage) -> None:
         match message:
-            case Welcome():
-                self.pulse.welcomed = True
-                self.pulse.seconds = message.heartbeat_seconds
             case TrainWindow() | SaveCheckpoint():
                 self.orders.append(message)
             case ReleasePolicy():
                 shared_memory.remove(self.context.runtime, message.version)
-            case Shutdown():
-                log.info("told to leave: %s", message.reason)
-                raise Leave(0)
-            case Rejected():
-                log.error("the controller refuses this trainer: %s", message.reason)
-                raise Leave(EXIT_FAILED)
             case _:
-                log.warning("unexpected message %s is ignored", type(message).__name__)
+                self.membership.obey(message)
 
     # ---- work ------------------------------------------------------------------------------------
 
@@ -174,7 +162,7 @@ class TrainerActor:
 
     def _train(self, trainer: Trainer, window: TrainWindow) -> None:
         """Train one window, publish and report."""
-        self.pulse.training = True
+        self.stats["running"] = 1.0
         if window.step != self.version:
             raise RuntimeError(
                 f"a window of step {window.step} came, but the weights are of step {self.version}"
@@ -182,15 +170,16 @@ class TrainerActor:
         begin = time.perf_counter()
         metrics = train_step(trainer, window)
         tokens, seconds = metrics["tokens_trained"], time.perf_counter() - begin
-        self.pulse.stats["tokens_per_second"] = tokens / max(seconds, 1e-9)
-        self.pulse.stats["tokens_total"] = self.pulse.stats.get("tokens_total", 0.0) + tokens
+        self.stats["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        self.stats["tokens_total"] = self.stats.get("tokens_total", 0.0) + tokens
         self.version = window.step + 1
+        # Before the step is reported: whoever knows of a trained step finds its weights.
         self._publish(trainer)
         group_ids = [group.group_id for group in window.groups]
         self.dealer.send(
             StepTrained(step=window.step, group_ids=group_ids, metrics=metrics, seconds=seconds)
         )
-        self.pulse.training = False
+        self.stats["running"] = 0.0
 
     def _publish(self, trainer: Trainer) -> None:
         """Write the present weights into shared memory and announce them."""
@@ -212,36 +201,8 @@ class TrainerActor:
         self.dealer.send(CheckpointSaved(step=step))
 
 
-class Pulse:
-    """Heartbeats from the work loop: at most one every `seconds`; `progress` counts trained
-    micro-batches."""
-
-    def __init__(self, dealer: Dealer, seconds: float) -> None:
-        self.dealer = dealer
-        self.seconds = seconds
-        self.welcomed = False
-        self.progress = 0
-        self.training = False
-        self.stats: dict[str, float] = {}
-        self._due = time.monotonic()
-
-    def rest(self) -> float:
-        """Seconds until the next heartbeat is due."""
-        return max(0.0, self._due - time.monotonic())
-
-    def beat(self) -> bool:
-        """Send a heartbeat if it is time; say whether it was."""
-        if self.rest() > 0.0:
-            return False
-        self._due = time.monotonic() + self.seconds
-        self.dealer.send(
-            Heartbeat(progress=self.progress, stats={**self.stats, "running": float(self.training)})
-        )
-        return True
-
-
 def starting_checkpoint(context: ActorContext) -> Path | None:
-    """Folder of the checkpoint that this life of the run begins from; None for a fresh student.
+    """Folder of the checkpoint that this attempt at the run begins from; None for a fresh student.
 
     Raises UserError if it is missing. Its bytes were verified when the run was resumed.
     """

@@ -59,6 +59,7 @@ def publish(
     """
     path = weight_path(folder, version)
     with written_whole(path) as file:
+        # One tensor after the other, so that the host never holds a second model.
         entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in untied(tensors)]
         _pad(file)
     return PolicyManifest(
@@ -142,6 +143,7 @@ def load_into(model: nn.Module, manifest: PolicyManifest) -> str:
 
 
 def _identity(name: str, tensor: Tensor) -> tuple[object, ...]:
+    # Empty tensors have no memory to share; a view of another shape is another tensor.
     if tensor.numel() == 0:
         return (name,)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -157,6 +159,7 @@ def _append(file: BinaryIO, name: str, tensor: Tensor) -> TensorEntry:
         raise TypeError(
             f"tensor {name!r} has dtype {tensor.dtype}; weight files hold {', '.join(DTYPES)}"
         )
+    # As bytes, because numpy has no bfloat16; flat first, because a scalar has no view as bytes.
     raw = (
         memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if tensor.numel()

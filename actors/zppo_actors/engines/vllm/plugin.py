@@ -8,17 +8,17 @@ vLLM runs next to this package.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 
+from zppo.signals import die_with_parent
+
 BACKEND = "zppo_shared_memory"
 """Name of our weight transfer engine, as in vLLM's `weight_transfer_config`."""
 ENTRY_POINT = "zppo"
 TIE_VARIABLE = "ZPPO_TIE_TO_PARENT"
-_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
@@ -45,6 +45,6 @@ def tie_to_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent.pid:  # it ended before the tie was made
         os._exit(1)

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import shutil
 import threading
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from transformers import Qwen3_5TextConfig
+from transformers_helpers import build, run, sample
 
-from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
 from zppo.prompting.tokenization import encode_prompts
-from zppo_actors.engines import EngineSpec, create
-from zppo_actors.engines.base import Engine, EngineError
+from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers import decoder
 from zppo_actors.engines.transformers.engine import TransformersEngine
@@ -42,22 +40,11 @@ from zppo_actors.engines.transformers.models import adopt_slots
 from zppo_actors.engines.transformers.sampling import Sampler
 from zppo_actors.engines.uniforms import LARGEST_UNIFORM, UniformStream
 from zppo_actors.weights import PublicationRefused, shared_memory
-from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Sampling
 
 NO_END = 10_000
 """Far more tokens than the tiny context holds: responses end by themselves or with the context."""
-
-
-def build(folder: Path, **engine_args: Any) -> Any:
-    spec = EngineSpec(
-        model=ModelConfig(model=str(folder), dtype="float32"),
-        where="actors.rollout",
-        model_where="student.model",
-        engine_args=engine_args,
-    )
-    return create("transformers", spec)
 
 
 def serve(model: Any, folder: Path, max_sequences: int = 64) -> TransformersEngine:
@@ -68,22 +55,6 @@ def serve(model: Any, folder: Path, max_sequences: int = 64) -> TransformersEngi
     adopt_slots(copied, "a tiny model", "student.model")
     tokenizer = PromptTokenizer(str(folder), "student.model")
     return TransformersEngine(copied, tokenizer, max_sequences, max_length=256)
-
-
-def run(engine: Engine, work: Coroutine[Any, Any, Any]) -> Any:
-    """Run `work`, then close the engine."""
-
-    async def bounded() -> Any:
-        try:
-            return await asyncio.wait_for(work, 120.0)
-        finally:
-            await engine.close()
-
-    return asyncio.run(bounded())
-
-
-async def sample(engine: Engine, *tasks: GenerateTask) -> list[GroupSamples]:
-    return await asyncio.gather(*(engine.generate(task) for task in tasks))
 
 
 def never_ending(seed: int = 0) -> Any:
@@ -283,7 +254,7 @@ def test_rows_of_the_sampler_do_not_see_each_other(rows: list[Sampling], seed: i
 
 @pytest.mark.slow
 def test_quickstart_student_writes_answers_in_boxes() -> None:
-    folder = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
+    folder = Path(__file__).parents[4] / "examples" / "quickstart" / "student"
     engine = build(folder)
     task = make_task("3 * 17 * 5 mod 23 ?\nanswer in \\boxed{ }", n=32, max_new_tokens=24)
     [samples] = run(engine, sample(engine, task))

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from msgspec.structs import replace
+from supervisor_helpers import STUB, Lines, stub_command
 
 from zppo.config.topology import (
     ActorConfig,
@@ -25,35 +26,16 @@ from zppo.config.topology import (
 )
 from zppo.plan.processes import ProcessPlan
 from zppo.records import checkpoint, run_directory
+from zppo.signals import Interrupts
 from zppo_actors import runtime
-from zppo_actors.supervisor import life
+from zppo_actors.supervisor import run_attempt
 from zppo_actors.supervisor import supervisor as supervisor_module
-from zppo_actors.supervisor.interrupts import Interrupts
-from zppo_actors.supervisor.life import End, backoff_seconds
+from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
 from zppo_protocol.messages import RunEnded
 
-STUB = Path(__file__).with_name("stub_actor.py")
 PATIENCE_SECONDS = 30.0
 pytestmark = pytest.mark.slow
-
-
-class Lines:
-    """A view that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def update(self, status: object) -> None: ...
-
-    def log(self, line: str) -> None:
-        self.lines.append(line)
-
-    def close(self, verdict: str = "") -> None: ...
-
-
-def stub_command(plan: ProcessPlan) -> list[str]:
-    return [sys.executable, "-P", str(STUB), plan.role]
 
 
 def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
@@ -131,8 +113,8 @@ def test_broken_promise_ends_the_run_in_its_first_life(tmp_path: Path) -> None:
 def test_nothing_is_restarted_once_the_run_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Ctrl-C comes while the restart is due; the controller ends the life long after that."""
-    monkeypatch.setattr(life, "backoff_seconds", lambda restarts: 0.2)
+    """The Ctrl-C comes while the restart is due; the controller ends the attempt long after that."""
+    monkeypatch.setattr(run_attempt, "backoff_seconds", lambda restarts: 0.2)
     interrupts, started = Interrupts(), []
 
     class Impatient(Lines):
@@ -153,7 +135,7 @@ def test_nothing_is_restarted_once_the_run_stops(
 def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
     started: list[str] = []
     path = make_run(tmp_path / "run", {})
-    last = life.Life(
+    last = run_attempt.RunAttempt(
         path,
         run_directory.read(path),
         0,
@@ -223,7 +205,7 @@ def test_stuck_actor_is_restarted_on_request(tmp_path: Path) -> None:
 def test_actor_that_leaves_unasked_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(run_attempt, "LEAVE_SECONDS", 0.2)
     script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["leave", "live"]}
     end, heard, _ = live(tmp_path / "run", script)
     assert end.exit_code == 0
@@ -245,12 +227,12 @@ DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import test_supervisor as t
-from zppo_actors.supervisor.interrupts import Interrupts
+from supervisor_helpers import Lines, stub_command
+from zppo.signals import Interrupts
 from zppo_actors.supervisor.supervisor import supervise
-interrupts, view = Interrupts(), t.Lines()
+interrupts, view = Interrupts(), Lines()
 with interrupts.listening():
-    end = supervise(Path(sys.argv[1]), view, interrupts, t.stub_command)
+    end = supervise(Path(sys.argv[1]), view, interrupts, stub_command)
 print(end.verdict)
 sys.exit(end.exit_code)
 """

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from engine_helpers import VOCABULARY, make_task, words
-from test_scoring import assert_scores, forward, to_score
+from scoring_helpers import assert_scores, forward, to_score
 from vllm_helpers import CONTEXT, save_tiny, spec_of, tiny
 
 from zppo_actors.engines import create

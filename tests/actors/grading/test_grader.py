@@ -27,6 +27,7 @@ from zppo_actors import runtime
 from zppo_actors.grader import CAPACITY, GraderActor
 from zppo_actors.grading.handle import CRASHED, TIMED_OUT, GradeWorker
 from zppo_actors.grading.worker import WARM_UP, GradeRequest, pack, read_frame
+from zppo_actors.membership import Membership
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
     AnyMessage,
@@ -52,7 +53,7 @@ NEEDS_MATHS = r"\boxed{(x+1)(x-1)}"
 SCRIPTED = """
 import os, signal, sys, time
 from zppo.grading import GRADERS, Grader
-from zppo_actors import grade_worker
+from zppo_actors.grading import worker
 
 def full(answer, gold):
     print("noise on stdout")
@@ -67,7 +68,7 @@ def full(answer, gold):
     return answer == gold
 
 GRADERS["scripted"] = Grader(lambda answer, gold: None, full, bool)
-sys.exit(grade_worker.main([]))
+sys.exit(worker.main([]))
 """
 """A worker whose grader does what the answer says."""
 
@@ -250,8 +251,12 @@ class BeatsWhileItSends:
     """A dealer that lets a heartbeat go out just before each answer."""
 
     def __init__(self) -> None:
+        self.incoming: list[AnyMessage] = []
         self.sent: list[AnyMessage] = []
         self.beat: Callable[[], None] = list
+
+    def receive(self, timeout_s: float) -> AnyMessage | None:
+        return self.incoming.pop(0) if self.incoming else None
 
     def send(self, message: AnyMessage) -> None:
         if isinstance(message, GradeResult | TaskFailed):
@@ -276,13 +281,16 @@ def test_a_task_leaves_the_heartbeats_only_after_its_answer() -> None:
     actor = GraderActor(context, dealer, Unused())  # type: ignore[arg-type]
 
     def beat() -> None:
-        actor._next_beat = 0.0
+        actor._membership = Membership(0.0)  # a beat is due at any time
         actor._beat()
 
     dealer.beat = beat
     for name, grader in (("good", "math"), ("bad", "maths")):
-        actor._handle(GradeTask(task_id=name, gold="7", responses=[r"\boxed{7}"], grader=grader))
-    while actor._jobs:
+        dealer.incoming.append(
+            GradeTask(task_id=name, gold="7", responses=[r"\boxed{7}"], grader=grader)
+        )
+        actor._listen()
+    while actor._in_hand:
         actor._work()
     beat()
     assert [message.tasks for message in dealer.sent if isinstance(message, Heartbeat)] == [

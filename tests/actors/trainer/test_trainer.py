@@ -56,7 +56,7 @@ from zppo_protocol.samples import GroupSamples, TrainGroup
 from zppo_protocol.sockets import Router
 from zppo_protocol.values import Sampling
 
-STUDENT = Path(__file__).parents[2] / "examples" / "quickstart" / "student"
+STUDENT = Path(__file__).parents[3] / "examples" / "quickstart" / "student"
 PATIENCE_SECONDS = 120.0
 pytestmark = pytest.mark.slow
 
@@ -279,7 +279,9 @@ def actor(
 def test_a_refused_trainer_leaves_with_a_failure(tmp_path: Path) -> None:
     trainer, dealer = actor(tmp_path, Rejected(reason="another run"))
     assert trainer.run() == 1
-    assert dealer.sent[-1] == Goodbye()
+    assert dealer.sent[-1] == Goodbye(
+        reason="the controller refuses to work with this process: another run"
+    )
 
 
 def test_a_stale_window_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
@@ -402,7 +404,7 @@ def test_an_unexpected_message_is_ignored(tmp_path: Path, caplog: pytest.LogCapt
     trainer, dealer = actor(tmp_path)
     dealer.script = [Credits(count=1), Shutdown(reason="over")]
     assert trainer.run() == 0
-    assert "unexpected message Credits is ignored" in caplog.text
+    assert "ignored a Credits, which is not for this actor" in caplog.text
 
 
 def test_a_missing_starting_checkpoint_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from openai_server import MODEL, Request, Server, running
 from zppo.config.topology import JUDGE_SAMPLING
 from zppo.records.rollouts import read_step, step_files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 KEY = "sk-never-to-be-seen-0123456789"
 RESPONSE_TOKENS, COMPRESSED_TOKENS = 24, 16
 """What examples/quickstart.yaml allows the teacher; the server tells the kinds of work apart by

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import msgspec
 import openai_server as fake
 import pytest
+from actor_helpers import Stage
 from engine_helpers import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import MODEL, Server, running
-from test_engine_actor import Stage
 
 from zppo.config.load import load
 from zppo.config.topology import (
@@ -49,7 +49,7 @@ from zppo_protocol.messages import GenerateResult, Heartbeat, Hello, Shutdown, T
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import MediaReference, Prompt
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 KEY = "sk-very-secret-0123456789"
 Result = TypeVar("Result")
 

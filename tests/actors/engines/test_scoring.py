@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import test_transformers_engine
 import torch
+from actor_helpers import Line, Moody, start_actor
 from engine_helpers import VOCABULARY, completions, make_model, make_task, save, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_actor import Line, Moody, start_actor
-from test_transformers_engine import build, run
+from scoring_helpers import assert_scores, forward, to_score
 from training_cases import CPU, SETTINGS, gemma2_with_soft_cap, method, trainer_of
+from transformers_helpers import build, run, sample
 
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.plan.memory import SCORED_ROWS, SCORED_TOKENS
@@ -45,51 +45,6 @@ from zppo_protocol.messages import (
     TrainWindow,
 )
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
-
-
-def to_score(
-    lengths: list[int],
-    *,
-    prompt: int = 5,
-    top_k: int = 6,
-    temperature: float = 1.0,
-    seed: int = 0,
-    name: str = "s",
-) -> ScoreTask:
-    """Random responses of these lengths behind a random prompt."""
-    random = np.random.default_rng(seed)
-    return ScoreTask(
-        task_id=name,
-        prompt_ids=random.integers(3, VOCABULARY, prompt).astype(np.int32),
-        token_ids=random.integers(3, VOCABULARY, sum(lengths)).astype(np.int32),
-        offsets=np.cumsum([0, *lengths]).astype(np.int32),
-        top_k=top_k,
-        temperature=temperature,
-    )
-
-
-def forward(model: Any, task: ScoreTask) -> np.ndarray:
-    """Log-probs [T, V] of the task's tokens, one unpadded forward pass a response."""
-    rows = []
-    for response in np.split(task.token_ids, task.offsets[1:-1]):
-        ids = torch.tensor(np.concatenate([task.prompt_ids, response]).astype(np.int64))[None]
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(task.prompt_ids) - 1 : -1]
-        rows.append((logits.double() / task.temperature).log_softmax(-1))
-    return torch.cat(rows).numpy()
-
-
-def assert_scores(
-    found: TokenScores, expected_TV: np.ndarray, count: int, tolerance: float = 1e-4
-) -> None:
-    """The `count` best of each row, best first; ids may differ only where two tokens are equally
-    probable."""
-    assert found.token_ids.shape == (len(expected_TV), count)
-    best_TK = -np.sort(-expected_TV, axis=1)[:, :count]
-    assert np.abs(found.log_probs - best_TK).max(initial=0.0) < tolerance
-    named_TK = np.take_along_axis(expected_TV, found.token_ids.astype(np.int64), axis=1)
-    assert np.abs(named_TK - found.log_probs).max(initial=0.0) < tolerance
-    assert all(len(set(row)) == count for row in found.token_ids.tolist())
 
 
 async def score(engine: Any, *tasks: ScoreTask) -> list[TokenScores]:
@@ -155,13 +110,11 @@ def test_sampling_and_scoring_do_not_disturb_each_other(
     scored = [to_score([6, 7, 8, 9], seed=i, name=f"s{i}") for i in range(3)]
 
     async def both(engine: Any) -> tuple[list[GroupSamples], list[TokenScores]]:
-        return await asyncio.gather(
-            test_transformers_engine.sample(engine, *sampled), score(engine, *scored)
-        )
+        return await asyncio.gather(sample(engine, *sampled), score(engine, *scored))
 
     together, alone = build(folder), build(folder)
     found, scores = run(together, both(together))
-    expected = run(alone, test_transformers_engine.sample(alone, *sampled))
+    expected = run(alone, sample(alone, *sampled))
     for one, other in zip(found, expected, strict=True):
         assert completions(one) == completions(other)
     for task, score_ in zip(scored, scores, strict=True):

@@ -25,7 +25,7 @@ from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 
 pytestmark = pytest.mark.slow
-QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
+QUICKSTART = Path(__file__).parents[3] / "examples/quickstart"
 LIMIT = 120
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zppo.plan.processes import ProcessPlan
-from zppo_actors.supervisor.life import KEEP_MEMORY, environment
+from zppo_actors.supervisor.run_attempt import KEEP_MEMORY, environment
 
 PLAN = ProcessPlan(name="trainer", role="trainer", pool="trainer", threads=3)
 

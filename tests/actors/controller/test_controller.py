@@ -359,3 +359,23 @@ def test_an_actor_that_loaded_other_bytes_is_restarted(stage: Stage) -> None:
     stage.turn()
     (asked,) = stage.router.to("supervisor", messages.RestartActor)
     assert asked.reason == "it loaded other weights than version 0"
+
+
+def test_only_real_work_keeps_the_watchdog_quiet(stage: Stage) -> None:
+    """A peer that talks without working must not hide that the run stands still."""
+    stage.everybody()
+    stage.turn()
+    handle, now = stage.controller._handle, 0.0
+    beat = messages.Heartbeat(progress=3, tasks=[])
+    assert handle("rollout-0", beat, now) and not handle("rollout-0", beat, now)
+    assert not handle("stranger", beat, now)
+    assert not handle("rollout-0", messages.Credits(count=1), now)
+    assert not handle("grader-0", messages.GradeResult(task_id="unknown", grades=[]), now)
+    assert not handle("rollout-0", messages.GradeResult(task_id="not its word", grades=[]), now)
+    while not (sent := stage.router.to("rollout-0", messages.GenerateTask)):
+        stage.turn()
+        stage.work()
+    answer = messages.GenerateResult(
+        task_id=sent[0].task_id, samples=samples(sent[0], [sent[0].min_version] * 2)
+    )
+    assert handle("rollout-0", answer, now) and not handle("rollout-0", answer, now)

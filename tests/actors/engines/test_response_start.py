@@ -20,7 +20,7 @@ from engine_helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformers_engine import build, run, sample
+from transformers_helpers import build, run, sample
 
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.prompting.tokenization import encode_prompts, encode_start, share_of

@@ -1,9 +1,9 @@
-"""One life of a run: a set of processes with one run id and one runtime folder, from their start to
-their common end.
+"""One attempt at a run: a set of processes with one run id and one runtime folder, from their start
+to their common end.
 
-Engines and graders are restarted within a life, with growing pauses and a budget; the death of the
-controller or the trainer ends it. The invariant: when `Life.run` returns, no process of the life is
-left and its runtime folder is gone.
+Engines and graders are restarted within an attempt, with growing pauses and a budget; the death of
+the controller or the trainer ends it. The invariant: when `RunAttempt.run` returns, no process of
+the attempt is left and its runtime folder is gone.
 
 Consumes `Status`, `RestartActor` and `RunEnded` from the controller, exits of children, Ctrl-C.
 Produces `ActorExited` and `StopRequested`. Waits for the controller's `RunEnded`; is unblocked by
@@ -26,10 +26,10 @@ from msgspec import Struct
 from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from zppo.plan.processes import ProcessPlan, cores, processes
 from zppo.records.run_directory import RunRecord
+from zppo.signals import Interrupts
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Child
-from zppo_actors.supervisor.interrupts import Interrupts
 from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
@@ -72,8 +72,7 @@ class View(Protocol):
 
 
 class End(Struct, frozen=True, kw_only=True):
-    """How a life ended. `renewable` says whether another life may begin from the last
-    checkpoint."""
+    """How an attempt ended. `renewable` says whether another may begin from the last checkpoint."""
 
     verdict: str
     exit_code: int
@@ -95,9 +94,9 @@ def backoff_seconds(restarts: int) -> float:
     return min(LONGEST_BACKOFF_SECONDS, 0.5 * 2.0**restarts)
 
 
-class Means(Struct, frozen=True):
-    """What a life needs of the system: the runtime folder, the reading end of the parent pipe, the
-    controller's ear."""
+class Resources(Struct, frozen=True):
+    """What an attempt holds of the system: the runtime folder, the reading end of the parent pipe,
+    the controller's ear."""
 
     folder: Path
     parent_fd: int
@@ -105,22 +104,25 @@ class Means(Struct, frozen=True):
 
 
 @contextmanager
-def means(run_id: str, limits: Limits) -> Iterator[Means]:
-    """Make the means of one life and take them away again, in the order that leaves nothing
+def resources(run_id: str, limits: Limits) -> Iterator[Resources]:
+    """Make the resources of one attempt and take them away again, in the order that leaves nothing
     behind."""
     folder, lock = runtime.create(run_id)
+    # Only the reading end is ever handed on: the end of this process, however it comes, is the end
+    # of the file for all others.
     read_end, write_end = os.pipe()
     dealer = Dealer(runtime.controller_address(folder), "supervisor", limits)
     try:
-        yield Means(folder, read_end, dealer)
+        yield Resources(folder, read_end, dealer)
     finally:
         dealer.close()
         runtime.remove(folder)
+        # The lock after the folder, so that no sweep of another run meets it half removed.
         for descriptor in (read_end, write_end, lock):
             os.close(descriptor)
 
 
-class Life:
+class RunAttempt:
     """One set of processes from their start to their common end."""
 
     def __init__(
@@ -147,9 +149,9 @@ class Life:
     def run(self) -> End:
         """Start everything, watch until the run has ended, and clear everything away."""
         limits = limits_for(self._record.topology.transport.max_message_mib)
-        with means(self._record.run_id, limits) as self._means:
+        with resources(self._record.run_id, limits) as self._resources:
             try:
-                self._means.dealer.send(self._hello())
+                self._resources.dealer.send(self._hello())
                 for name in self._plans:
                     self._start(name, incarnation=0)
                 return self._watch()
@@ -174,7 +176,7 @@ class Life:
             return self._end or End(verdict=self._ended.verdict, exit_code=self._ended.exit_code)
         if self._interrupts.count >= 2:
             return End(verdict="stopped at once", exit_code=EXIT_INTERRUPTED)
-        # A life that gives up lets the trainer finish and checkpoint, so its end waits for the
+        # An attempt that gives up lets the trainer finish and checkpoint, so its end waits for the
         # controller's last word.
         if self._end is not None and (
             not self._stopping or late or "controller" not in self._children
@@ -197,10 +199,10 @@ class Life:
 
     def _listen(self, seconds: float) -> None:
         """Wait up to `seconds` for a message, then take all that are there."""
-        message = self._means.dealer.receive(seconds)
+        message = self._resources.dealer.receive(seconds)
         while message is not None:
             self._on_message(message)
-            message = self._means.dealer.receive(0.0)
+            message = self._resources.dealer.receive(0.0)
 
     def _on_message(self, message: AnyMessage) -> None:
         match message:
@@ -214,6 +216,7 @@ class Life:
 
     def _kill_stuck(self, message: RestartActor) -> None:
         child = self._children.get(message.actor)
+        # The incarnation that it speaks of may have ended on its own meanwhile.
         if child is not None and child.incarnation == message.incarnation:
             self._reasons[message.actor, message.incarnation] = message.reason
             child.kill()
@@ -228,7 +231,7 @@ class Life:
 
     def _stop(self, reason: str) -> None:
         self._stopping = True
-        self._means.dealer.send(StopRequested(reason=reason))
+        self._resources.dealer.send(StopRequested(reason=reason))
 
     # ---- processes -------------------------------------------------------------------------------
 
@@ -236,10 +239,10 @@ class Life:
         plan = self._plans[name]
         options = {
             "--run": self._run_dir,
-            "--runtime": self._means.folder,
+            "--runtime": self._resources.folder,
             "--actor": name,
             "--incarnation": incarnation,
-            "--parent-fd": self._means.parent_fd,
+            "--parent-fd": self._resources.parent_fd,
         }
         self._children[name] = children.spawn(
             [*self._commands(plan), *(str(part) for option in options.items() for part in option)],
@@ -248,7 +251,7 @@ class Life:
             incarnation=incarnation,
             log=self._run_dir / "logs" / f"{name}.log",
             env=environment(plan),
-            parent_fd=self._means.parent_fd,
+            parent_fd=self._resources.parent_fd,
         )
         log.info(
             "started %s, incarnation %d, process %d",
@@ -302,6 +305,7 @@ class Life:
             self._end = self._end or End(
                 verdict=verdict, exit_code=EXIT_FAILED, renewable=not self._stopping, log=child.log
             )
+            # A last step takes the controller and the trainer: there is nothing to wait for.
             self._stopping = False
         elif self._stopping:
             self._tell(child, verdict, restarting=False)
@@ -334,10 +338,11 @@ class Life:
             self._stopping = False
             return
         self._stop(end.verdict)
+        # A step may take as long as the run allows for anything to move.
         self._deadline = time.monotonic() + self._record.topology.run.no_progress_seconds
 
     def _tell(self, child: Child, verdict: str, *, restarting: bool) -> None:
-        self._means.dealer.send(
+        self._resources.dealer.send(
             ActorExited(
                 actor=child.name,
                 incarnation=child.incarnation,

@@ -15,11 +15,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import actor_helpers
 import numpy as np
 import psutil
 import pytest
-import test_engine_actor
 import torch
+from actor_helpers import Stage
 from engine_helpers import (
     END_ID,
     completions,
@@ -30,7 +31,6 @@ from engine_helpers import (
     versions,
     words,
 )
-from test_engine_actor import Stage
 from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
 
 from zppo.config.topology import (
@@ -375,7 +375,7 @@ def test_trainer_and_engine_agree_and_a_skipped_update_shows(
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    monkeypatch.setattr(test_engine_actor, "WAIT_SECONDS", CALL_SECONDS)
+    monkeypatch.setattr(actor_helpers, "WAIT_SECONDS", CALL_SECONDS)
     student = ModelConfig(model=str(save_tiny(tmp_path / "student", tied=False)), dtype="float32")
     rollout = ActorConfig(engine="vllm", engine_args={**ENGINE_ARGS, "max_num_seqs": 4}, threads=1)
     stage = Stage(

@@ -1,0 +1,46 @@
+"""Interrupts as a count, and a child that the kernel ends with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from zppo.signals import Interrupts
+
+TIMEOUT_SECONDS = 60
+PARENT = """
+import signal, subprocess, sys, time
+from functools import partial
+from zppo.signals import die_with_parent
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"],
+    preexec_fn=partial(die_with_parent, signal.SIGKILL),
+)
+time.sleep(600)
+"""
+
+
+def test_interrupts_are_counted_and_the_handlers_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupts = Interrupts()
+    with interrupts.listening():
+        assert interrupts.count == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert interrupts.count == 3
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child to its parent")
+def test_a_tied_child_ends_with_its_parent() -> None:
+    """The child holds the other end of the pipe: its end of file is the end of the child."""
+    parent = subprocess.Popen([sys.executable, "-P", "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    assert parent.communicate(timeout=TIMEOUT_SECONDS)[0] == b""

@@ -1,0 +1,49 @@
+"""How one process is told that another wants it to end: interrupts as a count that a loop looks at,
+and the kernel's word to a child whose parent has died."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
+
+
+class Interrupts:
+    """Counts Ctrl-C and SIGTERM while it is entered: once asks for an orderly end, twice for the
+    end at once.
+
+    A count, because a handler may run between any two bytecodes of the main thread: what is to
+    follow from an interrupt is done by the loop, where nothing is half done.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._count) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel to send this process the signal `number` when the thread that started it ends.
+
+    Called in the child; a program that it then executes keeps the tie. Only Linux knows such a tie,
+    elsewhere this does nothing. A parent that ended before the call goes unnoticed.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
