@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("methods", "algorithms", "buffer", "pacing", "scheduler")
+TESTS = ("methods", "algorithms", "replay_buffer", "pacing", "scheduler")
 """Those that are quickest to notice come first."""
 TESTS_OF = {
     "zppo/algorithm/composition.py": ("composition", "algorithms"),
     "zppo/algorithm/reformulations.py": ("reformulations", "algorithms"),
-    "zppo/algorithm/replay_buffer.py": ("buffer", "algorithms", "scheduler"),
+    "zppo/algorithm/replay_buffer.py": ("replay_buffer", "algorithms", "scheduler"),
     "zppo/scheduling/pacing.py": ("pacing", "scheduler"),
     "zppo/scheduling/dispatch.py": ("scheduler",),
-    "zppo/scheduling/scheduler.py": ("scheduler", "methods"),
+    "zppo/scheduling/scheduler.py": ("scheduler", "methods", "events"),
+    "zppo/scheduling/stages.py": ("methods", "scheduler", "algorithms"),
     "zppo/data/cursor.py": ("scheduler",),
     "zppo/prompting/hints.py": ("hints",),
     "zppo/prompting/prompts.py": ("prompts",),
@@ -50,9 +51,9 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
-        "zppo/scheduling/scheduler.py",
-        'samples.texts[0] if samples.finish_reasons[0] != "length" else None',
-        "samples.texts[0]",
+        "zppo/scheduling/stages.py",
+        'reply.texts[0] if reply.finish_reasons[0] != "length" else None',
+        "reply.texts[0]",
     ),
     Mutant(
         "zppo/scheduling/stages.py",
@@ -65,9 +66,9 @@ MUTANTS = (
         "return visit.accuracy <= recipe.hard_threshold",
     ),
     Mutant(
-        "zppo/algorithm/steps.py",
-        "math.floor(rho * new_questions + 1e-9)",
-        "math.ceil(rho * new_questions)",
+        "protocol/zppo_protocol/values.py",
+        "math.floor(share * count + 1e-9)",
+        "math.ceil(share * count)",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -86,21 +87,21 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "any(_admitted(v, recipe))], limit)",
-        "any(_admitted(v, recipe))], len(window.visits))",
+        "any(_admitted(v, recipe))], limit\n",
+        "any(_admitted(v, recipe))], len(window.visits)\n",
         "the post-cap keeps the same groups",
     ),
     Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk"),
     Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk[:limit + 1]"),
     Mutant(
         "zppo/algorithm/steps.py",
-        "least = quota(recipe.rho_aug, window.new_count)",
-        "least = quota(recipe.rho_aug, len(window.visits))",
+        "return recipe.reformulated(window.new_count, hard)",
+        "return recipe.reformulated(len(window.visits), hard)",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "count = quota(recipe.rho_replay, len(new)) if recipe.method.replay else 0",
-        "count = quota(recipe.rho_replay, len(new))",
+        "return share_of(self.rho_replay, new_questions) if self.method.replay else 0",
+        "return share_of(self.rho_replay, new_questions)",
         "without replay the buffer stays empty",
     ),
     Mutant("zppo/algorithm/steps.py", "    for entry in buffer.evict():", "    for entry in []:"),
@@ -129,8 +130,8 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/reformulations.py",
-        "for index in visit.plain.indices(correct=False)]",
-        "for index in visit.plain.indices(correct=False)[:2]]",
+        "for index in visit.plain.indices(correct=False)\n",
+        "for index in visit.plain.indices(correct=False)[:2]\n",
     ),
     Mutant(
         "zppo/algorithm/reformulations.py",
@@ -201,8 +202,26 @@ MUTANTS = (
         "available=list(self._available)",
         "available=sorted(self._available)",
     ),
+    Mutant("zppo/scheduling/scheduler.py", "    if answer.parts != job.answers:", "    if False:"),
     Mutant(
-        "zppo/scheduling/scheduler.py", "if job is not None and answers != job.answers", "if False"
+        "zppo/scheduling/scheduler.py",
+        "    if not isinstance(answer, ANSWERS[type(job.message)]):",
+        "    if False:",
+    ),
+    Mutant(
+        "zppo/scheduling/scheduler.py",
+        "            if name not in self.targets:\n",
+        "            if True:\n",
+    ),
+    Mutant(
+        "zppo/scheduling/stages.py",
+        "        self.advance_group(visit.teacher, visit.question)\n        if",
+        "        if",
+    ),
+    Mutant(
+        "zppo/scheduling/stages.py",
+        "            if response not in group.verdicts:",
+        "            if True:",
     ),
     # ---- Algorithms 2 to 6 and our options -------------------------------------------------------
     Mutant("zppo/algorithm/methods/off_distill.py", 'teacher_draws="all"', 'teacher_draws="hard"'),
@@ -246,14 +265,14 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "min(hard, quota(recipe.rho_aug_max, window.new_count))",
-        "quota(recipe.rho_aug_max, window.new_count)",
+        "min(hard_questions, share_of(self.rho_aug_max, new_questions))",
+        "share_of(self.rho_aug_max, new_questions)",
     ),
-    Mutant("zppo/algorithm/steps.py", "return max(least, min(hard,", "return max(0, min(hard,"),
+    Mutant("zppo/algorithm/steps.py", "return max(least, min(hard_", "return max(0, min(hard_"),
     Mutant(
         "zppo/algorithm/steps.py",
-        "    if recipe.rho_aug_max is None:\n        return least\n",
-        "    if True:\n        return least\n",
+        "        if self.rho_aug_max is None:\n",
+        "        if True:\n",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -366,7 +385,9 @@ MUTANTS = (
     ),
     Mutant("zppo/prompting/hints.py", "words[: max(1, len(words) // 2)]", "words"),
     Mutant("zppo/prompting/hints.py", "[: max_tokens * CHARACTERS_PER_TOKEN]", ""),
-    Mutant("zppo/scheduling/stages.py", 'if target.stage == "write_hint":', "if False:"),
+    Mutant(
+        "zppo/scheduling/stages.py", "        if preparation == WRITE_HINT:", "        if False:"
+    ),
     Mutant("zppo/scheduling/stages.py", "visit.failed_teachers.append(visit.teacher)", "pass"),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -416,7 +437,8 @@ def passes(root: Path, names: Iterable[str]) -> bool:
         "PYTHONPATH": os.pathsep.join(map(str, packages)),
         "OMP_NUM_THREADS": "1",
     }
-    tests = [f"tests/zppo/test_{name}.py" for name in names]
+    rooms = root / "tests/zppo"
+    tests = [str(next(rooms.rglob(f"test_{name}.py"))) for name in names]
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(

@@ -27,6 +27,7 @@ from zppo_protocol.samples import (
     check_result,
 )
 from zppo_protocol.values import (
+    FROZEN,
     Count,
     Finite,
     Grade,
@@ -204,7 +205,7 @@ class GenerateTask(Message, frozen=True):
     n: Annotated[int, Meta(ge=1, le=65_536)]
     sampling: Sampling
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
-    min_version: Annotated[int, Meta(ge=-1)] = -1
+    min_version: Annotated[int, Meta(ge=FROZEN)] = FROZEN
 
 
 class ScoreTask(Message, frozen=True):

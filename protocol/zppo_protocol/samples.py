@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.values import GroupKind, Name, Text, Usage, Value
+from zppo_protocol.values import FROZEN, GroupKind, Name, Text, Usage, Value
 
 MAX_LOG_PROB = 1e-3
 """A log-probability is at most 0; a float32 log-softmax may end up a rounding error above it."""
@@ -29,7 +29,7 @@ class GroupSamples(Value, frozen=True):
     `token_ids` [T] int32 and `log_probs` [T] float32 hold the N completions end to end, `offsets`
     [N+1] int32 bounds them. `log_probs` are *behaviour* log-probs: natural logarithms under the
     distribution that was sampled. `version_spans` [S, 2] int32 run-length encodes, along the same
-    axis T, (token count, policy version); version -1 is a frozen model, whose log-probs say nothing
+    axis T, (token count, policy version); FROZEN (-1) is a frozen model, whose log-probs say nothing
     of the policy. `texts` has N entries, or none where nobody reads them (a trainer's window).
     Raises ProtocolError if they do not fit together.
 
@@ -51,6 +51,11 @@ class GroupSamples(Value, frozen=True):
     def text_only(self) -> bool:
         """Whether token ids and log-probs are unknown."""
         return len(self.prompt_ids) == 0
+
+    @property
+    def versions_T(self) -> np.ndarray:
+        """The policy version that sampled each token, [T] int32; FROZEN where none did."""
+        return np.repeat(self.version_spans[:, 1], self.version_spans[:, 0])
 
     @property
     def written_tokens(self) -> int:
@@ -216,7 +221,7 @@ def _check_spans(spans_S2: np.ndarray, tokens: int) -> None:
     if spans_S2.shape[1] != 2:
         raise ProtocolError(f"version_spans must have shape [S, 2], got {spans_S2.shape}")
     counts, versions = spans_S2[:, 0], spans_S2[:, 1]
-    if len(spans_S2) and (counts.min() < 1 or versions.min() < -1):
+    if len(spans_S2) and (counts.min() < 1 or versions.min() < FROZEN):
         raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
     if counts.sum(dtype=np.int64) != tokens:
         raise ProtocolError(

@@ -7,6 +7,8 @@ is decoded.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
@@ -20,6 +22,21 @@ Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor
 GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
 NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
 TemplateValue: TypeAlias = bool | int | float | str | None
+
+FROZEN = -1
+"""The policy version of a model that is never updated, and of every token that it writes."""
+
+
+def seed_of(seed: int, where: str, size: int = 7) -> int:
+    """A seed of `size` bytes that depends only on the run's seed and the place where it is used, so
+    that order of arrival cannot matter."""
+    digest = hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=size).digest()
+    return int.from_bytes(digest, "big")
+
+
+def share_of(share: float, count: int) -> int:
+    """⌊share·count⌋, forgiving the rounding of a product that should be whole."""
+    return math.floor(share * count + 1e-9)
 
 
 class Value(Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,19 +12,20 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from zppo.algorithm.composition import FROZEN
 from zppo.algorithm.methods import get_method
 from zppo.config.topology import Topology
 from zppo.data.question import Question
 from zppo.plan.processes import teacher_pool
 from zppo.prompting.prompts import PromptSet
+from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
 from zppo.scheduling.heldout import EvaluationResult
-from zppo.scheduling.scheduler import Scheduler, SchedulerState, Trained
+from zppo.scheduling.scheduler import Scheduler, SchedulerState
+from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask, TrainWindow
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import Grade
+from zppo_protocol.values import FROZEN, Grade
 
 PROMPTS = PromptSet()
 Rewards = Callable[[str, int], list[float]]
@@ -146,7 +147,7 @@ class World:
         self.crash_rate, self.failure_rate, self.hang_rate = crash_rate, failure_rate, hang_rate
         self.text_only_teachers = text_only_teachers
         self.now = 0.0
-        self.steps: list[Trained] = []
+        self.steps: list[events.Trained] = []
         self.sent: list[TrainWindow] = []
         self.dispatched: list[str] = []
         """Ids of all tasks in the order in which they were handed out."""
@@ -163,6 +164,42 @@ class World:
             self.topology, self.method, self.corpus, self.heldout, PROMPTS, state, self.now
         )
 
+    def feed(self, event: events.Event) -> list[events.Outcome]:
+        """All that the scheduler is ever told goes through here."""
+        return self.scheduler.handle(event)
+
+    def accepts(self, event: events.Answer) -> bool:
+        """Whether somebody waited for the answer."""
+        return self.feed(event) == [events.Accepted(event.task_id)]
+
+    def assignments(self, now: float) -> list[Assignment]:
+        """Let the scheduler act; what it hands out."""
+        return [o for o in self.feed(events.Tick(now=now)) if isinstance(o, Assignment)]
+
+    def grant(self, name: str, count: int) -> None:
+        self.feed(events.Granted(actor=name, count=count))
+
+    def heard(self, name: str, tasks: list[str], now: float) -> list[str]:
+        """What a worker has lost of its tasks when it says that it holds these."""
+        stuck = self.feed(events.Heard(actor=name, tasks=tasks, now=now))
+        return [task for o in stuck if isinstance(o, events.WorkerStuck) for task in o.tasks]
+
+    def fail(self, actor: Fake, task_id: str, reason: str, *, retryable: bool) -> None:
+        """A worker gives a task back, and has room for another."""
+        job = actor.held.pop(task_id).job
+        self.feed(
+            events.Failed(
+                task_id=task_id,
+                actor=actor.name,
+                incarnation=actor.incarnation,
+                reason=reason,
+                retryable=retryable,
+                now=self.now,
+            )
+        )
+        self.grant(actor.name, job.cost)
+        actor.granted += job.cost
+
     def join_all(self) -> None:
         self.actors = {}
         method = self.topology.method
@@ -173,16 +210,18 @@ class World:
         for role, pool, count in [("rollout", "rollout", 2), *teachers, ("grader", "grader", 2)]:
             for i in range(count):
                 self.join(Fake(f"{pool}-{i}", role, pool, capacity if role != "grader" else 2))
-        self.scheduler.trainer_free(self.now)
+        self.feed(events.TrainerFree(now=self.now))
 
     def join(self, actor: Fake) -> None:
         self.actors[actor.name] = actor
-        self.scheduler.actor_joined(actor.name, actor.pool, actor.incarnation)
+        self.feed(
+            events.ActorJoined(actor=actor.name, pool=actor.pool, incarnation=actor.incarnation)
+        )
         if actor.role == "rollout":
             actor.version = self.scheduler.published
-            self.scheduler.policy_loaded(actor.name, actor.version)
+            self.feed(events.PolicyLoaded(actor=actor.name, version=actor.version))
         actor.granted = actor.capacity
-        self.scheduler.granted(actor.name, actor.capacity)
+        self.grant(actor.name, actor.capacity)
 
     # ---- the run ---------------------------------------------------------------------------------
 
@@ -191,22 +230,22 @@ class World:
             if self.scheduler.finished:
                 return self
             self.turn()
-        raise AssertionError(f"the run does not end: {self.scheduler.waiting()}")
+        raise AssertionError(f"the run does not end: {waiting(self.scheduler)}")
 
     def turn(self) -> None:
         """Let the scheduler act, then let one random thing happen."""
         self.now += 1.0
-        for assignment in self.scheduler.assignments(self.now):
-            self.receive(assignment)
+        for outcome in self.feed(events.Tick(now=self.now)):
+            match outcome:
+                case Assignment():
+                    self.receive(outcome)
+                case TrainWindow():
+                    self.take_window(outcome)
+                case EvaluationResult():
+                    self.evaluations.append(outcome)
         flying = [v.question.id for w in self.scheduler.windows.values() for v in w.visits]
         assert len(flying) == len(set(flying)), "a question is in flight twice"
-        window = self.scheduler.next_window(self.now)
-        if window is not None:
-            self.take_window(window)
         self.watch()
-        result = self.scheduler.evaluation_done()
-        if result is not None:
-            self.evaluations.append(result)
         if self.rng.random() < self.crash_rate:
             self.crash()
             return
@@ -227,28 +266,27 @@ class World:
         anew."""
         for actor in self.actors.values():
             if not actor.hangs:
-                self.scheduler.progressed(actor.name, self.now)
+                self.feed(events.Progressed(actor=actor.name, now=self.now))
             if actor.held and self.rng.random() < self.hang_rate:
                 actor.hangs = self.rng.random() < 0.5
                 if not actor.hangs:
                     actor.held.pop(self.rng.choice(sorted(actor.held)))
-        stuck = self.scheduler.without_progress(self.now)
+        late = self.feed(events.LeaseCheck(now=self.now))
+        stuck = [outcome.actor for outcome in late if isinstance(outcome, events.WorkerStuck)]
         stuck += [
-            a.name
-            for a in self.actors.values()
-            if self.scheduler.heard(a.name, list(a.held), self.now)
+            a.name for a in self.actors.values() if self.heard(a.name, list(a.held), self.now)
         ]
         for name in dict.fromkeys(stuck):
             self.replace(self.actors[name])
 
     def happen(self, what: Any) -> None:
         if what == "publish":
-            self.scheduler.policy_published(self.scheduler.trained + 1)
+            self.feed(events.PolicyPublished(version=self.scheduler.trained + 1))
         elif what == "train":
             self.train()
         elif isinstance(what, Fake):
             what.version = self.scheduler.published
-            self.scheduler.policy_loaded(what.name, what.version)
+            self.feed(events.PolicyLoaded(actor=what.name, version=what.version))
         else:
             self.finish(*what)
 
@@ -274,37 +312,45 @@ class World:
             assert actor.version >= index - bound, "an engine with too old a policy got a task"
 
     def finish(self, actor: Fake, task_id: str) -> None:
-        assignment = actor.held.pop(task_id)
         began = actor.began.pop(task_id)
-        message = assignment.job.message
         if self.rng.random() < self.failure_rate:
-            self.scheduler.failed(
-                task_id, actor.name, actor.incarnation, "scripted", True, self.now
-            )
-        elif isinstance(message, GradeTask):
-            group = task_id.removesuffix("/grade")
-            rewards = self.rewards(group, len(message.responses))
-            grades = [Grade(reward=r, answer=response(group, i)[1]) for i, r in enumerate(rewards)]
-            assert self.scheduler.graded(task_id, actor.name, actor.incarnation, grades, self.now)
-            assert not self.scheduler.graded(
-                task_id, actor.name, actor.incarnation, grades, self.now
-            ), "twice"
-        elif isinstance(message, ScoreTask):
-            answer = scores(message)
-            assert self.scheduler.scored(task_id, actor.name, actor.incarnation, answer, self.now)
-            assert not self.scheduler.scored(
-                task_id, actor.name, actor.incarnation, answer, self.now
-            ), "twice"
-        else:
-            versions = [-1, -1] if actor.role == "teacher" else [began, actor.version]
-            drawn = samples(message, versions)
-            if actor.role == "teacher" and self.text_only_teachers:
-                drawn = text_alone(drawn)
-            if message.kind == "judge":
-                drawn = msgspec.structs.replace(drawn, texts=[self.judge(task_id)])
-            assert self.scheduler.sampled(task_id, actor.name, actor.incarnation, drawn, self.now)
-        actor.granted += assignment.job.cost
-        self.scheduler.granted(actor.name, assignment.job.cost)
+            self.fail(actor, task_id, "scripted", retryable=True)
+            return
+        job = actor.held.pop(task_id).job
+        versions = [FROZEN, FROZEN] if actor.role == "teacher" else [began, actor.version]
+        event = self.answer(actor, job.message, versions)
+        assert self.accepts(event)
+        assert not self.accepts(event), "twice"
+        actor.granted += job.cost
+        self.grant(actor.name, job.cost)
+
+    def answer(
+        self, actor: Fake, message: GenerateTask | GradeTask | ScoreTask, versions: list[int]
+    ) -> events.Answer:
+        """What a worker says to a task: a function of the task, but for the versions."""
+        task_id = message.task_id
+        reply: dict[str, Any] = {
+            "task_id": task_id,
+            "actor": actor.name,
+            "incarnation": actor.incarnation,
+            "now": self.now,
+        }
+        match message:
+            case GradeTask():
+                group = task_id.removesuffix("/grade")
+                rewards = self.rewards(group, len(message.responses))
+                answers = [response(group, i)[1] for i in range(len(rewards))]
+                grades = [Grade(reward=r, answer=a) for r, a in zip(rewards, answers, strict=True)]
+                return events.Graded(grades=grades, **reply)
+            case ScoreTask():
+                return events.Scored(scores=scores(message), **reply)
+            case GenerateTask():
+                drawn = samples(message, versions)
+                if actor.role == "teacher" and self.text_only_teachers:
+                    drawn = text_alone(drawn)
+                if message.kind == "judge":
+                    drawn = msgspec.structs.replace(drawn, texts=[self.judge(task_id)])
+                return events.Sampled(samples=drawn, **reply)
 
     def judge(self, task_id: str) -> str:
         """What an honest judge says about one response of a group."""
@@ -347,9 +393,11 @@ class World:
         step = self.shipped.step
         self.sent.append(self.shipped)
         self.shipped = None
-        self.scheduler.policy_published(step + 1)
-        self.steps.append(self.scheduler.step_trained(step, 1.0))
-        self.scheduler.trainer_free(self.now)
+        self.feed(events.PolicyPublished(version=step + 1))
+        [trained] = self.feed(events.StepTrained(step=step, seconds=1.0))
+        assert isinstance(trained, events.Trained)
+        self.steps.append(trained)
+        self.feed(events.TrainerFree(now=self.now))
         if self.rng.random() < 0.5:
             self.saved = (codec.dumps(self.scheduler.state()), len(self.steps))
 
@@ -366,11 +414,10 @@ class World:
 
     def replace(self, actor: Fake) -> None:
         """The next incarnation of an actor; late answers of the old one must not count."""
-        self.scheduler.actor_left(actor.name)
-        for task_id, assignment in actor.held.items():
-            assert not self.answer_late(task_id, actor, assignment.job.message), (
-                "late answer counted"
-            )
+        self.feed(events.ActorLeft(actor=actor.name))
+        for assignment in actor.held.values():
+            late = self.answer(actor, assignment.job.message, [0, 0])
+            assert not self.accepts(late), "late answer counted"
         self.join(
             Fake(
                 actor.name,
@@ -380,22 +427,6 @@ class World:
                 incarnation=actor.incarnation + 1,
             )
         )
-
-    def answer_late(
-        self, task_id: str, actor: Fake, message: GenerateTask | GradeTask | ScoreTask
-    ) -> bool:
-        """Whether the answer of an incarnation that is gone still counts."""
-        old, scheduler = actor.incarnation, self.scheduler
-        match message:
-            case GenerateTask():
-                return scheduler.sampled(
-                    task_id, actor.name, old, samples(message, [0, 0]), self.now
-                )
-            case ScoreTask():
-                return scheduler.scored(task_id, actor.name, old, scores(message), self.now)
-            case GradeTask():
-                grades = [Grade(reward=1.0)] * len(message.responses)
-                return scheduler.graded(task_id, actor.name, old, grades, self.now)
 
     def restore(self) -> None:
         self.restores += 1

@@ -13,7 +13,7 @@ from zppo_protocol import messages as m
 from zppo_protocol.codec import decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
-from zppo_protocol.values import Usage
+from zppo_protocol.values import FROZEN, Usage, seed_of
 
 GOOD: dict[str, Any] = {
     "prompt_ids": np.array([1, 2, 3], np.int32),
@@ -274,3 +274,19 @@ def test_the_sentence_of_a_decoded_message_says_where() -> None:
         ProtocolError, match=r"not a message: offsets must not fall - at `\$\.samples`"
     ):
         decode([blob[16 : 16 + header_bytes], payload])
+
+
+def test_every_token_has_the_version_of_its_span() -> None:
+    spans = int32([2, 7], [1, FROZEN], [2, 8])
+    samples = GroupSamples(**{**GOOD, "version_spans": spans})
+    assert samples.versions_T.tolist() == [7, 7, -1, 8, 8] and samples.versions_T.dtype == np.int32
+    nothing = {"prompt_ids": int32(), "token_ids": int32(), "log_probs": float32()}
+    nothing |= {"offsets": int32(0, 0, 0), "version_spans": np.zeros((0, 2), np.int32)}
+    assert GroupSamples(**{**GOOD, **nothing}).versions_T.shape == (0,)
+
+
+def test_a_seed_is_the_same_in_every_version_of_this_code() -> None:
+    """A run that goes on after an update samples what it would have sampled."""
+    assert seed_of(7, "12/q-3/plain") == 11136197226627578 < 2**56
+    assert seed_of(7, "12/q-3/plain", size=4) == 4158808119 < 2**32
+    assert seed_of(7, "12/q-3/plain") != seed_of(8, "12/q-3/plain") != seed_of(8, "12/q-4/plain")

@@ -18,7 +18,7 @@ import pytest
 
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
-from zppo.algorithm.steps import Recipe, quota, refresh_buffer
+from zppo.algorithm.steps import Recipe, refresh_buffer
 from zppo.algorithm.window import Candidate, Group, Reformulation, Visit, Window
 from zppo.config.topology import (
     DataConfig,
@@ -221,7 +221,7 @@ class FakeRun:
 
     def step(self, step: int, sinks: MetricSinks, journal: Journal) -> None:
         new = [make_question(self.rng, step * 16 + i) for i in range(16)]
-        replayed = self.buffer.draw(quota(0.5, 16), self.rng) if self.recipe.method.replay else []
+        replayed = self.buffer.draw(8, self.rng) if self.recipe.method.replay else []
         drawn = [(question, "new") for question in new] + [
             (question, "replay") for question in replayed
         ]

@@ -5,7 +5,7 @@ A *composer* looks at a visit whose groups are all graded and says which of thei
 which groups. Each group has its own id and with it its own baseline. Composers are pure: what
 chance decides comes from the given generator.
 
-Rollouts of a teacher keep the version -1 on every token: the trainer then knows that no policy
+Rollouts of a teacher keep the version FROZEN on every token: the trainer then knows that no policy
 sampled them.
 """
 
@@ -21,9 +21,6 @@ from msgspec import Struct, structs
 from zppo.algorithm.window import Group, Visit
 from zppo_protocol.samples import GroupSamples, TrainGroup
 
-FROZEN = -1
-"""The version of tokens that a frozen model wrote."""
-
 
 class Composition(Struct, frozen=True, kw_only=True):
     """One group to train: `members` are (group, index of the rollout in it)."""
@@ -35,7 +32,8 @@ class Composition(Struct, frozen=True, kw_only=True):
     @property
     def rewards(self) -> np.ndarray:
         """[N] float32."""
-        return np.array([group.rewards[index] for group, index in self.members], dtype=np.float32)
+        rewards = [group.the_grades[index].reward for group, index in self.members]
+        return np.array(rewards, dtype=np.float32)
 
 
 Composer: TypeAlias = Callable[[Visit, random.Random], list[Composition]]
@@ -121,16 +119,14 @@ def gathered(visit: Visit, composition: Composition) -> GroupSamples:
 
 
 def _whole(group: Group) -> Composition:
-    return Composition(
-        id=group.id, kind=group.kind, members=[(group, i) for i in range(len(group.rewards))]
-    )
+    members = [(group, index) for index in range(len(group.the_grades))]
+    return Composition(id=group.id, kind=group.kind, members=members)
 
 
 def _rollout(samples: GroupSamples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, log-probs and versions of one completion, [T] each."""
     part = slice(int(samples.offsets[index]), int(samples.offsets[index + 1]))
-    versions_T = np.repeat(samples.version_spans[:, 1], samples.version_spans[:, 0])
-    return samples.token_ids[part], samples.log_probs[part], versions_T[part]
+    return samples.token_ids[part], samples.log_probs[part], samples.versions_T[part]
 
 
 def _run_lengths(versions_T: np.ndarray) -> np.ndarray:

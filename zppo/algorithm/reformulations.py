@@ -122,9 +122,7 @@ class Prefix:
 
 def candidate(source: Literal["student", "teacher"], group: Group, index: int) -> Candidate:
     """The `index`-th graded response of a group as a candidate."""
-    assert group.samples is not None and group.grades is not None
-    grade = group.grades[index]
-    text = group.samples.texts[index]
+    grade, text = group.the_grades[index], group.the_samples.texts[index]
     return Candidate(
         source=source, index=index, text=text, answer=grade.answer, correct=grade.reward >= 1.0
     )

@@ -16,7 +16,6 @@ questions that step 3 has kept, so there step 3 comes before step 2.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
@@ -30,6 +29,7 @@ from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import Reformulation, Visit, Window
 from zppo.config.topology import Topology
 from zppo.data.question import Question
+from zppo_protocol.values import share_of
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -61,15 +61,22 @@ class Recipe(Struct, frozen=True, kw_only=True):
             seed=topology.run.seed,
         )
 
+    def replayed(self, new_questions: int) -> int:
+        """⌊ρ_replay·|X_new|⌋, as many as X_replay holds when the buffer has them."""
+        return share_of(self.rho_replay, new_questions) if self.method.replay else 0
+
+    def reformulated(self, new_questions: int, hard_questions: int) -> int:
+        """⌊ρ_aug·|X_new|⌋, the cap on reformulated groups. With `rho_aug_max`, ours, it follows the
+        number of hard questions between the two."""
+        least = share_of(self.rho_aug, new_questions)
+        if self.rho_aug_max is None:
+            return least
+        return max(least, min(hard_questions, share_of(self.rho_aug_max, new_questions)))
+
     def rng(self, *where: object) -> random.Random:
         """A generator that depends only on the seed and the place it is used, so order of arrival
         cannot matter."""
         return random.Random("/".join(map(str, (self.seed, *where))))
-
-
-def quota(rho: float, new_questions: int) -> int:
-    """⌊ρ·|X_new|⌋, forgiving the rounding of a product that should be whole."""
-    return math.floor(rho * new_questions + 1e-9)
 
 
 # ---- step 1 --------------------------------------------------------------------------------------
@@ -82,8 +89,7 @@ def draw_replayed(
     of X_new."""
     for question in new:
         buffer.hold(question.id)
-    count = quota(recipe.rho_replay, len(new)) if recipe.method.replay else 0
-    return buffer.draw(count, recipe.rng(window, "replay"))
+    return buffer.draw(recipe.replayed(len(new)), recipe.rng(window, "replay"))
 
 
 # ---- step 2 --------------------------------------------------------------------------------------
@@ -151,13 +157,9 @@ def add_reformulations(window: Window, recipe: Recipe) -> None:
 
 
 def cap(window: Window, recipe: Recipe) -> int:
-    """⌊ρ_aug·|X_new|⌋. With `rho_aug_max`, ours, it follows the number of hard questions between
-    the two."""
-    least = quota(recipe.rho_aug, window.new_count)
-    if recipe.rho_aug_max is None:
-        return least
+    """Most reformulated groups of this window, known once its plain groups are graded."""
     hard = sum(is_hard(visit, recipe) for visit in window.visits)
-    return max(least, min(hard, quota(recipe.rho_aug_max, window.new_count)))
+    return recipe.reformulated(window.new_count, hard)
 
 
 def pre_cap(window: Window, recipe: Recipe, limit: int) -> list[Visit]:

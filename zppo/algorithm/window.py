@@ -52,21 +52,24 @@ class Group(Struct, kw_only=True):
         return self.samples
 
     @property
+    def the_grades(self) -> list[Grade]:
+        """The grades of a group that is done."""
+        assert self.grades is not None, f"group {self.id} is not graded"
+        return self.grades
+
+    @property
     def accuracy(self) -> float:
         """Mean reward r̄ of the group."""
-        assert self.grades is not None
-        return sum(grade.reward for grade in self.grades) / len(self.grades)
+        return sum(grade.reward for grade in self.the_grades) / len(self.the_grades)
 
     @property
     def rewards(self) -> np.ndarray:
         """[N] float32."""
-        assert self.grades is not None
-        return np.array([grade.reward for grade in self.grades], dtype=np.float32)
+        return np.array([grade.reward for grade in self.the_grades], dtype=np.float32)
 
     def indices(self, *, correct: bool) -> list[int]:
         """Positions of the correct (reward 1) or the wrong rollouts."""
-        assert self.grades is not None
-        return [i for i, grade in enumerate(self.grades) if (grade.reward >= 1.0) == correct]
+        return [i for i, grade in enumerate(self.the_grades) if (grade.reward >= 1.0) == correct]
 
 
 Writer: TypeAlias = Literal["teacher", "rule"] | None

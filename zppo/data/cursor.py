@@ -22,18 +22,14 @@ class CursorState(Struct, kw_only=True):
 
 class CorpusCursor:
     def __init__(
-        self,
-        questions: Sequence[Question],
-        seed: int,
-        epochs: int,
-        state: CursorState | None = None,
+        self, questions: Sequence[Question], seed: int, epochs: int, state: CursorState
     ) -> None:
         self._questions = questions
         self._seed = seed
         self._end = epochs * len(questions)
         self._orders: dict[int, list[int]] = {}
-        self._position = state.position if state else 0
-        self._deferred = list(state.deferred) if state else []
+        self._position = state.position
+        self._deferred = list(state.deferred)
 
     @property
     def left(self) -> int:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 from zppo.algorithm.methods import Method, get_method
-from zppo.algorithm.steps import quota
+from zppo.algorithm.steps import Recipe
 from zppo.config.topology import VLLM, Topology
 from zppo.errors import UserError
 from zppo.plan.checks import CHECKS
@@ -20,6 +20,7 @@ from zppo.plan.memory import Models, inspect_models, need, shared_bytes
 from zppo.plan.model_folder import inspect_model
 from zppo.plan.plan import Plan, Windows
 from zppo.plan.processes import processes, teachers, trainer_scores, uses_teacher
+from zppo_protocol.values import share_of
 
 BYTES_PER_TOKEN = 8
 """A token id and its log-prob on the wire."""
@@ -109,9 +110,9 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     total = topology.run.epochs * questions
     steps = math.ceil(total / scheduler.new_questions)
     new = min(scheduler.new_questions, questions)
-    replayed = quota(scheduler.rho_replay, new) if method.replay else 0
-    most = max(scheduler.rho_aug, scheduler.rho_aug_max or 0.0)
-    reformulated = quota(most, new) if method.reformulations else 0
+    recipe = Recipe.of(topology, method)
+    replayed = recipe.replayed(new)
+    reformulated = recipe.reformulated(new, new + replayed) if method.reformulations else 0
     responses = (new + replayed + reformulated) * topology.method.group_size
     per_token = BYTES_PER_TOKEN
     if method.needs_scores and topology.teacher is not None and not trainer_scores(topology):
@@ -146,7 +147,7 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
         notes.append(
             "there is no teacher: candidates are shortened by rule, not compressed as in the paper"
         )
-    if method.reformulations and quota(scheduler.rho_aug, scheduler.new_questions) == 0:
+    if method.reformulations and share_of(scheduler.rho_aug, scheduler.new_questions) == 0:
         notes.append(
             "scheduler.rho_aug leaves no room for a single reformulated question in a window"
         )

@@ -8,13 +8,12 @@ response ends the prompt: the same tokens are then read and not sampled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from zppo.errors import UserError
-from zppo_protocol.values import Prompt, ResponseStart
+from zppo_protocol.values import Prompt, ResponseStart, share_of
 
 
 def load_tokenizer(folder: str, where: str) -> Any:
@@ -47,11 +46,6 @@ def encode_start(tokenizer: Any, start: ResponseStart) -> list[int]:
     """The first ⌊share·n⌋ of the n tokens of its text (Algorithm 6)."""
     ids: list[int] = tokenizer(start.text, add_special_tokens=False)["input_ids"]
     return ids[: share_of(start.share, len(ids))]
-
-
-def share_of(share: float, count: int) -> int:
-    """⌊share·count⌋, forgiving the rounding of a product that should be whole."""
-    return math.floor(share * count + 1e-9)
 
 
 def check_same_vocabulary(

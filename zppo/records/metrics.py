@@ -170,15 +170,10 @@ def entry_name(accuracy: float) -> str:
     return f"{accuracy:.4g}"
 
 
-def versions_T(samples: GroupSamples) -> np.ndarray:
-    """Policy version of every response token, [T] int32, from the run-length encoded spans."""
-    return np.repeat(samples.version_spans[:, 1], samples.version_spans[:, 0])
-
-
 def version_ranges(samples: GroupSamples) -> list[tuple[int, int] | None]:
     """Lowest and highest version within each of the N completions; None for a completion without
     tokens."""
-    versions, offsets = versions_T(samples), samples.offsets
+    versions, offsets = samples.versions_T, samples.offsets
     parts = (versions[start:end] for start, end in pairwise(offsets))
     return [(int(part.min()), int(part.max())) if part.size else None for part in parts]
 
@@ -235,7 +230,7 @@ def staleness_metrics(groups: Iterable[Group], step: int) -> Scalars:
     """staleness/: step − version over tokens, split per rollout into versions missed while sampled
     and while queued."""
     samples = [group.samples for group in groups if group.samples is not None]
-    ages = step - np.concatenate([versions_T(s) for s in samples] or [np.zeros(0, np.int32)])
+    ages = step - np.concatenate([s.versions_T for s in samples] or [np.zeros(0, np.int32)])
     ranges = [r for s in samples for r in version_ranges(s) if r is not None]
     if not ranges:
         return {}

@@ -22,6 +22,7 @@ from msgspec import Struct
 from zppo_protocol.credits import CreditBook
 from zppo_protocol.leases import Lease, LeaseLedger
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
+from zppo_protocol.values import FROZEN
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -32,7 +33,7 @@ class Job(Struct, frozen=True, kw_only=True):
     order: tuple[int, ...]
     cost: int
     message: GenerateTask | GradeTask | ScoreTask
-    min_version: int = -1
+    min_version: int = FROZEN
 
     @property
     def answers(self) -> int:
@@ -52,13 +53,13 @@ class Assignment(Struct, frozen=True):
 
 
 class Worker(Struct, kw_only=True):
-    """A live incarnation of an actor. `version` is the policy version it acknowledged; -1 for
-    none."""
+    """A live incarnation of an actor. `version` is the policy version it acknowledged; FROZEN
+    until it does, as that of a teacher stays."""
 
     name: str
     pool: str
     incarnation: int
-    version: int = -1
+    version: int = FROZEN
 
 
 class Dispatcher:
@@ -73,7 +74,7 @@ class Dispatcher:
 
     # ---- workers ---------------------------------------------------------------------------------
 
-    def join(self, name: str, pool: str, incarnation: int, version: int = -1) -> None:
+    def join(self, name: str, pool: str, incarnation: int, version: int = FROZEN) -> None:
         """A worker greets. An earlier incarnation of the same name is gone, and its jobs are queued
         again."""
         if name in self.workers:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from msgspec import Struct
 
 from zppo.algorithm.window import Group
+from zppo_protocol.values import FROZEN
 
 
 class EvaluationResult(Struct, frozen=True, kw_only=True):
@@ -66,9 +66,10 @@ class Evaluation(Struct, kw_only=True):
 
 
 def newest_version(group: Group) -> int:
-    """The latest policy version that sampled a token of the group; -1 if it has none."""
-    spans = group.samples.version_spans if group.samples is not None else np.zeros((0, 2), np.int32)
-    return int(spans[:, 1].max()) if len(spans) else -1
+    """The latest policy version that sampled a token of the group; FROZEN if none is known."""
+    if group.samples is None:
+        return FROZEN
+    return int(group.samples.version_spans[:, 1].max(initial=FROZEN))
 
 
 def estimate(values: Sequence[float]) -> Estimate:

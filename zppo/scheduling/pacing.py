@@ -28,11 +28,15 @@ class PacerState(Struct, kw_only=True):
     lead: int
     calm: int = 0
 
+    @classmethod
+    def fresh(cls, max_staleness: int) -> PacerState:
+        """One window ahead, where the bound allows it."""
+        return cls(lead=min(1, max_staleness))
+
 
 class Pacer:
-    def __init__(self, max_staleness: int, state: PacerState | None = None) -> None:
-        self.max_staleness = max_staleness
-        self.state = state or PacerState(lead=min(1, max_staleness))
+    def __init__(self, max_staleness: int, state: PacerState) -> None:
+        self.max_staleness, self.state = max_staleness, state
 
     @property
     def lead(self) -> int:

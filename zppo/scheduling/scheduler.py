@@ -9,34 +9,63 @@ Invariants (held by the property tests): a window is opened and every job assign
 staleness bound; windows ship in order; each question of the corpus is X_new exactly once per pass;
 |X_replay| and the BCQ + NCQ count obey ρ_replay and ρ_aug; nothing is discarded for being slow.
 
-Callers feed events (`actor_joined`, `granted`, `sampled`, …, each with what the peer said) and then
-drain `assignments(now)` and `next_window(now)`.
+`handle` takes one event in and returns what came of it (`zppo.scheduling.events`); nothing else
+moves a scheduler, so a log of its events can be replayed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct, field
 
-from zppo.algorithm.composition import Composition, train_group
+from zppo.algorithm.composition import train_group
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.replay_buffer import BufferState, ReplayBuffer
-from zppo.algorithm.steps import Fate, Recipe, compose, draw_replayed, refresh_buffer
+from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
 from zppo.algorithm.window import EVALUATE, PLAIN, Visit, Window
 from zppo.config.topology import Topology
 from zppo.data.cursor import CorpusCursor, CursorState
 from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
-from zppo.scheduling.dispatch import Assignment, Dispatcher
+from zppo.scheduling.dispatch import Dispatcher, Job
+from zppo.scheduling.events import (
+    Accepted,
+    ActorJoined,
+    ActorLeft,
+    Answer,
+    Event,
+    Failed,
+    Graded,
+    Granted,
+    Heard,
+    LeaseCheck,
+    Opened,
+    Outcome,
+    PolicyLoaded,
+    PolicyPublished,
+    Progressed,
+    Sampled,
+    Scored,
+    StepTrained,
+    StopAsked,
+    Tick,
+    Trained,
+    TrainerFree,
+    WorkerStuck,
+)
 from zppo.scheduling.heldout import Evaluation, EvaluationResult
-from zppo.scheduling.jobs import JobFactory, Target
+from zppo.scheduling.jobs import JobFactory
 from zppo.scheduling.pacing import Pacer, PacerState
-from zppo.scheduling.stages import CannotGoOn, Stages
-from zppo_protocol.messages import TrainWindow
-from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import Grade
+from zppo.scheduling.stages import CannotGoOn, Stages, missing_of_group
+from zppo.scheduling.targets import GroupTarget, Place, Target
+from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask, TrainWindow
+
+ANSWERS: dict[type, type[Answer]] = {
+    GenerateTask: Sampled,
+    ScoreTask: Scored,
+    GradeTask: Graded,
+}
 
 
 class RunFailure(RuntimeError):
@@ -55,13 +84,17 @@ class SchedulerState(Struct, kw_only=True):
     pacer: PacerState
     evaluated: list[int] = field(default_factory=list)
 
-
-class Trained(Struct, frozen=True, kw_only=True):
-    """What the end of a step did. `composed` are the groups that were sent to the trainer."""
-
-    window: Window
-    composed: list[tuple[Visit, Composition]]
-    fates: list[Fate]
+    @classmethod
+    def fresh(cls, max_staleness: int) -> SchedulerState:
+        """That of a run of which nothing is done."""
+        return cls(
+            trained=0,
+            next_window=0,
+            cursor=CursorState(),
+            buffer=BufferState(entries=[], available=[]),
+            windows=[],
+            pacer=PacerState.fresh(max_staleness),
+        )
 
 
 class Scheduler:
@@ -76,34 +109,34 @@ class Scheduler:
         now: float = 0.0,
     ) -> None:
         config = topology.scheduler
+        state = state or SchedulerState.fresh(config.max_staleness)
         self.topology, self.prompts = topology, prompts
         self.recipe = Recipe.of(topology, method)
         self.jobs = JobFactory(topology)
-        self.stages = Stages(self.recipe, prompts, self.jobs, self._ask)
+        self.stages = Stages(self.recipe, prompts, self.jobs)
         self.dispatcher = Dispatcher(config.lease_seconds)
-        self.cursor = CorpusCursor(
-            questions, topology.run.seed, topology.run.epochs, state.cursor if state else None
-        )
+        self.cursor = CorpusCursor(questions, topology.run.seed, topology.run.epochs, state.cursor)
         self.buffer = ReplayBuffer(config.buffer_capacity)
-        if state is not None:
-            self.buffer.restore(state.buffer)
-        self.pacer = Pacer(config.max_staleness, state.pacer if state else None)
+        self.buffer.restore(state.buffer)
+        self.pacer = Pacer(config.max_staleness, state.pacer)
         self.heldout = list(heldout)
-        self.trained = state.trained if state else 0
+        self.trained = state.trained
         self.published = self.trained
-        self.next_index = state.next_window if state else 0
+        self.next_index = state.next_window
         self.windows: dict[int, Window] = {}
         self.evaluation: Evaluation | None = None
-        self.evaluated: list[int] = list(state.evaluated) if state else []
+        self.evaluated = list(state.evaluated)
         self.stopping = False
-        self._targets: dict[str, Target] = {}
-        self._missing: dict[int, set[str]] = {}
+        self.training: int | None = None
+        """The step that is in the trainer now."""
+        self.trainer_idle_since: float | None = None
+        self.targets: dict[str, Target] = {}
+        """What has been asked for, by task id."""
+        self.missing: dict[int, set[str]] = {}
+        """The part of it that each window waits for."""
         self._ready_since: dict[int, float] = {}
-        self._opened: list[int] = []
-        self._shipped: int | None = None
-        self._trainer_idle_since: float | None = None
         self._step_seconds = 0.0
-        for window in state.windows if state else []:
+        for window in state.windows:
             self._track(window, now)
 
     # ---- what a caller may ask -------------------------------------------------------------------
@@ -145,238 +178,180 @@ class Scheduler:
         return (
             index in self.windows
             and self.windows[index].phase == "composed"
-            and not self._missing[index]
-        )
-
-    @property
-    def phase(self) -> str:
-        """One word for the live view."""
-        if self.stopping:
-            return "stopping"
-        if self.finished:
-            return "finished"
-        if self.evaluation is not None and not self.windows:
-            return "evaluating"
-        return "training" if self.windows or self.trained else "starting"
-
-    def waiting(self) -> list[str]:
-        """Who waits for whom, in plain words; the watchdog's verdict and a part of the live
-        view."""
-        lines = []
-        if self._shipped is not None:
-            lines.append(f"step {self._shipped} is in the trainer")
-        elif self._trainer_idle_since is None:
-            lines.append("the trainer has not asked for a window yet")
-        elif not self.ready(self.trained) and self.trained in self._missing:
-            lines.append(f"the trainer waits for window {self.trained}")
-        for index in sorted(self._missing):
-            if self._missing[index]:
-                lines.append(f"window {index} waits for {self._describe(self._missing[index])}")
-        if self.evaluation is not None:
-            left = sum(not group.done for group in self.evaluation.groups)
-            lines.append(
-                f"the held-out evaluation waits for {left} of {len(self.evaluation.groups)} groups"
-            )
-        if not self.stopping and self._blocked_by_staleness():
-            lines.append(
-                f"window {self.next_index} waits for step {self.trained} (staleness bound)"
-            )
-        return lines
-
-    def _blocked_by_staleness(self) -> bool:
-        more = self.next_index < self.total_steps and bool(self.cursor.left)
-        return more and not self.pacer.may_open(self.next_index, self.horizon)
-
-    def _describe(self, task_ids: set[str]) -> str:
-        """E.g. `3 plain (rollout-0), 1 teacher (queued)`."""
-        counts: Counter[str] = Counter()
-        holders: dict[str, set[str]] = {}
-        for task_id in task_ids:
-            target = self._targets[task_id]
-            name = target.stage if target.group is None else target.group.kind
-            name = f"{name} grades" if target.stage in ("grade", "judge") else name
-            counts[name] += 1
-            holders.setdefault(name, set()).add(self.dispatcher.holder(task_id) or "queued")
-        return ", ".join(
-            f"{n} {name} ({', '.join(sorted(holders[name]))})" for name, n in sorted(counts.items())
+            and not self.missing[index]
         )
 
     # ---- events ----------------------------------------------------------------------------------
 
-    def actor_joined(self, actor: str, pool: str, incarnation: int) -> None:
-        self.dispatcher.join(actor, pool, incarnation)
+    def handle(self, event: Event) -> list[Outcome]:
+        """Take in one event; what came of it, in the order in which it came.
 
-    def actor_left(self, actor: str) -> None:
-        """Its jobs are queued again. Raises RunFailure for a job that keeps killing its workers."""
+        Raises RunFailure if the run cannot go on, ProtocolError for credits beyond all reason.
+        """
+        match event:
+            case Sampled() | Scored() | Graded():
+                return self._answered(event)
+            case Tick():
+                return self._act(event.now)
+            case Granted():
+                self.dispatcher.grant(event.actor, event.count)
+            case Progressed():
+                self.dispatcher.progress(event.actor, event.now)
+            case Heard():
+                return self._heard(event)
+            case Failed():
+                self._failed(event)
+            case PolicyLoaded():
+                self.dispatcher.loaded(event.actor, event.version)
+            case PolicyPublished():
+                self.published = max(self.published, event.version)
+            case TrainerFree():
+                self.trainer_idle_since = event.now
+            case StepTrained():
+                return [self._step_trained(event)]
+            case ActorJoined():
+                self.dispatcher.join(event.actor, event.pool, event.incarnation)
+            case ActorLeft():
+                self._left(event.actor)
+            case LeaseCheck():
+                return self._without_progress(event.now)
+            case StopAsked():
+                self.stopping = True
+        return []
+
+    # ---- workers ---------------------------------------------------------------------------------
+
+    def _left(self, actor: str) -> None:
         for task_id in self.dispatcher.leave(actor):
             self._check_attempts(task_id, f"its worker was lost each time, last {actor}")
 
-    def without_progress(self, now: float) -> list[str]:
-        """Actors that hold jobs and did nothing for the lease time; the jobs are queued again.
-
-        Raises RunFailure for a job that keeps hanging its workers.
-        """
+    def _without_progress(self, now: float) -> list[Outcome]:
         late = self.dispatcher.expire(now)
         for actor, task_ids in late.items():
             for task_id in task_ids:
                 self._check_attempts(task_id, f"its worker made no progress, last {actor}")
-        return list(late)
+        reason = f"it made no progress for {self.topology.scheduler.lease_seconds:g} s"
+        return [
+            WorkerStuck(actor=actor, tasks=tasks, reason=reason) for actor, tasks in late.items()
+        ]
 
-    def heard(self, actor: str, tasks: list[str], now: float) -> list[str]:
-        """The jobs the actor says it holds. Returns the ids of those it has lost, which are queued
-        again."""
-        lost = self.dispatcher.forgotten(actor, tasks, now)
+    def _heard(self, event: Heard) -> list[Outcome]:
+        lost = self.dispatcher.forgotten(event.actor, event.tasks, event.now)
         for task_id in lost:
-            self._check_attempts(task_id, f"{actor} lost it")
-        return lost
+            self._check_attempts(task_id, f"{event.actor} lost it")
+        if not lost:
+            return []
+        reason = f"it lost {len(lost)} of its tasks, first {lost[0]}"
+        return [WorkerStuck(actor=event.actor, tasks=lost, reason=reason)]
 
-    def granted(self, actor: str, count: int) -> None:
-        self.dispatcher.grant(actor, count)
+    def _check_attempts(self, task_id: str, reason: str) -> None:
+        attempts = self.dispatcher.attempts(task_id)
+        if attempts >= self.topology.scheduler.max_attempts:
+            raise RunFailure(f"task {task_id} failed {attempts} times: {reason}")
 
-    def progressed(self, actor: str, now: float) -> None:
-        """The actor did real work: its leases start anew."""
-        self.dispatcher.progress(actor, now)
+    # ---- answers ---------------------------------------------------------------------------------
 
-    def policy_loaded(self, actor: str, version: int) -> None:
-        self.dispatcher.loaded(actor, version)
-
-    def policy_published(self, version: int) -> None:
-        self.published = max(self.published, version)
-
-    def sampled(
-        self, task_id: str, actor: str, incarnation: int, samples: GroupSamples, now: float
-    ) -> bool:
-        """Completions of a group, or what the teacher wrote about one response. False if nobody
-        waits for them."""
-        target = self._accept(task_id, actor, incarnation, len(samples.texts), now)
-        if target is None:
-            return False
-        if target.stage != "sample" and target.window is not None:
-            target.window.spend(samples)
-        if target.candidate is not None:
-            # A reply that was cut off may be a thought that had not come to its end.
-            self.stages.prepared(
-                target, samples.texts[0] if samples.finish_reasons[0] != "length" else None
-            )
-        elif target.stage == "judge":
-            self.stages.judged(target, samples.texts[0])
-        else:
-            target.the_group.samples = samples
-        self._completed(task_id, target, now)
-        return True
-
-    def scored(
-        self, task_id: str, actor: str, incarnation: int, scores: TokenScores, now: float
-    ) -> bool:
-        """The teacher's distribution at the tokens of a group. False if nobody waits for it."""
-        target = self._accept(task_id, actor, incarnation, len(scores.token_ids), now)
-        if target is None:
-            return False
-        self.stages.scored(target, scores)
-        self._completed(task_id, target, now)
-        return True
-
-    def graded(
-        self, task_id: str, actor: str, incarnation: int, grades: list[Grade], now: float
-    ) -> bool:
-        """Verdicts on all responses of a group. False if nobody waits for them."""
-        target = self._accept(task_id, actor, incarnation, len(grades), now)
-        if target is None:
-            return False
-        target.the_group.grades = grades
-        self._completed(task_id, target, now)
-        return True
-
-    def failed(
-        self, task_id: str, actor: str, incarnation: int, reason: str, retryable: bool, now: float
-    ) -> bool:
-        """The worker lives but the task did not work. Raises RunFailure when there is no way around
-        it."""
-        job = self.dispatcher.give_back(task_id, actor, incarnation)
+    def _answered(self, answer: Answer) -> list[Outcome]:
+        """Store an answer that counts, once, and go on. One that does not fit its job is a failed
+        try."""
+        job = self.dispatcher.leased(answer.task_id, answer.actor, answer.incarnation)
         if job is None:
-            return False
-        if retryable and self.dispatcher.attempts(task_id) < self.topology.scheduler.max_attempts:
+            return []
+        reason = _misfit(answer, job)
+        if reason is not None:
+            self._failed(answer.as_failure(reason))
+            return []
+        self.dispatcher.accept(answer.task_id, answer.actor, answer.incarnation)
+        target = self.targets.pop(answer.task_id)
+        self.stages.received(target, answer)
+        self._completed(target, answer.now)
+        return [Accepted(answer.task_id)]
+
+    def _failed(self, failed: Failed) -> None:
+        """Try again, or go on without. Raises RunFailure where there is no way around the task."""
+        job = self.dispatcher.give_back(failed.task_id, failed.actor, failed.incarnation)
+        if job is None:
+            return
+        attempts = self.dispatcher.attempts(failed.task_id)
+        if failed.retryable and attempts < self.topology.scheduler.max_attempts:
             self.dispatcher.submit(job)
-            return True
-        self.dispatcher.drop(task_id)
-        target = self._targets.pop(task_id)
+            return
+        self.dispatcher.drop(failed.task_id)
+        target = self.targets.pop(failed.task_id)
         try:
-            self.stages.give_up(task_id, target, reason)
+            self.stages.give_up(target, failed.reason)
         except CannotGoOn as error:
             raise RunFailure(str(error)) from None
-        self._completed(task_id, target, now)
-        return True
+        self._completed(target, failed.now)
 
-    def step_trained(self, step: int, seconds: float) -> Trained:
-        """The trainer finished a step: the buffer is refreshed, in window order."""
-        if step != self._shipped or step != self.trained:
+    def _completed(self, target: Target, now: float) -> None:
+        """The result of a target is stored: go on with its visit, or with its evaluation group."""
+        if target.place is not None:
+            window, visit = target.place.window, target.place.visit
+            self.missing[window.index].discard(target.task_id)
+            self.stages.advance_visit(window, visit)
+            self._ask(self.stages.missing_of_visit(target.place))
+            self._settle(window, now)
+        elif isinstance(target, GroupTarget):
+            self.stages.advance_group(target.group, target.question)
+            self._ask(missing_of_group(target.group, target.question))
+
+    # ---- the trainer -----------------------------------------------------------------------------
+
+    def _step_trained(self, done: StepTrained) -> Trained:
+        """The buffer is refreshed, in window order."""
+        if done.step != self.training or done.step != self.trained:
             raise RunFailure(
-                f"the trainer reports step {step}, but step {self._shipped} was shipped"
+                f"the trainer reports step {done.step}, but step {self.training} was shipped"
             )
-        window = self.windows.pop(step)
+        window = self.windows.pop(done.step)
         composed = compose(window, self.recipe)
-        self._missing.pop(step)
-        self._shipped = None
-        self._step_seconds = seconds
-        self.trained = step + 1
+        self.missing.pop(done.step)
+        self.training = None
+        self._step_seconds = done.seconds
+        self.trained = done.step + 1
         return Trained(
             window=window, composed=composed, fates=refresh_buffer(self.buffer, window, self.recipe)
         )
 
-    def trainer_free(self, now: float) -> None:
-        """The trainer can take a window."""
-        self._trainer_idle_since = now
-
-    # ---- commands --------------------------------------------------------------------------------
-
-    def assignments(self, now: float) -> list[Assignment]:
-        """Open what may be opened and hand out what can be handed out."""
-        if not self.stopping:
-            self._open_evaluation()
-            self._open_windows(now)
-        return self.dispatcher.assign(now)
-
-    def opened(self) -> list[Window]:
-        """The windows opened since the last call, for the journal."""
-        opened, self._opened = self._opened, []
-        return [self.windows[index] for index in opened if index in self.windows]
-
-    def next_window(self, now: float) -> TrainWindow | None:
-        """What to train next, once; None while the trainer is busy or the window is not ready."""
-        index = self.trained
-        blocked = self.stopping or self._shipped is not None or self._trainer_idle_since is None
+    def _next_window(self, now: float) -> list[TrainWindow]:
+        """What to train next, once; nothing while the trainer is busy or the window is not
+        ready."""
+        index, idle_since = self.trained, self.trainer_idle_since
+        blocked = self.stopping or self.training is not None or idle_since is None
         if blocked or index >= self.total_steps or not self.ready(index):
-            return None
-        waited = now - self._trainer_idle_since if self._trainer_idle_since is not None else 0.0
+            return []
+        waited = now - idle_since if idle_since is not None else 0.0
         self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)
-        self._shipped, self._trainer_idle_since = index, None
+        self.training, self.trainer_idle_since = index, None
         groups = [
             train_group(visit, composition)
             for visit, composition in compose(self.windows[index], self.recipe)
         ]
-        return TrainWindow(step=index, groups=groups)
+        return [TrainWindow(step=index, groups=groups)]
 
-    @property
-    def training(self) -> int | None:
-        """The step that is in the trainer now."""
-        return self._shipped
+    # ---- acting ----------------------------------------------------------------------------------
 
-    def evaluation_done(self) -> EvaluationResult | None:
-        """The held-out evaluation that has just finished, once."""
-        evaluation = self.evaluation
-        if evaluation is None or not evaluation.done:
-            return None
-        self.evaluation = None
-        self.evaluated.append(evaluation.step)
-        return evaluation.result()
+    def _act(self, now: float) -> list[Outcome]:
+        opened: list[Opened] = []
+        if not self.stopping:
+            self._open_evaluation()
+            opened = self._open_windows(now)
+        return [
+            *self.dispatcher.assign(now),
+            *opened,
+            *self._next_window(now),
+            *self._evaluation_result(),
+        ]
 
     # ---- windows ---------------------------------------------------------------------------------
 
-    def _open_windows(self, now: float) -> None:
+    def _open_windows(self, now: float) -> list[Opened]:
+        opened: list[Opened] = []
         while self._may_open():
             new = self.cursor.take(self.topology.scheduler.new_questions, self._in_flight())
             if not new:
-                return
+                break
             index = self.next_index
             replayed = draw_replayed(
                 [question for question, _ in new], self.buffer, self.recipe, index
@@ -394,9 +369,11 @@ class Scheduler:
                 Visit(question=q, origin="replay", plain=self.stages.group(index, q, PLAIN))
                 for q in replayed
             ]
+            window = Window(index=index, visits=visits)
             self.next_index += 1
-            self._opened.append(index)
-            self._track(Window(index=index, visits=visits), now)
+            self._track(window, now)
+            opened.append(Opened(window))
+        return opened
 
     def _may_open(self) -> bool:
         if self.next_index >= self.total_steps or not self.cursor.left:
@@ -411,16 +388,18 @@ class Scheduler:
     def _track(self, window: Window, now: float) -> None:
         """Take charge of a window, new or restored: ask for everything it misses."""
         self.windows[window.index] = window
-        self._missing[window.index] = set()
-        self.stages.resume(window)
+        self.missing[window.index] = set()
+        self.stages.advance(window)
+        self._ask(self.stages.missing(window))
         self._settle(window, now)
 
     def _settle(self, window: Window, now: float) -> None:
         """While nothing is missing, go on to the next phase; after the last one the window is
         ready."""
-        while not self._missing[window.index] and window.phase != "composed":
+        while not self.missing[window.index] and window.phase != "composed":
             self.stages.proceed(window)
-        if not self._missing[window.index]:
+            self._ask(self.stages.missing(window))
+        if not self.missing[window.index]:
             self._ready_since[window.index] = now
 
     # ---- evaluation ------------------------------------------------------------------------------
@@ -445,50 +424,42 @@ class Scheduler:
             step=step, groups=groups, question_ids=[question.id for question in asked]
         )
         for question, group in zip(asked, groups, strict=True):
-            self.stages.advance_group(group, question)
+            self._ask(missing_of_group(group, question))
 
-    # ---- jobs ------------------------------------------------------------------------------------
+    def _evaluation_result(self) -> list[EvaluationResult]:
+        """The held-out evaluation that has just finished, once."""
+        evaluation = self.evaluation
+        if evaluation is None or not evaluation.done:
+            return []
+        self.evaluation = None
+        self.evaluated.append(evaluation.step)
+        return [evaluation.result()]
 
-    def _ask(self, target: Target) -> None:
-        """Queue the job for a target unless it is on its way already."""
-        name = target.task_id
-        if name in self._targets:
-            return
-        self._targets[name] = target
-        if target.window is not None:
-            self._missing[target.window.index].add(name)
-        self.dispatcher.submit(self.jobs.job(target, self._min_version(target), self.prompts))
+    # ---- asking ----------------------------------------------------------------------------------
 
-    def _min_version(self, target: Target) -> int:
-        if target.window is not None:
-            return self.pacer.min_version(target.window.index)
+    def _ask(self, targets: Iterable[Target]) -> None:
+        """Queue the jobs of those targets that are not on their way already."""
+        for target in targets:
+            name, place = target.task_id, target.place
+            if name not in self.targets:
+                self.targets[name] = target
+                if place is not None:
+                    self.missing[place.window.index].add(name)
+                job = self.jobs.job(target, self._min_version(place), self.prompts)
+                self.dispatcher.submit(job)
+
+    def _min_version(self, place: Place | None) -> int:
+        """The oldest policy version that may sample for a window, or for the evaluation."""
+        if place is not None:
+            return self.pacer.min_version(place.window.index)
         return self.evaluation.step if self.evaluation is not None else 0
 
-    def _accept(
-        self, task_id: str, actor: str, incarnation: int, answers: int, now: float
-    ) -> Target | None:
-        """The target of an answer that counts, once. One with too few or too many parts is a failed
-        try."""
-        job = self.dispatcher.leased(task_id, actor, incarnation)
-        if job is not None and answers != job.answers:
-            reason = f"{actor} answered with {answers} parts instead of {job.answers}"
-            self.failed(task_id, actor, incarnation, reason, True, now)
-            return None
-        return (
-            self._targets.pop(task_id)
-            if self.dispatcher.accept(task_id, actor, incarnation) is not None
-            else None
-        )
 
-    def _completed(self, task_id: str, target: Target, now: float) -> None:
-        if target.window is None or target.visit is None:
-            self.stages.advance_group(target.the_group, target.question)
-            return
-        self._missing[target.window.index].discard(task_id)
-        self.stages.advance(target.window, target.visit)
-        self._settle(target.window, now)
-
-    def _check_attempts(self, task_id: str, reason: str) -> None:
-        attempts = self.dispatcher.attempts(task_id)
-        if attempts >= self.topology.scheduler.max_attempts:
-            raise RunFailure(f"task {task_id} failed {attempts} times: {reason}")
+def _misfit(answer: Answer, job: Job) -> str | None:
+    """Why an answer cannot be one to this job."""
+    if not isinstance(answer, ANSWERS[type(job.message)]):
+        given, asked = type(answer).__name__, type(job.message).__name__
+        return f"{answer.actor} answered {given} to a {asked}"
+    if answer.parts != job.answers:
+        return f"{answer.actor} answered with {answer.parts} parts instead of {job.answers}"
+    return None

@@ -3,14 +3,15 @@
     plain, teacher (as soon as the method may ask it) → selected → caps → prepare → BCQ/NCQ/… →
     composed → scored
 
-Each result is stored where it belongs and the visit is advanced: everything that has become
-possible is asked for, once each. When nothing of a window is missing, `proceed` takes its next
-decision. Nothing else is remembered, so a restored window asks again for exactly what it misses.
+Each result is stored where it belongs, and its visit is advanced: what has become possible is made.
+`missing` says what is to be had next; the scheduler asks for what it has not asked for yet. When
+nothing of a window is missing, `proceed` takes its next decision. Nothing else is remembered, so a
+restored window misses exactly what it had not got.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 from msgspec import structs
@@ -25,14 +26,34 @@ from zppo.algorithm.steps import (
     select,
     wants_teacher,
 )
-from zppo.algorithm.window import TEACHER, Candidate, Group, Reformulation, Visit, Window, Writer
+from zppo.algorithm.window import (
+    TEACHER,
+    WRITE_HINT,
+    Candidate,
+    Group,
+    Reformulation,
+    Visit,
+    Window,
+    Writer,
+)
 from zppo.config.topology import JUDGE
 from zppo.data.question import Question
 from zppo.grading import judged, parse_answer, quick_grade
 from zppo.prompting import compression, hints
 from zppo.prompting.prompts import PromptSet
-from zppo.scheduling.jobs import JobFactory, Stage, Target
-from zppo_protocol.samples import TokenScores
+from zppo.scheduling.events import Answer, Graded, Sampled, Scored
+from zppo.scheduling.jobs import JobFactory
+from zppo.scheduling.targets import (
+    GradeTarget,
+    GroupTarget,
+    JudgeTarget,
+    Place,
+    PrepareTarget,
+    SampleTarget,
+    ScoreTarget,
+    Target,
+)
+from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Grade, Prompt
 
 
@@ -41,12 +62,10 @@ class CannotGoOn(RuntimeError):
 
 
 class Stages:
-    """`ask` takes a target that is needed; asking twice for the same one must do nothing."""
+    """Decides (`proceed`, `advance`, what has come) and says what is missing; it asks nobody."""
 
-    def __init__(
-        self, recipe: Recipe, prompts: PromptSet, jobs: JobFactory, ask: Callable[[Target], None]
-    ) -> None:
-        self._recipe, self._prompts, self._jobs, self._ask = recipe, prompts, jobs, ask
+    def __init__(self, recipe: Recipe, prompts: PromptSet, jobs: JobFactory) -> None:
+        self._recipe, self._prompts, self._jobs = recipe, prompts, jobs
 
     def group(
         self, index: int, question: Question, kind: str, prompt: Prompt | None = None
@@ -56,54 +75,10 @@ class Stages:
         prompt = prompt if prompt is not None else self._prompts.plain(question)
         return Group(id=f"{index}/{question.id}/{kind}", kind=kind, prompt=prompt)
 
-    # ---- what is needed --------------------------------------------------------------------------
-
-    def advance(self, window: Window, visit: Visit) -> None:
-        """Ask for whatever this visit needs next."""
-        self.advance_group(visit.plain, visit.question, window, visit)
-        self._advance_teacher(window, visit)
-        for reformulation in visit.reformulations:
-            self._advance_reformulation(window, visit, reformulation)
-
-    def _advance_teacher(self, window: Window, visit: Visit) -> None:
-        """Ask a teacher where the method wants one; the next one while the last had no correct
-        response (a cascade)."""
-        if visit.teacher is None:
-            if not wants_teacher(visit, self._recipe):
-                return
-            first = first_teacher(window, visit, self._recipe)
-            visit.teacher = self._teacher_group(window, visit, first)
-        elif visit.teacher.done and asks_next_teacher(visit, self._recipe):
-            visit.failed_teachers.append(visit.teacher)
-            visit.teacher = self._teacher_group(window, visit, visit.teacher.teacher + 1)
-        self.advance_group(visit.teacher, visit.question, window, visit)
-
-    def _teacher_group(self, window: Window, visit: Visit, teacher: int) -> Group:
-        group = self.group(window.index, visit.question, TEACHER, visit.plain.prompt)
-        return (
-            structs.replace(group, id=f"{group.id}-{teacher + 1}", teacher=teacher)
-            if teacher
-            else group
-        )
-
-    def advance_group(
-        self,
-        group: Group,
-        question: Question,
-        window: Window | None = None,
-        visit: Visit | None = None,
-    ) -> None:
-        """Sample, then grade. A group without a window belongs to an evaluation."""
-        if group.done:
-            return
-        if group.samples is not None and question.grader == JUDGE:
-            self._advance_judgement(group, question, window, visit)
-            return
-        stage: Stage = "sample" if group.samples is None else "grade"
-        self._ask(Target(stage=stage, question=question, window=window, visit=visit, group=group))
+    # ---- what has become possible ----------------------------------------------------------------
 
     def proceed(self, window: Window) -> None:
-        """Nothing of the window is missing: take its next decision and ask for what follows from
+        """Nothing of the window is missing: take its next decision, and all that follows from
         it."""
         match window.phase:
             case "plain":
@@ -114,163 +89,210 @@ class Stages:
                 window.phase = "reformulated"
             case "reformulated":
                 window.phase = "composed"
-        self.resume(window)
+        self.advance(window)
 
-    def resume(self, window: Window) -> None:
-        """Ask for everything that the window misses in its phase."""
+    def advance(self, window: Window) -> None:
+        """`advance_visit` for all visits."""
         for visit in window.visits:
-            self.advance(window, visit)
+            self.advance_visit(window, visit)
+
+    def advance_visit(self, window: Window, visit: Visit) -> None:
+        """Make what the results so far allow: grades out of verdicts, teacher groups, rewritten
+        prompts."""
+        self.advance_group(visit.plain, visit.question)
+        self._advance_teacher(window, visit)
+        for reformulation in visit.reformulations:
+            self._advance_reformulation(window, visit, reformulation)
+
+    def advance_group(self, group: Group, question: Question) -> None:
+        """Grade what the judge is asked about, as far as the quick comparison decides it (paper,
+        Reward) or the judge has spoken."""
+        if group.done or group.samples is None or question.grader != JUDGE:
+            return
+        for index, text in enumerate(group.samples.texts):
+            if index not in group.verdicts:
+                quick = quick_grade(text, question.answer, JUDGE)
+                if quick is not None:
+                    group.verdicts[index] = quick
+        if len(group.verdicts) == len(group.samples.texts):
+            group.grades = [group.verdicts[index] for index in range(len(group.verdicts))]
+
+    def _advance_teacher(self, window: Window, visit: Visit) -> None:
+        """A teacher where the method wants one; the next one while the last had no correct
+        response (a cascade)."""
+        if visit.teacher is None:
+            if wants_teacher(visit, self._recipe):
+                first = first_teacher(window, visit, self._recipe)
+                visit.teacher = self._teacher_group(window, visit, first)
+            return
+        self.advance_group(visit.teacher, visit.question)
+        if visit.teacher.done and asks_next_teacher(visit, self._recipe):
+            visit.failed_teachers.append(visit.teacher)
+            visit.teacher = self._teacher_group(window, visit, visit.teacher.teacher + 1)
+
+    def _teacher_group(self, window: Window, visit: Visit, teacher: int) -> Group:
+        group = self.group(window.index, visit.question, TEACHER, visit.plain.prompt)
+        return (
+            structs.replace(group, id=f"{group.id}-{teacher + 1}", teacher=teacher)
+            if teacher
+            else group
+        )
+
+    def _advance_reformulation(
+        self, window: Window, visit: Visit, reformulation: Reformulation
+    ) -> None:
+        """Prepare its candidates, unless the teacher is to do it; build its prompt once they all
+        are prepared."""
+        if reformulation.group is not None:
+            self.advance_group(reformulation.group, visit.question)
+            return
+        reformulator = self._reformulator(reformulation)
+        for candidate in reformulation.candidates:
+            if candidate.shown is None and reformulator.preparation == "none":
+                candidate.shown = candidate.text
+            elif candidate.shown is None and not self._jobs.teacher_compresses:
+                self._show(visit, candidate, reformulator.preparation, None)
+        if all(candidate.shown is not None for candidate in reformulation.candidates):
+            prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
+            reformulation.group = self.group(
+                window.index, visit.question, reformulation.kind, prompt
+            )
+
+    def _reformulator(self, reformulation: Reformulation) -> Reformulator:
+        return next(r for r in self._recipe.method.reformulations if r.kind == reformulation.kind)
+
+    # ---- what is missing -------------------------------------------------------------------------
+
+    def missing(self, window: Window) -> Iterator[Target]:
+        """All that the window still has to be given before it can proceed; changes nothing."""
+        for visit in window.visits:
+            yield from self.missing_of_visit(Place(window, visit))
         if (
             window.phase == "composed"
             and self._recipe.method.needs_scores
             and self._jobs.scores_remotely
         ):
-            self._score(window)
+            yield from self._missing_scores(window)
 
-    def _score(self, window: Window) -> None:
+    def missing_of_visit(self, place: Place) -> Iterator[Target]:
+        """The part of `missing` that is one visit's, but for scores: only a whole window is
+        composed."""
+        visit = place.visit
+        yield from missing_of_group(visit.plain, visit.question, place)
+        if visit.teacher is not None:
+            yield from missing_of_group(visit.teacher, visit.question, place)
+        for reformulation in visit.reformulations:
+            if reformulation.group is not None:
+                yield from missing_of_group(reformulation.group, visit.question, place)
+                continue
+            preparation = self._reformulator(reformulation).preparation
+            for candidate in reformulation.candidates:
+                if candidate.shown is None:
+                    yield PrepareTarget(place=place, candidate=candidate, preparation=preparation)
+
+    def _missing_scores(self, window: Window) -> Iterator[Target]:
         for visit, composition in compose(window, self._recipe):
             tokens = sum(
                 int(np.diff(group.the_samples.offsets)[index])
                 for group, index in composition.members
             )
             if tokens and composition.id not in visit.scores:
-                question = visit.question
-                target = Target(
-                    stage="score",
-                    question=question,
-                    window=window,
-                    visit=visit,
-                    composition=composition,
-                )
-                self._ask(target)
-
-    def _advance_reformulation(
-        self, window: Window, visit: Visit, reformulation: Reformulation
-    ) -> None:
-        if reformulation.group is None:
-            reformulator = self._reformulator(reformulation)
-            for candidate in reformulation.candidates:
-                if candidate.shown is None:
-                    self._prepare(window, visit, candidate, reformulator.preparation)
-            if any(candidate.shown is None for candidate in reformulation.candidates):
-                return
-            prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
-            reformulation.group = self.group(
-                window.index, visit.question, reformulation.kind, prompt
-            )
-        self.advance_group(reformulation.group, visit.question, window, visit)
-
-    def _reformulator(self, reformulation: Reformulation) -> Reformulator:
-        return next(r for r in self._recipe.method.reformulations if r.kind == reformulation.kind)
-
-    def _prepare(
-        self, window: Window, visit: Visit, candidate: Candidate, preparation: Preparation
-    ) -> None:
-        if preparation == "none":
-            candidate.shown = candidate.text
-            return
-        question = visit.question
-        target = Target(
-            stage=preparation, question=question, window=window, visit=visit, candidate=candidate
-        )
-        if self._jobs.teacher_compresses:
-            self._ask(target)
-        else:
-            self.prepared(target, None)
-
-    def _advance_judgement(
-        self, group: Group, question: Question, window: Window | None, visit: Visit | None
-    ) -> None:
-        """Ask the judge about every response that the quick comparison leaves open (paper,
-        Reward)."""
-        assert group.samples is not None
-        for index, text in enumerate(group.samples.texts):
-            if index not in group.verdicts:
-                quick = quick_grade(text, question.answer, JUDGE)
-                if quick is not None:
-                    group.verdicts[index] = quick
-                else:
-                    self._ask(
-                        Target(
-                            stage="judge",
-                            question=question,
-                            window=window,
-                            visit=visit,
-                            group=group,
-                            response=index,
-                        )
-                    )
-        if len(group.verdicts) == len(group.samples.texts):
-            group.grades = [group.verdicts[index] for index in range(len(group.verdicts))]
+                yield ScoreTarget(place=Place(window, visit), composition=composition)
 
     # ---- what has come ---------------------------------------------------------------------------
 
-    def prepared(self, target: Target, reply: str | None) -> None:
+    def received(self, target: Target, answer: Answer) -> None:
+        """Store what a worker answered where it belongs; the scheduler has checked that it is an
+        answer to this target's job."""
+        match target, answer:
+            case SampleTarget(), Sampled():
+                target.group.samples = answer.samples
+            case GradeTarget(), Graded():
+                target.group.grades = answer.grades
+            case ScoreTarget(), Scored():
+                target.place.visit.scores[target.composition.id] = answer.scores
+            case JudgeTarget(), Sampled():
+                self._judged(target, answer.samples)
+            case PrepareTarget(), Sampled():
+                self._prepared(target, answer.samples)
+            case _:
+                raise AssertionError(f"{type(answer).__name__} for {target.task_id}")
+
+    def _judged(self, target: JudgeTarget, reply: GroupSamples) -> None:
+        if target.place is not None:
+            target.place.window.spend(reply)
+        text = target.group.the_samples.texts[target.response]
+        target.group.verdicts[target.response] = judged(reply.texts[0], text)
+
+    def _prepared(self, target: PrepareTarget, reply: GroupSamples) -> None:
+        target.place.window.spend(reply)
+        # A reply that was cut off may be a thought that had not come to its end.
+        text = reply.texts[0] if reply.finish_reasons[0] != "length" else None
+        self._show(target.place.visit, target.candidate, target.preparation, text)
+
+    def _show(
+        self, visit: Visit, candidate: Candidate, preparation: Preparation, reply: str | None
+    ) -> None:
         """Store the text to show of a candidate, in every place of the visit that shows the same
         response.
 
-        None: by rule, because the teacher does not write, could not, or did not come to an end.
+        `reply` None: by rule, because the teacher does not write, could not, or did not come to an
+        end.
         """
-        assert target.candidate is not None and target.visit is not None
-        text, limits = target.candidate.text, self._jobs.compression_limits
-        words = None if reply is None else self._usable(reply, target, text)
-        by_rule = hints.by_rule if target.stage == "write_hint" else compression.by_rule
-        shown = by_rule(text, *limits) if words is None else words
+        limits = self._jobs.compression_limits
+        words = None if reply is None else self._usable(reply, preparation, candidate.text)
+        by_rule = hints.by_rule if preparation == WRITE_HINT else compression.by_rule
+        shown = by_rule(candidate.text, *limits) if words is None else words
         writer: Writer = (
             ("rule" if words is None else "teacher") if self._jobs.teacher_compresses else None
         )
-        for reformulation in target.visit.reformulations:
-            if self._reformulator(reformulation).preparation == target.stage:
-                for candidate in reformulation.candidates:
-                    if (candidate.source, candidate.index) == (
-                        target.candidate.source,
-                        target.candidate.index,
-                    ):
-                        candidate.shown = shown
-                        candidate.writer = writer
+        response = (candidate.source, candidate.index)
+        for reformulation in visit.reformulations:
+            if self._reformulator(reformulation).preparation == preparation:
+                for twin in reformulation.candidates:
+                    if (twin.source, twin.index) == response:
+                        twin.shown, twin.writer = shown, writer
 
-    def _usable(self, reply: str, target: Target, text: str) -> str | None:
+    def _usable(self, reply: str, preparation: Preparation, text: str) -> str | None:
         lines, tokens = self._jobs.compression_limits
-        if target.stage == "write_hint":
+        if preparation == WRITE_HINT:
             return hints.written(reply, text, lines, tokens)
         return compression.written(reply, text, lines)
 
-    def scored(self, target: Target, scores: TokenScores) -> None:
-        """Store the teacher's scores of a composed group."""
-        assert target.composition is not None and target.visit is not None
-        target.visit.scores[target.composition.id] = scores
-
-    def judged(self, target: Target, reply: str) -> None:
-        """Store the judge's verdict on one response."""
-        group = target.the_group
-        assert group.samples is not None
-        group.verdicts[target.response] = judged(reply, group.samples.texts[target.response])
-
-    def give_up(self, task_id: str, target: Target, reason: str) -> None:
+    def give_up(self, target: Target, reason: str) -> None:
         """Go on without a result: the teacher and the rewritten prompts can be done without, the
         rest cannot.
 
         Raises CannotGoOn.
         """
-        if target.candidate is not None:
-            self.prepared(target, None)
-        elif target.stage == "judge":
-            answer = parse_answer(target.the_group.the_samples.texts[target.response])
-            note = f"the judge failed: {reason}"[:500]
-            target.the_group.verdicts[target.response] = Grade(reward=0.0, answer=answer, note=note)
-        elif (
-            target.visit is not None
-            and target.group is not None
-            and target.group is target.visit.teacher
-        ):
-            target.the_group.grades = []
-        elif (
-            target.visit is not None
-            and target.group is not None
-            and target.group is not target.visit.plain
-        ):
-            target.visit.reformulations = [
-                r for r in target.visit.reformulations if r.group is not target.group
-            ]
-        else:
-            raise CannotGoOn(f"task {task_id} cannot be done: {reason}")
+        match target:
+            case PrepareTarget():
+                self._show(target.place.visit, target.candidate, target.preparation, None)
+            case JudgeTarget():
+                answer = parse_answer(target.group.the_samples.texts[target.response])
+                note = f"the judge failed: {reason}"[:500]
+                grade = Grade(reward=0.0, answer=answer, note=note)
+                target.group.verdicts[target.response] = grade
+            case GroupTarget(group=group, place=Place(visit=visit)) if group is visit.teacher:
+                group.grades = []
+            case GroupTarget(group=group, place=Place(visit=visit)) if group is not visit.plain:
+                visit.reformulations = [r for r in visit.reformulations if r.group is not group]
+            case _:
+                raise CannotGoOn(f"task {target.task_id} cannot be done: {reason}")
+
+
+def missing_of_group(
+    group: Group, question: Question, place: Place | None = None
+) -> Iterator[Target]:
+    """Its samples, then its grades, or the verdicts that only the judge can give. A group without a
+    place belongs to an evaluation."""
+    if group.done:
+        return
+    if group.samples is None:
+        yield SampleTarget(group=group, question=question, place=place)
+    elif question.grader != JUDGE:
+        yield GradeTarget(group=group, question=question, place=place)
+    else:
+        for response in range(len(group.samples.texts)):
+            if response not in group.verdicts:
+                yield JudgeTarget(group=group, question=question, place=place, response=response)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zppo.algorithm.composition import FROZEN
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TrainGroup
+from zppo_protocol.values import FROZEN
 
 
 class StalenessError(RuntimeError):
@@ -74,7 +74,7 @@ def assemble(window: TrainWindow, *, max_staleness: int, device: torch.device) -
             _concatenate([g.samples.log_probs for g in groups], np.float32)
         ).to(device),
         frozen_T=torch.from_numpy(
-            _concatenate([_versions(g) == FROZEN for g in groups], np.bool_)
+            _concatenate([g.samples.versions_T == FROZEN for g in groups], np.bool_)
         ).to(device),
         starts_S=np.cumsum(lengths_S) - lengths_S,
         lengths_S=lengths_S,
@@ -99,16 +99,10 @@ def _prompt(group: TrainGroup) -> np.ndarray:
     return group.samples.prompt_ids.astype(np.int64)
 
 
-def _versions(group: TrainGroup) -> np.ndarray:
-    """The policy version that sampled each token [T of the group]."""
-    counts, versions = group.samples.version_spans.T.astype(np.int64)
-    return np.repeat(versions, counts)
-
-
 def _staleness(group: TrainGroup, step: int, bound: int) -> np.ndarray:
     """Policy versions between each token's sampling and this step [T of the group]; 0 where no
     policy sampled it."""
-    versions = _versions(group)
+    versions = group.samples.versions_T
     sampled = versions[versions != FROZEN]
     if len(sampled) and step - sampled.min() > bound:
         raise StalenessError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 
@@ -25,7 +26,11 @@ from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from zppo.plan.processes import cores, processes
 from zppo.prompting.prompts import PromptSet
 from zppo.records import checkpoint, run_directory
+from zppo.scheduling import events
+from zppo.scheduling.dispatch import Assignment
+from zppo.scheduling.heldout import EvaluationResult
 from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
+from zppo.scheduling.waiting import waiting
 from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
@@ -156,12 +161,7 @@ class Controller:
 
     def _act(self, now: float) -> None:
         self._announce_policies()
-        for assignment in self.scheduler.assignments(now):
-            self._send(assignment.worker, assignment.job.message)
-        for opened in self.scheduler.opened():
-            self.recorder.opened(opened)
-        self._ship(now)
-        self._finish_evaluation()
+        self._feed(events.Tick(now=now), now)
         self.background.check()
         self._end_if_done()
         if now >= self._next_status:
@@ -173,11 +173,26 @@ class Controller:
     def _status(self) -> messages.Status:
         return build_status(self.scheduler, self.peers, self.recorder, self.clock, self._waiting())
 
-    def _ship(self, now: float) -> None:
-        window = self.scheduler.next_window(now)
-        if window is not None:
-            self.clock.shipped(now)
-            self._send(TRAINER, window)
+    def _feed(self, event: events.Event, now: float) -> bool:
+        """Tell the scheduler, and carry out what comes of it; says whether an answer was
+        accepted."""
+        accepted = False
+        for outcome in self.scheduler.handle(event):
+            match outcome:
+                case events.Accepted():
+                    accepted = True
+                case Assignment():
+                    self._send(outcome.worker, outcome.job.message)
+                case events.Opened():
+                    self.recorder.opened(outcome.window)
+                case messages.TrainWindow():
+                    self.clock.shipped(now)
+                    self._send(TRAINER, outcome)
+                case EvaluationResult():
+                    self._evaluated(outcome)
+                case events.WorkerStuck():
+                    self._restart(outcome.actor, outcome.reason)
+        return accepted
 
     def _announce_policies(self) -> None:
         for peer in self.peers.of_role("rollout"):
@@ -187,20 +202,14 @@ class Controller:
         for version in self.board.release():
             self._send(TRAINER, messages.ReleasePolicy(version=version))
 
-    def _finish_evaluation(self) -> None:
-        result = self.scheduler.evaluation_done()
-        if result is not None:
-            self.recorder.evaluated(result)
-            self.recorder.event(
-                "evaluation", "held_out", f"{result.accuracy:.3f} after {result.step} steps"
-            )
+    def _evaluated(self, result: EvaluationResult) -> None:
+        self.recorder.evaluated(result)
+        self.recorder.event(
+            "evaluation", "held_out", f"{result.accuracy:.3f} after {result.step} steps"
+        )
 
     def _watch(self, now: float) -> None:
-        for actor in self.scheduler.without_progress(now):
-            self._restart(
-                actor,
-                f"it made no progress for {self.context.topology.scheduler.lease_seconds:g} s",
-            )
+        self._feed(events.LeaseCheck(now=now), now)
         limit = self.context.topology.run.no_progress_seconds
         if now - self._last_progress > limit:
             raise RunFailure(
@@ -213,7 +222,7 @@ class Controller:
         saving = (
             [f"the checkpoint of step {step} waits for the trainer"] if step is not None else []
         )
-        return saving + self.scheduler.waiting()
+        return saving + waiting(self.scheduler)
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -292,18 +301,8 @@ class Controller:
                 return self._heartbeat(peer, message, now)
             case messages.Credits():
                 self._credits(peer, message.count, now)
-            case messages.GenerateResult():
-                return self.scheduler.sampled(
-                    message.task_id, name, peer.incarnation, message.samples, now
-                )
-            case messages.ScoreResult():
-                return self.scheduler.scored(
-                    message.task_id, name, peer.incarnation, message.scores, now
-                )
-            case messages.GradeResult():
-                return self.scheduler.graded(
-                    message.task_id, name, peer.incarnation, message.grades, now
-                )
+            case messages.GenerateResult() | messages.ScoreResult() | messages.GradeResult():
+                return self._feed(_answer(message, peer, now), now)
             case messages.TaskFailed():
                 self._failed(peer, message, now)
             case messages.PolicyPublished():
@@ -326,7 +325,7 @@ class Controller:
                 self._exited(message)
             case messages.StopRequested():
                 self.stop_reason = message.reason
-                self.scheduler.stopping = True
+                self.scheduler.handle(events.StopAsked())
             case messages.Goodbye():
                 if message.reason:
                     self.recorder.event(name, "left", message.reason)
@@ -348,33 +347,40 @@ class Controller:
             messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds),
         )
         if hello.role not in (SUPERVISOR, TRAINER):
-            self.scheduler.actor_joined(name, self.pools[name], hello.incarnation)
+            self.scheduler.handle(
+                events.ActorJoined(actor=name, pool=self.pools[name], incarnation=hello.incarnation)
+            )
         log.info("%s joined (incarnation %d, process %d)", name, hello.incarnation, hello.pid)
 
     def _heartbeat(self, peer: Peer, message: messages.Heartbeat, now: float) -> bool:
         moved = message.progress > peer.progress
         if moved:
-            self.scheduler.progressed(peer.name, now)
+            self.scheduler.handle(events.Progressed(actor=peer.name, now=now))
         peer.progress, peer.stats = message.progress, message.stats
-        lost = self.scheduler.heard(peer.name, message.tasks, now)
-        if lost:
-            self._restart(peer.name, f"it lost {len(lost)} of its tasks, first {lost[0]}")
+        self._feed(events.Heard(actor=peer.name, tasks=message.tasks, now=now), now)
         return moved
 
     def _credits(self, peer: Peer, count: int, now: float) -> None:
         if peer.role == "trainer":
-            self.scheduler.trainer_free(now)
+            self.scheduler.handle(events.TrainerFree(now=now))
             self.clock.trainer_free(now)
             return
         try:
-            self.scheduler.granted(peer.name, count)
+            self.scheduler.handle(events.Granted(actor=peer.name, count=count))
         except ProtocolError as error:
             log.warning("%s", error)
 
     def _failed(self, peer: Peer, message: messages.TaskFailed, now: float) -> None:
         self.recorder.event(peer.name, "task_failed", f"{message.task_id}: {message.reason}")
-        self.scheduler.failed(
-            message.task_id, peer.name, peer.incarnation, message.reason, message.retryable, now
+        self.scheduler.handle(
+            events.Failed(
+                task_id=message.task_id,
+                actor=peer.name,
+                incarnation=peer.incarnation,
+                reason=message.reason,
+                retryable=message.retryable,
+                now=now,
+            )
         )
 
     def _published(self, manifest: PolicyManifest) -> None:
@@ -382,12 +388,12 @@ class Controller:
             self.board.publish(manifest)
         except ValueError as error:
             raise RunFailure(str(error)) from None
-        self.scheduler.policy_published(manifest.version)
+        self.scheduler.handle(events.PolicyPublished(version=manifest.version))
 
     def _loaded(self, peer: Peer, message: messages.PolicyLoaded) -> None:
         if self.board.loaded(peer.name, message.version, message.digest):
             peer.policy_version = message.version
-            self.scheduler.policy_loaded(peer.name, message.version)
+            self.scheduler.handle(events.PolicyLoaded(actor=peer.name, version=message.version))
         else:
             self.recorder.event(
                 peer.name, "wrong_policy", f"version {message.version} has another digest"
@@ -395,7 +401,10 @@ class Controller:
             self._restart(peer.name, f"it loaded other weights than version {message.version}")
 
     def _step_trained(self, message: messages.StepTrained, now: float) -> None:
-        trained = self.scheduler.step_trained(message.step, message.seconds)
+        [trained] = self.scheduler.handle(
+            events.StepTrained(step=message.step, seconds=message.seconds)
+        )
+        assert isinstance(trained, events.Trained)
         self.recorder.trained(trained, message, self.scheduler.buffer, self.clock.step_done(now))
         done = self.scheduler.trained
         # After the records: a checkpoint is never ahead of its journal.
@@ -434,7 +443,7 @@ class Controller:
         peer = self.peers.forget(name)
         self.board.forget(name)
         if peer is not None and peer.role not in (SUPERVISOR, TRAINER):
-            self.scheduler.actor_left(name)
+            self.scheduler.handle(events.ActorLeft(actor=name))
 
     def _send(self, name: str, message: AnyMessage) -> None:
         """Send, or treat the peer as lost: its jobs go to others and its next incarnation greets
@@ -450,6 +459,27 @@ class Controller:
             log.warning("%s cannot be reached", name)
             if name != SUPERVISOR:
                 self._lost(name)
+
+
+def _answer(
+    message: messages.GenerateResult | messages.ScoreResult | messages.GradeResult,
+    peer: Peer,
+    now: float,
+) -> events.Answer:
+    """What a worker says of its task, as an event."""
+    reply: dict[str, Any] = {
+        "task_id": message.task_id,
+        "actor": peer.name,
+        "incarnation": peer.incarnation,
+        "now": now,
+    }
+    match message:
+        case messages.GenerateResult():
+            return events.Sampled(samples=message.samples, **reply)
+        case messages.ScoreResult():
+            return events.Scored(scores=message.scores, **reply)
+        case messages.GradeResult():
+            return events.Graded(grades=message.grades, **reply)
 
 
 def is_later_attempt(context: ActorContext) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from msgspec import Struct, field
 
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello
-from zppo_protocol.values import Role
+from zppo_protocol.values import FROZEN, Role
 
 TRAINER = "trainer"
 SUPERVISOR = "supervisor"
@@ -18,7 +18,7 @@ class Peer(Struct, kw_only=True):
     role: Role
     incarnation: int
     capacity: int
-    policy_version: int = -1
+    policy_version: int = FROZEN
     progress: int = 0
     stats: dict[str, float] = field(default_factory=dict)
 

@@ -26,8 +26,8 @@ from zppo.records.metrics import (
     window_metrics,
 )
 from zppo.records.summary import read_lines
+from zppo.scheduling.events import Trained
 from zppo.scheduling.heldout import EvaluationResult
-from zppo.scheduling.scheduler import Trained
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.journal import Journal, TrainedRow
 from zppo_actors.controller.sinks import MetricSinks

@@ -6,6 +6,7 @@ from collections import deque
 
 from zppo.records.metrics import Scalars
 from zppo.scheduling.scheduler import Scheduler
+from zppo.scheduling.waiting import phase
 from zppo_actors.controller.peers import Peer, Peers
 from zppo_actors.controller.recorder import Recorder, entry_counters
 from zppo_protocol.messages import ActorStatus, Status
@@ -84,7 +85,7 @@ def build_status(
         "lead": float(scheduler.pacer.lead),
     }
     return Status(
-        phase=scheduler.phase,
+        phase=phase(scheduler),
         step=step,
         total_steps=total,
         eta_seconds=clock.step_seconds * (total - step),

@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights that sample the next token; -1 for a frozen model (a teacher)."""
+        """Version of the weights that sample the next token; FROZEN for a model without updates (a teacher)."""
 
     @property
     def progress(self) -> int:

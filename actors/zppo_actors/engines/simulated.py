@@ -25,12 +25,11 @@ from msgspec import Meta, Struct
 
 from zppo.errors import UserError, nearest
 from zppo.plan.engines.own import SimulatedArguments, convert_arguments
-from zppo.prompting.tokenization import share_of
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import PolicyManifest, ResponseStart
+from zppo_protocol.values import FROZEN, PolicyManifest, ResponseStart, share_of
 
 VOCABULARY = 16
 LOG_PROB = -float(np.log(VOCABULARY))
@@ -96,7 +95,7 @@ class SimulatedEngine:
     def __init__(self, script: Script, max_sequences: int) -> None:
         self._script = script
         self._max_sequences = max_sequences
-        self._version = -1
+        self._version = FROZEN
         self._progress = 0
 
     @property

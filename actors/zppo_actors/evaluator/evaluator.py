@@ -34,7 +34,7 @@ from zppo_actors.engines import Engine, EngineError
 from zppo_actors.grading.handle import TIMED_OUT, GradeWorker, worker_command
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import Grade, Prompt
+from zppo_protocol.values import Grade, Prompt, seed_of
 
 HOPELESS = 3
 """So many questions that cannot be asked, and none that could, mean that something else is
@@ -185,14 +185,13 @@ class Evaluator:
     ) -> GenerateTask:
         """A task for a model, whose seed follows from the order's seed and its own name."""
         task_id = f"{kind}/{name}"
-        seed = hashlib.blake2b(f"{self._order.seed}/{task_id}".encode(), digest_size=7).digest()
         return GenerateTask(
             task_id=task_id,
             kind=kind,
             prompt=for_template(prompt, model.chat_template_kwargs),
             n=n,
             sampling=model.sampling,
-            seed=int.from_bytes(seed, "big"),
+            seed=seed_of(self._order.seed, task_id),
         )
 
     def _check_hope(self) -> None:

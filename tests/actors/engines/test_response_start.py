@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from transformers_helpers import build, run, sample
 
 from zppo.plan.engines.openai import OpenAIArguments
-from zppo.prompting.tokenization import encode_prompts, encode_start, share_of
+from zppo.prompting.tokenization import encode_prompts, encode_start
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.simulated import Script, SimulatedEngine
 from zppo_protocol.messages import GenerateTask
-from zppo_protocol.values import ResponseStart
+from zppo_protocol.values import ResponseStart, share_of
 
 GIVEN = "w5 w6 w7 w8 w9 w10 w11"
 

@@ -16,7 +16,8 @@ from worlds import World, mark
 from zppo.algorithm.methods import method_names
 from zppo.algorithm.window import TEACHER, Window
 from zppo.data.corpus import shuffled
-from zppo.scheduling.scheduler import Trained
+from zppo.scheduling.events import Trained
+from zppo.scheduling.waiting import waiting
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TrainGroup
 
@@ -116,7 +117,7 @@ def test_without_staleness_every_method_is_its_algorithm(batch: int) -> None:
         run = naive_run(world)
         turns = itertools.count()
         while not world.scheduler.finished:
-            assert next(turns) < 100_000, world.scheduler.waiting()
+            assert next(turns) < 100_000, waiting(world.scheduler)
             done = len(world.steps)
             world.turn()
             for trained, sent in zip(world.steps[done:], world.sent[done:], strict=True):

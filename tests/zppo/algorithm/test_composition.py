@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from worlds import PROMPTS, mark, questions
 
 from zppo.algorithm.composition import (
-    FROZEN,
     Composer,
     Composition,
     all_same,
@@ -26,7 +25,7 @@ from zppo.algorithm.composition import (
 )
 from zppo.algorithm.window import Group, Reformulation, Visit
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import Grade
+from zppo_protocol.values import FROZEN, Grade
 
 QUESTION = questions(1)[0]
 COMPOSERS = [student_groups, with_teacher_response, correct_teacher_responses]

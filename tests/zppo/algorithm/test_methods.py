@@ -23,11 +23,13 @@ from zppo.algorithm.methods import Method, get_method, method_names
 from zppo.config.topology import ActorConfig, TeacherConfig
 from zppo.errors import UserError
 from zppo.records.metrics import window_metrics
+from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
-from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
+from zppo.scheduling.scheduler import RunFailure, SchedulerState
+from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask, ScoreTask
-from zppo_protocol.samples import GroupSamples
+from zppo_protocol.samples import GroupSamples, TokenScores
 
 MOST_LINES = 60
 WORDS = ("grpo", "zppo", "hint", "prefix")
@@ -176,7 +178,7 @@ def play(world: World, enough: Callable[[], bool]) -> None:
         if enough():
             return
         world.turn()
-    raise AssertionError(f"it does not happen: {world.scheduler.waiting()}")
+    raise AssertionError(f"it does not happen: {waiting(world.scheduler)}")
 
 
 def until(world: World, kind: str) -> set[str]:
@@ -189,7 +191,7 @@ def until(world: World, kind: str) -> set[str]:
 
 def test_off_distillation_asks_about_every_question_at_once() -> None:
     played = world("off_distill", {"q0"})
-    assert len(asked(played.scheduler.assignments(0.0), "teacher")) == 2, (
+    assert len(asked(played.assignments(0.0), "teacher")) == 2, (
         "as many as the teacher has room for"
     )
     played = world("off_distill", {"q0"}).run()
@@ -367,14 +369,13 @@ def test_scores_are_asked_for_only_when_the_teacher_is_remote() -> None:
     assert all(group.scores is None for group in played.sent[0].groups)
 
 
-def restored(played: World) -> Scheduler:
-    """A scheduler that goes on from the state of the world's own, with new actors."""
+def restore(played: World) -> None:
+    """Go on with another scheduler from the state of the world's own, and with new actors."""
     data = codec.dumps(played.scheduler.state())
     played.scheduler = played.build(codec.loads(data, SchedulerState))
     played.actors = {}
     for pool in ("rollout", "teacher", "grader"):
         played.join(Fake(f"{pool}-9", pool, pool, 100))
-    return played.scheduler
 
 
 @pytest.mark.parametrize("name", ["on_distill", "off_distill"])
@@ -387,7 +388,8 @@ def test_a_resumed_run_asks_again_only_for_the_scores_that_it_lacks(name: str) -
         ),
     )
     have = {name for v in played.scheduler.windows[0].visits for name in v.scores}
-    tasks = {a.job.id for a in restored(played).assignments(played.now)}
+    restore(played)
+    tasks = {a.job.id for a in played.assignments(played.now)}
     group = "plain" if name == "on_distill" else "teacher"
     assert tasks == {f"0/q{i}/{group}/score" for i in range(4)} - {f"{done}/score" for done in have}
     assert len(tasks) == 2
@@ -405,12 +407,7 @@ def test_a_score_that_cannot_be_had_ends_the_run_naming_the_task(
         if not task_id.endswith("/score"):
             finish(actor, task_id)
             return
-        job = actor.held.pop(task_id).job
-        played.scheduler.failed(
-            task_id, actor.name, actor.incarnation, "no such token", retryable, played.now
-        )
-        actor.granted += job.cost
-        played.scheduler.granted(actor.name, job.cost)
+        played.fail(actor, task_id, "no such token", retryable=retryable)
 
     played.finish = fail  # type: ignore[method-assign]
     with pytest.raises(RunFailure, match=r"task 0/q\d/\w+/score cannot be done: no such token"):
@@ -424,9 +421,12 @@ def test_a_score_with_too_few_tokens_is_a_failed_try() -> None:
     [task_id, *_] = [task for task in actor.held if task.endswith("/score")]
     message = actor.held[task_id].job.message
     assert isinstance(message, ScoreTask)
-    short = scores(message)
-    short = type(short)(token_ids=short.token_ids[1:], log_probs=short.log_probs[1:])
-    assert not played.scheduler.scored(task_id, actor.name, actor.incarnation, short, played.now)
+    answer = played.answer(actor, message, [])
+    assert isinstance(answer, events.Scored)
+    short = TokenScores(
+        token_ids=answer.scores.token_ids[1:], log_probs=answer.scores.log_probs[1:]
+    )
+    assert not played.accepts(structs.replace(answer, scores=short))
     assert played.scheduler.dispatcher.attempts(task_id) == 1
 
 
@@ -452,12 +452,7 @@ def test_what_is_left_when_a_task_cannot_be_done(name: str, lost: str, kinds: se
         if task_id.split("/")[2] != lost or task_id.endswith("/grade"):
             finish(actor, task_id)
             return
-        job = actor.held.pop(task_id).job
-        played.scheduler.failed(
-            task_id, actor.name, actor.incarnation, "too long", False, played.now
-        )
-        actor.granted += job.cost
-        played.scheduler.granted(actor.name, job.cost)
+        played.fail(actor, task_id, "too long", retryable=False)
 
     played.finish = fail  # type: ignore[method-assign]
     played.run()

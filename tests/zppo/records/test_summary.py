@@ -12,7 +12,7 @@ from zppo.algorithm.steps import Recipe, compose
 from zppo.algorithm.window import Group, Visit, Window
 from zppo.errors import UserError
 from zppo.records.summary import accuracy_ends, read_lines, summarise
-from zppo.scheduling.scheduler import Trained
+from zppo.scheduling.events import Trained
 from zppo_actors.controller.journal import Journal
 from zppo_actors.controller.recorder import journal_rows
 from zppo_protocol.values import Grade, Prompt

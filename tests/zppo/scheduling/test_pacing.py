@@ -26,14 +26,14 @@ def test_an_opened_window_can_only_get_versions_within_the_bound(
     waits=st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), max_size=50),
 )
 def test_the_lead_never_leaves_its_range(bound: int, waits: list[tuple[float, float]]) -> None:
-    pacer = Pacer(bound)
+    pacer = Pacer(bound, PacerState.fresh(bound))
     for trainer, window in waits:
         pacer.shipped(trainer, window, step_seconds=1.0)
         assert min(1, bound) <= pacer.lead <= bound
 
 
 def test_a_starving_trainer_raises_the_lead_and_idle_windows_lower_it() -> None:
-    pacer = Pacer(4)
+    pacer = Pacer(4, PacerState.fresh(4))
     assert pacer.lead == 1
     pacer.shipped(trainer_waited=2.0, window_waited=0.0, step_seconds=1.0)
     pacer.shipped(trainer_waited=2.0, window_waited=0.0, step_seconds=1.0)

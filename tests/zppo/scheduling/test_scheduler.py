@@ -13,9 +13,12 @@ from random_worlds import random_topology, random_world
 from worlds import World, questions, samples, scripted_rewards, topology
 
 from zppo.algorithm.methods import method_names
-from zppo.algorithm.steps import quota
+from zppo.scheduling import events
 from zppo.scheduling.scheduler import RunFailure
+from zppo.scheduling.waiting import waiting
+from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask
+from zppo_protocol.values import share_of
 
 
 def check_run(world: World) -> None:
@@ -30,8 +33,10 @@ def check_run(world: World) -> None:
     for window in windows:
         replayed = sum(v.origin == "replay" for v in window.visits)
         augmented = sum(len(v.reformulations) for v in window.visits)
-        assert replayed <= quota(config.rho_replay, window.new_count)
-        assert augmented <= quota(max(config.rho_aug, config.rho_aug_max or 0.0), window.new_count)
+        assert replayed <= share_of(config.rho_replay, window.new_count)
+        assert augmented <= share_of(
+            max(config.rho_aug, config.rho_aug_max or 0.0), window.new_count
+        )
         assert len({v.question.id for v in window.visits}) == len(window.visits)
     assert len(world.scheduler.buffer) <= config.buffer_capacity
     assert [sent.step for sent in world.sent] == list(range(len(windows))), (
@@ -148,7 +153,7 @@ def test_heldout_is_evaluated_before_during_and_after() -> None:
 def test_the_first_evaluation_comes_before_any_window() -> None:
     config = topology(method={"name": "grpo"}, scheduler={"new_questions": 2})
     world = World(config, questions(4), seed=3, heldout=questions(2, "h"))
-    kinds = {a.job.message.kind for a in world.scheduler.assignments(0.0)}
+    kinds = {a.job.message.kind for a in world.assignments(0.0)}
     assert kinds == {"evaluate"}
     assert not world.scheduler.windows
 
@@ -161,11 +166,11 @@ def test_stop_keeps_windows_in_flight_for_the_next_life() -> None:
     while len(world.steps) < 2:
         world.turn()
     open_windows = sorted(world.scheduler.windows)
-    world.scheduler.stopping = True
+    world.feed(events.StopAsked())
     for _ in range(50):
         world.turn()
     assert open_windows and sorted(world.scheduler.windows) == open_windows
-    assert world.scheduler.next_window(world.now) is None
+    assert world.feed(events.Tick(now=world.now)) == []
     resumed = world.build(world.scheduler.state())
     assert sorted(resumed.windows) == sorted(world.scheduler.windows)
     assert resumed.trained == world.scheduler.trained
@@ -180,12 +185,12 @@ def test_a_task_that_keeps_killing_its_workers_ends_the_run() -> None:
         RunFailure, match=r"task 0/q\d/plain failed 3 times: its worker was lost each time"
     ):
         for _ in range(10):
-            for assignment in world.scheduler.assignments(0.0):
-                world.scheduler.actor_left(assignment.worker)
+            for assignment in world.assignments(0.0):
+                world.feed(events.ActorLeft(actor=assignment.worker))
             for name in ("rollout-0", "rollout-1"):
-                world.scheduler.actor_joined(name, "rollout", 1)
-                world.scheduler.policy_loaded(name, 0)
-                world.scheduler.granted(name, 8)
+                world.feed(events.ActorJoined(actor=name, pool="rollout", incarnation=1))
+                world.feed(events.PolicyLoaded(actor=name, version=0))
+                world.grant(name, 8)
 
 
 def test_a_task_that_keeps_hanging_its_workers_ends_the_run() -> None:
@@ -199,10 +204,10 @@ def test_a_task_that_keeps_hanging_its_workers_ends_the_run() -> None:
         match=r"task 0/q0/plain failed 3 times: its worker made no progress, last rollout-\d",
     ):
         for now in range(0, 100, 20):
-            world.scheduler.assignments(float(now))
-            world.scheduler.without_progress(now + 15.0)
-            world.scheduler.granted("rollout-0", 2)
-            world.scheduler.granted("rollout-1", 2)
+            world.assignments(float(now))
+            world.feed(events.LeaseCheck(now=now + 15.0))
+            world.grant("rollout-0", 2)
+            world.grant("rollout-1", 2)
 
 
 def test_a_lost_task_is_done_by_another_although_its_worker_is_busy() -> None:
@@ -210,23 +215,26 @@ def test_a_lost_task_is_done_by_another_although_its_worker_is_busy() -> None:
         method={"name": "grpo", "group_size": 2},
         scheduler={"new_questions": 1, "lease_seconds": 10.0},
     )
-    scheduler = World(config, questions(1), seed=4).scheduler
-    ((first,), lost) = (scheduler.assignments(0.0), "0/q0/plain")
-    scheduler.progressed(first.worker, 9.0)
-    assert scheduler.heard(first.worker, [], 9.0) == [], "it may be on its way"
-    scheduler.progressed(first.worker, 12.0)
-    assert scheduler.heard(first.worker, [lost], 12.0) == [], "it says that it has it"
-    assert scheduler.heard(first.worker, ["another"], 12.0) == [lost]
-    assert [a.job.id for a in scheduler.assignments(12.0)] == [lost]
+    world = World(config, questions(1), seed=4)
+    ((first,), lost) = (world.assignments(0.0), "0/q0/plain")
+    world.feed(events.Progressed(actor=first.worker, now=9.0))
+    assert world.heard(first.worker, [], 9.0) == [], "it may be on its way"
+    world.feed(events.Progressed(actor=first.worker, now=12.0))
+    assert world.heard(first.worker, [lost], 12.0) == [], "it says that it has it"
+    [stuck] = world.feed(events.Heard(actor=first.worker, tasks=["another"], now=12.0))
+    reason = "it lost 1 of its tasks, first 0/q0/plain"
+    assert stuck == events.WorkerStuck(actor=first.worker, tasks=[lost], reason=reason)
+    assert [a.job.id for a in world.assignments(12.0)] == [lost]
 
 
 def test_a_plain_prompt_that_no_engine_can_take_ends_the_run_with_its_reason() -> None:
     config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1})
     world = World(config, questions(1), seed=4)
-    (assignment,) = world.scheduler.assignments(0.0)
+    (assignment,) = world.assignments(0.0)
     reason = "prompt of 900 tokens, the context has 512"
     with pytest.raises(RunFailure, match="task 0/q0/plain cannot be done: prompt of 900 tokens"):
-        world.scheduler.failed(assignment.job.id, assignment.worker, 0, reason, False, 0.0)
+        world.receive(assignment)
+        world.fail(world.actors[assignment.worker], assignment.job.id, reason, retryable=False)
 
 
 def refuse(world: World, kind: str) -> None:
@@ -238,12 +246,24 @@ def refuse(world: World, kind: str) -> None:
         if getattr(message, "kind", None) != kind:
             original(actor, task_id)
             return
-        job = actor.held.pop(task_id).job
-        world.scheduler.failed(task_id, actor.name, actor.incarnation, "too long", False, world.now)
-        world.scheduler.granted(actor.name, job.cost)
-        actor.granted += job.cost
+        world.fail(actor, task_id, "too long", retryable=False)
 
     world.finish = finish  # type: ignore[method-assign]
+
+
+def speechless(world: World, name: str) -> None:
+    """What this teacher answers to a question has no final answer, which is wrong without a
+    judge."""
+    original = world.answer
+
+    def answer(actor: Any, message: Any, versions: list[int]) -> events.Answer:
+        event = original(actor, message, versions)
+        if actor.name != name or not isinstance(event, events.Sampled) or message.kind != "teacher":
+            return event
+        drawn = msgspec.structs.replace(event.samples, texts=["no idea"] * message.n)
+        return msgspec.structs.replace(event, samples=drawn)
+
+    world.answer = answer  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("kind", ["bcq", "ncq", "teacher", "compress"])
@@ -296,17 +316,40 @@ def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
         assert all(f"\\boxed{{{grade.answer}}}" in shown for grade in visit.plain.grades or [])
 
 
+def test_a_teacher_whose_answers_need_no_judge_hands_on_to_the_next_one() -> None:
+    """Hint asks teachers in its last phase before it decides: the next one must be asked at
+    once."""
+    config = topology(
+        method={"name": "hint", "group_size": 2, "teacher_group_size": 2},
+        scheduler={"new_questions": 2, "rho_aug": 1.0},
+        more_teachers=[{"model": "another"}],
+    )
+    corpus = [
+        msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge") for q in questions(2)
+    ]
+    world = World(config, corpus, seed=4, rewards=lambda g, n: [float("-2" in g)] * n)
+    speechless(world, "teacher-0")
+    [window] = [trained.window for trained in world.run().steps]
+    for visit in window.visits:
+        assert [group.teacher for group in visit.teacher_groups()] == [0, 1]
+        assert [r.kind for r in visit.reformulations] == ["hint"]
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_answer_with_the_wrong_number_of_parts_is_a_failed_try(parts: int) -> None:
     config = topology(method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 1})
     world = World(config, questions(1), seed=4)
-    (assignment,) = world.scheduler.assignments(0.0)
+    (assignment,) = world.assignments(0.0)
     message = assignment.job.message
     assert isinstance(message, GenerateTask)
     answer = samples(msgspec.structs.replace(message, n=parts), [0, 0])
-    assert not world.scheduler.sampled(message.task_id, assignment.worker, 0, answer, 0.0)
-    world.scheduler.granted(assignment.worker, 2)
-    (again,) = world.scheduler.assignments(0.0)
+    assert not world.accepts(
+        events.Sampled(
+            task_id=message.task_id, actor=assignment.worker, incarnation=0, samples=answer, now=0.0
+        )
+    )
+    world.grant(assignment.worker, 2)
+    (again,) = world.assignments(0.0)
     assert again.job.id == message.task_id
 
 
@@ -315,9 +358,34 @@ def test_waiting_names_who_waits_for_whom() -> None:
         method={"name": "grpo", "group_size": 2}, scheduler={"new_questions": 2, "max_staleness": 0}
     )
     world = World(config, questions(6), seed=4)
-    world.scheduler.assignments(0.0)
-    assert world.scheduler.waiting() == [
+    world.assignments(0.0)
+    assert waiting(world.scheduler) == [
         "the trainer waits for window 0",
         "window 0 waits for 2 plain (rollout-0, rollout-1)",
         "window 1 waits for step 0 (staleness bound)",
     ]
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**9), method=st.sampled_from(method_names()))
+def test_exactly_what_is_missing_is_asked_for(seed: int, method: str) -> None:
+    """At every moment of a run, and whoever asks how often."""
+    rng = random.Random(seed)
+    rates = {"crash_rate": 0.02, "failure_rate": rng.choice([0.0, 0.1])}
+    config = random_topology(rng, method, rng.randint(0, 3))
+    world = random_world(rng, config, most_questions=8, seed=seed, **rates)
+    if rng.random() < 0.5:
+        world.corpus[::2] = [
+            msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge")
+            for q in world.corpus[::2]
+        ]
+        world.scheduler = world.build(None)
+        world.join_all()
+    while not world.scheduler.finished:
+        world.turn()
+        before = codec.dumps(world.scheduler.state())
+        for index, window in world.scheduler.windows.items():
+            missing = {target.task_id for target in world.scheduler.stages.missing(window)}
+            assert missing == world.scheduler.missing[index]
+        assert codec.dumps(world.scheduler.state()) == before, "looking changes nothing"

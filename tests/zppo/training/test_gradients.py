@@ -29,7 +29,6 @@ from training_cases import (
     window,
 )
 
-from zppo.algorithm.composition import FROZEN
 from zppo.algorithm.methods import get_method, method_names
 from zppo.training.batch import assemble
 from zppo.training.layout import MicroBatch
@@ -38,6 +37,7 @@ from zppo.training.surrogate import step_advantages
 from zppo.training.trainer import Trainer
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TrainGroup
+from zppo_protocol.values import FROZEN
 
 RL_METHODS = [name for name in method_names() if get_method(name).loss == "clipped_surrogate"]
 

@@ -22,6 +22,7 @@ from zppo.data.sources.base import OWN_COLUMNS, RawRow, Source, same_words
 from zppo.errors import UserError, nearest
 from zppo.grading.procedural import gold_entry
 from zppo.grading.reasoning_gym_tasks import build_task, parse_specification, quiet
+from zppo_protocol.values import seed_of
 
 MAX_SIZE = 10_000_000
 MAX_ROUNDS = 50
@@ -92,8 +93,7 @@ def _whole(text: str, name: str, low: int, high: int, where: str) -> int:
 def _stream(specification: Specification, number: int) -> Any:
     """The task's questions of one round. Its own seeds count up by one per question, so ours are
     spread out first."""
-    digest = hashlib.blake2b(f"{specification.seed}/{number}".encode(), digest_size=4).digest()
-    seed = int.from_bytes(digest, "big") >> 1
+    seed = seed_of(specification.seed, str(number), size=4) >> 1
     return build_task(
         specification.task, specification.settings, seed, specification.size, specification.text
     )

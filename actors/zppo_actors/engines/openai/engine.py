@@ -31,11 +31,10 @@ from zppo_actors.engines.openai.reply import Reply
 from zppo_actors.engines.openai.retry import Pauses, RequestFailed, RetryBudget
 from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import PolicyManifest, Usage
+from zppo_protocol.values import FROZEN, PolicyManifest, Usage
 
 __all__ = ["OpenAIEngine", "create"]
 
-FROZEN = -1
 
 log = logging.getLogger("zppo.engine")
 

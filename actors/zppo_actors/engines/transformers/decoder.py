@@ -26,6 +26,7 @@ from zppo_actors.engines.sequences import Completion, Running
 from zppo_actors.engines.transformers.attention import mask_value
 from zppo_actors.engines.transformers.sampling import Sampler
 from zppo_actors.engines.transformers.slots import SlotCache, grown
+from zppo_protocol.values import FROZEN
 
 COLUMN_STEP = 32
 """Attention reads a multiple of this many columns, which also keeps the bias aligned for fused
@@ -45,7 +46,7 @@ class Decoder:
         """`model` is a causal language model of transformers with our attention, in evaluation
         mode."""
         self.running: list[Running] = []
-        self.version = -1
+        self.version = FROZEN
         self._model = model
         self._device = torch.device(model.device)
         self._end_ids = np.asarray(sorted(end_ids), dtype=np.int64)

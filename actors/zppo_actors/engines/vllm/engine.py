@@ -48,7 +48,7 @@ from zppo_actors.engines.vllm.start import TokenCounter, arguments_of, start
 from zppo_actors.weights import PublicationRefused
 from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import PolicyManifest
+from zppo_protocol.values import FROZEN, PolicyManifest
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zppo.engine")
 
-FROZEN = -1
 TEXT_ONLY = "the model takes text only, but the prompt has pictures or videos"
 DEAD = "the engine core of vLLM has died"
 CLOSE_SECONDS = 2.0
