@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from zppo.config.topology import ModelConfig
+from zppo.config.served import ServedModel
+from zppo.config.topology import ActorConfig, ModelConfig
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.vllm.publication import FileIdentity, Update
 from zppo_actors.weights import shared_memory
@@ -35,18 +36,19 @@ from zppo_protocol.values import ChatMessage, PolicyManifest, Prompt, Sampling
 
 def spec_of(options: argparse.Namespace) -> EngineSpec:
     """The engine as an actor would build it."""
-    return EngineSpec(
+    engine_args = {
+        "max_num_seqs": options.sequences,
+        "max_model_len": 2048,
+        "enforce_eager": options.eager,
+    }
+    served = ServedModel(
+        role="rollout",
         model=ModelConfig(model=options.model, dtype=options.dtype),
-        where="actors.rollout",
-        model_where="student.model",
-        device=options.device,
-        threads=options.threads,
-        engine_args={
-            "max_num_seqs": options.sequences,
-            "max_model_len": 2048,
-            "enforce_eager": options.eager,
-        },
+        actor=ActorConfig(engine="vllm", engine_args=engine_args, threads=options.threads),
+        model_path="--model",
+        actor_path="--model",
     )
+    return EngineSpec(served=served, device=options.device)
 
 
 def endless(number: int, n: int) -> GenerateTask:

@@ -65,7 +65,6 @@ ROOMS: dict[str, set[str]] = {
         "zppo.config",
         "zppo.data",
         "zppo.grading",
-        "zppo.plan",
         "zppo.prompting",
         "zppo_protocol",
     },
@@ -159,7 +158,6 @@ ROOMS: dict[str, set[str]] = {
     "zppo_actors.sampler": {
         "zppo.config",
         "zppo.errors",
-        "zppo.plan",
         "zppo_actors.engines",
         "zppo_actors.membership",
         "zppo_actors.process",

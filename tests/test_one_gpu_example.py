@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from zppo.config import load as topologies
+from zppo.config.served import served_student
 from zppo.errors import UserError
 from zppo.plan.engines.vllm import check_vllm_arguments
 from zppo.plan.machine import GIB, Machine
@@ -107,6 +108,4 @@ def test_eight_cards_are_used_as_the_page_says(copied: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_knows_the_engine_arguments() -> None:
-    check_vllm_arguments(
-        topologies.load(FILE).actors.rollout.engine_args, "actors.rollout", "student.model"
-    )
+    check_vllm_arguments(served_student(topologies.load(FILE)))

@@ -26,6 +26,7 @@ from zppo import launch
 from zppo.comparison import record as records
 from zppo.comparison import runs
 from zppo.comparison.record import Pair, Record
+from zppo.config.load import run_folder
 from zppo.config.topology import Topology
 from zppo.data.question import digest
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
@@ -147,7 +148,8 @@ def _check_methods(topologies: Sequence[Topology]) -> tuple[str, int]:
     checked = launch.check(first)
     questions = checked.corpus.questions
     if others:
-        machine = measure_machine(cores(), run_directory.runtime_base(), wants_gpu(first))
+        base = run_directory.runtime_base()
+        machine = measure_machine(cores(), base, run_folder(first), wants_gpu(first))
     for other in others:
         launch.check_vocabularies(other, make_plan(other, len(questions), machine).method)
     return digest(questions), checked.plan.windows.steps

@@ -18,10 +18,13 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
+from zppo.config.served import ServedModel
 from zppo.config.strict_yaml import parse
 from zppo.config.topology import (
     JUDGE,
     JUDGE_SAMPLING,
+    OPENAI,
+    ActorConfig,
     DataConfig,
     ModelConfig,
     ResponseSampling,
@@ -34,10 +37,11 @@ from zppo.evaluation.order import (
     PAPER_SAMPLING,
     EvaluationOrder,
     Located,
-    Served,
     locate_model,
+    served_as,
     served_folder,
 )
+from zppo.plan.engines.openai import read_openai_arguments
 from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
 from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
 from zppo.prompting.prompts import PromptSet
@@ -51,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         order = read_order(_parser().parse_args(argv))
         _check_out(order.out)
         _check_questions(load_questions(order.data.train, order.data, Path.cwd()), order)
-        templates = Path(order.data.templates) if order.data.templates else None
-        PromptSet(templates, order.data.system_prompt).validate()
+        PromptSet.of(order.data).validate()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
@@ -127,7 +130,7 @@ def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
 
 def _served(
     arguments: argparse.Namespace, located: Located | None, sampling: ResponseSampling
-) -> tuple[Served, list[str]]:
+) -> tuple[ServedModel, list[str]]:
     engine_args = dict(_pair(text, "--engine-arg") for text in arguments.engine_arg)
     run = located.topology if located else None
     variables = dict(_pair(text, "--chat-template-arg") for text in arguments.chat_template_arg)
@@ -143,25 +146,25 @@ def _served(
     model, notes = served_folder(located, sampling, dtype, engine, "--model", variables)
     if engine == "simulated" and sampling.presence_penalty:
         notes.append("the engine 'simulated' knows no presence penalty")
-    return Served(
-        model=model,
+    return served_as("--model", model, _actor(arguments, engine, engine_args)), notes
+
+
+def _actor(arguments: argparse.Namespace, engine: str, engine_args: dict[str, Any]) -> ActorConfig:
+    return ActorConfig(
         engine=engine,
         engine_args=engine_args,
-        device=arguments.device,
+        devices=[arguments.device],
         threads=arguments.threads,
-    ), notes
+    )
 
 
-def _server(url: str, model: ModelConfig, engine_args: dict[str, Any], where: str) -> Served:
-    from zppo.config.topology import OPENAI
-    from zppo.plan.engines.openai import read_openai_arguments
-
+def _server(url: str, model: ModelConfig, engine_args: dict[str, Any], option: str) -> ServedModel:
     engine_args = {"base_url": url, **engine_args}
-    read_openai_arguments(engine_args, where)
-    return Served(model=model, engine=OPENAI, engine_args=engine_args, where=where)
+    read_openai_arguments(engine_args, option)
+    return served_as(option, model, ActorConfig(engine=OPENAI, engine_args=engine_args))
 
 
-def _judge(arguments: argparse.Namespace) -> Served | None:
+def _judge(arguments: argparse.Namespace) -> ServedModel | None:
     if arguments.judge is not None and arguments.judge_server is not None:
         raise UserError("zppo evaluate: expected --judge FOLDER or --judge-server URL, not both")
     if arguments.judge_server is not None:
@@ -179,13 +182,7 @@ def _judge(arguments: argparse.Namespace) -> Served | None:
     model, _ = served_folder(
         located, JUDGE_SAMPLING, arguments.dtype, engine, "--judge", THINKING_OFF
     )
-    return Served(
-        model=model,
-        engine=engine,
-        device=arguments.device,
-        threads=arguments.threads,
-        where="--judge",
-    )
+    return served_as("--judge", model, _actor(arguments, engine, {}))
 
 
 def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
@@ -245,17 +242,15 @@ def _check_out(out: str | None) -> None:
 def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
     chosen = corpus.questions[: order.limit]
     pictured = next((question.id for question in chosen if question.media), None)
-    if pictured is not None and order.served.engine in ("transformers", "simulated"):
+    if pictured is not None and order.served.actor.engine in ("transformers", "simulated"):
         raise UserError(
             f"{order.data.train}: the question {pictured!r} has pictures; expected text only, "
             "because the engine "
-            f"{order.served.engine!r} cannot show them to the model"
+            f"{order.served.actor.engine!r} cannot show them to the model"
         )
-    if order.data.system_prompt and order.served.engine in LENGTH_ARGUMENTS:
-        folder = order.served.model.model
-        check_system_prompt(
-            load_tokenizer(folder, "--model"), order.data.system_prompt, folder, "--model"
-        )
+    if order.data.system_prompt and order.served.actor.engine in LENGTH_ARGUMENTS:
+        tokenizer = load_tokenizer(order.served.model.model, order.served.model_path)
+        check_system_prompt(tokenizer, order.data.system_prompt, order.served)
     if order.judge is None and any(question.grader == JUDGE for question in chosen):
         raise UserError(
             "--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL"

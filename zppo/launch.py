@@ -17,25 +17,32 @@ from typing import Any, NoReturn
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 from rich.console import Console
 
 from zppo.algorithm.methods import Method
 from zppo.config.load import load, override, resolve, run_folder
+from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
-from zppo.data.corpus import Corpus, bad_rows_text, held_out_overlap, load_questions
+from zppo.data.corpus import (
+    Corpus,
+    bad_rows_text,
+    gold_notes,
+    held_out_overlap,
+    load_questions,
+)
 from zppo.data.question import Question, digest
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
 from zppo.plan.plan import Plan
-from zppo.plan.processes import cores, teachers
+from zppo.plan.processes import asked_teachers, cores
 from zppo.plan.prompt_checks import (
     Reader,
     check_room,
     check_system_prompt,
     check_teachers,
-    student_reader,
 )
 from zppo.plan.view import show
 from zppo.prompting.prompts import PromptSet
@@ -94,9 +101,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         show(checked.plan, directory, Console())
         return 0
     corpus = checked.corpus
-    run_directory.create(directory, topology, digest(corpus.questions))
-    if corpus.bad_rows:
-        (directory / "bad_rows.txt").write_text(bad_rows_text(corpus), encoding="utf-8")
+    run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
+    for note in checked.plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     become_supervisor(directory)
 
 
@@ -110,8 +117,8 @@ def _resume(arguments: argparse.Namespace) -> int:
         problem = f"has no whole checkpoint to continue from{torn}"
         raise UserError(f"--resume: {str(directory)!r} {problem}; remove it to begin anew")
     topology = _resumed_topology(arguments, record.topology)
-    checked = _check(topology)
-    _check_corpus(topology, checked.corpus, record)
+    checked = _check(topology, directory)
+    _check_corpus(topology.data.train, checked.corpus, record)
     _check_steps(topology, checked.plan.windows.steps, directory, found.step)
     for warning in found.warnings:
         print(warning, file=sys.stderr)
@@ -135,36 +142,43 @@ def become_supervisor(directory: Path) -> NoReturn:
 
 def check(topology: Topology) -> Checked:
     """Everything that can be wrong with a new run, but for its directory. Raises UserError."""
-    checked = _check(topology)
-    _check_prompts(topology, checked)
+    checked = _check(topology, run_folder(topology))
+    notes = [
+        *checked.plan.notes,
+        *gold_notes("data.train", checked.corpus.questions),
+        *_check_prompts(topology, checked),
+    ]
     check_vocabularies(topology, checked.plan.method)
-    return checked
+    return replace(checked, plan=replace(checked.plan, notes=notes))
 
 
-def _check(topology: Topology) -> Checked:
-    """Everything that can be wrong with settings, data, templates, models and machine. Raises
-    UserError."""
+def _check(topology: Topology, directory: Path) -> Checked:
+    """Everything that can be wrong with settings, data, templates, models and machine, for a run in
+    `directory`. Raises UserError."""
+    base = run_directory.runtime_base()
+    run_directory.runtime_folder(run_directory.new_run_id(), base)
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
-    _check_media("data.train", corpus, topology)
+    engine = topology.actors.rollout.engine
+    _check_media("data.train", corpus, engine)
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         held = load_questions(topology.data.heldout, topology.data, Path.cwd())
-        _check_media("data.heldout", held, topology)
+        _check_media("data.heldout", held, engine)
         _check_overlap(corpus, held)
         heldout = held.questions
-    prompts = PromptSet.of(topology)
+    prompts = PromptSet.of(topology.data, topology.method.prefix_share)
     prompts.validate()
-    machine = measure_machine(cores(), run_directory.runtime_base(), wants_gpu(topology))
+    machine = measure_machine(cores(), base, directory, wants_gpu(topology))
     plan = make_plan(topology, len(corpus.questions), machine)
     return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
 
 
-def _check_media(where: str, corpus: Corpus, topology: Topology) -> None:
+def _check_media(where: str, corpus: Corpus, engine: str) -> None:
     first = next((question.id for question in corpus.questions if question.media), None)
     if first is not None:
         raise UserError(
             f"{where}: the question {first!r} has pictures; expected text only, because the engine "
-            f"{topology.actors.rollout.engine!r} cannot show them to the model"
+            f"{engine!r} cannot show them to the model"
         )
 
 
@@ -172,8 +186,9 @@ def check_vocabularies(topology: Topology, method: Method) -> None:
     """Teachers whose tokens or distributions are trained on share the student's vocabulary; texts
     may come from any."""
     read = teachers(topology) if method.needs_same_vocabulary else []
-    for one in (one for one in read if one.actor.engine not in WITHOUT_FOLDER):
-        check_same_vocabulary(topology.student.model, one.model.model, one.model_where)
+    for one in read:
+        if one.actor.engine not in WITHOUT_FOLDER:
+            check_same_vocabulary(served_student(topology), one)
 
 
 def _check_overlap(train: Corpus, heldout: Corpus) -> None:
@@ -185,13 +200,13 @@ def _check_overlap(train: Corpus, heldout: Corpus) -> None:
         )
 
 
-def _check_prompts(topology: Topology, checked: Checked) -> None:
+def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
     """Every plain prompt is as short as `data.max_prompt_tokens` and the contexts of the models
-    say."""
-    student = student_reader(topology)
+    say. Raises UserError. Returns notes."""
+    student, data = Reader.of(served_student(topology)), topology.data
     tokenizer = student.load_tokenizer()
-    check_system_prompt(tokenizer, topology.data.system_prompt, student.folder, student.where)
-    limit = topology.data.max_prompt_tokens
+    check_system_prompt(tokenizer, data.system_prompt, student.served)
+    limit = data.max_prompt_tokens
     for where, questions in (
         ("data.train", checked.corpus.questions),
         ("data.heldout", checked.heldout),
@@ -211,7 +226,11 @@ def _check_prompts(topology: Topology, checked: Checked) -> None:
             )
         for question, length in zip(questions, lengths, strict=True):
             check_room(where, question, length, student)
-    check_teachers(topology, checked.prompts, checked.corpus.questions)
+    asked = asked_teachers(topology)
+    return [
+        *student.notes(tokenizer),
+        *check_teachers(asked, data.system_prompt, checked.prompts, checked.corpus.questions),
+    ]
 
 
 def _prompt_lengths(
@@ -262,11 +281,11 @@ def _resumed_topology(arguments: argparse.Namespace, old: Topology) -> Topology:
     return new
 
 
-def _check_corpus(topology: Topology, corpus: Corpus, record: RunRecord) -> None:
+def _check_corpus(train: str, corpus: Corpus, record: RunRecord) -> None:
     """The paths alone do not say whether a file was edited."""
     if digest(corpus.questions) != record.corpus:
         raise UserError(
-            f"--resume: the questions of data.train, {topology.data.train!r}, are not those that "
+            f"--resume: the questions of data.train, {train!r}, are not those that "
             "the run began with; "
             "they cannot change, because the data cursor counts questions of another corpus"
         )

@@ -15,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 from zppo.errors import UserError
-from zppo.records.run_directory import hold, runtime_base
-
-SOCKET_NAME = "controller.sock"
-# sun_path holds 108 bytes on Linux and 104 on macOS, with the closing zero byte.
-LONGEST_SOCKET_PATH = 103
+from zppo.records.run_directory import (
+    SOCKET_NAME,
+    hold,
+    runtime_base,
+    runtime_folder,
+    runtime_prefix,
+)
 
 
 def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
@@ -29,12 +31,7 @@ def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
     Raises UserError if the folder cannot be made or its socket path is too long for the system.
     """
     base = base if base is not None else runtime_base()
-    folder = base / f"{_prefix()}{run_id}"
-    if len(os.fsencode(folder / SOCKET_NAME)) > LONGEST_SOCKET_PATH:
-        raise UserError(
-            f"the path of a socket in {str(folder)!r} is too long; set ZPPO_RUNTIME_DIR to a "
-            "shorter one"
-        )
+    folder = runtime_folder(run_id, base)
     try:
         unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
         lock = hold(unlocked)
@@ -58,7 +55,7 @@ def sweep(base: Path | None = None) -> list[Path]:
     base = base if base is not None else runtime_base()
     return [
         folder
-        for folder in sorted(base.glob(f"{_prefix()}*"))
+        for folder in sorted(base.glob(f"{runtime_prefix()}*"))
         if _is_ours(folder) and _remove_if_free(folder)
     ]
 
@@ -66,10 +63,6 @@ def sweep(base: Path | None = None) -> list[Path]:
 def controller_address(folder: Path) -> str:
     """The address that the controller binds and everyone else connects to."""
     return f"ipc://{folder / SOCKET_NAME}"
-
-
-def _prefix() -> str:
-    return f"zppo-{os.getuid()}-"
 
 
 def _is_ours(folder: Path) -> bool:

@@ -68,7 +68,7 @@ class MadeUpRun:
         shared = of_pair(topology(steps), pair, out)
         run_directory.create(self.directory, shared)
         self.seconds, self.size, self.names = 0.0, 0, 0
-        self.sinks = MetricSinks(self.directory, shared, clock=lambda: self.seconds)
+        self.sinks = MetricSinks(self.directory, shared.sinks, clock=lambda: self.seconds)
 
     def write(
         self, steps: int | None = None, verdict: str | None = None, every: int = 5

@@ -7,7 +7,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from zppo.config.topology import ModelConfig
+from served import student_of
+
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import Engine
 from zppo_protocol.messages import GenerateTask
@@ -15,13 +16,7 @@ from zppo_protocol.samples import GroupSamples
 
 
 def build(folder: Path, **engine_args: Any) -> Any:
-    spec = EngineSpec(
-        model=ModelConfig(model=str(folder), dtype="float32"),
-        where="actors.rollout",
-        model_where="student.model",
-        engine_args=engine_args,
-    )
-    return create("transformers", spec)
+    return create(EngineSpec(served=student_of(folder, **engine_args)))
 
 
 def run(engine: Engine, work: Coroutine[Any, Any, Any]) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from engine_helpers import END_ID, completions, make_model, save
+from served import student_of
 
-from zppo.config.topology import ModelConfig
 from zppo_actors.engines import EngineSpec
 from zppo_protocol.samples import GroupSamples
 
@@ -34,13 +35,9 @@ def tiny(seed: int = 0, tied: bool = True) -> Any:
 
 def spec_of(folder: Path, **engine_args: Any) -> EngineSpec:
     """How an actor would build the engine for the model in `folder`."""
-    return EngineSpec(
-        model=ModelConfig(model=str(folder), dtype="float32"),
-        where="actors.rollout",
-        model_where="student.model",
-        threads=1,
-        engine_args={**ENGINE_ARGS, **engine_args},
-    )
+    served = student_of(folder, engine="vllm", **{**ENGINE_ARGS, **engine_args})
+    one_thread = msgspec.structs.replace(served.actor, threads=1)
+    return EngineSpec(served=msgspec.structs.replace(served, actor=one_thread))
 
 
 def save_tiny(folder: Path, seed: int = 0, tied: bool = True) -> Path:

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 
 from zppo.algorithm.methods import get_method
+from zppo.config.served import teacher_pool
 from zppo.config.topology import Topology
 from zppo.data.question import Question
-from zppo.plan.processes import teacher_pool
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment

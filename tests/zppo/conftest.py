@@ -192,7 +192,7 @@ class FakeRun:
         self.seconds = 0.0
 
     def write(self, steps: int) -> Path:
-        sinks = MetricSinks(self.run_dir, self.topology, clock=lambda: self.seconds)
+        sinks = MetricSinks(self.run_dir, self.topology.sinks, clock=lambda: self.seconds)
         journal = Journal(self.run_dir)
         self.evaluate(sinks, 0, 0.38)
         for step in range(steps):

@@ -3,6 +3,7 @@ sentence, word for word."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ def start(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Launch:
     """Call the door; returns the exit code (None: it became the supervisor) and what it said on
-    stderr."""
+    stderr, notes left out."""
 
     def take_over(file: str, command: list[str]) -> None:
         assert command[1:5] == ["-P", "-m", "zppo_actors", "supervisor"]
@@ -42,7 +43,8 @@ def start(
             code = launch.main(arguments)
         except Started:
             code = None
-        return code, capsys.readouterr().err.replace(f"{small}/", "")
+        said = capsys.readouterr().err.replace(f"{small}/", "").splitlines(keepends=True)
+        return code, "".join(line for line in said if not line.startswith("note: "))
 
     return start
 
@@ -105,6 +107,29 @@ SETTING_MISTAKES = [
         "data.max_prompt_tokens=20",
         "data.train: the question 'q0' makes a prompt of 21 tokens; expected at most 20, "
         "data.max_prompt_tokens (6 questions are longer)",
+    ),
+    (
+        "student.sampling.presence_penalty=0.5",
+        "student.sampling.presence_penalty is 0.5; expected 0, because the trainer computes "
+        "log-probs without a penalty",
+    ),
+    (
+        "student.sampling.top_p=0.9",
+        "student.sampling.top_p is 0.9; expected 1, because the trainer computes log-probs over "
+        "the whole vocabulary, so every importance weight would be too small; evaluation.sampling "
+        "may truncate",
+    ),
+    (
+        "student.sampling.top_k=5",
+        "student.sampling.top_k is 5; expected 0, because the trainer computes log-probs over the "
+        "whole vocabulary, so every importance weight would be too small; evaluation.sampling may "
+        "truncate",
+    ),
+    (
+        "student.sampling.temperature=0",
+        "student.sampling.temperature is 0; expected a number above 0, because the 8 responses of "
+        "a group (method.group_size) would be the same, and such a group has no gradient; "
+        "evaluation.sampling may be greedy",
     ),
     ("optimizer.beta2=1", "optimizer.beta2 is 1; expected a number below 1"),
     ("run.name=a/b", "run.name is 'a/b'; expected a name that can be the name of a folder"),
@@ -315,6 +340,189 @@ def test_mistake_on_the_command_line(
     start: Launch, arguments: tuple[str, ...], sentence: str
 ) -> None:
     assert start(*arguments) == (2, sentence + "\n")
+
+
+# ---- what no file system, template or pipe may do --------------------------------------------------
+
+PATHS = [
+    (
+        f"run.directory={'x' * 300}",
+        f"run.directory: the name '{'x' * 60}'… in it has 300 bytes; expected at most 255",
+    ),
+    ('run.directory="a\\0b"', "run.directory is 'a\\x00b'; expected a path without NUL"),
+    (
+        'student.model="a\\uD800b"',
+        "student.model is 'a\\ud800b'; expected a path without half a surrogate pair",
+    ),
+    (
+        "data.train=~nobody-at-all/x",
+        "data.train is '~nobody-at-all/x', whose home folder is not known; expected a whole path",
+    ),
+    (
+        f"more_teachers=[{{model: {'x' * 256}}}]",
+        f"more_teachers[0].model: the name '{'x' * 60}'… in it has 256 bytes; expected at most 255",
+    ),
+    (
+        "run.directory=train.jsonl/run",
+        "run.directory: cannot make 'train.jsonl/run': Not a directory",
+    ),
+    (
+        "actors.rollout.engine_args={script: !!binary aGVsbG8=}",
+        "--set actors.rollout.engine_args={script: !!binary aGVsbG8=}:1: not YAML: could not "
+        "determine a constructor for the tag 'tag:yaml.org,2002:binary'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("setting", "sentence"), PATHS, ids=[s[:30] for s, _ in PATHS])
+def test_path_or_value_that_cannot_be(
+    start: Launch, small: Path, setting: str, sentence: str
+) -> None:
+    before = files(small)
+    assert start("--topology", "topology.yaml", "--set", setting) == (2, sentence + "\n")
+    assert files(small) == before
+    assert start("--topology", "topology.yaml") == (None, "")
+
+
+def test_run_directory_leaves_room_for_its_files(start: Launch, small: Path) -> None:
+    parts = "/".join(["x" * 200] * 20)
+    code, said = start("--topology", "topology.yaml", "--set", f"run.directory={parts}")
+    assert code == 2 and said.endswith(" bytes; expected at most 3839\n")
+    assert start("--topology", "topology.yaml", "--set", "run.directory=a ?#%20[x]{y}") == (
+        None,
+        "",
+    )
+
+
+def test_run_directory_that_cannot_be_filled_is_not_left_behind(
+    start: Launch, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = files(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write", full)
+        assert start("--topology", "topology.yaml") == (
+            2,
+            "run.directory: cannot write in 'small-run': No space left on device\n",
+        )
+    assert files(small) == before
+    assert start("--topology", "topology.yaml") == (None, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipe", "settings", "sentence"),
+    [
+        (
+            "questions.jsonl",
+            ("data.train=questions.jsonl",),
+            "questions.jsonl: is a named pipe, a socket or a device; expected a question file",
+        ),
+        (
+            "templates/plain.j2",
+            ("data.templates=templates",),
+            "templates/plain.j2: is no file; expected a Jinja2 template",
+        ),
+        (
+            "teacher/config.json",
+            (),
+            "teacher.model: 'teacher' is not a model folder: it has no config.json",
+        ),
+        (
+            "student/model.safetensors",
+            (),
+            "student.model: 'student' is not a model folder: it has no weights (*.safetensors)",
+        ),
+    ],
+)
+def test_a_named_pipe_is_refused_and_not_waited_for(
+    small: Path, pipe: str, settings: tuple[str, ...], sentence: str
+) -> None:
+    """The real command, so that a hang is a failure and not the end of the tests."""
+    (small / pipe).parent.mkdir(exist_ok=True)
+    (small / pipe).unlink(missing_ok=True)
+    os.mkfifo(small / pipe)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo.launch",
+        "--topology",
+        "topology.yaml",
+        "--dry-run",
+    ]
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.replace(f"{small}/", "")) == (2, sentence + "\n")
+
+
+TEMPLATES = [
+    ("{{ raise_exception('no roles') }}", "no roles"),
+    ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+    ("{% for x in range(10**9) %}{% endfor %}", "Range too big. The sandbox blocks ranges larger "),
+    ("{% for", "unexpected 'end of template'"),
+    ("{{ nothing.at.all }}", "'nothing' is undefined"),
+]
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize(("template", "reason"), TEMPLATES)
+def test_chat_template_that_fails_is_one_sentence(
+    start: Launch, small: Path, model: str, template: str, reason: str
+) -> None:
+    (small / model / "chat_template.jinja").write_text(template)
+    before = files(small)
+    code, said = start("--topology", "topology.yaml")
+    assert code == 2 and said.count("\n") == 1
+    assert said.startswith(f"{model}.model: the chat template of '{model}' fails ({reason}")
+    assert said.endswith(f"); mend it, or the variables in {model}.chat_template_kwargs\n")
+    assert files(small) == before
+
+
+def test_runtime_folder_with_a_path_too_long_for_a_socket(
+    start: Launch,
+    small: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tmp_path_factory.mktemp("r" * 90)
+    before = files(small)
+    with monkeypatch.context() as patch:
+        patch.setenv("ZPPO_RUNTIME_DIR", str(base))
+        code, said = start("--topology", "topology.yaml")
+    assert code == 2 and said.startswith(f"the path of a socket in '{base}/zppo-")
+    assert said.endswith(" is too long; set ZPPO_RUNTIME_DIR to a shorter one\n")
+    assert files(small) == before
+    assert start("--topology", "topology.yaml") == (None, "")
+
+
+def test_notes_are_said_when_a_run_starts(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"id": "q", "question": "What is 1 + 1?", "answer": "2"},
+        {"id": "x", "question": "Who knows?", "answer": "I do not know."},
+        {"id": "y", "question": "Where?", "answer": "Paris"},
+    ]
+    (small / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (small / "teacher/chat_template.jinja").write_text("{{ messages[0].content }}")
+    expected = {
+        "optimizer.learning_rate is 100000: AdamW moves every weight by about as much in each "
+        "update, and weights of language models are about 0.02; the paper's is 1e-06",
+        "data.train: 1 gold answer is words, not mathematics, first 'I do not know.' of the "
+        "question 'x': the grader 'math' takes the very same words alone, see data.grader",
+        f"student.model: '{small}/student' has no chat template: messages are put one below the "
+        "other, and nothing tells the model whose they are",
+    }
+    monkeypatch.setattr(os, "execv", lambda *given: sys.exit(0))
+    with pytest.raises(SystemExit):
+        launch.main(["--topology", "topology.yaml", "--set", "optimizer.learning_rate=1e5"])
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("note: ") for line in said)
+    notes = {line.removeprefix("note: ") for line in said}
+    assert expected <= notes and not any("teacher.model" in note for note in notes)
 
 
 # ---- starting ------------------------------------------------------------------------------------

@@ -161,11 +161,12 @@ def sizes_of(topologies: Sequence[Topology]) -> Sizes:
     Raises UserError for a folder that is no model.
     """
     asking = [
-        topology for topology in topologies if uses_teacher(topology) or trainer_scores(topology)
+        topology
+        for topology in topologies
+        if uses_teacher(topology)
+        or trainer_scores(get_method(topology.method.name), topology.teacher)
     ]
-    models = inspect_models([*asking, *topologies][0], with_teacher=bool(asking))
-    if models.student is None:
-        raise UserError("student.model: its size is not known; expected a model folder")
+    models = inspect_models([*asking, *topologies][0])
     return Sizes(
         student=multiplying(models.student),
         teacher=multiplying(models.teacher)

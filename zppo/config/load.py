@@ -18,9 +18,13 @@ from msgspec import inspect as shape
 from msgspec.structs import replace
 
 from zppo.config.explain import explain, nearest_setting, settings, step
+from zppo.config.paths import absolute
 from zppo.config.strict_yaml import parse
-from zppo.config.topology import OPENAI, ActorConfig, Topology, is_procedural
+from zppo.config.topology import OPENAI, ActorConfig, MoreTeacher, Topology, is_procedural
 from zppo.errors import UserError, nearest
+
+RUN_FILES_ROOM = 256
+"""Bytes of a path that the files within a run directory may take."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Topology:
@@ -60,35 +64,38 @@ def resolve(topology: Topology, base: Path) -> Topology:
     """
     data, teacher, actors = topology.data, topology.teacher, topology.actors
     if teacher is not None and actors.teacher.engine != OPENAI:
-        teacher = replace(teacher, model=_absolute(teacher.model, base))
-    others = [replace(one, actor=_with_script(one.actor, base)) for one in topology.more_teachers]
+        teacher = replace(teacher, model=_absolute("teacher.model", teacher.model, base))
     others = [
-        one if one.actor.engine == OPENAI else replace(one, model=_absolute(one.model, base))
-        for one in others
+        _resolved_teacher(f"more_teachers[{i}]", one, base)
+        for i, one in enumerate(topology.more_teachers)
     ]
     data = replace(
         data,
-        train=_question_source(data.train, base),
-        heldout=data.heldout and _question_source(data.heldout, base),
-        templates=data.templates and _absolute(data.templates, base),
+        train=_question_source("data.train", data.train, base),
+        heldout=data.heldout and _question_source("data.heldout", data.heldout, base),
+        templates=data.templates and _absolute("data.templates", data.templates, base),
     )
     return replace(
         topology,
         data=data,
-        student=replace(topology.student, model=_absolute(topology.student.model, base)),
+        student=replace(
+            topology.student, model=_absolute("student.model", topology.student.model, base)
+        ),
         teacher=teacher,
         more_teachers=others,
         actors=replace(
             actors,
-            rollout=_with_script(actors.rollout, base),
-            teacher=_with_script(actors.teacher, base),
+            rollout=_with_script("actors.rollout", actors.rollout, base),
+            teacher=_with_script("actors.teacher", actors.teacher, base),
         ),
     )
 
 
 def run_folder(topology: Topology) -> Path:
-    """`run.directory` with `{name}` filled in, relative to the current folder."""
-    return Path(topology.run.directory.replace("{name}", topology.run.name)).expanduser().absolute()
+    """`run.directory` with `{name}` filled in, relative to the current folder. Raises UserError for
+    a path that cannot be."""
+    chosen = topology.run.directory.replace("{name}", topology.run.name)
+    return absolute("run.directory", chosen, Path(), RUN_FILES_ROOM)
 
 
 def convert(data: dict[str, Any], places: Mapping[str, str]) -> Topology:
@@ -168,18 +175,26 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _absolute(path: str, base: Path) -> str:
-    return str((base / Path(path).expanduser()).absolute())
+def _absolute(setting: str, path: str, base: Path) -> str:
+    return str(absolute(setting, path, base))
 
 
-def _question_source(source: str, base: Path) -> str:
+def _question_source(setting: str, source: str, base: Path) -> str:
     """Procedural questions have a specification instead of a path."""
-    return source if is_procedural(source) else _absolute(source, base)
+    return source if is_procedural(source) else _absolute(setting, source, base)
 
 
-def _with_script(config: ActorConfig, base: Path) -> ActorConfig:
+def _resolved_teacher(section: str, teacher: MoreTeacher, base: Path) -> MoreTeacher:
+    teacher = replace(teacher, actor=_with_script(f"{section}.actor", teacher.actor, base))
+    if teacher.actor.engine == OPENAI:
+        return teacher
+    return replace(teacher, model=_absolute(f"{section}.model", teacher.model, base))
+
+
+def _with_script(section: str, config: ActorConfig, base: Path) -> ActorConfig:
     """The simulated engine's script is a path as well."""
     script = config.engine_args.get("script")
     if not isinstance(script, str):
         return config
-    return replace(config, engine_args={**config.engine_args, "script": _absolute(script, base)})
+    script = _absolute(f"{section}.engine_args.script", script, base)
+    return replace(config, engine_args={**config.engine_args, "script": script})

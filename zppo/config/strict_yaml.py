@@ -2,8 +2,8 @@
 has a line.
 
 PyYAML resolves scalars by YAML 1.1, where `1e-6` is a text and `no` is false; this loader follows
-the core schema of YAML 1.2. Only plain data comes out (PyYAML's safe constructor); tags and merge
-keys are refused.
+the core schema of YAML 1.2. Only plain data comes out: texts, numbers, true, false, null, lists and
+mappings; other tags (`!!binary`, `!!timestamp`, `!!set`) and merge keys are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ class Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2 core scalars."""
 
 
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 Loader.yaml_implicit_resolvers = {}
+# Under None stands what refuses a tag that has no constructor.
+Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in {f"tag:yaml.org,2002:{name}" for name in PLAIN}
+}
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from zppo.data.sources.base import Unit, same_words
 from zppo.data.sources.jsonl import kind_of
 from zppo.errors import UserError, nearest
 from zppo.grading import get_grader
+from zppo.grading.maths import gold_answer
 from zppo_protocol.values import MediaReference
 
 MAX_TEXT = 1_000_000
@@ -34,6 +36,8 @@ carry."""
 MAX_ID = 200
 """Characters of an id: group ids are built from it and must fit a protocol name."""
 MAX_PATH = 512
+_PROSE = re.compile(r"[^\W\d_]+(?:[ '’-]+[^\W\d_]+){2,}[.!?]?")
+"""Three words or more, and nothing else; names and single words are good gold answers."""
 
 
 class BadRow(Struct, frozen=True, kw_only=True):
@@ -225,6 +229,23 @@ def held_out_overlap(train: Iterable[Question], heldout: Iterable[Question]) -> 
     pictures."""
     held = {_identity(question) for question in heldout}
     return [question.id for question in train if _identity(question) in held]
+
+
+def gold_notes(where: str, questions: Iterable[Question]) -> list[str]:
+    """What works but may surprise: gold answers of several words, which the grader `math` can only
+    compare as text. `where` is the setting of their source."""
+    golds = [one for one in questions if one.grader == "math" and _is_prose(one.answer)]
+    if not golds:
+        return []
+    count = "1 gold answer is" if len(golds) == 1 else f"{len(golds)} gold answers are"
+    return [
+        f"{where}: {count} words, not mathematics, first {golds[0].answer[:40]!r} of the question "
+        f"{golds[0].id!r}: the grader 'math' takes the very same words alone, see data.grader"
+    ]
+
+
+def _is_prose(gold: str) -> bool:
+    return _PROSE.fullmatch(gold_answer(gold)) is not None
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:

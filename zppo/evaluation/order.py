@@ -15,7 +15,14 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from zppo.config.topology import DataConfig, ModelConfig, ResponseSampling, Topology
+from zppo.config.served import ServedModel
+from zppo.config.topology import (
+    ActorConfig,
+    DataConfig,
+    ModelConfig,
+    ResponseSampling,
+    Topology,
+)
 from zppo.errors import UserError
 from zppo.plan.model_folder import inspect_model
 from zppo.records import checkpoint, run_directory
@@ -28,26 +35,14 @@ PAPER_SAMPLING = ResponseSampling(
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Served(Struct, frozen=True, kw_only=True):
-    """A model and the engine that serves it; `where` is how messages call the option that named
-    it."""
-
-    model: ModelConfig
-    engine: str
-    engine_args: dict[str, Any] = {}
-    device: str = "cpu"
-    threads: int | None = None
-    where: str = "--model"
-
-
 class EvaluationOrder(Struct, frozen=True, kw_only=True):
     """Everything the evaluating process is told; it travels as JSON on its command line."""
 
     label: str
     """The model as the user named it."""
     data: DataConfig
-    served: Served
-    judge: Served | None = None
+    served: ServedModel
+    judge: ServedModel | None = None
     samples: int = 4
     limit: int | None = None
     seed: int = 0
@@ -64,6 +59,13 @@ class Located(Struct, frozen=True, kw_only=True):
     folder: Path
     topology: Topology | None = None
     notes: list[str] = []
+
+
+def served_as(option: str, model: ModelConfig, actor: ActorConfig) -> ServedModel:
+    """The model that `option` of the command line names; nothing trains it."""
+    return ServedModel(
+        role="teacher", model=model, actor=actor, model_path=option, actor_path=option
+    )
 
 
 def locate_model(path: Path) -> Located:

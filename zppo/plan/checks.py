@@ -12,7 +12,8 @@ from typing import Any
 from msgspec import Struct, structs
 
 from zppo.algorithm.methods import Method
-from zppo.config.topology import JUDGE, OPENAI, VLLM, ActorConfig, Topology
+from zppo.config.served import ServedModel, served_models, served_student, teachers
+from zppo.config.topology import JUDGE, OPENAI, VLLM, Topology
 from zppo.errors import UserError, nearest
 from zppo.grading import get_grader
 from zppo.plan.engines.openai import OpenAIArguments, check_openai, refuse_rollout
@@ -23,7 +24,7 @@ from zppo.plan.engines.own import (
     convert_arguments,
 )
 from zppo.plan.engines.vllm import check_vllm_arguments
-from zppo.plan.processes import teachers, trainer_scores, uses_teacher
+from zppo.plan.processes import asked_teachers, trainer_scores
 from zppo.prompting.chat_template import check_template_variables
 
 ENGINE_ARGUMENTS: dict[str, type[Struct]] = {
@@ -48,10 +49,11 @@ def _check_teacher(topology: Topology, method: Method) -> None:
         raise UserError(
             "teacher: is missing; expected a section, because data.grader 'judge' asks the teacher"
         )
-    for one in teachers(topology) if uses_teacher(topology) else []:
+    for one in asked_teachers(topology):
         if one.actor.count == 0:
             raise UserError(
-                f"{one.where}.count is 0; expected at least 1, because the run asks the teacher"
+                f"{one.actor_path}.count is 0; expected at least 1, because the run asks the "
+                "teacher"
             )
     if topology.more_teachers and topology.teacher is None:
         raise UserError(
@@ -65,19 +67,15 @@ def _check_teacher(topology: Topology, method: Method) -> None:
 
 
 def _check_engines(topology: Topology, method: Method) -> None:
-    if topology.actors.rollout.count == 0:
+    student, group = served_student(topology), topology.method.group_size
+    if student.actor.count == 0:
         raise UserError("actors.rollout.count is 0; expected at least 1")
-    _check_engine(
-        topology.actors.rollout, "actors.rollout", topology.method.group_size, "method.group_size"
-    )
+    _check_engine(student, group, "method.group_size")
     if topology.data.heldout is not None:
-        samples = topology.evaluation.samples
-        _check_engine(topology.actors.rollout, "actors.rollout", samples, "evaluation.samples")
-    for one in teachers(topology) if uses_teacher(topology) else []:
-        _check_engine(
-            one.actor, one.where, topology.method.teacher_group_size, "method.teacher_group_size"
-        )
-        check_openai(topology, one.actor, one.where)
+        _check_engine(student, topology.evaluation.samples, "evaluation.samples")
+    for one in asked_teachers(topology):
+        _check_engine(one, topology.method.teacher_group_size, "method.teacher_group_size")
+        check_openai(one, topology.scheduler, topology.run)
     if method.needs_same_vocabulary:
         _check_token_level_teacher(topology, method)
 
@@ -85,24 +83,24 @@ def _check_engines(topology: Topology, method: Method) -> None:
 def _check_token_level_teacher(topology: Topology, method: Method) -> None:
     """Training on a teacher's tokens, or towards its distribution, needs an engine that knows
     tokens."""
-    actor = topology.actors.teacher
+    in_the_trainer = trainer_scores(method, topology.teacher)
     for one in teachers(topology):
-        if one.actor.engine == OPENAI and (method.teacher_tokens or not trainer_scores(topology)):
+        if one.actor.engine == OPENAI and (method.teacher_tokens or not in_the_trainer):
             work = (
                 "trains on the teacher's tokens"
                 if method.teacher_tokens
                 else "needs a teacher that scores tokens"
             )
             raise UserError(
-                f"{one.where}.engine is {OPENAI!r}; expected 'transformers' or {VLLM!r}, because "
-                "the method "
-                f"{method.name!r} {work}, and a server gives text alone"
+                f"{one.actor_path}.engine is {OPENAI!r}; expected 'transformers' or {VLLM!r}, "
+                f"because the method {method.name!r} {work}, and a server gives text alone"
             )
-    if not method.needs_scores or trainer_scores(topology):
+    if not method.needs_scores or in_the_trainer:
         return
-    _check_engine(actor, "actors.teacher", topology.method.group_size, "method.group_size")
+    first = teachers(topology)[0]
+    _check_engine(first, topology.method.group_size, "method.group_size")
     temperature = topology.student.sampling.temperature
-    if actor.engine == VLLM and temperature not in (0.0, 1.0):
+    if first.actor.engine == VLLM and temperature != 1.0:
         raise UserError(
             f"student.sampling.temperature is {temperature:g}; expected 1, because {VLLM!r} scores "
             "tokens at "
@@ -110,13 +108,14 @@ def _check_token_level_teacher(topology: Topology, method: Method) -> None:
         )
 
 
-def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str) -> None:
+def _check_engine(served: ServedModel, group: int, group_setting: str) -> None:
+    actor, where = served.actor, served.actor_path
     if actor.engine not in (*ENGINE_ARGUMENTS, VLLM):
         hint = nearest(actor.engine, (*ENGINE_ARGUMENTS, VLLM))
         raise UserError(f"{where}.engine is {actor.engine!r}; expected the name of an engine{hint}")
-    refuse_rollout(where, actor.engine)
+    refuse_rollout(served)
     capacity = CAPACITY_ARGUMENTS.get(actor.engine, "max_sequences")
-    sequences = _checked_arguments(actor, where).get(capacity, DEFAULT_SEQUENCES)
+    sequences = _checked_arguments(served).get(capacity, DEFAULT_SEQUENCES)
     if not isinstance(sequences, int) or isinstance(sequences, bool):
         raise UserError(
             f"{where}.engine_args.{capacity} is {sequences!r}; expected a whole number of at least "
@@ -129,36 +128,27 @@ def _check_engine(actor: ActorConfig, where: str, group: int, group_setting: str
         )
 
 
-def _checked_arguments(actor: ActorConfig, where: str) -> Mapping[str, Any]:
+def _checked_arguments(served: ServedModel) -> Mapping[str, Any]:
     """The arguments of an engine, defaults of ours included."""
-    if actor.engine == VLLM:
-        model_where = "student.model" if where == "actors.rollout" else _model_setting(where)
-        check_vllm_arguments(actor.engine_args, where, model_where)
-        return actor.engine_args
-    return structs.asdict(
-        convert_arguments(actor.engine_args, ENGINE_ARGUMENTS[actor.engine], where)
-    )
-
-
-def _model_setting(where: str) -> str:
-    """`actors.teacher` -> `teacher.model`, `more_teachers[0].actor` -> `more_teachers[0].model`."""
-    return f"{where.removeprefix('actors.').removesuffix('.actor')}.model"
+    given, engine = served.actor.engine_args, served.actor.engine
+    if engine == VLLM:
+        check_vllm_arguments(served)
+        return given
+    return structs.asdict(convert_arguments(given, ENGINE_ARGUMENTS[engine], served.actor_path))
 
 
 def _check_hosts(topology: Topology, method: Method) -> None:
-    actors = [
-        ("actors.rollout", topology.actors.rollout),
-        *((one.where, one.actor) for one in teachers(topology)),
-    ]
-    for where, actor in actors:
-        for host in actor.hosts:
+    for one in served_models(topology):
+        for host in one.actor.hosts:
             if host != "localhost":
                 raise UserError(
-                    f"{where}.hosts names {host!r}; this version runs on one host, 'localhost'"
+                    f"{one.actor_path}.hosts names {host!r}; this version runs on one host, "
+                    "'localhost'"
                 )
-        if not actor.devices:
+        if not one.actor.devices:
             raise UserError(
-                f"{where}.devices is empty; expected at least one device, such as cpu or cuda:0"
+                f"{one.actor_path}.devices is empty; expected at least one device, such as cpu or "
+                "cuda:0"
             )
 
 
@@ -195,12 +185,6 @@ def _check_recipe(topology: Topology, method: Method) -> None:
             f"method.dynamic_sampling is true; expected false, because {method.name!r} learns from "
             "answers that are all right or all wrong as well"
         )
-    if topology.student.sampling.presence_penalty != 0.0:
-        raise UserError(
-            f"student.sampling.presence_penalty is {topology.student.sampling.presence_penalty:g}; "
-            "expected 0, because "
-            "the trainer computes log-probs without a penalty"
-        )
     if topology.evaluation.every is not None and topology.data.heldout is None:
         raise UserError(
             f"evaluation.every is {topology.evaluation.every}; expected null, or a file in "
@@ -216,6 +200,30 @@ def _check_recipe(topology: Topology, method: Method) -> None:
             raise UserError(f"optimizer.{name} is 1; expected a number below 1")
 
 
+def _check_sampling(topology: Topology, method: Method) -> None:
+    """The loss must know the distribution that the student's responses come from, and the responses
+    of a group must be able to differ."""
+    sampling = topology.student.sampling
+    if sampling.presence_penalty != 0.0:
+        raise UserError(
+            f"student.sampling.presence_penalty is {sampling.presence_penalty:g}; expected 0, "
+            "because the trainer computes log-probs without a penalty"
+        )
+    for name, value, whole in (("top_p", sampling.top_p, 1.0), ("top_k", sampling.top_k, 0)):
+        if value != whole:
+            raise UserError(
+                f"student.sampling.{name} is {value:g}; expected {whole:g}, because the trainer "
+                "computes log-probs over the whole vocabulary, so every importance weight would be "
+                "too small; evaluation.sampling may truncate"
+            )
+    if sampling.temperature == 0.0:
+        raise UserError(
+            "student.sampling.temperature is 0; expected a number above 0, because the "
+            f"{topology.method.group_size} responses of a group (method.group_size) would be the "
+            "same, and such a group has no gradient; evaluation.sampling may be greedy"
+        )
+
+
 def _check_names(topology: Topology, method: Method) -> None:
     get_grader(topology.data.grader)
     name = topology.run.name
@@ -224,10 +232,9 @@ def _check_names(topology: Topology, method: Method) -> None:
 
 
 def _check_templates(topology: Topology, method: Method) -> None:
-    check_template_variables(topology.student.chat_template_kwargs, "student.chat_template_kwargs")
-    for one in teachers(topology):
-        where = one.model_where.removesuffix(".model")
-        check_template_variables(one.model.chat_template_kwargs, f"{where}.chat_template_kwargs")
+    for one in served_models(topology):
+        given = one.model.chat_template_kwargs
+        check_template_variables(given, f"{one.section}.chat_template_kwargs")
     if topology.teacher is not None:
         writing = topology.teacher.compression_chat_template_kwargs
         check_template_variables(writing, "teacher.compression_chat_template_kwargs")
@@ -239,5 +246,6 @@ CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_hosts,
     _check_engines,
     _check_recipe,
+    _check_sampling,
     _check_templates,
 )

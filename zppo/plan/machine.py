@@ -10,12 +10,14 @@ from typing import Any
 import psutil
 from msgspec import Struct
 
+from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Topology
 from zppo.errors import UserError
 from zppo.plan.plan import Plan
-from zppo.plan.processes import ProcessPlan, teachers
+from zppo.plan.processes import ProcessPlan
 
 GIB = 1 << 30
+NO_LIMIT = 1 << 62
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Lists the cards of this machine without any library."""
 VLLM_SHARE = 0.92
@@ -25,16 +27,17 @@ Placed = tuple[ProcessPlan, int]
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What the machine can give: cores, free bytes in memory, in the runtime folder, and of each
-    CUDA device."""
+    """What the machine can give: cores, free bytes in memory, in the runtime folder, on the disk of
+    the run directory, and of each CUDA device."""
 
     cores: int
     memory: int
     shared: int
+    disk: int = NO_LIMIT
     gpus: list[int] = []
 
 
-def measure_machine(cores: int, runtime_base: Path, wants_gpu: bool) -> Machine:
+def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bool) -> Machine:
     """Ask the operating system, and torch only if a GPU is wanted (it takes seconds to import)."""
     gpus: list[int] = []
     if wants_gpu:
@@ -43,8 +46,24 @@ def measure_machine(cores: int, runtime_base: Path, wants_gpu: bool) -> Machine:
         gpus = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     memory = min(psutil.virtual_memory().available, _control_group_free())
     return Machine(
-        cores=cores, memory=memory, shared=shutil.disk_usage(runtime_base).free, gpus=gpus
+        cores=cores,
+        memory=memory,
+        shared=shutil.disk_usage(runtime_base).free,
+        disk=_disk_free(run_dir),
+        gpus=gpus,
     )
+
+
+def _disk_free(run_dir: Path) -> int:
+    """Free bytes where the run directory lies or will lie, and what a run that is continued has
+    there already."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+    kept = (
+        file.lstat().st_size
+        for name in ("checkpoints", "rollouts")
+        for file in (run_dir / name).rglob("*")
+    )
+    return shutil.disk_usage(there).free + sum(kept)
 
 
 def _control_group_free() -> int:
@@ -57,18 +76,13 @@ def _control_group_free() -> int:
         )
         return max(0, int(limit) - int(used))
     except (OSError, ValueError):
-        return 1 << 62
+        return NO_LIMIT
 
 
 def wants_gpu(topology: Topology) -> bool:
     """Whether any setting names a device other than the CPU."""
-    actors = topology.actors
-    devices = [
-        actors.trainer.device,
-        *actors.rollout.devices,
-        *(d for t in teachers(topology) for d in t.actor.devices),
-    ]
-    return any(device != "cpu" for device in devices)
+    served = [device for one in served_models(topology) for device in one.actor.devices]
+    return any(device != "cpu" for device in [topology.actors.trainer.device, *served])
 
 
 def idle_cards(topology: Topology) -> int:
@@ -79,7 +93,7 @@ def idle_cards(topology: Topology) -> int:
 def check_fits(plan: Plan, machine: Machine) -> None:
     """Raise UserError for a device that is not there, and where memory is short."""
     for entry in plan.processes:
-        _check_device(entry, plan.topology, machine)
+        _check_device(entry, machine)
     if plan.host_bytes > machine.memory:
         name, size = max(
             zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host
@@ -93,6 +107,14 @@ def check_fits(plan: Plan, machine: Machine) -> None:
             f"the plan keeps weights of {gib(plan.shared)} in the runtime folder but "
             f"{gib(machine.shared)} are free "
             "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
+        )
+    if plan.disk.total > machine.disk:
+        disk = plan.disk
+        raise UserError(
+            f"the run writes {gib(disk.total)} into run.directory, {disk.checkpoints} checkpoints "
+            f"of {gib(disk.checkpoint)} and {gib(disk.rollouts)} of rollouts, but "
+            f"{gib(machine.disk)} are free there; lower checkpoints.keep, set sinks.rollouts to "
+            "false, or name a run.directory on a larger disk"
         )
     for index, free in enumerate(machine.gpus):
         _check_card(index, free, _placed(index, free, plan))
@@ -108,33 +130,22 @@ def _idle(topology: Topology) -> str:
     return f"; no setting names a GPU, see {where}" if idle_cards(topology) else ""
 
 
-def _check_device(entry: ProcessPlan, topology: Topology, machine: Machine) -> None:
+def _check_device(entry: ProcessPlan, machine: Machine) -> None:
     kind, _, index = entry.device.partition(":")
     if not entry.device or entry.device == "cpu":
         return
     if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(
-            f"{_setting(entry, topology)} names {entry.device!r}; expected cpu, cuda or cuda:N"
-        )
+        raise UserError(f"{_setting(entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
     if int(index or 0) >= len(machine.gpus):
         raise UserError(
-            f"{_setting(entry, topology)} names {entry.device!r}; this machine has "
+            f"{_setting(entry)} names {entry.device!r}; this machine has "
             f"{len(machine.gpus)} CUDA devices"
         )
 
 
-def _setting(entry: ProcessPlan, topology: Topology) -> str:
-    if entry.role == "trainer":
-        return "actors.trainer.device"
-    return f"{_section(entry, topology)[0]}.devices"
-
-
-def _section(entry: ProcessPlan, topology: Topology) -> tuple[str, ActorConfig]:
-    """The section that a rollout or teacher actor comes from."""
-    rollout = ("actors.rollout", topology.actors.rollout)
-    return next(
-        ((one.where, one.actor) for one in teachers(topology) if one.pool == entry.pool), rollout
-    )
+def _setting(entry: ProcessPlan) -> str:
+    """The setting that gives the process its device."""
+    return "actors.trainer.device" if entry.served is None else f"{entry.served.actor_path}.devices"
 
 
 def _placed(index: int, free: int, plan: Plan) -> list[Placed]:
@@ -144,9 +155,7 @@ def _placed(index: int, free: int, plan: Plan) -> list[Placed]:
     placed = []
     for entry, need in zip(plan.processes, plan.needs, strict=True):
         if entry.device in names:
-            share = (
-                0.0 if entry.role == "trainer" else _vllm_share(_section(entry, plan.topology)[1])
-            )
+            share = 0.0 if entry.served is None else _vllm_share(entry.served.actor)
             placed.append((entry, max(need.device, int(share * free))))
     return placed
 

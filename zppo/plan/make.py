@@ -7,23 +7,26 @@ the machine.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.steps import Recipe
+from zppo.config.served import served_models, served_student
 from zppo.config.topology import VLLM, Topology
 from zppo.errors import UserError
 from zppo.plan.checks import CHECKS
+from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.machine import Machine, check_fits, idle_cards
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
-from zppo.plan.model_folder import inspect_model
 from zppo.plan.plan import Plan, Windows
-from zppo.plan.processes import processes, teachers, trainer_scores, uses_teacher
+from zppo.plan.processes import asked_teachers, processes, trainer_scores, uses_teacher
 from zppo_protocol.values import share_of
 
 BYTES_PER_TOKEN = 8
 """A token id and its log-prob on the wire."""
+LARGE_LEARNING_RATE = 1e-2
+"""AdamW's step is about this size in every weight, and weights are about 0.02 (the usual standard
+deviation at initialisation): with more, one or two updates replace the model."""
 
 
 def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
@@ -32,15 +35,17 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
     method = get_method(topology.method.name)
     for check in CHECKS:
         check(topology, method)
-    models = inspect_models(topology, uses_teacher(topology))
+    models = inspect_models(topology)
     table = processes(topology, machine.cores)
     windows = _windows(topology, method, questions)
+    per_window = windows.groups * topology.method.group_size
     plan = Plan(
         topology=topology,
         method=method,
         processes=table,
         needs=[need(entry, topology, models) for entry in table],
-        shared=shared_bytes(topology, models),
+        shared=shared_bytes(topology.student, models.student, topology.scheduler.max_staleness),
+        disk=disk_need(topology, models.student, windows.steps * per_window),
         windows=windows,
         notes=_notes(topology, method, models, windows),
     )
@@ -55,41 +60,23 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
 
 
 def _check_contexts(topology: Topology, models: Models) -> None:
-    pairs = [
-        ("student", topology.student, models.student),
-        ("teacher", topology.teacher, models.teacher),
-    ]
-    for where, config, facts in pairs:
-        if (
-            config is not None
-            and facts is not None
-            and config.sampling.max_new_tokens >= facts.context
-        ):
+    for one in served_models(topology):
+        facts, most = models.by_pool.get(one.pool), one.model.sampling.max_new_tokens
+        if facts is not None and most >= facts.context:
             raise UserError(
-                f"{where}.sampling.max_new_tokens is {config.sampling.max_new_tokens}; expected "
-                "less than "
-                f"{facts.context}, the context of {config.model!r}"
+                f"{one.section}.sampling.max_new_tokens is {most}; expected less than "
+                f"{facts.context}, the context of {one.model.model!r}"
             )
 
 
 def _check_vllm(topology: Topology, models: Models) -> None:
     """Sizes that vLLM would refuse after minutes."""
-    student = [("actors.rollout", topology.actors.rollout, "student.model", topology.student)]
-    asked = teachers(topology) if uses_teacher(topology) else []
-    for where, actor, model_where, model in [
-        *student,
-        *((t.where, t.actor, t.model_where, t.model) for t in asked),
-    ]:
-        if actor.engine == VLLM:
-            facts = (
-                models.student
-                if model is topology.student
-                else inspect_model(Path(model.model), model_where)
-            )
-            if facts is not None:
-                check_vllm_sizes(actor.engine_args, facts, model, where, model_where)
-                if "cpu" in actor.devices:
-                    check_prompts_read_whole(actor.engine_args, facts, where)
+    for one in [served_student(topology), *asked_teachers(topology)]:
+        if one.actor.engine == VLLM:
+            facts, arguments = models.by_pool[one.pool], one.actor.engine_args
+            check_vllm_sizes(arguments, facts, one)
+            if "cpu" in one.actor.devices:
+                check_prompts_read_whole(arguments, facts, one)
 
 
 def _check_message_size(plan: Plan) -> None:
@@ -115,8 +102,9 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     reformulated = recipe.reformulated(new, new + replayed) if method.reformulations else 0
     responses = (new + replayed + reformulated) * topology.method.group_size
     per_token = BYTES_PER_TOKEN
-    if method.needs_scores and topology.teacher is not None and not trainer_scores(topology):
-        per_token += BYTES_PER_TOKEN * topology.teacher.score_top_k
+    teacher = topology.teacher
+    if method.needs_scores and teacher is not None and not trainer_scores(method, teacher):
+        per_token += BYTES_PER_TOKEN * teacher.score_top_k
     return Windows(
         new=new,
         replayed=replayed,
@@ -156,13 +144,20 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
             "method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or "
             "replayed"
         )
-    if topology.teacher is not None and not uses_teacher(topology) and not trainer_scores(topology):
+    idle = not uses_teacher(topology) and not trainer_scores(method, topology.teacher)
+    if topology.teacher is not None and idle:
         notes.append(f"the method {method.name!r} has no work for the teacher; it is not started")
     longest = topology.data.max_prompt_tokens + topology.student.sampling.max_new_tokens
-    if student is not None and longest > student.context:
+    if longest > student.context:
         notes.append(
             f"prompts and responses may have {longest} tokens together, the student's context has "
             f"{student.context}: long prompts get shorter responses"
+        )
+    if topology.optimizer.learning_rate > LARGE_LEARNING_RATE:
+        notes.append(
+            f"optimizer.learning_rate is {topology.optimizer.learning_rate:g}: AdamW moves every "
+            "weight by about as much in each update, and weights of language models are about "
+            "0.02; the paper's is 1e-06"
         )
     if scheduler.max_staleness == 0:
         notes.append(

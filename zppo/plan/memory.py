@@ -11,16 +11,25 @@ with the trainer adds its weights, one layer's activations and its logits.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from msgspec import Struct
 
 from zppo.algorithm.methods import get_method
-from zppo.config.topology import OPENAI, VLLM, ActorConfig, ModelConfig, TeacherConfig, Topology
+from zppo.config.served import ServedModel, served_student, teacher_pool, teachers
+from zppo.config.topology import (
+    OPENAI,
+    VLLM,
+    ActorConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TeacherConfig,
+    Topology,
+    TrainerConfig,
+)
 from zppo.plan.engines.own import DEFAULT_SEQUENCES
 from zppo.plan.engines.vllm import sequence_bytes
 from zppo.plan.model_folder import ModelFacts, inspect_model
-from zppo.plan.processes import ProcessPlan, teacher_pool, teachers, trainer_scores
+from zppo.plan.processes import ProcessPlan, asked_teachers, trainer_scores
 
 MIB = 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -52,64 +61,57 @@ class Need(Struct, frozen=True, kw_only=True):
 
 
 class Models(Struct, frozen=True, kw_only=True):
-    """Facts of the models of a run. `teachers` are those whose folder is read here, by the name of
-    their pool."""
+    """Facts of the models whose folder is read here, by the name of their pool; the student is
+    always one of them."""
 
-    student: ModelFacts | None
-    teachers: dict[str, ModelFacts]
+    by_pool: dict[str, ModelFacts]
+
+    @property
+    def student(self) -> ModelFacts:
+        return self.by_pool["rollout"]
 
     @property
     def teacher(self) -> ModelFacts | None:
         """The first teacher."""
-        return self.teachers.get(teacher_pool(0))
+        return self.by_pool.get(teacher_pool(0))
 
 
-def inspect_models(topology: Topology, with_teacher: bool) -> Models:
+def inspect_models(topology: Topology) -> Models:
     """Read the model folders that the run will load. Raises UserError."""
-    asked = [
-        one for one in teachers(topology) if with_teacher and one.actor.engine not in WITHOUT_FOLDER
-    ]
-    if not asked and trainer_scores(topology):
-        asked = teachers(topology)[:1]
+    read = [one for one in asked_teachers(topology) if one.actor.engine not in WITHOUT_FOLDER]
+    if not read and trainer_scores(get_method(topology.method.name), topology.teacher):
+        read = teachers(topology)[:1]
     return Models(
-        student=inspect_model(Path(topology.student.model), "student.model"),
-        teachers={one.pool: inspect_model(Path(one.model.model), one.model_where) for one in asked},
+        by_pool={
+            one.pool: inspect_model(one.folder, one.model_path)
+            for one in [served_student(topology), *read]
+        }
     )
 
 
 def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
     """Memory of one process."""
-    if plan.role == "trainer" and models.student is not None:
-        return _on(
-            plan.device,
-            _trainer_bytes(topology, models.student) + _colocated_bytes(topology, models.teacher),
-        )
-    if plan.role == "rollout" and models.student is not None:
-        return _on(
-            plan.device,
-            _engine_bytes(topology, topology.actors.rollout, topology.student, models.student),
-        )
-    if plan.role == "teacher":
-        return _teacher_need(plan, topology, models)
-    return Need(device=0, host=LIBRARIES.get(plan.role, MODEL_LIBRARIES))
-
-
-def _teacher_need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
-    one = next(one for one in teachers(topology) if one.pool == plan.pool)
-    if one.actor.engine == OPENAI:
+    method, trainer = get_method(topology.method.name), topology.actors.trainer
+    if plan.role == "trainer":
+        size = _trainer_bytes(trainer, topology.student, topology.optimizer, models.student)
+        teacher = topology.teacher
+        if teacher is not None and models.teacher is not None and trainer_scores(method, teacher):
+            size += _colocated_bytes(teacher, trainer.micro_batch_tokens, models.teacher)
+        return _on(plan.device, size)
+    if plan.served is None:
+        return Need(device=0, host=LIBRARIES[plan.role])
+    if plan.served.actor.engine == OPENAI:
         return Need(device=0, host=CLIENT_LIBRARIES)
-    facts = models.teachers.get(plan.pool)
+    facts = models.by_pool.get(plan.pool)
     if facts is None:
         return Need(device=0, host=MODEL_LIBRARIES)
-    return _on(plan.device, _engine_bytes(topology, one.actor, one.model, facts))
+    longest, scores = topology.data.max_prompt_tokens, method.needs_scores
+    return _on(plan.device, _engine_bytes(plan.served, facts, longest, scores=scores))
 
 
-def shared_bytes(topology: Topology, models: Models) -> int:
+def shared_bytes(student: ModelConfig, facts: ModelFacts, max_staleness: int) -> int:
     """Published policies that lie in the runtime folder at once."""
-    if models.student is None:
-        return 0
-    versions = topology.scheduler.max_staleness + PUBLISHED_MARGIN
-    return versions * models.student.parameters * BYTES[topology.student.dtype]
+    return (max_staleness + PUBLISHED_MARGIN) * facts.parameters * BYTES[student.dtype]
 
 
 def _on(device: str, size: int) -> Need:
@@ -118,11 +120,12 @@ def _on(device: str, size: int) -> Need:
     return Need(device=size, host=MODEL_LIBRARIES)
 
 
-def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
-    width = BYTES[topology.student.dtype]
-    trainer = topology.actors.trainer
+def _trainer_bytes(
+    trainer: TrainerConfig, student: ModelConfig, adamw: OptimizerConfig, facts: ModelFacts
+) -> int:
+    width = BYTES[student.dtype]
     weights_and_gradients = facts.parameters * (width + BYTES["float32"])
-    optimizer = 2 * facts.parameters * BYTES[topology.optimizer.state_dtype]
+    optimizer = 2 * facts.parameters * BYTES[adamw.state_dtype]
     per_layer = trainer.micro_batch_tokens * facts.hidden * width
     stored = 34 * per_layer // 2
     activations = (
@@ -134,41 +137,36 @@ def _trainer_bytes(topology: Topology, facts: ModelFacts) -> int:
     return math.ceil(RETAINED * (weights_and_gradients + optimizer + activations + logits))
 
 
-def _colocated_bytes(topology: Topology, facts: ModelFacts | None) -> int:
+def _colocated_bytes(teacher: ModelConfig, micro_batch_tokens: int, facts: ModelFacts) -> int:
     """A frozen teacher beside the student: nothing is kept for a backward pass, so one layer is
     alive at a time."""
-    if topology.teacher is None or facts is None or not trainer_scores(topology):
-        return 0
-    width = BYTES[topology.teacher.dtype]
-    activations = 34 * topology.actors.trainer.micro_batch_tokens * facts.hidden * width // 2
+    width = BYTES[teacher.dtype]
+    activations = 34 * micro_batch_tokens * facts.hidden * width // 2
     logits = LOGITS_ROWS * facts.vocabulary * 4
     return math.ceil(RETAINED * (facts.parameters * width + activations + logits))
 
 
 def _engine_bytes(
-    topology: Topology, actor: ActorConfig, model: ModelConfig, facts: ModelFacts
+    served: ServedModel, facts: ModelFacts, max_prompt_tokens: int, *, scores: bool
 ) -> int:
+    """`scores`: the method asks a remote teacher for its distribution."""
+    model, actor = served.model, served.actor
     if actor.engine == "simulated":
         return 0
     if actor.engine == VLLM:
         return _vllm_bytes(actor, model, facts)
     width = BYTES[model.dtype]
     sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
-    longest = topology.data.max_prompt_tokens + model.sampling.max_new_tokens
+    longest = max_prompt_tokens + model.sampling.max_new_tokens
     length = min(facts.context, int(actor.engine_args.get("max_length") or longest))
     cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
-    return (
-        facts.parameters * width
-        + cache
-        + sequences * facts.vocabulary * 4
-        + _scoring_bytes(topology, model, facts)
-    )
+    scoring = _scoring_bytes(model, facts) if scores else 0
+    return facts.parameters * width + cache + sequences * facts.vocabulary * 4 + scoring
 
 
-def _scoring_bytes(topology: Topology, model: ModelConfig, facts: ModelFacts) -> int:
+def _scoring_bytes(model: ModelConfig, facts: ModelFacts) -> int:
     """One scoring pass of a remote teacher: one layer's activations and a chunk of logits."""
-    remote = isinstance(model, TeacherConfig) and model.scoring == "remote"
-    if not (remote and get_method(topology.method.name).needs_scores):
+    if not (isinstance(model, TeacherConfig) and model.scoring == "remote"):
         return 0
     return (
         34 * SCORED_TOKENS * facts.hidden * BYTES[model.dtype] // 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
 def inspect_model(folder: Path, where: str) -> ModelFacts:
     """Read the facts. Raises UserError, naming `where` and what is missing, for a folder that is no
     usable model."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # false, not an error, for a path that cannot be
         raise UserError(
             f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
         )
@@ -65,7 +66,7 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
 def _nearest_folder(folder: Path) -> str:
     siblings = (
         [path.name for path in folder.parent.iterdir() if path.is_dir()]
-        if folder.parent.is_dir()
+        if os.path.isdir(folder.parent)
         else []
     )
     close = difflib.get_close_matches(folder.name, siblings, n=1)
@@ -77,12 +78,12 @@ def _nearest_folder(folder: Path) -> str:
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        data = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():  # a named pipe would be waited for
         raise UserError(
             f"{where}: {str(path.parent)!r} is not a model folder: it has no {path.name}"
-        ) from None
+        )
+    try:
+        data = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: {str(path)!r} cannot be read: {error}") from None
     if not isinstance(data, dict):
@@ -101,7 +102,7 @@ def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
 
 
 def _count_parameters(folder: Path, where: str) -> int:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise UserError(
             f"{where}: {str(folder)!r} is not a model folder: it has no weights (*.safetensors)"

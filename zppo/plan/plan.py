@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from zppo.algorithm.methods import Method
 from zppo.config.topology import Topology
+from zppo.plan.disk import DiskNeed
 from zppo.plan.memory import Need
 from zppo.plan.processes import ProcessPlan
 
@@ -19,6 +20,11 @@ class Windows(Struct, frozen=True, kw_only=True):
     steps: int
     largest_bytes: int
 
+    @property
+    def groups(self) -> int:
+        """The most groups of the student in one window."""
+        return self.new + self.replayed + self.reformulated
+
 
 class Plan(Struct, frozen=True, kw_only=True):
     """Everything `--dry-run` shows."""
@@ -28,6 +34,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     processes: list[ProcessPlan]
     needs: list[Need]
     shared: int
+    disk: DiskNeed
     windows: Windows
     notes: list[str]
 

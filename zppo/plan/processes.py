@@ -7,19 +7,21 @@ import os
 
 from msgspec import Struct
 
-from zppo.algorithm.methods import get_method
-from zppo.config.topology import JUDGE, OPENAI, ActorConfig, ModelConfig, Topology
+from zppo.algorithm.methods import Method, get_method
+from zppo.config.served import ServedModel, served_student, teachers
+from zppo.config.topology import JUDGE, OPENAI, TeacherConfig, Topology
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
     """One actor process. `device` is empty where no model is run. Processes of one `pool` can do
-    each other's work."""
+    each other's work. `served` is the model behind a rollout or teacher actor."""
 
     name: str
     role: str
     pool: str
     device: str = ""
     threads: int = 1
+    served: ServedModel | None = None
 
 
 def cores() -> int:
@@ -34,10 +36,9 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
     model; the controller, the graders and teachers behind a server take one each, which is not
     counted, because they mostly wait.
     """
-    rollout, trainer = topology.actors.rollout, topology.actors.trainer
-    asked = teachers(topology) if uses_teacher(topology) else []
+    trainer, asked = topology.actors.trainer, asked_teachers(topology)
     loaded = sum(one.actor.count for one in asked if one.actor.engine != OPENAI)
-    share = max(1, available_cores // (rollout.count + loaded + 1))
+    share = max(1, available_cores // (topology.actors.rollout.count + loaded + 1))
     return [
         ProcessPlan(name="controller", role="controller", pool="controller"),
         ProcessPlan(
@@ -47,8 +48,11 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
             device=trainer.device,
             threads=trainer.threads or share,
         ),
-        *_engines("rollout", "rollout", rollout, share),
-        *(process for one in asked for process in _engines("teacher", one.pool, one.actor, share)),
+        *(
+            process
+            for one in [served_student(topology), *asked]
+            for process in _engines(one, share)
+        ),
         *(
             ProcessPlan(name=f"grader-{i}", role="grader", pool="grader")
             for i in range(topology.actors.grader.count)
@@ -56,44 +60,9 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
     ]
 
 
-class TeacherPlan(Struct, frozen=True, kw_only=True):
-    """One teacher of a run, where it is set, and the name of the pool that its processes form."""
-
-    pool: str
-    model: ModelConfig
-    actor: ActorConfig
-    model_where: str
-    where: str
-
-
-def teachers(topology: Topology) -> list[TeacherPlan]:
-    """All teachers in the order in which they are asked; none without a section `teacher`."""
-    if topology.teacher is None:
-        return []
-    first = TeacherPlan(
-        pool=teacher_pool(0),
-        model=topology.teacher,
-        actor=topology.actors.teacher,
-        model_where="teacher.model",
-        where="actors.teacher",
-    )
-    others = [
-        TeacherPlan(
-            pool=teacher_pool(i),
-            model=one,
-            actor=one.actor,
-            model_where=f"more_teachers[{i - 1}].model",
-            where=f"more_teachers[{i - 1}].actor",
-        )
-        for i, one in enumerate(topology.more_teachers, start=1)
-    ]
-    return [first, *others]
-
-
-def teacher_pool(index: int) -> str:
-    """Pool of the index-th teacher: `teacher`, `teacher2`, `teacher3`, …; its processes are
-    `teacher2-0` and so on."""
-    return f"teacher{index + 1}" if index else "teacher"
+def asked_teachers(topology: Topology) -> list[ServedModel]:
+    """The teachers that the run starts processes for."""
+    return teachers(topology) if uses_teacher(topology) else []
 
 
 def uses_teacher(topology: Topology) -> bool:
@@ -106,29 +75,24 @@ def uses_teacher(topology: Topology) -> bool:
     return method.asks_teacher or scores or topology.data.grader == JUDGE
 
 
-def trainer_scores(topology: Topology) -> bool:
+def trainer_scores(method: Method, teacher: TeacherConfig | None) -> bool:
     """Whether the trainer holds a copy of the teacher, for distillation over the whole
     vocabulary."""
-    method = get_method(topology.method.name)
-    return (
-        method.needs_scores
-        and topology.teacher is not None
-        and topology.teacher.scoring == "colocated"
-    )
+    return method.needs_scores and teacher is not None and teacher.scoring == "colocated"
 
 
-def _engines(role: str, pool: str, config: ActorConfig, share: int) -> list[ProcessPlan]:
+def _engines(served: ServedModel, share: int) -> list[ProcessPlan]:
     """The processes of one engine; those behind a server run no model here, so they get no device
     and one thread."""
-    served = config.engine == OPENAI
-    threads, devices = 1 if served else config.threads or share, [""] if served else config.devices
+    remote = served.actor.engine == OPENAI
     return [
         ProcessPlan(
-            name=f"{pool}-{i}",
-            role=role,
-            pool=pool,
-            device=devices[i % len(devices)],
-            threads=threads,
+            name=f"{served.pool}-{i}",
+            role=served.role,
+            pool=served.pool,
+            device="" if remote else served.device(i),
+            threads=1 if remote else served.actor.threads or share,
+            served=served,
         )
-        for i in range(config.count)
+        for i in range(served.actor.count)
     ]

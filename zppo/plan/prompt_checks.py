@@ -7,21 +7,19 @@ server are left out: only the server knows their template.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from zppo.config.topology import ActorConfig, ModelConfig, Topology
+from zppo.config.served import ServedModel
 from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.plan.model_folder import inspect_model
-from zppo.plan.processes import teachers, uses_teacher
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
-from zppo_protocol.values import Prompt, TemplateValue
+from zppo_protocol.values import Prompt
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
 """Engines that read a model folder, and their argument that makes the context shorter."""
@@ -34,58 +32,50 @@ class Reader(Struct, frozen=True, kw_only=True):
     """A model that reads prompts in its own tokens. `context` is in tokens, `setting` what bounds
     it."""
 
-    folder: str
-    where: str
+    served: ServedModel
     context: int
     setting: str
-    chat_template_kwargs: Mapping[str, TemplateValue] = {}
+
+    @classmethod
+    def of(cls, served: ServedModel) -> Reader:
+        """How `served` reads. Raises UserError if its folder is no model."""
+        context = inspect_model(served.folder, served.model_path).context
+        setting = f"the context of {served.model_path}"
+        argument = LENGTH_ARGUMENTS.get(served.actor.engine, "")
+        length = served.actor.engine_args.get(argument)
+        if isinstance(length, int) and 0 < length < context:
+            context, setting = length, f"{served.actor_path}.engine_args.{argument}"
+        return cls(served=served, context=context, setting=setting)
 
     def load_tokenizer(self) -> Any:
-        return load_tokenizer(self.folder, self.where)
+        return load_tokenizer(self.served.model.model, self.served.model_path)
 
     def lengths(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt as this model reads it."""
-        own = [for_template(prompt, self.chat_template_kwargs) for prompt in prompts]
-        return [len(ids) for ids in encode_prompts(tokenizer, own)]
+        served = self.served
+        own = [for_template(prompt, served.model.chat_template_kwargs) for prompt in prompts]
+        try:
+            return [len(ids) for ids in encode_prompts(tokenizer, own)]
+        except Exception as error:  # a template may raise whatever Jinja2 can
+            raise UserError(
+                f"{served.model_path}: the chat template of {served.model.model!r} fails "
+                f"({_reason(error)}); mend it, or the variables in "
+                f"{served.section}.chat_template_kwargs"
+            ) from None
+
+    def notes(self, tokenizer: Any) -> list[str]:
+        """What works but may surprise."""
+        if tokenizer.chat_template is not None:
+            return []
+        return [
+            f"{self.served.model_path}: {self.served.model.model!r} has no chat template: messages "
+            "are put one below the other, and nothing tells the model whose they are"
+        ]
 
 
-def student_reader(topology: Topology) -> Reader:
-    """The student, as the rollout actors serve it. Raises UserError if its folder is no model."""
-    return _reader(topology.student, "student.model", topology.actors.rollout, "actors.rollout")
-
-
-def teacher_readers(topology: Topology) -> list[Reader]:
-    """The teachers that the run asks and whose tokenizer is here. Raises UserError if a folder is
-    no model."""
-    asked = teachers(topology) if uses_teacher(topology) else []
-    local = [one for one in asked if one.actor.engine in LENGTH_ARGUMENTS]
-    return [_reader(one.model, one.model_where, one.actor, one.where) for one in local]
-
-
-def _reader(model: ModelConfig, model_where: str, actor: ActorConfig, where: str) -> Reader:
-    context, setting = (
-        inspect_model(Path(model.model), model_where).context,
-        f"the context of {model_where}",
-    )
-    argument = LENGTH_ARGUMENTS.get(actor.engine, "")
-    length = actor.engine_args.get(argument)
-    if isinstance(length, int) and 0 < length < context:
-        context, setting = length, f"{where}.engine_args.{argument}"
-    return Reader(
-        folder=model.model,
-        where=model_where,
-        context=context,
-        setting=setting,
-        chat_template_kwargs=model.chat_template_kwargs,
-    )
-
-
-def check_system_prompt(tokenizer: Any, system_prompt: str | None, folder: str, where: str) -> None:
+def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:
     """Raise UserError if there is a system prompt and the model's chat template refuses it or
-    leaves it out.
-
-    `where` is the setting of the model in `folder`.
-    """
+    leaves it out."""
     if not system_prompt or tokenizer.chat_template is None:
         return
     messages = [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": "?"}]
@@ -93,12 +83,12 @@ def check_system_prompt(tokenizer: Any, system_prompt: str | None, folder: str, 
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         reason = "" if SYSTEM_PROBE in text else "it leaves them out"
     except Exception as error:  # a template may raise whatever Jinja2 can
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
     if reason:
         raise UserError(
-            f"data.system_prompt: the chat template of {where}, {folder!r}, takes no system "
-            "messages "
-            f"({reason}); expected null, and the words in a template of data.templates"
+            f"data.system_prompt: the chat template of {served.model_path}, "
+            f"{served.model.model!r}, takes no system messages ({reason}); expected null, and the "
+            "words in a template of data.templates"
         )
 
 
@@ -111,13 +101,30 @@ def check_room(where: str, question: Question, length: int, reader: Reader) -> N
         )
 
 
-def check_teachers(topology: Topology, prompts: PromptSet, questions: Sequence[Question]) -> None:
-    """Every teacher takes the system prompt, and has room for a response to the longest questions
-    of data.train."""
-    for reader in teacher_readers(topology):
+def check_teachers(
+    asked: Sequence[ServedModel],
+    system_prompt: str | None,
+    prompts: PromptSet,
+    questions: Sequence[Question],
+) -> list[str]:
+    """Every teacher that is asked, and whose tokenizer is here, takes the system prompt, and has
+    room for a response to the longest questions of data.train. Raises UserError. Returns notes."""
+    notes = []
+    longest = sorted(questions, key=lambda question: len(question.text), reverse=True)[:LONGEST]
+    for served in asked:
+        if served.actor.engine not in LENGTH_ARGUMENTS:
+            continue
+        reader = Reader.of(served)
         tokenizer = reader.load_tokenizer()
-        check_system_prompt(tokenizer, topology.data.system_prompt, reader.folder, reader.where)
-        longest = sorted(questions, key=lambda question: len(question.text), reverse=True)[:LONGEST]
+        check_system_prompt(tokenizer, system_prompt, served)
         lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])
         for question, length in zip(longest, lengths, strict=True):
             check_room("data.train", question, length, reader)
+        notes += reader.notes(tokenizer)
+    return notes
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

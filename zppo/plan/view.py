@@ -45,6 +45,13 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
             f"every {topology.checkpoints.every} steps, {topology.checkpoints.keep} kept",
         ),
         (
+            "disk",
+            (
+                f"{gib(plan.disk.total)} at most, {plan.disk.checkpoints} checkpoints of "
+                f"{gib(plan.disk.checkpoint)} among it"
+            ),
+        ),
+        (
             "memory",
             (
                 f"{gib(plan.host_bytes)} at most on the host, {gib(plan.shared)} of it published "
@@ -67,14 +74,9 @@ def _processes(plan: Plan) -> Table:
         table.add_row(
             entry.name,
             entry.device or "-",
-            _engine(plan, entry.role),
+            entry.served.actor.engine if entry.served is not None else "-",
             str(entry.threads),
             gib(size.host),
             gib(size.device) if size.device else "-",
         )
     return table
-
-
-def _engine(plan: Plan, role: str) -> str:
-    actors = plan.topology.actors
-    return {"rollout": actors.rollout.engine, "teacher": actors.teacher.engine}.get(role, "-")

@@ -26,13 +26,14 @@ from jinja2 import (
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import structs
 
-from zppo.config.topology import Topology
+from zppo.config.topology import DataConfig, MethodConfig
 from zppo.data.question import Question
 from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed
 from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
 
 DEFAULT_TEMPLATES = Path(__file__).parent / "templates"
+PREFIX_SHARE = MethodConfig().prefix_share
 Value: TypeAlias = str | int | Sequence[str] | Sequence[int]
 VARIABLES: dict[str, dict[str, Value]] = {
     "plain.j2": {"question": "@question"},
@@ -98,7 +99,7 @@ class PromptSet:
         self,
         templates: Path | None = None,
         system_prompt: str | None = None,
-        prefix_share: float = 0.4,
+        prefix_share: float = PREFIX_SHARE,
     ) -> None:
         """`templates` is a folder of replacements; a file that it lacks comes from the built-in
         set.
@@ -122,11 +123,10 @@ class PromptSet:
         )
 
     @classmethod
-    def of(cls, topology: Topology) -> PromptSet:
-        """The prompts of a run. Raises UserError for a folder that is not one."""
-        data = topology.data
+    def of(cls, data: DataConfig, prefix_share: float = PREFIX_SHARE) -> PromptSet:
+        """The prompts that `data` names. Raises UserError for a folder that is not one."""
         templates = Path(data.templates) if data.templates else None
-        return cls(templates, data.system_prompt, topology.method.prefix_share)
+        return cls(templates, data.system_prompt, prefix_share)
 
     def validate(self) -> None:
         """Render every template once. Raises UserError naming file and line, or the variable that
@@ -267,6 +267,8 @@ class PromptSet:
         files = sorted(path.relative_to(self._own).as_posix() for path in self._own.rglob("*.j2"))
         included = {target for name in {*files, *VARIABLES} for target in self._references(name)}
         for name in files:
+            if not (self._own / name).is_file():
+                raise UserError(f"{self._own / name}: is no file; expected a Jinja2 template")
             if name not in VARIABLES and name not in included:
                 raise UserError(
                     f"{self._own / name}: no prompt and no other template uses this "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from zppo.config.served import ServedModel
 from zppo.errors import UserError
 from zppo_protocol.values import Prompt, ResponseStart, share_of
 
@@ -25,7 +26,7 @@ def load_tokenizer(folder: str, where: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise whatever the library's parsers can
         raise UserError(
             f"{where}: {folder!r} has no tokenizer that can be loaded ({_first_line(error)})"
         ) from error
@@ -48,27 +49,27 @@ def encode_start(tokenizer: Any, start: ResponseStart) -> list[int]:
     return ids[: share_of(start.share, len(ids))]
 
 
-def check_same_vocabulary(
-    student_folder: str, teacher_folder: str, teacher_where: str = "teacher.model"
-) -> None:
+def check_same_vocabulary(student: ServedModel, teacher: ServedModel) -> None:
     """Raise UserError, with the first difference, unless both tokenizers give every token the same
     id.
 
     Distillation compares probabilities id by id, and a teacher's tokens are trained on as ids.
     Logits that a model has beyond its tokenizer do not count.
     """
-    student, teacher = (
-        {index: token for token, index in load_tokenizer(folder, where).get_vocab().items()}
-        for folder, where in ((student_folder, "student.model"), (teacher_folder, teacher_where))
+    students, teachers = (
+        {
+            index: token
+            for token, index in load_tokenizer(one.model.model, one.model_path).get_vocab().items()
+        }
+        for one in (student, teacher)
     )
-    different = sorted(index for index, token in (student.items() ^ teacher.items()))
+    different = sorted(index for index, token in (students.items() ^ teachers.items()))
     if different:
         first = different[0]
         raise UserError(
-            f"{teacher_where}: the method needs one vocabulary, but token {first} is "
-            f"{_quoted(student.get(first))} for "
-            f"the student {student_folder!r} and {_quoted(teacher.get(first))} for the teacher "
-            f"{teacher_folder!r}"
+            f"{teacher.model_path}: the method needs one vocabulary, but token {first} is "
+            f"{_quoted(students.get(first))} for the student {student.model.model!r} and "
+            f"{_quoted(teachers.get(first))} for the teacher {teacher.model.model!r}"
         )
 
 

@@ -15,6 +15,7 @@ import datetime
 import fcntl
 import os
 import secrets
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,9 @@ from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.records.atomic_file import written_whole
 
+SOCKET_NAME = "controller.sock"
+# sun_path holds 108 bytes on Linux and 104 on macOS, with the closing zero byte.
+LONGEST_SOCKET_PATH = 103
 RECORDED_PACKAGES = (
     "zppo",
     "torch",
@@ -59,10 +63,12 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def create(path: Path, topology: Topology, corpus: str = "") -> RunRecord:
-    """Make the directory of a new run that trains on the questions of digest `corpus`.
+def create(path: Path, topology: Topology, corpus: str = "", bad_rows: str = "") -> RunRecord:
+    """Make the directory of a new run that trains on the questions of digest `corpus`; `bad_rows`
+    are those left out, for its `bad_rows.txt`.
 
-    Raises UserError if it exists or cannot be made.
+    Raises UserError if it exists or cannot be made; then nothing is left that would be in the way
+    of the next try.
     """
     try:
         path.mkdir(parents=True)
@@ -70,10 +76,16 @@ def create(path: Path, topology: Topology, corpus: str = "") -> RunRecord:
         raise UserError(in_the_way(path)) from None
     except OSError as error:
         raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
-    for folder in ("checkpoints", "logs", "rollouts"):
-        (path / folder).mkdir()
     record = _new_record(topology, start_step=0, corpus=corpus)
-    write(path, record)
+    try:
+        for folder in ("checkpoints", "logs", "rollouts"):
+            (path / folder).mkdir()
+        if bad_rows:
+            (path / "bad_rows.txt").write_text(bad_rows, encoding="utf-8")
+        write(path, record)
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise UserError(f"run.directory: cannot write in {str(path)!r}: {error.strerror}") from None
     return record
 
 
@@ -140,9 +152,31 @@ def runtime_base() -> Path:
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
+def runtime_folder(run_id: str, base: Path) -> Path:
+    """The runtime folder of one life of a run, `<base>/zppo-<uid>-<run_id>`. Raises UserError if
+    the path of its socket is too long for the system."""
+    folder = base / f"{runtime_prefix()}{run_id}"
+    if len(os.fsencode(folder / SOCKET_NAME)) > LONGEST_SOCKET_PATH:
+        raise UserError(
+            f"the path of a socket in {str(folder)!r} is too long; set ZPPO_RUNTIME_DIR to a "
+            "shorter one"
+        )
+    return folder
+
+
+def runtime_prefix() -> str:
+    """How the names of all runtime folders of this user begin."""
+    return f"zppo-{os.getuid()}-"
+
+
+def new_run_id() -> str:
+    """The name of one life of a run."""
+    return secrets.token_hex(4)
+
+
 def _new_record(topology: Topology, start_step: int, corpus: str) -> RunRecord:
     return RunRecord(
-        run_id=secrets.token_hex(4),
+        run_id=new_run_id(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         start_step=start_step,
         corpus=corpus,

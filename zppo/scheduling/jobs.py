@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from zppo.algorithm.composition import gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
+from zppo.config.served import teacher_pool, teachers
 from zppo.config.topology import JUDGE, JUDGE_SAMPLING, ModelConfig, Topology
-from zppo.plan.processes import teacher_pool, teachers
 from zppo.prompting.chat_template import for_template, when_writing
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling.dispatch import Job

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo.algorithm.methods import get_method
+from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.prompting.tokenization import check_same_vocabulary
@@ -78,7 +79,7 @@ def load_teacher(topology: Topology) -> Policy | None:
         )
     if teacher.scoring == "remote":
         return None
-    check_same_vocabulary(topology.student.model, teacher.model)
+    check_same_vocabulary(served_student(topology), teachers(topology)[0])
     model = _load(teacher.model, teacher.dtype, topology.actors.trainer.device, "teacher.model")
     return Policy(model.requires_grad_(False), "teacher.model")
 

@@ -97,7 +97,7 @@ def load_scheduler(context: ActorContext, now: float) -> Scheduler:
         get_method(topology.method.name),
         questions,
         heldout,
-        PromptSet.of(topology),
+        PromptSet.of(topology.data, topology.method.prefix_share),
         load_state(context),
         now,
     )

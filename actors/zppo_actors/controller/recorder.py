@@ -44,7 +44,7 @@ class Recorder:
         self._background = background
         self._scored = get_method(context.topology.method.name).needs_scores
         self.journal = Journal(context.run_dir)
-        self.sinks = MetricSinks(context.run_dir, context.topology, resume_step)
+        self.sinks = MetricSinks(context.run_dir, context.topology.sinks, resume_step)
         if resume_step is not None:
             self.journal.roll_back(resume_step)
         self.totals: Counter[str] = Counter()

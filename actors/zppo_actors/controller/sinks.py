@@ -22,7 +22,7 @@ import msgspec
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Window
-from zppo.config.topology import Topology
+from zppo.config.topology import SinksConfig
 from zppo.records import rollouts
 from zppo.records.atomic_file import written_whole
 from zppo.records.metrics import LASTING_FATES, Scalars
@@ -101,7 +101,7 @@ class MetricSinks:
     def __init__(
         self,
         run_dir: Path,
-        topology: Topology,
+        config: SinksConfig,
         resume_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,13 +109,11 @@ class MetricSinks:
         self._steps = LineSink(run_dir / "metrics.jsonl", lambda line: line["step"] < bound)
         self._fates = LineSink(run_dir / "fates.jsonl", lambda line: line["step"] < bound)
         self._heldout = LineSink(run_dir / "heldout.jsonl", lambda line: line["step"] <= bound)
-        self._rollouts = run_dir / "rollouts" if topology.sinks.rollouts else None
+        self._rollouts = run_dir / "rollouts" if config.rollouts else None
         if resume_step is not None:
             rollouts.roll_back(run_dir / "rollouts", resume_step)
         self._board = (
-            TensorBoardSink(run_dir / "tensorboard", resume_step)
-            if topology.sinks.tensorboard
-            else None
+            TensorBoardSink(run_dir / "tensorboard", resume_step) if config.tensorboard else None
         )
         self._clock = clock
         self._elapsed = float(self._steps.last.get("wall_seconds", 0.0))

@@ -27,8 +27,9 @@ def module_of(name: str, where: str) -> str:
     return ENGINES[name]
 
 
-def create(name: str, spec: EngineSpec) -> Engine:
-    """Build engine `name`. Raises UserError for an unknown name, unknown arguments, or a model it
-    cannot serve."""
-    engine: Engine = importlib.import_module(module_of(name, spec.where)).create(spec)
+def create(spec: EngineSpec) -> Engine:
+    """Build the engine that the settings name. Raises UserError for an unknown name, unknown
+    arguments, or a model it cannot serve."""
+    module = module_of(spec.served.actor.engine, spec.served.actor_path)
+    engine: Engine = importlib.import_module(module).create(spec)
     return engine

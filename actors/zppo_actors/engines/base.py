@@ -8,12 +8,12 @@ take on. It knows nothing of windows, questions or sockets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from msgspec import Struct
 
-from zppo.config.topology import ModelConfig
+from zppo.config.served import ServedModel
 from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
 from zppo_protocol.values import PolicyManifest
@@ -29,15 +29,11 @@ class EngineError(RuntimeError):
 
 
 class EngineSpec(Struct, frozen=True, kw_only=True):
-    """One engine to build. `where` is the path of its section in the topology, for messages
-    (`actors.rollout`)."""
+    """One engine to build: the model with its settings, and the device that this process has of
+    them."""
 
-    model: ModelConfig
-    where: str
-    model_where: str
+    served: ServedModel
     device: str = "cpu"
-    threads: int | None = None
-    engine_args: Mapping[str, Any] = {}
 
 
 class Engine(Protocol):

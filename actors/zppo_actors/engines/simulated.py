@@ -69,8 +69,10 @@ class Script(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def create(spec: EngineSpec) -> SimulatedEngine:
     """Read the script. Raises UserError naming the file, the key and the nearest valid one."""
-    arguments = convert_arguments(spec.engine_args, SimulatedArguments, spec.where)
-    where = f"{spec.where}.engine_args.script"
+    arguments = convert_arguments(
+        spec.served.actor.engine_args, SimulatedArguments, spec.served.actor_path
+    )
+    where = f"{spec.served.actor_path}.engine_args.script"
     script = Script() if arguments.script is None else read_script(Path(arguments.script), where)
     return SimulatedEngine(script, arguments.max_sequences)
 

@@ -14,7 +14,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TextIO
 
 import msgspec
@@ -105,9 +104,7 @@ class Evaluator:
         self._judge = None if is_procedural(data.train) else judge  # their own rules need no judge
         self._grading = grading
         self._out = out
-        self._prompts = PromptSet(
-            Path(data.templates) if data.templates else None, data.system_prompt
-        )
+        self._prompts = PromptSet.of(data)
         self._tally = Tally(samples=order.samples)
         self._last_failure = ""
 
@@ -212,7 +209,7 @@ class Evaluator:
         return EvaluationReport(
             model=order.label,
             data=order.data.train,
-            engine=order.served.engine,
+            engine=order.served.actor.engine,
             sampling=order.served.model.sampling,
             questions=questions,
             samples=order.samples,

@@ -19,9 +19,10 @@ from typing import TextIO
 
 import msgspec
 
+from zppo.config.served import ServedModel
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
-from zppo.evaluation.order import EvaluationOrder, Served
+from zppo.evaluation.order import EvaluationOrder
 from zppo.evaluation.report import EvaluationReport, report_text
 from zppo_actors import engines
 from zppo_actors.engines import Engine, EngineSpec
@@ -74,16 +75,8 @@ async def evaluate(order: EvaluationOrder) -> EvaluationReport:
             raise _first(errors) from None
 
 
-def _build(served: Served) -> Engine:
-    spec = EngineSpec(
-        model=served.model,
-        where=served.where,
-        model_where=served.where,
-        device=served.device,
-        threads=served.threads,
-        engine_args=served.engine_args,
-    )
-    return engines.create(served.engine, spec)
+def _build(served: ServedModel) -> Engine:
+    return engines.create(EngineSpec(served=served, device=served.device(0)))
 
 
 def _open(path: str) -> TextIO:

@@ -14,7 +14,7 @@ import math
 import time
 from typing import Literal
 
-from zppo.config.topology import ActorConfig, ModelConfig
+from zppo.config.served import ServedModel
 from zppo.errors import EXIT_FAILED
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
@@ -46,35 +46,11 @@ bursts."""
 log = logging.getLogger("zppo.engine_actor")
 
 
-def run(
-    context: ActorContext,
-    config: ActorConfig,
-    model: ModelConfig,
-    role: Literal["rollout", "teacher"],
-    where: str,
-    model_where: str,
-) -> int:
+def run(context: ActorContext, served: ServedModel) -> int:
     """Build the engine of this actor and serve it until told to leave; returns the exit code.
-    Raises UserError.
-
-    `where` and `model_where` are the settings that errors name.
-    """
-    engine = create(config.engine, engine_spec(context, config, model, where, model_where))
-    return asyncio.run(_serve(context, engine, role))
-
-
-def engine_spec(
-    context: ActorContext, config: ActorConfig, model: ModelConfig, where: str, model_where: str
-) -> EngineSpec:
-    """What this actor's engine is built from; devices are given out in turn."""
-    return EngineSpec(
-        model=model,
-        where=where,
-        model_where=model_where,
-        device=config.devices[context.index % len(config.devices)],
-        threads=config.threads,
-        engine_args=config.engine_args,
-    )
+    Raises UserError."""
+    engine = create(EngineSpec(served=served, device=served.device(context.index)))
+    return asyncio.run(_serve(context, engine, served.role))
 
 
 async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout", "teacher"]) -> int:

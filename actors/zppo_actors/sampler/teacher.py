@@ -3,8 +3,8 @@ welcomed."""
 
 from __future__ import annotations
 
+from zppo.config.served import teachers
 from zppo.errors import UserError
-from zppo.plan.processes import teachers
 from zppo_actors.process import ActorContext
 from zppo_actors.sampler import actor
 
@@ -13,10 +13,10 @@ def main(context: ActorContext) -> int:
     """Serve the teacher whose pool this actor is in until told to leave; returns the exit code.
     Raises UserError."""
     pool = context.actor.rpartition("-")[0]
-    plan = next((one for one in teachers(context.topology) if one.pool == pool), None)
-    if plan is None:
+    served = next((one for one in teachers(context.topology) if one.pool == pool), None)
+    if served is None:
         raise UserError(
             f"teacher: the topology has no teacher for the actor {context.actor!r}, but it was "
             "started"
         )
-    return actor.run(context, plan.actor, plan.model, "teacher", plan.where, plan.model_where)
+    return actor.run(context, served)

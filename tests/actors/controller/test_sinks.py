@@ -6,18 +6,14 @@ import pytest
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Window
-from zppo.config.topology import DataConfig, ModelConfig, SinksConfig, Topology
+from zppo.config.topology import SinksConfig
 from zppo.records.summary import read_lines
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.sinks import LineSink, MetricSinks
 
 
-def topology(tensorboard: bool = False, rollouts: bool = True) -> Topology:
-    return Topology(
-        data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(model="student"),
-        sinks=SinksConfig(tensorboard=tensorboard, rollouts=rollouts),
-    )
+def chosen(tensorboard: bool = False, rollouts: bool = True) -> SinksConfig:
+    return SinksConfig(tensorboard=tensorboard, rollouts=rollouts)
 
 
 def evaluation(step: int) -> EvaluationResult:
@@ -42,7 +38,7 @@ class Clock:
 
 def test_a_line_carries_its_step_and_times(tmp_path: Path) -> None:
     clock = Clock()
-    sinks = MetricSinks(tmp_path, topology(), clock=clock)
+    sinks = MetricSinks(tmp_path, chosen(), clock=clock)
     clock.now += 2.0
     sinks.write(0, {"accuracy/plain": 0.25})
     clock.now += 0.5
@@ -53,7 +49,7 @@ def test_a_line_carries_its_step_and_times(tmp_path: Path) -> None:
 
 
 def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
-    sinks = MetricSinks(tmp_path, topology())
+    sinks = MetricSinks(tmp_path, chosen())
     sinks.write(0, {})
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
     sinks.close()
@@ -61,7 +57,7 @@ def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_resume_cuts_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
     clock = Clock()
-    sinks = MetricSinks(tmp_path, topology(), clock=clock)
+    sinks = MetricSinks(tmp_path, chosen(), clock=clock)
     for step in range(4):
         clock.now += 1.0
         sinks.write_heldout(evaluation(step))
@@ -70,7 +66,7 @@ def test_resume_cuts_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
         sinks.write_rollouts(step, Window(index=step, visits=[]), {}, set())
     sinks.close()
     clock.now += 1000.0
-    sinks = MetricSinks(tmp_path, topology(), resume_step=2, clock=clock)
+    sinks = MetricSinks(tmp_path, chosen(), resume_step=2, clock=clock)
     clock.now += 1.0
     line = sinks.write(2, {})
     sinks.close()
@@ -109,7 +105,7 @@ def test_a_crash_while_cutting_keeps_the_old_lines(
 
 
 def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
-    sinks = MetricSinks(tmp_path, topology())
+    sinks = MetricSinks(tmp_path, chosen())
     sinks.write_fate(
         7, [fate("admitted", "a"), fate("kept", "b"), fate("none", "c"), fate("evicted", "d")]
     )
@@ -126,7 +122,7 @@ def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
 
 
 def test_sinks_that_are_off_write_nothing(tmp_path: Path) -> None:
-    sinks = MetricSinks(tmp_path, topology(tensorboard=False, rollouts=False))
+    sinks = MetricSinks(tmp_path, chosen(tensorboard=False, rollouts=False))
     sinks.write(0, {})
     sinks.write_rollouts(0, Window(index=0, visits=[]), {}, set())
     sinks.close()
@@ -138,11 +134,11 @@ def test_sinks_that_are_off_write_nothing(tmp_path: Path) -> None:
 def test_tensorboard_reads_the_run_and_purges_what_was_rolled_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sinks = MetricSinks(tmp_path, topology(tensorboard=True))
+    sinks = MetricSinks(tmp_path, chosen(tensorboard=True))
     for step in range(4):
         sinks.write(step, {"accuracy/plain": step / 8})
     sinks.close()
-    resumed = MetricSinks(tmp_path, topology(tensorboard=True), resume_step=2)
+    resumed = MetricSinks(tmp_path, chosen(tensorboard=True), resume_step=2)
     resumed.write(2, {"accuracy/plain": 0.75})
     resumed.write_heldout(evaluation(3))
     resumed.close()

@@ -14,8 +14,8 @@ import torch
 from engine_helpers import completions, make_task, versions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import student_of
 
-from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import EngineError
@@ -37,13 +37,8 @@ QUESTIONS = {
 def build(tmp_path: Path, script: Any, **engine_args: Any) -> SimulatedEngine:
     path = tmp_path / "script.json"
     path.write_text(script if isinstance(script, str) else json.dumps(script))
-    spec = EngineSpec(
-        model=ModelConfig(model="unused"),
-        where="actors.rollout",
-        model_where="student.model",
-        engine_args={"script": str(path), **engine_args},
-    )
-    engine = create("simulated", spec)
+    served = student_of("unused", engine="simulated", script=str(path), **engine_args)
+    engine = create(EngineSpec(served=served))
     assert isinstance(engine, SimulatedEngine)
     return engine
 

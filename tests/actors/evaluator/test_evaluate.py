@@ -17,9 +17,9 @@ import pytest
 from engine_helpers import make_model, make_tokenizer
 from openai_server import MODEL, Server, running, status
 
-from zppo.config.topology import DataConfig, ModelConfig, ResponseSampling
+from zppo.config.topology import ActorConfig, DataConfig, ModelConfig, ResponseSampling
 from zppo.data.question import Question
-from zppo.evaluation.order import EvaluationOrder, Served
+from zppo.evaluation.order import EvaluationOrder, served_as
 from zppo_actors.evaluator.evaluator import Evaluator, Grading
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
@@ -281,7 +281,7 @@ def test_the_judge_has_the_last_word_on_boxed_answers_only(
     text: str, reply: str, reward: float, asks: bool
 ) -> None:
     model = ModelConfig(model="m", sampling=ResponseSampling(max_new_tokens=8))
-    served = Served(model=model, engine="openai")
+    served = served_as("--model", model, ActorConfig(engine="openai"))
     order = EvaluationOrder(
         label="m", data=DataConfig(train="x.jsonl"), served=served, judge=served, samples=1
     )

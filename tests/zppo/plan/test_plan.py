@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from zppo.config.topology import (
 )
 from zppo.errors import UserError
 from zppo.plan.checks import ENGINE_ARGUMENTS
-from zppo.plan.machine import GIB, Machine
+from zppo.plan.machine import GIB, Machine, measure_machine
 from zppo.plan.make import make_plan
 from zppo.plan.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
 from zppo.plan.model_folder import inspect_model
@@ -31,6 +32,9 @@ from zppo.plan.processes import ProcessPlan, processes
 from zppo_actors.engines import ENGINES
 
 MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
+
+
+SECOND_TEACHER = "more_teachers=[{model: teacher, sampling: {max_new_tokens: 8}}]"
 
 
 def topology_of(small: Path, *overrides: str) -> Topology:
@@ -130,7 +134,7 @@ def test_facts_of_a_model_folder(small: Path) -> None:
 
 def test_memory_of_the_trainer_by_hand(small: Path) -> None:
     topology = topology_of(small, "student.dtype=float32", "actors.trainer.micro_batch_tokens=100")
-    models = inspect_models(topology, with_teacher=False)
+    models = inspect_models(topology)
     size = need(
         ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cpu"), topology, models
     )
@@ -142,17 +146,10 @@ def test_memory_of_the_trainer_by_hand(small: Path) -> None:
 
 def test_memory_goes_to_the_device(small: Path) -> None:
     topology = topology_of(small)
-    models = inspect_models(topology, with_teacher=True)
-    on_cpu = need(
-        ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cpu"),
-        topology,
-        models,
-    )
-    on_gpu = need(
-        ProcessPlan(name="rollout-0", role="rollout", pool="rollout", device="cuda:0"),
-        topology,
-        models,
-    )
+    models = inspect_models(topology)
+    rollout = next(one for one in processes(topology, 1) if one.role == "rollout")
+    on_cpu = need(replace(rollout, device="cpu"), topology, models)
+    on_gpu = need(replace(rollout, device="cuda:0"), topology, models)
     assert (on_gpu.host, on_gpu.device) == (MODEL_LIBRARIES, on_cpu.host - MODEL_LIBRARIES)
     cache = (
         64 * (24 + 8) * 1 * 2 * 2 * 4 * 2
@@ -164,7 +161,11 @@ def test_memory_goes_to_the_device(small: Path) -> None:
 def test_published_versions_in_shared_memory(small: Path, staleness: int) -> None:
     topology = topology_of(small, f"scheduler.max_staleness={staleness}")
     assert (
-        shared_bytes(topology, inspect_models(topology, with_teacher=False))
+        shared_bytes(
+            topology.student,
+            inspect_models(topology).student,
+            topology.scheduler.max_staleness,
+        )
         == (staleness + 2) * 8 * 2
     )
 
@@ -193,6 +194,15 @@ REFUSALS = [
         "GiB; try actors.trainer.gradient_checkpointing or a smaller actors.trainer.micro_batch_tokens",
     ),
     (
+        # Two states and the weights, 6 bytes for each of 8 parameters; rollouts of 4 steps, in each
+        # 2 new questions, groups of 8, 8 tokens.
+        ("checkpoints.keep=4",),
+        replace(MACHINE, disk=5 * 8 * 6 + 4 * 2 * 8 * 8 - 1),
+        "the run writes 0.0 GiB into run.directory, 5 checkpoints of 0.0 GiB and 0.0 GiB of "
+        "rollouts, but 0.0 GiB are free there; lower checkpoints.keep, set sinks.rollouts to "
+        "false, or name a run.directory on a larger disk",
+    ),
+    (
         ("transport.max_message_mib=1", "scheduler.new_questions=3000"),
         MACHINE,
         "transport.max_message_mib is 1; expected at least 3, the size of a window whose responses all have full "
@@ -210,12 +220,47 @@ def test_what_the_machine_cannot_give(
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "checkpoint", "checkpoints", "rollouts"),
+    [
+        ((), 8 * (2 + 2 * 2), 3, 512),
+        (("student.dtype=float32", "sinks.rollouts=false"), 8 * (4 + 2 * 2), 3, 0),
+        (("optimizer.state_dtype=float32", "run.steps=1"), 8 * (2 + 2 * 4), 3, 128),
+        (("checkpoints.keep=1", "scheduler.rho_replay=0.5"), 48, 2, 768),
+    ],
+)
+def test_disk_of_a_run_by_hand(
+    small: Path, overrides: tuple[str, ...], checkpoint: int, checkpoints: int, rollouts: int
+) -> None:
+    disk = make_plan(topology_of(small, *overrides), 3000, MACHINE).disk
+    assert (disk.checkpoint, disk.checkpoints, disk.rollouts) == (checkpoint, checkpoints, rollouts)
+    enough = checkpoint * checkpoints + rollouts
+    make_plan(topology_of(small, *overrides), 3000, replace(MACHINE, disk=enough))
+    with pytest.raises(UserError, match=r"the run writes .* into run\.directory"):
+        make_plan(topology_of(small, *overrides), 3000, replace(MACHINE, disk=enough - 1))
+
+
+def test_free_disk_counts_what_a_continued_run_has_there(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    machine = measure_machine(1, tmp_path, run_dir, False)
+    assert abs(machine.disk - shutil.disk_usage(tmp_path).free) < GIB
+    (run_dir / "checkpoints/step-1").mkdir(parents=True)
+    with (run_dir / "checkpoints/step-1/model").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    assert measure_machine(1, tmp_path, run_dir, False).disk > machine.disk + (1 << 39)
+
+
 SERVER = (
     "actors.teacher.engine=openai",
     "actors.teacher.engine_args={base_url: http://127.0.0.1:9/v1, model: m}",
 )
 REMOTE = ("method.name=on_distill", "teacher.scoring=remote")
 METHOD_REFUSALS = [
+    (
+        (SECOND_TEACHER.replace("8", "64"),),
+        "more_teachers[0].sampling.max_new_tokens is 64; expected less than 64, the context of "
+        "'{small}/teacher'",
+    ),
     (
         ("method.name=off_distil",),
         "method.name: there is no method 'off_distil' (did you mean 'off_distill'?)",
@@ -278,7 +323,7 @@ def test_what_a_method_cannot_be_run_with(
 ) -> None:
     with pytest.raises(UserError) as caught:
         make_plan(topology_of(small, *overrides), 6, MACHINE)
-    assert str(caught.value) == sentence
+    assert str(caught.value) == sentence.replace("{small}", str(small))
 
 
 @pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1, False)])
@@ -316,7 +361,7 @@ def test_vllm_scores_at_temperature_1_alone(
         ("method.name=hint", *SERVER),
         ("method.name=prefix", *SERVER),
         ("method.name=zppo", "method.dynamic_sampling=true", "scheduler.rho_aug_max=0.25"),
-        ("method.name=grpo_replay_teacher_response", "more_teachers=[{model: teacher}]"),
+        ("method.name=grpo_replay_teacher_response", SECOND_TEACHER),
     ],
 )
 def test_what_a_method_can_be_run_with(small: Path, overrides: tuple[str, ...]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from engine_helpers import make_model, make_tokenizer
+from served import student_of
 
+from zppo.config.served import served_models, served_student
 from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
@@ -18,12 +20,12 @@ from zppo.config.topology import (
 )
 from zppo.data.question import Question
 from zppo.errors import UserError
+from zppo.plan.processes import asked_teachers
 from zppo.plan.prompt_checks import (
+    Reader,
     check_room,
     check_system_prompt,
     check_teachers,
-    student_reader,
-    teacher_readers,
 )
 from zppo.prompting.prompts import PromptSet
 
@@ -46,12 +48,12 @@ def tokenizer_with(template: str | None) -> Any:
 
 @pytest.mark.parametrize("template", [None, PLAIN])
 def test_system_prompt_that_is_shown_passes(template: str | None) -> None:
-    check_system_prompt(tokenizer_with(template), "Be brief.", "models/a", "student.model")
+    check_system_prompt(tokenizer_with(template), "Be brief.", student_of("models/a"))
 
 
 @pytest.mark.parametrize("template", [PLAIN, REFUSES, DROPS])
 def test_without_a_system_prompt_any_template_passes(template: str) -> None:
-    check_system_prompt(tokenizer_with(template), None, "models/a", "student.model")
+    check_system_prompt(tokenizer_with(template), None, student_of("models/a"))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_without_a_system_prompt_any_template_passes(template: str) -> None:
 )
 def test_template_without_a_system_role_is_one_sentence(template: str, reason: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_system_prompt(tokenizer_with(template), "Be brief.", "models/a", "student.model")
+        check_system_prompt(tokenizer_with(template), "Be brief.", student_of("models/a"))
     assert str(caught.value) == (
         "data.system_prompt: the chat template of student.model, 'models/a', takes no system "
         "messages "
@@ -92,22 +94,25 @@ def topology(
     )
 
 
+def check_all_teachers(run: Topology, questions: list[Question]) -> None:
+    check_teachers(asked_teachers(run), run.data.system_prompt, PromptSet.of(run.data), questions)
+
+
 def test_context_is_the_smaller_of_model_and_engine(tmp_path: Path) -> None:
     run = topology(tmp_path, {"max_length": 1000})
-    student, [teacher] = student_reader(run), teacher_readers(run)
+    student, teacher = (Reader.of(one) for one in served_models(run))
     assert (student.context, student.setting) == (100, "actors.rollout.engine_args.max_length")
     assert (teacher.context, teacher.setting) == (64, "the context of teacher.model")
 
 
 def test_teacher_behind_a_server_is_not_asked(tmp_path: Path) -> None:
-    assert (
-        teacher_readers(topology(tmp_path, {"base_url": "http://127.0.0.1:1/v1"}, engine="openai"))
-        == []
-    )
+    run = topology(tmp_path, {"base_url": "http://127.0.0.1:1/v1"}, engine="openai")
+    long = Question(id="q", text="w5 " * 100, answer="1")
+    check_all_teachers(run, [long])
 
 
 def test_prompt_without_room_is_one_sentence(tmp_path: Path) -> None:
-    student = student_reader(topology(tmp_path, {}))
+    student = Reader.of(served_student(topology(tmp_path, {})))
     question = Question(id="q7", text="?", answer="1")
     check_room("data.train", question, 99, student)
     with pytest.raises(UserError) as caught:
@@ -121,12 +126,12 @@ def test_prompt_without_room_is_one_sentence(tmp_path: Path) -> None:
 def test_teachers_are_checked_in_their_own_tokens_on_the_longest_questions(tmp_path: Path) -> None:
     run = topology(tmp_path, {})
     short, long = (Question(id=f"q{n}", text="w5 " * n, answer="1") for n in (3, 70))
-    check_teachers(run, PromptSet.of(run), [short])
+    check_all_teachers(run, [short])
     with pytest.raises(
         UserError,
         match=r"'q70' makes a prompt of \d+ tokens; expected less than 64, the context of",
     ):
-        check_teachers(run, PromptSet.of(run), [short, long])
+        check_all_teachers(run, [short, long])
 
 
 def test_system_prompt_that_a_teacher_leaves_out_is_refused(tmp_path: Path) -> None:
@@ -134,4 +139,4 @@ def test_system_prompt_that_a_teacher_leaves_out_is_refused(tmp_path: Path) -> N
     with pytest.raises(
         UserError, match=r"the chat template of teacher\.model, .* takes no system messages"
     ):
-        check_teachers(run, PromptSet.of(run), [])
+        check_all_teachers(run, [])

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from served import student_of, teacher_of
 from torch import Tensor
 from training_cases import (
     CPU,
@@ -33,6 +34,7 @@ from training_cases import (
 )
 from transformers import AutoTokenizer
 
+from zppo.config.served import teachers
 from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
@@ -450,7 +452,7 @@ def test_a_remote_teacher_is_not_loaded(tmp_path: Path) -> None:
 def test_another_vocabulary_is_refused_with_the_first_difference(tmp_path: Path) -> None:
     topology = distillation(tmp_path)
     student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
-    check_same_vocabulary(student, teacher)
+    check_same_vocabulary(student_of(student), teacher_of(teacher))
     own = {
         index: token for token, index in AutoTokenizer.from_pretrained(student).get_vocab().items()
     }
@@ -472,11 +474,11 @@ def test_a_token_that_only_one_has_is_a_difference(small: Path) -> None:
     with pytest.raises(
         UserError, match="token 2 is no token for the student 'student' and 'more' for the teacher"
     ):
-        check_same_vocabulary("student", "teacher")
+        check_same_vocabulary(student_of("student"), teacher_of("teacher"))
     with pytest.raises(
         UserError, match="token 2 is 'more' for the student 'teacher' and no token for the teacher"
     ):
-        check_same_vocabulary("teacher", "student")
+        check_same_vocabulary(student_of("teacher"), teacher_of("student"))
 
 
 def test_memory_counts_the_colocated_teacher_and_its_logits(small: Path) -> None:
@@ -489,7 +491,7 @@ def test_memory_counts_the_colocated_teacher_and_its_logits(small: Path) -> None
             actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=100)),
         )
         plan = ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cuda:0")
-        return need(plan, topology, inspect_models(topology, with_teacher=False)).device
+        return need(plan, topology, inspect_models(topology)).device
 
     weights, activations = 8 * BYTES["bfloat16"], 34 * 100 * 8 * BYTES["bfloat16"] // 2
     expected = math.ceil(RETAINED * (weights + activations + LOGITS_ROWS * 16 * 4))
@@ -506,8 +508,14 @@ def test_memory_counts_the_passes_of_a_teacher_that_scores(small: Path) -> None:
             teacher=TeacherConfig(model="teacher", scoring=scoring),  # type: ignore[arg-type]
             method=MethodConfig(name=name),
         )
-        plan = ProcessPlan(name="teacher-0", role="teacher", pool="teacher", device="cuda:0")
-        return need(plan, topology, inspect_models(topology, with_teacher=True)).device
+        plan = ProcessPlan(
+            name="teacher-0",
+            role="teacher",
+            pool="teacher",
+            device="cuda:0",
+            served=teachers(topology)[0],
+        )
+        return need(plan, topology, inspect_models(topology)).device
 
     one_pass = 34 * SCORED_TOKENS * 8 * BYTES["bfloat16"] // 2 + 2 * SCORED_ROWS * 16 * 4
     assert (

@@ -3,6 +3,7 @@ prefix."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,9 +34,13 @@ def open_source(path: str, columns: Columns, base: Path) -> Source:
     if is_procedural(path):
         return READERS[path.partition(":")[0]](path)
     full = base / path
-    if full.is_dir():
+    if os.path.isdir(full):
         return open_folder(full, columns)
-    if not full.is_file():
+    if not os.path.isfile(full):
+        if os.path.exists(full):  # reading a named pipe would wait for ever
+            raise UserError(
+                f"{full}: is a named pipe, a socket or a device; expected a question file"
+            )
         split = open_split(full, columns) if full.suffix not in FILES else None
         if split is not None:
             return split
@@ -49,6 +54,8 @@ def open_source(path: str, columns: Columns, base: Path) -> Source:
 
 def _nearest_file(path: Path) -> str:
     siblings = (
-        [p.name for p in path.parent.glob("*") if p.suffix in FILES] if path.parent.is_dir() else []
+        [p.name for p in path.parent.glob("*") if p.suffix in FILES]
+        if os.path.isdir(path.parent)
+        else []
     )
     return nearest(path.name, siblings) if siblings else ""

@@ -15,7 +15,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from zppo.config.topology import OPENAI, ActorConfig, Topology
+from zppo.config.served import ServedModel
+from zppo.config.topology import OPENAI, RunConfig, SchedulerConfig
 from zppo.errors import UserError, nearest
 from zppo.plan.engines.own import convert_arguments
 
@@ -99,37 +100,38 @@ def read_key(
     return key
 
 
-def check_openai(topology: Topology, actor: ActorConfig, where: str) -> None:
+def check_openai(served: ServedModel, scheduler: SchedulerConfig, run: RunConfig) -> None:
     """Check the arguments of a teacher with this engine, and the patience of the run with it.
     Raises UserError."""
-    if actor.engine != OPENAI:
+    if served.actor.engine != OPENAI:
         return
-    arguments = read_openai_arguments(actor.engine_args, where)
+    where = served.actor_path
+    arguments = read_openai_arguments(served.actor.engine_args, where)
     silent = arguments.timeout_seconds + arguments.retry_seconds
-    if silent >= topology.scheduler.lease_seconds:
+    if silent >= scheduler.lease_seconds:
         raise UserError(
             f"{where}.engine_args: timeout_seconds and retry_seconds are {silent:g} together; "
             "expected less than "
-            f"{topology.scheduler.lease_seconds:g}, the scheduler.lease_seconds, after which the "
+            f"{scheduler.lease_seconds:g}, the scheduler.lease_seconds, after which the "
             "actor counts as stuck"
         )
-    waiting = arguments.timeout_seconds + arguments.retry_seconds * topology.scheduler.max_attempts
-    if waiting >= topology.run.no_progress_seconds:
+    waiting = arguments.timeout_seconds + arguments.retry_seconds * scheduler.max_attempts
+    if waiting >= run.no_progress_seconds:
         raise UserError(
             f"{where}.engine_args: timeout_seconds and scheduler.max_attempts times retry_seconds "
             f"are {waiting:g} "
-            f"together; expected less than {topology.run.no_progress_seconds:g}, the "
+            f"together; expected less than {run.no_progress_seconds:g}, the "
             "run.no_progress_seconds"
         )
 
 
-def refuse_rollout(where: str, engine: str) -> None:
+def refuse_rollout(served: ServedModel) -> None:
     """Raises UserError if a rollout actor has this engine."""
-    if where == "actors.rollout" and engine == OPENAI:
+    if served.role == "rollout" and served.actor.engine == OPENAI:
         raise UserError(
-            f"{where}.engine is {OPENAI!r}, which serves teachers only: training needs the token "
-            "ids and the log-probs "
-            "of the distribution that was sampled, and an engine that takes new weights"
+            f"{served.actor_path}.engine is {OPENAI!r}, which serves teachers only: training needs "
+            "the token ids and the log-probs of the distribution that was sampled, and an engine "
+            "that takes new weights"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from zppo.config.topology import ModelConfig
+from zppo.config.served import ServedModel
 from zppo.errors import UserError
 from zppo.plan.model_folder import ModelFacts
 
@@ -25,15 +25,15 @@ KvPolicy = Literal["keep", "recompute"]
 KV_POLICY = "kv_policy"
 """Our own argument: what becomes of keys and values of running sequences when new weights come."""
 OWNED = {
-    "model": "it is the setting {model_where}",
-    "tokenizer": "it is in the folder of {model_where}",
-    "dtype": "it is the setting dtype next to {model_where}",
+    "model": "it is the setting {served.model_path}",
+    "tokenizer": "it is in the folder of {served.model_path}",
+    "dtype": "it is the setting dtype next to {served.model_path}",
     "logprobs_mode": "training needs log-probs of the distribution that was sampled",
     "skip_tokenizer_init": "prompts and responses are tokenised outside of vLLM",
     "weight_transfer_config": "weights come through shared memory",
     "worker_extension_cls": "weights come through shared memory",
     "disable_log_stats": "progress is read from the statistics",
-    "data_parallel_size": "{where}.count gives more engines",
+    "data_parallel_size": "{served.actor_path}.count gives more engines",
 }
 CHUNKED_PREFILL = "enable_chunked_prefill"
 """Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed,
@@ -46,17 +46,17 @@ BLOCK = 128
 """Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
 
 
-def check_vllm_arguments(arguments: Mapping[str, Any], where: str, model_where: str) -> None:
+def check_vllm_arguments(served: ServedModel) -> None:
     """Raise UserError if vLLM is not installed, for an unknown name (with the nearest one), or one
     that is not free.
 
-    `where` is the path of the section with `engine_args`, `model_where` that of the model, both for
-    messages. Values are left to vLLM, except for `kv_policy`.
+    Values are left to vLLM, except for `kv_policy`.
     """
+    arguments, where = served.actor.engine_args, served.actor_path
     known = {*argument_names(where), KV_POLICY}
     for name in arguments:
         if name in OWNED:
-            reason = OWNED[name].format(where=where, model_where=model_where)
+            reason = OWNED[name].format(served=served)
             raise UserError(f"{where}.engine_args.{name} cannot be set: {reason}")
         if name not in known:
             raise UserError(
@@ -96,23 +96,19 @@ def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) 
     )
 
 
-def check_vllm_sizes(
-    arguments: Mapping[str, Any],
-    facts: ModelFacts,
-    model: ModelConfig,
-    where: str,
-    model_where: str,
-) -> None:
+def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel) -> None:
     """Raise UserError for a context that the model has not, or a cache that cannot hold one full
     sequence.
 
-    vLLM would find out only after loading the model.
+    vLLM would find out only after loading the model. `arguments` are those of the section, or with
+    what the engine adds to them.
     """
+    where, model = served.actor_path, served.model
     length = arguments.get("max_model_len")
     if isinstance(length, int) and length > facts.context:
         raise UserError(
             f"{where}.engine_args.max_model_len is {length}; expected at most {facts.context}, the "
-            f"context of {model_where}"
+            f"context of {served.model_path}"
         )
     size, needed = (
         arguments.get("kv_cache_memory_bytes"),
@@ -126,9 +122,12 @@ def check_vllm_sizes(
         )
 
 
-def check_prompts_read_whole(arguments: Mapping[str, Any], facts: ModelFacts, where: str) -> None:
+def check_prompts_read_whole(
+    arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel
+) -> None:
     """Raise UserError for arguments on a CPU that would have prompts read in parts, or steps too
     small for a prompt."""
+    where = served.actor_path
     if arguments.get(CHUNKED_PREFILL):
         raise UserError(
             f"{where}.engine_args.{CHUNKED_PREFILL} is true; expected false on a CPU, where vLLM's "

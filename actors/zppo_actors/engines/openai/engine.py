@@ -41,12 +41,12 @@ log = logging.getLogger("zppo.engine")
 
 def create(spec: EngineSpec) -> OpenAIEngine:
     """Check the arguments and the server. Raises UserError."""
-    refuse_rollout(spec.where, "openai")
-    arguments = read_openai_arguments(spec.engine_args, spec.where)
-    key = read_key(arguments, f"{spec.where}.engine_args")
-    model = arguments.model or spec.model.model
+    refuse_rollout(spec.served)
+    arguments = read_openai_arguments(spec.served.actor.engine_args, spec.served.actor_path)
+    key = read_key(arguments, f"{spec.served.actor_path}.engine_args")
+    model = arguments.model or spec.served.model.model
     if arguments.check_model:
-        check_server(arguments, model, key, spec.where)
+        check_server(arguments, model, key, spec.served.actor_path)
     return OpenAIEngine(arguments, model, key)
 
 

@@ -52,16 +52,18 @@ help."""
 def create(spec: EngineSpec) -> TransformersEngine:
     """Load tokenizer and model, check that they can be served, and start the decode thread. Raises
     UserError."""
-    arguments = convert_arguments(spec.engine_args, TransformersArguments, spec.where)
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    tokenizer = PromptTokenizer(spec.model.model, spec.model_where)
+    arguments = convert_arguments(
+        spec.served.actor.engine_args, TransformersArguments, spec.served.actor_path
+    )
+    if spec.served.actor.threads is not None:
+        torch.set_num_threads(spec.served.actor.threads)
+    tokenizer = PromptTokenizer(spec.served.model.model, spec.served.model_path)
     model = load_model(spec)
-    adopt_slots(model, spec.model.model, spec.model_where)
+    adopt_slots(model, spec.served.model.model, spec.served.model_path)
     context = context_length(model.config.get_text_config())
     max_length = min(context, arguments.max_length or context)
     return TransformersEngine(
-        model, tokenizer, arguments.max_sequences, max_length, spec.model_where
+        model, tokenizer, arguments.max_sequences, max_length, spec.served.model_path
     )
 
 

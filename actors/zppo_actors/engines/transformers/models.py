@@ -30,11 +30,11 @@ def load_model(spec: EngineSpec) -> Any:
     """Load the causal language model of `spec` onto its device, frozen. Raises UserError if it
     cannot be served."""
     transformers_logging.disable_progress_bar()
-    where, folder = spec.model_where, spec.model.model
+    where, folder = spec.served.model_path, spec.served.model.model
     try:
         refuse_other_state(AutoConfig.from_pretrained(folder).get_text_config(), folder, where)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.model.dtype)
+            folder, dtype=getattr(torch, spec.served.model.dtype)
         )
     except UserError:
         raise
@@ -143,6 +143,7 @@ def _device(spec: EngineSpec) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{spec.where}.devices: {spec.device!r} is no device of this host ({reason})"
+            f"{spec.served.actor_path}.devices: {spec.device!r} is no device of this host "
+            f"({reason})"
         ) from error
     return device

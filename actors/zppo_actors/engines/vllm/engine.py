@@ -74,13 +74,19 @@ def create(spec: EngineSpec) -> VllmEngine:
     """Start vLLM for the model of `spec`. Raises UserError for arguments or a model that it cannot
     take."""
     arguments = arguments_of(spec)
-    pictures = takes_pictures(spec.model.model)
+    pictures = takes_pictures(spec.served.model.model)
     tokenizer = (PictureTokenizer if pictures else PromptTokenizer)(
-        spec.model.model, spec.model_where
+        spec.served.model.model, spec.served.model_path
     )
-    layout = None if pictures else read_layout(spec.model.model, spec.model.dtype, spec.model_where)
+    layout = (
+        None
+        if pictures
+        else read_layout(spec.served.model.model, spec.served.model.dtype, spec.served.model_path)
+    )
     llm = start(arguments, spec, counter := TokenCounter())
-    return VllmEngine(llm, tokenizer, layout, counter, spec.engine_args.get(KV_POLICY, "keep"))
+    return VllmEngine(
+        llm, tokenizer, layout, counter, spec.served.actor.engine_args.get(KV_POLICY, "keep")
+    )
 
 
 class LoadSeconds(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -63,14 +62,14 @@ class TokenCounter:
 
 def arguments_of(spec: EngineSpec) -> dict[str, Any]:
     """All arguments for vLLM, checked as far as that goes without starting it. Raises UserError."""
-    check_vllm_arguments(spec.engine_args, spec.where, spec.model_where)
-    facts = inspect_model(Path(spec.model.model), spec.model_where)
+    check_vllm_arguments(spec.served)
+    facts = inspect_model(spec.served.folder, spec.served.model_path)
     _check_plugin()
-    arguments = {**defaults(spec, facts), **spec.engine_args, **fixed(spec)}
+    arguments = {**defaults(spec, facts), **spec.served.actor.engine_args, **fixed(spec)}
     arguments.pop(KV_POLICY, None)
-    check_vllm_sizes(arguments, facts, spec.model, spec.where, spec.model_where)
+    check_vllm_sizes(arguments, facts, spec.served)
     if spec.device == "cpu":
-        check_prompts_read_whole(arguments, facts, spec.where)
+        check_prompts_read_whole(arguments, facts, spec.served)
     _check_memory(arguments, facts, spec)
     return arguments
 
@@ -79,10 +78,10 @@ def fixed(spec: EngineSpec) -> dict[str, Any]:
     """What the topology sets elsewhere, and what this engine cannot do without
     (`zppo.plan.engines.vllm.OWNED`)."""
     return {
-        "model": spec.model.model,
-        "dtype": spec.model.dtype,
+        "model": spec.served.model.model,
+        "dtype": spec.served.model.dtype,
         # vLLM's processors of pictures want a tokenizer, although they get and give token ids.
-        "skip_tokenizer_init": not takes_pictures(spec.model.model),
+        "skip_tokenizer_init": not takes_pictures(spec.served.model.model),
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": BACKEND},
         "worker_extension_cls": "zppo_actors.engines.vllm.weights.WorkerExtension",
@@ -94,17 +93,19 @@ def defaults(spec: EngineSpec, facts: ModelFacts) -> dict[str, Any]:
     """Our defaults: as many sequences as other engines, and on a CPU a cache that leaves room for
     the other actors."""
     chosen: dict[str, Any] = {"max_num_seqs": MAX_SEQUENCES, "max_logprobs": MAX_TOP_K}
-    if takes_pictures(spec.model.model):
+    if takes_pictures(spec.served.model.model):
         # vLLM counts a picture as known to its engine core even if the prompt was refused for its
         # length on the way; the next prompt with that picture then ends in an error. So nothing is
         # remembered.
         chosen["mm_processor_cache_gb"] = 0
     if spec.device == "cpu":
         chosen[CHUNKED_PREFILL] = False
-    if spec.device != "cpu" or any(name in spec.engine_args for name in CACHE_SETTINGS):
+    if spec.device != "cpu" or any(
+        name in spec.served.actor.engine_args for name in CACHE_SETTINGS
+    ):
         return chosen
-    arguments = {**chosen, **spec.engine_args}
-    one = sequence_bytes(arguments, facts, spec.model.dtype)
+    arguments = {**chosen, **spec.served.actor.engine_args}
+    one = sequence_bytes(arguments, facts, spec.served.model.dtype)
     share = int(psutil.virtual_memory().available * CACHE_SHARE)
     sequences = whole(arguments["max_num_seqs"], MAX_SEQUENCES)
     chosen["kv_cache_memory_bytes"] = max(one, min(sequences * one, share))
@@ -120,8 +121,8 @@ def set_environment(spec: EngineSpec, devices: int) -> None:
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM would bind every engine of this host to the same cores.
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if spec.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(spec.threads)
+    if spec.served.actor.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(spec.served.actor.threads)
     kind, _, index = spec.device.partition(":")
     if kind == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(int(index or 0), devices, spec))
@@ -133,8 +134,8 @@ def _visible(first: int, count: int, spec: EngineSpec) -> list[str]:
     names = already.split(",") if already else [str(i) for i in range(first + count)]
     if first + count > len(names):
         raise UserError(
-            f"{spec.where}.devices: {spec.device!r} with tensor_parallel_size {count} needs "
-            f"{first + count} visible devices; there are {len(names)}"
+            f"{spec.served.actor_path}.devices: {spec.device!r} with tensor_parallel_size {count} "
+            f"needs {first + count} visible devices; there are {len(names)}"
         )
     return names[first : first + count]
 
@@ -153,18 +154,18 @@ def _check_memory(arguments: dict[str, Any], facts: ModelFacts, spec: EngineSpec
     if spec.device != "cpu":
         return
     cache = whole(
-        arguments.get("kv_cache_memory_bytes"), sequence_bytes(arguments, facts, spec.model.dtype)
+        arguments.get("kv_cache_memory_bytes"),
+        sequence_bytes(arguments, facts, spec.served.model.dtype),
     )
     needed, free = (
-        facts.parameters * WIDTHS[spec.model.dtype] + cache,
+        facts.parameters * WIDTHS[spec.served.model.dtype] + cache,
         psutil.virtual_memory().available,
     )
     if needed > free:
         raise UserError(
-            f"{spec.where}: vLLM needs {needed / GIB:.1f} GiB for the weights and the key-value "
-            "cache of "
-            f"{spec.model_where}, but {free / GIB:.1f} GiB are free; lower max_model_len, "
-            "max_num_seqs or kv_cache_memory_bytes in engine_args"
+            f"{spec.served.actor_path}: vLLM needs {needed / GIB:.1f} GiB for the weights and the "
+            f"key-value cache of {spec.served.model_path}, but {free / GIB:.1f} GiB are free; "
+            "lower max_model_len, max_num_seqs or kv_cache_memory_bytes in engine_args"
         )
 
 
@@ -183,7 +184,7 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
         config = engine_args.create_engine_config()
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"{spec.where}.engine_args: vLLM refuses them: {first_sentence(error)}"
+            f"{spec.served.actor_path}.engine_args: vLLM refuses them: {first_sentence(error)}"
         ) from error
     if spec.device == "cpu":
         _check_heads(config.model_config.get_head_size(), spec)
@@ -191,9 +192,9 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
         return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *arguments: counter])
     except (RuntimeError, MemoryError) as error:
         raise UserError(
-            f"{spec.where}: vLLM does not start with {spec.model_where} {spec.model.model!r} "
-            f"({first_sentence(error)}); if memory is short, lower max_model_len or max_num_seqs "
-            "in engine_args, on a GPU also gpu_memory_utilization"
+            f"{spec.served.actor_path}: vLLM does not start with {spec.served.model_path} "
+            f"{spec.served.model.model!r} ({first_sentence(error)}); if memory is short, lower "
+            "max_model_len or max_num_seqs in engine_args, on a GPU also gpu_memory_utilization"
         ) from error
 
 
@@ -203,9 +204,9 @@ def _check_heads(width: int, spec: EngineSpec) -> None:
     supported = CPUAttentionBackend.get_supported_head_sizes()
     if width not in supported:
         raise UserError(
-            f"{spec.model_where}: {spec.model.model!r} has attention heads of width {width}; on a "
-            "CPU vLLM serves "
-            f"{', '.join(map(str, supported))} only, the engine 'transformers' any"
+            f"{spec.served.model_path}: {spec.served.model.model!r} has attention heads of width "
+            f"{width}; on a CPU vLLM serves {', '.join(map(str, supported))} only, the "
+            "engine 'transformers' any"
         )
 
 

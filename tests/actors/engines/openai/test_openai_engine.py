@@ -21,8 +21,10 @@ from engine_helpers import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import MODEL, Server, running
+from served import student_of, teacher_of
 
 from zppo.config.load import load
+from zppo.config.served import ServedModel, teachers
 from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
@@ -61,14 +63,13 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 def spec(
-    server: Server, where: str = "actors.teacher", model: str = MODEL, **arguments: Any
+    server: Server,
+    model: str = MODEL,
+    served_as: Callable[..., ServedModel] = teacher_of,
+    **arguments: Any,
 ) -> EngineSpec:
-    return EngineSpec(
-        model=ModelConfig(model=model),
-        where=where,
-        model_where="teacher.model",
-        engine_args={"base_url": server.base_url, "startup_seconds": 0.1, **arguments},
-    )
+    given = {"base_url": server.base_url, "startup_seconds": 0.1, **arguments}
+    return EngineSpec(served=served_as(model, engine="openai", **given))
 
 
 def use(
@@ -635,7 +636,7 @@ def topology(engine_args: dict[str, Any], **scheduler: Any) -> Topology:
 
 
 def checked(whole: Topology) -> None:
-    check_openai(whole, whole.actors.teacher, "actors.teacher")
+    check_openai(teachers(whole)[0], whole.scheduler, whole.run)
 
 
 def test_an_unanswered_request_must_end_before_its_lease_does() -> None:
@@ -652,7 +653,7 @@ def test_an_unanswered_request_must_end_before_its_lease_does() -> None:
 
 
 def test_rollout_actors_are_refused_with_the_reason(serve: Callable[..., Server]) -> None:
-    said = refusal(lambda: create("openai", spec(serve(), where="actors.rollout")))
+    said = refusal(lambda: create(spec(serve(), served_as=student_of)))
     assert said.startswith(
         "actors.rollout.engine is 'openai', which serves teachers only: training needs the token "
         "ids"
@@ -661,17 +662,15 @@ def test_rollout_actors_are_refused_with_the_reason(serve: Callable[..., Server]
 
 def test_the_server_is_asked_for_its_models_first(serve: Callable[..., Server]) -> None:
     server = serve(models=(MODEL, "small"))
-    create("openai", spec(server))
-    create("openai", spec(server, model="small"))
-    said = refusal(lambda: create("openai", spec(server, model="big-techer")))
+    create(spec(server))
+    create(spec(server, model="small"))
+    said = refusal(lambda: create(spec(server, model="big-techer")))
     assert (
         said
         == f"{WHERE}.model: the server at {server.base_url} serves no 'big-techer' (did you mean '{MODEL}'?)"
     )
-    assert refusal(lambda: create("openai", spec(server, model="x"))).endswith(
-        f"(it serves: {MODEL}, small)"
-    )
-    create("openai", spec(server, model="x", check_model=False))
+    assert refusal(lambda: create(spec(server, model="x"))).endswith(f"(it serves: {MODEL}, small)")
+    create(spec(server, model="x", check_model=False))
 
 
 def test_a_wrong_key_ends_the_run_before_it_begins(
@@ -679,12 +678,12 @@ def test_a_wrong_key_ends_the_run_before_it_begins(
 ) -> None:
     server = serve(key="another")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert refusal(lambda: create("openai", spec(server))) == (
+    assert refusal(lambda: create(spec(server))) == (
         f"{WHERE}.api_key_env: the server at {server.base_url} asks for a key; expected the name "
         "of the environment variable that holds it (HTTP 401)"
     )
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    said = refusal(lambda: create("openai", spec(server)))
+    said = refusal(lambda: create(spec(server)))
     assert (
         said == f"{WHERE}.api_key_env: the server at {server.base_url} refuses the key (HTTP 401)"
     )
@@ -693,7 +692,7 @@ def test_a_wrong_key_ends_the_run_before_it_begins(
 def test_an_address_without_its_version_is_recognised(serve: Callable[..., Server]) -> None:
     server = serve()
     url = server.base_url.removesuffix("/v1")
-    assert refusal(lambda: create("openai", spec(server, base_url=url))) == (
+    assert refusal(lambda: create(spec(server, base_url=url))) == (
         f"{WHERE}.base_url is '{url}', which has no list of models (HTTP 404); expected the "
         "address up to the API's "
         "version, often /v1, or check_model: false for a server without a list"
@@ -703,7 +702,7 @@ def test_an_address_without_its_version_is_recognised(serve: Callable[..., Serve
 def test_a_server_that_is_not_there_ends_the_run(serve: Callable[..., Server]) -> None:
     with running(Server()) as server:
         pass
-    said = refusal(lambda: create("openai", spec(server)))
+    said = refusal(lambda: create(spec(server)))
     assert said.startswith(
         f"{WHERE}.base_url is '{server.base_url}', where no server was ready within 0.1 s "
         "(ConnectError"
@@ -721,7 +720,7 @@ def test_a_server_that_comes_up_is_waited_for(
         await next(answers)(request, writer)
 
     server.models_answer = loading
-    create("openai", spec(server, startup_seconds=60.0))
+    create(spec(server, startup_seconds=60.0))
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 import pytest
 from engine_helpers import make_task, words
+from served import teacher_of
 
-from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
 from zppo.records.metrics import prompt_length, response_lengths, response_tokens
 from zppo_actors.engines import EngineSpec, create
@@ -103,12 +103,7 @@ def wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def spec(base_url: str, model: str = MODEL, **arguments: Any) -> EngineSpec:
-    return EngineSpec(
-        model=ModelConfig(model=model),
-        where="actors.teacher",
-        model_where="teacher.model",
-        engine_args={"base_url": base_url, **arguments},
-    )
+    return EngineSpec(served=teacher_of(model, engine="openai", base_url=base_url, **arguments))
 
 
 Work = Callable[[OpenAIEngine], Coroutine[Any, Any, Any]]
@@ -120,7 +115,7 @@ def use(base_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(work: Work, **arguments: Any) -> Any:
         async def whole() -> Any:
-            engine = create("openai", spec(base_url, **arguments))
+            engine = create(spec(base_url, **arguments))
             assert isinstance(engine, OpenAIEngine)
             try:
                 return await work(engine)
@@ -199,7 +194,7 @@ def test_a_wrong_key_and_a_wrong_name(
     base_url: str, use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=f"serves no 'served-techer' \\(did you mean '{MODEL}'"):
-        create("openai", spec(base_url, model="served-techer"))
+        create(spec(base_url, model="served-techer"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
     with pytest.raises(UserError, match="refuses the key \\(HTTP 401\\)"):
-        create("openai", spec(base_url))
+        create(spec(base_url))

@@ -14,9 +14,9 @@ import torch
 from engine_helpers import make_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import student_of
 from torch import Tensor
 
-from zppo.config.topology import ModelConfig
 from zppo.errors import UserError
 from zppo.plan.engines.vllm import (
     caches_otherwise,
@@ -183,16 +183,13 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(arguments: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
-        check_vllm_arguments(arguments, "actors.rollout", "student.model")
+        check_vllm_arguments(student_of("unused", engine="vllm", **arguments))
     return str(caught.value)
 
 
 def test_arguments_are_checked_without_importing_vllm(fake_vllm: None) -> None:
-    check_vllm_arguments(
-        {"max_num_seqs": 9, "enable_log_requests": True, "kv_policy": "recompute"},
-        "actors.rollout",
-        "student.model",
-    )
+    known = {"max_num_seqs": 9, "enable_log_requests": True, "kv_policy": "recompute"}
+    check_vllm_arguments(student_of("unused", engine="vllm", **known))
     assert check({"max_num_sequences": 9}) == (
         "actors.rollout.engine_args.max_num_sequences: vLLM has no such engine argument (did you "
         "mean 'max_num_seqs'?)"
@@ -231,9 +228,8 @@ def sizes(folder: Path, **arguments: Any) -> str:
     facts = ModelFacts(
         parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
     )
-    model = ModelConfig(model=str(folder), dtype="float32")
     with pytest.raises(UserError) as caught:
-        check_vllm_sizes(arguments, facts, model, "actors.rollout", "student.model")
+        check_vllm_sizes(arguments, facts, student_of(folder, engine="vllm"))
     return str(caught.value)
 
 
