@@ -296,6 +296,21 @@ def test_free_form_answers_are_graded_by_the_judge() -> None:
     assert any(v.reformulations for t in world.steps for v in t.window.visits)
 
 
+def test_without_faults_every_task_is_handed_out_once() -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 4},
+        scheduler={"new_questions": 4, "rho_aug": 1.0},
+    )
+    corpus = [
+        msgspec.structs.replace(q, answer=f"gold {q.id}", grader="judge") for q in questions(4)
+    ]
+    world = World(config, [*corpus, *questions(4, "p")], seed=6).run()
+    kinds = {task.split("/")[2] for task in world.dispatched}
+    assert kinds >= {"plain", "teacher", "compress", "bcq", "ncq"}
+    assert any("/judge-" in task for task in world.dispatched)
+    assert len(set(world.dispatched)) == len(world.dispatched)
+
+
 def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
     config = topology(
         method={"name": "grpo_replay_ncq", "group_size": 2},
