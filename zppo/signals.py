@@ -15,8 +15,8 @@ PR_SET_PDEATHSIG = 1
 
 
 class Interrupts:
-    """Counts Ctrl-C and SIGTERM while it is entered: once asks for an orderly end, twice for the
-    end at once.
+    """Counts Ctrl-C, SIGTERM and the loss of the terminal (SIGHUP) while it is entered: once asks
+    for an orderly end, twice for the end at once.
 
     A count, because a handler may run between any two bytecodes of the main thread: what is to
     follow from an interrupt is done by the loop, where nothing is half done.
@@ -27,7 +27,10 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Under nohup the loss of the terminal is nothing to stop for.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         before = [signal.signal(number, self._count) for number in numbers]
         try:
             yield

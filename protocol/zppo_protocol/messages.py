@@ -154,6 +154,14 @@ class CheckpointSaved(Message, frozen=True):
     step: Count
 
 
+class CheckpointFailed(Message, frozen=True):
+    """The trainer's share could not be written, e.g. because the disk is full; nothing of it is
+    left, and training may go on."""
+
+    step: Count
+    reason: Reason
+
+
 class Goodbye(Message, frozen=True):
     """The actor leaves of its own will; empty reason means it was told to."""
 
@@ -170,6 +178,13 @@ class ActorExited(Message, frozen=True):
     incarnation: Count
     verdict: Reason
     restarting: bool
+
+
+class ActorsMoving(Message, frozen=True):
+    """Actors that have used the processor or moved bytes since the last such message, also those
+    that say nothing yet because they load a model."""
+
+    actors: list[Name]
 
 
 class StopRequested(Message, frozen=True):
@@ -317,7 +332,7 @@ class RunEnded(Message, frozen=True):
 AnyMessage: TypeAlias = (
     Hello | Heartbeat | Credits | GenerateResult | ScoreResult | GradeResult | TaskFailed |
     PolicyPublished | PolicyLoaded | PolicyRefused | StepTrained | Goodbye | ActorExited |
-    StopRequested | Welcome | Rejected | GenerateTask | ScoreTask | GradeTask | TrainWindow |
-    SaveCheckpoint | CheckpointSaved | LoadPolicy | ReleasePolicy | RestartActor | Status |
-    Shutdown | RunEnded
+    ActorsMoving | StopRequested | Welcome | Rejected | GenerateTask | ScoreTask | GradeTask |
+    TrainWindow | SaveCheckpoint | CheckpointSaved | CheckpointFailed | LoadPolicy |
+    ReleasePolicy | RestartActor | Status | Shutdown | RunEnded
 )  # fmt: skip

@@ -3,21 +3,26 @@ scripted behaviour.
 
 `RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave),
 "die" (exit 3), "leave" (exit 0), "refuse" (a user error), "break" (a broken promise), "spawn"
-(live, with a child of its own), "linger" (as "live", but it leaves late). The controller writes
+(live, with a child of its own), "linger" (as "live", but it leaves late), "freeze" (stops
+itself before it greets). The controller writes
 what it hears to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends
 the run when that incarnation has said hello, "restart NAME" asks for a restart of its first
 incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
-supervisor is there. Otherwise it ends only after all peers were heard: a router cannot reach those
+supervisor is there, "freeze" sends one status and stops itself. Otherwise it ends only after all peers were heard: a router cannot reach those
 that are not connected yet.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from msgspec import structs
 
 from zppo.errors import EXIT_FATAL, UserError
 from zppo.plan.processes import processes
@@ -26,13 +31,27 @@ from zppo_actors import process
 from zppo_actors.runtime import controller_address
 from zppo_protocol.messages import (
     ActorExited,
+    ActorStatus,
     Hello,
     RestartActor,
     RunEnded,
     Shutdown,
+    Status,
     StopRequested,
 )
 from zppo_protocol.sockets import Dealer, Router
+
+STATUS = Status(
+    phase="training",
+    step=0,
+    total_steps=1,
+    eta_seconds=0.0,
+    actors=[],
+    counters={},
+    gauges={},
+    waiting=[],
+    events=[],
+)
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +70,8 @@ def main(argv: list[str]) -> int:
 
 
 def act(word: str, arguments: object, folder: Path) -> int:
+    if word == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     dealer = Dealer(controller_address(folder), arguments.actor)
     dealer.send(hello(arguments))
     try:
@@ -92,15 +113,18 @@ class Controller:
         self.router = Router(controller_address(folder))
         self.run_dir, self.words = run_dir, words
         self.peers: set[str] = set()
+        self.greeted: dict[str, int] = {}
         plans = processes(read(run_dir).topology, available_cores=1)
         self.expected = {"supervisor", *(plan.name for plan in plans if plan.role != "controller")}
 
     def run(self) -> int:
         end: RunEnded | None = None
         while True:
-            received = self.router.receive(60.0)
+            received = self.router.receive(0.5)
+            if "supervisor" in self.peers:
+                self.router.send("supervisor", self.status())
             if received is None:
-                return 4
+                continue
             peer, message = received
             self.peers.add(peer)
             end = self.heed(peer, message) or end
@@ -114,12 +138,34 @@ class Controller:
                     self.finish(end)
                     return 0
 
+    def status(self) -> Status:
+        """Who has greeted, as the real controller says twice a second."""
+        greeted = [
+            ActorStatus(
+                actor=actor,
+                role="rollout",
+                state="working",
+                incarnation=incarnation,
+                credits=0,
+                leases=0,
+                policy_version=0,
+                stats={},
+            )
+            for actor, incarnation in self.greeted.items()
+        ]
+        return structs.replace(STATUS, actors=greeted)
+
     def heed(self, peer: str, message: object) -> RunEnded | None:
         match message:
             case Hello(actor=actor, incarnation=incarnation):
                 self.note(f"hello {actor} {incarnation}")
+                self.greeted[actor] = incarnation
                 if "die" in self.words and actor == "trainer":
                     sys.exit(5)
+                if "freeze" in self.words and actor == "supervisor":
+                    self.router.send("supervisor", self.status())
+                    time.sleep(1.0)  # let it leave
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 if "fail" in self.words and actor == "supervisor":
                     return RunEnded(verdict="nothing moved for 3 s", exit_code=1)
                 if f"finish when {actor} {incarnation}" in self.words:

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -39,14 +39,20 @@ pytestmark = pytest.mark.slow
 class Run:
     """One `python -m zppo.launch` and what it left."""
 
-    def __init__(self, directory: Path, *arguments: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        output: int | IO[str] = subprocess.PIPE,
+        **settings: Any,
+    ) -> None:
         self.directory = directory
         command = [sys.executable, "-P", "-m", "zppo.launch", *arguments]
         for name, value in settings.items():
             command += ["--set", f"{name}={value}"]
         self.process = subprocess.Popen(
             command,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -70,7 +76,7 @@ class Run:
             raise AssertionError(
                 f"the run hangs:\n{self.process.communicate()[0]}\n{self.logs()}"
             ) from None
-        return output
+        return output or ""
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true of the running run."""
@@ -202,3 +208,60 @@ def test_nothing_survives_a_killed_supervisor(tmp_path: Path, runtime_base: Path
     while list(runtime_base.glob("zppo-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not list(runtime_base.glob("zppo-*"))
+
+
+# ---- a terminal that is lost, a process that hangs, a disk that is full --------------------------
+
+
+def test_a_closed_pipe_costs_the_view_and_a_hang_up_is_one_ctrl_c(tmp_path: Path) -> None:
+    run = Run.new(tmp_path / "run", steps=LONG)
+    assert run.process.stdout is not None
+    assert run.process.stdout.readline()
+    run.process.stdout.close()
+    run.until(lambda: run.steps() >= 2)
+    assert "the terminal is lost" in (run.directory / "logs/supervisor.log").read_text()
+    os.kill(run.process.pid, signal.SIGHUP)
+    assert run.process.wait(PATIENCE) == 130
+    steps = run.steps()
+    assert 2 <= steps < LONG
+    assert checkpoint.find_latest(run.directory).step == steps
+
+
+def test_a_frozen_trainer_is_replaced_and_a_full_terminal_costs_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        settings = {"scheduler.lease_seconds": 5, "checkpoints.every": 1}
+        run = Run.new(tmp_path / "run", steps=3, output=full, **settings)
+    run.until(lambda: run.steps() >= 1)
+    trainer = run.actor("trainer")
+    assert trainer is not None
+    trainer.suspend()
+    run.wait()
+    assert run.process.returncode == 0, run.logs()
+    assert run.steps() == 3
+    assert "it said and did nothing for 5 s" in run.logs()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for a run and not for a checkpoint of it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_training_goes_on(small_disk: Path) -> None:
+    """Until it is larger: then the run ends as if nothing had been."""
+    run = Run.new(
+        small_disk / "run", steps=2, **{"checkpoints.every": 1, "sinks.rollouts": "false"}
+    )
+    run.until(lambda: run.steps() >= 2)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    output = run.wait()
+    assert run.process.returncode == 0, output
+    assert "the checkpoint of step 1 cannot be written: " in output
+    assert "No space left on device" in output
+    assert checkpoint.find_latest(run.directory).step == 2

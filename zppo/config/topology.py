@@ -266,6 +266,8 @@ class ActorsConfig(Config, frozen=True, kw_only=True):
     """Processes that score responses"""
     trainer: TrainerConfig = TrainerConfig()
     """The process that trains the student"""
+    start_seconds: PositiveFloat = 300.0
+    """an actor that starts and neither computes nor reads for so long is started again"""
     max_restarts: NonNegative = 10
     """restarts of one actor before the run gives up"""
 

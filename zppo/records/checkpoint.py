@@ -85,6 +85,11 @@ def begin(run_dir: Path, step: int) -> Path:
     return folder
 
 
+def discard(run_dir: Path, step: int) -> None:
+    """Remove the partial folder of `step`, so that a checkpoint that failed takes no space."""
+    shutil.rmtree(partial_folder(run_dir, step), ignore_errors=True)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write one file of a partial folder and sync it."""
     with path.open("wb") as file:

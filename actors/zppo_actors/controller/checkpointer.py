@@ -5,6 +5,9 @@ Order of things: a step is trained, the state of that very moment is kept here a
 asked for its share; when the share is written, state, records and manifest follow on the background
 thread and the folder gets its name. Records are forced to the disk first: a checkpoint is never
 ahead of its journal.
+
+A share or a file that cannot be written (a full disk) costs this checkpoint only: what lies there
+of it is removed, the problem is kept for the controller to say, and the next one is a new try.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ class Checkpointer:
         self._run_dir, self._keep = context.run_dir, context.topology.checkpoints.keep
         self._recorder, self._background = recorder, background
         self._state = b""
+        self.failures = 0
+        """Checkpoints in a row that could not be written, and the problem of the last one."""
+        self.problem = ""
 
     @property
     def busy(self) -> bool:
@@ -45,11 +51,25 @@ class Checkpointer:
         self._recorder.journal.sync()
         self._background.submit(self._complete, step, self._state)
 
+    def failed(self, step: int, reason: str) -> None:
+        """The trainer could not write its share."""
+        if step == self.waiting_for:
+            self.waiting_for = None
+            self._note(step, reason)
+
+    def _note(self, step: int, reason: str) -> None:
+        self.failures += 1
+        self.problem = f"the checkpoint of step {step} cannot be written: {reason}"
+
     def _complete(self, step: int, state: bytes) -> None:
-        checkpoint.write_file(
-            checkpoint.partial_folder(self._run_dir, step) / checkpoint.SCHEDULER, state
-        )
-        self._recorder.sinks.sync()
-        checkpoint.commit(self._run_dir, step)
+        partial = checkpoint.partial_folder(self._run_dir, step)
+        try:
+            checkpoint.write_file(partial / checkpoint.SCHEDULER, state)
+            self._recorder.sinks.sync()
+            checkpoint.commit(self._run_dir, step)
+        except OSError as error:
+            checkpoint.discard(self._run_dir, step)
+            self._note(step, str(error))
+            return
         checkpoint.prune(self._run_dir, self._keep, newest=step)
-        self.saved = step
+        self.saved, self.failures = step, 0

@@ -47,6 +47,9 @@ from zppo_protocol.values import PolicyManifest
 TICK_SECONDS = 0.05
 STATUS_SECONDS = 0.5
 LEAVE_SECONDS = 10.0
+SAVE_AGAIN_SECONDS = 10.0
+LAST_TRIES = 6
+"""Tries to write the last checkpoint of a run before it ends without one."""
 
 WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, messages.Goodbye)
 ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
@@ -60,9 +63,10 @@ SPEAKS: dict[str, tuple[type, ...]] = {
         messages.PolicyPublished,
         messages.StepTrained,
         messages.CheckpointSaved,
+        messages.CheckpointFailed,
         messages.Goodbye,
     ),
-    "supervisor": (messages.ActorExited, messages.StopRequested),
+    "supervisor": (messages.ActorExited, messages.ActorsMoving, messages.StopRequested),
 }
 """What each role may say after its Hello; anything else is logged and ignored."""
 
@@ -128,7 +132,9 @@ class Controller:
         self.verdict: messages.RunEnded | None = None
         self.stop_reason: str | None = None
         self._last_progress = now
+        self._moved: dict[str, float] = {}
         self._next_status = now
+        self._save_again, self._failures_said = now, 0
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
@@ -155,6 +161,7 @@ class Controller:
         while received is not None:
             peer, message = received
             now = time.monotonic()
+            self.peers.heard(peer, now)
             if self._handle(peer, message, now):
                 self._last_progress = now
             received = self.router.receive(0.0)
@@ -163,7 +170,8 @@ class Controller:
         self._announce_policies()
         self._feed(events.Tick(now=now), now)
         self.background.check()
-        self._end_if_done()
+        self._say_failed_checkpoint(now)
+        self._end_if_done(now)
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
             self._watch(now)
@@ -210,12 +218,41 @@ class Controller:
 
     def _watch(self, now: float) -> None:
         self._feed(events.LeaseCheck(now=now), now)
+        self._watch_trainer(now)
         limit = self.context.topology.run.no_progress_seconds
         if now - self._last_progress > limit:
             raise RunFailure(
                 f"nothing moved for {limit:g} s: "
                 f"{'; '.join(self._waiting()) or 'no actor has greeted'}"
             )
+
+    def _watch_trainer(self, now: float) -> None:
+        """A trainer that hangs is replaced like one that died: the run begins again from its last
+        checkpoint. It may be silent while it loads or saves, but not still."""
+        peer = self.peers.get(TRAINER)
+        if peer is None:
+            return
+        lease = self.context.topology.scheduler.lease_seconds
+        limit = self.context.topology.run.no_progress_seconds
+        heard = max(peer.heard, self._moved.get(TRAINER, 0.0))
+        if now - heard > lease:
+            self._restart(TRAINER, f"it said and did nothing for {lease:g} s")
+        elif self.scheduler.training is not None and now - self._last_progress > limit:
+            self._restart(
+                TRAINER, f"step {self.scheduler.training} made no progress for {limit:g} s"
+            )
+            self._last_progress = now  # the supervisor ends this attempt
+
+    def _is_loading(self, name: str) -> bool:
+        """Whether an actor may be silent and work all the same: it has not greeted yet, or it is
+        the trainer, which reads the student before and writes checkpoints after."""
+        if name == TRAINER:
+            return self.board.latest is None or self.checkpointer.waiting_for is not None
+        return name not in self.peers
+
+    def _moving(self, names: list[str], now: float) -> bool:
+        self._moved.update(dict.fromkeys(names, now))
+        return any(self._is_loading(name) for name in names)
 
     def _waiting(self) -> list[str]:
         step = self.checkpointer.waiting_for
@@ -226,7 +263,7 @@ class Controller:
 
     # ---- the end ---------------------------------------------------------------------------------
 
-    def _end_if_done(self) -> None:
+    def _end_if_done(self, now: float) -> None:
         """Finished: every step is trained, evaluated and saved. Stopped: the trainer is idle, its
         last step saved."""
         if self.checkpointer.busy or self.scheduler.training is not None:
@@ -235,7 +272,10 @@ class Controller:
         if not stopped and not self.scheduler.finished:
             return
         if self.checkpointer.saved < self.scheduler.trained:
-            self._save()
+            if self.checkpointer.failures >= LAST_TRIES:
+                raise RunFailure(self.checkpointer.problem)
+            if now >= self._save_again:
+                self._save()
             return
         steps = f"{self.scheduler.trained} of {self.scheduler.total_steps} steps"
         if stopped:
@@ -245,6 +285,14 @@ class Controller:
             )
         else:
             self.verdict = messages.RunEnded(verdict=f"finished: {steps}", exit_code=0)
+
+    def _say_failed_checkpoint(self, now: float) -> None:
+        """Training goes on without a checkpoint that could not be written; the last one of a run is
+        tried again for a while."""
+        if self.checkpointer.failures > self._failures_said:
+            self._save_again = now + SAVE_AGAIN_SECONDS
+            self.recorder.event("controller", "no_checkpoint", self.checkpointer.problem)
+        self._failures_said = self.checkpointer.failures
 
     def _leave(self, verdict: messages.RunEnded) -> int:
         log.info("run ended: %s", verdict.verdict)
@@ -321,8 +369,12 @@ class Controller:
             case messages.CheckpointSaved():
                 self.checkpointer.share_written(message.step)
                 self.recorder.event("controller", "checkpoint", f"step {message.step}")
+            case messages.CheckpointFailed():
+                self.checkpointer.failed(message.step, message.reason)
             case messages.ActorExited():
                 self._exited(message)
+            case messages.ActorsMoving():
+                return self._moving(message.actors, now)
             case messages.StopRequested():
                 self.stop_reason = message.reason
                 self.scheduler.handle(events.StopAsked())

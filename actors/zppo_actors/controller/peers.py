@@ -20,6 +20,8 @@ class Peer(Struct, kw_only=True):
     capacity: int
     policy_version: int = FROZEN
     progress: int = 0
+    heard: float = 0.0
+    """When it last said anything."""
     stats: dict[str, float] = field(default_factory=dict)
 
 
@@ -37,6 +39,11 @@ class Peers:
 
     def get(self, name: str) -> Peer | None:
         return self._peers.get(name)
+
+    def heard(self, name: str, now: float) -> None:
+        """The peer, if it has greeted, said something."""
+        if name in self._peers:
+            self._peers[name].heard = now
 
     def of_role(self, role: str) -> list[Peer]:
         return [peer for peer in self._peers.values() if peer.role == role]

@@ -30,10 +30,12 @@ from zppo.signals import Interrupts
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor.watchdog import Watchdog
 from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
     ActorExited,
+    ActorsMoving,
     AnyMessage,
     Hello,
     RestartActor,
@@ -145,6 +147,7 @@ class RunAttempt:
         self._end: End | None = None
         self._stopping = False
         self._deadline = float("inf")
+        self._watchdog = Watchdog(record.topology)
 
     def run(self) -> End:
         """Start everything, watch until the run has ended, and clear everything away."""
@@ -164,6 +167,7 @@ class RunAttempt:
             self._heed_interrupts()
             self._listen(TICK_SECONDS)
             self._reap()
+            self._look_for_stuck(time.monotonic())
             self._judge_the_left()
             self._start_due()
             end = self._outcome()
@@ -207,6 +211,7 @@ class RunAttempt:
     def _on_message(self, message: AnyMessage) -> None:
         match message:
             case Status():
+                self._watchdog.heard(message, time.monotonic())
                 self._view.update(message)
             case RestartActor():
                 self._kill_stuck(message)
@@ -218,8 +223,22 @@ class RunAttempt:
         child = self._children.get(message.actor)
         # The incarnation that it speaks of may have ended on its own meanwhile.
         if child is not None and child.incarnation == message.incarnation:
-            self._reasons[message.actor, message.incarnation] = message.reason
-            child.kill()
+            self._kill(child, message.reason)
+
+    def _look_for_stuck(self, now: float) -> None:
+        if not self._watchdog.due(now):
+            return
+        moving = self._watchdog.look(self._children.values(), now)
+        if moving:
+            self._resources.dealer.send(ActorsMoving(actors=moving))
+        for child, reason in self._watchdog.stuck(
+            self._children.values(), now, stopping=self._stopping
+        ):
+            self._kill(child, reason)
+
+    def _kill(self, child: Child, reason: str) -> None:
+        self._reasons[child.name, child.incarnation] = reason
+        child.kill()
 
     def _heed_interrupts(self) -> None:
         if self._interrupts.count and not self._stopping:

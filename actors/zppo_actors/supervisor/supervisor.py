@@ -9,6 +9,7 @@ is left and its runtime folder is gone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -93,11 +94,9 @@ def _interrupted_within(seconds: float, interrupts: Interrupts) -> bool:
 
 def _live_view(run_dir: Path) -> View:
     # Imported here so that tests of the supervisor need no terminal library.
-    from rich.console import Console
+    from zppo_actors.supervisor.view import LastingConsole, LiveView
 
-    from zppo_actors.supervisor.view import LiveView
-
-    return LiveView(Console(), title=run_dir.name)
+    return LiveView(LastingConsole(), title=run_dir.name)
 
 
 def _start_log(run_dir: Path) -> None:
@@ -128,4 +127,5 @@ def _say(run_dir: Path, end: End) -> None:
         lines.append(f"report: python -m zppo.report {run_dir}")
     elif checkpoint.find_latest(run_dir).folder is not None:
         lines.append(f"continue: python -m zppo.launch --resume {run_dir}")
-    print("\n".join(lines), file=sys.stderr if _failed(end) else sys.stdout, flush=True)
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        print("\n".join(lines), file=sys.stderr if _failed(end) else sys.stdout, flush=True)

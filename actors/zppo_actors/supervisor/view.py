@@ -3,11 +3,15 @@
 Consumes `Status` messages; waits for nothing and never raises on an odd one. On a terminal the
 picture is redrawn in place and fits the window, whatever its size. Elsewhere one line is printed
 per trained step, per change of phase and per event, never the same thing twice. Either way the run
-ends with the same closing block.
+ends with the same closing block. A terminal that is lost (a closed pipe, a window that is gone, a
+full disk behind a redirection) costs the view and never the run.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -20,6 +24,8 @@ from rich.text import Text
 from zppo_actors.supervisor import panels
 from zppo_actors.supervisor.panels import History
 from zppo_protocol.messages import Status
+
+log = logging.getLogger("zppo.supervisor")
 
 MAX_WIDTH = 120
 """Beyond this the eye loses the row; wider windows stay empty on the right."""
@@ -38,12 +44,13 @@ class LiveView:
         title: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or LastingConsole(highlight=False)
         self._title = title
         self._clock, self._start = clock, clock()
         self._history = History()
         self._status: Status | None = None
         self._closed = False
+        self._lost = False
         drawable = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False) if drawable else None
 
@@ -57,11 +64,7 @@ class LiveView:
             for line in changes(previous, status):
                 self._print(line)
             return
-        if not self._live.is_started:
-            self._live.start()
-        self._live.update(
-            render(status, self._history, self._title, *self._console.size), refresh=True
-        )
+        self._show(lambda: self._draw(status))
 
     def log(self, line: str) -> None:
         """Print a line that stays, above the picture."""
@@ -74,7 +77,7 @@ class LiveView:
             return
         self._closed = True
         if self._live is not None and self._live.is_started:
-            self._live.stop()
+            self._show(self._live.stop)
         if self._status is not None:
             for line in panels.final_lines(
                 self._status, self._history, verdict, self._clock() - self._start
@@ -83,8 +86,46 @@ class LiveView:
         elif verdict:
             self._print(verdict)
 
+    def _draw(self, status: Status) -> None:
+        assert self._live is not None
+        if not self._live.is_started:
+            self._live.start()
+        self._live.update(
+            render(status, self._history, self._title, *self._console.size), refresh=True
+        )
+
     def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        self._show(lambda: self._console.print(Text(line), soft_wrap=True))
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """Write to the terminal; once it cannot be written to, never again."""
+        if self._lost:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._lost = True
+            log.warning("the terminal is lost (%s); the run goes on without its view", error)
+            let_go_of_terminal()
+
+
+class LastingConsole(Console):
+    """A console whose closed pipe is an error like any other; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+def let_go_of_terminal() -> None:
+    """Lead standard output and standard error to nowhere where they cannot be written to: what is
+    left in their buffers would turn the exit code of the run into that of a failed flush."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def render(status: Status, history: History, title: str, width: int, height: int) -> RenderableType:

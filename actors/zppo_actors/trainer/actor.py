@@ -13,6 +13,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from zppo.errors import EXIT_FATAL, UserError
@@ -21,11 +22,12 @@ from zppo.training.batch import StalenessError
 from zppo.training.state import build_trainer, save_share
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
-from zppo_actors.membership import Leave, Membership
+from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
+    CheckpointFailed,
     CheckpointSaved,
     Credits,
     Goodbye,
@@ -196,8 +198,14 @@ class TrainerActor:
                 f"a checkpoint of step {step} was asked for, but the weights are of step "
                 f"{self.version}"
             )
-        folder = checkpoint.begin(self.context.run_dir, step)
-        save_share(trainer, folder, step=step, tokenizer_source=self.context.topology.student.model)
+        try:
+            folder = checkpoint.begin(self.context.run_dir, step)
+            source = self.context.topology.student.model
+            save_share(trainer, folder, step=step, tokenizer_source=source)
+        except (OSError, SafetensorError) as error:
+            checkpoint.discard(self.context.run_dir, step)
+            self.dealer.send(CheckpointFailed(step=step, reason=str(error)[:LONGEST_REASON]))
+            return
         self.dealer.send(CheckpointSaved(step=step))
 
 

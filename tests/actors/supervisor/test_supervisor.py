@@ -22,13 +22,14 @@ from zppo.config.topology import (
     DataConfig,
     ModelConfig,
     RunConfig,
+    SchedulerConfig,
     Topology,
 )
 from zppo.plan.processes import ProcessPlan
 from zppo.records import checkpoint, run_directory
 from zppo.signals import Interrupts
 from zppo_actors import runtime
-from zppo_actors.supervisor import run_attempt
+from zppo_actors.supervisor import run_attempt, watchdog
 from zppo_actors.supervisor import supervisor as supervisor_module
 from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
@@ -39,12 +40,17 @@ pytestmark = pytest.mark.slow
 
 
 def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
-    actors = ActorsConfig(rollout=ActorConfig(count=2), max_restarts=limits.get("actor", 2))
+    actors = ActorsConfig(
+        rollout=ActorConfig(count=2),
+        max_restarts=limits.get("actor", 2),
+        start_seconds=limits.get("start", 300),
+    )
     topology = Topology(
         data=DataConfig(train="train.jsonl"),
         student=ModelConfig(model="student"),
         run=RunConfig(max_restarts=limits.get("run", 0)),
         actors=actors,
+        scheduler=SchedulerConfig(lease_seconds=limits.get("lease", 300)),
     )
     run_directory.create(path, topology)
     (path / "script.json").write_text(json.dumps(script))
@@ -108,6 +114,36 @@ def test_broken_promise_ends_the_run_in_its_first_life(tmp_path: Path) -> None:
     assert end == End(verdict="trainer: step 3: the stub is stale", exit_code=1)
     assert not any("begins again" in line for line in said)
     assert "hello supervisor 1" not in heard
+
+
+def test_an_actor_that_freezes_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["freeze", "live"]}
+    end, heard, _ = live(tmp_path / "run", script, start=4)
+    assert end.exit_code == 0
+    assert (
+        "exited rollout-0 0 True: rollout-0 was killed by SIGKILL because it neither computed nor "
+        "read for 4 s while it started"
+    ) in heard
+
+
+def test_a_frozen_controller_ends_its_attempt_and_the_run_begins_again(tmp_path: Path) -> None:
+    end, heard, said = live(tmp_path / "run", {"controller": ["freeze"]}, lease=4, run=1)
+    verdict = "controller was killed by SIGKILL because it said and did nothing for 4 s"
+    assert (end.verdict, end.exit_code) == (verdict, 1)
+    assert f"{verdict}; the run begins again from step 0" in said
+    assert heard.count("hello supervisor 1") == 1
+
+
+def test_ctrl_c_ends_a_run_whose_controller_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "STOPPING_SECONDS", 3.0)
+    interrupts = Interrupts()
+    interrupts.count = 1
+    path = make_run(tmp_path / "run", {"controller": ["freeze"]}, run=3)
+    end = supervise(path, Lines(), interrupts, stub_command)
+    assert "said and did nothing for 3 s" in end.verdict
+    assert not end.renewable
 
 
 def test_nothing_is_restarted_once_the_run_stops(

@@ -103,7 +103,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    engine = create("vllm", spec_of(save_tiny(folder / "model", seed=0)))
+    engine = create(spec_of(save_tiny(folder / "model", seed=0)))
     with asyncio.Runner() as runner:
         served = Served(engine, runner, folder)
         served.model = tiny(0)
@@ -200,19 +200,19 @@ def test_settings_that_cannot_work_are_user_errors(tmp_path: Path) -> None:
         UserError,
         match=r"max_num_seq: vLLM has no such engine argument \(did you mean 'max_num_seqs'",
     ):
-        create("vllm", spec_of(folder, max_num_seq=4))
+        create(spec_of(folder, max_num_seq=4))
     with pytest.raises(
         UserError,
         match="kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values",
     ):
-        create("vllm", spec_of(folder, kv_cache_memory_bytes=1000))
+        create(spec_of(folder, kv_cache_memory_bytes=1000))
     with pytest.raises(UserError, match=r"actors\.rollout\.engine_args: vLLM refuses them: "):
-        create("vllm", spec_of(folder, max_num_seqs=-3))
+        create(spec_of(folder, max_num_seqs=-3))
     narrow = save(make_model("llama"), tmp_path / "narrow")
     with pytest.raises(
         UserError, match=r"has attention heads of width 8; on a CPU vLLM serves 32, 64"
     ):
-        create("vllm", spec_of(narrow))
+        create(spec_of(narrow))
 
 
 # ---- updates in flight ---------------------------------------------------------------------------

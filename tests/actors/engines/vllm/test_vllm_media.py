@@ -146,7 +146,7 @@ class Seeing:
 
     def __init__(self, folder: Path, runner: asyncio.Runner) -> None:
         self.model = make_seeing()
-        self.engine: Any = create("vllm", spec_of(folder))
+        self.engine: Any = create(spec_of(folder))
         self.runner = runner
 
     def run(self, work: Any) -> Any:

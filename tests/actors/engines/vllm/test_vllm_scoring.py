@@ -35,7 +35,7 @@ class Served:
 
     def __init__(self, folder: Path, **engine_args: Any) -> None:
         self.runner = asyncio.Runner()
-        self.engine: Any = create("vllm", spec_of(folder, **engine_args))
+        self.engine: Any = create(spec_of(folder, **engine_args))
 
     def score(self, *tasks: ScoreTask) -> list[TokenScores]:
         async def all_of() -> list[TokenScores]:

@@ -1,0 +1,67 @@
+"""Signs of life of processes that do not speak: processor time used and bytes moved, each with all
+that the process has spawned.
+
+A process that loads a model for an hour says nothing meanwhile, and neither does one that was
+stopped; what they use tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import psutil
+
+PROCESSOR_SECONDS = 0.1
+MOVED_BYTES = 1 << 20
+"""Less than both is what an idle process uses while it waits; it adds up until it counts."""
+
+
+class Vitals:
+    """When each process last did something, in seconds of the caller's clock."""
+
+    def __init__(self) -> None:
+        self._used: dict[int, tuple[float, int]] = {}
+        self._moved: dict[int, float] = {}
+
+    def sample(self, pids: Iterable[int], now: float) -> None:
+        """Look at these processes; others are forgotten. One that is gone counts as still."""
+        known = list(pids)
+        self._used = {pid: used for pid, used in self._used.items() if pid in known}
+        self._moved = {pid: self._moved.get(pid, now) for pid in known}
+        for pid in known:
+            used = usage(pid)
+            before = self._used.setdefault(pid, used)
+            if used[0] - before[0] >= PROCESSOR_SECONDS or used[1] - before[1] >= MOVED_BYTES:
+                self._used[pid], self._moved[pid] = used, now
+            elif used < before:  # a child that had used much has ended
+                self._used[pid] = used
+
+    def still_for(self, pid: int, now: float) -> float:
+        """Seconds since the process was last seen doing something, or since it is known."""
+        return now - self._moved.get(pid, now)
+
+
+def usage(pid: int) -> tuple[float, int]:
+    """(processor seconds, bytes read and written) of a process and all its descendants so far."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0.0, 0
+    totals = [_one(member) for member in family]
+    return sum(seconds for seconds, _ in totals), sum(size for _, size in totals)
+
+
+def _one(process: psutil.Process) -> tuple[float, int]:
+    try:
+        times = process.cpu_times()
+        seconds = times.user + times.system
+    except psutil.Error:
+        return 0.0, 0
+    try:
+        moved = process.io_counters()
+    except (psutil.Error, AttributeError):  # not every system counts bytes, or shows them
+        return seconds, 0
+    # Characters count what came out of the page cache, bytes what a mapped file was read for.
+    chars = getattr(moved, "read_chars", 0) + getattr(moved, "write_chars", 0)
+    return seconds, chars + moved.read_bytes + moved.write_bytes
