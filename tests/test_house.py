@@ -72,6 +72,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.algorithm",
         "zppo.config",
         "zppo.errors",
+        "zppo.plan",
         "zppo.prompting",
         "zppo.records",
         "zppo_kernels",

@@ -32,6 +32,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, for a sentence around it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and leave: a mistake on the command
     line is one sentence, like every other user error."""

@@ -20,7 +20,7 @@ PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
 NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
 
 
-OPENAI, VLLM = "openai", "vllm"
+TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
 """Engines with rules of their own in the plan: a server behind an API, and vLLM."""
 JUDGE = "judge"
 """The grader that asks the teacher."""
@@ -148,12 +148,16 @@ class DataConfig(Config, frozen=True, kw_only=True):
     """longest plain prompt; reformulated prompts are bounded by the context alone"""
 
 
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
 class ModelConfig(Config, frozen=True, kw_only=True):
     """A model folder and how to decode from it."""
 
     model: str
     """model folder; with the engine openai the name of the served model"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """bfloat16 or float32, for sampling and training; float16 for teachers only"""
     sampling: ResponseSampling = ResponseSampling()
     """how it answers questions"""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from zppo.config.topology import Topology
-from zppo.plan.memory import BYTES
+from zppo.config.topology import DTYPE_BYTES, Topology
 from zppo.plan.model_folder import ModelFacts
 
 TOKEN_BYTES = 1
@@ -31,10 +30,10 @@ class DiskNeed(Struct, frozen=True, kw_only=True):
 
 def disk_need(topology: Topology, student: ModelFacts, responses: int) -> DiskNeed:
     """What a run writes that samples `responses` of the student, each of full length."""
-    states = 2 * BYTES[topology.optimizer.state_dtype]
+    states = 2 * DTYPE_BYTES[topology.optimizer.state_dtype]
     tokens = responses * topology.student.sampling.max_new_tokens
     return DiskNeed(
-        checkpoint=student.parameters * (BYTES[topology.student.dtype] + states),
+        checkpoint=student.parameters * (DTYPE_BYTES[topology.student.dtype] + states),
         checkpoints=topology.checkpoints.keep + 1,
         rollouts=tokens * TOKEN_BYTES if topology.sinks.rollouts else 0,
     )

@@ -10,14 +10,16 @@ import math
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.steps import Recipe
-from zppo.config.served import served_models, served_student
-from zppo.config.topology import VLLM, Topology
+from zppo.config.served import ServedModel, served_models, served_student
+from zppo.config.topology import TRANSFORMERS, VLLM, Topology
 from zppo.errors import UserError
+from zppo.plan.architecture import refuse_other_state, refuse_without_slots
 from zppo.plan.checks import CHECKS
 from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.machine import Machine, check_fits, idle_cards
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
+from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan, Windows
 from zppo.plan.processes import asked_teachers, processes, trainer_scores, uses_teacher
 from zppo_protocol.values import share_of
@@ -49,8 +51,7 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
         windows=windows,
         notes=_notes(topology, method, models, windows),
     )
-    _check_contexts(topology, models)
-    _check_vllm(topology, models)
+    _check_served(topology, models)
     _check_message_size(plan)
     check_fits(plan, machine)
     return plan
@@ -59,24 +60,33 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
 # ---- checks against models and machine -----------------------------------------------------------
 
 
-def _check_contexts(topology: Topology, models: Models) -> None:
+def _context(one: ServedModel, facts: ModelFacts) -> int:
+    """Longest sequence that the model's engine takes, in tokens."""
+    return facts.slots_context if one.actor.engine == TRANSFORMERS else facts.context
+
+
+def _check_served(topology: Topology, models: Models) -> None:
+    """What an engine would refuse after it has loaded its model, which may take minutes."""
     for one in served_models(topology):
         facts, most = models.by_pool.get(one.pool), one.model.sampling.max_new_tokens
-        if facts is not None and most >= facts.context:
+        if facts is not None and most >= _context(one, facts):
             raise UserError(
                 f"{one.section}.sampling.max_new_tokens is {most}; expected less than "
-                f"{facts.context}, the context of {one.model.model!r}"
+                f"{_context(one, facts)}, the context of {one.model.model!r}"
             )
-
-
-def _check_vllm(topology: Topology, models: Models) -> None:
-    """Sizes that vLLM would refuse after minutes."""
     for one in [served_student(topology), *asked_teachers(topology)]:
-        if one.actor.engine == VLLM:
-            facts, arguments = models.by_pool[one.pool], one.actor.engine_args
-            check_vllm_sizes(arguments, facts, one)
-            if "cpu" in one.actor.devices:
-                check_prompts_read_whole(arguments, facts, one)
+        if (facts := models.by_pool.get(one.pool)) is not None:
+            _check_engine_of(one, facts)
+
+
+def _check_engine_of(one: ServedModel, facts: ModelFacts) -> None:
+    if one.actor.engine == TRANSFORMERS:
+        refuse_other_state(facts.state, facts.family, one.model.model, one.model_path)
+        refuse_without_slots(facts.family, one.model.model, one.model_path)
+    if one.actor.engine == VLLM:
+        check_vllm_sizes(one.actor.engine_args, facts, one)
+        if "cpu" in one.actor.devices:
+            check_prompts_read_whole(one.actor.engine_args, facts, one)
 
 
 def _check_message_size(plan: Plan) -> None:
@@ -117,7 +127,7 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
 def _notes(topology: Topology, method: Method, models: Models, windows: Windows) -> list[str]:
     """What works but may surprise."""
     notes = []
-    scheduler, student = topology.scheduler, models.student
+    scheduler = topology.scheduler
     if topology.run.steps is not None and windows.steps < topology.run.steps:
         notes.append(
             f"run.steps is {topology.run.steps}, but the corpus ends after {windows.steps} "
@@ -148,10 +158,11 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
     if topology.teacher is not None and idle:
         notes.append(f"the method {method.name!r} has no work for the teacher; it is not started")
     longest = topology.data.max_prompt_tokens + topology.student.sampling.max_new_tokens
-    if longest > student.context:
+    context = _context(served_student(topology), models.student)
+    if longest > context:
         notes.append(
             f"prompts and responses may have {longest} tokens together, the student's context has "
-            f"{student.context}: long prompts get shorter responses"
+            f"{context}: long prompts get shorter responses"
         )
     if topology.optimizer.learning_rate > LARGE_LEARNING_RATE:
         notes.append(

@@ -17,6 +17,7 @@ from msgspec import Struct
 from zppo.algorithm.methods import get_method
 from zppo.config.served import ServedModel, served_student, teacher_pool, teachers
 from zppo.config.topology import (
+    DTYPE_BYTES,
     OPENAI,
     VLLM,
     ActorConfig,
@@ -32,7 +33,6 @@ from zppo.plan.model_folder import ModelFacts, inspect_model
 from zppo.plan.processes import ProcessPlan, asked_teachers, trainer_scores
 
 MIB = 1 << 20
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
 """What a process takes before it does anything; those that run a model take `MODEL_LIBRARIES`."""
 MODEL_LIBRARIES = 450 * MIB
@@ -111,7 +111,7 @@ def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
 
 def shared_bytes(student: ModelConfig, facts: ModelFacts, max_staleness: int) -> int:
     """Published policies that lie in the runtime folder at once."""
-    return (max_staleness + PUBLISHED_MARGIN) * facts.parameters * BYTES[student.dtype]
+    return (max_staleness + PUBLISHED_MARGIN) * facts.parameters * DTYPE_BYTES[student.dtype]
 
 
 def _on(device: str, size: int) -> Need:
@@ -123,9 +123,9 @@ def _on(device: str, size: int) -> Need:
 def _trainer_bytes(
     trainer: TrainerConfig, student: ModelConfig, adamw: OptimizerConfig, facts: ModelFacts
 ) -> int:
-    width = BYTES[student.dtype]
-    weights_and_gradients = facts.parameters * (width + BYTES["float32"])
-    optimizer = 2 * facts.parameters * BYTES[adamw.state_dtype]
+    width = DTYPE_BYTES[student.dtype]
+    weights_and_gradients = facts.parameters * (width + DTYPE_BYTES["float32"])
+    optimizer = 2 * facts.parameters * DTYPE_BYTES[adamw.state_dtype]
     per_layer = trainer.micro_batch_tokens * facts.hidden * width
     stored = 34 * per_layer // 2
     activations = (
@@ -140,7 +140,7 @@ def _trainer_bytes(
 def _colocated_bytes(teacher: ModelConfig, micro_batch_tokens: int, facts: ModelFacts) -> int:
     """A frozen teacher beside the student: nothing is kept for a backward pass, so one layer is
     alive at a time."""
-    width = BYTES[teacher.dtype]
+    width = DTYPE_BYTES[teacher.dtype]
     activations = 34 * micro_batch_tokens * facts.hidden * width // 2
     logits = LOGITS_ROWS * facts.vocabulary * 4
     return math.ceil(RETAINED * (facts.parameters * width + activations + logits))
@@ -155,10 +155,10 @@ def _engine_bytes(
         return 0
     if actor.engine == VLLM:
         return _vllm_bytes(actor, model, facts)
-    width = BYTES[model.dtype]
+    width = DTYPE_BYTES[model.dtype]
     sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
     longest = max_prompt_tokens + model.sampling.max_new_tokens
-    length = min(facts.context, int(actor.engine_args.get("max_length") or longest))
+    length = min(facts.slots_context, int(actor.engine_args.get("max_length") or longest))
     cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
     scoring = _scoring_bytes(model, facts) if scores else 0
     return facts.parameters * width + cache + sequences * facts.vocabulary * 4 + scoring
@@ -169,7 +169,7 @@ def _scoring_bytes(model: ModelConfig, facts: ModelFacts) -> int:
     if not (isinstance(model, TeacherConfig) and model.scoring == "remote"):
         return 0
     return (
-        34 * SCORED_TOKENS * facts.hidden * BYTES[model.dtype] // 2
+        34 * SCORED_TOKENS * facts.hidden * DTYPE_BYTES[model.dtype] // 2
         + 2 * SCORED_ROWS * facts.vocabulary * 4
     )
 
@@ -180,4 +180,4 @@ def _vllm_bytes(actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> in
     cache = actor.engine_args.get("kv_cache_memory_bytes") or sequence_bytes(
         actor.engine_args, facts, model.dtype
     )
-    return 2 * facts.parameters * BYTES[model.dtype] + int(cache) + VLLM_LIBRARIES
+    return 2 * facts.parameters * DTYPE_BYTES[model.dtype] + int(cache) + VLLM_LIBRARIES

@@ -16,6 +16,14 @@ import msgspec
 from msgspec import Struct
 
 from zppo.errors import UserError, nearest
+from zppo.plan.architecture import (
+    bounded,
+    context_of,
+    other_state,
+    refuse_no_decoder,
+    setting,
+    window_of,
+)
 
 MAX_HEADER_BYTES = 100 << 20
 TEXT_SECTION = "text_config"
@@ -23,8 +31,10 @@ TEXT_SECTION = "text_config"
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
-    """Counts of a causal language model. `context` is in tokens; `parameters` counts tied weights
-    once. `tied`: the input embedding is the head as well."""
+    """Counts of a causal language model. `context` and `window` are in tokens, as
+    `zppo.plan.architecture` has them; `parameters` counts tied weights once. `tied`: the input
+    embedding is the head as well. `bounded`: the context ends before the model's positions do.
+    `state`: what layers carry beside keys and values."""
 
     parameters: int
     context: int
@@ -34,6 +44,15 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     head_dim: int
     vocabulary: int
     tied: bool = True
+    family: str = ""
+    window: int | None = None
+    bounded: bool = False
+    state: str | None = None
+
+    @property
+    def slots_context(self) -> int:
+        """Longest sequence in the engine 'transformers', whose slots know no windows."""
+        return min(self.context, self.window or self.context)
 
 
 def inspect_model(folder: Path, where: str) -> ModelFacts:
@@ -44,6 +63,7 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
             f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
         )
     config = _read_json(folder / "config.json", where)
+    refuse_no_decoder(config, folder, where)
     text = config.get(TEXT_SECTION, config)
     heads, hidden = (
         _number(text, "num_attention_heads", folder, where),
@@ -51,7 +71,11 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
     )
     facts = ModelFacts(
         parameters=_count_parameters(folder, where),
-        context=int(text.get("max_position_embeddings") or 2**31),
+        context=context_of(text),
+        family=str(text.get("model_type", "")),
+        window=window_of(text),
+        bounded=bounded(text),
+        state=other_state(text),
         hidden=hidden,
         layers=_number(text, "num_hidden_layers", folder, where),
         kv_heads=int(text.get("num_key_value_heads") or heads),
@@ -92,7 +116,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
 
 
 def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
-    value = config.get(key)
+    value = setting(config, key)
     if not isinstance(value, int) or value < 1:
         raise UserError(
             f"{where}: {str(folder / 'config.json')!r} has no {key}; expected a causal language "

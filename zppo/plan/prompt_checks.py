@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from zppo.config.served import ServedModel
 from zppo.data.question import Question
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
 from zppo.plan.model_folder import inspect_model
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
@@ -59,7 +59,7 @@ class Reader(Struct, frozen=True, kw_only=True):
         except Exception as error:  # a template may raise whatever Jinja2 can
             raise UserError(
                 f"{served.model_path}: the chat template of {served.model.model!r} fails "
-                f"({_reason(error)}); mend it, or the variables in "
+                f"({first_line(error)}); mend it, or the variables in "
                 f"{served.section}.chat_template_kwargs"
             ) from None
 
@@ -83,7 +83,7 @@ def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: Serve
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         reason = "" if SYSTEM_PROBE in text else "it leaves them out"
     except Exception as error:  # a template may raise whatever Jinja2 can
-        reason = _reason(error)
+        reason = first_line(error)
     if reason:
         raise UserError(
             f"data.system_prompt: the chat template of {served.model_path}, "
@@ -122,9 +122,3 @@ def check_teachers(
             check_room("data.train", question, length, reader)
         notes += reader.notes(tokenizer)
     return notes
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

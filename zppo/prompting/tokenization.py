@@ -2,8 +2,8 @@
 checks at launch.
 
 A prompt goes through the chat template of the tokenizer, up to where the response starts. A
-tokenizer without a template gets the messages one below the other. A start that is given to the
-response ends the prompt: the same tokens are then read and not sampled.
+tokenizer without a template gets the messages one below the other, and nothing behind them. A start
+that is given to the response ends the prompt: the same tokens are then read and not sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from zppo.config.served import ServedModel
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
 from zppo_protocol.values import Prompt, ResponseStart, share_of
 
 
@@ -28,7 +28,7 @@ def load_tokenizer(folder: str, where: str) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files raise whatever the library's parsers can
         raise UserError(
-            f"{where}: {folder!r} has no tokenizer that can be loaded ({_first_line(error)})"
+            f"{where}: {folder!r} has no tokenizer that can be loaded ({first_line(error)})"
         ) from error
 
 
@@ -80,8 +80,9 @@ def _quoted(token: str | None) -> str:
 def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     if tokenizer.chat_template is None:
         texts = ["\n".join(message.content for message in prompt.messages) for prompt in prompts]
-        ids: list[list[int]] = tokenizer(texts)["input_ids"]
-        return ids
+        bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        framed = tokenizer(texts)["input_ids"]
+        return [_open_ended(ids, inner) for ids, inner in zip(framed, bare, strict=True)]
     encoded: list[list[int]] = []
     for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
         chats = [
@@ -94,5 +95,10 @@ def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     return encoded
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _open_ended(framed: list[int], bare: list[int]) -> list[int]:
+    """A text's ids with what the tokenizer puts before them and without what it puts behind: an
+    end token there would tell the model that all is said."""
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[: start + len(bare)]
+    return framed

@@ -10,7 +10,7 @@ Invariant: no scores or weights (L * L a head) are kept between forward and back
 masked and normalised in float32.
 
 Shape legend: B rows, H query heads, K key-value heads, G = H / K query heads of each, L positions,
-D head width.
+D head width of queries and keys, W of values (narrower in latent attention), X = G * L.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "zppo_products"
+SDPA_EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
+"""What some architectures add to attention; transformers' function is asked for those."""
 WIDEST = 1024
 """Longest row. The scores of one layer take 4 * L * L bytes a head and row."""
 
 
 def adopt(model: Any) -> None:
     """Let a model on a CPU that uses transformers' `sdpa` use this; another model is left as it
-    is."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    is. One that caps its scores uses transformers' `eager`, because `sdpa` leaves the cap out."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    elif model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, products_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -41,7 +45,7 @@ def products_attention(
     module: nn.Module,
     query_BHLD: Tensor,
     key_BKLD: Tensor,
-    value_BKLD: Tensor,
+    value_BKLW: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -49,23 +53,21 @@ def products_attention(
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; `attention_mask` is None (causal), boolean or
-    additive. Returns [B, L, H, D].
+    additive. Returns [B, L, H, W].
     """
     length = query_BHLD.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = (
         key_BKLD.shape[2] == length <= WIDEST
         and not dropout
-        and (attention_mask is not None or causal)
+        and (causal if attention_mask is None else attention_mask.shape[1] == 1)
     )
-    if not plain or any(
-        value is not None for name, value in extras.items() if name in ("softcap", "s_aux")
-    ):
+    if not plain or any(value is not None for name, value in extras.items() if name in SDPA_EXTRAS):
         return sdpa_attention_forward(
             module,
             query_BHLD,
             key_BKLD,
-            value_BKLD,
+            value_BKLW,
             attention_mask,
             dropout,
             scaling,
@@ -74,8 +76,8 @@ def products_attention(
         )
     bias = _bias(attention_mask, length, query_BHLD)
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-    output_BHLD: Tensor = _Attention.apply(query_BHLD, key_BKLD, value_BKLD, bias, scale)
-    return output_BHLD.transpose(1, 2).contiguous(), None
+    output_BHLW: Tensor = _Attention.apply(query_BHLD, key_BKLD, value_BKLW, bias, scale)
+    return output_BHLW.transpose(1, 2).contiguous(), None
 
 
 def _bias(mask: Tensor | None, length: int, like: Tensor) -> Tensor:
@@ -106,33 +108,39 @@ class _Attention(torch.autograd.Function):
         ctx: Any,
         query_BHLD: Tensor,
         key_BKLD: Tensor,
-        value_BKLD: Tensor,
+        value_BKLW: Tensor,
         bias: Tensor,
         scale: float,
     ) -> Tensor:
         query_BKXD = _by_key_head(query_BHLD, key_BKLD.shape[1])
-        key_BKLD, value_BKLD = key_BKLD.contiguous(), value_BKLD.contiguous()
-        ctx.save_for_backward(query_BKXD, key_BKLD, value_BKLD, bias)
+        key_BKLD, value_BKLW = key_BKLD.contiguous(), value_BKLW.contiguous()
+        ctx.save_for_backward(query_BKXD, key_BKLD, value_BKLW, bias)
         ctx.scale = scale
-        weights_BKXL = _weights(query_BKXD, key_BKLD, bias, scale).to(value_BKLD.dtype)
-        return torch.matmul(weights_BKXL, value_BKLD).view_as(query_BHLD)
+        weights_BKXL = _weights(query_BKXD, key_BKLD, bias, scale).to(value_BKLW.dtype)
+        return _by_query_head(torch.matmul(weights_BKXL, value_BKLW), query_BHLD.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query_BKXD, key_BKLD, value_BKLD, bias = ctx.saved_tensors
-        gradient_BKXD = _by_key_head(gradients[0], key_BKLD.shape[1])
+        query_BKXD, key_BKLD, value_BKLW, bias = ctx.saved_tensors
+        gradient_BKXW = _by_key_head(gradients[0], key_BKLD.shape[1])
         weights_BKXL = _weights(query_BKXD, key_BKLD, bias, ctx.scale)
-        half_BKXL = weights_BKXL.to(value_BKLD.dtype)
-        value_gradient = torch.matmul(half_BKXL.transpose(2, 3), gradient_BKXD)
-        scores_BKXL = torch.matmul(gradient_BKXD, value_BKLD.transpose(2, 3)).float()
+        half_BKXL = weights_BKXL.to(value_BKLW.dtype)
+        value_gradient = torch.matmul(half_BKXL.transpose(2, 3), gradient_BKXW)
+        scores_BKXL = torch.matmul(gradient_BKXW, value_BKLW.transpose(2, 3)).float()
         mean_BKX1 = torch.linalg.vecdot(scores_BKXL, weights_BKXL)[..., None]
         scores_BKXL.sub_(mean_BKX1).mul_(weights_BKXL).mul_(ctx.scale)
-        half_BKXL = scores_BKXL.to(value_BKLD.dtype)
-        query_gradient = torch.matmul(half_BKXL, key_BKLD)
+        half_BKXL = scores_BKXL.to(value_BKLW.dtype)
+        query_gradient = _by_query_head(torch.matmul(half_BKXL, key_BKLD), gradients[0].shape[1])
         key_gradient = torch.matmul(half_BKXL.transpose(2, 3), query_BKXD)
-        return query_gradient.view_as(gradients[0]), key_gradient, value_gradient, None, None
+        return query_gradient, key_gradient, value_gradient, None, None
 
 
 def _by_key_head(states_BHLD: Tensor, key_heads: int) -> Tensor:
     """[B, H, L, D] -> [B, K, G * L, D]."""
     return states_BHLD.contiguous().unflatten(1, (key_heads, -1)).flatten(2, 3)
+
+
+def _by_query_head(states_BKXD: Tensor, heads: int) -> Tensor:
+    """[B, K, G * L, D] -> [B, H, L, D]."""
+    rows, _, _, width = states_BKXD.shape
+    return states_BKXD.view(rows, heads, -1, width)

@@ -3,7 +3,9 @@
 Invariants: every token of the window belongs to exactly one sequence, every sequence to exactly one
 mini-batch; no token is older than `max_staleness` policy versions. The scheduler keeps that bound
 by pacing; it is checked again here. Tokens that a frozen model wrote have no age: they count as
-fresh.
+fresh. No rollout holds a token id that the model lacks, or is longer than the model's context: a
+teacher with another vocabulary or a longer context can write one, which then loses its tokens and
+is counted; its reward stays in its group.
 
 Shape legend: G groups, S sequences (rollouts) of the window, T response tokens of the window.
 """
@@ -14,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from zppo_protocol.messages import TrainWindow
-from zppo_protocol.samples import TrainGroup
+from zppo_protocol.samples import TokenScores, TrainGroup
 from zppo_protocol.values import FROZEN
 
 
@@ -26,10 +29,19 @@ class StalenessError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What a model can read: token ids below `vocabulary`, prompt and response of up to `context`
+    tokens together."""
+
+    vocabulary: int = 2**31
+    context: int = 2**31
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """All sequences of a window. `behaviour_T`, `frozen_T` and `token_ids_T` lie on the device, the
     bookkeeping on the host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T`
-    says nothing."""
+    says nothing. `unreadable` counts the rollouts that lost their tokens."""
 
     step: int
     groups: list[TrainGroup]
@@ -43,6 +55,7 @@ class Rollouts:
     group_S: np.ndarray
     rewards_S: Tensor
     staleness_T: np.ndarray
+    unreadable: int
 
     @property
     def sequences(self) -> int:
@@ -57,10 +70,16 @@ class Rollouts:
         return self.token_ids_T.device
 
 
-def assemble(window: TrainWindow, *, max_staleness: int, device: torch.device) -> Rollouts:
-    """Lay the window's groups end to end. Raises StalenessError, and ValueError for an empty
-    prompt."""
-    groups = window.groups
+def assemble(
+    window: TrainWindow, *, max_staleness: int, device: torch.device, reach: Reach = Reach()
+) -> Rollouts:
+    """Lay the window's groups end to end, as far as a model of this `reach` can read them. Raises
+    StalenessError, and ValueError for an empty prompt."""
+    unread = [_unreadable(group, reach) for group in window.groups]
+    groups = [
+        _without(group, unread_S) if unread_S.any() else group
+        for group, unread_S in zip(window.groups, unread, strict=True)
+    ]
     lengths = [np.diff(group.samples.offsets) for group in groups]
     host_ids_T = _concatenate([group.samples.token_ids for group in groups], np.int64)
     lengths_S = _concatenate(lengths, np.int64)
@@ -83,7 +102,38 @@ def assemble(window: TrainWindow, *, max_staleness: int, device: torch.device) -
         staleness_T=_concatenate(
             [_staleness(group, window.step, max_staleness) for group in groups], np.int64
         ),
+        unreadable=sum(int(unread_S.sum()) for unread_S in unread),
     )
+
+
+def _unreadable(group: TrainGroup, reach: Reach) -> np.ndarray:
+    """Which completions of the group [N] a model of this reach cannot read."""
+    samples = group.samples
+    lengths = np.diff(samples.offsets)
+    owner_T = np.repeat(np.arange(len(lengths)), lengths)
+    unknown = np.bincount(owner_T[samples.token_ids >= reach.vocabulary], minlength=len(lengths))
+    if len(samples.prompt_ids) and samples.prompt_ids.max() >= reach.vocabulary:
+        return lengths > 0
+    long = len(samples.prompt_ids) + lengths > reach.context
+    return ((unknown > 0) | long) & (lengths > 0)
+
+
+def _without(group: TrainGroup, unread: np.ndarray) -> TrainGroup:
+    """The group with no tokens in its completions `unread` [N]."""
+    samples, scores = group.samples, group.scores
+    lengths = np.diff(samples.offsets)
+    kept_T = np.repeat(~unread, lengths)
+    versions = samples.versions_T[kept_T]
+    if scores is not None:
+        scores = TokenScores(token_ids=scores.token_ids[kept_T], log_probs=scores.log_probs[kept_T])
+    samples = structs.replace(
+        samples,
+        token_ids=samples.token_ids[kept_T],
+        log_probs=samples.log_probs[kept_T],
+        offsets=np.cumsum([0, *np.where(unread, 0, lengths)]).astype(np.int32),
+        version_spans=np.stack([np.ones_like(versions), versions], 1).astype(np.int32),
+    )
+    return structs.replace(group, samples=samples, scores=scores)
 
 
 def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -45,8 +45,11 @@ class Divergence:
     def live(self, sequences: np.ndarray) -> np.ndarray:
         return sequences[self._rollouts.lengths_S[sequences] > 0]
 
+    def prepare(self, first: np.ndarray) -> None:
+        """Nothing: the loss asks for no other weights than the present ones."""
+
     def loss(
-        self, batch: MicroBatch, token_count: int, sequence_count: int
+        self, batch: MicroBatch, token_count: int, sequence_count: int, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self._trainer.settings
         output = self._divergence(

@@ -27,9 +27,14 @@ class Head:
     bias_V: Tensor | None
 
 
+def trunk(model: Any) -> Any:
+    """The part of a causal LM that ends where its head begins; the model itself if it has none."""
+    return model.get_decoder() if model.base_model is model else model.base_model
+
+
 def hidden_states(model: Any, **inputs: Tensor) -> Tensor:
-    """The hidden states [B, L, H] that the head reads."""
-    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+    """The hidden states [B, L, H] that the head reads, of a model whose head is one."""
+    hidden: Tensor = trunk(model)(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -40,20 +45,21 @@ def probe_head(model: Any, where: str) -> Head | None:
 
     Raises UserError, naming the setting `where`, for logits that are not finite.
     """
-    output = model.get_output_embeddings()
-    weight_VH: Tensor | None = getattr(output, "weight", None)
+    embedding = model.get_output_embeddings()
+    weight_VH: Tensor | None = getattr(embedding, "weight", None)
     if weight_VH is None or weight_VH.dim() != 2:
         return None
     if getattr(model.config, "final_logit_softcapping", None):
         return None  # near 0 a soft cap is the identity, so the probe might not see it
     ids_BL = torch.arange(PROBE_TOKENS, device=weight_VH.device).remainder(weight_VH.shape[0])[None]
     logits = model(input_ids=ids_BL, use_cache=False).logits.float()
-    hidden = hidden_states(model, input_ids=ids_BL)
-    if hidden.shape[-1] != weight_VH.shape[1]:
-        return None
     if not bool(logits.isfinite().all()):
         raise UserError(f"{where}: the model's logits are not finite, so its weights are damaged")
-    head = Head(weight_VH, getattr(output, "bias", None))
+    output = trunk(model)(input_ids=ids_BL, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != weight_VH.shape[1]:
+        return None
+    head = Head(weight_VH, getattr(embedding, "bias", None))
     own = nn.functional.linear(hidden, head.weight_VH, head.bias_V).float()
     return (
         head

@@ -17,7 +17,7 @@ tokens of the window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,19 +38,19 @@ lose again."""
 class MicroBatch:
     """One forward pass.
 
-    input_ids_BL: prompts and responses. positions_BL and segments_BL: only when some row holds
-    several rollouts, else None. rows_R: positions in the flattened [B*L] whose hidden states
-    predict the response tokens. tokens_R: indices of these tokens in the window. sequence_ids_R:
-    their sequence, in [0, S). sequences_S: its index in the window.
+    input_ids_BL: prompts and responses. rows_R: positions in the flattened [B*L] whose hidden
+    states predict the response tokens. tokens_R: indices of these tokens in the window.
+    sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window. positions_BL
+    and segments_BL: only when some row holds several rollouts, else None.
     """
 
     input_ids_BL: Tensor
-    positions_BL: Tensor | None
-    segments_BL: Tensor | None
     rows_R: Tensor
     tokens_R: Tensor
     sequence_ids_R: Tensor
     sequences_S: Tensor
+    positions_BL: Tensor | None = None
+    segments_BL: Tensor | None = None
 
 
 @dataclass
@@ -123,19 +123,22 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
             tokens.append(np.arange(start, start + length))
             end += length - 1
     sequences_S = np.array([sequence for row in rows for sequence in row.sequences])
-    shared = len(sequences_S) > len(rows)
-    arrays = (
-        ids_BL,
-        positions_BL if shared else None,
-        segments_BL if shared else None,
-        np.concatenate(predicted),
-        np.concatenate(tokens),
-        np.repeat(np.arange(len(sequences_S)), rollouts.lengths_S[sequences_S]),
-        sequences_S,
+
+    def placed(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(rollouts.device)
+
+    batch = MicroBatch(
+        input_ids_BL=placed(ids_BL),
+        rows_R=placed(np.concatenate(predicted)),
+        tokens_R=placed(np.concatenate(tokens)),
+        sequence_ids_R=placed(
+            np.repeat(np.arange(len(sequences_S)), rollouts.lengths_S[sequences_S])
+        ),
+        sequences_S=placed(sequences_S),
     )
-    return MicroBatch(
-        *(None if a is None else torch.from_numpy(a).to(rollouts.device) for a in arrays)
-    )  # type: ignore[arg-type]
+    if len(sequences_S) == len(rows):
+        return batch
+    return replace(batch, positions_BL=placed(positions_BL), segments_BL=placed(segments_BL))
 
 
 def _predictors(row_start: int, prompt_length: int, start: int, length: int) -> np.ndarray:

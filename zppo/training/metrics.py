@@ -86,6 +86,11 @@ TRAINER_METRICS: tuple[Metric, ...] = (
         "tokens",
         "Response tokens of the window; all of them count in the denominators.",
     ),
+    Metric(
+        "unreadable_rollouts",
+        "rollouts",
+        "Left out: a token id that the model lacks, or longer than its context (a teacher's).",
+    ),
     Metric("response_length_mean", "tokens", "Mean response length."),
     Metric("accuracy_<kind>", "share", "Mean reward of the groups of this kind (plain, bcq, ncq)."),
     Metric(
@@ -114,6 +119,7 @@ def window_metrics(rollouts: Rollouts) -> dict[str, float]:
         "staleness_mean": float(staleness_T.mean()),
         "staleness_max": float(staleness_T.max()),
         "tokens_trained": float(rollouts.tokens),
+        "unreadable_rollouts": float(rollouts.unreadable),
         "response_length_mean": rollouts.tokens / max(1, rollouts.sequences),
         **_accuracies(rollouts),
     }

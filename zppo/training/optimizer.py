@@ -23,7 +23,8 @@ from zppo.config.topology import OptimizerConfig
 CHUNK = 1 << 24
 """Elements handled at once; bounds the fp32 copies of low-precision tensors to 64 MiB each."""
 
-STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What weights and states may be stored in."""
 
 
 class Gradients:
@@ -89,11 +90,11 @@ class AdamW:
         self._seed = seed
         self._parameters = dict(parameters)
         for name, parameter in self._parameters.items():
-            if parameter.dtype not in STATE_DTYPES.values():
+            if parameter.dtype not in DTYPES.values():
                 raise ValueError(
                     f"parameter {name!r} is {parameter.dtype}; expected float32 or bfloat16"
                 )
-        dtype = STATE_DTYPES[config.state_dtype]
+        dtype = DTYPES[config.state_dtype]
         self._first = {
             name: torch.zeros_like(p, dtype=dtype) for name, p in self._parameters.items()
         }

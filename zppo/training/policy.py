@@ -4,8 +4,8 @@ state and LM head.
 Only the rows that predict response tokens are gathered before the head, so prompts and padding
 never reach it. Padding stands on the right and attention is causal, so a real token cannot see it:
 ordinary rows need no attention mask and no position ids, and the fast causal attention path stays
-open. Rows with several rollouts behind one prompt need both; a probe finds out whether the model
-computes them as it would compute the rollouts alone (no sliding windows, no recurrent layers).
+open. Rows with several rollouts behind one prompt need both. `zppo.training.fidelity` finds out
+whether a model computes either as it would compute the rollouts alone.
 
 A head that is more than a matrix and a bias goes through the model's own logits instead
 (`zppo.training.head`): right for every model, at the price of logits for all positions.
@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zppo.plan.architecture import context_of
 from zppo.training import attention
+from zppo.training.batch import Reach
+from zppo.training.fidelity import can_share_prompts, hold_to_eager, refusals
 from zppo.training.head import Head, hidden_states, probe_head
-from zppo.training.layout import PROMPT, MicroBatch, attention_mask
+from zppo.training.layout import MicroBatch, attention_mask
 from zppo_kernels import (
     JsdLossOutput,
     PolicyLossOutput,
@@ -46,17 +49,29 @@ class Policy:
         """`model` is a transformers causal LM; it is put into evaluation mode, because dropout
         would bend the ratio.
 
-        Raises UserError, naming the setting `where`, if its logits are not finite.
+        Raises UserError, naming the setting `where`, if its logits are not finite, or not those of
+        a decoder.
         """
         self.model = model.eval()
         attention.adopt(model)
-        self.head: Head | None = probe_head(model, where)
-        self.shares_prompts = self._probe_sharing()
+        with refusals(model, where):
+            self.head: Head | None = probe_head(model, where)
+            hold_to_eager(model, where)
+            self.shares_prompts = can_share_prompts(model)
 
     @property
     def vocabulary(self) -> int:
         """Number of logits, which may be more than there are tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def reach(self) -> Reach:
+        """Tokens and lengths that the model has an embedding and positions for."""
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        return Reach(
+            vocabulary=min(self.vocabulary, int(embeddings)),
+            context=context_of(self.model.config.get_text_config().to_dict()),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -180,34 +195,3 @@ class Policy:
             "position_ids": batch.positions_BL,
             "attention_mask": attention_mask(batch.segments_BL, self.model.dtype),
         }
-
-    @torch.no_grad()
-    def _probe_sharing(self) -> bool:
-        """Say whether two rollouts behind one prompt get the hidden states that they get one by
-        one."""
-        config = self.model.config
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            return False  # a window is longer than a probe
-        if config._attn_implementation not in ("sdpa", "eager", attention.NAME):
-            return False
-        ids = torch.arange(12, device=self.device).remainder(config.get_text_config().vocab_size)
-        alone = [ids[:8], torch.cat([ids[:4], ids[8:]])]
-        expected = torch.cat(
-            [hidden_states(self.model, input_ids=row[None])[0, 4:] for row in alone]
-        )
-        positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7], device=self.device)
-        segments = torch.tensor([PROMPT] * 4 + [1] * 4 + [2] * 4, device=self.device)
-        mask = attention_mask(segments[None], self.model.dtype)
-        try:
-            inputs = {
-                "input_ids": ids[None],
-                "position_ids": positions[None],
-                "attention_mask": mask,
-            }
-            found = hidden_states(self.model, **inputs)[0, 4:]
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return False  # a model that takes no such mask
-        tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * float(
-            expected.abs().max()
-        )
-        return bool(torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance))

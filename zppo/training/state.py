@@ -1,6 +1,8 @@
 """From files to a trainer and back: the student's folder, and the trainer's share of a checkpoint.
 
-The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, tokenizer),
+The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, and what
+lay beside them in the student's folder, byte by byte: a tokenizer or a generation configuration
+that can be loaded cannot always be written again),
 `trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step and the count of
 updates. There is no generator state: everything random in the trainer derives from the run's seed,
 the step and the count of updates, so these files continue a run bit for bit (on one device, with
@@ -9,6 +11,7 @@ deterministic kernels and a fixed number of threads).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,24 @@ import torch
 from msgspec import Struct
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from zppo.algorithm.methods import get_method
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
+from zppo.plan.architecture import refuse_no_decoder
 from zppo.prompting.tokenization import check_same_vocabulary
 from zppo.records.checkpoint import MODEL, write_file
-from zppo.training.optimizer import AdamW, Gradients
+from zppo.training.optimizer import DTYPES, AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer
 
 MOMENTS, RECORD = "trainer.safetensors", "trainer.json"
-TRAINABLE_DTYPES = ("float32", "bfloat16")
+CONFIG, GENERATION = "config.json", "generation_config.json"
+KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".bpe", ".tiktoken", ".spm")
+"""Endings of the files that tokenizers, processors and generation are configured with."""
+WEIGHT_INDEX = ".index.json"
 
 
 class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,7 +70,13 @@ def build_trainer(
     if checkpoint is not None:
         load_optimizer(optimizer, checkpoint)
     return Trainer(
-        policy, optimizer, Gradients(parameters), settings, clock, teacher=load_teacher(topology)
+        policy,
+        optimizer,
+        Gradients(parameters),
+        settings,
+        clock,
+        teacher=load_teacher(topology),
+        files=read_files(Path(source)),
     )
 
 
@@ -86,32 +99,75 @@ def load_teacher(topology: Topology) -> Policy | None:
 
 def load_model(source: str, dtype: str, device: str) -> Any:
     """Load a student in `dtype` onto `device`."""
-    if dtype not in TRAINABLE_DTYPES:
+    if dtype not in DTYPES:
         raise UserError(
-            f"student.dtype: {dtype} cannot be trained; expected one of "
-            f"{', '.join(TRAINABLE_DTYPES)}"
+            f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(DTYPES)}"
         )
     return _load(source, dtype, device, "student.model")
 
 
 def _load(source: str, dtype: str, device: str, where: str) -> Any:
     try:
+        refuse_no_decoder(AutoConfig.from_pretrained(source).to_dict(), source, where)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot load {source!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: cannot load {source!r}: {first_line(error)}") from error
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"actors.trainer.device: cannot use {device!r}: {str(error).splitlines()[0]}"
+            f"actors.trainer.device: cannot use {device!r}: {first_line(error)}"
         ) from error
 
 
-def save_share(trainer: Trainer, folder: Path, *, step: int, tokenizer_source: str) -> None:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """What lies in a model folder beside configuration and weights, by name."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.suffix in KEPT_SUFFIXES
+        and path.name != CONFIG
+        and not path.name.endswith(WEIGHT_INDEX)
+        and path.is_file()
+    }
+
+
+def save_model(trainer: Trainer, folder: Path, **how: Any) -> None:
+    """Write the student as a model folder; `how` are arguments of `save_pretrained`."""
+    model = trainer.policy.model
+    # transformers refuses to write some generation configurations that it reads.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, **how)
+    finally:
+        model.generation_config = generation
+    (folder / GENERATION).unlink(missing_ok=True)
+    for name, content in trainer.files.items():
+        write_file(folder / name, content)
+
+
+def try_saving(trainer: Trainer, base: Path, source: str) -> None:
+    """Write all of a model folder but its weights somewhere in `base`, and remove it.
+
+    Raises UserError: what was loaded from `source` could not be saved in a checkpoint.
+    """
+    with tempfile.TemporaryDirectory(dir=base, prefix=".trial-") as folder:
+        try:
+            save_model(trainer, Path(folder), state_dict={})
+        except Exception as error:
+            reason = first_line(error)
+            raise UserError(
+                f"student.model: {source!r} can be loaded, but no checkpoint of it can be written "
+                f"({reason})"
+            ) from error
+
+
+def save_share(trainer: Trainer, folder: Path, *, step: int) -> None:
     """Write the trainer's share of the checkpoint of `step` into `folder`; `checkpoint.commit`
     syncs the files."""
-    trainer.policy.model.save_pretrained(folder / MODEL)
-    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(folder / MODEL)
+    save_model(trainer, folder / MODEL)
     save_file(dict(trainer.optimizer.tensors()), folder / MOMENTS)
     record = TrainerRecord(step=step, updates=trainer.optimizer.updates)
     write_file(folder / RECORD, msgspec.json.encode(record))

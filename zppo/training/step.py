@@ -18,9 +18,8 @@ from zppo.algorithm.methods.base import Loss
 from zppo.training import metrics
 from zppo.training.batch import Rollouts, assemble, mini_batches
 from zppo.training.distillation import Divergence
-from zppo.training.objective import Objective
 from zppo.training.surrogate import ClippedSurrogate
-from zppo.training.trainer import StepSettings, Trainer
+from zppo.training.trainer import Objective, StepSettings, Trainer
 from zppo_protocol.messages import TrainWindow
 
 OBJECTIVES: dict[Loss, Callable[[Trainer, Rollouts, list[np.ndarray]], Objective]] = {
@@ -52,16 +51,26 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
     """Train the policy on one window and return the metrics of
     `zppo.training.metrics.TRAINER_METRICS`.
 
+    The first update runs under the weights that the step starts from, so it is its own proximal
+    pass; the rollouts of the others are read before it.
+
     Raises StalenessError if the window holds a token older than the bound, before anything is
     changed.
     """
     settings = trainer.settings
-    rollouts = assemble(window, max_staleness=settings.max_staleness, device=trainer.policy.device)
+    rollouts = assemble(
+        window,
+        max_staleness=settings.max_staleness,
+        device=trainer.policy.device,
+        reach=trainer.reach,
+    )
     batches = split(rollouts, settings)
     objective = OBJECTIVES[settings.objective](trainer, rollouts, batches)
+    batches = [sequences for sequences in batches if len(objective.live(sequences))]
+    objective.prepare(first=objective.live(batches[0]) if batches else np.zeros(0, np.int64))
     begin, tally = trainer.clock(), Tally()
-    for sequences in batches:
-        update(trainer, rollouts, sequences, objective, tally)
+    for number, sequences in enumerate(batches):
+        update(trainer, rollouts, sequences, objective, tally, first=number == 0)
     return metrics.finite(
         metrics.window_metrics(rollouts)
         | objective.metrics(tally.parts)
@@ -82,21 +91,21 @@ def split(rollouts: Rollouts, settings: StepSettings) -> list[np.ndarray]:
 
 
 def update(
-    trainer: Trainer, rollouts: Rollouts, sequences: np.ndarray, objective: Objective, tally: Tally
+    trainer: Trainer,
+    rollouts: Rollouts,
+    sequences: np.ndarray,
+    objective: Objective,
+    tally: Tally,
+    *,
+    first: bool,
 ) -> None:
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
-    step.
-
-    A mini-batch in which no rollout has a gradient has nothing to say and makes no update.
-    """
+    step."""
     trainer.gradients.clear()
-    live = objective.live(sequences)
-    if not len(live):
-        return
     counts = int(rollouts.lengths_S[sequences].sum()), len(sequences)
     loss, parts = torch.zeros((), device=rollouts.device), []
-    for batch in trainer.micro_batches(rollouts, live):
-        part_loss, part_metrics = objective.loss(batch, *counts)
+    for batch in trainer.micro_batches(rollouts, objective.live(sequences)):
+        part_loss, part_metrics = objective.loss(batch, *counts, first=first)
         part_loss.backward()
         loss += part_loss.detach()
         parts.append(part_metrics)

@@ -2,9 +2,7 @@
 
 A rollout with advantage 0 has no gradient (the loss has no KL term), so it takes part in no forward
 or backward pass of the updates; its tokens still count in the denominator. The proximal pass covers
-it for the measurements alone, unless `actors.trainer.measured_rollouts` is `trained`. It leaves out
-the rollouts of the first update: their forward pass runs under the same weights, so it gives the
-proximal log-probs as well.
+it for the measurements alone, unless `actors.trainer.measured_rollouts` is `trained`.
 
 Shape legend: T response tokens of the window, S its rollouts; R response tokens of a micro-batch.
 """
@@ -25,12 +23,8 @@ from zppo_kernels import advantage_statistics, group_advantages
 
 
 class ClippedSurrogate:
-    """An `Objective`; making one runs the proximal pass, under the weights that the step starts
-    from.
-
-    `_first_tokens` counts the tokens of the first update that have no proximal log-prob yet; its
-    own passes give them.
-    """
+    """An `Objective`. `proximal_T` and `entropy_T` are filled by `prepare`, and by `loss` for the
+    rollouts of the first update."""
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
         self._trainer = trainer
@@ -40,13 +34,8 @@ class ClippedSurrogate:
         self._measured = (
             everyone if trainer.settings.measured_rollouts == "all" else self.live(everyone)
         )
-        first = next((live for live in map(self.live, batches) if len(live)), everyone[:0])
-        self._first_tokens = int(rollouts.lengths_S[first].sum())
-        begin = trainer.clock()
-        self.proximal_T, self.entropy_T = proximal_pass(
-            trainer, rollouts, np.setdiff1d(self._measured, first)
-        )
-        self._seconds_proximal = trainer.clock() - begin
+        self.proximal_T = self.entropy_T = torch.zeros_like(rollouts.behaviour_T)
+        self._seconds_proximal = 0.0
 
     def live(self, sequences: np.ndarray) -> np.ndarray:
         advantages_S, lengths_S = (
@@ -55,14 +44,20 @@ class ClippedSurrogate:
         )
         return sequences[(advantages_S != 0) & (lengths_S > 0)]
 
+    def prepare(self, first: np.ndarray) -> None:
+        begin = self._trainer.clock()
+        self.proximal_T, self.entropy_T = proximal_pass(
+            self._trainer, self._rollouts, np.setdiff1d(self._measured, first)
+        )
+        self._seconds_proximal = self._trainer.clock() - begin
+
     def loss(
-        self, batch: MicroBatch, token_count: int, sequence_count: int
+        self, batch: MicroBatch, token_count: int, sequence_count: int, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rollouts, settings, tokens_R = self._rollouts, self._trainer.settings, batch.tokens_R
         policy, targets_R = self._trainer.policy, rollouts.token_ids_T[tokens_R]
         outputs = policy.outputs(batch)
-        if self._first_tokens:
-            self._first_tokens -= len(tokens_R)
+        if first:
             self.proximal_T[tokens_R], self.entropy_T[tokens_R] = policy.log_probs_of(
                 outputs, targets_R, temperature=settings.loss.temperature
             )

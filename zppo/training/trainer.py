@@ -1,19 +1,23 @@
-"""What a training step works with: the policy and what updates it, and the settings that the
-topology gives it."""
+"""What a training step works with: the policy and what updates it, what it minimises, and the
+settings that the topology gives it.
+
+Shape legend: S rollouts of the window.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.methods.base import Loss
 from zppo.config.topology import MethodConfig, Topology
-from zppo.training.batch import Rollouts
+from zppo.training.batch import Reach, Rollouts
 from zppo.training.layout import MicroBatch, micro_batches
 from zppo.training.loss_settings import loss_settings
 from zppo.training.optimizer import AdamW, Gradients
@@ -76,8 +80,41 @@ class Trainer:
     clock: Callable[[], float]
     tick: Callable[[], None] = field(default=lambda: None)
     teacher: Policy | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What lies in the student's folder beside configuration and weights, by name; checkpoints
+    hold it as it was read."""
+
+    @property
+    def reach(self) -> Reach:
+        """What all models of the trainer can read."""
+        models = [self.policy] if self.teacher is None else [self.policy, self.teacher]
+        return Reach(
+            vocabulary=min(model.reach.vocabulary for model in models),
+            context=min(model.reach.context for model in models),
+        )
 
     def micro_batches(self, rollouts: Rollouts, sequences: np.ndarray) -> list[MicroBatch]:
         """Forward passes over these rollouts, laid out so that every model that reads them can."""
         share = self.policy.shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
         return micro_batches(rollouts, sequences, self.settings.micro_batch_tokens, share=share)
+
+
+class Objective(Protocol):
+    """The loss of one window. Parts of a mini-batch add up to its loss; metrics are sums as in
+    `zppo_kernels`."""
+
+    def live(self, sequences: np.ndarray) -> np.ndarray:
+        """Those of the rollouts that have a gradient."""
+
+    def prepare(self, first: np.ndarray) -> None:
+        """Measure what the loss needs of the weights that the step starts from, but for the
+        rollouts `first`: their own passes come before any update and can give it."""
+
+    def loss(
+        self, batch: MicroBatch, token_count: int, sequence_count: int, *, first: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's part of the loss of a mini-batch with so many tokens and rollouts, and
+        its metrics. `first`: it belongs to the rollouts that `prepare` left out."""
+
+    def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """What it measured, after the updates; `parts` are the metrics of the applied ones."""

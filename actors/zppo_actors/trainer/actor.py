@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from zppo.errors import EXIT_FATAL, UserError
 from zppo.records import checkpoint
 from zppo.training.batch import StalenessError
-from zppo.training.state import build_trainer, save_share
+from zppo.training.state import build_trainer, save_share, try_saving
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
@@ -105,6 +105,7 @@ class TrainerActor:
         trainer = build_trainer(
             self.context.topology, time.perf_counter, starting_checkpoint(self.context)
         )
+        try_saving(trainer, self.context.run_dir, self.context.topology.student.model)
         trainer.tick = self._tick
         return trainer
 
@@ -200,8 +201,7 @@ class TrainerActor:
             )
         try:
             folder = checkpoint.begin(self.context.run_dir, step)
-            source = self.context.topology.student.model
-            save_share(trainer, folder, step=step, tokenizer_source=source)
+            save_share(trainer, folder, step=step)
         except (OSError, SafetensorError) as error:
             checkpoint.discard(self.context.run_dir, step)
             self.dealer.send(CheckpointFailed(step=step, reason=str(error)[:LONGEST_REASON]))

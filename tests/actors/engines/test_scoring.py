@@ -289,7 +289,7 @@ def _jsd(task: ScoreTask, scores: TokenScores | None, teacher: Any) -> tuple[flo
     objective = Divergence(trainer, rollouts, batches)
     total = 0.0
     for batch in trainer.micro_batches(rollouts, objective.live(batches[0])):
-        part, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences)
+        part, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences, first=True)
         part.backward()
         total += float(part.detach())
     return total, dict(trainer.gradients.tensors())

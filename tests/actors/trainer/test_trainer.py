@@ -3,7 +3,9 @@ ends."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from zppo.config.topology import (
     ActorsConfig,
@@ -223,6 +225,56 @@ def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(
         resumed, _ = controller.train(window(2))
         assert (resumed.manifest.version, resumed.manifest.digest) == (3, straight.manifest.digest)
         assert controller.leave() == 0
+
+
+def test_a_checkpoint_holds_what_was_read_though_it_could_not_be_written_again(
+    tmp_path: Path, runtime_base: Path
+) -> None:
+    """transformers reads a temperature without do_sample and refuses to write it; its own writing
+    of a tokenizer is not the file that was read either."""
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student)
+    (student / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 1}')
+    tokenizer = json.loads((student / "tokenizer_config.json").read_text())
+    (student / "tokenizer_config.json").write_text(json.dumps({"a_users_note": "x"} | tokenizer))
+    with pytest.raises(ValueError, match="do_sample"):
+        AutoModelForCausalLM.from_pretrained(student).save_pretrained(tmp_path / "refused")
+    settings = topology()
+    settings = structs.replace(
+        settings, student=structs.replace(settings.student, model=str(student))
+    )
+    run = tmp_path / "run"
+    run_directory.create(run, settings)
+    with trainer_process(run, runtime_base) as controller:
+        controller.greet()
+        controller.train(window(0))
+        controller.say(SaveCheckpoint(step=1))
+        assert controller.expect(CheckpointSaved) == CheckpointSaved(step=1)
+        assert controller.leave() == 0
+    folder = checkpoint.commit(run, 1) / checkpoint.MODEL
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (student / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.temperature == 0.6
+    assert not list(run.glob(".trial-*"))
+
+
+def test_what_cannot_be_written_ends_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise ValueError("this config cannot be serialised\nbecause")
+
+    monkeypatch.setattr(PreTrainedConfig, "save_pretrained", refuse)
+    trainer, dealer = actor(tmp_path, Welcome(heartbeat_seconds=1.0))
+    sentence = (
+        f"student.model: {str(STUDENT)!r} can be loaded, but no checkpoint of it can be written "
+        "(this config cannot be serialised)"
+    )
+    with pytest.raises(UserError) as caught:
+        trainer.run()
+    assert str(caught.value) == sentence
+    assert dealer.sent[-1] == Goodbye(reason=sentence)
+    assert not any(isinstance(message, PolicyPublished) for message in dealer.sent)
 
 
 def _same_weights(published: dict[str, torch.Tensor], folder: Path) -> None:

@@ -61,6 +61,24 @@ def test_values_and_gradients_are_those_of_torch(kind: str) -> None:
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value_width", [5, 12])
+@pytest.mark.parametrize("kind", MASKS)
+def test_values_may_be_of_another_width_than_keys(kind: str, value_width: int) -> None:
+    own, theirs = tensors(), tensors()
+    generator = torch.Generator().manual_seed(7)
+    values = torch.randn(2, 2, 11, value_width, generator=generator, dtype=torch.float64)
+    own[2], theirs[2] = values.clone().requires_grad_(), values.clone().requires_grad_()
+    found, _ = attention.products_attention(Layer(), *own, attention_mask=MASKS[kind])
+    expected = scaled_dot_product_attention(
+        *theirs, attn_mask=MASKS[kind], is_causal=MASKS[kind] is None, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, other in zip(own, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_the_scale_is_the_model_s_own() -> None:
     query, key, value = tensors()
     found, _ = attention.products_attention(

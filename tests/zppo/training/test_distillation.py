@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 
 from zppo.config.served import teachers
 from zppo.config.topology import (
+    DTYPE_BYTES,
     ActorsConfig,
     DataConfig,
     MethodConfig,
@@ -46,7 +47,6 @@ from zppo.config.topology import (
 )
 from zppo.errors import UserError
 from zppo.plan.memory import (
-    BYTES,
     LOGITS_ROWS,
     RETAINED,
     SCORED_ROWS,
@@ -104,7 +104,7 @@ def gradient_of(trainer: Trainer, task: TrainWindow) -> tuple[float, dict[str, T
     objective, total = Divergence(trainer, rollouts, batches), 0.0
     trainer.gradients.clear()
     for batch in trainer.micro_batches(rollouts, objective.live(batches[0])):
-        loss, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences)
+        loss, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences, first=True)
         loss.backward()
         total += float(loss.detach())
     return total, {name: tensor.clone() for name, tensor in trainer.gradients.tensors().items()}
@@ -493,7 +493,7 @@ def test_memory_counts_the_colocated_teacher_and_its_logits(small: Path) -> None
         plan = ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cuda:0")
         return need(plan, topology, inspect_models(topology)).device
 
-    weights, activations = 8 * BYTES["bfloat16"], 34 * 100 * 8 * BYTES["bfloat16"] // 2
+    weights, activations = 8 * DTYPE_BYTES["bfloat16"], 34 * 100 * 8 * DTYPE_BYTES["bfloat16"] // 2
     expected = math.ceil(RETAINED * (weights + activations + LOGITS_ROWS * 16 * 4))
     plain = trainer_bytes("grpo")
     assert trainer_bytes("on_distill") == plain + expected
@@ -517,7 +517,7 @@ def test_memory_counts_the_passes_of_a_teacher_that_scores(small: Path) -> None:
         )
         return need(plan, topology, inspect_models(topology)).device
 
-    one_pass = 34 * SCORED_TOKENS * 8 * BYTES["bfloat16"] // 2 + 2 * SCORED_ROWS * 16 * 4
+    one_pass = 34 * SCORED_TOKENS * 8 * DTYPE_BYTES["bfloat16"] // 2 + 2 * SCORED_ROWS * 16 * 4
     assert (
         teacher_bytes("on_distill", "remote") - teacher_bytes("on_distill", "colocated") == one_pass
     )

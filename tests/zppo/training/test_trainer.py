@@ -43,7 +43,7 @@ from zppo.training.layout import PROMPT, SHARED_WIDTH, MicroBatch, attention_mas
 from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.policy import Policy
 from zppo.training.state import build_trainer, load_model, save_share
-from zppo.training.step import Tally, split, train_step, update
+from zppo.training.step import OBJECTIVES, split, train_step
 from zppo.training.surrogate import ClippedSurrogate, proximal_pass, step_advantages
 from zppo.training.trainer import StepSettings, Trainer
 from zppo_protocol.messages import TrainWindow
@@ -363,11 +363,27 @@ def test_rollouts_without_advantage_cost_no_pass_of_an_update_but_count_in_the_d
     assert second["live_rollout_share"] == pytest.approx(2 / 5)
 
 
+@pytest.fixture
+def surrogates(monkeypatch: pytest.MonkeyPatch) -> list[ClippedSurrogate]:
+    """The objectives of the steps that the test makes."""
+    made: list[ClippedSurrogate] = []
+
+    def make(*arguments: Any) -> ClippedSurrogate:
+        made.append(ClippedSurrogate(*arguments))
+        return made[-1]
+
+    monkeypatch.setitem(OBJECTIVES, "clipped_surrogate", make)
+    return made
+
+
 @pytest.mark.parametrize("updates", [1, 2, 3])
 @pytest.mark.parametrize("measured", ["all", "trained"])
 @pytest.mark.parametrize("make", [llama, gemma2_with_soft_cap])
 def test_first_update_gives_the_log_probs_of_a_proximal_pass(
-    make: Callable[[], Any], measured: Literal["all", "trained"], updates: int
+    make: Callable[[], Any],
+    measured: Literal["all", "trained"],
+    updates: int,
+    surrogates: list[ClippedSurrogate],
 ) -> None:
     """Against a pass of its own over every rollout before anything is updated."""
     task = mixed_window()
@@ -375,11 +391,9 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
         make(), method=method(updates_per_step=updates), measured_rollouts=measured
     )
     rollouts = assemble(task, max_staleness=trainer.settings.max_staleness, device=CPU)
-    batches = split(rollouts, trainer.settings)
     proximal_T, entropy_T = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
-    objective = ClippedSurrogate(trainer, rollouts, batches)
-    for sequences in batches:
-        update(trainer, rollouts, sequences, objective, Tally())
+    train_step(trainer, task)
+    [objective] = surrogates
     live_S = np.isin(np.arange(rollouts.sequences), objective.live(np.arange(rollouts.sequences)))
     read_T = np.repeat(live_S | (measured == "all"), rollouts.lengths_S)
     assert read_T.any()
@@ -389,19 +403,21 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
     torch.testing.assert_close(objective.entropy_T[read_T], entropy_T[read_T], rtol=1e-5, atol=1e-5)
 
 
-def test_first_update_need_not_be_the_first_mini_batch() -> None:
+def test_first_update_need_not_be_the_first_mini_batch(
+    surrogates: list[ClippedSurrogate], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mini-batch without an advantage makes no update, so the one behind it still sees the
     weights of the start."""
     groups = [group("a", [1, 0]), group("b", [0, 0]), group("c", [0, 1, 1])]
     trainer = trainer_of(llama(), method=method(updates_per_step=3), measured_rollouts="trained")
     rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
-    wrong, *mixed = sorted(
+    wrong_first = sorted(
         split(rollouts, trainer.settings), key=lambda sequences: rollouts.group_S[sequences[0]] != 1
     )
+    monkeypatch.setattr("zppo.training.step.split", lambda *_: wrong_first)
     proximal_T, _ = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
-    objective = ClippedSurrogate(trainer, rollouts, [wrong, *mixed])
-    for sequences in (wrong, *mixed):
-        update(trainer, rollouts, sequences, objective, Tally())
+    assert train_step(trainer, window(*groups))["updates"] == 2
+    [objective] = surrogates
     read_T = np.repeat(rollouts.group_S != 1, rollouts.lengths_S)
     torch.testing.assert_close(
         objective.proximal_T[read_T], proximal_T[read_T], rtol=1e-5, atol=1e-5
@@ -605,7 +621,7 @@ def test_six_steps_straight_are_three_and_a_restart_and_three_bit_for_bit(
     for step in range(3):
         train_step(first, mixed_window(step))
     folder = checkpoint.begin(tmp_path, 3)
-    save_share(first, folder, step=3, tokenizer_source=topology.student.model)
+    save_share(first, folder, step=3)
     folder = checkpoint.commit(tmp_path, 3)
     torch.rand(7)  # the global generator must not matter
     resumed = build_trainer(topology, float, folder)
@@ -623,9 +639,7 @@ def test_the_model_of_a_checkpoint_opens_with_transformers(tmp_path: Path) -> No
     topology = topology_of(saved_student(tmp_path / "student", torch.bfloat16), "bfloat16")
     trainer = build_trainer(topology, float)
     train_step(trainer, mixed_window())
-    save_share(
-        trainer, checkpoint.begin(tmp_path, 1), step=1, tokenizer_source=topology.student.model
-    )
+    save_share(trainer, checkpoint.begin(tmp_path, 1), step=1)
     folder = checkpoint.commit(tmp_path, 1) / checkpoint.MODEL
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
@@ -640,12 +654,7 @@ def test_the_model_of_a_checkpoint_opens_with_transformers(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_the_topology_is_refused(tmp_path: Path) -> None:
     topology = topology_of(saved_student(tmp_path / "student", torch.float32), "float32")
-    save_share(
-        build_trainer(topology, float),
-        checkpoint.begin(tmp_path, 1),
-        step=1,
-        tokenizer_source=str(STUDENT),
-    )
+    save_share(build_trainer(topology, float), checkpoint.begin(tmp_path, 1), step=1)
     folder = checkpoint.commit(tmp_path, 1)
     changed = msgspec.structs.replace(topology, optimizer=OptimizerConfig(state_dtype="bfloat16"))
     with pytest.raises(UserError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.data.sources.base import Columns, RawRow, Source
-from zppo.errors import UserError, nearest
+from zppo.errors import UserError, first_line, nearest
 
 BATCH_ROWS = 1024
 SUFFIXES = (".parquet", ".arrow")
@@ -69,7 +69,7 @@ def _readable(file: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = {".parquet": "a Parquet", ".arrow": "an Arrow"}[file.suffix]
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{file}: cannot be read as {kind} file ({reason})") from None
 
 

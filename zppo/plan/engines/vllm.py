@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from zppo.config.served import ServedModel
+from zppo.config.topology import DTYPE_BYTES, Dtype
 from zppo.errors import UserError
 from zppo.plan.model_folder import ModelFacts
 
@@ -39,7 +40,6 @@ CHUNKED_PREFILL = "enable_chunked_prefill"
 """Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed,
 which only those of GPUs can do, and its engine core dies."""
 CLASSES = ("EngineArgs", "AsyncEngineArgs")
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 OTHER_CACHES = ("kv_lora_rank", "sliding_window")
 """Settings of a model that keeps less than all keys and values."""
 BLOCK = 128
@@ -81,7 +81,7 @@ def argument_names(where: str) -> frozenset[str]:
     return _fields(Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py")
 
 
-def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) -> int:
+def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: Dtype) -> int:
     """Bytes of the keys and values of one sequence that fills the context, in whole blocks."""
     block = whole(arguments.get("block_size"), BLOCK)
     length = whole(arguments.get("max_model_len"), facts.context)
@@ -92,7 +92,7 @@ def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: str) 
         * 2
         * facts.kv_heads
         * facts.head_dim
-        * WIDTHS[dtype]
+        * DTYPE_BYTES[dtype]
     )
 
 

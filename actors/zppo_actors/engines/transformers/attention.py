@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "zppo_slots"
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+UNSUPPORTED = ("s_aux", "position_bias")
 """Extras of some architectures that this function does not compute."""
 
 
@@ -26,11 +26,13 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention without a mask while a prompt is read; over masked slots while tokens are
     sampled.
 
+    `softcap` holds scores within ± its value, softly; torch's fused attention has no such thing.
     With one query token the G query heads of a key-value head stand in for query positions, so the
     cache is read as it lies instead of being repeated G times. Returns [B, Q, H, D]. Raises
     NotImplementedError for an extra in use.
@@ -40,6 +42,8 @@ def slot_attention(
             f"attention with {', '.join(n for n in UNSUPPORTED if extras.get(n) is not None)}"
         )
     heads, kv_heads = query_BHQD.shape[1], key_BKLD.shape[1]
+    if attention_mask is None and softcap is not None:
+        return _capped_prompts(query_BHQD, key_BKLD, value_BKLD, scaling, softcap), None
     if attention_mask is None:
         output_BHQD = scaled_dot_product_attention(
             query_BHQD,
@@ -52,13 +56,36 @@ def slot_attention(
         return output_BHQD.transpose(1, 2).contiguous(), None
     rows, _, _, width = query_BHQD.shape
     query_BKGD = query_BHQD.view(rows, kv_heads, heads // kv_heads, width)
-    attend = plain_attention if query_BHQD.device.type == "cpu" else scaled_dot_product_attention
-    output_BKGD = attend(query_BKGD, key_BKLD, value_BKLD, attn_mask=attention_mask, scale=scaling)
+    if query_BHQD.device.type == "cpu" or softcap is not None:
+        output_BKGD = plain_attention(
+            query_BKGD, key_BKLD, value_BKLD, attention_mask, scaling, softcap
+        )
+    else:
+        output_BKGD = scaled_dot_product_attention(
+            query_BKGD, key_BKLD, value_BKLD, attn_mask=attention_mask, scale=scaling
+        )
     return output_BKGD.reshape(rows, 1, heads, value_BKLD.shape[-1]), None
 
 
+def _capped_prompts(
+    query_BHQD: Tensor, key_BKQD: Tensor, value_BKQD: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
+    """Causal attention [B, Q, H, D] over prompts that are all there is, with capped scores."""
+    (rows, heads, length, width), kv_heads = query_BHQD.shape, key_BKQD.shape[1]
+    bias_QQ = query_BHQD.new_full((length, length), mask_value(query_BHQD.dtype)).triu(1)
+    query_BKXD = query_BHQD.reshape(rows, kv_heads, -1, width)
+    bias_XQ = bias_QQ.repeat(heads // kv_heads, 1)
+    output = plain_attention(query_BKXD, key_BKQD, value_BKQD, bias_XQ, scaling, softcap)
+    return output.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
 def plain_attention(
-    query_BKGD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, attn_mask: Tensor, scale: float | None
+    query_BKGD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    attn_mask: Tensor,
+    scale: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention as two batched matrix products with a softmax in float32 between them.
 
@@ -68,7 +95,10 @@ def plain_attention(
     """
     # In this order, because a transposed slice of the cache would be copied first.
     scores_BKGL = torch.matmul(key_BKLD, query_BKGD.transpose(2, 3)).transpose(2, 3).float()
-    scores_BKGL.mul_(query_BKGD.shape[-1] ** -0.5 if scale is None else scale).add_(attn_mask)
+    scores_BKGL.mul_(query_BKGD.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores_BKGL.div_(softcap).tanh_().mul_(softcap)
+    scores_BKGL.add_(attn_mask)
     return torch.matmul(scores_BKGL.softmax(-1).to(value_BKLD.dtype), value_BKLD)
 
 

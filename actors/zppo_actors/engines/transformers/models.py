@@ -1,5 +1,5 @@
-"""Loading a model folder for sampling, and the proof that our cache computes what the model
-computes without it."""
+"""Loading a model folder for sampling, and the proof that our cache computes what the model's
+authors compute without it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
+from zppo.plan.architecture import (
+    context_of,
+    other_state,
+    refuse_no_decoder,
+    refuse_other_state,
+    window_of,
+)
+from zppo.training.fidelity import EAGER, FAULTS, LARGEST_DIFFERENCE
 from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.sequences import Completion, Running
 from zppo_actors.engines.transformers import attention
@@ -18,12 +26,9 @@ from zppo_actors.engines.transformers.decoder import Decoder, Ended
 from zppo_actors.engines.uniforms import UniformStream
 from zppo_protocol.values import Sampling
 
-CHECK_PROMPT = np.arange(1, 6, dtype=np.int32)
+CHECK_LENGTHS = (1, 6, 19)
+"""Prompts of the check, each with a twin, all in one batch."""
 CHECK_TOKENS = 8
-CHECK_TOLERANCE = 0.03
-"""Largest mean difference between token probabilities. In 16 bits a single one may be off by 0.06,
-so it is the mean that tells rounding from another computation; it reaches 0.01.
-"""
 
 
 def load_model(spec: EngineSpec) -> Any:
@@ -32,14 +37,14 @@ def load_model(spec: EngineSpec) -> Any:
     transformers_logging.disable_progress_bar()
     where, folder = spec.served.model_path, spec.served.model.model
     try:
-        refuse_other_state(AutoConfig.from_pretrained(folder).get_text_config(), folder, where)
+        refuse_unserved(AutoConfig.from_pretrained(folder), folder, where)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, spec.served.model.dtype)
         )
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{where}: {folder!r} is no causal language model that can be loaded ({reason})"
         ) from error
@@ -47,93 +52,93 @@ def load_model(spec: EngineSpec) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def refuse_other_state(config: Any, folder: str, where: str) -> None:
-    """Raise UserError for an architecture that carries more than keys and values from token to
-    token."""
-    odd = sorted(
-        set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    )
-    if odd or not hasattr(config, "num_attention_heads"):
-        what = ", ".join(odd) if odd else "no attention heads"
-        raise UserError(
-            f"{where}: {folder!r} ({config.model_type}) keeps other state than a key-value cache "
-            f"({what}), "
-            "which the engine 'transformers' does not serve"
-        )
+def refuse_unserved(config: Any, folder: str, where: str) -> None:
+    """Raise UserError for an architecture that is no decoder, or carries more than keys and values
+    from token to token."""
+    refuse_no_decoder(config.to_dict(), folder, where)
+    text = config.get_text_config()
+    refuse_other_state(other_state(text.to_dict()), config.model_type, folder, where)
+    if not hasattr(text, "num_attention_heads"):
+        refuse_other_state("no attention heads", config.model_type, folder, where)
 
 
 def context_length(config: Any) -> int:
-    """The longest sequence the model can take: its positions, or its sliding window where that is
-    shorter."""
-    positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
-    sliding = getattr(config, "use_sliding_window", True) and getattr(
-        config, "sliding_window", None
-    )
-    types = getattr(config, "layer_types", None)
-    if not sliding or (types is not None and "sliding_attention" not in types):
-        return positions
-    return min(positions, int(sliding))
+    """The longest sequence that slots can hold: the model's context, or its sliding window where
+    that is shorter. `config` is that of the text part."""
+    text = config.to_dict()
+    context = context_of(text)
+    return min(context, window_of(text) or context)
 
 
 @torch.inference_mode()
 def adopt_slots(model: Any, folder: str, where: str) -> None:
-    """Switch `model` to our attention, after checking on a few tokens that decoding from slots
-    gives its probabilities.
+    """Switch `model` to our attention, after checking on a few sequences that decoding from slots
+    gives the log-probs that its authors' own attention gives one sequence at a time.
 
     Raises UserError if it does not: then the architecture has a part that a plain key-value cache
     cannot carry.
     """
-    own = model.config._attn_implementation
     attention.register()
     try:
+        model.set_attn_implementation(EAGER)
+        _check_cache(model, folder, where)
         model.set_attn_implementation(attention.NAME)
-        found = _decode(model)
-        model.set_attn_implementation(own)
-        expected = _log_probs(model, found.token_ids)
+        sampled = _decode(model, min(context_length(model.config.get_text_config()), 1 << 16))
+        model.set_attn_implementation(EAGER)
+        difference = max(_difference(model, *one) for one in sampled)
         model.set_attn_implementation(attention.NAME)
-    except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except FAULTS as error:
         raise UserError(
-            f"{where}: the engine 'transformers' cannot decode {folder!r} from slots ({error})"
+            f"{where}: the engine 'transformers' cannot decode {folder!r} from slots "
+            f"({first_line(error)})"
         ) from error
-    difference = float(np.abs(np.exp(found.log_probs) - np.exp(expected)).mean())
-    if not difference < CHECK_TOLERANCE:
+    limit = LARGEST_DIFFERENCE[model.dtype]
+    if not difference < limit:
         raise UserError(
-            f"{where}: the engine 'transformers' cannot serve {folder!r}: its token probabilities "
-            "differ by "
-            f"{difference:.3f} on average between decoding from slots and a plain forward pass "
-            f"(at most {CHECK_TOLERANCE})"
+            f"{where}: the engine 'transformers' cannot serve {folder!r}: the log-prob of a token "
+            f"differs by {difference:.3f} between decoding from slots and a plain forward pass "
+            f"(less than {limit:g} is rounding)"
         )
 
 
-def _decode(model: Any) -> Completion:
-    """A few tokens sampled from slots, with a twin in the batch."""
+def _check_cache(model: Any, folder: str, where: str) -> None:
+    """Raise UserError unless the model itself keeps its past in a plain cache of all layers."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    past = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if not isinstance(past, DynamicCache):
+        refuse_other_state(type(past).__name__, model.config.model_type, folder, where)
+
+
+def _decode(model: Any, context: int) -> list[tuple[np.ndarray, Completion]]:
+    """Prompts and what was sampled behind them, all in one batch and of unequal lengths."""
+    lengths = [max(1, min(length, context - CHECK_TOKENS)) for length in CHECK_LENGTHS]
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    prompts = [(np.arange(1, length + 1) * 7 % vocabulary).astype(np.int32) for length in lengths]
     decoder = Decoder(
-        model, frozenset({-1}), max_rows=2, max_length=len(CHECK_PROMPT) + CHECK_TOKENS
+        model, frozenset({-1}), max_rows=2 * len(prompts), max_length=max(lengths) + CHECK_TOKENS
     )
     sampling = Sampling(max_new_tokens=CHECK_TOKENS)
-    decoder.admit(
-        [[Running(CHECK_PROMPT, sampling, CHECK_TOKENS, i, UniformStream(0, i)) for i in range(2)]]
-    )
+    groups = [
+        [Running(prompt, sampling, CHECK_TOKENS, i, UniformStream(m, i)) for i in range(2)]
+        for m, prompt in enumerate(prompts)
+    ]
+    decoder.admit(groups)
     ended: list[Ended] = []
-    while not ended:
-        ended = decoder.step()
-    return ended[0][1]
+    while decoder.running:
+        ended += decoder.step()
+    return [(sequence.prompt_ids, completion) for sequence, completion in ended]
 
 
-def _log_probs(model: Any, token_ids: np.ndarray) -> np.ndarray:
-    """What a plain forward pass over the same tokens says of them."""
-    tokens = torch.tensor(
-        np.concatenate([CHECK_PROMPT, token_ids])[None].astype(np.int64), device=model.device
-    )
-    start = len(CHECK_PROMPT)
-    log_probs = (
-        model(input_ids=tokens[:, :-1], use_cache=False)
-        .logits[0, start - 1 :]
-        .float()
-        .log_softmax(-1)
-    )
-    chosen: np.ndarray = log_probs.gather(1, tokens[0, start:, None])[:, 0].cpu().numpy()
-    return chosen
+def _difference(model: Any, prompt: np.ndarray, found: Completion) -> float:
+    """Largest difference from what a plain forward pass over the same tokens says of them."""
+    tokens = np.concatenate([prompt, found.token_ids]).astype(np.int64)
+    ids = torch.from_numpy(tokens).to(model.device)
+    logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+    expected = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].cpu()
+    # NaN, from either side, is no match.
+    return float(np.nan_to_num(np.abs(expected.numpy() - found.log_probs), nan=np.inf).max())
 
 
 def _device(spec: EngineSpec) -> torch.device:
@@ -141,7 +146,7 @@ def _device(spec: EngineSpec) -> torch.device:
         device = torch.device(spec.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{spec.served.actor_path}.devices: {spec.device!r} is no device of this host "
             f"({reason})"

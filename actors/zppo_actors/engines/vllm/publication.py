@@ -20,7 +20,7 @@ from msgspec import Struct
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
 from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.values import PolicyManifest
 
@@ -71,7 +71,7 @@ def read_layout(folder: str, dtype: str, where: str) -> Layout:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{where}: {folder!r} is no causal language model ({reason})") from error
     first: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}

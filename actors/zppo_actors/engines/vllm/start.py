@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from zppo.config.topology import DTYPE_BYTES
 from zppo.errors import UserError
 from zppo.plan.engines.vllm import (
     CHUNKED_PREFILL,
     KV_POLICY,
-    WIDTHS,
     check_prompts_read_whole,
     check_vllm_arguments,
     check_vllm_sizes,
@@ -98,6 +98,9 @@ def defaults(spec: EngineSpec, facts: ModelFacts) -> dict[str, Any]:
         # length on the way; the next prompt with that picture then ends in an error. So nothing is
         # remembered.
         chosen["mm_processor_cache_gb"] = 0
+    if facts.bounded:
+        # Beyond it vLLM would turn all positions by other factors than the trainer does.
+        chosen["max_model_len"] = facts.context
     if spec.device == "cpu":
         chosen[CHUNKED_PREFILL] = False
     if spec.device != "cpu" or any(
@@ -158,7 +161,7 @@ def _check_memory(arguments: dict[str, Any], facts: ModelFacts, spec: EngineSpec
         sequence_bytes(arguments, facts, spec.served.model.dtype),
     )
     needed, free = (
-        facts.parameters * WIDTHS[spec.served.model.dtype] + cache,
+        facts.parameters * DTYPE_BYTES[spec.served.model.dtype] + cache,
         psutil.virtual_memory().available,
     )
     if needed > free:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -620,3 +621,49 @@ def test_architecture_with_other_state_is_a_user_error(tmp_path: Path) -> None:
         UserError, match=r"keeps other state than a key-value cache \(linear_attention\)"
     ):
         build(tmp_path)
+
+
+def test_a_model_whose_rows_depend_on_the_longest_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of one length do not show it."""
+    model = make_model("llama")
+    forward = model.model.forward
+
+    def longest(**inputs: Any) -> Any:
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"].amax(0, keepdim=True)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", longest)
+    with pytest.raises(UserError) as caught:
+        adopt_slots(model, "odd", "student.model")
+    assert re.fullmatch(
+        r"student\.model: the engine 'transformers' cannot serve 'odd': the log-prob of a token "
+        r"differs by \d+\.\d{3} between decoding from slots and a plain forward pass \(less than "
+        r"0\.01 is rounding\)",
+        str(caught.value),
+    )
+
+
+def test_a_model_that_keeps_no_plain_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    forward = model.forward
+
+    def forgetful(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    with pytest.raises(UserError) as caught:
+        adopt_slots(model, "odd", "student.model")
+    assert str(caught.value) == (
+        "student.model: 'odd' (llama) keeps other state than a key-value cache (NoneType), which "
+        "the engine 'transformers' does not serve"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_16_bits_is_no_other_computation(dtype: torch.dtype) -> None:
+    adopt_slots(make_model("llama").to(dtype), "a tiny model", "student.model")

@@ -14,6 +14,7 @@ import torch
 from engine_helpers import make_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from served import student_of
 from torch import Tensor
 
@@ -25,8 +26,10 @@ from zppo.plan.engines.vllm import (
     sequence_bytes,
 )
 from zppo.plan.model_folder import ModelFacts
+from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.vllm.engine import sequence_seed
 from zppo_actors.engines.vllm.publication import FileIdentity, Layout, Update, read_layout, verify
+from zppo_actors.engines.vllm.start import defaults
 from zppo_actors.weights import PublicationRefused, shared_memory
 
 Tensors = dict[str, Tensor]
@@ -222,6 +225,17 @@ def test_sequence_bytes_counts_whole_blocks() -> None:
     assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "float32") == 64 * token
     assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "bfloat16") == 32 * token
     assert sequence_bytes({"max_model_len": "auto"}, facts, "float32") == 1024 * token
+
+
+def test_a_context_that_ends_before_the_positions_is_told_to_vllm(tmp_path: Path) -> None:
+    """It would take all of them, and turn them by other factors than the trainer does."""
+    spec = EngineSpec(served=student_of(tmp_path, engine="vllm"), device="cuda")
+    (tmp_path / "config.json").write_text("{}")
+    facts = ModelFacts(
+        parameters=1, context=4096, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
+    )
+    assert "max_model_len" not in defaults(spec, facts)
+    assert defaults(spec, structs.replace(facts, bounded=True))["max_model_len"] == 4096
 
 
 def sizes(folder: Path, **arguments: Any) -> str:

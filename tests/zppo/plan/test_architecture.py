@@ -1,0 +1,175 @@
+"""What is read from a model's configuration, and what `--dry-run` refuses because of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zppo.config.load import load
+from zppo.errors import UserError
+from zppo.plan.architecture import NO_LIMIT, NO_SLOTS, context_of, other_state, window_of
+from zppo.plan.machine import Machine
+from zppo.plan.make import make_plan
+from zppo.plan.model_folder import inspect_model
+
+MACHINE = Machine(cores=4, memory=1 << 34, shared=1 << 34)
+PAGE = Path(__file__).parents[3] / "docs/models.md"
+LATE = r"cannot decode|cannot serve|\((NoneType|no attention heads)\)"
+"""What the engine says of a family of which the configuration said nothing."""
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({}, NO_LIMIT),
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 131072, "rope_parameters": LONG}, 4096),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "su", "long_factor": [], "short_factor": []},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"full_attention": LONG, "sliding_attention": {}},
+            },
+            4096,
+        ),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic"}}, 2048),
+        # Their factors are the same at every length.
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {**LONG, "rope_type": "yarn"},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 131072, "rope_scaling": None}, 131072),
+    ],
+)
+def test_context_ends_where_positions_change_their_meaning(
+    config: dict[str, Any], context: int
+) -> None:
+    assert context_of(config) == context
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 4096}, 4096),
+        ({"sliding_window": 4096, "use_sliding_window": False}, None),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}, 512),
+        ({"attention_chunk_size": 8192}, 8192),
+        ({"window_size": 256}, 256),
+    ],
+)
+def test_window_is_how_far_the_shortest_sighted_layer_looks(
+    config: dict[str, Any], window: int | None
+) -> None:
+    assert window_of(config) == window
+
+
+def test_state_beside_keys_and_values() -> None:
+    assert other_state({}) is None
+    assert other_state({"layer_types": ["full_attention", "sliding_attention"]}) is None
+    assert other_state({"layer_types": ["linear_attention", "full_attention"]}) == (
+        "linear_attention"
+    )
+    assert other_state({"block_types": ["recurrent", "recurrent", "attention"]}) == "recurrent"
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def planned(*overrides: str) -> list[str]:
+    """Notes of the plan of the small topology."""
+    return make_plan(load(Path("topology.yaml"), overrides), 6, MACHINE).notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"model_type": "roberta"},
+            "student.model: 'student' (roberta) is a masked language model, which sees the tokens "
+            "that it should predict; expected a decoder-only language model",
+        ),
+        (
+            {"model_type": "bart", "is_encoder_decoder": True},
+            "student.model: 'student' (bart) is an encoder-decoder; expected a decoder-only "
+            "language model",
+        ),
+        (
+            {"model_type": "recurrent_gemma", "block_types": ["recurrent", "attention"]},
+            "student.model: 'student' (recurrent_gemma) keeps other state than a key-value cache "
+            "(recurrent), which the engine 'transformers' does not serve",
+        ),
+        (
+            {"model_type": "falcon"},
+            "student.model: 'student' (falcon) asks more of attention or of a cache than the "
+            "engine 'transformers' has; expected a family that has a number in docs/models.md, or "
+            "the engine 'vllm'",
+        ),
+        (
+            {"sliding_window": 8},
+            "student.sampling.max_new_tokens is 8; expected less than 8, the context of 'student'",
+        ),
+        (
+            {"rope_parameters": LONG | {"original_max_position_embeddings": 8}},
+            "student.sampling.max_new_tokens is 8; expected less than 8, the context of 'student'",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_starts(
+    small: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    configure(small / "student", **changes)
+    with pytest.raises(UserError) as caught:
+        planned()
+    assert str(caught.value) == sentence.replace("'student'", repr(str(small / "student")))
+
+
+def test_families_without_slots_are_those_that_the_engine_refused() -> None:
+    """The page is what the engine itself said of a tiny model of each family."""
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines()]
+    found_late = {
+        row[0].removeprefix("| ") for row in rows if len(row) == 3 and re.search(LATE, row[2])
+    }
+    assert found_late == NO_SLOTS
+
+
+def test_a_window_bounds_only_the_engine_that_knows_none(small: Path) -> None:
+    configure(small / "student", sliding_window=16)
+    assert any("the student's context has 16" in note for note in planned())
+    assert not any(
+        "the student's context" in note for note in planned("actors.rollout.engine=simulated")
+    )
+
+
+def test_a_decoder_of_a_masked_family_may_be_tried(small: Path) -> None:
+    configure(small / "student", model_type="bert", is_decoder=True)
+    assert inspect_model(small / "student", "student.model").family == "bert"
+
+
+def test_sizes_have_older_names(small: Path) -> None:
+    path = small / "student" / "config.json"
+    path.write_text(
+        json.dumps({"n_head": 2, "n_embd": 8, "n_layer": 3, "n_positions": 32, "vocab_size": 16})
+    )
+    facts = inspect_model(small / "student", "student.model")
+    assert (facts.hidden, facts.layers, facts.kv_heads, facts.context) == (8, 3, 2, 32)

@@ -1,0 +1,117 @@
+"""A model is trained with an attention that computes what its authors' own does, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_cases import SMALL, group, llama, longhand_log_probs, trainer_of, window
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    MistralConfig,
+)
+
+from zppo.errors import UserError
+from zppo.training import attention
+from zppo.training.batch import assemble
+from zppo.training.policy import Policy
+
+
+def made(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def mistral(sliding_window: int | None) -> Any:
+    return made(
+        MistralConfig(
+            **SMALL, num_key_value_heads=1, sliding_window=sliding_window, initializer_range=0.5
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("sliding_window", "shares"), [(8, False), (1023, False), (1024, True), (None, True)]
+)
+def test_prompts_are_shared_only_where_no_window_ends_within_a_row(
+    sliding_window: int | None, shares: bool
+) -> None:
+    assert Policy(mistral(sliding_window)).shares_prompts is shares
+
+
+@pytest.mark.slow
+def test_a_window_shorter_than_a_shared_row_changes_no_log_prob() -> None:
+    trainer = trainer_of(mistral(8))
+    task = window(group("a", [1, 0, 0], lengths=[14, 9, 17]), group("b", [1, 0], lengths=[3, 20]))
+    rollouts = assemble(task, max_staleness=0, device=torch.device("cpu"))
+    found = torch.zeros(rollouts.tokens)
+    for batch in trainer.micro_batches(rollouts, np.arange(rollouts.sequences)):
+        targets = rollouts.token_ids_T[batch.tokens_R]
+        found[batch.tokens_R] = trainer.policy.log_probs(batch, targets, temperature=1.0)[0]
+    model = mistral(8)
+    model.set_attn_implementation("eager")
+    expected = [
+        longhand_log_probs(model, g.samples, index)
+        for g in task.groups
+        for index in range(len(g.rewards))
+    ]
+    torch.testing.assert_close(found.double(), torch.cat(expected).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_attention_that_leaves_something_out_gives_way_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Policy(llama()).model.config._attn_implementation == attention.NAME
+    products = attention.products_attention
+
+    def without_scale(*tensors: Any, **more: Any) -> Any:
+        return products(*tensors, **(more | {"scaling": 0.0}))
+
+    monkeypatch.setattr(attention, "products_attention", without_scale)
+    assert Policy(llama()).model.config._attn_implementation == "eager"
+
+
+def test_a_cap_of_the_scores_means_the_reference() -> None:
+    """At its usual 50 it changes less than a probe can tell from rounding in 16 bits."""
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8)
+    assert config.attn_logit_softcapping == 50.0
+    assert Policy(made(config)).model.config._attn_implementation == "eager"
+    config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, attn_logit_softcapping=None)
+    assert Policy(made(config)).model.config._attn_implementation == attention.NAME
+
+
+def test_a_model_whose_tokens_see_those_behind_them_is_refused() -> None:
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(**SMALL, initializer_range=0.5))
+    with pytest.raises(UserError) as caught:
+        Policy(model)
+    assert str(caught.value).startswith(
+        "student.model: '' (bert) cannot be trained: the log-prob of a token differs by "
+    )
+    assert str(caught.value).endswith(
+        " between a sequence alone and the same sequence in a batch (less than 0.01 is rounding)"
+    )
+
+
+def test_a_model_that_fails_on_the_probe_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama()
+    forward = model.forward
+
+    def short_alone(**inputs: Any) -> Any:
+        if inputs["input_ids"].shape[1] > 8:
+            raise IndexError("index out of range in self\nand more")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", short_alone)
+    with pytest.raises(UserError) as caught:
+        Policy(model, "teacher.model")
+    assert str(caught.value) == (
+        "teacher.model: '' (llama) cannot be trained (IndexError: index out of range in self)"
+    )

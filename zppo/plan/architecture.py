@@ -1,0 +1,152 @@
+"""What a model's configuration says of how it computes: up to which length its positions mean the
+same, how far it looks back, and what it carries from token to token.
+
+All rules read the text section of `config.json`, or the same settings of a loaded model as a
+mapping. What a configuration does not say is found by the checks that trainer and engine make of a
+loaded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zppo.errors import UserError
+
+NO_LIMIT = 2**31
+ALIASES = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+}
+"""Names that older families have for the usual sizes."""
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention",
+    "window_size",
+)
+"""Settings that bound how far back a layer looks, in tokens."""
+LENGTH_DEPENDENT = ("longrope", "su")
+"""Rotary embeddings that use other factors for every token as soon as one of a pass stands beyond
+the original context. (`dynamic` does so beyond `max_position_embeddings`, which bounds us
+anyway.)"""
+CARRIES_KEYS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
+"""Settings that say layer by layer, or in turn, what a layer is."""
+MASKED = frozenset(
+    {
+        *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+        "megatron-bert",
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
+        *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "reformer"),
+    }
+)
+"""Families that transformers loads as causal models, but that see the whole text unless their
+configuration says `is_decoder`."""
+
+NO_SLOTS = frozenset(
+    {
+        *("bamba", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "codegen"),
+        *("cpmant", "doge", "falcon", "falcon_h1", "git", "gpt_neo", "gpt_neox_japanese"),
+        *("gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "jamba", "mamba2", "marian", "mbart"),
+        *("mimo_v2_flash", "mpt", "mvp", "openai-gpt", "pegasus", "plbart", "trocr", "xglm"),
+        *("xlstm",),
+    }
+)
+"""Families that ask more of attention or of a cache than the engine 'transformers' has, though
+their configuration does not say so: those that its own check refuses in docs/models.md."""
+
+
+def setting(text: Mapping[str, Any], name: str) -> Any:
+    """The setting of this name, or of one of its older names; None without one."""
+    return next((text[one] for one in (name, *ALIASES.get(name, ())) if text.get(one)), None)
+
+
+def context_of(text: Mapping[str, Any]) -> int:
+    """Longest sequence in tokens, within which no position changes what another one computes."""
+    positions = setting(text, "max_position_embeddings")
+    bounds = [int(positions)] if positions else []
+    for rope in _rotary_settings(text):
+        kind = rope.get("rope_type") or rope.get("type")
+        original = rope.get("original_max_position_embeddings") or text.get(
+            "original_max_position_embeddings"
+        )
+        if kind in LENGTH_DEPENDENT and original:
+            bounds.append(int(original))
+    return min(bounds, default=NO_LIMIT)
+
+
+def _rotary_settings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Settings of the rotary embedding, which some models have one of for each type of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        found = text.get(name)
+        if isinstance(found, Mapping):
+            yield found
+            yield from (part for part in found.values() if isinstance(part, Mapping))
+
+
+def window_of(text: Mapping[str, Any]) -> int | None:
+    """How many tokens the most short-sighted layer looks back; None if all see everything."""
+    types = text.get("layer_types")
+    if types and set(types) == {"full_attention"}:
+        return None
+    names = [name for name in WINDOWS if text.get(name)]
+    if text.get("use_sliding_window") is False and not types:
+        names = [name for name in names if not name.startswith("sliding_window")]
+    sizes = [text[name] for name in names if isinstance(text[name], int)]
+    return min(sizes, default=None)
+
+
+def other_state(text: Mapping[str, Any]) -> str | None:
+    """What a layer carries from token to token beside keys and values; None if the configuration
+    names nothing."""
+    lists = [text[name] for name in LAYER_LISTS if isinstance(text.get(name), list | tuple)]
+    odd = sorted({str(kind) for kinds in lists for kind in kinds} - CARRIES_KEYS - {"attention"})
+    return ", ".join(odd) or None
+
+
+def bounded(text: Mapping[str, Any]) -> bool:
+    """Whether the context ends before the model's positions do."""
+    positions = setting(text, "max_position_embeddings")
+    return bool(positions) and context_of(text) < int(positions)
+
+
+def refuse_no_decoder(config: Mapping[str, Any], folder: Path | str, where: str) -> None:
+    """Raise UserError for a family that does not predict each token from those before it."""
+    family = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        what = "an encoder-decoder"
+    elif family in MASKED and not config.get("is_decoder"):
+        what = "a masked language model, which sees the tokens that it should predict"
+    else:
+        return
+    raise UserError(
+        f"{where}: {str(folder)!r} ({family}) is {what}; expected a decoder-only language model"
+    )
+
+
+def refuse_other_state(
+    state: str | None, family: str | None, folder: Path | str, where: str
+) -> None:
+    """Raise UserError for a `state` that the engine 'transformers' cannot carry."""
+    if state is not None:
+        raise UserError(
+            f"{where}: {str(folder)!r} ({family}) keeps other state than a key-value cache "
+            f"({state}), which the engine 'transformers' does not serve"
+        )
+
+
+def refuse_without_slots(family: str, folder: Path | str, where: str) -> None:
+    """Raise UserError for a family that the engine 'transformers' would refuse once it is
+    loaded."""
+    if family in NO_SLOTS:
+        raise UserError(
+            f"{where}: {str(folder)!r} ({family}) asks more of attention or of a cache than the "
+            "engine 'transformers' has; expected a family that has a number in docs/models.md, or "
+            "the engine 'vllm'"
+        )
