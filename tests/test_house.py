@@ -60,6 +60,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo_protocol",
     },
+    "zppo.diagnosis": {"zppo.errors", "zppo.records"},
     "zppo.scheduling": {
         "zppo.algorithm",
         "zppo.config",
@@ -86,7 +87,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.scheduling",
         "zppo_protocol",
     },
-    "zppo.report": {"zppo.errors", "zppo.records"},
+    "zppo.report": {"zppo.diagnosis", "zppo.errors", "zppo.records"},
     "zppo.comparison": {
         "zppo.algorithm",
         "zppo.config",
@@ -178,6 +179,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.algorithm",
         "zppo.config",
         "zppo.data",
+        "zppo.diagnosis",
         "zppo.errors",
         "zppo.plan",
         "zppo.prompting",

@@ -20,6 +20,7 @@ usage: zppo COMMAND …
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
+  zppo doctor RUN_DIR              what is wrong with a run, and which setting to change
   zppo --version
 """
 
@@ -78,6 +79,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _door("zppo.evaluate"),
     "compare": _door("zppo.compare"),
     "report": _door("zppo.report.cli"),
+    "doctor": _door("zppo.diagnosis.doctor"),
     "--version": _version,
     "--help": _help,
     "-h": _help,

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from zppo.errors import UserError
 from zppo.grading import parse_answer, quick_grade
-from zppo_actors.grading.handle import TIMED_OUT, GradeWorker, worker_command
+from zppo_actors.grading.handle import GradeWorker, worker_command
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
@@ -28,7 +28,7 @@ from zppo_protocol.messages import (
     TaskFailed,
 )
 from zppo_protocol.sockets import Dealer
-from zppo_protocol.values import Grade
+from zppo_protocol.values import TIMED_OUT, Grade
 
 CAPACITY = 8
 """Tasks on the way or waiting here: enough that the next one is at hand, few enough to share work

@@ -315,6 +315,7 @@ class Status(Message, frozen=True):
     gauges: dict[str, Finite]
     waiting: list[str]
     events: list[str]
+    advice: list[str] = []
 
 
 class Shutdown(Message, frozen=True):

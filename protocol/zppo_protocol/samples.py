@@ -29,9 +29,9 @@ class GroupSamples(Value, frozen=True):
     `token_ids` [T] int32 and `log_probs` [T] float32 hold the N completions end to end, `offsets`
     [N+1] int32 bounds them. `log_probs` are *behaviour* log-probs: natural logarithms under the
     distribution that was sampled. `version_spans` [S, 2] int32 run-length encodes, along the same
-    axis T, (token count, policy version); FROZEN (-1) is a frozen model, whose log-probs say nothing
-    of the policy. `texts` has N entries, or none where nobody reads them (a trainer's window).
-    Raises ProtocolError if they do not fit together.
+    axis T, (token count, policy version); FROZEN (-1) is a frozen model, whose log-probs say
+    nothing of the policy. `texts` has N entries, or none where nobody reads them (a trainer's
+    window). Raises ProtocolError if they do not fit together.
 
     An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are
     empty, `texts` has all N entries, and `usage` may tell the lengths. Such samples are graded and

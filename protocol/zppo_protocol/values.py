@@ -109,6 +109,10 @@ class Usage(Value, frozen=True):
     prompt_tokens: Count | None = None
 
 
+TIMED_OUT = "timed out"
+"""The note of a grade on a response that took too long to grade."""
+
+
 class Grade(Value, frozen=True):
     """The verdict on one response: reward in [0, 1], the parsed final answer, and why if something
     went wrong."""

@@ -75,7 +75,8 @@ def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> N
     order, said = start("--model", "student", "--data", "train.jsonl")
     assert order is not None and said == ""
     assert (
-        order.served.model.model == str(small / "student") and order.served.actor.engine == "transformers"
+        order.served.model.model == str(small / "student")
+        and order.served.actor.engine == "transformers"
     )
     assert order.served.model.dtype == "float32" and order.samples == 4
     assert order.served.model.sampling == msgspec.structs.replace(PAPER_SAMPLING, max_new_tokens=63)
@@ -104,7 +105,11 @@ def test_options_change_the_decoding(start: Start) -> None:
     assert order is not None and order.served.model.sampling == ResponseSampling(
         max_new_tokens=8, temperature=0.0
     )
-    assert (order.samples, order.seed, order.served.actor.engine_args) == (2, 5, {"max_sequences": 9})
+    assert (order.samples, order.seed, order.served.actor.engine_args) == (
+        2,
+        5,
+        {"max_sequences": 9},
+    )
 
 
 def test_variables_of_the_chat_template(start: Start) -> None:
@@ -153,7 +158,10 @@ def test_a_server_is_named_by_address_and_model(
         and order.served.actor.engine == "openai"
         and order.label == "big at http://127.0.0.1:8000/v1"
     )
-    assert order.served.actor.engine_args == {"base_url": "http://127.0.0.1:8000/v1", "max_concurrent": 3}
+    assert order.served.actor.engine_args == {
+        "base_url": "http://127.0.0.1:8000/v1",
+        "max_concurrent": 3,
+    }
     assert b"secret-key" not in msgspec.json.encode(order)
 
 

@@ -143,6 +143,9 @@ class Window(Struct, kw_only=True):
     """Visits with r̄_x < τ, known once the window is reformulated."""
     spent: dict[str, int] = field(default_factory=dict)
     """Tokens read and written by the teacher for what leaves no group here (`spend`)."""
+    tasks: dict[str, int] = field(default_factory=dict)
+    """What became of the window's tasks: `answered/POOL` and `given_up/POOL` count tasks,
+    `failed/KIND/ACTOR` counts tries."""
 
     @property
     def new_count(self) -> int:
@@ -154,6 +157,10 @@ class Window(Struct, kw_only=True):
         of the judge)."""
         for name, count in (("read", samples.read_tokens), ("written", samples.written_tokens)):
             self.spent[name] = self.spent.get(name, 0) + count
+
+    def count_task(self, outcome: str) -> None:
+        """Count one outcome under its name in `tasks`."""
+        self.tasks[outcome] = self.tasks.get(outcome, 0) + 1
 
     def student_groups(self) -> list[Group]:
         """All groups the student sampled."""

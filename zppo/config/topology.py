@@ -75,6 +75,10 @@ class RunConfig(Config, frozen=True, kw_only=True):
     """new starts from the last checkpoint after the controller or the trainer died"""
     no_progress_seconds: PositiveFloat = 600.0
     """the run is stopped, and what it waits for is named, after this long without progress"""
+    on_advice: Literal["warn", "stop"] = "warn"
+    """severe advice (zppo doctor): warn shows it, stop ends the run, resumable"""
+    silent_teacher_windows: NonNegative = 3
+    """a teacher that failed all tasks of so many windows in a row ends the run; 0: never"""
 
 
 class MethodConfig(Config, frozen=True, kw_only=True):

@@ -1,11 +1,12 @@
 """Grading: a response's final answer against the gold answer, by named rules."""
 
 from zppo.grading.boxes import last_boxed, parse_answer
-from zppo.grading.graders import GRADERS, Grader, get_grader, grade, quick_grade, shown_gold
+from zppo.grading.graders import GRADERS, NO_BOX, Grader, get_grader, grade, quick_grade, shown_gold
 from zppo.grading.judge import judged, says_correct
 
 __all__ = [
     "GRADERS",
+    "NO_BOX",
     "Grader",
     "get_grader",
     "grade",

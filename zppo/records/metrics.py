@@ -2,9 +2,9 @@
 trained window.
 
 Names are flat with slashes. One trained step is one line of `metrics.jsonl` and one TensorBoard
-step. A name that holds `<kind>` or `<entry>` stands for a family: kinds are those of
-`zppo.algorithm.window`, entries are accuracies at admission as `entry_name` writes them. The
-functions are pure: values in, a flat dict out. `docs/metrics.md` is held to this table.
+step. A name that holds `<kind>`, `<entry>`, `<pool>` or `<actor>` stands for a family: kinds are
+those of `zppo.algorithm.window`, entries are accuracies at admission as `entry_name` writes them.
+The functions are pure: values in, a flat dict out. `docs/metrics.md` is held to this table.
 
 Shape legend: T response tokens of a group laid end to end, N completions of a group.
 """
@@ -12,15 +12,18 @@ Shape legend: T response tokens of a group laid end to end, N completions of a g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import HINT, PLAIN, Group, Visit, Window
+from zppo.grading import NO_BOX
+from zppo.records.candidate_audit import AUDIT_METRICS, audit
 from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import TIMED_OUT
 
 Scalars: TypeAlias = dict[str, float | int]
 LASTING_FATES = ("admitted", "graduated", "evicted")
@@ -39,6 +42,8 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("time/step", "s", "From the end of the previous step to the end of this one."),
     Metric("time/trainer_wait", "s", "Part of the step in which the trainer had no window to train on."),
     Metric("time/rollout_idle", "share", "Share of sequence slots of the rollout actors that sampled nothing."),
+    Metric("time/grader_busy", "share",
+           "Share of the step in which every grader had work, looked at twice a second."),
     Metric("accuracy/plain", "share", "Mean reward of all plain rollouts, new and replayed questions."),
     Metric("accuracy/new", "share", "Mean reward of plain rollouts of new questions, a fair sample of the corpus."),
     Metric("accuracy/replay", "share", "Mean reward of plain rollouts of replayed questions."),
@@ -55,6 +60,16 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("staleness/in_queue", "versions", "Versions published after its last token, mean over rollouts."),
     Metric("length/mean", "tokens", "Mean response length of the trained rollouts."),
     Metric("length/truncated", "share", "Share of trained rollouts that hit the length limit."),
+    Metric("answers/missing", "share",
+           "Student's responses in which the grader found no final answer (no box)."),
+    Metric("answers/timed_out", "share",
+           "Student's responses whose grading was cut off by the time limit."),
+    Metric("tasks/answered/<pool>", "tasks",
+           "Tasks of the window that a pool (rollout, teacher, grader) answered."),
+    Metric("tasks/given_up/<pool>", "tasks", "Tasks of the window that a pool failed for good."),
+    Metric("tasks/failed/<kind>/<actor>", "tries",
+           "Tries of this kind that an actor reported as failed."),
+    *(Metric(name, "share", meaning) for name, meaning in AUDIT_METRICS.items()),
     Metric("tokens/generated", "tokens", "Response tokens of the trained rollouts of this step."),
     Metric("tokens/teacher", "tokens", "Response tokens of the teacher's answers, as far as its engine counts them."),
     Metric("compute/student_read", "tokens", "Prompt tokens of what the student sampled, once for each group."),
@@ -128,7 +143,9 @@ STATUS_COUNTERS: tuple[Metric, ...] = (
         "questions",
         "Part of buffer_size that was admitted at this accuracy.",
     ),
-    Metric("tokens_generated", "tokens", "Trained response tokens so far."),
+    Metric("tokens_generated", "tokens", "Response tokens of the trained steps so far."),
+    Metric("updates", "updates", "Optimizer updates made so far."),
+    Metric("failed/<kind>/<actor>", "tries", "Tries of this kind that the actor failed so far."),
     Metric("restarts", "processes", "Actors restarted so far."),
     Metric(
         "reissued", "tasks", "Tasks sent out again because their actor died or made no progress."
@@ -144,7 +161,14 @@ STATUS_GAUGES: tuple[Metric, ...] = (
     Metric(
         "accuracy_<kind>", "share", "accuracy/<kind> of the last step that had groups of this kind."
     ),
-    Metric("accuracy_first", "share", "accuracy/new of the first step of the run."),
+    Metric(
+        "accuracy_first_<kind>", "share", "Mean of that accuracy over the first tenth of its steps."
+    ),
+    Metric("accuracy_last_<kind>", "share", "The same over the last tenth."),
+    Metric("answers_missing", "share", "answers/missing of the last step."),
+    Metric("answers_timed_out", "share", "answers/timed_out of the last step."),
+    Metric("truncated", "share", "length/truncated of the last step."),
+    Metric("wall_seconds", "s", "Time in training so far, as in metrics.jsonl."),
     Metric("heldout_before", "share", "Held-out accuracy before the first step."),
     Metric("heldout_last", "share", "Latest held-out accuracy."),
     Metric("staleness_mean", "versions", "staleness/mean of the last step."),
@@ -211,8 +235,8 @@ def mean_accuracy(groups: Iterable[Group]) -> float | None:
 
 
 def window_metrics(window: Window, step: int) -> Scalars:
-    """What a trained window itself tells: accuracy/, window/, staleness/, length/ and tokens/ of
-    `STEP_METRICS`."""
+    """What a trained window itself tells: accuracy/, window/, staleness/, length/, answers/,
+    tasks/, audit/ and tokens/ of `STEP_METRICS`."""
     sampled = window.student_groups()
     return {
         **_composition(window),
@@ -220,6 +244,9 @@ def window_metrics(window: Window, step: int) -> Scalars:
         **staleness_metrics(sampled, step),
         **_compression(window.visits),
         **_lengths(sampled),
+        **_answers(sampled),
+        **{f"tasks/{outcome}": n for outcome, n in sorted(window.tasks.items())},
+        **audit(window),
         "tokens/teacher": sum(
             _tokens(group) for visit in window.visits for group in visit.teacher_groups()
         ),
@@ -333,12 +360,19 @@ def _lengths(groups: Sequence[Group]) -> Scalars:
     return {"tokens/generated": tokens, **shares}
 
 
+def _answers(groups: Sequence[Group]) -> Scalars:
+    notes = [grade.note for group in groups for grade in group.grades or ()]
+    names = {"answers/missing": NO_BOX, "answers/timed_out": TIMED_OUT}
+    return {name: notes.count(note) / len(notes) for name, note in names.items() if notes}
+
+
 def _tokens(group: Group) -> int:
     return response_tokens(group.samples) if group.samples is not None else 0
 
 
 KIND_TITLES = {"bcq": "BCQ", "ncq": "NCQ", "hint": "hint", "prefix": "prefix"}
 """Reformulated kinds as they are shown; others go by their own name."""
+FAILED_PREFIX = "tasks/failed/"
 _NOT_KINDS = ("new", "replayed", "hard")
 
 
@@ -346,6 +380,14 @@ def reformulated_kinds(line: Mapping[str, object]) -> list[str]:
     """The reformulated kinds that a line of `metrics.jsonl` counts."""
     names = [name.removeprefix("window/") for name in line if name.startswith("window/")]
     return [name for name in names if name not in _NOT_KINDS]
+
+
+def failed_tries(line: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """(kind, actor, tries) of what a line of `metrics.jsonl` counts as failed."""
+    for name, tries in line.items():
+        if name.startswith(FAILED_PREFIX):
+            kind, actor = name.removeprefix(FAILED_PREFIX).split("/")
+            yield kind, actor, int(tries)
 
 
 def table_row(metric: Metric) -> str:

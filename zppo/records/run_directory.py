@@ -3,9 +3,9 @@
 Layout: `run.json`, `journal.sqlite`, `checkpoints/step-N/`, `metrics.jsonl`, `tensorboard/`,
 `rollouts/`, `logs/`, `bad_rows.txt`, `report/`. `run.json` is written aside and renamed, so a
 reader sees a whole record or none. A run keeps its directory for good; its `run_id` changes each
-time its processes start anew, so that a message from an earlier attempt can be told apart. One process
-at a time may hold the directory: `hold` takes a file lock that the kernel lets go of when the
-process ends, however it ends.
+time its processes start anew, so that a message from an earlier attempt can be told apart. One
+process at a time may hold the directory: `hold` takes a file lock that the kernel lets go of when
+the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ RECORDED_PACKAGES = (
 
 
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins from,
-    else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`)."""
+    """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins
+    from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`)."""
 
     run_id: str
     created: str

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from zppo.errors import UserError
-from zppo.records.metrics import entry_name, reformulated_kinds
+from zppo.records.metrics import entry_name, failed_tries, reformulated_kinds
 
 Record = dict[str, Any]
 
@@ -136,8 +136,34 @@ def step_totals(steps: Sequence[Mapping[str, Any]]) -> Record:
         "accuracy_first": first,
         "accuracy_last": last,
         "tokens_generated": total("tokens/generated"),
+        "updates": total("train/updates")
+        if any("train/updates" in line for line in steps)
+        else None,
+        **_responses(steps),
+        **_failures(steps),
         "wall_seconds": max((line.get("wall_seconds", 0.0) for line in steps), default=0.0),
     }
+
+
+def _responses(steps: Sequence[Mapping[str, Any]]) -> Record:
+    """Shares of the student's responses, means over the steps that measured them."""
+    names = {
+        "answers_missing": "answers/missing",
+        "truncated": "length/truncated",
+        "answers_timed_out": "answers/timed_out",
+    }
+    known = {key: [line[name] for line in steps if name in line] for key, name in names.items()}
+    return {key: sum(v) / len(v) if v else None for key, v in known.items()}
+
+
+def _failures(steps: Sequence[Mapping[str, Any]]) -> Record:
+    by_kind: Counter[str] = Counter()
+    by_actor: Counter[str] = Counter()
+    for line in steps:
+        for kind, actor, tries in failed_tries(line):
+            by_kind[kind] += tries
+            by_actor[actor] += tries
+    return {"failed_tasks": dict(by_kind), "failed_tasks_by_actor": dict(by_actor)}
 
 
 def _other_kinds(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -151,12 +177,34 @@ def accuracy_ends(steps: Sequence[Mapping[str, Any]]) -> tuple[float | None, flo
 
     New questions only, because replayed ones are hard by selection and would hide what was learnt.
     """
-    values = [line.get("accuracy/new", line.get("accuracy/plain")) for line in steps]
-    known = [float(value) for value in values if value is not None]
-    if not known:
+    values = [plain_accuracy(line) for line in steps]
+    return ends([float(value) for value in values if value is not None])
+
+
+def plain_accuracy(line: Mapping[str, Any]) -> float | None:
+    """A step's accuracy on new questions; on all, where it had none that were new."""
+    return line.get("accuracy/new", line.get("accuracy/plain"))
+
+
+def ends(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean over the first and the last tenth of a series, one value at least; None if it is empty.
+
+    What every place of this project means by "first → last".
+    """
+    if not values:
         return None, None
-    width = max(1, round(len(known) / 10))
-    return sum(known[:width]) / width, sum(known[-width:]) / width
+    width = max(1, round(len(values) / 10))
+    return sum(values[:width]) / width, sum(values[-width:]) / width
+
+
+def end_gauges(kind: str, values: Sequence[float]) -> dict[str, float]:
+    """The two ends under their names in the live view, `accuracy_first_bcq` and so on."""
+    first, last = ends(values)
+    return (
+        {}
+        if first is None or last is None
+        else {f"accuracy_first_{kind}": first, f"accuracy_last_{kind}": last}
+    )
 
 
 def topology_value(run: Record, *path: str, default: Any = None) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from zppo.diagnosis.examine import diagnosed
 from zppo.errors import Parser, UserError
 from zppo.records.atomic_file import written_whole
-from zppo.records.summary import summarise
 from zppo.report.load import load_run
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             print(
                 msgspec.json.format(
-                    msgspec.json.encode(summarise(arguments.run)), indent=2
+                    msgspec.json.encode(diagnosed(arguments.run)), indent=2
                 ).decode()
             )
         if arguments.out is not None or not arguments.json:

@@ -13,12 +13,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from zppo.records.metrics import KIND_TITLES
 from zppo.report import plots
 from zppo.report.load import RunData
 from zppo.report.plots import BIN_COLOURS, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 STEP = "rollout step"
 MOST_VISITS = 10
+KIND_COLOURS = {
+    "plain": SKY,
+    "bcq": GREEN,
+    "ncq": VERMILION,
+    "hint": PURPLE,
+    "prefix": BLUE,
+}
 
 
 class Drawing(NamedTuple):
@@ -331,7 +339,7 @@ def throughput(run: RunData) -> _Sketch | None:
     return _Sketch(
         figure,
         "Throughput and waiting",
-        "Response tokens that entered the loss, over wall-clock time.",
+        "Response tokens of the trained rollouts, over wall-clock time.",
     )
 
 
@@ -357,8 +365,63 @@ def off_policy(run: RunData) -> _Sketch | None:
     return _Sketch(figure, "Off-policy distance", caption)
 
 
+def outcomes(run: RunData) -> _Sketch | None:
+    """Which groups still have a gradient, and whose replies all agree, by kind of prompt."""
+    kinds = [kind for kind in KIND_COLOURS if len(run.series(f"audit/{kind}/mixed").steps)]
+    if len(kinds) < 2:  # without rewritten prompts there are no candidates to audit
+        return None
+    figure, panels = plots.canvas(2)
+    parts = (("mixed", "Groups with right and wrong replies"), ("unanimous", "Groups that agree"))
+    for axes, (name, title) in zip(panels, parts, strict=True):
+        for kind in kinds:
+            series = run.series(f"audit/{kind}/{name}")
+            plots.line(axes, *series, KIND_COLOURS[kind], KIND_TITLES.get(kind, kind))
+        plots.label(axes, title, STEP, "share of the groups")
+        plots.shares(axes)
+        plots.legend(axes)
+    _steps_on(*panels)
+    caption = (
+        "Only a group with right and wrong replies has a gradient; accuracy alone does not tell. "
+        "Groups agree when all their replies end in the same answer."
+    )
+    return _Sketch(figure, "What still carries a signal", caption)
+
+
+def slots(run: RunData) -> _Sketch | None:
+    """Replies to two candidates: what they repeat, and which slot they pick."""
+    name = "audit/bcq/picked_first"
+    if not len(run.series(name).steps):
+        return None
+    figure, panels = plots.canvas(3)
+    drawn = (
+        ("Replies that repeat a candidate", "share of the replies", (
+            ("audit/bcq/right_repeats", "BCQ, right: the right one", GREEN),
+            ("audit/bcq/wrong_repeats", "BCQ, wrong: the wrong one", VERMILION),
+            ("audit/ncq/listed_repeats", "NCQ: a listed one", PURPLE))),
+        ("BCQ picks of the first slot", "share of the picks", (
+            (f"{name}_right_first", "it is right", GREEN),
+            (f"{name}_right_second", "it is wrong", VERMILION))),
+        ("The same by length of the question", "share of the picks", (
+            (f"{name}_short", "short", SKY), (f"{name}_long", "long", BLUE))),
+    )  # fmt: skip
+    for axes, (title, unit, lines) in zip(panels, drawn, strict=True):
+        for metric, text, colour in lines:
+            if len(run.series(metric).steps):
+                plots.line(axes, *run.series(metric), colour, text)
+        plots.label(axes, title, STEP, unit)
+        plots.shares(axes, 1.05)
+        plots.legend(axes)
+    _steps_on(*panels)
+    caption = (
+        "As in Tables 16 and 17, by step. A student that reads the candidates picks the first slot "
+        "where it is right and not where it is wrong; one that picks by place does not care."
+    )
+    return _Sketch(figure, "What replies do with candidates", caption)
+
+
 SECTIONS: dict[str, Sequence[Callable[[RunData], _Sketch | None]]] = {
     "Learning": (heldout, composition, dynamics, training),
+    "The candidates": (outcomes, slots),
     "The replay buffer": (graduations, fates, occupancy, visits, bins),
     "The machine": (staleness, off_policy, throughput),
 }

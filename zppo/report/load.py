@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec import Struct
 
-from zppo.records.summary import Record, read_lines, require_run, summarise, topology_value
+from zppo.diagnosis.examine import diagnosed
+from zppo.records.summary import Record, read_lines, require_run, topology_value
 
 MAX_BINS = 8
 """As many bins as there are colours that colour-blind readers can tell apart."""
@@ -94,5 +95,5 @@ def load_run(run_dir: Path) -> RunData:
         steps=read_lines(run_dir / "metrics.jsonl"),
         fates=read_lines(run_dir / "fates.jsonl"),
         heldout=read_lines(run_dir / "heldout.jsonl"),
-        summary=summarise(run_dir),
+        summary=diagnosed(run_dir),
     )

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from zppo.report.audit_table import audit_table
 from zppo.report.browser import BrowserData, browser_data, embed
 from zppo.report.figures import draw_all
 from zppo.report.load import RunData
@@ -35,14 +36,28 @@ def render_page(run: RunData) -> str:
         (ASSETS / "page.css").read_text("utf-8"),
     )
     return _environment().get_template("page.html.j2").render(
-        title=run.setting("run", "name", default=run.run_dir.name), method=run.summary["method"],
-        run=run.run, folder=run.run_dir.name,
-        verdict=run.summary["verdict"] or "no verdict recorded", tiles=tiles(run.summary),
-        sentences=sentences(run), sections=[(name, list(group)) for name, group in groupby(drawings,
-        key=lambda drawing: drawing.section)], summary=run.summary,
-        settings=list(flatten(run.run.get("topology", {}))), browser_note=browser_note(browser),
-        has_questions=bool(browser.questions), data=Markup(embed(browser)), script=Markup(script),
-        style=Markup(style), script_digest=digest(script), style_digest=digest(style),
+        title=run.setting("run", "name", default=run.run_dir.name),
+        method=run.summary["method"],
+        run=run.run,
+        folder=run.run_dir.name,
+        verdict=run.summary["verdict"] or "no verdict recorded",
+        tiles=tiles(run.summary),
+        sentences=sentences(run),
+        advice=run.summary["advice"],
+        audit=audit_table(run),
+        sections=[
+            (name, list(group))
+            for name, group in groupby(drawings, key=lambda drawing: drawing.section)
+        ],
+        summary={key: value for key, value in run.summary.items() if key != "advice"},
+        settings=list(flatten(run.run.get("topology", {}))),
+        browser_note=browser_note(browser),
+        has_questions=bool(browser.questions),
+        data=Markup(embed(browser)),
+        script=Markup(script),
+        style=Markup(style),
+        script_digest=digest(script),
+        style_digest=digest(style),
     )  # fmt: skip
 
 

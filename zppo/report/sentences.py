@@ -16,7 +16,10 @@ def sentences(run: RunData) -> list[str]:
         return ["No step has been trained yet.", *_evaluated(run)]
     parts = [
         _work(summary),
+        _updates(summary),
         *_evaluated(run),
+        _responses(summary),
+        _failures(summary),
         *_buffer(summary),
         _staleness(run),
         _promise(summary),
@@ -47,7 +50,36 @@ def _work(summary: Mapping[str, Any]) -> str:
     if rewritten:
         counts = [f"{n:,} {KIND_TITLES.get(kind, kind)}" for kind, n in rewritten.items()]
         text += f", and on {' and '.join(counts)} groups"
-    return f"{text}; {summary['tokens_generated']:,} response tokens entered the loss."
+    return f"{text}; {summary['tokens_generated']:,} response tokens were sampled for it."
+
+
+def _updates(summary: Mapping[str, Any]) -> str:
+    """Sampling is no training: only updates change the student."""
+    updates = summary["updates"]
+    if updates is None:
+        return ""
+    if updates == 0:
+        return "NOT ONE UPDATE WAS MADE: the student is what it was before."
+    return f"The optimizer made {updates:,} updates."
+
+
+def _responses(summary: Mapping[str, Any]) -> str:
+    parts = {
+        "answers_missing": "had no boxed answer",
+        "truncated": "were cut off at the length limit",
+        "answers_timed_out": "could not be graded in time",
+    }
+    known = [f"{100 * summary[key]:.3g} % {what}" for key, what in parts.items() if summary[key]]
+    return f"Of the student's responses, {', '.join(known)}." if known else ""
+
+
+def _failures(summary: Mapping[str, Any]) -> str:
+    """Tries that failed, by kind of task and by actor."""
+    if not summary["failed_tasks"]:
+        return ""
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in summary["failed_tasks"].items())
+    actors = ", ".join(f"{n:,} of {actor}" for actor, n in summary["failed_tasks_by_actor"].items())
+    return f"Tasks that failed: {kinds} ({actors})."
 
 
 def _evaluated(run: RunData) -> list[str]:

@@ -263,6 +263,7 @@ class Scheduler:
             return []
         self.dispatcher.accept(answer.task_id, answer.actor, answer.incarnation)
         target = self.targets.pop(answer.task_id)
+        _count(target, f"answered/{job.pool}")
         self.stages.received(target, answer)
         self._completed(target, answer.now)
         return [Accepted(answer.task_id)]
@@ -272,12 +273,15 @@ class Scheduler:
         job = self.dispatcher.give_back(failed.task_id, failed.actor, failed.incarnation)
         if job is None:
             return
+        target = self.targets[failed.task_id]
+        _count(target, f"failed/{target.kind}/{failed.actor}")
         attempts = self.dispatcher.attempts(failed.task_id)
         if failed.retryable and attempts < self.topology.scheduler.max_attempts:
             self.dispatcher.submit(job)
             return
         self.dispatcher.drop(failed.task_id)
-        target = self.targets.pop(failed.task_id)
+        del self.targets[failed.task_id]
+        _count(target, f"given_up/{job.pool}")
         try:
             self.stages.give_up(target, failed.reason)
         except CannotGoOn as error:
@@ -453,6 +457,12 @@ class Scheduler:
         if place is not None:
             return self.pacer.min_version(place.window.index)
         return self.evaluation.step if self.evaluation is not None else 0
+
+
+def _count(target: Target, outcome: str) -> None:
+    """Count what became of a try with the window; evaluations have none."""
+    if target.place is not None:
+        target.place.window.count_task(outcome)
 
 
 def _misfit(answer: Answer, job: Job) -> str | None:

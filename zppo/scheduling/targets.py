@@ -14,6 +14,7 @@ from msgspec import Struct
 from zppo.algorithm.composition import Composition
 from zppo.algorithm.reformulations import Preparation
 from zppo.algorithm.window import EVALUATE, PLAIN, SCORE, TEACHER, Candidate, Group, Visit, Window
+from zppo.config.topology import JUDGE
 from zppo.data.question import Question
 
 Order: TypeAlias = tuple[int, int]
@@ -54,6 +55,11 @@ class SampleTarget(GroupTarget, frozen=True, kw_only=True):
         return self.group.id
 
     @property
+    def kind(self) -> str:
+        """What is asked for, in one word, for the counts of a window."""
+        return self.group.kind
+
+    @property
     def name(self) -> str:
         """In plain words, for the live view."""
         return self.group.kind
@@ -65,6 +71,10 @@ class GradeTarget(GroupTarget, frozen=True, kw_only=True):
     @property
     def task_id(self) -> str:
         return f"{self.group.id}/grade"
+
+    @property
+    def kind(self) -> str:
+        return "grade"
 
     @property
     def name(self) -> str:
@@ -79,6 +89,10 @@ class JudgeTarget(GroupTarget, frozen=True, kw_only=True):
     @property
     def task_id(self) -> str:
         return f"{self.group.id}/judge-{self.response}"
+
+    @property
+    def kind(self) -> str:
+        return JUDGE
 
     @property
     def name(self) -> str:
@@ -103,8 +117,12 @@ class PrepareTarget(Struct, frozen=True, kw_only=True):
         return self.place.window.index, 0
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         return self.preparation
+
+    @property
+    def name(self) -> str:
+        return self.kind
 
 
 class ScoreTarget(Struct, frozen=True, kw_only=True):
@@ -122,8 +140,12 @@ class ScoreTarget(Struct, frozen=True, kw_only=True):
         return self.place.window.index, 0
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         return SCORE
+
+    @property
+    def name(self) -> str:
+        return self.kind
 
 
 Target: TypeAlias = SampleTarget | GradeTarget | JudgeTarget | PrepareTarget | ScoreTarget

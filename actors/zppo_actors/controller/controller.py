@@ -31,6 +31,7 @@ from zppo.scheduling.dispatch import Assignment
 from zppo.scheduling.heldout import EvaluationResult
 from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
 from zppo.scheduling.waiting import waiting
+from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
@@ -130,7 +131,9 @@ class Controller:
         self.pools = {plan.name: plan.pool for plan in table}
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None
+        self.advisor = Advisor(context, self.recorder, self.scheduler.next_index)
         self.stop_reason: str | None = None
+        self.stop_code = EXIT_INTERRUPTED
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
@@ -175,11 +178,18 @@ class Controller:
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
             self._watch(now)
-            self.clock.sample(self.peers)
+            self.clock.sample(self.peers, self.scheduler.dispatcher.leases)
             self._send(SUPERVISOR, self._status())
 
     def _status(self) -> messages.Status:
-        return build_status(self.scheduler, self.peers, self.recorder, self.clock, self._waiting())
+        return build_status(
+            self.scheduler,
+            self.peers,
+            self.recorder,
+            self.clock,
+            self._waiting(),
+            self.advisor.lines,
+        )
 
     def _feed(self, event: events.Event, now: float) -> bool:
         """Tell the scheduler, and carry out what comes of it; says whether an answer was
@@ -281,10 +291,18 @@ class Controller:
         if stopped:
             self.verdict = messages.RunEnded(
                 verdict=f"{self.stop_reason}: {steps} are trained and saved",
-                exit_code=EXIT_INTERRUPTED,
+                exit_code=self.stop_code,
             )
         else:
-            self.verdict = messages.RunEnded(verdict=f"finished: {steps}", exit_code=0)
+            self.verdict = messages.RunEnded(
+                verdict=f"finished: {steps}{self.advisor.remark}", exit_code=0
+            )
+
+    def _stop(self, reason: str, exit_code: int) -> None:
+        """Begin nothing new; the run ends once its last step is saved. The first reason stays."""
+        if self.stop_reason is None:
+            self.stop_reason, self.stop_code = reason, exit_code
+            self.scheduler.handle(events.StopAsked())
 
     def _say_failed_checkpoint(self, now: float) -> None:
         """Training goes on without a checkpoint that could not be written; the last one of a run is
@@ -376,8 +394,7 @@ class Controller:
             case messages.ActorsMoving():
                 return self._moving(message.actors, now)
             case messages.StopRequested():
-                self.stop_reason = message.reason
-                self.scheduler.handle(events.StopAsked())
+                self._stop(message.reason, EXIT_INTERRUPTED)
             case messages.Goodbye():
                 if message.reason:
                     self.recorder.event(name, "left", message.reason)
@@ -457,14 +474,17 @@ class Controller:
             events.StepTrained(step=message.step, seconds=message.seconds)
         )
         assert isinstance(trained, events.Trained)
-        self.recorder.trained(trained, message, self.scheduler.buffer, self.clock.step_done(now))
+        line = self.recorder.trained(
+            trained, message, self.scheduler.buffer, self.clock.step_done(now)
+        )
         done = self.scheduler.trained
+        last = done >= self.scheduler.total_steps
         # After the records: a checkpoint is never ahead of its journal.
-        if (
-            done % self.context.topology.checkpoints.every == 0
-            or done >= self.scheduler.total_steps
-        ):
+        if last or done % self.context.topology.checkpoints.every == 0:
             self._save()
+        reason = self.advisor.step(line, last=last)
+        if reason is not None:
+            self._stop(reason, EXIT_FAILED)
 
     # ---- peers -----------------------------------------------------------------------------------
 

@@ -8,24 +8,25 @@ live view.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 
 from zppo.algorithm.composition import trained_members
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
-from zppo.algorithm.window import Window
+from zppo.algorithm.window import PLAIN, Window
 from zppo.records.flops import token_counts
 from zppo.records.metrics import (
     LASTING_FATES,
     Scalars,
     buffer_metrics,
     entry_name,
+    failed_tries,
     outcomes,
     reformulated_kinds,
     trainer_metrics,
     window_metrics,
 )
-from zppo.records.summary import read_lines
+from zppo.records.summary import end_gauges, plain_accuracy, read_lines
 from zppo.scheduling.events import Trained
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.file_thread import Background
@@ -51,6 +52,7 @@ class Recorder:
         self.gauges: dict[str, float] = {
             "max_staleness": float(context.topology.scheduler.max_staleness)
         }
+        self._accuracies: defaultdict[str, list[float]] = defaultdict(list)
         self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
         self._recall(context)
 
@@ -67,9 +69,9 @@ class Recorder:
 
     def trained(
         self, trained: Trained, message: StepTrained, buffer: ReplayBuffer, waits: Scalars
-    ) -> None:
+    ) -> Scalars:
         """One finished step: the journal gets what the trainer says it trained, not what it was
-        sent."""
+        sent. Returns the step's line of metrics.jsonl."""
         window, fates = trained.window, trained.fates
         self.journal.record_trained(
             message.step, window.index, journal_rows(trained, message.group_ids)
@@ -89,6 +91,7 @@ class Recorder:
             self.sinks.write_rollouts, message.step, window, outcomes(fates), members
         )
         self._add(line)
+        return line
 
     def evaluated(self, result: EvaluationResult) -> None:
         self.sinks.write_heldout(result)
@@ -112,15 +115,24 @@ class Recorder:
             self.totals[total] += int(line.get(name, 0))
         for kind in reformulated_kinds(line):
             self.totals[f"groups_{kind}"] += int(line[f"window/{kind}"])
-            if f"accuracy/{kind}" in line:
-                self.gauges[f"accuracy_{kind}"] = float(line[f"accuracy/{kind}"])
+            self._accuracy(kind, line.get(f"accuracy/{kind}"))
+        self._accuracy(PLAIN, plain_accuracy(line))
+        for kind, actor, tries in failed_tries(line):
+            self.totals[f"failed/{kind}/{actor}"] += tries
         for gauge, name in _LATEST.items():
             if name in line:
                 self.gauges[gauge] = float(line[name])
-        self.gauges.setdefault("accuracy_first", float(line.get("accuracy/new", 0.0)))
         self.gauges["staleness_max"] = max(
             self.gauges.get("staleness_max", 0.0), float(line.get("staleness/max", 0))
         )
+
+    def _accuracy(self, kind: str, value: float | None) -> None:
+        """The newest accuracy of a kind, and its mean over the first and the last tenth."""
+        if value is not None:
+            series = self._accuracies[kind]
+            series.append(float(value))
+            self.gauges[f"accuracy_{kind}"] = series[-1]
+            self.gauges |= end_gauges(kind, series)
 
     def _heldout(self, step: int, accuracy: float) -> None:
         self.gauges["heldout_before" if step == 0 else "heldout_last"] = accuracy
@@ -145,11 +157,15 @@ _SUMMED = {
     "graduated": "buffer/graduated",
     "evicted": "buffer/evicted",
     "tokens_generated": "tokens/generated",
+    "updates": "train/updates",
 }
 _LATEST = {
-    "accuracy_plain": "accuracy/new",
     "staleness_mean": "staleness/mean",
     "step_seconds": "time/step",
+    "wall_seconds": "wall_seconds",
+    "answers_missing": "answers/missing",
+    "answers_timed_out": "answers/timed_out",
+    "truncated": "length/truncated",
 }
 
 

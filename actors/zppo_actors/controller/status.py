@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from zppo.records.metrics import Scalars
 from zppo.scheduling.scheduler import Scheduler
@@ -23,6 +24,7 @@ class StepClock:
         self._free_since: float | None = None
         self._waited = 0.0
         self._idle: list[float] = []
+        self._graders_busy: list[bool] = []
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
 
     def trainer_free(self, now: float) -> None:
@@ -33,8 +35,12 @@ class StepClock:
             self._waited = now - self._free_since
         self._free_since = None
 
-    def sample(self, peers: Peers) -> None:
-        """Look at the rollout engines once: the share of their slots that is sampling nothing."""
+    def sample(self, peers: Peers, leases: Callable[[str], int]) -> None:
+        """Look at the rollout engines once, for the share of their slots that is sampling nothing,
+        and at the graders, for whether each holds tasks."""
+        graders = peers.of_role("grader")
+        if graders:
+            self._graders_busy.append(all(leases(grader.name) for grader in graders))
         engines = peers.of_role("rollout")
         slots = sum(peer.capacity for peer in engines)
         if slots:
@@ -48,7 +54,9 @@ class StepClock:
         metrics: Scalars = {"time/trainer_wait": self._waited}
         if self._idle:
             metrics["time/rollout_idle"] = sum(self._idle) / len(self._idle)
-        self._step_began, self._waited, self._idle = now, 0.0, []
+        if self._graders_busy:
+            metrics["time/grader_busy"] = sum(self._graders_busy) / len(self._graders_busy)
+        self._step_began, self._waited, self._idle, self._graders_busy = now, 0.0, [], []
         return metrics
 
     @property
@@ -64,7 +72,12 @@ class StepClock:
 
 
 def build_status(
-    scheduler: Scheduler, peers: Peers, recorder: Recorder, clock: StepClock, waiting: list[str]
+    scheduler: Scheduler,
+    peers: Peers,
+    recorder: Recorder,
+    clock: StepClock,
+    waiting: list[str],
+    advice: list[str],
 ) -> Status:
     step, total = scheduler.trained, scheduler.total_steps
     windows = list(scheduler.windows)
@@ -94,6 +107,7 @@ def build_status(
         gauges=gauges,
         waiting=waiting,
         events=list(recorder.events),
+        advice=advice,
     )
 
 

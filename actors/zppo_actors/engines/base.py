@@ -46,7 +46,8 @@ class Engine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights that sample the next token; FROZEN for a model without updates (a teacher)."""
+        """Version of the weights that sample the next token; FROZEN for a model without updates (a
+        teacher)."""
 
     @property
     def progress(self) -> int:

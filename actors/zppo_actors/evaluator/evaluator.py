@@ -30,10 +30,10 @@ from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
 from zppo.records.metrics import response_lengths
 from zppo_actors.engines import Engine, EngineError
-from zppo_actors.grading.handle import TIMED_OUT, GradeWorker, worker_command
+from zppo_actors.grading.handle import GradeWorker, worker_command
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import Grade, Prompt, seed_of
+from zppo_protocol.values import TIMED_OUT, Grade, Prompt, seed_of
 
 HOPELESS = 3
 """So many questions that cannot be asked, and none that could, mean that something else is

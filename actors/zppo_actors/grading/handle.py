@@ -22,10 +22,9 @@ import msgspec
 
 from zppo.config.topology import is_procedural
 from zppo_actors.grading.worker import HEADER, PROCEDURAL, WARM_UP, GradeRequest, pack
-from zppo_protocol.values import Grade
+from zppo_protocol.values import TIMED_OUT, Grade
 
 COMMAND = (sys.executable, "-P", "-m", "zppo_actors.grading.worker")
-TIMED_OUT = "timed out"
 CRASHED = "the grade worker crashed"
 ALARM_SLACK = 1.0
 """Seconds by which the worker's own alarm comes after our kill."""

@@ -8,7 +8,7 @@ events on short ones. Nothing is said by colour alone. Text that came over the w
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -22,6 +22,12 @@ from rich.text import Text
 from zppo.records.metrics import KIND_TITLES
 from zppo_protocol.messages import ActorStatus, Status
 
+SPOILT = (
+    ("answers_missing", "without a box"),
+    ("truncated", "cut off"),
+    ("answers_timed_out", "not graded in time"),
+)
+"""Gauges of the responses of the last step that could not earn anything, shown unless 0."""
 ENTRY_PREFIX = "buffer_by_entry/"
 SPARKS = "▁▂▃▄▅▆▇█"
 _STATE_STYLES = {
@@ -34,41 +40,20 @@ _STATE_STYLES = {
 
 
 class History:
-    """What the view remembers between two statuses: one value per step of each accuracy.
-
-    A single step is noisy, so `first` and `now` are means over a few steps (up to `SPAN`, never
-    overlapping).
-    """
-
-    PLAIN = "accuracy_plain"
-    SPAN = 5
+    """What the view remembers between two statuses: one value per step of each accuracy."""
 
     def __init__(self) -> None:
         self.values: defaultdict[str, list[float]] = defaultdict(list)
         self._step: int | None = None
-        self._resumed = False
 
     def record(self, status: Status) -> None:
         """Take in a status; each step counts once."""
         if status.step == self._step:
             return
-        self._resumed = self._resumed or (self._step is None and status.step > 1)
         self._step = status.step
-        for name in (self.PLAIN, *(f"accuracy_{kind}" for kind in kinds(status))):
-            if name in status.gauges:
-                self.values[name].append(status.gauges[name])
-
-    def first(self, name: str, status: Status) -> float | None:
-        """Accuracy at the start; of a resumed run only what the controller still knows of it."""
-        if self._resumed and name == self.PLAIN and "accuracy_first" in status.gauges:
-            return status.gauges["accuracy_first"]
-        return _mean(self.values[name][: self._span(name)])
-
-    def now(self, name: str) -> float | None:
-        return _mean(self.values[name][-self._span(name) :])
-
-    def _span(self, name: str) -> int:
-        return min(max(len(self.values[name]) // 2, 1), self.SPAN)
+        for kind, _ in accuracies(status):
+            if f"accuracy_{kind}" in status.gauges:
+                self.values[kind].append(status.gauges[f"accuracy_{kind}"])
 
 
 def kinds(status: Status) -> list[str]:
@@ -82,15 +67,14 @@ def kinds(status: Status) -> list[str]:
 
 
 def accuracies(status: Status) -> list[tuple[str, str]]:
-    """(gauge, title) of each kind of prompt, plain first."""
-    return [
-        (History.PLAIN, "plain"),
-        *((f"accuracy_{kind}", KIND_TITLES.get(kind, kind)) for kind in kinds(status)),
-    ]
+    """(kind, title) of each kind of prompt, plain first."""
+    return [("plain", "plain"), *((kind, KIND_TITLES.get(kind, kind)) for kind in kinds(status))]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def accuracy_ends(status: Status, kind: str) -> tuple[float | None, float | None]:
+    """Accuracy over the first and the last tenth of the steps, as the controller measured it."""
+    gauges = status.gauges
+    return gauges.get(f"accuracy_first_{kind}"), gauges.get(f"accuracy_last_{kind}")
 
 
 def percent(value: float | None) -> str:
@@ -164,11 +148,35 @@ def actors(status: Status, width: int, rows: int) -> RenderableType:
         rate = sum(actor.stats.get("tokens_per_second", 0.0) for actor in hidden)
         rest = {"actor": f"+ {len(hidden)} more", "tok/s": count(rate)}
         table.add_row(*(Text(rest.get(name, ""), "dim") for name in columns))
-    faults = [
-        plural(status.counters.get("restarts", 0), "restart"),
-        f"{status.counters.get('reissued', 0)} re-issued",
+    return _panel(table, "actors", " · ".join(faults(status)))
+
+
+def faults(status: Status) -> list[str]:
+    """Restarts, tasks sent out again, and tries that failed, by kind."""
+    counters = status.counters
+    failed: Counter[str] = Counter()
+    for name, tries in counters.items():
+        if name.startswith("failed/"):
+            failed[name.split("/")[1]] += tries
+    return [
+        plural(counters.get("restarts", 0), "restart"),
+        f"{plural(counters.get('reissued', 0), 'task')} re-issued",
+        *(f"{tries:,} {kind} failed" for kind, tries in failed.items()),
     ]
-    return _panel(table, "actors", " · ".join(faults))
+
+
+def advice(status: Status, rows: int) -> RenderableType | None:
+    """The findings of `zppo.diagnosis`, the severe first; nothing if there are none."""
+    lines = [
+        Text(
+            f" {line}",
+            "bold red" if line.startswith("severe") else "yellow",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        for line in status.advice[:rows]
+    ]
+    return Group(*lines) if lines else None
 
 
 def waiting(status: Status, rows: int) -> RenderableType | None:
@@ -186,11 +194,9 @@ def learning(status: Status, history: History, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     for _ in range(5):
         grid.add_column(no_wrap=True, overflow="ellipsis")
-    for name, label in accuracies(status)[:3]:
-        trend = sparkline(history.values[name], width - 30)
-        grid.add_row(
-            label, *_change(history.first(name, status), history.now(name)), Text(trend, "cyan")
-        )
+    for kind, label in accuracies(status)[:3]:
+        trend = sparkline(history.values[kind], width - 30)
+        grid.add_row(label, *_change(*accuracy_ends(status, kind)), Text(trend, "cyan"))
     grid.add_row(
         "held-out",
         *_change(status.gauges.get("heldout_before"), status.gauges.get("heldout_last")),
@@ -227,7 +233,7 @@ def buffer(status: Status, width: int) -> RenderableType:
 
 
 def pipeline(status: Status) -> RenderableType:
-    """Windows on their way and the step time; one line."""
+    """Windows on their way, the step time, and responses of no use; one line."""
     counters, gauges = status.counters, status.gauges
     parts = [
         f"windows {counters.get('windows_open', 0)} open, {counters.get('windows_ready', 0)} ready"
@@ -238,6 +244,7 @@ def pipeline(status: Status) -> RenderableType:
         parts.append(f"{gauges['step_seconds']:.2f} s/step")
     if "trainer_wait_share" in gauges:
         parts.append(f"trainer waits {percent(gauges['trainer_wait_share'])}")
+    parts += [f"{percent(gauges[name])} {what}" for name, what in SPOILT if gauges.get(name)]
     return _line(" " + " · ".join(parts))
 
 
@@ -250,7 +257,7 @@ def events(lines: Sequence[str], rows: int) -> RenderableType | None:
     )
 
 
-def final_lines(status: Status, history: History, verdict: str, elapsed: float) -> list[str]:
+def final_lines(status: Status, verdict: str) -> list[str]:
     """The closing block: what the run did, in plain text for both kinds of terminal."""
     counters, gauges = status.counters, status.gauges
 
@@ -258,13 +265,16 @@ def final_lines(status: Status, history: History, verdict: str, elapsed: float) 
         return " · ".join(f"{counters.get(name, 0):,} {label}" for name, label in pairs)
 
     accuracy = " · ".join(
-        f"{label} {percent(history.first(name, status))} → {percent(history.now(name))}"
-        for name, label in accuracies(status)
-        if history.values[name]
+        f"{label} {percent(first)} → {percent(last)}"
+        for kind, label in accuracies(status)
+        for first, last in [accuracy_ends(status, kind)]
+        if last is not None
     )
+    updates = f" · {plural(counters['updates'], 'update')}" if "updates" in counters else ""
     before, after = gauges.get("heldout_before"), gauges.get("heldout_last")
     rows = {
-        "steps": f"{status.step} of {status.total_steps} in {duration(elapsed)}",
+        "steps": f"{status.step} of {status.total_steps} in "
+        f"{duration(gauges.get('wall_seconds', 0.0))}",
         "accuracy": accuracy,
         "held-out": f"{percent(before)} → {percent(after)}" if before is not None else "",
         "questions": counted(("questions_new", "new"), ("questions_replayed", "replayed")),
@@ -279,13 +289,13 @@ def final_lines(status: Status, history: History, verdict: str, elapsed: float) 
         ),
         "staleness": f"at most {gauges.get('staleness_max', 0):.0f}"
         + (f" (bound {gauges['max_staleness']:.0f})" if "max_staleness" in gauges else ""),
-        "tokens": counted(("tokens_generated", "trained")),
-        "faults": f"{plural(counters.get('restarts', 0), 'restart')} · "
-        f"{plural(counters.get('reissued', 0), 'task')} re-issued",
+        "tokens": counted(("tokens_generated", "sampled")) + updates,
+        "faults": " · ".join(faults(status)),
     }
     return [
         verdict or status.phase,
         *(f"  {name:<10} {text}" for name, text in rows.items() if text),
+        *(f"  {line}" for line in status.advice),
     ]
 
 

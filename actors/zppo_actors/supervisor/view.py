@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
@@ -30,6 +29,9 @@ log = logging.getLogger("zppo.supervisor")
 MAX_WIDTH = 120
 """Beyond this the eye loses the row; wider windows stay empty on the right."""
 
+ADVICE_ROWS = 3
+"""Findings that are shown at most, the severe first; the closing block has all."""
+
 FEWEST_ROWS = 3
 """Actors that are shown even where that leaves no room for events."""
 
@@ -38,15 +40,9 @@ class LiveView:
     """Shows the run on `console` (standard output by default); `title` names the run and its
     method."""
 
-    def __init__(
-        self,
-        console: Console | None = None,
-        title: str = "",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, console: Console | None = None, title: str = "") -> None:
         self._console = console or LastingConsole(highlight=False)
         self._title = title
-        self._clock, self._start = clock, clock()
         self._history = History()
         self._status: Status | None = None
         self._closed = False
@@ -79,9 +75,7 @@ class LiveView:
         if self._live is not None and self._live.is_started:
             self._show(self._live.stop)
         if self._status is not None:
-            for line in panels.final_lines(
-                self._status, self._history, verdict, self._clock() - self._start
-            ):
+            for line in panels.final_lines(self._status, verdict):
                 self._print(line)
         elif verdict:
             self._print(verdict)
@@ -136,7 +130,10 @@ def render(status: Status, history: History, title: str, width: int, height: int
     parts_below, used = _panels_below(status, history, width, room)
     room -= used
     # A crowd of actors must not push out who waits for whom and the latest events.
-    reserve = 1 + min(len(status.waiting), 2) + min(len(status.events), 3)
+    reserve = 1 + sum(
+        min(len(lines), most)
+        for lines, most in ((status.advice, ADVICE_ROWS), (status.waiting, 2), (status.events, 3))
+    )
     rows = min(len(status.actors), max(room - 3 - reserve, min(room - 4, FEWEST_ROWS)))
     if rows > 0:
         parts.append(panels.actors(status, width, rows))
@@ -169,9 +166,9 @@ def step_line(status: Status) -> str:
     counters, gauges = status.counters, status.gauges
     parts = [f"step {status.step}/{status.total_steps}"]
     parts += [
-        f"{label} {panels.percent(gauges[name])}"
-        for name, label in panels.accuracies(status)
-        if name in gauges
+        f"{label} {panels.percent(gauges[f'accuracy_{kind}'])}"
+        for kind, label in panels.accuracies(status)
+        if f"accuracy_{kind}" in gauges
     ]
     parts.append(f"buffer {counters.get('buffer_size', 0)}/{counters.get('buffer_capacity', 0)}")
     parts.append(f"graduated {counters.get('graduated', 0)}")
@@ -211,13 +208,15 @@ def _panels_below(
 
 
 def _tail(status: Status, room: int) -> list[RenderableType]:
-    """The pipeline line, who waits for whom, and events, as far as the room goes."""
+    """The pipeline line, advice, who waits for whom, and events, as far as the room goes."""
     if room <= 0:
         return []
-    waiting = min(len(status.waiting), max(room - 2, 0), 3)
+    advice = min(len(status.advice), room - 1, ADVICE_ROWS)
+    waiting = min(len(status.waiting), max(room - 2 - advice, 0), 3)
     candidates = (
         panels.pipeline(status),
+        panels.advice(status, advice),
         panels.waiting(status, waiting),
-        panels.events(status.events, room - 1 - waiting),
+        panels.events(status.events, room - 1 - advice - waiting),
     )
     return [part for part in candidates if part is not None]

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from worlds import samples, topology
 
@@ -64,6 +65,7 @@ class Stage:
         self.router = ScriptedRouter()
         self.controller = Controller(self.context, self.router)  # type: ignore[arg-type]
         self.answered = 0
+        self.measured: dict[str, float] = {"loss": 0.5}
 
     def say(self, peer: str, message: AnyMessage) -> None:
         self.router.inbox.append((peer, message))
@@ -123,7 +125,7 @@ class Stage:
         self.say(
             "trainer",
             messages.StepTrained(
-                step=window.step, group_ids=ids, metrics={"loss": 0.5}, seconds=1.0
+                step=window.step, group_ids=ids, metrics=self.measured, seconds=1.0
             ),
         )
         self.say("trainer", messages.Credits(count=1))
@@ -281,6 +283,34 @@ def test_stopped_in_the_middle_it_saves_and_the_next_life_goes_on(
     again.everybody()
     assert again.run().verdict == "finished: 3 of 3 steps"
     assert again.controller.recorder.totals["questions_new"] == 6
+
+
+@pytest.mark.parametrize("on_advice", ["warn", "stop"])
+def test_a_run_that_learns_nothing_does_not_just_finish(
+    tmp_path: Path, settings: Topology, on_advice: str
+) -> None:
+    one = msgspec.structs.replace(settings.scheduler, new_questions=1)
+    run = msgspec.structs.replace(settings.run, on_advice=on_advice)  # type: ignore[arg-type]
+    stage = Stage(tmp_path / "run", msgspec.structs.replace(settings, scheduler=one, run=run))
+    stage.measured["updates"] = 0.0
+    stage.everybody()
+    ended = stage.run()
+    if on_advice == "warn":
+        assert (ended.verdict, ended.exit_code) == (
+            "finished: 6 of 6 steps, but with severe advice: no_gradient (zppo doctor)",
+            0,
+        )
+        return
+    assert ended.exit_code == 1
+    assert ended.verdict == (
+        "severe no_gradient: no optimizer update was made in the last 5 steps; the student does "
+        "not change; look at the other advice, data.train and method.group_size: 5 of 6 steps are "
+        "trained and saved"
+    )
+    assert checkpoint.list_steps(stage.context.run_dir)[-1] == 5
+    (status,) = stage.router.to("supervisor", messages.Status)[-1:]
+    assert [line.split(":")[0] for line in status.advice] == ["severe no_gradient"]
+    assert status.counters["updates"] == 0
 
 
 def test_versions_that_go_backwards_end_the_run(stage: Stage) -> None:

@@ -25,7 +25,7 @@ from zppo.config.topology import (
 from zppo.records import run_directory
 from zppo_actors import runtime
 from zppo_actors.grader import CAPACITY, GraderActor
-from zppo_actors.grading.handle import CRASHED, TIMED_OUT, GradeWorker
+from zppo_actors.grading.handle import CRASHED, GradeWorker
 from zppo_actors.grading.worker import WARM_UP, GradeRequest, pack, read_frame
 from zppo_actors.membership import Membership
 from zppo_actors.process import ActorContext
@@ -43,7 +43,7 @@ from zppo_protocol.messages import (
     Welcome,
 )
 from zppo_protocol.sockets import Router
-from zppo_protocol.values import Grade
+from zppo_protocol.values import TIMED_OUT, Grade
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60.0

@@ -31,6 +31,7 @@ def status(
     actors: int = 4,
     waiting: int = 1,
     events: list[str] | None = None,
+    advice: list[str] | None = None,
     **gauges: float,
 ) -> Status:
     crew = [
@@ -44,14 +45,20 @@ def status(
         eta_seconds=65.0,
         actors=[*crew, actor("trainer", "trainer", "waiting")],
         counters={
-            "questions_new": 96, "questions_replayed": 48, "groups_bcq": 12, "groups_ncq": 10,
-            "admitted": 40, "graduated": 9, "evicted": 2, "buffer_size": 29, "buffer_capacity": 256,
-            "tokens_generated": 12345, "restarts": 1, "reissued": 4, "buffer_by_entry/0": 20,
-            "buffer_by_entry/0.125": 9,
-        }, gauges={"accuracy_plain": 0.41, "accuracy_bcq": 0.33, "staleness_mean": 0.5,
-        "staleness_max": 2, **gauges},
+            "questions_new": 96, "questions_replayed": 48, "groups_bcq": 12, "groups_ncq": 10, "admitted": 40,
+            "graduated": 9, "evicted": 2, "buffer_size": 29, "buffer_capacity": 256, "tokens_generated": 12345,
+            "restarts": 1, "reissued": 4, "buffer_by_entry/0": 20, "buffer_by_entry/0.125": 9,
+            "updates": 160, "failed/teacher/teacher-0": 50, "failed/teacher/teacher-1": 10,
+            "failed/compress/teacher-0": 5,
+        },
+        gauges={
+            "accuracy_plain": 0.41, "accuracy_first_plain": 0.25, "accuracy_last_plain": 0.4,
+            "accuracy_bcq": 0.33, "accuracy_first_bcq": 0.1, "accuracy_last_bcq": 0.3,
+            "staleness_mean": 0.5, "staleness_max": 2, "wall_seconds": 92.0, **gauges,
+        },
         waiting=[f"trainer waits for window {i}" for i in range(waiting)],
         events=events if events is not None else ["12:00:00 controller: started"],
+        advice=advice or [],
     )  # fmt: skip
 
 
@@ -73,13 +80,18 @@ def drawn(picture: Status, width: int, height: int) -> list[str]:
     st.integers(0, 70),
     st.integers(0, 6),
     st.integers(0, 30),
+    st.integers(0, 5),
 )
 def test_the_picture_fits_every_window(
-    width: int, height: int, actors: int, waiting: int, events: int
+    width: int, height: int, actors: int, waiting: int, events: int, advice: int
 ) -> None:
-    lines = drawn(
-        status(actors=actors, waiting=waiting, events=["x" * 150] * events), width, height
+    picture = status(
+        actors=actors,
+        waiting=waiting,
+        events=["x" * 150] * events,
+        advice=[f"severe rule: {'y' * 150}"] * advice,
     )
+    lines = drawn(picture, width, height)
     assert len(lines) < height
     assert max(map(len, lines)) <= width
 
@@ -90,8 +102,8 @@ def test_a_usual_terminal_shows_everything() -> None:
         "step 3/80 · 1:05 left",
         "rollout-3",
         "trainer waits for window 0",
-        "1 restart · 4 re-issued",
-        "plain     41 % →  41 %",
+        "1 restart · 4 tasks re-issued · 60 teacher failed · 5 compress failed",
+        "plain     25 % →  40 %",
         "held-out  38 % →  43 %",
         "29 of 256",
         "entry 0:20 .125:9",
@@ -100,6 +112,25 @@ def test_a_usual_terminal_shows_everything() -> None:
         "controller: started",
     ):
         assert part in text
+
+
+def test_advice_stands_in_the_picture_before_what_waits() -> None:
+    said = ["severe no_gradient: nothing", "warning engines_idle: much"]
+    lines = drawn(status(advice=said), 80, 26)
+    places = [i for i, line in enumerate(lines) for text in said if line.startswith(f" {text}")]
+    [waits] = [i for i, line in enumerate(lines) if "trainer waits for window 0" in line]
+    assert places == [waits - 2, waits - 1]
+
+
+def test_responses_of_no_use_are_shown_unless_there_are_none() -> None:
+    [line] = [
+        line
+        for line in drawn(
+            status(answers_missing=0.31, truncated=0.0, answers_timed_out=0.02), 80, 26
+        )
+        if "windows" in line
+    ]
+    assert "31 % without a box · 2 % not graded in time" in line and "cut off" not in line
 
 
 def test_a_crowd_of_actors_is_summed_in_its_last_row() -> None:
@@ -116,10 +147,7 @@ def test_text_from_the_wire_is_never_markup() -> None:
 
 def plain_view() -> tuple[LiveView, io.StringIO]:
     out = io.StringIO()
-    times = iter([100.0, 192.0])
-    return LiveView(
-        Console(file=out, width=40, force_terminal=False), "quickstart", clock=lambda: next(times)
-    ), out
+    return LiveView(Console(file=out, width=40, force_terminal=False), "quickstart"), out
 
 
 STEP_3 = (
@@ -140,7 +168,16 @@ def test_without_a_terminal_every_change_is_one_line_and_is_said_once() -> None:
 
 def test_the_closing_block() -> None:
     view, out = plain_view()
-    view.update(status(step=80, events=[], max_staleness=2, heldout_before=0.38, heldout_last=0.43))
+    view.update(
+        status(
+            step=80,
+            events=[],
+            advice=["severe no_gradient: nothing"],
+            max_staleness=2,
+            heldout_before=0.38,
+            heldout_last=0.43,
+        )
+    )
     out.truncate(0)
     out.seek(0)
     view.close("finished")
@@ -148,14 +185,15 @@ def test_the_closing_block() -> None:
     assert out.getvalue().splitlines() == [
         "finished",
         "  steps      80 of 80 in 1:32",
-        "  accuracy   plain 41 % → 41 % · BCQ 33 % → 33 %",
+        "  accuracy   plain 25 % → 40 % · BCQ 10 % → 30 %",
         "  held-out   38 % → 43 %",
         "  questions  96 new · 48 replayed",
         "  groups     12 BCQ · 10 NCQ",
         "  buffer     29 inside · 40 admitted · 9 graduated · 2 evicted",
         "  staleness  at most 2 (bound 2)",
-        "  tokens     12,345 trained",
-        "  faults     1 restart · 4 tasks re-issued",
+        "  tokens     12,345 sampled · 160 updates",
+        "  faults     1 restart · 4 tasks re-issued · 60 teacher failed · 5 compress failed",
+        "  severe no_gradient: nothing",
     ]
 
 
@@ -225,19 +263,4 @@ def test_history_counts_each_step_once() -> None:
     history = History()
     for step in (1, 1, 2):
         history.record(status(step=step))
-    assert history.values["accuracy_plain"] == [0.41, 0.41]
-    assert history.first("accuracy_ncq", status()) is None
-
-
-def test_first_and_now_are_means_that_do_not_overlap() -> None:
-    history = History()
-    for step, accuracy in enumerate([0.2, 0.4, 0.9, 0.5, 0.7], start=1):
-        history.record(status(step=step, accuracy_plain=accuracy))
-    assert history.first("accuracy_plain", status()) == pytest.approx(0.3)
-    assert history.now("accuracy_plain") == pytest.approx(0.6)
-
-
-def test_a_resumed_run_keeps_the_accuracy_it_started_from() -> None:
-    history = History()
-    history.record(status(step=40))
-    assert history.first("accuracy_plain", status(accuracy_first=0.25)) == 0.25
+    assert history.values["plain"] == [0.41, 0.41]

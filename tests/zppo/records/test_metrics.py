@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Group, Window
+from zppo.grading import NO_BOX
 from zppo.records import metrics
 from zppo.records.metrics import Metric
 from zppo.records.summary import read_lines
 from zppo.training.metrics import TRAINER_METRICS
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import ChatMessage, Grade, Prompt
+from zppo_protocol.values import TIMED_OUT, ChatMessage, Grade, Prompt
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -95,6 +96,21 @@ def test_a_kind_without_groups_has_a_count_but_no_accuracy(window: Window) -> No
     result = metrics.window_metrics(window, 4)
     assert result["window/bcq"] == 0
     assert "accuracy/bcq" not in result
+
+
+def test_answers_that_are_missing_or_late_and_what_became_of_tasks(window: Window) -> None:
+    hard, easy = window.visits
+    hard.reformulations = []
+    hard.plain.grades = [Grade(reward=0.0, note=NO_BOX)] * 6 + [Grade(reward=0.0, answer="1")] * 2
+    easy.plain.grades = [Grade(reward=0.0, note=TIMED_OUT)] * 4 + [
+        Grade(reward=1.0, answer="2")
+    ] * 4
+    for outcome in ("answered/teacher", "answered/teacher", "failed/teacher/teacher-0"):
+        window.count_task(outcome)
+    result = metrics.window_metrics(window, 4)
+    assert (result["answers/missing"], result["answers/timed_out"]) == (6 / 16, 4 / 16)
+    assert result["tasks/answered/teacher"] == 2 and result["tasks/failed/teacher/teacher-0"] == 1
+    assert list(metrics.failed_tries(result)) == [("teacher", "teacher-0", 1)]
 
 
 def test_buffer_metrics_count_the_fates_of_one_step() -> None:

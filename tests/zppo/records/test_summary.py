@@ -19,9 +19,10 @@ from zppo_protocol.values import Grade, Prompt
 
 STABLE_KEYS = [
     "run", "method", "steps", "questions_new", "questions_replayed", "groups_bcq", "groups_ncq",
-    "max_staleness_seen", "accuracy_first", "accuracy_last", "tokens_generated", "wall_seconds",
-    "admitted", "graduated", "evicted", "graduated_by_entry_accuracy", "heldout_before",
-    "heldout_after", "trained_twice", "lost", "verdict",
+    "max_staleness_seen", "accuracy_first", "accuracy_last", "tokens_generated", "updates",
+    "answers_missing", "truncated", "answers_timed_out", "failed_tasks", "failed_tasks_by_actor",
+    "wall_seconds", "admitted", "graduated", "evicted", "graduated_by_entry_accuracy",
+    "heldout_before", "heldout_after", "trained_twice", "lost", "verdict",
 ]  # fmt: skip
 
 
@@ -68,6 +69,23 @@ def test_sums_and_extremes(run_dir: Path) -> None:
     )
     assert (summary["max_staleness_seen"], summary["wall_seconds"]) == (2, 2.5)
     assert (summary["accuracy_first"], summary["accuracy_last"]) == (0.25, 0.5)
+
+
+def test_failures_updates_and_shares_of_responses(run_dir: Path) -> None:
+    write_lines(
+        run_dir / "metrics.jsonl",
+        {"step": 0, "train/updates": 2, "answers/missing": 0.5, "length/truncated": 0.25,
+         "answers/timed_out": 0.0, "tasks/failed/teacher/teacher-0": 4,
+         "tasks/failed/teacher/teacher-1": 1, "tasks/given_up/teacher": 1},
+        {"step": 1, "train/updates": 1, "answers/missing": 1.0,
+         "tasks/failed/compress/teacher-0": 3},
+    )  # fmt: skip
+    summary = summarise(run_dir)
+    assert summary["updates"] == 3
+    assert (summary["answers_missing"], summary["truncated"]) == (0.75, 0.25)
+    assert summary["answers_timed_out"] == 0.0
+    assert summary["failed_tasks"] == {"teacher": 5, "compress": 3}
+    assert summary["failed_tasks_by_actor"] == {"teacher-0": 7, "teacher-1": 1}
 
 
 def test_fates_are_counted_by_entry_accuracy(run_dir: Path) -> None:

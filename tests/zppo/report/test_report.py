@@ -14,15 +14,16 @@ from zppo.algorithm.window import Window
 from zppo.data.question import Question
 from zppo.records import rollouts
 from zppo.report import browser, figures, load, plots, sentences
+from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
 from zppo.report.page import digest, render_page
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 & \\boxed{7}"
 EVERY_FIGURE = [
     "Held-out accuracy", "Batch composition", "Training dynamics", "Loss and reformulated prompts",
-    "Graduations by entry accuracy", "Graduation and eviction", "Buffer occupancy",
-    "Fate by number of visits", "Graduates per bin", "Staleness", "Off-policy distance",
-    "Throughput and waiting",
+    "What still carries a signal", "What replies do with candidates",
+    "Graduations by entry accuracy", "Graduation and eviction", "Buffer occupancy", "Fate by number of visits",
+    "Graduates per bin", "Staleness", "Off-policy distance", "Throughput and waiting",
 ]  # fmt: skip
 
 
@@ -127,6 +128,57 @@ def test_the_page_is_self_contained_and_its_policy_names_its_own_script(
     assert policy is not None
     assert f"script-src '{digest(page.scripts[1])}'" in policy.group(1).replace("&#43;", "+")
     assert "default-src 'none'" in policy.group(1)
+
+
+def tenth(lines: list[dict[str, Any]], name: str) -> str:
+    """`42 → 84 %`: a metric at the first and the last of twelve steps; a tenth of them is one."""
+    values = [line[name] for line in lines if name in line]
+    return f"{100 * values[0]:.0f} → {100 * values[-1]:.0f} %"
+
+
+@pytest.mark.slow
+def test_the_audit_is_a_table_by_kind(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=12))
+    table = audit_table(run)
+    assert table is not None
+    rows = {kind: dict(zip(table.titles, cells, strict=True)) for kind, cells in table.rows}
+    assert list(rows) == ["plain (all)", "BCQ", "NCQ"]
+    assert rows["BCQ"]["mixed groups"] == tenth(run.steps, "audit/bcq/mixed")
+    assert rows["BCQ"]["accuracy"] == tenth(run.steps, "accuracy/bcq")
+    assert (
+        rows["NCQ"]["picks of the first slot"]
+        == "–"
+        == rows["plain (all)"]["accuracy, right one first"]
+    )
+    page = render_page(run)
+    assert "Candidate audit" in page and rows["BCQ"]["mixed groups"] in page
+    assert audit_table(load.load_run(fake_run(steps=3, method="grpo"))) is None
+
+
+@pytest.mark.slow
+def test_the_page_and_the_json_give_the_advice(
+    fake_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = fake_run(steps=6)
+    healthy = render_page(load.load_run(run_dir))
+    assert "No advisory" in healthy
+    lines = [
+        msgspec.json.decode(line) for line in (run_dir / "metrics.jsonl").read_bytes().splitlines()
+    ]
+    failed = {"tasks/failed/compress/teacher-0": 2, "tasks/failed/teacher/teacher-0": 3}
+    sick = [{**line, "train/updates": 0, "length/truncated": 0.125, **failed} for line in lines]
+    (run_dir / "metrics.jsonl").write_bytes(
+        b"".join(msgspec.json.encode(line) + b"\n" for line in sick)
+    )
+    page = render_page(load.load_run(run_dir))
+    assert '<li class="severe"><b>severe · no_gradient.</b> no optimizer update was made' in page
+    assert "responses, 12.5 % were cut off at the length limit." in page
+    assert "Tasks that failed: 12 compress, 18 teacher (30 of teacher-0)." in page
+    assert "NOT ONE UPDATE WAS MADE" in page and "No advisory" not in page
+    assert main([str(run_dir), "--json"]) == 0
+    assert [a["rule"] for a in msgspec.json.decode(capsys.readouterr().out)["advice"]] == [
+        "no_gradient"
+    ]
 
 
 @pytest.mark.slow

@@ -237,8 +237,8 @@ def test_a_plain_prompt_that_no_engine_can_take_ends_the_run_with_its_reason() -
         world.fail(world.actors[assignment.worker], assignment.job.id, reason, retryable=False)
 
 
-def refuse(world: World, kind: str) -> None:
-    """Whoever gets a task of this kind says that it cannot be done."""
+def refuse(world: World, kind: str, *, retryable: bool = False) -> None:
+    """Whoever gets a task of this kind says that it cannot be done, or not this time."""
     original = world.finish
 
     def finish(actor: Any, task_id: str) -> None:
@@ -246,7 +246,7 @@ def refuse(world: World, kind: str) -> None:
         if getattr(message, "kind", None) != kind:
             original(actor, task_id)
             return
-        world.fail(actor, task_id, "too long", retryable=False)
+        world.fail(actor, task_id, "too long", retryable=retryable)
 
     world.finish = finish  # type: ignore[method-assign]
 
@@ -278,6 +278,44 @@ def test_the_teacher_and_rewritten_prompts_can_be_done_without(kind: str) -> Non
     kinds = {g.kind for t in world.steps for g in t.window.student_groups()}
     lost = {"bcq": {"bcq"}, "ncq": {"ncq"}, "teacher": {"bcq"}, "compress": set()}[kind]
     assert kinds == {"plain", "bcq", "ncq"} - lost
+
+
+def test_a_window_counts_what_became_of_its_tasks() -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 2},
+        scheduler={"new_questions": 3, "rho_aug": 1.0},
+    )
+    world = World(config, questions(9), seed=4, rewards=lambda g, n: [float("teacher" in g)] * n)
+    refuse(world, "teacher")
+    for trained in world.run().steps:
+        visits, tasks = trained.window.visits, trained.window.tasks
+        asked = sum(visit.teacher is not None for visit in visits)
+        written = {
+            (visit.question.id, c.index)
+            for visit in visits
+            for reformulation in visit.reformulations
+            for c in reformulation.candidates
+        }
+        groups = len(trained.window.student_groups())
+        assert asked and tasks == {
+            "given_up/teacher": asked,
+            "failed/teacher/teacher-0": asked,
+            "answered/teacher": len(written),
+            "answered/rollout": groups,
+            "answered/grader": groups,
+        }
+
+
+def test_every_failed_try_counts_and_the_last_one_gives_up() -> None:
+    config = topology(
+        method={"name": "zppo", "group_size": 2, "teacher_group_size": 1},
+        scheduler={"new_questions": 1, "max_attempts": 3},
+    )
+    world = World(config, questions(1), seed=4, rewards=lambda g, n: [0.0] * n)
+    refuse(world, "teacher", retryable=True)
+    [trained] = world.run().steps
+    assert trained.window.tasks["failed/teacher/teacher-0"] == 3
+    assert trained.window.tasks["given_up/teacher"] == 1
 
 
 def test_free_form_answers_are_graded_by_the_judge() -> None:

@@ -1,0 +1,95 @@
+"""Real runs that learn nothing: each ends with a verdict that says why; `zppo doctor` agrees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai_server as fake
+import pytest
+from openai_server import MODEL, Request, Server, running
+
+from zppo.records import checkpoint
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+PATIENCE = 240.0
+SMALL = {
+    "run.steps": 40,
+    "scheduler.new_questions": 8,
+    "data.heldout": "null",
+    "evaluation.every": "null",
+    "actors.rollout.count": 1,
+    "actors.rollout.engine_args.max_sequences": 32,
+}
+
+pytestmark = pytest.mark.slow
+
+
+def launch(directory: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(QUICKSTART)]
+    for name, value in {**SMALL, "run.directory": directory, **settings}.items():
+        command += ["--set", f"{name}={value}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def doctor(directory: Path) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-P", "-m", "zppo", "doctor", str(directory), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, json.loads(done.stdout)
+
+
+def severe(report: dict[str, Any]) -> list[str]:
+    return [found["rule"] for found in report["advice"] if found["severity"] == "severe"]
+
+
+def test_a_teacher_that_falls_silent_ends_the_run(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with running(Server()) as server:
+        dead = threading.Event()
+
+        async def dies_after_the_first_step(request: Request, writer: asyncio.StreamWriter) -> None:
+            metrics = directory / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size:
+                dead.set()
+            answer = fake.status(500, said="gone") if dead.is_set() else fake.good()
+            await answer(request, writer)
+
+        server.default = dies_after_the_first_step
+        arguments = json.dumps({"base_url": server.base_url, "retry_budget": 0})
+        teacher = {
+            "actors.teacher.engine": "openai",
+            "teacher.model": MODEL,
+            "actors.teacher.engine_args": arguments,
+        }
+        done = launch(directory, **teacher)
+    assert done.returncode == 1, done.stdout + done.stderr
+    verdict = done.stderr.splitlines()[0]
+    assert verdict.startswith("teacher answered none of its ") and (
+        " tasks in 3 windows in a row (run.silent_teacher_windows: 3; 0 goes on without it); see "
+        "logs/teacher-0.log: " in verdict
+    )
+    code, report = doctor(directory)
+    assert code == 1 and "teacher_silent" in severe(report)
+    assert report["verdict"] == verdict
+    assert checkpoint.find_latest(directory).step == report["steps"]
+    assert f"continue: python -m zppo.launch --resume {directory}" in done.stderr
+
+
+def test_answers_that_are_cut_off_end_the_run_where_advice_may_stop_it(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    sick = {"method.name": "grpo", "student.sampling.max_new_tokens": 2, "run.on_advice": "stop"}
+    done = launch(directory, **sick)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.splitlines()[0] == (
+        "severe cut_off: 100 % of the last responses were cut off at the length limit; raise "
+        "student.sampling.max_new_tokens, or let the student think less: 5 of 40 steps are "
+        "trained and saved"
+    )
+    code, report = doctor(directory)
+    assert code == 1
+    assert severe(report) == ["cut_off", "no_answer", "all_alike", "no_gradient"]

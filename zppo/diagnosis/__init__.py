@@ -1,0 +1,1 @@
+"""What the numbers of a run say about its health: rules, their thresholds, and `zppo doctor`."""
