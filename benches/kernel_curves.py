@@ -38,7 +38,7 @@ def plain_loss(
     optional = dict.fromkeys(
         ("behaviour_log_probs_T", "reference_log_probs_T", "mask_T", "sequence_count")
     )
-    rows = prepare_rows(target_ids_T, settings=SETTINGS, **(optional | inputs))
+    rows = prepare_rows(target_ids_T, like=weight_VH, settings=SETTINGS, **(optional | inputs))
     return policy_loss_reference(hidden_TH @ weight_VH.T, rows, SETTINGS).loss
 
 

@@ -63,11 +63,12 @@ FLOATS += (
     "behaviour",
     "cap",
     "rewards",
-    "scratch",
-    "given",
+    "bounds",
     "factor",
 )
-TYPES = ROWS | dict.fromkeys(FLOATS, "*fp32") | {"group_ids": "*i64"}
+TYPES = (
+    ROWS | dict.fromkeys(FLOATS, "*fp32") | {"group_ids": "*i64", "sums": "*fp64", "given": "*fp64"}
+)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import math
 import numpy as np
 
 from ._numba import compiled
+from .settings import LOG_RATIO_BOUND
 
 _F = np.float32
 _BLOCK = 1024
 _LANES = 64
-_BOUND = 20.0  # settings.LOG_RATIO_BOUND, a literal for the compiler
+_BOUND = LOG_RATIO_BOUND
 
 # exp(r) on |r| <= ln(2)/2 by the Cephes polynomial; ln 2 in two parts so that the reduction loses
 # nothing.

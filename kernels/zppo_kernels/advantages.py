@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._numba_advantages import advantages_rows
 from .backends import backend_for
+from .layout import accumulator_of, column
 
 AdvantageMode = Literal["norm_without_zero", "norm_with_zero", "center_only", "grpo"]
 
@@ -58,7 +59,7 @@ def advantage_statistics(
     check_rewards(rewards_R, group_ids_R, mode)
     check_values(rewards_R, group_ids_R)
     centred_R, trivial_R, _ = _centred(rewards_R, group_ids_R)
-    kept = centred_R.double() if mode == "norm_with_zero" else centred_R.double()[~trivial_R]
+    kept = centred_R if mode == "norm_with_zero" else centred_R[~trivial_R]
     if not kept.numel():
         return AdvantageStatistics()
     mean = kept.mean()
@@ -85,16 +86,13 @@ def group_advantages(
 
     A group of one rollout is trivial; no rollouts give no advantages. Raises ValueError for bad
     shapes, dtypes, modes and, on a CPU, for group ids out of range and rewards that are not finite,
-    naming the group; on a GPU, which is not waited for, those give NaN. One launch on a GPU.
+    naming the group; on a GPU, which is not waited for, those give NaN. Sums are float64 whatever
+    the dtype. One launch on a GPU, but for float64 rewards.
     """
     check_rewards(rewards_R, group_ids_R, mode)
-    return _group_advantages(
-        rewards_R.detach(),
-        group_ids_R,
-        mode,
-        eps,
-        None if statistics is None else [statistics.mean, statistics.std],
-    )
+    given = None if statistics is None else [statistics.mean, statistics.std]
+    rewards_R = column(rewards_R, accumulator_of(rewards_R))
+    return _group_advantages(rewards_R, column(group_ids_R, torch.int64), mode, eps, given)
 
 
 @torch.library.custom_op("zppo_kernels::group_advantages", mutates_args=())
@@ -106,22 +104,13 @@ def _group_advantages(
     if backend == "triton":
         from .launch_advantages import launch_advantages
 
-        return launch_advantages(
-            rewards.float().contiguous(), group_ids.contiguous(), mode, eps, given
-        )
+        return launch_advantages(rewards, group_ids, mode, eps, given)
     if backend == "numba":
         mean, std = given or (0.0, 0.0)
         advantages = np.empty(len(rewards), np.float32)
         code = get_args(AdvantageMode).index(mode)
         advantages_rows(
-            rewards.float().numpy(),
-            group_ids.numpy(),
-            code,
-            eps,
-            given is not None,
-            mean,
-            std,
-            advantages,
+            rewards.numpy(), group_ids.numpy(), code, eps, given is not None, mean, std, advantages
         )
         return torch.from_numpy(advantages)
     statistics = None if given is None else AdvantageStatistics(1.0, given[0], given[1] ** 2)
@@ -144,7 +133,7 @@ def group_advantages_reference(
     eps: float = 1e-6,
     statistics: AdvantageStatistics | None = None,
 ) -> Tensor:
-    """The plain torch version, in the dtype of the rewards."""
+    """The plain torch version, float64 throughout."""
     centred_R, trivial_R, std_R = _centred(rewards_R, group_ids_R)
     if mode == "grpo":
         return torch.where(trivial_R, 0.0, centred_R / (std_R + eps))
@@ -159,7 +148,8 @@ def group_advantages_reference(
 def _centred(rewards_R: Tensor, group_ids_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A' = r - group mean (Eq. 2), whether the group is trivial, and the group's population std,
     all per rollout."""
-    group_ids_R = group_ids_R.long()
+    # Of rewards near 100 that differ by 1e-3, float32 sums leave two digits.
+    rewards_R, group_ids_R = rewards_R.double(), group_ids_R.long()
     zeros_G = rewards_R.new_zeros(len(rewards_R))
     count_G = zeros_G.index_add(0, group_ids_R, torch.ones_like(rewards_R)).clamp(min=1)
     mean_R = (zeros_G.index_add(0, group_ids_R, rewards_R) / count_G)[group_ids_R]

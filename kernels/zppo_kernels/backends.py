@@ -25,7 +25,8 @@ _forced: list[BackendName] = []
 
 @contextmanager
 def using_backend(name: BackendName) -> Iterator[None]:
-    """Run everything inside on one backend, whatever the device."""
+    """Run everything inside on one backend, whatever the device; float64 stays with torch, which
+    alone has it."""
     _forced.append(name)
     try:
         yield
@@ -35,10 +36,10 @@ def using_backend(name: BackendName) -> Iterator[None]:
 
 def backend_for(tensor: Tensor) -> TorchRows:
     """The fastest backend that takes this tensor's device and dtype."""
-    if _forced:
-        return _backend(_forced[-1])
     if tensor.dtype == torch.float64:
         return _backend("torch")
+    if _forced:
+        return _backend(_forced[-1])
     if tensor.is_cuda:
         return _backend("triton" if find_spec("triton") else "torch")
     return _backend("numba" if HAVE_NUMBA and tensor.device.type == "cpu" else "torch")

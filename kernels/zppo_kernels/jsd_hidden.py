@@ -15,13 +15,24 @@ from torch import Tensor
 
 from .backends import backend_for
 from .gradients import keep_linear_gradients, linear_backward, or_empty
-from .jsd_inputs import check_beta, check_support, jsd_scale, row_mask
+from .jsd_inputs import (
+    check_beta,
+    check_support_ids,
+    check_teacher_rows,
+    jsd_scale,
+    row_mask,
+    support_of,
+)
 from .jsd_reference import JsdLossOutput
 from .jsd_top_k_rows import jsd_top_k_rows
+from .layout import result_like
 from .linear_chunks import LinearGradients, Needs, linear_gradients, spread
 from .metrics import JSD_METRICS, named
-from .policy_inputs import Count, check_projection, check_temperature
+from .policy_inputs import Count, check_head, check_temperature
 from .projection import Projection
+
+_STUDENT = ("student_hidden_TH", "student_weight_VH", "student_bias_V")
+_TEACHER = ("teacher_hidden_TG", "teacher_weight_WG", "teacher_bias_W")
 
 
 def jsd_loss_from_hidden(
@@ -42,12 +53,16 @@ def jsd_loss_from_hidden(
 
     beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher), as in Liger
     and TRL. Vocabularies may differ in size: see `jsd_reference.teacher_over`. Only the student
-    gets gradients. Raises ValueError for shapes, dtypes, devices, beta outside [0, 1] and
-    temperatures that are not positive.
+    gets gradients. Strided and expanded arguments are fine; what a masked row holds changes
+    nothing. Raises ValueError for shapes, dtypes, devices, beta outside [0, 1] and temperatures
+    that are not positive.
     """
-    mask = row_mask(mask_T, student_hidden_TH)
-    check_projection(student_hidden_TH, student_weight_VH, student_bias_V, mask)
-    check_projection(teacher_hidden_TG, teacher_weight_WG, teacher_bias_W, mask)
+    check_head(student_hidden_TH, student_weight_VH, student_bias_V, _STUDENT)
+    check_head(teacher_hidden_TG, teacher_weight_WG, teacher_bias_W, _TEACHER)
+    check_teacher_rows(
+        "teacher_hidden_TG", teacher_hidden_TG, "student_hidden_TH", student_hidden_TH
+    )
+    mask = row_mask(mask_T, "student_hidden_TH", student_hidden_TH)
     check_beta(beta)
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_weight_VH)
@@ -77,20 +92,20 @@ def jsd_loss_top_k_from_hidden(
     """The same from a teacher's top-k tokens alone: the divergence over those K tokens and the tail
     as one more category.
 
-    teacher_ids_TK: distinct ids of a row, -1 pads shorter lists; teacher_log_probs_TK: at the same
-    temperature as the
-        student's.
+    teacher_ids_TK: distinct ids of a row, -1 (or any number below 0) pads shorter lists.
+    teacher_log_probs_TK: at the
+        same temperature as the student's.
+    Raises ValueError as `jsd_loss_from_hidden` does and, on a CPU, for ids out of range and ids
+    that a row holds twice (on a GPU an id beyond the vocabulary gives NaN, and nobody looks for
+    doubles).
     """
-    mask = row_mask(mask_T, student_hidden_TH)
-    check_projection(student_hidden_TH, student_weight_VH, student_bias_V, mask)
-    check_support(
-        teacher_ids_TK, teacher_log_probs_TK, len(student_hidden_TH), student_weight_VH.shape[0]
-    )
+    check_head(student_hidden_TH, student_weight_VH, student_bias_V, _STUDENT)
+    mask = row_mask(mask_T, "student_hidden_TH", student_hidden_TH)
+    support = support_of(teacher_ids_TK, teacher_log_probs_TK, mask)
     check_beta(beta)
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_weight_VH)
     student = (student_hidden_TH, student_weight_VH, student_bias_V)
-    support = (teacher_ids_TK.long(), teacher_log_probs_TK.detach())
     loss, values_M, *_ = _jsd_top_k_hidden(
         *student, *support, mask, scale, beta, temperature, *_needs(*student)
     )
@@ -156,6 +171,7 @@ def _jsd_top_k_hidden(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_support_ids(teacher_ids, weight.shape[0])
     head = Projection.of(weight, bias)
     backend, live_L = backend_for(head.weight_VH), mask.nonzero().squeeze(1)
     ids_LK, log_probs_LK = teacher_ids[live_L], teacher_log_probs[live_L]
@@ -199,8 +215,8 @@ def _fake(
     return (
         torch.empty_like(scale),
         metrics,
-        torch.empty_like(hidden) if needs[0] else empty.clone(),
-        torch.empty_like(weight, dtype=scale.dtype) if needs[1] else empty.clone(),
+        result_like(hidden) if needs[0] else empty.clone(),
+        result_like(weight, scale.dtype) if needs[1] else empty.clone(),
         weight.new_empty(len(weight), dtype=scale.dtype) if needs[2] else empty.clone(),
     )
 

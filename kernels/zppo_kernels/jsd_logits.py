@@ -11,12 +11,20 @@ from torch import Tensor
 
 from .backends import backend_for
 from .gradients import keep_logits_gradient, logits_backward
-from .jsd_inputs import check_beta, check_support, jsd_scale, row_mask
+from .jsd_inputs import (
+    check_beta,
+    check_support_ids,
+    check_teacher_rows,
+    jsd_scale,
+    row_mask,
+    support_of,
+)
 from .jsd_reference import JsdLossOutput
 from .jsd_top_k_rows import jsd_top_k_rows
+from .layout import result_like
 from .metrics import JSD_METRICS, named
-from .policy_inputs import Count, check_logits, check_temperature
-from .row_chunks import deliver, destination_of, row_chunks, widened
+from .policy_inputs import Count, check_matrix, check_temperature
+from .row_chunks import deliver, destination_of, readable, row_chunks
 
 
 def jsd_loss_from_logits(
@@ -29,9 +37,12 @@ def jsd_loss_from_logits(
     temperature: float = 1.0,
 ) -> JsdLossOutput:
     """`jsd_loss_from_hidden` for logits that exist already; arguments and errors as there."""
-    mask = row_mask(mask_T, student_logits_TV)
-    check_logits(student_logits_TV, mask)
-    check_logits(teacher_logits_TW, mask)
+    check_matrix("student_logits_TV", student_logits_TV)
+    check_matrix("teacher_logits_TW", teacher_logits_TW)
+    check_teacher_rows(
+        "teacher_logits_TW", teacher_logits_TW, "student_logits_TV", student_logits_TV
+    )
+    mask = row_mask(mask_T, "student_logits_TV", student_logits_TV)
     check_beta(beta)
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_logits_TV)
@@ -53,14 +64,13 @@ def jsd_loss_top_k_from_logits(
     temperature: float = 1.0,
 ) -> JsdLossOutput:
     """`jsd_loss_top_k_from_hidden` for logits that exist already; arguments and errors as there."""
-    mask = row_mask(mask_T, student_logits_TV)
-    check_logits(student_logits_TV, mask)
-    check_support(teacher_ids_TK, teacher_log_probs_TK, *student_logits_TV.shape)
+    check_matrix("student_logits_TV", student_logits_TV)
+    mask = row_mask(mask_T, "student_logits_TV", student_logits_TV)
+    support = support_of(teacher_ids_TK, teacher_log_probs_TK, mask)
     check_beta(beta)
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_logits_TV)
     wants = torch.is_grad_enabled() and student_logits_TV.requires_grad
-    support = (teacher_ids_TK.long(), teacher_log_probs_TK.detach())
     loss, values_M, _ = _jsd_top_k_logits(
         student_logits_TV, *support, mask, scale, beta, temperature, wants
     )
@@ -77,13 +87,13 @@ def _jsd_logits(
     temperature: float,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradient_TV = torch.empty_like(logits) if wants_gradient else None
+    gradient_TV = result_like(logits) if wants_gradient else None
     sums_2 = torch.zeros(2, dtype=torch.float64, device=logits.device)
-    for part in row_chunks(logits):
-        logits_CV = widened(logits[part])
+    for part in row_chunks(logits, teacher):
+        logits_CV = readable(logits[part])
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
         columns = backend_for(logits).jsd(
-            logits_CV, widened(teacher[part]), mask[part], beta, temperature, gradient_CV, scale
+            logits_CV, readable(teacher[part]), mask[part], beta, temperature, gradient_CV, scale
         )
         sums_2 += torch.stack([column.sum(dtype=torch.float64) for column in columns])
         deliver(gradient_CV, gradient_TV, part)
@@ -101,10 +111,11 @@ def _jsd_top_k_logits(
     temperature: float,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradient_TV = torch.empty_like(logits) if wants_gradient else None
+    check_support_ids(teacher_ids, logits.shape[1])
+    gradient_TV = result_like(logits) if wants_gradient else None
     sums_2 = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for part in row_chunks(logits):
-        logits_CV = widened(
+        logits_CV = readable(
             logits[part]
         ).clone()  # the row operation takes the support out of its logits
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
@@ -135,7 +146,7 @@ def _fake(logits: Tensor, scale: Tensor, wants_gradient: bool) -> tuple[Tensor, 
     return (
         torch.empty_like(scale),
         metrics,
-        torch.empty_like(logits) if wants_gradient else logits.new_empty(0),
+        result_like(logits) if wants_gradient else logits.new_empty(0),
     )
 
 

@@ -57,35 +57,6 @@ def teacher_over(vocabulary: int, teacher_logits_TW: Tensor, temperature: float)
     return torch.nn.functional.pad(log_probs_TV, (0, vocabulary - shared), value=-math.inf)
 
 
-def top_k_log_probs(
-    student_logits_TV: Tensor,
-    teacher_ids_TK: Tensor,
-    teacher_log_probs_TK: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probs [T, K + 1]: the K tokens of the support, and the tail as one
-    category.
-
-    The student's tail is summed over the other logits and never formed as 1 - sum, which cancels.
-    Ids below 0 are padding.
-    """
-    scaled_TV = student_logits_TV / temperature
-    padding_TK = teacher_ids_TK < 0
-    ids_TK = teacher_ids_TK.clamp(min=0)
-    total_T1 = torch.logsumexp(scaled_TV, dim=-1, keepdim=True)
-    picked_TK = torch.where(padding_TK, -math.inf, scaled_TV.gather(1, ids_TK) - total_T1)
-    support_TV = (
-        torch.zeros_like(scaled_TV, dtype=torch.int32).scatter_add(1, ids_TK, (~padding_TK).int())
-        > 0
-    )
-    tail_TV = torch.where(support_TV, -math.inf, scaled_TV)
-    tail_T1 = torch.logsumexp(tail_TV, dim=-1, keepdim=True) - total_T1
-    teacher_TK = torch.where(padding_TK, -math.inf, teacher_log_probs_TK.to(scaled_TV.dtype))
-    return torch.cat([picked_TK, tail_T1], 1), torch.cat(
-        [teacher_TK, teacher_tail(teacher_TK, tail_T1.detach())], 1
-    )
-
-
 def teacher_tail(teacher_TK: Tensor, student_tail_T1: Tensor) -> Tensor:
     """log(1 - sum of the support's probabilities) [T, 1], in float64 because it cancels.
 
@@ -96,18 +67,3 @@ def teacher_tail(teacher_TK: Tensor, student_tail_T1: Tensor) -> Tensor:
     left_T1 = 1.0 - teacher_TK.double().exp().sum(-1, keepdim=True)
     tail_T1 = left_T1.clamp(min=torch.finfo(torch.float32).eps).log().to(teacher_TK.dtype)
     return torch.where(torch.isneginf(student_tail_T1), -math.inf, tail_T1)
-
-
-def jsd_output(
-    divergence_T: Tensor, entropy_T: Tensor, mask_T: Tensor, scale: Tensor
-) -> JsdLossOutput:
-    """Masked sum times scale, with the metrics of the rows."""
-    kept_T = torch.where(mask_T, divergence_T, 0.0)
-    metrics = {
-        "token_count": mask_T.sum(dtype=torch.float64),
-        "jsd_sum": kept_T.detach().sum(dtype=torch.float64),
-        "student_entropy_sum": torch.where(mask_T, entropy_T.detach(), 0.0).sum(
-            dtype=torch.float64
-        ),
-    }
-    return JsdLossOutput(kept_T.sum() * scale.to(kept_T.dtype), metrics)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .jsd_reference import jsd_of_log_probs, teacher_tail
 from .jsd_rows import weighted_slopes
+from .layout import accumulator_of
 from .rows_torch import TorchRows
 
 
@@ -29,18 +30,17 @@ def jsd_top_k_rows(
     gradient_CV: Tensor | None,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `jsd_rows` with the teacher's K tokens (ids below 0 are padding) and its tail as one
-    category. Overwrites the logits.
+    """As `jsd_rows` with the teacher's K tokens (ids below 0 are padding, beyond the vocabulary
+    they make the row NaN) and its tail as one category. Overwrites the logits.
 
     The support is taken out of the logits (set to -inf), so that one pass over the row gives the
     student's tail exactly, and the gradient of the tail is one softmax row with a single
     coefficient.
     """
-    padding_CK = teacher_ids_CK < 0
-    ids_CK = teacher_ids_CK.clamp(min=0)
-    picked_CK = torch.where(
-        padding_CK, -math.inf, student_CV.gather(1, ids_CK).float() / temperature
-    )
+    padding_CK, outside_CK = teacher_ids_CK < 0, teacher_ids_CK >= student_CV.shape[1]
+    ids_CK = teacher_ids_CK.clamp(min=0, max=student_CV.shape[1] - 1)
+    picked_CK = student_CV.gather(1, ids_CK).to(accumulator_of(student_CV)) / temperature
+    picked_CK = torch.where(padding_CK, -math.inf, torch.where(outside_CK, math.nan, picked_CK))
     student_CV.scatter_add_(1, ids_CK, torch.where(padding_CK, 0.0, -math.inf).to(student_CV.dtype))
     _, tail_entropy_C, tail_lse_C = backend.statistics(
         student_CV, ids_CK[:, 0].contiguous(), temperature

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import trusted
 from .rows_triton import on_device
-from .triton_advantages import SCRATCH_LINES, advantages_kernel
+from .triton_advantages import BOUND_LINES, SUM_LINES, advantages_kernel
 
 BLOCK = 1024
 
@@ -17,16 +18,16 @@ def launch_advantages(
     """Rewards float32 [R], group ids [R] -> advantages float32 [R]."""
     rows = len(rewards_R)
     advantages_R = torch.empty_like(rewards_R)
-    scratch = torch.empty(SCRATCH_LINES * rows, dtype=torch.float32, device=rewards_R.device)
+    sums = torch.empty(SUM_LINES * rows, dtype=torch.float64, device=rewards_R.device)
+    bounds = torch.empty(BOUND_LINES * rows, dtype=torch.float32, device=rewards_R.device)
     scope = (
-        advantages_R
-        if given is None
-        else torch.tensor(given, dtype=torch.float32, device=rewards_R.device)
+        sums if given is None else torch.tensor(given, dtype=torch.float64, device=rewards_R.device)
     )
     if rows:
         with on_device(rewards_R):
             advantages_kernel[(1,)](
-                rewards_R, group_ids_R, advantages_R, scratch, scope, rows, EPS=eps, IS_GRPO=mode == "grpo",
+                *trusted(rewards_R, group_ids_R, advantages_R, sums, bounds, scope), rows,
+                EPS=eps, IS_GRPO=mode == "grpo",
                 IS_CENTER_ONLY=mode == "center_only", COUNTS_TRIVIAL=mode == "norm_with_zero",
                 IS_GIVEN=given is not None, BLOCK=BLOCK, num_warps=16,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layout import result_like
 from .projection import Projection, chunk_rows
 
 
@@ -107,4 +108,4 @@ def spread(gradient_LH: Tensor | None, live_L: Tensor, hidden_TH: Tensor) -> Ten
         return hidden_TH.new_empty(0)
     if len(live_L) == len(hidden_TH):
         return gradient_LH.to(hidden_TH.dtype)
-    return torch.zeros_like(hidden_TH).index_copy_(0, live_L, gradient_LH.to(hidden_TH.dtype))
+    return result_like(hidden_TH).zero_().index_copy_(0, live_L, gradient_LH.to(hidden_TH.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_for
+from .layout import accumulator_of, column
 from .linear_chunks import logit_chunks
 from .policy_inputs import (
     IGNORED_TARGET,
@@ -22,7 +23,7 @@ from .policy_inputs import (
     check_temperature,
 )
 from .projection import Projection
-from .row_chunks import accumulator_of, row_chunks, widened
+from .row_chunks import readable, row_chunks
 
 
 def token_log_probs(
@@ -33,30 +34,32 @@ def token_log_probs(
     temperature: float = 1.0,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), float32 [T]
-    each, no gradient.
+    """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), [T] each, no
+    gradient.
 
-    Rows of id -100 give 0 and their logits are not computed. Raises ValueError as
-    `policy_loss_from_hidden` does.
+    float32, or float64 where the head is. Rows of id -100 give 0; on a CPU their logits are not
+    computed. Any layout. Raises ValueError as `policy_loss_from_hidden` does.
     """
     check_integer("target_ids_T", target_ids_T)
     check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
     check_temperature(temperature)
     bias_V = None if bias_V is None else bias_V.detach()
+    target_ids_T = column(target_ids_T, torch.int64)
     return _log_probs_from_hidden(
-        hidden_TH.detach(), weight_VH.detach(), bias_V, target_ids_T.long(), temperature
+        hidden_TH.detach(), weight_VH.detach(), bias_V, target_ids_T, temperature
     )
 
 
 def token_log_probs_from_logits(
     logits_TV: Tensor, target_ids_T: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Logits [T, V], ids [T] -> (log-probs, entropy in nats), float32 [T] each, no gradient; rows
-    of id -100 give 0."""
+    """The same from logits [T, V] that exist already."""
     check_integer("target_ids_T", target_ids_T)
     check_logits(logits_TV, target_ids_T)
     check_temperature(temperature)
-    return _log_probs_from_logits(logits_TV.detach(), target_ids_T.long(), temperature)
+    return _log_probs_from_logits(
+        logits_TV.detach(), column(target_ids_T, torch.int64), temperature
+    )
 
 
 @torch.library.custom_op("zppo_kernels::token_log_probs", mutates_args=())
@@ -76,7 +79,7 @@ def _log_probs_from_hidden(
     for part, _, logits_CV in logit_chunks(head, picked):
         targets_C = targets[part]
         log_probs_C, entropy_C, _ = backend.statistics(
-            logits_CV, targets_C.clamp(min=0), temperature
+            logits_CV, _looked_up(targets_C), temperature
         )
         found[:, part] = torch.where(
             targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0
@@ -103,7 +106,7 @@ def _log_probs_from_logits(
     for part in row_chunks(logits):
         targets_C = target_ids[part]
         log_probs_C, entropy_C, _ = backend.statistics(
-            widened(logits[part]), targets_C.clamp(min=0), temperature
+            readable(logits[part]), _looked_up(targets_C), temperature
         )
         results[:, part] = torch.where(
             targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0
@@ -114,6 +117,12 @@ def _log_probs_from_logits(
 @_log_probs_from_logits.register_fake
 def _(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return _fake_result(logits, target_ids), _fake_result(logits, target_ids)
+
+
+def _looked_up(target_ids_C: Tensor) -> Tensor:
+    """Token 0 for rows whose result is thrown away; any other id stays, and is NaN where it does
+    not exist."""
+    return torch.where(target_ids_C == IGNORED_TARGET, 0, target_ids_C)
 
 
 def _fake_result(like: Tensor, target_ids: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ SAMPLE_METRICS: tuple[str, ...] = (
     "importance_weight_count",  # rows with a usable behaviour log-prob
     "importance_weight_sum",  # raw exp(proximal - behaviour), before truncation
     "importance_capped_count",  # raw weight above the cap: truncated or masked
-    "behaviour_dropped_count",  # behaviour log-prob not finite: the token leaves the loss when a correction is on
+    "behaviour_dropped_count",
+    # behaviour log-prob not finite: the token leaves the loss when a correction is on
     "mismatch_kl_sum",  # w - 1 - log w of the raw weight, an estimate of KL(behaviour || proximal)
     "importance_weight_max",
 )

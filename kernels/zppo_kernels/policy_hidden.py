@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .backends import backend_for
 from .gradients import keep_linear_gradients, linear_backward, or_empty
+from .layout import accumulator_of, result_like
 from .linear_chunks import LinearGradients, Needs, linear_gradients, logit_chunks, spread
 from .metrics import LOGIT_METRICS, POLICY_METRICS, named, reduce_partials
-from .policy_inputs import Count, check_projection, check_row_ids, prepare_rows
+from .policy_inputs import Count, check_projection, checked_live_rows, checked_rows, prepare_rows
 from .policy_reference import PolicyLossOutput, PolicyRows, live_of
 from .policy_terms import policy_terms
 from .projection import Projection
@@ -57,15 +58,19 @@ def policy_loss_from_hidden(
     mini-batch (int or 0-dim tensor), the denominators; micro-batches
         and ranks pass the same count and their losses add.
     full_metrics: compute logits of zero-advantage rows too, for entropy and the like. live_rows_L:
-    the rows with a gradient, where the caller knows them; on a GPU this saves the one
-    synchronisation.
+    the rows with a gradient, distinct and in any order, where the caller knows them (rows left out
+    lose
+        theirs); on a GPU this saves the one synchronisation.
 
-    Raises ValueError for shapes, dtypes, devices and, on a CPU, ids out of range (on a GPU such a
-    row's loss is NaN).
+    Strided and expanded arguments are fine. What a masked row holds changes nothing, be it NaN or
+    an id out of range. Raises ValueError for shapes, dtypes, devices and, on a CPU, ids of unmasked
+    rows out of range (on a GPU such a row's loss is NaN; `live_rows_L` out of range is an error of
+    the device).
     """
     check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
     rows = prepare_rows(
         target_ids_T,
+        like=weight_VH,
         sequence_ids_T=sequence_ids_T,
         advantages_S=advantages_S,
         proximal_log_probs_T=proximal_log_probs_T,
@@ -120,12 +125,15 @@ def _policy_hidden(
     rows = PolicyRows(
         target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
     )
-    check_row_ids(rows, weight.shape[0])
+    rows = checked_rows(rows, weight.shape[0])
     settings = settings_from(numbers, correction, ratio_level)
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     head = Projection.of(weight, bias)
     rows, sample_metrics = backend_for(head.weight_VH).weighted(rows, settings)
-    live_L = live_of(rows, settings).nonzero().squeeze(1) if live_rows is None else live_rows
+    if live_rows is None:
+        live_L = live_of(rows, settings).nonzero().squeeze(1)
+    else:
+        live_L = checked_live_rows(live_rows, len(hidden))
     loss, partials, gradients = _evaluate(head, *_picked(hidden, rows, live_L), settings, needs)
     if full_metrics:
         dead = (rows.mask_T & ~live_of(rows, settings)).nonzero().squeeze(1)
@@ -243,12 +251,12 @@ def _(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(weight)
     return (
         weight.new_empty((), dtype=accumulator),
         weight.new_empty(len(POLICY_METRICS), dtype=torch.float64),
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=accumulator) if needs_weight else weight.new_empty(0),
+        result_like(hidden) if needs_hidden else hidden.new_empty(0),
+        result_like(weight, accumulator) if needs_weight else weight.new_empty(0),
         weight.new_empty(len(weight), dtype=accumulator) if needs_bias else weight.new_empty(0),
     )
 

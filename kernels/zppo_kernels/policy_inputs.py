@@ -1,8 +1,9 @@
 """Checks and completes the row inputs of the policy loss, so that every path below may trust them.
 
-Invariant: after `prepare_rows` all tensors are on one device, per-row statistics are float32, ids
-int64, the mask is bool, targets of masked rows are 0 or more, and `scales_S` holds the whole
-normalisation.
+Invariant: after `prepare_rows` all tensors are on one device and contiguous, statistics have the
+accumulator's dtype, ids are int64, the mask is bool, both ids of a masked row are 0 whatever they
+were, and `scales_S` holds the whole normalisation. After `checked_rows` every sequence id is inside
+what it indexes.
 
 Shapes: T rows, H hidden, V vocabulary, S sequences.
 """
@@ -10,10 +11,12 @@ Shapes: T rows, H hidden, V vocabulary, S sequences.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .layout import accumulator_of, column
 from .policy_reference import PolicyRows
 from .settings import PolicyLossSettings
 
@@ -24,6 +27,7 @@ Count = int | float | Tensor
 def prepare_rows(
     target_ids_T: Tensor,
     *,
+    like: Tensor,
     sequence_ids_T: Tensor,
     advantages_S: Tensor,
     proximal_log_probs_T: Tensor,
@@ -34,8 +38,11 @@ def prepare_rows(
     sequence_count: Count | None,
     settings: PolicyLossSettings,
 ) -> PolicyRows:
-    """Raise ValueError for wrong shapes, dtypes, devices and ids; return rows that need no further
-    check."""
+    """Raise ValueError for wrong shapes, dtypes and devices; `like`, logits or LM head, decides the
+    dtype of numbers.
+
+    Ids are looked at inside the operators: see `checked_rows`.
+    """
     rows = len(target_ids_T)
     optional = {
         "behaviour_log_probs_T": behaviour_log_probs_T,
@@ -47,32 +54,32 @@ def prepare_rows(
     for name, tensor in (required | optional | {"mask_T": mask_T}).items():
         check_row_tensor(name, tensor, rows, target_ids_T.device)
     check_row_tensor("advantages_S", advantages_S, advantages_S.numel(), target_ids_T.device)
+    if rows and not advantages_S.numel():
+        raise ValueError(
+            f"advantages_S is empty; expected one advantage for each sequence of the {rows} rows"
+        )
     if settings.kl_coefficient > 0 and reference_log_probs_T is None:
         raise ValueError(
             f"kl_coefficient is {settings.kl_coefficient}, which needs reference_log_probs_T"
         )
     mask = (target_ids_T != IGNORED_TARGET) & (True if mask_T is None else mask_T.detach() != 0)
-    sequence_ids_T = sequence_ids_T.long()
+    dtype = accumulator_of(like)
+    sequence_ids_T = torch.where(mask, column(sequence_ids_T, torch.int64), 0)
+    advantages_S = column(advantages_S, dtype)
     return PolicyRows(
-        target_ids_T=torch.where(mask, target_ids_T.long(), 0),
+        target_ids_T=torch.where(mask, column(target_ids_T, torch.int64), 0),
         sequence_ids_T=sequence_ids_T,
-        advantages_S=_statistic(advantages_S),
+        advantages_S=advantages_S,
         scales_S=_scales(mask, sequence_ids_T, advantages_S, token_count, sequence_count, settings),
-        proximal_log_probs_T=_statistic(proximal_log_probs_T),
-        mask_T=mask,
+        proximal_log_probs_T=column(proximal_log_probs_T, dtype),
+        mask_T=mask.contiguous(),
         behaviour_log_probs_T=None
         if behaviour_log_probs_T is None
-        else _statistic(behaviour_log_probs_T),
+        else column(behaviour_log_probs_T, dtype),
         reference_log_probs_T=None
         if reference_log_probs_T is None
-        else _statistic(reference_log_probs_T),
+        else column(reference_log_probs_T, dtype),
     )
-
-
-def _statistic(tensor: Tensor) -> Tensor:
-    """Constants of the loss: detached, float32 (float64 is kept, for the oracle), contiguous."""
-    detached = tensor.detach()
-    return (detached if detached.dtype == torch.float64 else detached.float()).contiguous()
 
 
 def _scales(
@@ -85,9 +92,7 @@ def _scales(
 ) -> Tensor:
     """1 / denominator for one token of each sequence; a count of 0 (all masked) gives a loss of 0,
     not NaN."""
-    ones_S = torch.ones_like(
-        advantages_S, dtype=torch.float64 if advantages_S.dtype == torch.float64 else torch.float32
-    )
+    ones_S = torch.ones_like(advantages_S)
     if settings.normalisation == "token":
         return ones_S / count_tensor(token_count, "token_count", ones_S.device, ones_S.dtype)
     if sequence_count is None:
@@ -98,16 +103,25 @@ def _scales(
     sequences = count_tensor(sequence_count, "sequence_count", ones_S.device, ones_S.dtype)
     if settings.fixed_length is not None:
         return ones_S / (sequences * settings.fixed_length)
-    lengths_S = torch.zeros_like(ones_S).index_add(0, sequence_ids_T, mask_T.to(ones_S.dtype))
+    ids_T = _bounded(sequence_ids_T, len(ones_S))
+    lengths_S = ones_S.new_zeros(len(ones_S) + 1).index_add(0, ids_T, mask_T.to(ones_S.dtype))[:-1]
     return ones_S / (lengths_S.clamp(min=1) * sequences)
+
+
+def _bounded(sequence_ids_T: Tensor, sequences: int) -> Tensor:
+    """Ids out of range become `sequences`, one past the last."""
+    outside_T = (sequence_ids_T < 0) | (sequence_ids_T >= sequences)
+    return torch.where(outside_T, sequences, sequence_ids_T)
 
 
 def count_tensor(count: Count, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A denominator as a 0-dim tensor, at least 1; no synchronisation for a tensor, which is
     clamped on its device."""
     if isinstance(count, Tensor):
-        return count.detach().to(device, dtype).clamp(min=1)
-    if not count >= 0:
+        if count.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(count.shape)}; expected one number")
+        return count.detach().to(device, dtype).reshape(()).clamp(min=1)
+    if not 0 <= count < math.inf:
         raise ValueError(f"{name} is {count!r}; expected a count of 0 or more")
     return torch.full((), max(float(count), 1.0), dtype=dtype, device=device)
 
@@ -121,14 +135,16 @@ def check_integer(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_row_tensor(name: str, tensor: Tensor | None, rows: int, device: torch.device) -> None:
+def check_row_tensor(
+    name: str, tensor: Tensor | None, rows: int, device: torch.device, other: str = "target_ids_T"
+) -> None:
     """A per-row (or per-sequence) vector of the right length on the right device."""
     if tensor is None:
         return
     if tuple(tensor.shape) != (rows,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {device}, where target_ids_T is")
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, where {other} is")
 
 
 def check_matrix(name: str, tensor: Tensor, columns: int | None = None) -> None:
@@ -148,55 +164,77 @@ def check_matrix(name: str, tensor: Tensor, columns: int | None = None) -> None:
         )
 
 
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+) -> None:
+    """Hidden states [T, H] and LM head [V, H], [V] belong together; `names` are those the caller
+    knows them by."""
+    hidden_name, weight_name, bias_name = names
+    check_matrix(hidden_name, hidden)
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{weight_name} has shape {tuple(weight.shape)}: an empty shard; gather the LM head "
+            "first"
+        )
+    check_matrix(weight_name, weight, hidden.shape[1])
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{hidden_name} is {hidden.dtype} but {weight_name} is {weight.dtype}; expected one "
+            "dtype"
+        )
+    check_device(weight_name, weight, hidden_name, hidden)
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"{bias_name} has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
+            )
+        check_device(bias_name, bias, hidden_name, hidden)
+
+
 def check_projection(
     hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_ids_T: Tensor
 ) -> None:
     """Hidden states, LM head and targets belong together."""
-    check_matrix("hidden_TH", hidden_TH)
-    if weight_VH.numel() == 0:
-        raise ValueError(
-            f"weight_VH has shape {tuple(weight_VH.shape)}: an empty shard; gather the LM head "
-            "first"
-        )
-    check_matrix("weight_VH", weight_VH, hidden_TH.shape[1])
-    if hidden_TH.dtype != weight_VH.dtype:
-        raise ValueError(
-            f"hidden_TH is {hidden_TH.dtype} but weight_VH is {weight_VH.dtype}; expected one dtype"
-        )
-    if bias_V is not None and tuple(bias_V.shape) != (weight_VH.shape[0],):
-        raise ValueError(
-            f"bias_V has shape {tuple(bias_V.shape)}; expected ({weight_VH.shape[0]},)"
-        )
-    _check_together(hidden_TH, weight_VH, target_ids_T, "hidden_TH")
+    check_head(hidden_TH, weight_VH, bias_V, ("hidden_TH", "weight_VH", "bias_V"))
+    _check_targets_of(target_ids_T, "hidden_TH", hidden_TH)
 
 
 def check_logits(logits_TV: Tensor, target_ids_T: Tensor) -> None:
     """Logits and targets belong together."""
     check_matrix("logits_TV", logits_TV)
-    _check_together(logits_TV, logits_TV, target_ids_T, "logits_TV")
+    _check_targets_of(target_ids_T, "logits_TV", logits_TV)
 
 
-def _check_together(rows: Tensor, other: Tensor, target_ids_T: Tensor, name: str) -> None:
+def _check_targets_of(target_ids_T: Tensor, name: str, rows: Tensor) -> None:
     if tuple(target_ids_T.shape) != (rows.shape[0],):
         raise ValueError(
             f"target_ids_T has shape {tuple(target_ids_T.shape)}; expected ({rows.shape[0]},), one "
             f"per row of {name}"
         )
-    if not rows.device == other.device == target_ids_T.device:
+    check_device("target_ids_T", target_ids_T, name, rows)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Everything a loss is given lies on one device."""
+    if tensor.device != other.device:
         raise ValueError(
-            f"tensors are on {rows.device}, {other.device} and {target_ids_T.device}; expected one "
-            "device"
+            f"{name} is on {tensor.device}; expected {other.device}, where {other_name} is"
         )
 
 
-def check_targets(target_ids_T: Tensor, mask_T: Tensor, vocabulary: int) -> None:
-    """Called inside the operators, where torch.compile does not look: on the CPU an unmasked id
-    outside [0, V) is an error.
+def reads_values(tensor: Tensor) -> bool:
+    """Whether ids may be looked at: not on a GPU, which would have to be waited for.
 
-    A GPU would have to wait for the answer: there the kernels give the row a NaN loss, which no
-    training loop overlooks.
+    Called inside the operators, where torch.compile does not look. On a CPU an id out of range is
+    an error; elsewhere its row gets a NaN loss, which no training loop overlooks.
     """
-    if target_ids_T.device.type != "cpu":
+    return tensor.device.type == "cpu"
+
+
+def check_targets(target_ids_T: Tensor, mask_T: Tensor, vocabulary: int) -> None:
+    """Where values may be read: ValueError for an unmasked id outside [0, V). Elsewhere the kernels
+    say NaN."""
+    if not reads_values(target_ids_T):
         return
     wrong_T = mask_T & ((target_ids_T < 0) | (target_ids_T >= vocabulary))
     if bool(wrong_T.any()):
@@ -207,18 +245,43 @@ def check_targets(target_ids_T: Tensor, mask_T: Tensor, vocabulary: int) -> None
         )
 
 
-def check_row_ids(rows: PolicyRows, vocabulary: int) -> None:
-    """`check_targets`, and the same for the sequence ids."""
+def checked_rows(rows: PolicyRows, vocabulary: int) -> PolicyRows:
+    """`check_targets`, and the same for the sequence ids of unmasked rows: an error, or NaN for
+    advantage and scale."""
     check_targets(rows.target_ids_T, rows.mask_T, vocabulary)
-    ids_T, sequences = rows.sequence_ids_T, rows.advantages_S.numel()
-    if ids_T.device.type != "cpu" or not len(ids_T):
-        return
-    low, high = int(ids_T.min()), int(ids_T.max())
-    if low < 0 or high >= sequences:
+    ids_T, sequences = rows.sequence_ids_T, len(rows.advantages_S)
+    if not reads_values(ids_T):
+        advantages_S, scales_S = (
+            torch.nn.functional.pad(values_S, (0, 1), value=math.nan)
+            for values_S in (rows.advantages_S, rows.scales_S)
+        )
+        return replace(
+            rows,
+            sequence_ids_T=_bounded(ids_T, sequences),
+            advantages_S=advantages_S,
+            scales_S=scales_S,
+        )
+    low, high = (int(ids_T.min()), int(ids_T.max())) if len(ids_T) else (0, 0)
+    if low < 0 or (len(ids_T) and high >= sequences):
         raise ValueError(
             f"sequence_ids_T run from {low} to {high}; expected 0 to {sequences - 1}, an index "
             "into advantages_S"
         )
+    return rows
+
+
+def checked_live_rows(live_rows_L: Tensor, rows: int) -> Tensor:
+    """int64 and contiguous; where values may be read, ValueError unless they are distinct indices
+    of rows."""
+    check_integer("live_rows_L", live_rows_L)
+    live_rows_L = column(live_rows_L, torch.int64)
+    if reads_values(live_rows_L) and len(live_rows_L):
+        low, high = int(live_rows_L.min()), int(live_rows_L.max())
+        if low < 0 or high >= rows or len(live_rows_L.unique()) < len(live_rows_L):
+            raise ValueError(
+                f"live_rows_L run from {low} to {high}; expected distinct rows from 0 to {rows - 1}"
+            )
+    return live_rows_L
 
 
 def check_temperature(temperature: float) -> None:

@@ -1,8 +1,8 @@
 """The clipped policy loss from materialised logits, with the gradient formed in the forward pass.
 
 One row operation reads the logits and writes their gradient, into a new tensor or (in_place) over
-the logits themselves. Rows whose mask or advantage is zero are not read; their gradient is written
-as 0.
+the logits themselves. Rows whose mask or advantage is zero do not enter, whatever their logits;
+their gradient is written as 0.
 
 Shapes: T rows, V vocabulary, S sequences, M metrics.
 """
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .backends import backend_for
 from .gradients import keep_logits_gradient, logits_backward, refuse_double_backward
+from .layout import accumulator_of, check_in_place, result_like
 from .metrics import LOGIT_METRICS, POLICY_METRICS, named, reduce_partials
-from .policy_inputs import Count, check_logits, check_row_ids, prepare_rows
+from .policy_inputs import Count, check_logits, checked_rows, prepare_rows
 from .policy_reference import PolicyLossOutput, PolicyRows, live_of
 from .policy_terms import policy_terms
-from .row_chunks import accumulator_of, deliver, destination_of, row_chunks, widened
+from .row_chunks import deliver, destination_of, readable, row_chunks
 from .settings import PolicyLossSettings, settings_from, settings_values
 
 _DEFAULTS = PolicyLossSettings()
@@ -45,14 +46,17 @@ def policy_loss_from_logits(
 ) -> PolicyLossOutput:
     """`policy_loss_from_hidden` for logits that exist already; arguments and errors as there.
 
-    logits_TV: before division by the temperature; the gradient has their dtype. in_place: the
-    logits' storage becomes the gradient's (no second [T, V] tensor); the logits are gone
-    afterwards, and
-        a second backward pass raises RuntimeError.
+    logits_TV: before division by the temperature, in any layout; the gradient has their dtype and
+    is contiguous. in_place: the logits' storage becomes the gradient's (no second [T, V] tensor);
+    the logits are gone afterwards, and
+        a second backward pass raises RuntimeError. ValueError for a leaf, columns that do not lie
+        side by side, and rows that share memory. Without a gradient to form, nothing is
+        overwritten.
     """
     check_logits(logits_TV, target_ids_T)
     rows = prepare_rows(
         target_ids_T,
+        like=logits_TV,
         sequence_ids_T=sequence_ids_T,
         advantages_S=advantages_S,
         proximal_log_probs_T=proximal_log_probs_T,
@@ -65,6 +69,7 @@ def policy_loss_from_logits(
     )
     wants_gradient = torch.is_grad_enabled() and logits_TV.requires_grad
     if in_place and wants_gradient:
+        check_in_place("logits_TV", logits_TV)
         loss, values_M = _InPlace.apply(logits_TV, rows, settings, full_metrics)
     else:
         loss, values_M, _ = _policy_logits(
@@ -81,7 +86,7 @@ def _evaluate(
     gradient_TV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics [M]; the gradient goes to `gradient_TV`, which may be the logits."""
-    check_row_ids(rows, logits_TV.shape[1])
+    rows = checked_rows(rows, logits_TV.shape[1])
     backend = backend_for(logits_TV)
     rows, sample_metrics = backend.weighted(rows, settings)
     rows = rows if full_metrics else replace(rows, mask_T=live_of(rows, settings))
@@ -97,7 +102,7 @@ def _by_token(
     losses = [torch.zeros((), dtype=accumulator_of(logits_TV), device=logits_TV.device)]
     partials = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=logits_TV.device)]
     for part in row_chunks(logits_TV):
-        logits_CV = widened(logits_TV[part])
+        logits_CV = readable(logits_TV[part])
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
         loss, values_M = backend.policy(logits_CV, rows.part(part), settings, gradient_CV)
         deliver(gradient_CV, gradient_TV, part)
@@ -113,7 +118,7 @@ def _by_sequence(
     backend, temperature = backend_for(logits_TV), settings.temperature
     empty_T = torch.zeros(0, dtype=accumulator_of(logits_TV), device=logits_TV.device)
     columns = [
-        backend.statistics(widened(logits_TV[part]), rows.target_ids_T[part], temperature)
+        backend.statistics(readable(logits_TV[part]), rows.target_ids_T[part], temperature)
         for part in row_chunks(logits_TV)
     ]
     log_probs_T, entropy_T, lse_T = (
@@ -122,7 +127,7 @@ def _by_sequence(
     terms = policy_terms(log_probs_T, entropy_T, rows, settings)
     slopes_T = terms.coefficients_L / temperature
     for part in row_chunks(logits_TV):
-        logits_CV = widened(logits_TV[part])
+        logits_CV = readable(logits_TV[part])
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
         if gradient_CV is None:
             break
@@ -162,7 +167,7 @@ def _policy_logits(
         target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
     )
     settings = settings_from(numbers, correction, ratio_level)
-    gradient_TV = torch.empty_like(logits) if wants_gradient else None
+    gradient_TV = result_like(logits) if wants_gradient else None
     loss, values_M = _evaluate(logits, rows, settings, full_metrics, gradient_TV)
     return loss, values_M, logits.new_empty(0) if gradient_TV is None else gradient_TV
 
@@ -186,7 +191,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = logits.new_empty((), dtype=accumulator_of(logits))
     values_M = logits.new_empty(len(POLICY_METRICS), dtype=torch.float64)
-    return loss, values_M, torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
+    return loss, values_M, result_like(logits) if wants_gradient else logits.new_empty(0)
 
 
 _policy_logits.register_autograd(

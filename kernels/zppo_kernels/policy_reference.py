@@ -50,6 +50,11 @@ class PolicyRows:
             getattr(self, field.name) for field in fields(self) if field.name != "weights_T"
         )
 
+    def of_sequence(self, values_S: Tensor) -> Tensor:
+        """The value of each row's sequence [T]; 0 for masked rows, so that no NaN of theirs reaches
+        a sum."""
+        return torch.where(self.mask_T, values_S[self.sequence_ids_T], 0.0)
+
     def part(self, rows: slice) -> PolicyRows:
         """The same record for a slice of the rows."""
         return self._narrowed(lambda column_T: column_T[rows])
@@ -86,8 +91,8 @@ def policy_loss_reference(
 ) -> PolicyLossOutput:
     """Clipped surrogate over materialised logits, differentiable by autograd."""
     log_probs_T, entropy_T = log_probs_reference(logits_TV, rows.target_ids_T, settings.temperature)
-    advantages_T = rows.advantages_S[rows.sequence_ids_T].to(log_probs_T.dtype)
-    scales_T = rows.scales_S[rows.sequence_ids_T].to(log_probs_T.dtype)
+    advantages_T = rows.of_sequence(rows.advantages_S).to(log_probs_T.dtype)
+    scales_T = rows.of_sequence(rows.scales_S).to(log_probs_T.dtype)
     log_ratio_T = log_ratio_of(log_probs_T, rows, settings)
     ratio_T = log_ratio_T.exp()
     surrogate_T = surrogate_of(ratio_T, advantages_T, settings)
@@ -154,7 +159,7 @@ def live_of(rows: PolicyRows, settings: PolicyLossSettings) -> Tensor:
     """Which rows [T] carry a gradient at all."""
     if settings.kl_coefficient > 0:
         return rows.mask_T
-    return rows.mask_T & (rows.advantages_S[rows.sequence_ids_T] != 0)
+    return rows.mask_T & (rows.of_sequence(rows.advantages_S) != 0)
 
 
 def correction_of(rows: PolicyRows, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
@@ -163,7 +168,7 @@ def correction_of(rows: PolicyRows, settings: PolicyLossSettings) -> tuple[Tenso
     A behaviour log-prob that is not finite drops its token (weight 0) when a correction is on.
     """
     proximal_T, behaviour_T = rows.proximal_log_probs_T, rows.behaviour_log_probs_T
-    advantages_T = rows.advantages_S[rows.sequence_ids_T]
+    advantages_T = rows.of_sequence(rows.advantages_S)
     known_T = rows.mask_T if behaviour_T is not None else torch.zeros_like(rows.mask_T)
     usable_T = known_T & torch.isfinite(behaviour_T if behaviour_T is not None else proximal_T)
     difference_T = (

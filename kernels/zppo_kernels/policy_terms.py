@@ -39,8 +39,7 @@ def policy_terms(
     log_probs_L: Tensor, entropy_L: Tensor, rows: PolicyRows, settings: PolicyLossSettings
 ) -> PolicyTerms:
     """The surrogate, its derivative and its metrics; `rows.weights_T` must be known."""
-    advantages_L = rows.advantages_S[rows.sequence_ids_T]
-    scales_L = torch.where(rows.mask_T, rows.scales_S[rows.sequence_ids_T], 0.0)
+    advantages_L, scales_L = rows.of_sequence(rows.advantages_S), rows.of_sequence(rows.scales_S)
     weights_L = torch.ones_like(log_probs_L) if rows.weights_T is None else rows.weights_T
     log_ratio_L = log_ratio_of(log_probs_L, rows, settings)
     ratio_L = log_ratio_L.exp()

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+from .layout import HALF, accumulator_of
+
 # On a CPU a chunk's logits should stay near the caches: 6.3 M float32 are 25 MB, 128 rows of a
 # vocabulary of 49,152.
 _CPU_LOGITS = 128 * 49_152
@@ -71,14 +72,14 @@ class Projection:
     def of(weight_VH: Tensor, bias_V: Tensor | None) -> Projection:
         """float64 stays float64 (the oracle of the tests)."""
         weight_VH, was_bf16 = weight_VH.detach(), False
-        if not weight_VH.is_cuda and weight_VH.dtype in _HALF:
+        if not weight_VH.is_cuda and weight_VH.dtype in HALF:
             weight_VH, was_bf16 = weight_VH.float(), weight_VH.dtype == torch.bfloat16
         return Projection(weight_VH, None if bias_V is None else bias_V.detach(), was_bf16)
 
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of logits and weight gradient."""
-        return torch.float64 if self.weight_VH.dtype == torch.float64 else torch.float32
+        return accumulator_of(self.weight_VH)
 
     def operand(self, hidden_CH: Tensor) -> Tensor:
         """Hidden states in the dtype of the products."""
@@ -95,7 +96,7 @@ class Projection:
         """hidden @ weight.T + bias into the first rows of the buffer, which are returned."""
         logits_CV = buffer_CV[: len(hidden_CH)]
         weight_HV = self.weight_VH.T
-        if self.weight_VH.dtype in _HALF:
+        if self.weight_VH.dtype in HALF:
             torch.ops.aten.mm.dtype_out(hidden_CH, weight_HV, torch.float32, out=logits_CV)
         else:
             with bf16_operands(self.was_bf16):
@@ -117,9 +118,11 @@ class Projection:
         )
 
     def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
-        """gradient @ weight: [C, H]."""
+        """gradient @ weight: [C, H]; into a given tensor, because autocast would round a free
+        product to bf16."""
+        result_CH = gradient_CV.new_empty(len(gradient_CV), self.weight_VH.shape[1])
         with bf16_operands(self.was_bf16):
-            return torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype))
+            return torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype), out=result_CH)
 
     def add_weight_gradient(
         self, total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, is_first: bool
@@ -128,7 +131,7 @@ class Projection:
         needs no zeroing."""
         beta = 0.0 if is_first else 1.0
         gradient_VC = gradient_CV.T
-        if gradient_CV.dtype in _HALF:
+        if gradient_CV.dtype in HALF:
             torch.ops.aten.addmm.dtype_out(
                 total_VH, gradient_VC, hidden_CH, torch.float32, beta=beta, alpha=1.0, out=total_VH
             )

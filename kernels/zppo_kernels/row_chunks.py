@@ -1,5 +1,5 @@
-"""Materialised logits in pieces: all rows at once where the backend reads their dtype, widened
-chunks elsewhere.
+"""Materialised logits in pieces: all rows at once where the backend reads them as they are, chunks
+elsewhere.
 
 Invariant: a chunk's gradient ends up in its rows of `gradient_TV`, which may be the logits
 themselves.
@@ -9,41 +9,36 @@ Shapes: T rows, C rows of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .backends import backend_for
+from .layout import HALF, has_unit_columns, unit_columns
 from .projection import chunk_rows
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def accumulator_of(logits_TV: Tensor) -> torch.dtype:
-    """The dtype of losses and row statistics."""
-    return torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
 
 
 def _is_native(logits_TV: Tensor) -> bool:
     """Whether the backend reads and writes half precision itself."""
-    return backend_for(logits_TV).name == "triton" or logits_TV.dtype not in _HALF
+    return backend_for(logits_TV).name == "triton" or logits_TV.dtype not in HALF
 
 
-def row_chunks(logits_TV: Tensor) -> list[slice]:
-    """All rows at once where one launch does it; chunks near the cache on a CPU."""
+def row_chunks(logits_TV: Tensor, *others: Tensor) -> list[slice]:
+    """All rows at once where one launch does it; small chunks on a CPU, and wherever a chunk has to
+    be copied."""
     rows, vocabulary = logits_TV.shape
     if rows == 0:
         return []
-    size = (
-        rows
-        if backend_for(logits_TV).name == "triton"
-        else chunk_rows(rows, vocabulary, logits_TV.device)
+    at_once = backend_for(logits_TV).name == "triton" and all(
+        map(has_unit_columns, (logits_TV, *others))
     )
+    size = rows if at_once else chunk_rows(rows, vocabulary, logits_TV.device)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def widened(logits_CV: Tensor) -> Tensor:
-    """Logits as the backend reads them: half precision is widened in a copy where it must be."""
-    return logits_CV.detach() if _is_native(logits_CV) else logits_CV.detach().float()
+def readable(logits_CV: Tensor) -> Tensor:
+    """Logits as the backend reads them: copied where columns are apart or half precision must be
+    widened."""
+    logits_CV = unit_columns(logits_CV.detach())
+    return logits_CV if _is_native(logits_CV) else logits_CV.float()
 
 
 def destination_of(logits_CV: Tensor, gradient_TV: Tensor | None, part: slice) -> Tensor | None:

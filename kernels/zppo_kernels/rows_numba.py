@@ -1,9 +1,9 @@
 """Row operations over the vocabulary for CPUs: one fused pass per row while the row sits in the
 cache, compiled by numba.
 
-Invariant: equal to `rows_torch.TorchRows` up to rounding; float32 logits only (others fall back to
-it). Rows are shared out to as many threads as torch uses; the compiled code holds no interpreter
-lock and no state.
+Invariant: equal to `rows_torch.TorchRows` up to rounding; float32 logits only, which is what
+`row_chunks` and `Projection` give a CPU (float64 never comes here). Rows are shared out to as many
+threads as torch uses; the compiled code holds no interpreter lock and no state.
 
 Shapes: C rows of a chunk, V vocabulary, M metrics.
 """
@@ -25,9 +25,8 @@ from . import _numba_policy as compiled
 from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
 from .policy_reference import PolicyRows
 from .rows_torch import TorchRows
-from .settings import PolicyLossSettings
+from .settings import CORRECTIONS, PolicyLossSettings
 
-_CORRECTIONS = {"none": 0, "truncate": 1, "mask": 2}
 # Below this many logits a second thread costs more than it saves.
 _LOGITS_PER_THREAD = 1 << 18
 
@@ -39,8 +38,6 @@ class NumbaRows(TorchRows):
 
     def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
         """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
-        if rows.proximal_log_probs_T.dtype != torch.float32:
-            return super().weighted(rows, settings)
         behaviour_T = rows.behaviour_log_probs_T
         weights_T = torch.empty_like(rows.proximal_log_probs_T)
         metrics_M = np.zeros(len(SAMPLE_METRICS))
@@ -51,7 +48,7 @@ class NumbaRows(TorchRows):
             rows.proximal_log_probs_T.numpy(),
             (rows.proximal_log_probs_T if behaviour_T is None else behaviour_T).numpy(),
             behaviour_T is not None,
-            _CORRECTIONS[settings.correction],
+            CORRECTIONS.index(settings.correction),
             settings.correction_cap,
             settings.kl_coefficient > 0,
             weights_T.numpy(),
@@ -64,8 +61,6 @@ class NumbaRows(TorchRows):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
         of the logits."""
-        if logits_CV.dtype != torch.float32:
-            return super().statistics(logits_CV, target_ids_C, temperature)
         logits, targets = _array(logits_CV), target_ids_C.numpy()
         results = torch.empty(3, len(targets))
         _shared_out(
@@ -86,10 +81,6 @@ class NumbaRows(TorchRows):
     ) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
         `gradient_CV`."""
-        if logits_CV.dtype != torch.float32 or (
-            gradient_CV is not None and gradient_CV.dtype != torch.float32
-        ):
-            return super().policy(logits_CV, rows, settings, gradient_CV)
         logits = _array(logits_CV)
         gradient = logits if gradient_CV is None else _array(gradient_CV)
         columns = _row_columns(rows)
@@ -122,11 +113,6 @@ class NumbaRows(TorchRows):
         gradient_CV: Tensor,
     ) -> None:
         """gradient = probability_C * softmax + label_C * onehot(target)."""
-        if logits_CV.dtype != torch.float32 or gradient_CV.dtype != torch.float32:
-            super().gradient(
-                logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV
-            )
-            return
         logits, gradient = _array(logits_CV), _array(gradient_CV)
         columns = [column.numpy() for column in (lse_C, probability_C, target_ids_C, label_C)]
 

@@ -10,6 +10,7 @@ Shapes: C rows of a chunk, V vocabulary, M metrics.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -35,16 +36,17 @@ class TorchRows:
         self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
-        of the logits."""
+        of the logits.
+
+        The log-prob of an id out of the vocabulary is NaN.
+        """
         scaled_CV = logits_CV / temperature
         lse_C = torch.logsumexp(scaled_CV, dim=-1)
         log_probs_CV = torch.log_softmax(scaled_CV, dim=-1)
         terms_CV = torch.where(torch.isneginf(log_probs_CV), 0.0, log_probs_CV.exp() * log_probs_CV)
-        return (
-            log_probs_CV.gather(1, target_ids_C.unsqueeze(1)).squeeze(1),
-            -terms_CV.sum(-1),
-            lse_C,
-        )
+        outside_C, ids_C = _bounded(target_ids_C, logits_CV.shape[1])
+        picked_C = log_probs_CV.gather(1, ids_C.unsqueeze(1)).squeeze(1)
+        return torch.where(outside_C, math.nan, picked_C), -terms_CV.sum(-1), lse_C
 
     def policy(
         self,
@@ -91,9 +93,9 @@ class TorchRows:
         result_CV = torch.where(
             (probability_C == 0).unsqueeze(1), 0.0, probabilities_CV * probability_C.unsqueeze(1)
         )
-        result_CV.scatter_add_(
-            1, target_ids_C.unsqueeze(1), label_C.unsqueeze(1).to(result_CV.dtype)
-        )
+        outside_C, ids_C = _bounded(target_ids_C, logits_CV.shape[1])
+        label_C = torch.where(outside_C & (label_C != 0), math.nan, label_C)
+        result_CV.scatter_add_(1, ids_C.unsqueeze(1), label_C.unsqueeze(1).to(result_CV.dtype))
         gradient_CV.copy_(result_CV)
 
     def scale(self, gradient_TV: Tensor, factor: Tensor) -> None:
@@ -120,3 +122,9 @@ class TorchRows:
         if gradient_CV is not None:
             gradient_CV.masked_fill_(~mask_C.unsqueeze(1), 0.0)
         return torch.where(mask_C, divergence_C, 0.0), torch.where(mask_C, entropy_C, 0.0)
+
+
+def _bounded(target_ids_C: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Which ids do not exist, and ids that may be looked up: 0 in their place."""
+    outside_C = (target_ids_C < 0) | (target_ids_C >= vocabulary)
+    return outside_C, torch.where(outside_C, 0, target_ids_C)

@@ -1,8 +1,8 @@
 """Row operations over the vocabulary for GPUs: launches of the kernels in `triton_rows` and
 `triton_samples`.
 
-Invariant: no launch waits for the device, and no tensor larger than a few floats a row is allocated
-here.
+Invariant: no launch waits for the device, no tensor larger than a few floats a row is allocated
+here, and every tensor that a kernel reads or writes went through `layout.trusted`.
 
 Shapes: C rows of a chunk, V vocabulary, P programs, M metrics.
 """
@@ -18,15 +18,15 @@ import torch
 import triton
 from torch import Tensor
 
+from .layout import trusted
 from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
 from .policy_reference import PolicyRows
 from .rows_torch import TorchRows
-from .settings import PolicyLossSettings
+from .settings import CORRECTIONS, PolicyLossSettings
 from .triton_jsd import jsd_kernel
 from .triton_rows import gradient_kernel, policy_kernel, scale_kernel, statistics_kernel
 from .triton_samples import samples_kernel
 
-_CORRECTIONS = {"none": 0, "truncate": 1, "mask": 2}
 _SAMPLE_BLOCK = 1024
 TILE_BYTES = 16_384
 
@@ -49,11 +49,13 @@ class TritonRows(TorchRows):
         if count:
             with on_device(proximal_T):
                 samples_kernel[(programs,)](
-                    rows.mask_T, rows.sequence_ids_T, rows.advantages_S, proximal_T,
-                    proximal_T if behaviour_T is None else behaviour_T, weights_T, partials_PM, count,
-                    _constant(settings.correction_cap, proximal_T.device),
-                    CORRECTION=_CORRECTIONS[settings.correction], HAS_BEHAVIOUR=behaviour_T is not None,
-                    HAS_KL=settings.kl_coefficient > 0, BLOCK=_SAMPLE_BLOCK,
+                    *trusted(
+                        rows.mask_T, rows.sequence_ids_T, rows.advantages_S, proximal_T,
+                        proximal_T if behaviour_T is None else behaviour_T, weights_T, partials_PM,
+                    ), count, _constant(settings.correction_cap, proximal_T.device),
+                    CORRECTION=CORRECTIONS.index(settings.correction),
+                    HAS_BEHAVIOUR=behaviour_T is not None, HAS_KL=settings.kl_coefficient > 0,
+                    BLOCK=_SAMPLE_BLOCK,
                 )  # fmt: skip
         return replace(rows, weights_T=weights_T), reduce_partials(SAMPLE_METRICS, partials_PM)
 
@@ -63,14 +65,14 @@ class TritonRows(TorchRows):
         """Log-prob of the target, entropy, and log-sum-exp of the scaled logits, [C] each; one read
         of the logits."""
         rows, vocabulary = logits_CV.shape
-        logits_CV = _with_unit_columns(logits_CV)
         log_probs_C, entropy_C, lse_C = torch.empty(3, rows, device=logits_CV.device).unbind(0)
         block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         if rows:
             with on_device(logits_CV):
                 statistics_kernel[(rows,)](
-                    logits_CV, target_ids_C, log_probs_C, entropy_C, lse_C, vocabulary, logits_CV.stride(0),
-                    INVERSE_TEMPERATURE=1.0 / temperature, BLOCK=block, num_warps=warps,
+                    *trusted(logits_CV, target_ids_C, log_probs_C, entropy_C, lse_C), vocabulary,
+                    logits_CV.stride(0), INVERSE_TEMPERATURE=1.0 / temperature, BLOCK=block,
+                    num_warps=warps,
                 )  # fmt: skip
         return log_probs_C, entropy_C, lse_C
 
@@ -84,20 +86,23 @@ class TritonRows(TorchRows):
         """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
         `gradient_CV`."""
         count, vocabulary = logits_CV.shape
-        source_CV = _with_unit_columns(logits_CV)
-        destination_CV = source_CV if gradient_CV is None else gradient_CV
+        destination_CV = logits_CV if gradient_CV is None else gradient_CV
         block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         lines_CM = torch.zeros(count, 1 + len(LOGIT_METRICS), device=logits_CV.device)
         proximal_T, reference_T = rows.proximal_log_probs_T, rows.reference_log_probs_T
         weights_T = torch.ones_like(proximal_T) if rows.weights_T is None else rows.weights_T
         if count:
-            with on_device(source_CV):
-                policy_kernel[(program_count(source_CV),)](
-                    source_CV, destination_CV, rows.mask_T, rows.target_ids_T, rows.sequence_ids_T, proximal_T,
-                    weights_T, proximal_T if reference_T is None else reference_T, rows.advantages_S, rows.scales_S,
-                    lines_CM, count, vocabulary, source_CV.stride(0), destination_CV.stride(0),
-                    **policy_constants(settings, reference_T is not None), HAS_GRADIENT=gradient_CV is not None,
-                    SHARES_STORAGE=_shares_storage(source_CV, destination_CV), BLOCK=block, num_warps=warps,
+            with on_device(logits_CV):
+                policy_kernel[(program_count(logits_CV),)](
+                    *trusted(
+                        logits_CV, destination_CV, rows.mask_T, rows.target_ids_T,
+                        rows.sequence_ids_T, proximal_T, weights_T,
+                        proximal_T if reference_T is None else reference_T, rows.advantages_S,
+                        rows.scales_S, lines_CM,
+                    ), count, vocabulary, logits_CV.stride(0), destination_CV.stride(0),
+                    **policy_constants(settings, reference_T is not None),
+                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(logits_CV,
+                    destination_CV), BLOCK=block, num_warps=warps,
                 )  # fmt: skip
         total_M = reduce_partials(("loss", *LOGIT_METRICS), lines_CM)
         return total_M[0].float(), total_M[1:]
@@ -114,15 +119,14 @@ class TritonRows(TorchRows):
     ) -> None:
         """gradient = probability_C * softmax + label_C * onehot(target)."""
         rows, vocabulary = logits_CV.shape
-        source_CV = _with_unit_columns(logits_CV)
         block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         if rows:
-            with on_device(source_CV):
+            with on_device(logits_CV):
                 gradient_kernel[(rows,)](
-                    source_CV, gradient_CV, lse_C.contiguous(), probability_C.contiguous(), target_ids_C,
-                    label_C.contiguous(), vocabulary, source_CV.stride(0), gradient_CV.stride(0),
-                    TEMPERATURE=temperature, INVERSE_TEMPERATURE=1.0 / temperature,
-                    SHARES_STORAGE=_shares_storage(source_CV, gradient_CV), BLOCK=block, num_warps=warps,
+                    *trusted(logits_CV, gradient_CV, lse_C, probability_C, target_ids_C, label_C),
+                    vocabulary, logits_CV.stride(0), gradient_CV.stride(0), TEMPERATURE=temperature,
+                    INVERSE_TEMPERATURE=1.0 / temperature, SHARES_STORAGE=_shares_storage(logits_CV,
+                    gradient_CV), BLOCK=block, num_warps=warps,
                 )  # fmt: skip
 
     def scale(self, gradient_TV: Tensor, factor: Tensor) -> None:
@@ -132,8 +136,7 @@ class TritonRows(TorchRows):
         if rows:
             with on_device(gradient_TV):
                 scale_kernel[(rows,)](
-                    gradient_TV,
-                    factor,
+                    *trusted(gradient_TV, factor),
                     vocabulary,
                     gradient_TV.stride(0),
                     BLOCK=block,
@@ -154,18 +157,18 @@ class TritonRows(TorchRows):
         logits to `gradient_CV`.
         """
         rows, vocabulary = student_CV.shape
-        student_CV, teacher_CW = _with_unit_columns(student_CV), _with_unit_columns(teacher_CW)
         destination_CV = student_CV if gradient_CV is None else gradient_CV
         divergence_C, entropy_C = torch.empty(2, rows, device=student_CV.device).unbind(0)
         block, warps = block_and_warps(vocabulary, 2 * student_CV.element_size())
         if rows:
             with on_device(student_CV):
                 jsd_kernel[(program_count(student_CV, 2),)](
-                    student_CV, teacher_CW, destination_CV, mask_C, divergence_C, entropy_C, scale.float(), rows,
-                    vocabulary, min(vocabulary, teacher_CW.shape[1]), student_CV.stride(0), teacher_CW.stride(0),
+                    *trusted(student_CV, teacher_CW, destination_CV, mask_C, divergence_C,
+                    entropy_C, scale.float()), rows, vocabulary, min(vocabulary,
+                    teacher_CW.shape[1]), student_CV.stride(0), teacher_CW.stride(0),
                     destination_CV.stride(0), BETA=beta, INVERSE_TEMPERATURE=1.0 / temperature,
-                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(student_CV, destination_CV),
-                    BLOCK=block, num_warps=warps,
+                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(student_CV,
+                    destination_CV), BLOCK=block, num_warps=warps,
                 )  # fmt: skip
         return divergence_C, entropy_C
 
@@ -226,10 +229,6 @@ def _shares_storage(source_CV: Tensor, destination_CV: Tensor) -> bool:
         source_CV.dtype != destination_CV.dtype
         and source_CV.data_ptr() == destination_CV.data_ptr()
     )
-
-
-def _with_unit_columns(matrix_CV: Tensor) -> Tensor:
-    return matrix_CV if matrix_CV.stride(1) == 1 else matrix_CV.contiguous()
 
 
 @contextmanager

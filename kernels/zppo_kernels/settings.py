@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 Correction = Literal["none", "truncate", "mask"]
 Normalisation = Literal["token", "sequence", "fixed_length"]
 RatioLevel = Literal["token", "sequence"]
+CORRECTIONS: tuple[str, ...] = get_args(Correction)
+"""The compiled kernels know a correction by its place here."""
 
 # exp(20) = 4.9e8 is far beyond every clip bound and far from overflow, so a clamped ratio changes
 # no loss that matters.
@@ -43,9 +45,9 @@ class PolicyLossSettings:
     kl_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("correction", self.correction, ("none", "truncate", "mask"))
-        _one_of("normalisation", self.normalisation, ("token", "sequence", "fixed_length"))
-        _one_of("ratio_level", self.ratio_level, ("token", "sequence"))
+        _one_of("correction", self.correction, CORRECTIONS)
+        _one_of("normalisation", self.normalisation, get_args(Normalisation))
+        _one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
         _within("clip_low", self.clip_low, 0.0, 1.0)
         _within("clip_high", self.clip_high, 0.0, math.inf)
         _within("kl_coefficient", self.kl_coefficient, 0.0, math.inf)

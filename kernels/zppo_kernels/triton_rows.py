@@ -14,9 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# settings.LOG_RATIO_BOUND; kernels may only read globals that are constexpr.
-_BOUND = tl.constexpr(20.0)
-ROW_METRICS = tl.constexpr(12)  # loss, then metrics.LOGIT_METRICS in order
+from .metrics import LOGIT_METRICS
+from .settings import LOG_RATIO_BOUND
+
+# Kernels may only read globals that are constexpr.
+BOUND = tl.constexpr(LOG_RATIO_BOUND)
+ROW_METRICS = tl.constexpr(1 + len(LOGIT_METRICS))  # the loss before them
 
 
 @triton.jit
@@ -87,7 +90,8 @@ def target_logit(row, target, vocabulary):
 
 @triton.jit
 def fill_zero(row, vocabulary, BLOCK: tl.constexpr):
-    """Zeros over one row."""
+    """Zeros over one row. Where it is the memory of logits whose values are still needed, a barrier
+    comes before."""
     columns = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float32).to(row.dtype.element_ty)
     full = vocabulary // BLOCK * BLOCK
@@ -206,9 +210,14 @@ def gradient_kernel(
     )
     entry = tl.where(factor == 0.0, 0.0, at_target) + extra
     if factor == 0.0:
+        # No barrier: nothing read from this row enters `entry` here. It would cost 25 registers a
+        # thread.
         fill_zero(destination, vocabulary, BLOCK)
         tl.debug_barrier()
-        tl.store(destination + target, entry.to(gradient.dtype.element_ty), mask=extra != 0.0)
+        inside = (target >= 0) & (target < vocabulary)
+        tl.store(
+            destination + target, entry.to(gradient.dtype.element_ty), mask=inside & (extra != 0.0)
+        )
     else:
         write_softmax(
             source,
@@ -227,7 +236,7 @@ def gradient_kernel(
 @triton.jit
 def _clamped(x):
     """x within the log-ratio bound; unlike minimum and maximum, a NaN stays one."""
-    return tl.where(x > _BOUND, _BOUND, tl.where(x < -_BOUND, -_BOUND, x))
+    return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
 
 
 @triton.jit
@@ -289,7 +298,7 @@ def policy_kernel(
                 is_low, LOWEST, tl.where(is_high, HIGHEST, tl.where(is_dual, DUAL_CLIP, ratio))
             )
             policy_loss = -advantage * bounded * weight
-            is_active = ~(is_low | is_high | is_dual) & (tl.abs(difference) < _BOUND)
+            is_active = ~(is_low | is_high | is_dual) & (tl.abs(difference) < BOUND)
             slope = tl.where(is_active, -advantage * ratio * weight, 0.0)
             divergence = 0.0
             if HAS_REFERENCE:
@@ -297,7 +306,7 @@ def policy_kernel(
                 bounded_gap = _clamped(gap)
                 divergence = tl.exp(bounded_gap) - 1.0 - bounded_gap
                 slope += tl.where(
-                    tl.abs(gap) < _BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0
+                    tl.abs(gap) < BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0
                 )
             coefficient = slope * scale * INVERSE_TEMPERATURE
             label = coefficient * (1.0 - tl.exp(log_prob))
@@ -316,6 +325,9 @@ def policy_kernel(
             tl.store(line + 11, ratio)
         if HAS_GRADIENT:
             if coefficient == 0.0:
+                # Every thread has its coefficient from the target's logit; none may read it as 0
+                # and go the other way.
+                tl.debug_barrier()
                 fill_zero(destination, vocabulary, BLOCK)
             else:
                 factor = -coefficient / total

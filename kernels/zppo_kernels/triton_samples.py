@@ -8,8 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_BOUND = tl.constexpr(20.0)  # settings.LOG_RATIO_BOUND
-SAMPLE_PARTIALS = tl.constexpr(9)
+from .metrics import SAMPLE_METRICS
+from .triton_rows import BOUND
+
+SAMPLE_PARTIALS = tl.constexpr(len(SAMPLE_METRICS))
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def samples_kernel(
     HAS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """CORRECTION: 0 none, 1 truncate, 2 mask. `cap` is a pointer to one float32."""
+    """CORRECTION: index into settings.CORRECTIONS. `cap` is a pointer to one float32."""
     program = tl.program_id(0)
     index = program * BLOCK + tl.arange(0, BLOCK)
     inside = index < rows
@@ -55,7 +57,7 @@ def samples_kernel(
             usable, tl.load(proximal + index, mask=used, other=0.0) - sampled, 0.0
         )
         bounded = tl.where(
-            difference > _BOUND, _BOUND, tl.where(difference < -_BOUND, -_BOUND, difference)
+            difference > BOUND, BOUND, tl.where(difference < -BOUND, -BOUND, difference)
         )
         raw = tl.where(usable, tl.exp(bounded), 0.0)
         highest = tl.load(cap)

@@ -1,11 +1,12 @@
 """What the kernel tests share: random policy-loss problems, the float64 oracle, and the backends
 that can run here.
 
-Shapes: T rows, H hidden, V vocabulary, S sequences.
+Shapes: T rows, H hidden, V vocabulary, S sequences, K teacher support.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase
 from torch import Tensor
 
 from zppo_kernels import PolicyLossSettings
+from zppo_kernels.jsd_reference import teacher_tail
 from zppo_kernels.policy_inputs import prepare_rows
 from zppo_kernels.policy_reference import (
     PolicyLossOutput,
@@ -131,9 +133,8 @@ def reference_answer(
     }
     leaves = case.leaves(dtype)
     logits_TV = leaves[0] @ leaves[1].T + leaves[2]
-    output = policy_loss_reference(
-        logits_TV, prepare_rows(case.target_ids_T, settings=settings, **inputs), settings
-    )
+    rows = prepare_rows(case.target_ids_T, like=logits_TV, settings=settings, **inputs)
+    output = policy_loss_reference(logits_TV, rows, settings)
     return Answer(output, torch.autograd.grad(output.loss, (*leaves, logits_TV)))
 
 
@@ -143,3 +144,32 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         return 0.0
     scale = max(float(expected.abs().max()), 1e-30)
     return float((found.double() - expected.double()).abs().max()) / scale
+
+
+def top_k_log_probs(
+    student_logits_TV: Tensor,
+    teacher_ids_TK: Tensor,
+    teacher_log_probs_TK: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probs [T, K + 1]: the K tokens of the support, and the tail as one
+    category.
+
+    The student's tail is summed over the other logits and never formed as 1 - sum, which cancels.
+    Ids below 0 are padding.
+    """
+    scaled_TV = student_logits_TV / temperature
+    padding_TK = teacher_ids_TK < 0
+    ids_TK = teacher_ids_TK.clamp(min=0)
+    total_T1 = torch.logsumexp(scaled_TV, dim=-1, keepdim=True)
+    picked_TK = torch.where(padding_TK, -math.inf, scaled_TV.gather(1, ids_TK) - total_T1)
+    support_TV = (
+        torch.zeros_like(scaled_TV, dtype=torch.int32).scatter_add(1, ids_TK, (~padding_TK).int())
+        > 0
+    )
+    tail_TV = torch.where(support_TV, -math.inf, scaled_TV)
+    tail_T1 = torch.logsumexp(tail_TV, dim=-1, keepdim=True) - total_T1
+    teacher_TK = torch.where(padding_TK, -math.inf, teacher_log_probs_TK.to(scaled_TV.dtype))
+    return torch.cat([picked_TK, tail_T1], 1), torch.cat(
+        [teacher_TK, teacher_tail(teacher_TK, tail_T1.detach())], 1
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +136,28 @@ def test_statistics_of_ranks_merge_to_those_of_one(
         [group_advantages(*flat(part), mode=mode, statistics=merged) for part in parts]
     )
     assert torch.allclose(rank_R, group_advantages(*flat(groups), mode=mode), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", MODES)
+def test_small_differences_of_large_rewards_survive(
+    backend: str, dtype: torch.dtype, mode: AdvantageMode
+) -> None:
+    """Rewards near 100 with 1e-3 of noise: float32 sums were off by 0.79 of an advantage of 1."""
+    noise = np.random.default_rng(0).standard_normal((64, 8))
+    rewards_R = torch.from_numpy(100.0 + 1e-3 * noise).flatten().to(dtype)
+    groups = rewards_R.double().numpy().reshape(64, 8)
+    exact = groups - groups.mean(1, keepdims=True)
+    if mode == "grpo":
+        exact = exact / (groups.std(1, keepdims=True) + 1e-6)
+    elif mode != "center_only":
+        exact = exact / (exact.std() + 1e-6)
+    with using_backend(backend):
+        found_R = group_advantages(rewards_R, torch.arange(512) // 8, mode=mode)
+        statistics = advantage_statistics(rewards_R, torch.arange(512) // 8)
+    assert np.abs(found_R.numpy() - exact.flatten()).max() < 2e-6 * np.abs(exact).max()
+    assert statistics.std == pytest.approx((groups - groups.mean(1, keepdims=True)).std(), rel=1e-9)
 
 
 def test_errors_say_what_and_where() -> None:

@@ -100,6 +100,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "proximal_log_probs_T has shape (3,); expected (29,)",
     ),
     ({"mask_T": torch.ones(29, 1)}, "mask_T has shape (29, 1); expected (29,)"),
+    (
+        {"advantages_S": torch.ones(0)},
+        "advantages_S is empty; expected one advantage for each sequence of the 29 rows",
+    ),
+    (
+        {"live_rows_L": torch.tensor([3, 29])},
+        "live_rows_L run from 3 to 29; expected distinct rows from 0 to 28",
+    ),
+    (
+        {"live_rows_L": torch.tensor([3, 3])},
+        "live_rows_L run from 3 to 3; expected distinct rows from 0 to 28",
+    ),
+    ({"token_count": torch.ones(2)}, "token_count has shape (2,); expected one number"),
+    ({"token_count": float("inf")}, "token_count is inf; expected a count of 0 or more"),
+    (
+        {"weight_VH": CASE.weight_VH.to("meta")},
+        "weight_VH is on meta; expected cpu, where hidden_TH is",
+    ),
     ({"token_count": -3}, "token_count is -3; expected a count of 0 or more"),
     (
         {"sequence_count": None, "settings": PolicyLossSettings(normalisation="sequence")},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, relative_error
+from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, relative_error, top_k_log_probs
 
 from zppo_kernels import (
     jsd_loss_from_hidden,
@@ -19,7 +19,7 @@ from zppo_kernels import (
     jsd_loss_top_k_from_logits,
 )
 from zppo_kernels.backends import using_backend
-from zppo_kernels.jsd_reference import jsd_of_log_probs, teacher_over, top_k_log_probs
+from zppo_kernels.jsd_reference import jsd_of_log_probs, teacher_over
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
@@ -218,6 +218,18 @@ def test_errors_say_what_and_where() -> None:
         (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK[:1], torch.zeros(1, 3),
         token_count=2),
          "teacher_ids_TK has shape (1, 3) and teacher_log_probs_TK (1, 3); expected (2, K) both"),
+        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK, torch.zeros(2, 3), token_count=2),
+         "teacher_ids_TK holds an id twice in row 0; expected distinct ids"),
+        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK != 0, torch.zeros(2, 3), token_count=2),
+         "teacher_ids_TK has shape (2, 3) and dtype torch.bool; expected int64 or int32, K >= 1"),
+        (lambda: jsd_loss_top_k_from_logits(logits_TV, ids_TK, ids_TK, token_count=2),
+         "teacher_log_probs_TK is torch.int64; expected floating point"),
+        (lambda: jsd_loss_from_logits(logits_TV, torch.zeros(3, 5), token_count=2),
+         "teacher_logits_TW has 3 rows; expected 2, one per row of student_logits_TV"),
+        (lambda: jsd_loss_from_logits(logits_TV, logits_TV.to("meta"), token_count=2),
+         "teacher_logits_TW is on meta; expected cpu, where student_logits_TV is"),
+        (lambda: jsd_loss_from_hidden(logits_TV, torch.zeros(9, 5), logits_TV, torch.zeros(9, 4), token_count=2),
+         "teacher_weight_WG has shape (9, 4); expected 5 columns"),
     ):  # fmt: skip
         with pytest.raises(ValueError) as caught:
             call()

@@ -53,3 +53,32 @@ def test_a_worse_kernel_is_named() -> None:
         env=environment,
     )
     assert done.stdout.split("\n")[:2] == ["4 0 1", "[(2, 1), (16, 2)]"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_row_is_read_by_all_threads_before_one_overwrites_it() -> None:
+    """Gradient and logits may share memory: both ways to write the gradient begin with a barrier.
+
+    Without it a slow thread reads the target's logit after it was set to 0, and takes the other
+    branch. The interpreter has one thread and cannot tell, so the compiled code is read.
+    """
+    script = (
+        "import re, sys; sys.path.insert(0, 'tools'); from kernel_budget import cases, compiled\n"
+        "case = next(case for case in cases() if case.name.startswith('policy bf16->bf16'))\n"
+        "text = compiled(case, 90).asm['ttgir']\n"
+        "barrier = "
+        "r'[^\\n]*\\{[^\\n]*\\n(?:(?!.*(?:tt\\.load|tt\\.store|scf\\.)).*\\n)*?\\s*\\w+\\.barrier'\n"
+        "print(len(re.findall(r'scf\\.if' + barrier, text)), len(re.findall(r'\\} else' + barrier, "
+        "text)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.stdout.strip() == "1 1"

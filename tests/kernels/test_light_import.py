@@ -1,12 +1,18 @@
-"""The package alone: it imports Triton only where it is used, and works where neither numba nor
-Triton is installed."""
+"""The package alone: what it loads, what it needs, and the example of its README."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import zppo_kernels
+
+README = Path(__file__).parents[2] / "kernels/README.md"
 
 SCRIPT = """
 import sys
@@ -52,3 +58,42 @@ def test_triton_is_imported_late() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_but_torch_numpy_and_numba() -> None:
+    """Whatever these three load themselves is theirs."""
+    script = (
+        "import sys, torch, numpy, numba; before = {name.split('.')[0] for name in sys.modules}; "
+        "import zppo_kernels;"
+        "after = {name.split('.')[0] for name in sys.modules}; print(*after - before - "
+        "sys.stdlib_module_names)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["zppo_kernels"]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs_and_learns() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    script = (
+        example
+        + "\nassert after.loss.item() < output.loss.item(), (after, output)\nprint('learnt')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.stdout.split()[-1:] == ["learnt"], done.stderr
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 80, "one screen and its notes"
+
+
+def test_the_readme_names_what_is_stable() -> None:
+    _, stable = README.read_text(encoding="utf-8").split("## Stable names\n")
+    assert set(re.findall(r"`(\w+)`", stable.split("\n\n")[0])) == set(zppo_kernels.__all__)

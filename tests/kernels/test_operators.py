@@ -91,12 +91,8 @@ def test_compiles_without_a_graph_break(loss: Callable[..., torch.Tensor]) -> No
             assert relative_error(one.grad, other.grad) < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", LOSSES[:4])
-def test_fake_implementations_tell_shapes_dtypes_and_strides(
-    loss: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`opcheck` on the very arguments that the public functions give their operators."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every operator that is called from now on, with its arguments."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     original = torch.library.CustomOpDef.__call__
 
@@ -105,9 +101,40 @@ def test_fake_implementations_tell_shapes_dtypes_and_strides(
         return original(self, *arguments)
 
     monkeypatch.setattr(torch.library.CustomOpDef, "__call__", record)
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES[:4])
+def test_fake_implementations_tell_shapes_dtypes_and_strides(
+    loss: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`opcheck` on the very arguments that the public functions give their operators."""
+    calls = recorded(monkeypatch)
     loss(*CASE.leaves(torch.float32))
     monkeypatch.undo()
     assert calls
+    for operator, arguments in calls:
+        torch.library.opcheck(
+            operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.slow
+def test_fake_implementations_tell_the_strides_of_strided_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled code believes the fake: a transposed head must give what it says."""
+    calls = recorded(monkeypatch)
+    hidden, weight, bias = CASE.leaves(torch.float32)
+    turned = hidden.T.contiguous().T, weight.T.contiguous().T
+    logits_TV = (weight @ hidden.T).T
+    for loss in LOSSES[:4]:
+        loss(*turned, bias)
+    policy_loss_from_logits(logits_TV, CASE.target_ids_T, **CASE.inputs)
+    jsd_loss_from_logits(logits_TV, TEACHER.T.contiguous().T, token_count=29)
+    jsd_loss_top_k_from_logits(logits_TV, *SUPPORT[::-1], token_count=29)
+    monkeypatch.undo()
     for operator, arguments in calls:
         torch.library.opcheck(
             operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from zppo_kernels import (
     PolicyLossOutput,
     PolicyLossSettings,
     combine_metrics,
+    jsd_loss_top_k_from_logits,
     policy_loss_from_hidden,
     policy_loss_from_logits,
     token_log_probs,
@@ -422,3 +424,98 @@ def test_a_narrow_gradient_fits_into_its_own_logits(backend: str) -> None:
     )
     TritonRows().gradient(logits_CV, lse_C, hundred_C, target_C, zeros_C, 1.0, narrow_CV)
     assert relative_error(narrow_CV, expected_CV) < 1e-3
+
+
+def test_autocast_rounds_nothing(backend: str) -> None:
+    """Inside autocast one of the three products was taken in bf16: a gradient by the hidden states
+    off by 3e-3."""
+    case = make_case(20)
+    plain, leaves = loss_of(case, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, others = loss_of(case, backend)
+    assert cast.loss.item() == plain.loss.item()
+    for one, other in zip(
+        torch.autograd.grad(plain.loss, leaves), torch.autograd.grad(cast.loss, others), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no operator looks at the values of ids, which would mean waiting for the
+    device."""
+    for module in ("policy_inputs", "jsd_inputs"):
+        monkeypatch.setattr(f"zppo_kernels.{module}.reads_values", lambda _: False)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+@pytest.mark.usefixtures("unread")
+def test_a_sequence_that_does_not_exist_is_nan_and_not_read(
+    backend: str, level: Any, wrong: int
+) -> None:
+    """The advantage was read out of bounds; a row of the mask may name any sequence."""
+    case = make_case(17)
+    ids_T, row = case.inputs["sequence_ids_T"].clone(), int(case.inputs["mask_T"].nonzero()[-1])
+    masked_T = ~case.inputs["mask_T"] | (case.target_ids_T == -100)
+    ids_T[masked_T] = wrong
+    for normalisation in ("token", "sequence"):
+        settings = PolicyLossSettings(ratio_level=level, normalisation=normalisation)
+        fine, _ = loss_of(case.with_inputs(sequence_ids_T=ids_T), backend, settings)
+        assert fine.loss.item() == pytest.approx(
+            reference_answer(case, settings).output.loss.item(), rel=1e-5
+        )
+        bad_T = ids_T.clone()
+        bad_T[row] = wrong
+        output, _ = loss_of(case.with_inputs(sequence_ids_T=bad_T), backend, settings)
+        assert output.loss.isnan()
+        leaf_TV = case.logits_TV.requires_grad_()
+        with using_backend(backend):
+            other = policy_loss_from_logits(
+                leaf_TV,
+                case.target_ids_T,
+                settings=settings,
+                **(case.inputs | {"sequence_ids_T": bad_T}),
+            )
+        assert other.loss.isnan()
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_token_that_does_not_exist_is_nan_and_not_read(backend: str) -> None:
+    """An id of -1 got the log-prob of token 0; only -100 takes a row out."""
+    if backend == "numba":
+        pytest.skip("numba runs on CPUs alone, where ids are always looked at")
+    case = make_case(18)
+    for wrong in (-1, -99, 301, 2**40):
+        ids_T = torch.tensor([3, wrong, -100])
+        with using_backend(backend):
+            for log_probs_T, _ in (
+                token_log_probs(case.hidden_TH[:3], case.weight_VH, ids_T),
+                token_log_probs_from_logits(case.logits_TV[:3], ids_T),
+            ):
+                assert (
+                    log_probs_T.isnan().tolist() == [False, True, False]
+                    and float(log_probs_T[2]) == 0.0
+                )
+            leaf_TV = case.logits_TV[:3].clone().requires_grad_()
+            loss = policy_loss_from_logits(
+                leaf_TV, ids_T, sequence_ids_T=torch.zeros(3, dtype=torch.int64), advantages_S=torch.ones(1),
+                proximal_log_probs_T=torch.zeros(3), token_count=3,
+            ).loss  # fmt: skip
+        assert loss.isnan()
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_teachers_token_that_does_not_exist_is_nan_and_not_read(backend: str) -> None:
+    logits_TV = make_case(19).logits_TV[:2]
+    ids_TK = torch.tensor([[3, 301], [2**40, -1]])
+    with using_backend(backend):
+        for mask_T in ([True, False], [False, True], [False, False]):
+            output = jsd_loss_top_k_from_logits(
+                logits_TV,
+                ids_TK,
+                torch.full((2, 2), -2.0),
+                token_count=2,
+                mask_T=torch.tensor(mask_T),
+            )
+            assert bool(output.loss.isnan()) == any(mask_T)
