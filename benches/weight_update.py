@@ -112,7 +112,7 @@ async def sample_for_ever(engine: Any, n: int) -> None:
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     tensors = dict(shared_memory.untied(model.state_dict()))
-    engine = create("vllm", spec_of(options))
+    engine = create(spec_of(options))
     try:
         result = await measure(engine, tensors, options)
     finally:

@@ -90,11 +90,11 @@ class Sampling(Value, frozen=True):
     max_new_tokens: NewTokens
     """longest response, in tokens"""
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
-    """0 is greedy"""
+    """0 is greedy; above 0 for the student, or all responses of a group would be the same"""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """1 leaves the distribution as it is"""
+    """1 leaves the distribution as it is; the student needs 1, training knows no truncation"""
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
-    """0 leaves the distribution as it is"""
+    """0 leaves the distribution as it is; the student needs 0, training knows no truncation"""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     """taken from the logits of tokens that the response holds already; 0 for the student, because
     training knows no penalty"""

@@ -512,7 +512,7 @@ def test_notes_are_said_when_a_run_starts(
         "optimizer.learning_rate is 100000: AdamW moves every weight by about as much in each "
         "update, and weights of language models are about 0.02; the paper's is 1e-06",
         "data.train: 1 gold answer is words, not mathematics, first 'I do not know.' of the "
-        "question 'x': the grader 'math' takes the very same words alone, see data.grader",
+        "question 'x': the grader 'math' has little but the same words to go by, see data.grader",
         f"student.model: '{small}/student' has no chat template: messages are put one below the "
         "other, and nothing tells the model whose they are",
     }

@@ -240,7 +240,8 @@ def gold_notes(where: str, questions: Iterable[Question]) -> list[str]:
     count = "1 gold answer is" if len(golds) == 1 else f"{len(golds)} gold answers are"
     return [
         f"{where}: {count} words, not mathematics, first {golds[0].answer[:40]!r} of the question "
-        f"{golds[0].id!r}: the grader 'math' takes the very same words alone, see data.grader"
+        f"{golds[0].id!r}: the grader 'math' has little but the same words to go by, see "
+        "data.grader"
     ]
 
 

@@ -14,6 +14,9 @@ from zppo.plan.model_folder import ModelFacts
 
 TOKEN_BYTES = 1
 """A token is about four characters, of which the rollout store's compression keeps a quarter."""
+ROW_BYTES = 64
+"""What a rollout takes beside its response. (Two steps of the quickstart come to 40 bytes a
+row, with responses of seven tokens.)"""
 
 
 class DiskNeed(Struct, frozen=True, kw_only=True):
@@ -29,11 +32,12 @@ class DiskNeed(Struct, frozen=True, kw_only=True):
 
 
 def disk_need(topology: Topology, student: ModelFacts, responses: int) -> DiskNeed:
-    """What a run writes that samples `responses` of the student, each of full length."""
+    """What a run writes that samples `responses` of the student, each of full length. The few of
+    its teachers are not counted."""
     states = 2 * DTYPE_BYTES[topology.optimizer.state_dtype]
-    tokens = responses * topology.student.sampling.max_new_tokens
+    row = topology.student.sampling.max_new_tokens * TOKEN_BYTES + ROW_BYTES
     return DiskNeed(
         checkpoint=student.parameters * (DTYPE_BYTES[topology.student.dtype] + states),
         checkpoints=topology.checkpoints.keep + 1,
-        rollouts=tokens * TOKEN_BYTES if topology.sinks.rollouts else 0,
+        rollouts=responses * row if topology.sinks.rollouts else 0,
     )

@@ -195,9 +195,9 @@ REFUSALS = [
     ),
     (
         # Two states and the weights, 6 bytes for each of 8 parameters; rollouts of 4 steps, in each
-        # 2 new questions, groups of 8, 8 tokens.
+        # 2 new questions, groups of 8, 8 tokens and 64 bytes beside them.
         ("checkpoints.keep=4",),
-        replace(MACHINE, disk=5 * 8 * 6 + 4 * 2 * 8 * 8 - 1),
+        replace(MACHINE, disk=5 * 8 * 6 + 4 * 2 * 8 * (8 + 64) - 1),
         "the run writes 0.0 GiB into run.directory, 5 checkpoints of 0.0 GiB and 0.0 GiB of "
         "rollouts, but 0.0 GiB are free there; lower checkpoints.keep, set sinks.rollouts to "
         "false, or name a run.directory on a larger disk",
@@ -223,10 +223,10 @@ def test_what_the_machine_cannot_give(
 @pytest.mark.parametrize(
     ("overrides", "checkpoint", "checkpoints", "rollouts"),
     [
-        ((), 8 * (2 + 2 * 2), 3, 512),
+        ((), 8 * (2 + 2 * 2), 3, 64 * (8 + 64)),
         (("student.dtype=float32", "sinks.rollouts=false"), 8 * (4 + 2 * 2), 3, 0),
-        (("optimizer.state_dtype=float32", "run.steps=1"), 8 * (2 + 2 * 4), 3, 128),
-        (("checkpoints.keep=1", "scheduler.rho_replay=0.5"), 48, 2, 768),
+        (("optimizer.state_dtype=float32", "run.steps=1"), 8 * (2 + 2 * 4), 3, 16 * (8 + 64)),
+        (("checkpoints.keep=1", "scheduler.rho_replay=0.5"), 48, 2, 96 * (8 + 64)),
     ],
 )
 def test_disk_of_a_run_by_hand(
