@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -97,3 +98,30 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         "model"
     )
     assert (verdict.trainer, verdict.engine, verdict.failed) == (sentence, sentence, "")
+
+
+def test_the_page_sorts_what_holds_from_what_is_refused_and_what_was_not_built() -> None:
+    text = tool.page(
+        [
+            tool.Verdict("wrong", trainer=2.0, engine=float("nan")),
+            tool.Verdict("good", trainer=2e-6, engine=3e-6),
+            tool.Verdict("half", 1e-6, "student.model: 'FOLDER' (half) keeps other state"),
+            tool.Verdict("absent", failed="cannot be built tiny: KeyError: 'x'"),
+        ]
+    )
+    built, rest = text.split("\nNot built tiny")
+    assert "1 of 3 families hold in both, and 2 can be trained." in built
+    assert built.splitlines()[-3:] == [
+        "| good | 2e-06 | 3e-06 |",
+        "| half | 1e-06 | it (half) keeps other state |",
+        "| wrong | **2e+00** | **nan** |",
+    ]
+    assert rest.splitlines()[-1] == "| absent | cannot be built tiny: KeyError: 'x' |"
+
+
+def test_the_page_is_of_the_transformers_that_is_installed() -> None:
+    """And everything on it that can be computed is computed right."""
+    text = tool.PAGE.read_text(encoding="utf-8")
+    assert f"of transformers {transformers.__version__} knows" in text
+    assert "**" not in text
+    assert all(f"| {family} |" in text for family in tiny_models.families())

@@ -51,7 +51,7 @@ def refusals(model: Any, where: str) -> Iterator[None]:
 
 
 def _cannot(model: Any, where: str) -> str:
-    return f"{where}: {model.name_or_path!r} ({model.config.model_type}) cannot be trained"
+    return f"{where}: the trainer cannot use {model.name_or_path!r} ({model.config.model_type})"
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def test_a_model_whose_tokens_see_those_behind_them_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         Policy(model)
     assert str(caught.value).startswith(
-        "student.model: '' (bert) cannot be trained: the log-prob of a token differs by "
+        "student.model: the trainer cannot use '' (bert): the log-prob of a token differs by "
     )
     assert str(caught.value).endswith(
         " between a sequence alone and the same sequence in a batch (less than 0.01 is rounding)"
@@ -113,5 +113,5 @@ def test_a_model_that_fails_on_the_probe_is_refused_in_a_sentence(
     with pytest.raises(UserError) as caught:
         Policy(model, "teacher.model")
     assert str(caught.value) == (
-        "teacher.model: '' (llama) cannot be trained (IndexError: index out of range in self)"
+        "teacher.model: the trainer cannot use '' (llama) (IndexError: index out of range in self)"
     )

@@ -230,7 +230,7 @@ def test_sequence_bytes_counts_whole_blocks() -> None:
 def test_a_context_that_ends_before_the_positions_is_told_to_vllm(tmp_path: Path) -> None:
     """It would take all of them, and turn them by other factors than the trainer does."""
     spec = EngineSpec(served=student_of(tmp_path, engine="vllm"), device="cuda")
-    (tmp_path / "config.json").write_text("{}")
+    save(make_model(), tmp_path)
     facts = ModelFacts(
         parameters=1, context=4096, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
     )
