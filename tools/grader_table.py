@@ -4,9 +4,10 @@
     python tools/grader_table.py [--misses]
 
 A pair is a gold answer, the content of a box, and whether a careful reader calls it right.
-`answer_pairs.tsv` is what our grader is held to by the tests; `answer_pairs_more.tsv` was written
-down before any grader saw it and measures. Each grader sees the response as in training, a sentence
-with the answer in a box, in a process that is killed when it takes too long.
+`answer_pairs.tsv` is what our grader is held to by the tests; `answer_pairs_more.tsv` and, later,
+`answer_pairs_blind.tsv` were written down before any grader saw them and measure. Each grader sees
+the response as in training, a sentence with the answer in a box, in a process that is killed when
+it takes too much processor time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,10 +28,12 @@ from typing import IO, NamedTuple
 from zppo.grading import grade
 
 TABLES = Path(__file__).parents[1] / "tests/zppo/grading"
-HELD_TO, MEASURED = "answer_pairs.tsv", "answer_pairs_more.tsv"
+HELD_TO, MEASURED, BLIND = "answer_pairs.tsv", "answer_pairs_more.tsv", "answer_pairs_blind.tsv"
 OURS = "math"
 SECONDS = 5
-START_SECONDS = 120
+"""Of processor time, for one pair."""
+PATIENCE_SECONDS = 120
+"""On the clock, for one pair or the start."""
 MAX_MEMORY = 4 * 2**30
 VERDICTS: dict[bytes, bool | None] = {b"0": False, b"1": True, b"2": None}
 Grader = Callable[[str, str], bool]
@@ -74,7 +78,7 @@ def main() -> int:
     print("| grader | pairs | right | false right | false wrong | no answer in 5 s, or an error |")
     print("|---|---|---|---|---|---|")
     for name in graders():
-        for table in (HELD_TO, MEASURED):
+        for table in (HELD_TO, MEASURED, BLIND):
             pairs = list(read_pairs(TABLES / table))
             verdicts = decide_all(name, table, len(pairs))
             print(row(name, table, measure(pairs, verdicts)), flush=True)
@@ -178,21 +182,21 @@ def decide_all(name: str, table: str, count: int) -> list[bool | None]:
         command = [sys.executable, __file__, "--child", name, table, str(len(verdicts))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as child:
             assert child.stdout is not None
-            if _next_word(child.stdout, START_SECONDS) != b"+":
+            if _next_word(child.stdout) != b"+":
                 raise RuntimeError(f"the grader {name} does not start")
-            verdict = _next_word(child.stdout, SECONDS)
+            verdict = _next_word(child.stdout)
             while verdict in VERDICTS:
                 verdicts.append(VERDICTS[verdict])
-                verdict = _next_word(child.stdout, SECONDS)
+                verdict = _next_word(child.stdout)
             child.kill()
         if len(verdicts) < count:
             verdicts.append(None)
     return verdicts
 
 
-def _next_word(stream: IO[bytes], seconds: float) -> bytes:
+def _next_word(stream: IO[bytes]) -> bytes:
     """The next byte, or nothing if the child ended or takes too long."""
-    ready, _, _ = select.select([stream], [], [], seconds)
+    ready, _, _ = select.select([stream], [], [], PATIENCE_SECONDS)
     return stream.read(1) if ready else b""
 
 
@@ -205,6 +209,7 @@ def child(name: str, table: str, first: int) -> int:
     grader(r"\boxed{(x+1)^2}", "x^2+2x+1")  # loads what it needs
     stdout.write(b"+")
     for pair in list(read_pairs(TABLES / table))[first:]:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its default action ends this process
         try:
             stdout.write(b"1" if grader(pair.response, pair.gold) else b"0")
         except Exception:

@@ -19,6 +19,7 @@ usage: zppo COMMAND …
   zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
+  zppo grade --audit SOURCE        how often the grader of a source errs, on completions whose truth is known
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
   zppo doctor RUN_DIR              what is wrong with a run, and which setting to change
   zppo --version
@@ -78,6 +79,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _door("zppo.launch"),
     "evaluate": _door("zppo.evaluate"),
     "compare": _door("zppo.compare"),
+    "grade": _door("zppo.grade"),
     "report": _door("zppo.report.cli"),
     "doctor": _door("zppo.diagnosis.doctor"),
     "--version": _version,

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
+from zppo.config.options import pair, positive, seconds
 from zppo.config.served import ServedModel
-from zppo.config.strict_yaml import parse
 from zppo.config.topology import (
     JUDGE,
     JUDGE_SAMPLING,
@@ -131,9 +131,9 @@ def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
 def _served(
     arguments: argparse.Namespace, located: Located | None, sampling: ResponseSampling
 ) -> tuple[ServedModel, list[str]]:
-    engine_args = dict(_pair(text, "--engine-arg") for text in arguments.engine_arg)
+    engine_args = dict(pair(text, "--engine-arg") for text in arguments.engine_arg)
     run = located.topology if located else None
-    variables = dict(_pair(text, "--chat-template-arg") for text in arguments.chat_template_arg)
+    variables = dict(pair(text, "--chat-template-arg") for text in arguments.chat_template_arg)
     variables = variables or (dict(run.student.chat_template_kwargs) if run else {})
     check_template_variables(variables, "--chat-template-arg")
     if located is None:
@@ -198,7 +198,7 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
     data = replace(data, train=arguments.data if arguments.data is not None else data.heldout)
     if is_procedural(data.train):  # they have neither columns nor a grader of the user's
         data = replace(data, fields={}, grader="math")
-    fields = dict(_pair(text, "--field") for text in arguments.field) or data.fields
+    fields = dict(pair(text, "--field") for text in arguments.field) or data.fields
     given = {
         "fields": fields,
         "grader": arguments.grader or data.grader,
@@ -217,13 +217,6 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
-
-
-def _pair(text: str, option: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"{option} {text}: expected NAME=VALUE")
-    return name, parse(value, f"{option} {text}").data
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=DTYPES, help="default: that of the model")
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     group.add_argument(
         "--judge", type=Path, metavar="FOLDER", help="model that compares answers not found right"
     )
@@ -317,17 +310,17 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data", metavar="SOURCE", help="file, folder, or reasoning_gym:TASK?… (docs/data.md)"
     )
-    group.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     group.add_argument(
         "--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem"
     )
     group.add_argument("--grader", help="math, exact, choice or judge")
     group.add_argument(
         "--grader-seconds",
-        type=_seconds,
+        type=seconds,
         default=5.0,
         metavar="S",
-        help="time limit of one grading",
+        help="processor time of one grading",
     )
     group.add_argument(
         "--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out"
@@ -341,7 +334,7 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
 def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
     defaults = PAPER_SAMPLING
     group.add_argument(
-        "--samples", type=_positive, default=4, metavar="N", help="responses to each question (4)"
+        "--samples", type=positive, default=4, metavar="N", help="responses to each question (4)"
     )
     group.add_argument(
         "--max-new-tokens",
@@ -356,22 +349,6 @@ def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
         "--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})"
     )
     group.add_argument("--seed", type=int, default=0)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from collections import Counter, deque
 from msgspec import Struct
 
 from zppo.errors import UserError
-from zppo.grading import parse_answer, quick_grade
-from zppo_actors.grading.handle import GradeWorker, worker_command
+from zppo.grading import quick_grade
+from zppo_actors.grading.handle import GradeWorker, with_answer, worker_command
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
@@ -136,15 +136,7 @@ class GraderActor:
             self._record(current, grade)
 
     def _record(self, current: _TaskInHand, grade: Grade) -> None:
-        if grade.note and grade.answer is None:
-            # A worker that was killed could not parse it; the answer still belongs in NCQ's list of
-            # wrong ones.
-            grade = Grade(
-                reward=grade.reward,
-                answer=parse_answer(current.task.responses[len(current.grades)]),
-                note=grade.note,
-            )
-        current.grades.append(grade)
+        current.grades.append(with_answer(grade, current.task.responses[len(current.grades)]))
         self._counts["graded"] += 1
         self._counts["timed out"] += grade.note == TIMED_OUT
         if len(current.grades) == len(current.task.responses):

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from zppo.config.topology import Topology
 from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
@@ -178,3 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--incarnation", required=True, type=int, metavar="N")
     parser.add_argument("--parent-fd", required=True, type=int, metavar="FD")
     return parser
+
+
+def private_stdout() -> TextIO:
+    """Standard output for the report alone; whatever a library prints goes to stderr."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stdout

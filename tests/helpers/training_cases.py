@@ -86,6 +86,7 @@ def group(
     kind: str = "plain",
     lengths: list[int] | None = None,
     spans: list[tuple[int, int]] | None = None,
+    cut_off: set[int] = frozenset(),  # type: ignore[assignment]
 ) -> TrainGroup:
     random = np.random.default_rng([seed, *name.encode()])
     lengths = lengths if lengths is not None else random.integers(1, 7, len(rewards)).tolist()
@@ -100,7 +101,7 @@ def group(
             -1, 2
         ),
         texts=[],
-        finish_reasons=["stop"] * len(rewards),
+        finish_reasons=["length" if index in cut_off else "stop" for index in range(len(rewards))],
     )
     return TrainGroup(
         group_id=name,
@@ -173,14 +174,18 @@ def longhand_log_probs(
 
 def longhand_loss(model: Any, task: TrainWindow, advantages: Tensor, words: MethodConfig) -> Tensor:
     """The paper's loss of one mini-batch, one rollout at a time, in float64 (first update: policy =
-    proximal)."""
+    proximal).
+
+    With `truncated: mask` what was cut off has no term, in numerator or denominator.
+    """
     terms, sequence = [], 0
     for g in task.groups:
         for index in range(len(g.rewards)):
             policy = longhand_log_probs(model, g.samples, index)
             part = slice(g.samples.offsets[index], g.samples.offsets[index + 1])
             behaviour = torch.tensor(g.samples.log_probs[part]).double()
-            terms.append(_surrogate(policy, behaviour, advantages[sequence].double(), words))
+            if words.truncated != "mask" or g.samples.finish_reasons[index] == "stop":
+                terms.append(_surrogate(policy, behaviour, advantages[sequence].double(), words))
             sequence += 1
     if words.loss_normalisation == "sequence":
         return torch.stack([term.mean() for term in terms]).mean()

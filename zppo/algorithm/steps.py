@@ -20,16 +20,18 @@ import random
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from zppo.algorithm.composition import Composition, all_same
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.reformulations import Reformulator, merged
 from zppo.algorithm.replay_buffer import ReplayBuffer
-from zppo.algorithm.window import Reformulation, Visit, Window
+from zppo.algorithm.window import EVALUATE, TEACHER, Group, Reformulation, Visit, Window
 from zppo.config.topology import Topology
 from zppo.data.question import Question
-from zppo_protocol.values import share_of
+from zppo_protocol.values import Grade, share_of
+
+CUT_OFF = "cut off"
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class Recipe(Struct, frozen=True, kw_only=True):
     merge_candidates: bool
     dynamic_sampling: bool
     seed: int
+    zero_truncated: bool = False
 
     @classmethod
     def of(cls, topology: Topology, method: Method) -> Recipe:
@@ -59,6 +62,7 @@ class Recipe(Struct, frozen=True, kw_only=True):
             merge_candidates=topology.method.merge_candidates,
             dynamic_sampling=topology.method.dynamic_sampling,
             seed=topology.run.seed,
+            zero_truncated=topology.method.truncated == "zero",
         )
 
     def replayed(self, new_questions: int) -> int:
@@ -77,6 +81,20 @@ class Recipe(Struct, frozen=True, kw_only=True):
         """A generator that depends only on the seed and the place it is used, so order of arrival
         cannot matter."""
         return random.Random("/".join(map(str, (self.seed, *where))))
+
+
+def counted(group: Group, grades: list[Grade], recipe: Recipe) -> list[Grade]:
+    """The grades of a group as they count: with `method.truncated: zero` a cut-off response of the
+    student earns 0. An evaluation counts its responses as they are graded."""
+    if group.kind in (TEACHER, EVALUATE) or not recipe.zero_truncated:
+        return grades
+    reasons = group.the_samples.finish_reasons
+    return [
+        structs.replace(grade, reward=0.0, note=grade.note or CUT_OFF)
+        if reason == "length"
+        else grade
+        for grade, reason in zip(grades, reasons, strict=True)
+    ]
 
 
 # ---- step 1 --------------------------------------------------------------------------------------

@@ -119,6 +119,8 @@ class MethodConfig(Config, frozen=True, kw_only=True):
     """distillation: 0 is the forward KL, 1 the reverse KL, between them Jensen-Shannon"""
     teacher_order: Literal["cascade", "pool"] = "cascade"
     """ours, with more_teachers: cascade (the next one where the last failed) or pool (any one)"""
+    truncated: Literal["count", "zero", "mask"] = "count"
+    """student responses that were cut off: count (as graded), zero (reward 0) or mask (no loss)"""
     dynamic_sampling: bool = False
     """ours: leave out questions whose groups, reformulated too, are all right or all wrong"""
     merge_candidates: bool = False
@@ -249,7 +251,7 @@ class GraderConfig(Config, frozen=True, kw_only=True):
     count: Positive = 1
     """number of processes"""
     timeout_seconds: PositiveFloat = 5.0
-    """a response that takes longer to score counts as wrong"""
+    """processor time that scoring a response may take before it counts as wrong"""
 
 
 class TrainerConfig(Config, frozen=True, kw_only=True):

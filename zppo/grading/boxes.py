@@ -10,7 +10,7 @@ import re
 MAX_ANSWER = 500
 """Characters of an answer that is shown; gold answers of the paper's corpus have at most 512."""
 
-BOX = re.compile(r"\\f?boxed\s*\{")
+BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
 _ESCAPED_OR_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TYPESETTING = [
     (re.compile(r"(?<!\\)\\[,!;:> ]|\\q?quad\b|~"), " "),
@@ -20,11 +20,16 @@ _TYPESETTING = [
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
 ]
 """Differences between answers that are differences of looks only, and what stands for them."""
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox)\s*\{([^{}]*)\}")
+_STYLE = (
+    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mbox|operatorname|underline|rm)"
+    r"(?![a-zA-Z])"
+)
+_STYLED = re.compile(_STYLE + r"\s*\{([^{}]*)\}")
 
 
 def last_box(text: str) -> tuple[int, int, str] | None:
-    r"""(start, end, content) of the last `\boxed{...}` whose braces balance, or None.
+    r"""(start, end, content) of the last `\boxed{...}`, or None; one that is opened last and never
+    closed takes back the answers before it.
 
     Escaped braces `\{` and `\}` do not count. Of nested boxes the outermost wins, as a reader would
     see it.
@@ -41,27 +46,38 @@ def last_box(text: str) -> tuple[int, int, str] | None:
             box = stack.pop()
             if box is not None:
                 found = (*box, position)
-    return None if found is None else (found[0], found[2] + 1, text[found[1] : found[2]])
+    if found is None or any(box is not None and box[0] > found[0] for box in stack):
+        return None
+    return found[0], found[2] + 1, text[found[1] : found[2]]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last balanced `\boxed{...}`, stripped of outer white space, or None."""
+    r"""Content of the last `\boxed{...}`, stripped of outer white space, or None."""
     box = last_box(text)
     return None if box is None else box[2].strip()
+
+
+def unstyled(answer: str) -> str:
+    r"""The answer with every `\text{...}`, `\textbf{...}` and the like replaced by a blank and its
+    content."""
+    return " ".join(_STYLED.sub(r" \1 ", answer).split())
 
 
 def tidy(answer: str) -> str:
     r"""An answer in the form we compare and show: the same mathematics, without differences of
     typesetting.
 
-    Collapses white space, drops `$`, spacing and sizing commands and a full stop at the end,
-    unwraps a whole-answer `\text{...}`, and writes `\dfrac` as `\frac`.
+    Takes off a box around the whole, collapses white space, drops `$`, spacing and sizing commands
+    and a full stop at the end, unwraps a whole-answer `\text{...}`, and writes `\dfrac` as `\frac`.
     """
+    box = last_box(answer := answer.strip())
+    if box is not None and box[:2] == (0, len(answer)):
+        answer = box[2]
     for pattern, replacement in _TYPESETTING:
         answer = pattern.sub(replacement, answer)
     answer = " ".join(answer.split())
     answer = answer.rstrip(".").rstrip() if len(answer) > 1 else answer
-    wrapped = _WRAPPED.fullmatch(answer)
+    wrapped = _STYLED.fullmatch(answer)
     return wrapped.group(1).strip() if wrapped else answer
 
 

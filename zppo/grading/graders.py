@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from zppo.config.topology import JUDGE, REASONING_GYM
 from zppo.errors import UserError, nearest
-from zppo.grading.boxes import last_boxed, shown, tidy
+from zppo.grading.boxes import last_boxed, shown, tidy, unstyled
 from zppo.grading.maths import full_maths, gold_answer, quick_maths
 from zppo.grading.procedural import is_entry, reference_answer, scorer
 from zppo_protocol.values import Grade
@@ -36,23 +36,39 @@ def same_text(answer: str, gold: str) -> bool:
     return tidy(answer).casefold() == gold_answer(gold).casefold() != ""
 
 
-_CHOICES = re.compile(
-    r"\(?([A-Za-z])\)?(?:\s*(?:,|&|and\b|\s)\s*\(?([A-Za-z])\)?(?![a-zA-Z]))*", re.IGNORECASE
+_MARKS = re.compile(r"[{}\[\]*`]")
+_OPENING = re.compile(
+    r"(?:(?:the )?(?:correct |right |final |best )*(?:answer|option|choice)s?"
+    r"(?: (?:is|are))?\s*:?\s*)+",
+    re.IGNORECASE,
 )
-_LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\s*[.:)])\s*.+", re.DOTALL)
+_JOINED = re.compile(r"\s*([(),;&/+])\s*")
+_CHOICES = re.compile(
+    r"\(?[A-Za-z]\)?(?:(?:[,;&/+ ]|,? ?and ?|(?<=\))(?=\())\(?[A-Za-z]\)?(?![a-zA-Z]))*",
+    re.IGNORECASE,
+)
+_RUN = re.compile(r"[A-J]{2,}")
+_LABELLED = re.compile(
+    r"(?:(?:\(\s*([A-Za-z])\s*\)|([A-Za-z])\s*(?:[.:)]|,?\s*[-–—]+\s+|,\s*(?=because|since|as\b)))\s*"
+    r"|([A-Z])\s+(?=[\d$(\\+−-]))(?!(?:or|and|nor)\b|[,;/&])\S.*",
+    re.DOTALL,
+)
 _LETTER = re.compile(r"(?<![a-zA-Z])[A-Za-z](?![a-zA-Z])")
 
 
 def choice_letters(answer: str) -> frozenset[str]:
-    """The letters an answer to a multiple-choice question names: `B`, `(b)`, `B. because ...`, `A,
-    C`; else none."""
-    answer = re.sub(
-        r"\\(?:text|textbf|mathrm|mathbf|textit|mbox)\s*\{([^{}]*)\}", r"\1", tidy(answer)
-    )
-    labelled = _LABELLED.fullmatch(answer)
-    if _CHOICES.fullmatch(answer):
-        return frozenset(letter.upper() for letter in _LETTER.findall(answer))
-    return frozenset((labelled.group(1) or labelled.group(2)).upper()) if labelled else frozenset()
+    r"""The letters an answer to a multiple-choice question names, else none: `B`, `(b)`,
+    `\textbf{(B)}\ 5`, `B. Paris`, `B - because ...`, `Option B`; several as a set: `A, C`,
+    `(A)(C)`, `AC`."""
+    text = tidy(answer)
+    text = " ".join(_MARKS.sub(" ", unstyled(text)).split()).removesuffix(".").rstrip()
+    text = _OPENING.sub("", text, count=1) if _OPENING.match(text) else text
+    if _RUN.fullmatch(text) and list(text) == sorted(set(text)):
+        return frozenset(text)
+    if _CHOICES.fullmatch(_JOINED.sub(r"\1", text)):
+        return frozenset(letter.upper() for letter in _LETTER.findall(text))
+    labelled = _LABELLED.fullmatch(text)
+    return frozenset(next(filter(None, labelled.groups())).upper()) if labelled else frozenset()
 
 
 def names_choice(gold: str) -> bool:

@@ -22,6 +22,7 @@ from zppo.algorithm.steps import (
     add_reformulations,
     asks_next_teacher,
     compose,
+    counted,
     first_teacher,
     select,
     wants_teacher,
@@ -115,7 +116,8 @@ class Stages:
                 if quick is not None:
                     group.verdicts[index] = quick
         if len(group.verdicts) == len(group.samples.texts):
-            group.grades = [group.verdicts[index] for index in range(len(group.verdicts))]
+            grades = [group.verdicts[index] for index in range(len(group.verdicts))]
+            group.grades = counted(group, grades, self._recipe)
 
     def _advance_teacher(self, window: Window, visit: Visit) -> None:
         """A teacher where the method wants one; the next one while the last had no correct
@@ -208,7 +210,7 @@ class Stages:
             case SampleTarget(), Sampled():
                 target.group.samples = answer.samples
             case GradeTarget(), Graded():
-                target.group.grades = answer.grades
+                target.group.grades = counted(target.group, answer.grades, self._recipe)
             case ScoreTarget(), Scored():
                 target.place.visit.scores[target.composition.id] = answer.scores
             case JudgeTarget(), Sampled():

@@ -41,7 +41,8 @@ class Reach:
 class Rollouts:
     """All sequences of a window. `behaviour_T`, `frozen_T` and `token_ids_T` lie on the device, the
     bookkeeping on the host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T`
-    says nothing. `unreadable` counts the rollouts that lost their tokens."""
+    says nothing. `unreadable` counts the rollouts that lost their tokens; `masked_S` marks rollouts
+    that have no loss and count in no denominator (`method.truncated: mask`)."""
 
     step: int
     groups: list[TrainGroup]
@@ -54,6 +55,7 @@ class Rollouts:
     lengths_S: np.ndarray
     group_S: np.ndarray
     rewards_S: Tensor
+    masked_S: np.ndarray
     staleness_T: np.ndarray
     unreadable: int
 
@@ -71,10 +73,18 @@ class Rollouts:
 
 
 def assemble(
-    window: TrainWindow, *, max_staleness: int, device: torch.device, reach: Reach = Reach()
+    window: TrainWindow,
+    *,
+    max_staleness: int,
+    device: torch.device,
+    reach: Reach = Reach(),
+    mask_truncated: bool = False,
 ) -> Rollouts:
-    """Lay the window's groups end to end, as far as a model of this `reach` can read them. Raises
-    StalenessError, and ValueError for an empty prompt."""
+    """Lay the window's groups end to end, as far as a model of this `reach` can read them;
+    `mask_truncated` takes what the student was cut off in out of the loss.
+
+    Raises StalenessError, and ValueError for an empty prompt.
+    """
     unread = [_unreadable(group, reach) for group in window.groups]
     groups = [
         _without(group, unread_S) if unread_S.any() else group
@@ -99,6 +109,7 @@ def assemble(
         lengths_S=lengths_S,
         group_S=np.repeat(np.arange(len(groups)), [len(length) for length in lengths]),
         rewards_S=torch.from_numpy(_concatenate([group.rewards for group in groups], np.float32)),
+        masked_S=_concatenate([_truncated(group) & mask_truncated for group in groups], np.bool_),
         staleness_T=_concatenate(
             [_staleness(group, window.step, max_staleness) for group in groups], np.int64
         ),
@@ -147,6 +158,17 @@ def _prompt(group: TrainGroup) -> np.ndarray:
             "predictor"
         )
     return group.samples.prompt_ids.astype(np.int64)
+
+
+def _truncated(group: TrainGroup) -> np.ndarray:
+    """Which rollouts of a group the student was cut off in [S of the group]; a frozen model's are
+    not its own."""
+    cut_off = np.array(
+        [reason == "length" for reason in group.samples.finish_reasons], dtype=np.bool_
+    )
+    tokens_before = np.concatenate([[0], np.cumsum(group.samples.versions_T != FROZEN)])
+    sampled = np.diff(tokens_before[group.samples.offsets])
+    return cut_off & (sampled > 0)
 
 
 def _staleness(group: TrainGroup, step: int, bound: int) -> np.ndarray:

@@ -73,7 +73,7 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "live_rollout_share",
         "share",
-        "Rollouts with an advantage other than 0; the others cost no pass.",
+        "Rollouts with an advantage, and not masked; the others cost no pass.",
     ),
     Metric(
         "staleness_mean",
@@ -84,7 +84,7 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "tokens_trained",
         "tokens",
-        "Response tokens of the window; all of them count in the denominators.",
+        "Response tokens of the window; all but masked ones count in the denominators.",
     ),
     Metric(
         "unreadable_rollouts",

@@ -63,6 +63,7 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
         max_staleness=settings.max_staleness,
         device=trainer.policy.device,
         reach=trainer.reach,
+        mask_truncated=settings.method.truncated == "mask",
     )
     batches = split(rollouts, settings)
     objective = OBJECTIVES[settings.objective](trainer, rollouts, batches)
@@ -102,7 +103,11 @@ def update(
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
     step."""
     trainer.gradients.clear()
-    counts = int(rollouts.lengths_S[sequences].sum()), len(sequences)
+    trained = sequences[~rollouts.masked_S[sequences]]
+    live = objective.live(trained)
+    if not len(live):
+        return
+    counts = int(rollouts.lengths_S[trained].sum()), len(trained)
     loss, parts = torch.zeros((), device=rollouts.device), []
     for batch in trainer.micro_batches(rollouts, objective.live(sequences)):
         part_loss, part_metrics = objective.loss(batch, *counts, first=first)

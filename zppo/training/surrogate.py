@@ -112,7 +112,11 @@ def proximal_pass(
 
 def step_advantages(rollouts: Rollouts, batches: list[np.ndarray], method: MethodConfig) -> Tensor:
     """Advantages of all rollouts (Eqs. 2-3), float32 [S]; normalised over each mini-batch, or over
-    the whole step."""
+    the whole step.
+
+    A masked rollout gets 0 in the end, so that it has no loss, but its reward counts in the
+    baseline and the scale.
+    """
     groups_S = torch.from_numpy(rollouts.group_S)
     shared = None
     if method.advantage_scope == "step" and rollouts.sequences:
@@ -126,4 +130,4 @@ def step_advantages(rollouts: Rollouts, batches: list[np.ndarray], method: Metho
             mode=method.advantage,
             statistics=shared,
         )
-    return advantages_S
+    return advantages_S.masked_fill_(torch.from_numpy(rollouts.masked_S), 0.0)

@@ -25,7 +25,7 @@ from zppo.config.topology import JUDGE, ModelConfig, is_procedural
 from zppo.data.question import Question
 from zppo.evaluation.order import EvaluationOrder
 from zppo.evaluation.report import Answered, EvaluationReport, QuestionResult, Tally
-from zppo.grading import judged, parse_answer, quick_grade, shown_gold
+from zppo.grading import judged, quick_grade, shown_gold
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
 from zppo.records.metrics import response_lengths
@@ -75,15 +75,7 @@ class Grading:
         )
 
     def _grade(self, text: str, question: Question) -> Grade:
-        while not self._worker.ready:
-            self._worker.poll(POLL_SECONDS)
-        self._worker.submit(text, question.answer, question.grader)
-        grade = None
-        while grade is None:
-            grade = self._worker.poll(POLL_SECONDS)
-        if grade.note and grade.answer is None:  # a worker that was killed could not parse it
-            return Grade(reward=grade.reward, answer=parse_answer(text), note=grade.note)
-        return grade
+        return self._worker.grade(text, question.answer, question.grader)
 
 
 class Evaluator:

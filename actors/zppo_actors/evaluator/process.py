@@ -27,6 +27,7 @@ from zppo.evaluation.report import EvaluationReport, report_text
 from zppo_actors import engines
 from zppo_actors.engines import Engine, EngineSpec
 from zppo_actors.evaluator.evaluator import EvaluationFailed, Evaluator, Grading
+from zppo_actors.process import private_stdout
 
 
 def main(arguments: list[str]) -> int:
@@ -47,13 +48,6 @@ def main(arguments: list[str]) -> int:
             return EXIT_FAILED
         stdout.write(_json(report) if order.json else report_text(report))
     return 0
-
-
-def private_stdout() -> TextIO:
-    """Standard output for the report alone; whatever a library prints goes to stderr."""
-    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return stdout
 
 
 async def evaluate(order: EvaluationOrder) -> EvaluationReport:

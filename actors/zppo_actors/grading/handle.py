@@ -2,9 +2,10 @@
 what hangs.
 
 The invariant: after `submit`, `poll` hands back exactly one grade, whatever the worker does. A
-worker that passes the time limit is killed and the response earns nothing; one that dies is
-replaced and the response tried once more, since the death may have had another cause. Nothing here
-blocks for longer than it is told to.
+response has a limit of processor time; the kernel ends a worker that passes it, and the response
+earns nothing. A worker that dies otherwise, or that has used less when WALL_FACTOR times the limit
+has passed on the clock (it was frozen, or the machine is busy), is replaced and the response tried
+once more. Nothing but `grade` blocks for longer than it is told to.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -21,16 +23,20 @@ from collections.abc import Sequence
 import msgspec
 
 from zppo.config.topology import is_procedural
-from zppo_actors.grading.worker import HEADER, PROCEDURAL, WARM_UP, GradeRequest, pack
+from zppo.grading import parse_answer, quick_grade
+from zppo_actors.grading.worker import HEADER, PROCEDURAL, WALL_FACTOR, WARM_UP, GradeRequest, pack
 from zppo_protocol.values import TIMED_OUT, Grade
 
 COMMAND = (sys.executable, "-P", "-m", "zppo_actors.grading.worker")
+STARVED = "timed out with little processor time used"
+POLL_SECONDS = 1.0
 CRASHED = "the grade worker crashed"
-ALARM_SLACK = 1.0
-"""Seconds by which the worker's own alarm comes after our kill."""
 MAX_FAILED_STARTS = 3
 """Workers in a row that may die before they are ready."""
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+_ENDED_BY = {-signal.SIGPROF: TIMED_OUT, -signal.SIGALRM: STARVED}
+"""Exit code of a worker that one of its own limits has ended -> why."""
 
 log = logging.getLogger("zppo.grader")
 
@@ -42,12 +48,20 @@ def worker_command(*sources: str | None) -> list[str]:
     return [*COMMAND, *([PROCEDURAL] if procedural else [])]
 
 
+def with_answer(grade: Grade, response: str) -> Grade:
+    """A worker that was killed could not parse the answer; it still belongs in what is shown, and
+    in NCQ's list."""
+    if not grade.note or grade.answer is not None:
+        return grade
+    return Grade(reward=grade.reward, answer=parse_answer(response), note=grade.note)
+
+
 class GradeWorker:
     """One worker process at a time, and at most one response in it."""
 
     def __init__(self, timeout_seconds: float, command: Sequence[str] = COMMAND) -> None:
-        """Start the first worker; poll until `ready`. `timeout_seconds` is the limit for one
-        response."""
+        """Start the first worker; poll until `ready`. A response may take `timeout_seconds` of
+        processor time."""
         self.timeout_seconds = timeout_seconds
         self._command = list(command)
         self._request: GradeRequest | None = None
@@ -68,10 +82,24 @@ class GradeWorker:
         """Hand over one response; only when `ready`."""
         if not self.ready:
             raise RuntimeError("the grade worker is busy")
-        alarm = self.timeout_seconds + ALARM_SLACK
-        self._request = GradeRequest(response=response, gold=gold, grader=grader, seconds=alarm)
+        self._request = GradeRequest(
+            response=response, gold=gold, grader=grader, seconds=self.timeout_seconds
+        )
         self._tries = 0
-        self._send(self._request, self.timeout_seconds)
+        self._send(self._request)
+
+    def grade(self, response: str, gold: str, grader: str) -> Grade:
+        """Grade one response and wait for it."""
+        quick = quick_grade(response, gold, grader)
+        if quick is not None:
+            return quick
+        while not self.ready:
+            self.poll(POLL_SECONDS)
+        self.submit(response, gold, grader)
+        grade = None
+        while grade is None:
+            grade = self.poll(POLL_SECONDS)
+        return with_answer(grade, response)
 
     def poll(self, wait_seconds: float) -> Grade | None:
         """Move on for at most `wait_seconds`; return the grade once it is known.
@@ -85,7 +113,7 @@ class GradeWorker:
             return self._finish(reply)
         if not alive:
             return self._replace(CRASHED)
-        return self._replace(TIMED_OUT) if time.monotonic() >= self._deadline else None
+        return self._replace(STARVED) if time.monotonic() >= self._deadline else None
 
     def close(self) -> None:
         """Kill the worker and reap it. Safe to call twice."""
@@ -110,11 +138,11 @@ class GradeWorker:
         os.set_blocking(self._replies, False)
         self._received = b""
         self._warming = True
-        self._send(WARM_UP, WARM_UP.seconds)
+        self._send(WARM_UP)
 
-    def _send(self, request: GradeRequest, seconds: float) -> None:
+    def _send(self, request: GradeRequest) -> None:
         self._unsent = pack(request)
-        self._deadline = time.monotonic() + seconds
+        self._deadline = time.monotonic() + WALL_FACTOR * request.seconds
 
     def _exchange(self, wait_seconds: float) -> bool:
         """Write what can be written, read what is there; False once the worker has closed its
@@ -150,7 +178,7 @@ class GradeWorker:
             self._failed_starts = 0
             self._deadline = float("inf")
             if self._request is not None:
-                self._send(self._request, self.timeout_seconds)
+                self._send(self._request)
             return None
         self._request = None
         self._deadline = float("inf")
@@ -159,12 +187,13 @@ class GradeWorker:
     def _replace(self, reason: str) -> Grade | None:
         """Kill the worker and start the next; the response gets its second try or its last word."""
         self.close()
+        reason = _ENDED_BY.get(self._process.returncode, reason)
         log.warning("worker %d: %s (exit code %s)", self.pid, reason, self._process.returncode)
         over = self._count_failure(reason)
         if over:
             self._request = None
         self._start()
-        return Grade(reward=0.0, note=reason) if over else None
+        return Grade(reward=0.0, note=TIMED_OUT if reason == STARVED else reason) if over else None
 
     def _count_failure(self, reason: str) -> bool:
         """Whether the failure was the last word on the response; a worker that never got to it does

@@ -1,9 +1,10 @@
 """The process that really grades: reads requests from stdin, writes one grade for each to stdout.
 
 It exists to be killed. Mathematics from a model may run for ever, inside C code and without giving
-Python a chance to look at the clock, so the time limit is the kernel's: the grader actor kills this
-process, and an alarm whose default action is death ends it even if nobody is left to do so. Started
-as `python -m zppo_actors.grading.worker`.
+Python a chance to look at the clock, so the limits are the kernel's: a timer of processor time
+whose default action is death ends this process, and so does an alarm if it sleeps instead, even if
+nobody is left to do so. Processor time is what counts, so that a busy or frozen machine makes no
+right answer wrong. Started as `python -m zppo_actors.grading.worker`.
 
 Frames, both ways: a 4-byte little-endian length, then that many bytes of msgpack (`GradeRequest`,
 `Grade`).
@@ -32,10 +33,14 @@ MAX_MEMORY = 4 * 2**30
 """Bytes of address space; 9^9^9^9 asks for more than any machine has."""
 PROCEDURAL = "--procedural"
 """Loads the scorers of procedural tasks, seconds of work, before the first time limit runs."""
+WALL_FACTOR = 6.0
+"""How many times the limit of processor time may pass on the clock."""
+ALARM_SLACK = 1.0
+"""Seconds by which the alarm comes after the grader actor has given up."""
 
 
 class GradeRequest(Struct, frozen=True, kw_only=True):
-    """One response to grade by rule `grader`, within `seconds`."""
+    """One response to grade by rule `grader`, within `seconds` of processor time."""
 
     response: str
     gold: str
@@ -43,7 +48,7 @@ class GradeRequest(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-WARM_UP = GradeRequest(response=r"\boxed{(x+1)^2}", gold="x^2+2x+1", grader="math", seconds=120.0)
+WARM_UP = GradeRequest(response=r"\boxed{(x+1)^2}", gold="x^2+2x+1", grader="math", seconds=60.0)
 """Loads everything a grade needs, so that no real response pays for it."""
 
 
@@ -71,15 +76,16 @@ def main(arguments: list[str]) -> int:
     die_with_parent(signal.SIGKILL)
     requests, replies = _private_pipes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for name in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(name, signal.SIG_DFL)
     _limit_memory()
     if PROCEDURAL in arguments:
         task_names("grade worker")
     while (body := read_frame(requests)) is not None:
         request = msgspec.msgpack.decode(body, type=GradeRequest)
-        signal.setitimer(signal.ITIMER_REAL, request.seconds)
+        _limit_time(request.seconds)
         reply = _grade(request)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _limit_time(None)
         replies.write(pack(reply))
         replies.flush()
     return 0
@@ -99,6 +105,15 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return requests, replies
+
+
+def _limit_time(seconds: float | None) -> None:
+    """From now on at most so much processor time, user and system, and WALL_FACTOR times as much on
+    the clock."""
+    signal.setitimer(signal.ITIMER_PROF, seconds or 0.0)
+    signal.setitimer(
+        signal.ITIMER_REAL, 0.0 if seconds is None else WALL_FACTOR * seconds + ALARM_SLACK
+    )
 
 
 def _limit_memory() -> None:

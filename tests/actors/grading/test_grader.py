@@ -3,10 +3,12 @@ answered once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from zppo.config.topology import (
 from zppo.records import run_directory
 from zppo_actors import runtime
 from zppo_actors.grader import CAPACITY, GraderActor
-from zppo_actors.grading.handle import CRASHED, GradeWorker
+from zppo_actors.grading.handle import CRASHED, STARVED, GradeWorker
 from zppo_actors.grading.worker import WARM_UP, GradeRequest, pack, read_frame
 from zppo_actors.membership import Membership
 from zppo_actors.process import ActorContext
@@ -57,8 +59,10 @@ from zppo_actors.grading import worker
 
 def full(answer, gold):
     print("noise on stdout")
-    if answer == "hang":
+    if answer == "sleep":
         time.sleep(600)
+    while answer == "burn":
+        pass
     if answer == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if answer == "raise":
@@ -339,8 +343,8 @@ def test_the_end_of_the_supervisor_takes_actor_and_worker_along(controller: Cont
 # ---- the worker alone ----------------------------------------------------------------------------
 
 
-def start_worker() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "zppo_actors.grading.worker"]
+def start_worker(*program: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", *(program or ("-m", "zppo_actors.grading.worker"))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -361,6 +365,17 @@ def test_the_worker_ends_itself_when_nobody_kills_it() -> None:
     assert read_frame(process.stdout) is not None  # type: ignore[arg-type]
     process.stdin.write(pack(GradeRequest(response=HANGS, gold="7", grader="math", seconds=0.2)))
     process.stdin.flush()
+    assert process.wait(PATIENCE) == -signal.SIGPROF
+    process.communicate()
+
+
+def test_a_worker_that_sleeps_ends_itself_too() -> None:
+    process = start_worker("-c", SCRIPTED)
+    assert process.stdin is not None
+    process.stdin.write(
+        pack(GradeRequest(response=r"\boxed{sleep}", gold="7", grader="scripted", seconds=0.01))
+    )
+    process.stdin.flush()
     assert process.wait(PATIENCE) == -signal.SIGALRM
     process.communicate()
 
@@ -376,7 +391,7 @@ def test_the_worker_leaves_at_half_a_frame() -> None:
 
 @pytest.fixture
 def scripted() -> Iterator[GradeWorker]:
-    worker = GradeWorker(1.0, [sys.executable, "-P", "-c", SCRIPTED])
+    worker = GradeWorker(0.25, [sys.executable, "-P", "-c", SCRIPTED])
     until_ready(worker)
     yield worker
     worker.close()
@@ -400,7 +415,7 @@ def test_every_response_gets_one_grade_whatever_the_worker_does(scripted: GradeW
     assert graded(scripted, "7") == right
     assert graded(scripted, "die") == Grade(reward=0.0, note=CRASHED)
     assert graded(scripted, "8") == wrong
-    assert graded(scripted, "hang") == Grade(reward=0.0, note=TIMED_OUT)
+    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT)
     assert graded(scripted, "raise") == Grade(
         reward=0.0, note="the grader failed: ValueError: no such answer"
     )
@@ -410,6 +425,57 @@ def test_every_response_gets_one_grade_whatever_the_worker_does(scripted: GradeW
 def test_a_worker_killed_from_outside_costs_no_reward(scripted: GradeWorker) -> None:
     os.kill(scripted.pid, signal.SIGKILL)
     assert graded(scripted, "7") == Grade(reward=1.0, answer="7")
+
+
+def frozen(worker: GradeWorker, answer: str) -> int:
+    """Submit an answer to a worker that is stopped, and wait for longer than the limit; returns the
+    worker's pid."""
+    until_ready(worker)
+    pid = worker.pid
+    os.kill(pid, signal.SIGSTOP)
+    worker.submit(rf"\boxed{{{answer}}}", "7", "scripted")
+    end = time.monotonic() + 2 * worker.timeout_seconds
+    while time.monotonic() < end:
+        assert worker.poll(0.05) is None
+    return pid
+
+
+def the_grade(worker: GradeWorker) -> Grade:
+    while (grade := worker.poll(1.0)) is None:
+        pass
+    return grade
+
+
+def test_a_frozen_worker_makes_no_right_answer_wrong(scripted: GradeWorker) -> None:
+    pid = frozen(scripted, "7")
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # so long a stall that it was replaced; that costs no reward either
+        os.kill(pid, signal.SIGCONT)
+    assert the_grade(scripted) == Grade(reward=1.0, answer="7")
+
+
+def test_a_worker_that_stays_frozen_is_replaced_and_the_answer_graded_by_the_next(
+    scripted: GradeWorker,
+) -> None:
+    first = frozen(scripted, "7")
+    assert the_grade(scripted) == Grade(reward=1.0, answer="7")
+    assert scripted.pid != first
+
+
+def test_a_grader_that_sleeps_is_tried_twice_and_then_counts_as_timed_out(
+    scripted: GradeWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert graded(scripted, "sleep") == Grade(reward=0.0, note=TIMED_OUT)
+    assert [STARVED in record.getMessage() for record in caplog.records] == [True, True]
+    assert graded(scripted, "7") == Grade(reward=1.0, answer="7")
+
+
+def test_processor_time_is_counted_for_each_response_anew_and_burning_it_gets_no_second_try(
+    scripted: GradeWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT)
+    assert [TIMED_OUT in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_it_takes_one_response_at_a_time_of_any_size(scripted: GradeWorker) -> None:

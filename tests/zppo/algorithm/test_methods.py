@@ -322,6 +322,41 @@ def test_dynamic_sampling_keeps_a_question_whose_bcq_helps() -> None:
     )
 
 
+@pytest.mark.parametrize("truncated", ["count", "zero", "mask"])
+@pytest.mark.parametrize("grader", ["math", "judge"])
+def test_what_a_cut_off_response_earns(
+    truncated: str, grader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worlds.samples
+
+    def cut_off(task: GenerateTask, versions: list[int]) -> GroupSamples:
+        """Every second response hits the limit."""
+        drawn = whole(task, versions)
+        reasons: Any = ["length" if index % 2 else "stop" for index in range(task.n)]
+        return structs.replace(drawn, finish_reasons=reasons)
+
+    monkeypatch.setattr(worlds, "samples", cut_off)
+    config = topology(
+        method={
+            "name": "grpo_replay_teacher_response",
+            "group_size": 4,
+            "truncated": truncated,
+            "hard_threshold": 0.6,
+        },
+        scheduler={"new_questions": 2, "max_staleness": 0},
+    )
+    corpus = [structs.replace(q, grader=grader, answer="gold") for q in questions(2)]
+    played = World(config, corpus, seed=0, rewards=lambda group, n: [1.0] * n).run()
+    expected = [1.0, 0.0, 1.0, 0.0] if truncated == "zero" else [1.0] * 4
+    for visit in played.steps[0].window.visits:
+        assert visit.plain.rewards.tolist() == expected
+        if visit.teacher is not None:
+            assert set(visit.teacher.rewards.tolist()) == {1.0}, (
+                "only the student's responses can be zero"
+            )
+    assert (played.steps[0].window.hard_questions == 0) or truncated == "zero"
+
+
 # ---- remote scores -------------------------------------------------------------------------------
 
 

@@ -361,6 +361,30 @@ def test_a_window_without_tokens_trains_nothing(objective: str, remote: bool) ->
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+def test_masked_rollouts_are_as_good_as_absent() -> None:
+    whole = group("a", [1, 0, 1], lengths=[2, 5, 3], cut_off={1})
+    kept, samples = [0, 1, 7, 8, 9], whole.samples
+    part = msgspec.structs.replace(
+        samples,
+        token_ids=samples.token_ids[kept],
+        log_probs=samples.log_probs[kept],
+        offsets=np.array([0, 2, 5], np.int32),
+        version_spans=np.array([[5, 0]], np.int32),
+        finish_reasons=["stop", "stop"],
+    )
+    without = msgspec.structs.replace(whole, samples=part, rewards=whole.rewards[[0, 2]])
+    words, student = method(truncated="mask", updates_per_step=1), llama()
+    models = [copy.deepcopy(student), copy.deepcopy(student)]
+    tasks = [window(whole), window(without)]
+    trainers = [
+        trainer_of(model, teacher=teacher_model(), objective="jsd", method=words)
+        for model in models
+    ]
+    found = [train_step(trainer, task) for trainer, task in zip(trainers, tasks, strict=True)]
+    assert found[0]["jsd"] == pytest.approx(found[1]["jsd"], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-5)
+
+
 def test_an_empty_completion_among_others_is_no_trouble() -> None:
     metrics = train_step(
         distilling(llama(), teacher_model()), window(group("g", [1.0, 0.0], lengths=[0, 3]))

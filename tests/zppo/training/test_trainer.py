@@ -338,6 +338,59 @@ def test_one_update_is_the_papers_loss_written_longhand(
         assert float(far.float().mean()) < 0.02, name
 
 
+def cut_off_window() -> TrainWindow:
+    """Right and wrong rollouts that were cut off, and a group of nothing else."""
+    return window(
+        group("a", [1, 0, 0, 1], cut_off={1}),
+        group("b", [1, 0, 1], cut_off={0, 2}),
+        group("c", [0, 1], cut_off={0, 1}),
+        group("d", [1, 0, 0]),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalisation", ["token", "sequence"])
+def test_masked_rollouts_have_no_loss_but_count_in_the_baseline(normalisation: str) -> None:
+    words = method(updates_per_step=1, truncated="mask", loss_normalisation=normalisation)
+    loss = replace(SETTINGS.loss, normalisation=normalisation)
+    ours, theirs, task = llama(), llama(), cut_off_window()
+    metrics = train_step(trainer_of(ours, method=words, loss=loss), task)
+    # `longhand_step` takes the advantages of all rollouts and drops the terms of the masked ones.
+    expected, norm = longhand_step(theirs, task, words)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert metrics["accuracy_plain"] == pytest.approx(6 / 12), "they are graded like any other"
+    assert metrics["live_rollout_share"] == pytest.approx(7 / 12)
+
+
+def test_with_count_a_cut_off_rollout_is_like_any_other() -> None:
+    plain = [
+        msgspec.structs.replace(
+            g, samples=msgspec.structs.replace(g.samples, finish_reasons=["stop"] * len(g.rewards))
+        )
+        for g in cut_off_window().groups
+    ]
+    losses = [
+        train_step(trainer_of(llama()), task)["loss"] for task in (cut_off_window(), window(*plain))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_window_of_masked_rollouts_alone_makes_no_update() -> None:
+    model, task = llama(), window(group("a", [1, 0], cut_off={0, 1}))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metrics = train_step(trainer_of(model, method=method(truncated="mask")), task)
+    assert metrics["updates"] == 0 and all(
+        torch.equal(before[name], p) for name, p in model.named_parameters()
+    )
+
+
+def test_a_teachers_response_is_never_masked() -> None:
+    frozen = group("a", [1, 0], lengths=[3, 2], spans=[(3, -1), (2, 0)], cut_off={0, 1})
+    rollouts = assemble(window(frozen), max_staleness=0, device=CPU, mask_truncated=True)
+    assert rollouts.masked_S.tolist() == [False, True]
+
+
 def test_soft_capped_model_trains_through_its_own_logits() -> None:
     model = gemma2_with_soft_cap()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

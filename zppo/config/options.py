@@ -1,0 +1,35 @@
+"""Kinds of command-line options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from zppo.config.strict_yaml import parse
+from zppo.errors import UserError
+
+
+def pair(text: str, option: str) -> tuple[str, Any]:
+    """NAME=VALUE of an option, the value read as YAML. Raises UserError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"{option} {text}: expected NAME=VALUE")
+    return name, parse(value, f"{option} {text}").data
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """The type of an option that is a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value

@@ -1,0 +1,129 @@
+"""`python -m zppo.grade --audit SOURCE`: how often the grader of a source errs, before anything is
+trained on it.
+
+Everything that can be wrong is checked first; then this process becomes the one with the grade
+worker (`python -m zppo_actors audit`), because comparing mathematics may hang. Exit codes: 0 every
+completion was graded as it is, 1 some were not, 2 a user error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from msgspec import Struct
+
+from zppo.config.options import pair, positive, seconds
+from zppo.config.topology import DataConfig, is_procedural
+from zppo.data.corpus import load_questions
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+
+
+class AuditOrder(Struct, frozen=True, kw_only=True):
+    """What to audit: the questions as `data` reads them, at most `limit` of them."""
+
+    data: DataConfig
+    limit: int
+    seed: int
+    grader_seconds: float
+    json: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the order and become the auditing process. Returns 2 after a user error; else it does
+    not return."""
+    try:
+        order = read_order(_parser().parse_args(argv))
+        load_questions(order.data.train, order.data, Path.cwd())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    become_auditor(order)
+
+
+def become_auditor(order: AuditOrder) -> NoReturn:
+    """Replace this process by the one that grades."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "zppo_actors",
+        "audit",
+        msgspec.json.encode(order).decode(),
+    ]
+    os.execv(sys.executable, command)
+
+
+def read_order(arguments: argparse.Namespace) -> AuditOrder:
+    """The order that the command line gives. Raises UserError."""
+    if is_procedural(arguments.audit) and (arguments.field or arguments.grader):
+        raise UserError(
+            f"--audit is {arguments.audit!r}, which brings its own grader; expected no --grader or "
+            "--field"
+        )
+    given = {
+        "train": arguments.audit,
+        "fields": dict(pair(text, "--field") for text in arguments.field),
+        "grader": arguments.grader or "math",
+        "max_bad_rows": arguments.max_bad_rows,
+    }
+    try:
+        data = msgspec.convert(given, DataConfig)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"--field: {error}; expected id, question, answer or images = COLUMN"
+        ) from None
+    return AuditOrder(
+        data=data,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        grader_seconds=arguments.grader_seconds,
+        json=arguments.json,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="zppo grade",
+        description=(
+            "Run a source's own gold answers, and completions that must earn nothing, through its "
+            "grader."
+        ),
+        epilog=(
+            "exit codes: 0 all graded as they are, 1 some were not, 2 user error (docs/grading.md)"
+        ),
+    )
+    parser.add_argument(
+        "--audit", required=True, metavar="SOURCE", help="file, folder, or reasoning_gym:TASK?…"
+    )
+    parser.add_argument(
+        "--grader", help="math (default), exact, choice, or judge: its comparison as text"
+    )
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem"
+    )
+    parser.add_argument(
+        "--limit", type=positive, default=200, metavar="N", help="only the first N questions (200)"
+    )
+    parser.add_argument(
+        "--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out"
+    )
+    parser.add_argument(
+        "--grader-seconds", type=seconds, default=5.0, metavar="S", help="limit of one grading (5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="which other question's answer a completion takes"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
