@@ -172,6 +172,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.training",
         "zppo_actors.membership",
         "zppo_actors.process",
+        "zppo_actors.runtime",
         "zppo_actors.weights",
         "zppo_protocol",
     },

@@ -33,7 +33,8 @@ TESTS_OF = {
     "zppo/data/cursor.py": ("scheduler",),
     "zppo/prompting/hints.py": ("hints",),
     "zppo/prompting/prompts.py": ("prompts",),
-    "zppo/records/summary.py": ("summary",),
+    "zppo/records/ledger.py": ("summary", "ledger"),
+    "zppo/scheduling/admission.py": ("admission",),
     "actors/zppo_actors/controller/recorder.py": ("summary",),
 }
 """Files with tests of their own."""
@@ -202,11 +203,14 @@ MUTANTS = (
         "available=list(self._available)",
         "available=sorted(self._available)",
     ),
-    Mutant("zppo/scheduling/scheduler.py", "    if answer.parts != job.answers:", "    if False:"),
+    Mutant("zppo/scheduling/scheduler.py", "        if reason is not None:", "        if False:"),
     Mutant(
-        "zppo/scheduling/scheduler.py",
-        "    if not isinstance(answer, ANSWERS[type(job.message)]):",
-        "    if False:",
+        "zppo/scheduling/admission.py", ".max() < bounds.vocabulary", ".max() <= bounds.vocabulary"
+    ),
+    Mutant("zppo/scheduling/admission.py", "oldest <= version <= newest", "version <= newest"),
+    Mutant("zppo/scheduling/admission.py", "oldest <= version <= newest", "oldest <= version"),
+    Mutant(
+        "zppo/scheduling/admission.py", "longest > task.sampling", "longest - 1 > task.sampling"
     ),
     Mutant(
         "zppo/scheduling/scheduler.py",
@@ -401,7 +405,7 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "zppo/records/summary.py",
+        "zppo/records/ledger.py",
         "WHERE origin = 'new'\n",
         "WHERE origin = 'new' AND kind = 'plain'\n",
     ),

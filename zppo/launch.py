@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 from rich.console import Console
@@ -47,18 +46,10 @@ from zppo.plan.prompt_checks import (
 from zppo.plan.view import show
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import check_same_vocabulary
-from zppo.records import checkpoint, run_directory
-from zppo.records.run_directory import RunRecord
+from zppo.records import binding, checkpoint, ledger, run_directory
+from zppo.records.binding import MAX_STALENESS, MadeWith
 from zppo.records.summary import read_lines, summarise
 
-FIXED = {
-    "method": "the trained steps were made by another recipe",
-    "data": "the data cursor counts questions of another corpus",
-    "student": "the checkpoint holds another student",
-    "run.seed": "the order of the corpus would change in the middle",
-    "optimizer.state_dtype": "the checkpoint holds optimizer states of another kind",
-}
-"""Settings that a resumed run must keep, and why."""
 PROMPT_BATCH = 1024
 """Prompts tokenised at once: enough to keep the tokenizer busy, few enough to take little
 memory."""
@@ -94,7 +85,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     topology = load(arguments.topology, arguments.set)
     directory = run_folder(topology)
-    if directory.exists():
+    if directory.exists() and not run_directory.untrained(directory):
         raise UserError(run_directory.in_the_way(directory))
     checked = check(topology)
     if arguments.dry_run:
@@ -115,12 +106,20 @@ def _resume(arguments: argparse.Namespace) -> int:
     if found.folder is None:
         torn = f" ({found.warnings[0]})" if found.warnings else ""
         problem = f"has no whole checkpoint to continue from{torn}"
-        raise UserError(f"--resume: {str(directory)!r} {problem}; remove it to begin anew")
-    topology = _resumed_topology(arguments, record.topology)
+        begin = "launch it without --resume" if run_directory.untrained(directory) else "remove it"
+        raise UserError(f"--resume: {str(directory)!r} {problem}; {begin} to begin anew")
+    made = checkpoint.read_made_with(found.folder)
+    topology = _resumed_topology(arguments, record.topology, made, found.step)
     checked = _check(topology, directory)
-    _check_corpus(topology.data.train, checked.corpus, record)
+    now = binding.made_with(topology, digest(checked.corpus.questions))
+    recorded = made.corpus if made is not None else record.corpus
+    _check_corpus(topology.data.train, now.corpus, recorded)
+    if made is not None:
+        binding.check_folders(made, topology, now, found.step)
     _check_steps(topology, checked.plan.windows.steps, directory, found.step)
-    for warning in found.warnings:
+    journal = ledger.find_problem(directory, found.step)
+    worth = [ledger.begins_anew(directory, journal, found.step)] if journal is not None else []
+    for warning in [*found.warnings, *worth]:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
         show(checked.plan, directory, Console())
@@ -261,29 +260,43 @@ def _check_free(directory: Path) -> None:
     os.close(lock)
 
 
-def _resumed_topology(arguments: argparse.Namespace, old: Topology) -> Topology:
-    """The topology to go on with. Raises UserError where it would not be the same run."""
+def _resumed_topology(
+    arguments: argparse.Namespace, recorded: Topology, made: MadeWith | None, step: int
+) -> Topology:
+    """The topology to go on with. Raises UserError where it would not be the same run.
+
+    What counts is what the checkpoint was made with; one that does not say goes by `run.json`.
+    """
     if arguments.topology is not None:
-        new = load(arguments.topology, arguments.set)
+        topology = load(arguments.topology, arguments.set)
     else:
-        new = resolve(override(old, arguments.set), Path.cwd())
-    for path, reason in FIXED.items():
-        if _at(old, path) != _at(new, path):
-            setting, before, after = _difference(path, _at(old, path), _at(new, path))
-            change = f"{setting} was {before!r} and is now {after!r}"
-            raise UserError(f"--resume: {change}; it cannot change, because {reason}")
-    if new.scheduler.max_staleness < old.scheduler.max_staleness:
+        topology = resolve(override(recorded, arguments.set), Path.cwd())
+    record, new = binding.fixed_settings(recorded), binding.fixed_settings(topology)
+    old = made.settings if made is not None else record
+    found = binding.first_difference(old, new)
+    if found is not None and record[found.setting] == found.after:
         raise UserError(
-            f"--resume: scheduler.max_staleness was {old.scheduler.max_staleness} and is now "
-            f"{new.scheduler.max_staleness}; it cannot shrink, because windows in flight keep to "
-            "the old bound"
+            f"--resume: {found.setting} was {found.before!r} when the checkpoint of step {step} "
+            f"was written, and run.json says {found.after!r}; put it back there, because "
+            f"{found.reason}"
         )
-    return new
+    if found is not None:
+        raise UserError(
+            f"--resume: {found.setting} was {found.before!r} and is now {found.after!r}; it cannot "
+            f"change, because {found.reason}"
+        )
+    bound = old.get(MAX_STALENESS, record[MAX_STALENESS])
+    if topology.scheduler.max_staleness < bound:
+        raise UserError(
+            f"--resume: {MAX_STALENESS} was {bound} and is now {topology.scheduler.max_staleness}; "
+            "it cannot shrink, because windows in flight keep to the old bound"
+        )
+    return topology
 
 
-def _check_corpus(train: str, corpus: Corpus, record: RunRecord) -> None:
+def _check_corpus(train: str, corpus: str, recorded: str) -> None:
     """The paths alone do not say whether a file was edited."""
-    if digest(corpus.questions) != record.corpus:
+    if corpus != recorded:
         raise UserError(
             f"--resume: the questions of data.train, {train!r}, are not those that "
             "the run began with; "
@@ -319,22 +332,6 @@ def _finished(topology: Topology, directory: Path, step: int) -> bool:
         return str(summarise(directory)["verdict"]).startswith("finished")
     evaluated = {line["step"] for line in read_lines(directory / "heldout.jsonl")}
     return topology.data.heldout is None or step in evaluated
-
-
-def _at(topology: Topology, path: str) -> Any:
-    value: Any = msgspec.to_builtins(topology)
-    for key in path.split("."):
-        value = value[key]
-    return value
-
-
-def _difference(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The first setting below `path` that differs, with its old and new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                return _difference(f"{path}.{key}", old.get(key), new.get(key))
-    return path, old, new
 
 
 def _parser() -> argparse.ArgumentParser:

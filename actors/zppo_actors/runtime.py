@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from zppo.errors import UserError
+from zppo.records.atomic_file import written_whole
 from zppo.records.run_directory import (
     SOCKET_NAME,
     hold,
@@ -22,6 +23,8 @@ from zppo.records.run_directory import (
     runtime_folder,
     runtime_prefix,
 )
+
+TRAINING_NAME = "training"
 
 
 def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
@@ -63,6 +66,23 @@ def sweep(base: Path | None = None) -> list[Path]:
 def controller_address(folder: Path) -> str:
     """The address that the controller binds and everyone else connects to."""
     return f"ipc://{folder / SOCKET_NAME}"
+
+
+def mark_training(folder: Path, step: int | None) -> None:
+    """The trainer says which step it works on, so that its death can be laid to a window; None:
+    none."""
+    path = folder / TRAINING_NAME
+    if step is None:
+        path.unlink(missing_ok=True)
+        return
+    with written_whole(path) as file:
+        file.write(str(step).encode())
+
+
+def step_in_training(folder: Path) -> int | None:
+    """The step that the trainer of this attempt was at work on, if any."""
+    path = folder / TRAINING_NAME
+    return int(path.read_bytes()) if path.exists() else None
 
 
 def _is_ours(folder: Path) -> bool:

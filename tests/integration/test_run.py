@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -208,6 +209,67 @@ def test_nothing_survives_a_killed_supervisor(tmp_path: Path, runtime_base: Path
     while list(runtime_base.glob("zppo-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not list(runtime_base.glob("zppo-*"))
+
+
+# ---- exactness -----------------------------------------------------------------------------------
+
+EXACT = {"scheduler.max_staleness": 0, "method.correction": "none", "checkpoints.every": 1}
+
+
+def kill_tree(run: Run) -> None:
+    """SIGKILL for every process of the run at once, as when the machine goes down."""
+    launcher = psutil.Process(run.process.pid)
+    everybody = [launcher, *launcher.children(recursive=True)]
+    for process in everybody:
+        process.kill()
+    run.process.wait()
+    psutil.wait_procs(everybody, timeout=10)
+
+
+def ledger(run: Run) -> dict[str, list[tuple[Any, ...]]]:
+    connection = sqlite3.connect(run.directory / "journal.sqlite")
+    tables = {
+        "trained": connection.execute("SELECT * FROM trained ORDER BY rowid").fetchall(),
+        "dispatched": connection.execute("SELECT * FROM dispatched").fetchall(),
+    }
+    connection.close()
+    return tables
+
+
+def left(run: Run, steps: int) -> dict[str, bytes]:
+    """What the run is for: the weights, the optimizer's state, and what was measured on the way."""
+    names = (
+        "heldout.jsonl",
+        "fates.jsonl",
+        f"checkpoints/step-{steps}/model/model.safetensors",
+        f"checkpoints/step-{steps}/trainer.safetensors",
+    )
+    return {name: (run.directory / name).read_bytes() for name in names}
+
+
+def test_the_exact_mode_is_bit_equal_through_a_kill(tmp_path: Path) -> None:
+    """Also, the uninterrupted run is the second start in its directory: the first one was killed
+    before it had trained anything."""
+    steps = 3
+    first = Run.new(tmp_path / "whole", steps, **EXACT)
+    first.until(lambda: (first.directory / "journal.sqlite").exists())
+    kill_tree(first)
+    whole = Run.new(tmp_path / "whole", steps, **EXACT)
+    output = whole.wait()
+    assert whole.process.returncode == 0, output + whole.logs()
+
+    killed = Run.new(tmp_path / "killed", steps, **EXACT)
+    killed.until(lambda: checkpoint.find_latest(killed.directory).step >= 1)
+    kill_tree(killed)
+    assert checkpoint.find_latest(killed.directory).step < steps
+    resumed = Run.resume(killed.directory)
+    output = resumed.wait()
+    assert resumed.process.returncode == 0, output + resumed.logs()
+
+    assert ledger(resumed) == ledger(whole)
+    assert len(ledger(whole)["dispatched"]) == 8 * steps
+    expected, found = left(whole, steps), left(resumed, steps)
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
 # ---- a terminal that is lost, a process that hangs, a disk that is full --------------------------

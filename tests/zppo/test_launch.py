@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from zppo import launch
-from zppo.records import checkpoint, run_directory
+from zppo.records import binding, checkpoint, run_directory
 from zppo_actors.controller.journal import Journal
 
 Launch = Callable[..., tuple[int | None, str]]
@@ -544,13 +544,78 @@ def test_bad_rows_within_the_limit_are_listed(start: Launch, small: Path) -> Non
     assert (small / "small-run/bad_rows.txt").read_text().startswith("line 7: not a JSON value")
 
 
-def test_directory_that_exists_is_refused(start: Launch, small: Path) -> None:
-    (small / "small-run").mkdir()
+def test_directory_that_holds_a_run_is_refused(start: Launch, interrupted: Path) -> None:
     sentence = (
         "run.directory: 'small-run' exists already; continue it with --resume, or name another "
         "directory\n"
     )
+    before = run_directory.read(interrupted)
     assert start("--topology", "topology.yaml") == (2, sentence)
+    assert run_directory.read(interrupted) == before
+
+
+@pytest.mark.parametrize(
+    "files", [{"notes.txt": "mine"}, {"run.json": "{}", "metrics.jsonl": '{"step": 0}\n'}]
+)
+def test_directory_of_another_or_with_steps_is_refused(
+    start: Launch, small: Path, files: dict[str, str]
+) -> None:
+    (small / "small-run").mkdir()
+    for name, text in files.items():
+        (small / "small-run" / name).write_text(text)
+    sentence = "run.directory: 'small-run' exists already; remove it, or name another directory\n"
+    assert start("--topology", "topology.yaml") == (2, sentence)
+    assert {path.name for path in (small / "small-run").iterdir()} == set(files)
+
+
+def begun(path: Path) -> None:
+    """A run that died in its first step: evaluated and journaled, but not trained."""
+    journal = Journal(path)
+    journal.record_dispatched("q0", 0)
+    (path / "heldout.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n')
+    (path / "metrics.jsonl").touch()
+    (path / "rollouts/step-000000.parquet").touch()
+    (path / "checkpoints/.step-1.partial").mkdir()
+    (path / "logs/trainer.log").write_text("out of memory\n")
+    (path / "lock").touch()
+
+
+def cut_off(path: Path) -> None:
+    """The launcher died before it had written the record."""
+    (path / "run.json").unlink()
+    (path / ".run.json.partial").touch()
+    (path / "rollouts").rmdir()
+
+
+def emptied(path: Path) -> None:
+    for entry in path.iterdir():
+        entry.unlink() if entry.is_file() else entry.rmdir()
+
+
+@pytest.mark.parametrize("left", [begun, cut_off, emptied])
+def test_run_without_a_trained_step_is_begun_again(
+    start: Launch, small: Path, left: Callable[[Path], None]
+) -> None:
+    start("--topology", "topology.yaml")
+    path = small / "small-run"
+    left(path)
+    assert start("--topology", "topology.yaml", "--set", "run.seed=5") == (None, "")
+    assert run_directory.read(path).topology.run.seed == 5
+    kept = {"logs/trainer.log"} if left is begun else set()
+    partial = {".run.json.partial"} if left is cut_off else set()
+    skeleton = {"run.json", "checkpoints", "logs", "rollouts", "lock"}
+    assert files(path) - partial == skeleton | kept
+
+
+def test_run_that_has_just_begun_is_not_begun_again(start: Launch, small: Path) -> None:
+    start("--topology", "topology.yaml")
+    path = small / "small-run"
+    before, lock = run_directory.read(path), run_directory.hold(path)
+    assert lock is not None
+    sentence = "run.directory: 'small-run' is in use by a run that has not ended\n"
+    assert start("--topology", "topology.yaml") == (2, sentence)
+    assert run_directory.read(path) == before
+    os.close(lock)
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(
@@ -595,8 +660,7 @@ def interrupted(start: Launch, small: Path) -> Path:
     """A run of `topology.yaml` with a whole checkpoint of step 2."""
     start("--topology", "topology.yaml")
     path = small / "small-run"
-    checkpoint.write_file(checkpoint.begin(path, 2) / "weights", b"1234")
-    checkpoint.commit(path, 2)
+    finish(path, 2)
     return path
 
 
@@ -688,9 +752,14 @@ def test_resume_that_would_be_another_run(
 
 
 def finish(path: Path, step: int) -> None:
-    """The run has a checkpoint of `step`, the last one."""
+    """The run has trained up to a checkpoint of `step`."""
+    journal = Journal(path)
+    for trained in range(step):
+        journal.record_trained(trained, trained, [(f"{trained}/q/plain", "q", "plain", "replay")])
+    journal.close()
+    record = run_directory.read(path)
     checkpoint.write_file(checkpoint.begin(path, step) / "weights", b"1234")
-    checkpoint.commit(path, step)
+    checkpoint.commit(path, step, binding.made_with(record.topology, record.corpus))
 
 
 def test_run_stopped_in_its_last_evaluation_may_go_on(start: Launch, small: Path) -> None:
@@ -752,12 +821,86 @@ def test_resume_with_edited_questions(
     assert run_directory.read(interrupted) == before
 
 
+EDITS = [
+    (
+        '"group_size": 8',
+        '"group_size": 4',
+        "--resume: method.group_size was 8 when the checkpoint of step 2 was written, and run.json "
+        "says 4; put it back there, because the trained steps were made by another recipe",
+    ),
+    (
+        '"max_staleness": 1',
+        '"max_staleness": 0',
+        "--resume: scheduler.max_staleness was 1 and is now 0; it cannot shrink, because windows "
+        "in flight keep to the old bound",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "sentence"), EDITS)
+def test_resume_with_an_edited_record(
+    start: Launch, interrupted: Path, old: str, new: str, sentence: str
+) -> None:
+    record = (interrupted / "run.json").read_text()
+    assert record.count(old) == 1
+    (interrupted / "run.json").write_text(record.replace(old, new))
+    assert start("--resume", "small-run") == (2, sentence + "\n")
+    assert start("--topology", "topology.yaml", "--resume") == (None, ""), "the topology is right"
+    assert old in (interrupted / "run.json").read_text()
+
+
+@pytest.mark.parametrize("arguments", [("--dry-run",), ()])
+def test_resume_with_a_swapped_model(
+    start: Launch, interrupted: Path, small: Path, arguments: tuple[str, ...]
+) -> None:
+    (small / "teacher/tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+    sentence = (
+        "teacher.model: the files of 'teacher' have changed since the checkpoint of step 2 was "
+        "written; put the old ones back, or name a copy of the new model in teacher.model\n"
+    )
+    assert start("--resume", "small-run", *arguments) == (2, sentence)
+
+
+def test_resume_of_a_checkpoint_that_does_not_say_what_it_was_made_with(
+    start: Launch, interrupted: Path
+) -> None:
+    manifest = interrupted / "checkpoints/step-2/manifest.json"
+    raw = json.loads(manifest.read_text())
+    del raw["made_with"]
+    manifest.write_text(json.dumps(raw))
+    sentence = (
+        "--resume: run.seed was 0 and is now 1; it cannot change, because the order of the corpus "
+        "would change in the middle\n"
+    )
+    assert start("--resume", "small-run", "--set", "run.seed=1") == (2, sentence)
+    assert start("--resume", "small-run") == (None, "")
+
+
+@pytest.mark.parametrize("arguments", [("--dry-run",), ()])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_resume_names_a_journal_that_is_worth_nothing(
+    start: Launch, interrupted: Path, arguments: tuple[str, ...], damaged: bool
+) -> None:
+    journal = interrupted / "journal.sqlite"
+    journal.unlink()
+    problem, kept = "is missing", ""
+    if damaged:
+        journal.write_bytes(b"not a database, and longer than its header would be" * 40)
+        problem = "is damaged (file is not a database)"
+        kept = ", the old one is kept as journal.damaged-1.sqlite"
+    code, said = start("--resume", "small-run", *arguments)
+    assert said == f"small-run/journal.sqlite {problem}: a new one counts from step 2 on{kept}\n"
+    assert code == (0 if arguments else None)
+    assert journal.exists() == damaged, "the launcher only says so"
+
+
 def test_resume_without_a_checkpoint(start: Launch, small: Path) -> None:
     start("--topology", "topology.yaml")
-    sentence = (
-        "--resume: 'small-run' has no whole checkpoint to continue from; remove it to begin anew\n"
-    )
-    assert start("--resume", "small-run") == (2, sentence)
+    sentence = "--resume: 'small-run' has no whole checkpoint to continue from; {} to begin anew\n"
+    again = sentence.format("launch it without --resume")
+    assert start("--resume", "small-run") == (2, again)
+    (small / "small-run/metrics.jsonl").write_text('{"step": 0}\n')
+    assert start("--resume", "small-run") == (2, sentence.format("remove it"))
 
 
 def test_resume_of_a_run_that_has_not_ended(start: Launch, interrupted: Path) -> None:
@@ -772,5 +915,6 @@ def test_resume_of_a_run_that_has_not_ended(start: Launch, interrupted: Path) ->
 
 def test_run_record_can_be_read_by_anyone(interrupted: Path) -> None:
     record = json.loads((interrupted / "run.json").read_text())
-    assert set(record) == {"run_id", "created", "start_step", "corpus", "versions", "topology"}
+    keys = {"run_id", "created", "start_step", "corpus", "versions", "topology", "trainer_deaths"}
+    assert set(record) == keys
     assert record["versions"]["zppo"]

@@ -165,3 +165,17 @@ class Window(Struct, kw_only=True):
     def student_groups(self) -> list[Group]:
         """All groups the student sampled."""
         return [group for visit in self.visits for group in visit.student_groups()]
+
+
+def unsampled(window: Window) -> Window:
+    """The same questions with nothing sampled yet."""
+    visits = [
+        Visit(
+            question=visit.question,
+            origin=visit.origin,
+            epoch=visit.epoch,
+            plain=Group(id=visit.plain.id, kind=visit.plain.kind, prompt=visit.plain.prompt),
+        )
+        for visit in window.visits
+    ]
+    return Window(index=window.index, visits=visits)

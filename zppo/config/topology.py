@@ -58,13 +58,13 @@ JUDGE_SAMPLING = ResponseSampling(max_new_tokens=512, temperature=0.0)
 
 
 class RunConfig(Config, frozen=True, kw_only=True):
-    """`steps` rollout steps, or null for `epochs` passes over the corpus. `directory` must not
-    exist yet."""
+    """`steps` rollout steps, or null for `epochs` passes over the corpus."""
 
     name: str = "run"
     """name of the run; fills {name} in the directory"""
     directory: str = "runs/{name}"
-    """where everything of the run is kept; must not exist yet; relative to the current folder"""
+    """where everything of the run is kept; relative to the current folder; one in which nothing
+    was trained is begun again"""
     seed: NonNegative = 0
     """order of the corpus, replay draws and sampling follow from it"""
     steps: Positive | None = None

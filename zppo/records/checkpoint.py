@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Struct
 
 from zppo.errors import UserError
+from zppo.records.binding import MadeWith
 
 MANIFEST = "manifest.json"
 SCHEDULER = "scheduler.msgpack"
@@ -41,12 +42,13 @@ class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a checkpoint consists of; `files` maps POSIX paths inside the folder to their
-    records."""
+    """What a checkpoint consists of; `files` maps POSIX paths inside the folder to their records.
+    `made_with`: what it belongs to, None in those of earlier versions."""
 
     format: int = 1
     step: int
     files: dict[str, FileRecord]
+    made_with: MadeWith | None = None
 
 
 class Found(Struct, frozen=True):
@@ -98,13 +100,13 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_manifest(folder: Path, step: int) -> Manifest:
+def write_manifest(folder: Path, step: int, made_with: MadeWith | None = None) -> Manifest:
     """Sync every file below `folder`, then write `manifest.json` with their sizes and digests.
     Returns the manifest."""
     files = {
         path.relative_to(folder).as_posix(): _record(path, sync=True) for path in _files(folder)
     }
-    manifest = Manifest(step=step, files=files)
+    manifest = Manifest(step=step, files=files, made_with=made_with)
     for directory in _directories(folder):
         _sync_directory(directory)
     write_file(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
@@ -112,14 +114,14 @@ def write_manifest(folder: Path, step: int) -> Manifest:
     return manifest
 
 
-def commit(run_dir: Path, step: int) -> Path:
+def commit(run_dir: Path, step: int, made_with: MadeWith | None = None) -> Path:
     """Turn the partial folder of `step` into the checkpoint `step-<step>` and return its folder.
 
     An older folder of that name (a torn one, when a resumed run reaches the step again) is
     replaced.
     """
     partial, final = partial_folder(run_dir, step), final_folder(run_dir, step)
-    write_manifest(partial, step)
+    write_manifest(partial, step, made_with)
     if final.exists():
         _remove(final)
     os.replace(partial, final)
@@ -187,6 +189,11 @@ def verify(folder: Path) -> Manifest:
     if problem is not None:
         raise UserError(f"{folder}: not a whole checkpoint: {problem}")
     return _read_manifest(folder)
+
+
+def read_made_with(folder: Path) -> MadeWith | None:
+    """What a whole checkpoint says it was made with."""
+    return _read_manifest(folder).made_with
 
 
 def find_problem(folder: Path) -> str | None:

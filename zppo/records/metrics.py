@@ -150,6 +150,7 @@ STATUS_COUNTERS: tuple[Metric, ...] = (
     Metric(
         "reissued", "tasks", "Tasks sent out again because their actor died or made no progress."
     ),
+    Metric("answers_refused", "answers", "Answers of actors that were not let in so far."),
 )
 
 STATUS_GAUGES: tuple[Metric, ...] = (

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from msgspec import Struct
 
 from zppo.config.topology import Topology
 from zppo.errors import UserError
-from zppo.records.atomic_file import written_whole
+from zppo.records.atomic_file import aside_of, written_whole
+from zppo.records.checkpoint import list_steps
+from zppo.records.ledger import JOURNAL
 
 SOCKET_NAME = "controller.sock"
 # sun_path holds 108 bytes on Linux and 104 on macOS, with the closing zero byte.
@@ -42,9 +45,22 @@ RECORDED_PACKAGES = (
 )
 
 
+SKELETON = ("checkpoints", "logs", "rollouts")
+"""The folders that every run directory has from its beginning."""
+RECORDS = (
+    *("checkpoints", "rollouts", "tensorboard", "report", "bad_rows.txt"),
+    *("metrics.jsonl", "fates.jsonl", "heldout.jsonl"),
+    *(f"{JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")),
+)
+"""What a run that is begun again leaves behind; its logs stay."""
+DEADLY = 2
+"""So many deaths of the trainer on one window, and its samples are to blame."""
+
+
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins
-    from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`)."""
+    from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`).
+    `trainer_deaths`: how often the trainer died on a window that is not trained yet."""
 
     run_id: str
     created: str
@@ -52,6 +68,16 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     corpus: str
     versions: dict[str, str]
     topology: Topology
+    trainer_deaths: dict[int, int] = {}
+
+    @property
+    def redraws(self) -> dict[int, int]:
+        """How often the samples of a window are to be thrown away: at each second death."""
+        return {
+            window: deaths // DEADLY
+            for window, deaths in self.trainer_deaths.items()
+            if deaths >= DEADLY
+        }
 
 
 def package_versions() -> dict[str, str]:
@@ -65,36 +91,79 @@ def package_versions() -> dict[str, str]:
 
 def create(path: Path, topology: Topology, corpus: str = "", bad_rows: str = "") -> RunRecord:
     """Make the directory of a new run that trains on the questions of digest `corpus`; `bad_rows`
-    are those left out, for its `bad_rows.txt`.
+    are those left out, for its `bad_rows.txt`. One in which nothing was trained is begun again; its
+    logs stay.
 
-    Raises UserError if it exists or cannot be made; then nothing is left that would be in the way
-    of the next try.
+    Raises UserError if it is another's, in use, or cannot be made; then nothing is left that would
+    be in the way of the next try.
     """
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(in_the_way(path)) from None
-    except OSError as error:
-        raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
     record = _new_record(topology, start_step=0, corpus=corpus)
-    try:
-        for folder in ("checkpoints", "logs", "rollouts"):
-            (path / folder).mkdir()
+    with _made(path):
+        for folder in SKELETON:
+            (path / folder).mkdir(exist_ok=True)
         if bad_rows:
             (path / "bad_rows.txt").write_text(bad_rows, encoding="utf-8")
         write(path, record)
-    except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise UserError(f"run.directory: cannot write in {str(path)!r}: {error.strerror}") from None
     return record
+
+
+@contextlib.contextmanager
+def _made(path: Path) -> Iterator[None]:
+    """A folder without records of steps, held while it is filled if others may see it already, and
+    taken away if it is new and cannot be filled."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if not untrained(path):
+            raise UserError(in_the_way(path)) from None
+        lock = hold(path)
+        if lock is None:
+            sentence = f"run.directory: {str(path)!r} is in use by a run that has not ended"
+            raise UserError(sentence) from None
+        _clear(path)
+    except OSError as error:
+        raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
+    else:
+        lock = None
+    try:
+        yield
+    except OSError as error:
+        if lock is None:
+            shutil.rmtree(path, ignore_errors=True)
+        raise UserError(f"run.directory: cannot write in {str(path)!r}: {error.strerror}") from None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def untrained(path: Path) -> bool:
+    """Whether the folder is that of a run that trained nothing, begun in whole or in part; an empty
+    one is, too."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    ours = "run.json" in names or names <= {*SKELETON, "lock", aside_of(path / "run.json").name}
+    return ours and not _steps_recorded(path) and not list_steps(path)
+
+
+def _steps_recorded(path: Path) -> bool:
+    file = path / "metrics.jsonl"
+    return file.exists() and b"\n" in file.read_bytes()
+
+
+def _clear(path: Path) -> None:
+    for name in RECORDS:
+        entry = path / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def in_the_way(path: Path) -> str:
     """The sentence for a directory that exists although a new run was asked for."""
-    return (
-        f"run.directory: {str(path)!r} exists already; continue it with --resume, or name another "
-        "directory"
-    )
+    continued = "continue it with --resume" if list_steps(path) else "remove it"
+    return f"run.directory: {str(path)!r} exists already; {continued}, or name another directory"
 
 
 def read(path: Path) -> RunRecord:
@@ -113,8 +182,19 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
     old = read(path)
     topology = topology if topology is not None else old.topology
     record = msgspec.structs.replace(
-        _new_record(topology, start_step, old.corpus), created=old.created
+        _new_record(topology, start_step, old.corpus),
+        created=old.created,
+        trainer_deaths={w: n for w, n in old.trainer_deaths.items() if w >= start_step},
     )
+    write(path, record)
+    return record
+
+
+def count_death(path: Path, window: int) -> RunRecord:
+    """The trainer died on a window: count it, over all lives of the run."""
+    old = read(path)
+    deaths = {**old.trainer_deaths, window: old.trainer_deaths.get(window, 0) + 1}
+    record = msgspec.structs.replace(old, trainer_deaths=deaths)
     write(path, record)
     return record
 

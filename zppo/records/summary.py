@@ -4,72 +4,23 @@ holds.
 Nothing here is remembered by a process: the numbers come from `metrics.jsonl`, `fates.jsonl`,
 `heldout.jsonl` and `journal.sqlite`, so a run that died can be summed up as well as one that ended.
 `trained_twice` and `lost` are the exactly-once promise, counted independently of the scheduler that
-keeps it.
+keeps it (`zppo.records.ledger`).
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from zppo.errors import UserError
+from zppo.records.ledger import read_ledger
 from zppo.records.metrics import entry_name, failed_tries, reformulated_kinds
 
 Record = dict[str, Any]
-
-JOURNAL_SCHEMA = """
-CREATE TABLE IF NOT EXISTS trained (
-    step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL,
-    question_id TEXT NOT NULL, kind TEXT NOT NULL, origin TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS trained_by_question ON trained (question_id, window);
-CREATE TABLE IF NOT EXISTS dispatched (
-    question_id TEXT NOT NULL, window INTEGER NOT NULL, epoch INTEGER NOT NULL,
-    PRIMARY KEY (question_id, window)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS events (
-    wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
-"""
-"""`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A
-question of a trained window that had nothing to train (no correct teacher response to learn from,
-say) has one row of kind `none`."""
-
-_GROUPS_TRAINED_TWICE = """
-SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
-"""
-# A question is new once per pass over the corpus, so two windows of one epoch must not both have
-# trained it as new.
-_QUESTIONS_TRAINED_TWICE = """
-SELECT COUNT(*) FROM (
-    SELECT 1 FROM trained LEFT JOIN dispatched USING (question_id, window)
-    WHERE origin = 'new'
-    GROUP BY question_id, COALESCE(epoch, 0) HAVING COUNT(DISTINCT window) > 1)
-"""
-_LOST = """
-SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
-    SELECT 1 FROM trained
-    WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
-"""
-
-
-class JournalCounts(NamedTuple):
-    """Violations of exactly-once; both are 0 in a correct run."""
-
-    trained_twice: int
-    lost: int
-
-
-def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
-    """Count groups and new questions trained more than once, and dispatched new questions that were
-    never trained."""
-
-    def one(query: str) -> int:
-        return int(connection.execute(query).fetchone()[0])
-
-    return JournalCounts(one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE), one(_LOST))
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -106,14 +57,13 @@ def summarise(run_dir: Path) -> Record:
     for a folder that is no run."""
     run = require_run(run_dir)
     steps = read_lines(run_dir / "metrics.jsonl")
-    journal = _read_journal(run_dir / "journal.sqlite")
     return {
         "run": run.get("run_id"),
         "method": topology_value(run, "method", "name", default="zppo"),
         **step_totals(steps),
         **_fates(read_lines(run_dir / "fates.jsonl")),
         **_heldout(read_lines(run_dir / "heldout.jsonl")),
-        **journal,
+        **_ledger(run_dir, max((line["step"] + 1 for line in steps), default=0)),
     }
 
 
@@ -245,24 +195,13 @@ def _heldout(evaluations: Sequence[Record]) -> Record:
     return {"heldout_before": by_step.get(0), "heldout_after": by_step[last] if last > 0 else None}
 
 
-def _read_journal(path: Path) -> Record:
-    """Counts and the verdict. A run without a journal trained nothing, so it broke no promise
-    either."""
-    if not path.exists():
-        return {"trained_twice": 0, "lost": 0, "verdict": None}
-    try:
-        # Not `mode=ro`: the first reader after a crash must be able to replay the write-ahead log.
-        connection = sqlite3.connect(path)
-        try:
-            counts, verdict = journal_counts(connection), _verdict(connection)
-        finally:
-            connection.close()
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path}: cannot be read as a run's journal ({error})") from None
-    return {**counts._asdict(), "verdict": verdict}
-
-
-def _verdict(connection: sqlite3.Connection) -> str | None:
-    query = "SELECT detail FROM events WHERE event = 'run_ended' ORDER BY rowid DESC LIMIT 1"
-    row = connection.execute(query).fetchone()
-    return None if row is None else str(row[0])
+def _ledger(run_dir: Path, steps: int) -> Record:
+    """What the journal vouches for, and from which step on."""
+    ledger = read_ledger(run_dir, steps)
+    return {
+        "trained_twice": ledger.trained_twice,
+        "lost": ledger.lost,
+        "journal_from_step": ledger.from_step,
+        "journal_problem": ledger.problem,
+        "verdict": ledger.verdict,
+    }

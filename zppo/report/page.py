@@ -69,8 +69,6 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "–" if value is None else f"{100 * value:.0f} %" for value in (before, after)
         )
 
-    kept = summary["trained_twice"] == 0 and summary["lost"] == 0
-    detail = f"{summary['trained_twice']} trained twice, {summary['lost']} lost"
     return [
         (f"{summary['steps']:,}", "rollout steps", duration(summary["wall_seconds"])),
         (
@@ -85,8 +83,23 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         (f"{summary['graduated']:,}", "graduated", f"of {summary['admitted']:,} admitted"),
         (f"{summary['max_staleness_seen']}", "versions", "greatest staleness"),
-        ("kept" if kept else "broken", "exactly-once", detail),
+        _promise(summary),
     ]
+
+
+def _promise(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The tile of the exactly-once promise: what the journal vouches for."""
+    name = "exactly-once"
+    if summary["journal_problem"] is not None:
+        return "unknown", name, f"the journal {summary['journal_problem']}"
+    since = summary["journal_from_step"]
+    detail = f"{summary['trained_twice']} trained twice, {summary['lost']} lost"
+    kept = summary["trained_twice"] == 0 and summary["lost"] == 0
+    return (
+        "kept" if kept else "broken",
+        name,
+        f"{detail}, from step {since} on" if since else detail,
+    )
 
 
 def browser_note(browser: BrowserData) -> str:

@@ -133,13 +133,20 @@ def _versions(number: float) -> str:
 
 
 def _promise(summary: Mapping[str, Any]) -> str:
+    """What the journal vouches for, and from which step on."""
+    if summary["journal_problem"] is not None:
+        return (
+            "Nothing vouches for it that every question was trained exactly once: the journal "
+            f"{summary['journal_problem']}."
+        )
+    start = summary["journal_from_step"]
+    since = f"From step {start} on, where the journal begins: " if start else ""
     if summary["trained_twice"] == 0 and summary["lost"] == 0:
         return (
-            "Every new question was trained exactly once: none was lost, no group was trained "
-            "twice."
+            f"{since}Every new question was trained exactly once: none was lost, no group was "
+            "trained twice."
         )
     return (
-        f"THE EXACTLY-ONCE PROMISE WAS BROKEN: {summary['trained_twice']:,} groups or questions "
-        "were trained twice and "
-        f"{summary['lost']:,} questions were lost."
+        f"{since}THE EXACTLY-ONCE PROMISE WAS BROKEN: {summary['trained_twice']:,} groups or "
+        f"questions were trained twice and {summary['lost']:,} questions were lost."
     )

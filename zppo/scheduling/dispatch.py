@@ -35,17 +35,6 @@ class Job(Struct, frozen=True, kw_only=True):
     message: GenerateTask | GradeTask | ScoreTask
     min_version: int = FROZEN
 
-    @property
-    def answers(self) -> int:
-        """How many completions, scored tokens or grades the answer must have."""
-        match self.message:
-            case GenerateTask():
-                return self.message.n
-            case ScoreTask():
-                return len(self.message.token_ids)
-            case GradeTask():
-                return len(self.message.responses)
-
 
 class Assignment(Struct, frozen=True):
     worker: str

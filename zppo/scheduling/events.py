@@ -100,29 +100,17 @@ class Sampled(_Reply, frozen=True, kw_only=True):
 
     samples: GroupSamples
 
-    @property
-    def parts(self) -> int:
-        return len(self.samples.texts)
-
 
 class Scored(_Reply, frozen=True, kw_only=True):
     """The teacher's distribution at the tokens of a group."""
 
     scores: TokenScores
 
-    @property
-    def parts(self) -> int:
-        return len(self.scores.token_ids)
-
 
 class Graded(_Reply, frozen=True, kw_only=True):
     """Verdicts on all responses of a group."""
 
     grades: list[Grade]
-
-    @property
-    def parts(self) -> int:
-        return len(self.grades)
 
 
 class Failed(_Reply, frozen=True, kw_only=True):
@@ -201,6 +189,14 @@ class Accepted(Struct, frozen=True):
     task_id: str
 
 
+class Refused(Struct, frozen=True, kw_only=True):
+    """An answer that was not let in, and why; its task is queued again."""
+
+    actor: str
+    task_id: str
+    reason: str
+
+
 class WorkerStuck(Struct, frozen=True, kw_only=True):
     """A worker that lives does not do its work, and should start anew; `tasks` are queued again."""
 
@@ -224,6 +220,13 @@ class Trained(Struct, frozen=True, kw_only=True):
 
 
 Outcome: TypeAlias = (
-    Accepted | WorkerStuck | Assignment | Opened | TrainWindow | Trained | EvaluationResult
+    Accepted
+    | Refused
+    | WorkerStuck
+    | Assignment
+    | Opened
+    | TrainWindow
+    | Trained
+    | EvaluationResult
 )
 """An Assignment is to be sent to its worker, a TrainWindow to the trainer; the others are news."""

@@ -3,6 +3,8 @@ seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from zppo.algorithm.composition import gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
 from zppo.config.served import teacher_pool, teachers
@@ -25,10 +27,12 @@ ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", teacher_pool(0), "grader"
 
 
 class JobFactory:
-    """Turns targets into jobs, by the settings of the topology."""
+    """Turns targets into jobs, by the settings of the topology. `redraws` says how often the
+    samples of a window have been thrown away."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, redraws: Mapping[int, int] | None = None) -> None:
         self._topology = topology
+        self._redraws = redraws or {}
         self._student = topology.student.sampling
         self._teacher = topology.teacher
         self._when_writing = (
@@ -152,9 +156,15 @@ class JobFactory:
             prompt=prompt,
             n=n,
             sampling=sampling,
-            seed=seed_of(self._topology.run.seed, task_id),
+            seed=seed_of(self._topology.run.seed, self._drawn(task_id, kind)),
             min_version=min_version,
         )
+
+    def _drawn(self, task_id: str, kind: str) -> str:
+        """Where the seed of a task is used; a window that is drawn again is another place."""
+        window, _, _ = task_id.partition("/")
+        again = 0 if kind == EVALUATE else self._redraws.get(int(window), 0)
+        return f"{task_id}/redraw-{again}" if again else task_id
 
 
 def _job(

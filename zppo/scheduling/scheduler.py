@@ -15,7 +15,7 @@ moves a scheduler, so a log of its events can be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -23,12 +23,13 @@ from zppo.algorithm.composition import train_group
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.replay_buffer import BufferState, ReplayBuffer
 from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
-from zppo.algorithm.window import EVALUATE, PLAIN, Visit, Window
+from zppo.algorithm.window import EVALUATE, PLAIN, Visit, Window, unsampled
 from zppo.config.topology import Topology
 from zppo.data.cursor import CorpusCursor, CursorState
 from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
-from zppo.scheduling.dispatch import Dispatcher, Job
+from zppo.scheduling.admission import Bounds, problem
+from zppo.scheduling.dispatch import Dispatcher
 from zppo.scheduling.events import (
     Accepted,
     ActorJoined,
@@ -45,6 +46,7 @@ from zppo.scheduling.events import (
     PolicyLoaded,
     PolicyPublished,
     Progressed,
+    Refused,
     Sampled,
     Scored,
     StepTrained,
@@ -59,13 +61,7 @@ from zppo.scheduling.jobs import JobFactory
 from zppo.scheduling.pacing import Pacer, PacerState
 from zppo.scheduling.stages import CannotGoOn, Stages, missing_of_group
 from zppo.scheduling.targets import GroupTarget, Place, Target
-from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask, TrainWindow
-
-ANSWERS: dict[type, type[Answer]] = {
-    GenerateTask: Sampled,
-    ScoreTask: Scored,
-    GradeTask: Graded,
-}
+from zppo_protocol.messages import TrainWindow
 
 
 class RunFailure(RuntimeError):
@@ -107,12 +103,16 @@ class Scheduler:
         prompts: PromptSet,
         state: SchedulerState | None = None,
         now: float = 0.0,
+        bounds: Mapping[str, Bounds] | None = None,
+        redraws: Mapping[int, int] | None = None,
     ) -> None:
+        """`bounds`: what holds for the answers of a pool. `redraws`: how often the samples of a
+        window have been thrown away."""
         config = topology.scheduler
         state = state or SchedulerState.fresh(config.max_staleness)
         self.topology, self.prompts = topology, prompts
         self.recipe = Recipe.of(topology, method)
-        self.jobs = JobFactory(topology)
+        self.jobs = JobFactory(topology, redraws)
         self.stages = Stages(self.recipe, prompts, self.jobs)
         self.dispatcher = Dispatcher(config.lease_seconds)
         self.cursor = CorpusCursor(questions, topology.run.seed, topology.run.epochs, state.cursor)
@@ -136,8 +136,11 @@ class Scheduler:
         """The part of it that each window waits for."""
         self._ready_since: dict[int, float] = {}
         self._step_seconds = 0.0
+        self._bounds = bounds or {}
         for window in state.windows:
-            self._track(window, now)
+            # What killed the trainer more than once is not trained again.
+            again = redraws is not None and window.index in redraws
+            self._track(unsampled(window) if again else window, now)
 
     # ---- what a caller may ask -------------------------------------------------------------------
 
@@ -252,15 +255,16 @@ class Scheduler:
     # ---- answers ---------------------------------------------------------------------------------
 
     def _answered(self, answer: Answer) -> list[Outcome]:
-        """Store an answer that counts, once, and go on. One that does not fit its job is a failed
+        """Store an answer that counts, once, and go on. One that cannot be right is a failed
         try."""
         job = self.dispatcher.leased(answer.task_id, answer.actor, answer.incarnation)
         if job is None:
             return []
-        reason = _misfit(answer, job)
+        bounds = self._bounds.get(job.pool, Bounds())
+        reason = problem(job.message, answer, self.published, bounds)
         if reason is not None:
-            self._failed(answer.as_failure(reason))
-            return []
+            self._failed(answer.as_failure(f"{answer.actor} sent {reason}"))
+            return [Refused(actor=answer.actor, task_id=answer.task_id, reason=reason)]
         self.dispatcher.accept(answer.task_id, answer.actor, answer.incarnation)
         target = self.targets.pop(answer.task_id)
         _count(target, f"answered/{job.pool}")
@@ -384,6 +388,8 @@ class Scheduler:
             return False
         if self.heldout and not self.evaluated:
             return False  # the first evaluation must see the policy as it was before the run
+        if self.evaluation is not None and self.pacer.max_staleness == 0:
+            return False  # synchronous: no later policy answers a part of it
         return self.pacer.may_open(self.next_index, self.horizon)
 
     def _in_flight(self) -> set[str]:
@@ -463,13 +469,3 @@ def _count(target: Target, outcome: str) -> None:
     """Count what became of a try with the window; evaluations have none."""
     if target.place is not None:
         target.place.window.count_task(outcome)
-
-
-def _misfit(answer: Answer, job: Job) -> str | None:
-    """Why an answer cannot be one to this job."""
-    if not isinstance(answer, ANSWERS[type(job.message)]):
-        given, asked = type(answer).__name__, type(job.message).__name__
-        return f"{answer.actor} answered {given} to a {asked}"
-    if answer.parts != job.answers:
-        return f"{answer.actor} answered with {answer.parts} parts instead of {job.answers}"
-    return None

@@ -13,6 +13,7 @@ of it is removed, the problem is kept for the controller to say, and the next on
 from __future__ import annotations
 
 from zppo.records import checkpoint
+from zppo.records.binding import MadeWith
 from zppo.scheduling.scheduler import RunFailure, SchedulerState
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.recorder import Recorder
@@ -23,11 +24,18 @@ from zppo_protocol import codec
 class Checkpointer:
     """`saved` is the newest step whose checkpoint is whole on the disk."""
 
-    def __init__(self, context: ActorContext, recorder: Recorder, background: Background) -> None:
+    def __init__(
+        self,
+        context: ActorContext,
+        recorder: Recorder,
+        background: Background,
+        made_with: MadeWith,
+    ) -> None:
         self.saved = context.start_version
         self.waiting_for: int | None = None
         self._run_dir, self._keep = context.run_dir, context.topology.checkpoints.keep
         self._recorder, self._background = recorder, background
+        self._made_with = made_with
         self._state = b""
         self.failures = 0
         """Checkpoints in a row that could not be written, and the problem of the last one."""
@@ -66,7 +74,7 @@ class Checkpointer:
         try:
             checkpoint.write_file(partial / checkpoint.SCHEDULER, state)
             self._recorder.sinks.sync()
-            checkpoint.commit(self._run_dir, step)
+            checkpoint.commit(self._run_dir, step, self._made_with)
         except OSError as error:
             checkpoint.discard(self._run_dir, step)
             self._note(step, str(error))

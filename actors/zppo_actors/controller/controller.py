@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from msgspec import structs
 
-from zppo.algorithm.methods import get_method
-from zppo.data.corpus import load_questions
-from zppo.data.question import Question, digest
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo.plan.processes import cores, processes
-from zppo.prompting.prompts import PromptSet
-from zppo.records import checkpoint, run_directory
+from zppo.records import run_directory
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
 from zppo.scheduling.heldout import EvaluationResult
-from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
+from zppo.scheduling.scheduler import RunFailure
 from zppo.scheduling.waiting import waiting
 from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
@@ -37,9 +32,10 @@ from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
 from zppo_actors.controller.recorder import Recorder
+from zppo_actors.controller.restore import bound_to, load_scheduler
 from zppo_actors.controller.status import StepClock, build_status
 from zppo_actors.process import ActorContext
-from zppo_protocol import codec, messages
+from zppo_protocol import messages
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import AnyMessage
 from zppo_protocol.sockets import Router
@@ -48,6 +44,8 @@ from zppo_protocol.values import PolicyManifest
 TICK_SECONDS = 0.05
 STATUS_SECONDS = 0.5
 LEAVE_SECONDS = 10.0
+REFUSED_ANSWERS = 3
+"""So many answers of one process that were not let in, and it is replaced."""
 SAVE_AGAIN_SECONDS = 10.0
 LAST_TRIES = 6
 """Tries to write the last checkpoint of a run before it ends without one."""
@@ -83,48 +81,16 @@ def main(context: ActorContext) -> int:
         router.close()
 
 
-def load_scheduler(context: ActorContext, now: float) -> Scheduler:
-    """The scheduler of this attempt: fresh, or continued from the checkpoint of
-    `context.start_version`."""
-    topology, base = context.topology, Path.cwd()
-    questions = load_questions(topology.data.train, topology.data, base).questions
-    recorded = run_directory.read(context.run_dir).corpus
-    if recorded and recorded != digest(questions):
-        raise UserError(
-            f"data.train: {topology.data.train!r} has changed since the run began; put the old "
-            "file back"
-        )
-    heldout: list[Question] = []
-    if topology.data.heldout is not None:
-        heldout = load_questions(topology.data.heldout, topology.data, base).questions
-    return Scheduler(
-        topology,
-        get_method(topology.method.name),
-        questions,
-        heldout,
-        PromptSet.of(topology.data, topology.method.prefix_share),
-        load_state(context),
-        now,
-    )
-
-
-def load_state(context: ActorContext) -> SchedulerState | None:
-    if context.start_version == 0:
-        return None
-    folder = checkpoint.final_folder(context.run_dir, context.start_version)
-    return codec.loads((folder / checkpoint.SCHEDULER).read_bytes(), SchedulerState)
-
-
 class Controller:
     def __init__(self, context: ActorContext, router: Router) -> None:
         now = time.monotonic()
         self.context, self.router = context, router
-        self.scheduler = load_scheduler(context, now)
+        record = run_directory.read(context.run_dir)
+        made_with = bound_to(context, record.corpus)
         self.background = Background()
-        self.recorder = Recorder(
-            context, context.start_version if is_later_attempt(context) else None, self.background
-        )
-        self.checkpointer = Checkpointer(context, self.recorder, self.background)
+        self.recorder = Recorder(context, self.background)
+        self.scheduler = load_scheduler(context, record, self.recorder.measured, now)
+        self.checkpointer = Checkpointer(context, self.recorder, self.background, made_with)
         self.board = PolicyBoard()
         table = processes(context.topology, cores())
         self.peers = Peers(context.run_id, {plan.name: plan.role for plan in table})
@@ -137,10 +103,14 @@ class Controller:
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
-        self._save_again, self._failures_said = now, 0
+        self._save_again, self._failures_said = 0.0, 0
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
+        for index in record.redraws:
+            times = record.trainer_deaths[index]
+            detail = f"window {index}: the trainer died on it {times} times; it is sampled again"
+            self.recorder.event("controller", "poisoned_window", detail)
 
     def run(self) -> int:
         """Serve until the run has ended, then tell everybody and leave."""
@@ -208,6 +178,8 @@ class Controller:
                     self._send(TRAINER, outcome)
                 case EvaluationResult():
                     self._evaluated(outcome)
+                case events.Refused():
+                    self._refuse(outcome)
                 case events.WorkerStuck():
                     self._restart(outcome.actor, outcome.reason)
         return accepted
@@ -452,6 +424,16 @@ class Controller:
             )
         )
 
+    def _refuse(self, refusal: events.Refused) -> None:
+        """An answer was not let in. Its task is on its way again; who keeps sending such answers is
+        replaced."""
+        self.recorder.refused(refusal)
+        peer = self.peers.get(refusal.actor)
+        if peer is not None:
+            peer.refused += 1
+            if peer.refused >= REFUSED_ANSWERS:
+                self._restart(peer.name, f"it sent {peer.refused} answers that cannot be right")
+
     def _published(self, manifest: PolicyManifest) -> None:
         try:
             self.board.publish(manifest)
@@ -552,9 +534,3 @@ def _answer(
             return events.Scored(scores=message.scores, **reply)
         case messages.GradeResult():
             return events.Graded(grades=message.grades, **reply)
-
-
-def is_later_attempt(context: ActorContext) -> bool:
-    """Whether this run directory was written to before, so that records after the checkpoint must
-    be rolled back."""
-    return context.start_version > 0 or (context.run_dir / "journal.sqlite").exists()

@@ -13,21 +13,42 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 
-from zppo.records.summary import JOURNAL_SCHEMA, JournalCounts, journal_counts
+from zppo.records.ledger import (
+    JOURNAL,
+    JOURNAL_SCHEMA,
+    JournalCounts,
+    aside_of,
+    begins_anew,
+    find_problem,
+    first_step,
+    journal_counts,
+    set_first_step,
+)
 
 TrainedRow = tuple[str, str, str, str]
 """(group_id, question_id, kind, origin)"""
 
 
 class Journal:
-    """Opens or creates the journal of a run directory. Used from one thread of one process, the
-    controller."""
+    """Opens or creates the journal of a run directory that goes on from `start_step`. Used from one
+    thread of one process, the controller.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._connection = sqlite3.connect(run_dir / "journal.sqlite", isolation_level=None)
+    One that cannot vouch for the steps before is set aside, so that no attempt dies of it,
+    and the new one knows from which step it counts; `renewed` says so in a sentence.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
+        problem = find_problem(run_dir, start_step)
+        self.renewed = None if problem is None else begins_anew(run_dir, problem, start_step)
+        path = run_dir / JOURNAL
+        if problem is not None:
+            _set_aside(path)
+        self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.executescript(JOURNAL_SCHEMA)
+        if problem is not None:
+            set_first_step(self._connection, start_step)
 
     def record_dispatched(self, question_id: str, window: int, epoch: int = 0) -> None:
         """A new question (X_new) of pass `epoch` entered a window. Saying it again for the same
@@ -60,6 +81,7 @@ class Journal:
         with _transaction(self._connection):
             self._connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
             self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
+            set_first_step(self._connection, min(step, first_step(self._connection)))
 
     def count(self, event: str) -> int:
         """How many events of this name there were, over all attempts at the run."""
@@ -87,6 +109,15 @@ class Journal:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _set_aside(path: Path) -> None:
+    """Move a journal to a free name, with the files in which SQLite keeps what is not merged."""
+    aside = aside_of(path)
+    for suffix in ("-wal", "-shm", ""):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
 
 
 class _transaction:

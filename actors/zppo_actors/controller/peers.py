@@ -20,6 +20,8 @@ class Peer(Struct, kw_only=True):
     capacity: int
     policy_version: int = FROZEN
     progress: int = 0
+    refused: int = 0
+    """How many of its answers were not let in."""
     heard: float = 0.0
     """When it last said anything."""
     stats: dict[str, float] = field(default_factory=dict)

@@ -7,6 +7,7 @@ live view.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict, deque
 
@@ -27,7 +28,7 @@ from zppo.records.metrics import (
     window_metrics,
 )
 from zppo.records.summary import end_gauges, plain_accuracy, read_lines
-from zppo.scheduling.events import Trained
+from zppo.scheduling.events import Refused, Trained
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.journal import Journal, TrainedRow
@@ -37,30 +38,43 @@ from zppo_protocol.messages import StepTrained
 
 SHOWN_EVENTS = 20
 
+log = logging.getLogger("zppo.controller")
+
 
 class Recorder:
-    def __init__(
-        self, context: ActorContext, resume_step: int | None, background: Background
-    ) -> None:
+    def __init__(self, context: ActorContext, background: Background) -> None:
+        start = context.start_version
         self._background = background
         self._scored = get_method(context.topology.method.name).needs_scores
-        self.journal = Journal(context.run_dir)
-        self.sinks = MetricSinks(context.run_dir, context.topology.sinks, resume_step)
-        if resume_step is not None:
-            self.journal.roll_back(resume_step)
+        self.journal = Journal(context.run_dir, start)
+        # Also at step 0: an attempt may have died before its first checkpoint.
+        self.journal.roll_back(start)
+        self.sinks = MetricSinks(context.run_dir, context.topology.sinks, start)
         self.totals: Counter[str] = Counter()
         self.gauges: dict[str, float] = {
             "max_staleness": float(context.topology.scheduler.max_staleness)
         }
         self._accuracies: defaultdict[str, list[float]] = defaultdict(list)
         self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
+        self.measured: list[int] = []
+        """Steps whose policy has been measured on the held-out questions already."""
         self._recall(context)
+        if self.journal.renewed is not None:
+            self.event("controller", "journal_renewed", self.journal.renewed)
+            log.warning("%s", self.journal.renewed)
 
     def event(self, actor: str, event: str, detail: str = "") -> None:
         """Journal an event and show it."""
         self.journal.record_event(time.time(), actor, event, detail)
         what = f"{event.replace('_', ' ')}: {detail}" if detail else event.replace("_", " ")
         self.events.append(f"{time.strftime('%H:%M:%S')} {actor}: {what}")
+
+    def refused(self, refusal: Refused) -> None:
+        """An answer was not let in: journal it, show it, count it and log it."""
+        detail = f"{refusal.task_id}: it sent {refusal.reason}"
+        self.event(refusal.actor, "refused_answer", detail)
+        self.totals["answers_refused"] += 1
+        log.warning("an answer of %s to %s", refusal.actor, detail)
 
     def opened(self, window: Window) -> None:
         for visit in window.visits:
@@ -108,7 +122,9 @@ class Recorder:
             self._add(line)
         for line in read_lines(context.run_dir / "heldout.jsonl"):
             self._heldout(line["step"], line["accuracy"])
+            self.measured.append(line["step"])
         self.totals["restarts"] = self.journal.count("restarting")
+        self.totals["answers_refused"] = self.journal.count("refused_answer")
 
     def _add(self, line: Scalars) -> None:
         for total, name in _SUMMED.items():

@@ -95,7 +95,8 @@ class MetricSinks:
     """All sinks of one run; the controller owns it. `resume_step` is the step of the checkpoint,
     None for a new run.
 
-    Held-out lines at the resume step itself stay: they measured the very policy that is resumed.
+    Held-out lines at the resume step itself stay: they measured the very policy that is resumed. An
+    evaluation that a later policy took part in goes: that policy is lost.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class MetricSinks:
         bound = float("inf") if resume_step is None else resume_step
         self._steps = LineSink(run_dir / "metrics.jsonl", lambda line: line["step"] < bound)
         self._fates = LineSink(run_dir / "fates.jsonl", lambda line: line["step"] < bound)
-        self._heldout = LineSink(run_dir / "heldout.jsonl", lambda line: line["step"] <= bound)
+        self._heldout = LineSink(
+            run_dir / "heldout.jsonl",
+            lambda line: line.get("newest_version", line["step"]) <= bound,
+        )
         self._rollouts = run_dir / "rollouts" if config.rollouts else None
         if resume_step is not None:
             rollouts.roll_back(run_dir / "rollouts", resume_step)

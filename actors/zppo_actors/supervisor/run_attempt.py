@@ -74,12 +74,14 @@ class View(Protocol):
 
 
 class End(Struct, frozen=True, kw_only=True):
-    """How an attempt ended. `renewable` says whether another may begin from the last checkpoint."""
+    """How an attempt ended. `renewable` says whether another may begin from the last checkpoint;
+    `window` is the one that the trainer died on."""
 
     verdict: str
     exit_code: int
     renewable: bool = False
     log: Path | None = None
+    window: int | None = None
 
 
 Commands = Callable[[ProcessPlan], Sequence[str]]
@@ -317,12 +319,19 @@ class RunAttempt:
         verdict = f"{child.verdict} because {reason}" if reason else child.verdict
         if child.exit_code in FINAL:
             sentence = (children.tail(child.log, lines=1) or [child.verdict])[0]
-            self._give_up(
-                child, End(verdict=f"{child.name}: {sentence}", exit_code=FINAL[child.exit_code])
+            end = End(
+                verdict=f"{child.name}: {sentence}",
+                exit_code=FINAL[child.exit_code],
+                window=self._window_of(child),
             )
+            self._give_up(child, end)
         elif child.role in IRREPLACEABLE:
             self._end = self._end or End(
-                verdict=verdict, exit_code=EXIT_FAILED, renewable=not self._stopping, log=child.log
+                verdict=verdict,
+                exit_code=EXIT_FAILED,
+                renewable=not self._stopping,
+                log=child.log,
+                window=self._window_of(child),
             )
             # A last step takes the controller and the trainer: there is nothing to wait for.
             self._stopping = False
@@ -333,6 +342,10 @@ class RunAttempt:
         else:
             verdict = f"{verdict} after {child.incarnation} restarts"
             self._give_up(child, End(verdict=verdict, exit_code=EXIT_FAILED, log=child.log))
+
+    def _window_of(self, child: Child) -> int | None:
+        """The window that a dead trainer was at work on."""
+        return runtime.step_in_training(self._resources.folder) if child.role == "trainer" else None
 
     def _restart(self, child: Child, verdict: str) -> None:
         pause = backoff_seconds(child.incarnation)

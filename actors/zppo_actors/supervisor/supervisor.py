@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import structs
+
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from zppo.records import checkpoint
-from zppo.records.run_directory import hold, read, renew
+from zppo.records.run_directory import count_death, hold, read, renew
 from zppo.signals import Interrupts
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
@@ -43,7 +45,8 @@ def supervise(
     `run.max_restarts` allows."""
     record, number = read(run_dir), 0
     while True:
-        end = RunAttempt(run_dir, record, number, view, interrupts, commands).run()
+        attempt = RunAttempt(run_dir, record, number, view, interrupts, commands)
+        end = blamed(run_dir, attempt.run())
         log.info("attempt %d ended: %s", number, end.verdict)
         if not end.renewable or number >= record.topology.run.max_restarts:
             return end
@@ -54,6 +57,18 @@ def supervise(
         if _interrupted_within(backoff_seconds(number), interrupts):
             return End(verdict="stopped between two lives of the run", exit_code=EXIT_INTERRUPTED)
         record, number = renew(run_dir, found.step), number + 1
+
+
+def blamed(run_dir: Path, end: End) -> End:
+    """A window that the trainer died on is remembered, and named once it has done so again."""
+    if end.window is None:
+        return end
+    record = count_death(run_dir, end.window)
+    if end.window not in record.redraws:
+        return end
+    times = record.trainer_deaths[end.window]
+    why = f"it died {times} times on window {end.window}, whose samples are drawn again"
+    return structs.replace(end, verdict=f"{end.verdict} ({why})")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from zppo.training.batch import StalenessError
 from zppo.training.state import build_trainer, save_share, try_saving
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
+from zppo_actors import runtime
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights import shared_memory
@@ -170,6 +171,7 @@ class TrainerActor:
             raise RuntimeError(
                 f"a window of step {window.step} came, but the weights are of step {self.version}"
             )
+        runtime.mark_training(self.context.runtime, window.step)
         begin = time.perf_counter()
         metrics = train_step(trainer, window)
         tokens, seconds = metrics["tokens_trained"], time.perf_counter() - begin
@@ -182,6 +184,7 @@ class TrainerActor:
         self.dealer.send(
             StepTrained(step=window.step, group_ids=group_ids, metrics=metrics, seconds=seconds)
         )
+        runtime.mark_training(self.context.runtime, None)
         self.stats["running"] = 0.0
 
     def _publish(self, trainer: Trainer) -> None:

@@ -14,8 +14,12 @@ import pytest
 from worlds import samples, topology
 
 from zppo.config.topology import Topology
+from zppo.errors import UserError
+from zppo.plan.memory import Models
+from zppo.plan.model_folder import ModelFacts
 from zppo.records import checkpoint, run_directory
 from zppo_actors.controller import controller as controller_module
+from zppo_actors.controller import restore
 from zppo_actors.controller.controller import Controller
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
@@ -147,6 +151,18 @@ def manifest(version: int) -> PolicyManifest:
     return PolicyManifest(version=version, path=f"/p{version}", tensors=[], digest=f"d{version}")
 
 
+FACTS = ModelFacts(
+    parameters=1, context=64, hidden=8, layers=1, kv_heads=1, head_dim=8, vocabulary=2**31
+)
+
+
+@pytest.fixture(autouse=True)
+def scripted_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted engines have no model folders; their token ids are of any size."""
+    models = Models(by_pool={"rollout": FACTS})
+    monkeypatch.setattr(restore, "inspect_models", lambda *_: models)
+
+
 @pytest.fixture(autouse=True)
 def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most actors here do not say Goodbye; the controller need not wait long for it."""
@@ -162,8 +178,11 @@ def settings(tmp_path: Path) -> Topology:
             for i in range(6)
         )
     )
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/config.json").write_text("{}")
     return topology(
         data={"train": str(data)},
+        student={"model": str(tmp_path / "student")},
         teacher={"model": "teacher"},
         method={"name": "grpo_replay", "group_size": 2},
         scheduler={"new_questions": 2, "max_staleness": 1},
@@ -285,6 +304,40 @@ def test_stopped_in_the_middle_it_saves_and_the_next_life_goes_on(
     assert again.controller.recorder.totals["questions_new"] == 6
 
 
+def test_a_model_that_is_swapped_between_two_lives_is_noticed(
+    stage: Stage, settings: Topology, tmp_path: Path
+) -> None:
+    stage.everybody()
+    assert stage.run().exit_code == 0
+    (tmp_path / "student/config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(UserError, match=r"^student\.model: the files of '.*' have changed since"):
+        Stage(stage.context.run_dir, settings, start=3)
+
+
+def test_an_evaluation_of_an_earlier_life_is_kept_and_not_made_again(
+    settings: Topology, tmp_path: Path
+) -> None:
+    """The first life dies in its first step, with its evaluation of the untrained policy done."""
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text('{"id": "h0", "question": "h?", "answer": "1"}\n')
+    data = msgspec.structs.replace(settings.data, heldout=str(heldout))
+    measured = msgspec.structs.replace(settings, data=data)
+    first = Stage(tmp_path / "run", measured)
+    first.everybody()
+    while not first.router.to("trainer", messages.TrainWindow):
+        first.turn()
+        first.work()
+    lines = (tmp_path / "run/heldout.jsonl").read_text()
+    assert json.loads(lines)["step"] == 0
+    second = Stage(tmp_path / "run", measured)
+    second.everybody()
+    assert second.run().verdict == "finished: 3 of 3 steps"
+    kinds = [m.kind for m in second.router.to("rollout-0", messages.GenerateTask)]
+    assert kinds.count("evaluate") == 1, "only the one after the last step"
+    after = (tmp_path / "run/heldout.jsonl").read_text()
+    assert after.startswith(lines) and [json.loads(x)["step"] for x in after.splitlines()] == [0, 3]
+
+
 @pytest.mark.parametrize("on_advice", ["warn", "stop"])
 def test_a_run_that_learns_nothing_does_not_just_finish(
     tmp_path: Path, settings: Topology, on_advice: str
@@ -380,6 +433,50 @@ def test_a_task_that_an_actor_has_lost_brings_a_new_incarnation(stage: Stage) ->
     stage.controller._handle("rollout-0", heartbeat, late)
     (asked,) = stage.router.to("supervisor", messages.RestartActor)
     assert asked.actor == "rollout-0" and "it lost 4 of its tasks, first 0/q" in asked.reason
+
+
+def forged(task: messages.GenerateTask) -> messages.GenerateResult:
+    """An answer of a policy version that was never published."""
+    return messages.GenerateResult(task_id=task.task_id, samples=samples(task, [9, 9]))
+
+
+def test_a_forged_answer_costs_its_sender_the_lease_and_not_the_run(stage: Stage) -> None:
+    stage.everybody()
+    while not stage.router.to("rollout-0", messages.GenerateTask):
+        stage.turn()
+        if not stage.router.to("rollout-0", messages.GenerateTask):
+            stage.work()
+    task = stage.router.to("rollout-0", messages.GenerateTask)[0]
+    stage.say("rollout-0", forged(task))
+    stage.turn()
+    assert stage.run().verdict == "finished: 3 of 3 steps"
+    assert stage.controller.recorder.totals["answers_refused"] == 1
+    (line,) = [line for line in stage.controller.recorder.events if "refused answer" in line]
+    assert line.endswith(
+        f"rollout-0: refused answer: {task.task_id}: it sent tokens of policy version 9; "
+        "expected 0 to 0"
+    )
+    assert not stage.router.to("supervisor", messages.RestartActor)
+
+
+def test_an_actor_that_keeps_sending_such_answers_is_replaced(stage: Stage) -> None:
+    stage.everybody()
+    answered = 0
+    while not stage.router.to("supervisor", messages.RestartActor):
+        stage.turn()
+        tasks = stage.router.to("rollout-0", messages.GenerateTask)
+        if not tasks:
+            stage.work()
+        for task in tasks[answered:]:
+            stage.say("rollout-0", forged(task))
+            stage.say("rollout-0", messages.Credits(count=task.n))
+        answered = len(tasks)
+    (asked,) = stage.router.to("supervisor", messages.RestartActor)
+    assert (asked.actor, asked.reason) == (
+        "rollout-0",
+        "it sent 3 answers that cannot be right",
+    )
+    assert stage.controller.recorder.totals["answers_refused"] == 3
 
 
 def test_an_actor_that_loaded_other_bytes_is_restarted(stage: Stage) -> None:

@@ -174,7 +174,7 @@ def test_prune_after_a_resume_removes_the_lost_future_and_keeps_the_whole_checkp
 KILLED = """
 import os, sys
 from pathlib import Path
-from zppo import checkpoint
+from zppo.records import checkpoint
 
 run_dir, fatal = Path(sys.argv[1]), int(sys.argv[2])
 count = 0

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_worlds import random_topology, random_world
-from worlds import World, questions, samples, scripted_rewards, topology
+from worlds import PROMPTS, World, questions, samples, scripted_rewards, topology
 
 from zppo.algorithm.methods import method_names
 from zppo.scheduling import events
-from zppo.scheduling.scheduler import RunFailure
+from zppo.scheduling.dispatch import Assignment
+from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask
-from zppo_protocol.values import share_of
+from zppo_protocol.values import seed_of, share_of
 
 
 def check_run(world: World) -> None:
@@ -386,6 +387,36 @@ def test_a_teacher_whose_answers_need_no_judge_hands_on_to_the_next_one() -> Non
     for visit in window.visits:
         assert [group.teacher for group in visit.teacher_groups()] == [0, 1]
         assert [r.kind for r in visit.reformulations] == ["hint"]
+
+
+def test_a_window_that_is_drawn_again_has_nothing_left_and_other_seeds() -> None:
+    config = topology(
+        method={"name": "grpo", "group_size": 2},
+        scheduler={"new_questions": 2, "max_staleness": 2},
+    )
+    world = World(config, questions(8), seed=4)
+    while len(world.scheduler.windows) < 2 or not all(map(world.scheduler.ready, (0, 1))):
+        world.turn()
+        world.shipped = None  # the trainer never comes to an end
+    state = codec.dumps(world.scheduler.state())
+
+    def seeds(redraws: dict[int, int]) -> dict[str, int]:
+        scheduler = Scheduler(
+            config, world.method, world.corpus, [], PROMPTS, codec.loads(state, SchedulerState),
+            redraws=redraws,
+        )  # fmt: skip
+        scheduler.handle(events.ActorJoined(actor="engine", pool="rollout", incarnation=0))
+        scheduler.handle(events.PolicyLoaded(actor="engine", version=0))
+        scheduler.handle(events.Granted(actor="engine", count=100))
+        jobs = [o.job for o in scheduler.handle(events.Tick(now=0.0)) if isinstance(o, Assignment)]
+        return {job.id: job.message.seed for job in jobs if job.id.startswith(("0/", "1/"))}
+
+    asked = {visit.plain.id for visit in world.scheduler.windows[1].visits}
+    assert seeds({}) == {}, "everything is there"
+    once, again, twice = seeds({1: 1}), seeds({1: 1}), seeds({1: 2})
+    assert set(once) == set(twice) == asked and once == again
+    for job in asked:
+        assert len({once[job], twice[job], seed_of(config.run.seed, job)}) == 3
 
 
 @pytest.mark.parametrize("parts", [1, 3])

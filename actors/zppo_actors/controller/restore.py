@@ -1,0 +1,95 @@
+"""What an attempt of the controller begins with: the scheduler, fresh or from a checkpoint, and what
+the checkpoints of this attempt are bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from zppo.algorithm.methods import get_method
+from zppo.config.served import ServedModel, served_student, teachers
+from zppo.config.topology import Topology
+from zppo.data.corpus import load_questions
+from zppo.data.question import Question, digest
+from zppo.errors import UserError
+from zppo.plan.memory import WITHOUT_FOLDER, Models, inspect_models
+from zppo.prompting.prompts import PromptSet
+from zppo.records import binding, checkpoint
+from zppo.records.binding import MadeWith
+from zppo.records.run_directory import RunRecord
+from zppo.scheduling.admission import Bounds
+from zppo.scheduling.scheduler import Scheduler, SchedulerState
+from zppo_actors.process import ActorContext
+from zppo_protocol import codec
+
+
+def load_scheduler(
+    context: ActorContext, record: RunRecord, measured: Iterable[int], now: float
+) -> Scheduler:
+    """The scheduler of this attempt: fresh, or continued from the checkpoint of
+    `context.start_version`. The policies of the steps `measured` are evaluated already."""
+    topology, base = context.topology, Path.cwd()
+    questions = load_questions(topology.data.train, topology.data, base).questions
+    if record.corpus and record.corpus != digest(questions):
+        raise UserError(
+            f"data.train: {topology.data.train!r} has changed since the run began; put the old "
+            "file back"
+        )
+    heldout: list[Question] = []
+    if topology.data.heldout is not None:
+        heldout = load_questions(topology.data.heldout, topology.data, base).questions
+    state = load_state(context)
+    state.evaluated = sorted({*state.evaluated, *measured})
+    return Scheduler(
+        topology,
+        get_method(topology.method.name),
+        questions,
+        heldout,
+        PromptSet.of(topology.data, topology.method.prefix_share),
+        state,
+        now,
+        bounds_of(topology, inspect_models(topology)),
+        record.redraws,
+    )
+
+
+def bounds_of(topology: Topology, models: Models) -> dict[str, Bounds]:
+    """The bounds of every pool of engines, from the facts of the models that they read."""
+    method, student = get_method(topology.method.name), served_student(topology)
+    found = {student.pool: _bounds(student, models, [], trained=True)}
+    # A padded vocabulary may be larger than the student's embedding, which reads these ids.
+    also = [models.student.vocabulary] if method.needs_same_vocabulary else []
+    for one in teachers(topology):
+        found[one.pool] = _bounds(one, models, also, trained=method.teacher_tokens)
+    return found
+
+
+def _bounds(one: ServedModel, models: Models, also: list[int], *, trained: bool) -> Bounds:
+    """Of one pool; an engine without a model folder has a context of its own, if any."""
+    facts = models.by_pool.get(one.pool)
+    sizes = [*also, *([facts.vocabulary] if facts is not None else [])]
+    reads = facts is not None and one.actor.engine not in WITHOUT_FOLDER
+    return Bounds(
+        vocabulary=min(sizes, default=None),
+        context=facts.context if facts is not None and reads else None,
+        trained=trained,
+    )
+
+
+def bound_to(context: ActorContext, corpus: str) -> MadeWith:
+    """What this attempt makes its checkpoints with. Raises UserError if the models are not those of
+    the checkpoint it goes on from."""
+    now = binding.made_with(context.topology, corpus)
+    if context.start_version > 0:
+        folder = checkpoint.final_folder(context.run_dir, context.start_version)
+        made = checkpoint.read_made_with(folder)
+        if made is not None:
+            binding.check_folders(made, context.topology, now, context.start_version)
+    return now
+
+
+def load_state(context: ActorContext) -> SchedulerState:
+    if context.start_version == 0:
+        return SchedulerState.fresh(context.topology.scheduler.max_staleness)
+    folder = checkpoint.final_folder(context.run_dir, context.start_version)
+    return codec.loads((folder / checkpoint.SCHEDULER).read_bytes(), SchedulerState)

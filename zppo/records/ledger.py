@@ -1,0 +1,155 @@
+"""The ledger: what `journal.sqlite` of a run directory vouches for, and from which step on.
+
+The journal counts, independently of the scheduler that keeps it, the promise that each question is
+trained exactly once. Invariant: it vouches only for what it saw. A journal that is missing, damaged
+or ends too early is named and counts nothing; the one that takes its place knows the first step it
+sees (SQLite's `user_version` holds it, 0 in a run that never lost its journal).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from zppo.errors import UserError
+
+JOURNAL = "journal.sqlite"
+JOURNAL_SCHEMA = """
+CREATE TABLE IF NOT EXISTS trained (
+    step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL,
+    question_id TEXT NOT NULL, kind TEXT NOT NULL, origin TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS trained_by_question ON trained (question_id, window);
+CREATE TABLE IF NOT EXISTS dispatched (
+    question_id TEXT NOT NULL, window INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    PRIMARY KEY (question_id, window)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
+"""
+"""`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A
+question of a trained window that had nothing to train (no correct teacher response to learn from,
+say) has one row of kind `none`, so every trained step has a row."""
+
+_GROUPS_TRAINED_TWICE = """
+SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
+"""
+# A question is new once per pass over the corpus, so two windows of one epoch must not both have
+# trained it as new.
+_QUESTIONS_TRAINED_TWICE = """
+SELECT COUNT(*) FROM (
+    SELECT 1 FROM trained LEFT JOIN dispatched USING (question_id, window)
+    WHERE origin = 'new'
+    GROUP BY question_id, COALESCE(epoch, 0) HAVING COUNT(DISTINCT window) > 1)
+"""
+_LOST = """
+SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
+    SELECT 1 FROM trained
+    WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
+"""
+_LAST_WORD = "SELECT detail FROM events WHERE event = 'run_ended' ORDER BY rowid DESC LIMIT 1"
+_WRONG_CONTENT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")
+"""Errors that the bytes of the file are to blame for; the others (locked, no permission) pass."""
+
+
+class JournalCounts(NamedTuple):
+    """Violations of exactly-once; both are 0 in a correct run."""
+
+    trained_twice: int
+    lost: int
+
+
+class Ledger(Struct, frozen=True, kw_only=True):
+    """What a run's journal says. Counts and `from_step` are None where it has a `problem`."""
+
+    trained_twice: int | None = None
+    lost: int | None = None
+    from_step: int | None = None
+    """the first step that was counted; 0: the whole run"""
+    problem: str | None = None
+    """e.g. `is missing`"""
+    verdict: str | None = None
+    """the last word of the controller"""
+
+
+def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
+    """Count groups and new questions trained more than once, and dispatched new questions that were
+    never trained."""
+
+    def one(query: str) -> int:
+        return int(connection.execute(query).fetchone()[0])
+
+    return JournalCounts(one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE), one(_LOST))
+
+
+def first_step(connection: sqlite3.Connection) -> int:
+    """The first step that the journal saw."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def set_first_step(connection: sqlite3.Connection, step: int) -> None:
+    connection.execute(f"PRAGMA user_version = {int(step)}")
+
+
+def read_ledger(run_dir: Path, steps: int) -> Ledger:
+    """What vouches for the `steps` trained steps of a run. A run that trained nothing needs no
+    journal.
+
+    Raises UserError if the file cannot be opened.
+    """
+    problem = find_problem(run_dir, steps)
+    if problem is not None:
+        return Ledger(problem=problem)
+    if not _is_there(run_dir / JOURNAL):
+        return Ledger(trained_twice=0, lost=0, from_step=0)
+    # Not `mode=ro`: the first reader after a crash must be able to replay the write-ahead log.
+    with closing(sqlite3.connect(run_dir / JOURNAL)) as connection:
+        word = connection.execute(_LAST_WORD).fetchone()
+        return Ledger(
+            **journal_counts(connection)._asdict(),
+            from_step=first_step(connection),
+            verdict=None if word is None else str(word[0]),
+        )
+
+
+def find_problem(run_dir: Path, steps: int) -> str | None:
+    """Why the journal cannot vouch for the `steps` trained steps of a run, or None.
+
+    Reads the whole file. Raises UserError if it cannot be opened.
+    """
+    path = run_dir / JOURNAL
+    if not _is_there(path):
+        return "is missing" if steps > 0 else None
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            checked = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            seen = connection.execute("SELECT MAX(step) FROM trained").fetchone()[0]
+            seen = first_step(connection) if seen is None else int(seen) + 1
+    except sqlite3.DatabaseError as error:
+        if not error.sqlite_errorname.startswith(_WRONG_CONTENT):
+            raise UserError(f"{path}: cannot be opened ({error})") from None
+        return f"is damaged ({error})"
+    if checked != "ok":
+        return f"is damaged ({checked.splitlines()[-1]})"
+    return None if seen >= steps else f"ends before step {seen}"
+
+
+def begins_anew(run_dir: Path, problem: str, step: int) -> str:
+    """The sentence for a journal with a problem when the run goes on from `step`."""
+    path = run_dir / JOURNAL
+    kept = f", the old one is kept as {aside_of(path).name}" if _is_there(path) else ""
+    return f"{path} {problem}: a new one counts from step {step} on{kept}"
+
+
+def aside_of(path: Path) -> Path:
+    """Where a damaged journal goes: the first free name."""
+    names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a journal; an empty file is one that nobody has begun."""
+    return path.exists() and path.stat().st_size > 0
