@@ -113,6 +113,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.prompting",
     },
+    "zppo.grade": {"zppo.config", "zppo.data", "zppo.errors"},
     "zppo.compare": {
         "zppo.comparison",
         "zppo.config",
@@ -200,9 +201,11 @@ ROOMS: dict[str, set[str]] = {
         "zppo.records",
         "zppo_actors.engines",
         "zppo_actors.grading",
+        "zppo_actors.process",
         "zppo_protocol",
     },
     "zppo_actors.supervisor": {
+        "zppo.config",
         "zppo.errors",
         "zppo.plan",
         "zppo.records",
@@ -210,7 +213,15 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.runtime",
         "zppo_protocol",
     },
+    "zppo_actors.audit": {
+        "zppo.data",
+        "zppo.errors",
+        "zppo_actors.grading",
+        "zppo_actors.process",
+        "zppo_protocol",
+    },
     "zppo_actors.__main__": {
+        "zppo_actors.audit",
         "zppo_actors.evaluator",
         "zppo_actors.process",
         "zppo_actors.supervisor",

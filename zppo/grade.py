@@ -16,22 +16,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import msgspec
-from msgspec import Struct
 
 from zppo.config.options import pair, positive, seconds
 from zppo.config.topology import DataConfig, is_procedural
+from zppo.data.audit import AuditOrder
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError
-
-
-class AuditOrder(Struct, frozen=True, kw_only=True):
-    """What to audit: the questions as `data` reads them, at most `limit` of them."""
-
-    data: DataConfig
-    limit: int
-    seed: int
-    grader_seconds: float
-    json: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:

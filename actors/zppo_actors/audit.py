@@ -14,10 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from zppo.data.audit import Case, report_text, report_values, run
+from zppo.data.audit import AuditOrder, Case, report_text, report_values, run
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
-from zppo.grade import AuditOrder
 from zppo_actors.grading.handle import GradeWorker, worker_command
 from zppo_actors.process import private_stdout
 from zppo_protocol.values import TIMED_OUT

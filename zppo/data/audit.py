@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from msgspec import Struct, field
 
-from zppo.config.topology import REASONING_GYM
+from zppo.config.topology import REASONING_GYM, DataConfig
 from zppo.data.question import Question
 from zppo.grading.boxes import BOX, last_boxed, tidy
 from zppo.grading.graders import choice_letters, shown_gold
@@ -66,6 +66,16 @@ HOSTILE: dict[str, str] = {
 _NEEDS_NUMBER = {"a neighbour", "the opposite"}
 _ONCE = {"a tower"}
 """Kinds that cost the whole time limit: one question is asked."""
+
+
+class AuditOrder(Struct, frozen=True, kw_only=True):
+    """What to audit: the questions as `data` reads them, at most `limit` of them."""
+
+    data: DataConfig
+    limit: int
+    seed: int
+    grader_seconds: float
+    json: bool
 
 
 class Case(Struct, frozen=True):

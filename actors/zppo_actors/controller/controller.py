@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 from msgspec import structs
 
@@ -33,6 +32,7 @@ from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
 from zppo_actors.controller.recorder import Recorder
 from zppo_actors.controller.restore import bound_to, load_scheduler
+from zppo_actors.controller.speech import SPEAKS, answer_of
 from zppo_actors.controller.status import StepClock, build_status
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
@@ -49,25 +49,6 @@ REFUSED_ANSWERS = 3
 SAVE_AGAIN_SECONDS = 10.0
 LAST_TRIES = 6
 """Tries to write the last checkpoint of a run before it ends without one."""
-
-WORKER_SPEAKS = (messages.Heartbeat, messages.Credits, messages.TaskFailed, messages.Goodbye)
-ENGINE_SPEAKS = (*WORKER_SPEAKS, messages.GenerateResult)
-SPEAKS: dict[str, tuple[type, ...]] = {
-    "rollout": (*ENGINE_SPEAKS, messages.PolicyLoaded, messages.PolicyRefused),
-    "teacher": (*ENGINE_SPEAKS, messages.ScoreResult),
-    "grader": (*WORKER_SPEAKS, messages.GradeResult),
-    "trainer": (
-        messages.Heartbeat,
-        messages.Credits,
-        messages.PolicyPublished,
-        messages.StepTrained,
-        messages.CheckpointSaved,
-        messages.CheckpointFailed,
-        messages.Goodbye,
-    ),
-    "supervisor": (messages.ActorExited, messages.ActorsMoving, messages.StopRequested),
-}
-"""What each role may say after its Hello; anything else is logged and ignored."""
 
 log = logging.getLogger("zppo.controller")
 
@@ -340,7 +321,7 @@ class Controller:
             case messages.Credits():
                 self._credits(peer, message.count, now)
             case messages.GenerateResult() | messages.ScoreResult() | messages.GradeResult():
-                return self._feed(_answer(message, peer, now), now)
+                return self._feed(answer_of(message, peer, now), now)
             case messages.TaskFailed():
                 self._failed(peer, message, now)
             case messages.PolicyPublished():
@@ -513,24 +494,3 @@ class Controller:
             log.warning("%s cannot be reached", name)
             if name != SUPERVISOR:
                 self._lost(name)
-
-
-def _answer(
-    message: messages.GenerateResult | messages.ScoreResult | messages.GradeResult,
-    peer: Peer,
-    now: float,
-) -> events.Answer:
-    """What a worker says of its task, as an event."""
-    reply: dict[str, Any] = {
-        "task_id": message.task_id,
-        "actor": peer.name,
-        "incarnation": peer.incarnation,
-        "now": now,
-    }
-    match message:
-        case messages.GenerateResult():
-            return events.Sampled(samples=message.samples, **reply)
-        case messages.ScoreResult():
-            return events.Scored(scores=message.scores, **reply)
-        case messages.GradeResult():
-            return events.Graded(grades=message.grades, **reply)

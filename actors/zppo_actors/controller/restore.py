@@ -1,5 +1,5 @@
-"""What an attempt of the controller begins with: the scheduler, fresh or from a checkpoint, and what
-the checkpoints of this attempt are bound to."""
+"""What an attempt of the controller begins with: the scheduler, fresh or from a checkpoint, and
+what the checkpoints of this attempt are bound to."""
 
 from __future__ import annotations
 
