@@ -231,8 +231,8 @@ ROOMS: dict[str, set[str]] = {
 PURE = ("algorithm", "scheduling", "config", "prompting", "grading")
 """Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
 SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-COMPARES = "zppo/compare.py"
-"""The one file of `zppo` that starts processes and looks at the clock: it runs several runs."""
+OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py"}
+"""Files of `zppo` that look at the clock: one runs several runs, one waits for a server."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",
@@ -306,7 +306,7 @@ def test_no_import_runs_up() -> None:
 
 def system_imports(path: Path) -> set[str]:
     name = name_of(path)
-    in_the_mind = name.startswith("zppo/") and name != COMPARES
+    in_the_mind = name.startswith("zppo/") and name not in OUTSIDE
     return {part.split(".")[0] for part in imports(path)} & SYSTEM if in_the_mind else set()
 
 

@@ -50,6 +50,8 @@ from zppo.records import binding, checkpoint, ledger, run_directory
 from zppo.records.binding import MAX_STALENESS, MadeWith
 from zppo.records.summary import read_lines, summarise
 
+DRY_RUN_SECONDS = 10.0
+"""How long `--dry-run` waits for the server of a teacher."""
 PROMPT_BATCH = 1024
 """Prompts tokenised at once: enough to keep the tokenizer busy, few enough to take little
 memory."""
@@ -89,8 +91,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         raise UserError(run_directory.in_the_way(directory))
     checked = check(topology)
     if arguments.dry_run:
-        show(checked.plan, directory, Console())
-        return 0
+        return _show(checked.plan, directory, arguments)
     corpus = checked.corpus
     run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
     for note in checked.plan.notes:
@@ -122,10 +123,20 @@ def _resume(arguments: argparse.Namespace) -> int:
     for warning in [*found.warnings, *worth]:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
-        show(checked.plan, directory, Console())
-        return 0
+        return _show(checked.plan, directory, arguments)
     run_directory.renew(directory, found.step, topology)
     become_supervisor(directory)
+
+
+def _show(plan: Plan, directory: Path, arguments: argparse.Namespace) -> int:
+    """What `--dry-run` prints, after the servers that the run would ask have been asked."""
+    if not arguments.offline:
+        # Imported late: a run without such a teacher need not load an HTTP client.
+        from zppo.plan.server import check_teachers_servers
+
+        check_teachers_servers(plan.topology, DRY_RUN_SECONDS)
+    show(plan, directory, Console())
+    return 0
 
 
 def become_supervisor(directory: Path) -> NoReturn:
@@ -360,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="show the resolved plan and start nothing"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="with --dry-run: do not ask the teacher's server"
     )
     return parser
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from openai_server import Server, running
 from PIL import Image
 
 from zppo import launch
@@ -918,3 +919,35 @@ def test_run_record_can_be_read_by_anyone(interrupted: Path) -> None:
     keys = {"run_id", "created", "start_step", "corpus", "versions", "topology", "trainer_deaths"}
     assert set(record) == keys
     assert record["versions"]["zppo"]
+
+
+# ---- a teacher's server --------------------------------------------------------------------------
+
+
+def served_by(url: str) -> list[str]:
+    settings = (
+        "teacher.model=big",
+        "actors.teacher.engine=openai",
+        f"actors.teacher.engine_args={{base_url: '{url}', startup_seconds: 0.1}}",
+    )
+    return [part for text in settings for part in ("--set", text)]
+
+
+def test_a_dry_run_asks_the_teachers_server(start: Launch) -> None:
+    with running(Server(models=("big",))) as server:
+        command = ("--topology", "topology.yaml", "--dry-run", *served_by(server.base_url))
+        assert start(*command) == (0, "")
+    with running(Server(models=("bigger",))) as server:
+        command = ("--topology", "topology.yaml", "--dry-run", *served_by(server.base_url))
+        assert start(*command) == (
+            2,
+            f"actors.teacher.engine_args.model: the server at {server.base_url} serves no 'big' "
+            "(did you mean 'bigger'?)\n",
+        )
+    code, said = start(*command)
+    assert code == 2
+    assert said.startswith(
+        f"actors.teacher.engine_args.base_url is '{server.base_url}', where no server was ready "
+        "within 0.1 s"
+    )
+    assert start(*command, "--offline") == (0, "")

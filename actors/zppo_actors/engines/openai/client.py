@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -18,49 +17,21 @@ import httpx2
 import msgspec
 
 from zppo.plan.engines.openai import OpenAIArguments
+from zppo.plan.server import (
+    CONNECT_SECONDS,
+    MAX_SAID,
+    REFUSED_STATUSES,
+    RETRYABLE_STATUSES,
+    describe,
+    options,
+    redact,
+)
 from zppo_actors.engines.openai.reply import Collector, Events, Reply, whole_reply
 from zppo_actors.engines.openai.retry import RequestFailed, retry_after
 
-CONNECT_SECONDS = 10.0
 DRAIN_SECONDS = 1.0
-MAX_SAID = 500
-"""Characters of a server's error that are repeated."""
 BASE_BYTES, BYTES_PER_TOKEN = 1 << 20, 1 << 10
 """Room for an answer: an event of one token takes about a quarter of this."""
-RETRYABLE_STATUSES = (408, 409, 425, 429)
-"""Besides all of 500 and more."""
-REFUSED_STATUSES = (401, 403)
-
-
-def headers(key: str | None) -> dict[str, str]:
-    """Headers of every request. Nothing compressed is accepted, because its size would be unknown
-    until it is read."""
-    own = {"Accept-Encoding": "identity", "User-Agent": "zppo"}
-    return {**own, "Authorization": f"Bearer {key}"} if key else own
-
-
-def options(arguments: OpenAIArguments, key: str | None) -> dict[str, Any]:
-    """What the clients for the probe and for the work have in common."""
-    # These log every request; the actor's own log says what matters.
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return {
-        "headers": headers(key),
-        "follow_redirects": False,
-        # Proxies and certificates of the environment are for https; what is sent in the clear goes
-        # straight there.
-        "trust_env": arguments.base_url.startswith("https:"),
-    }
-
-
-def redact(text: str, key: str | None) -> str:
-    return text.replace(key, "***") if key else text
-
-
-def describe(error: Exception, key: str | None) -> str:
-    """An error of the transport, in words."""
-    text = redact(str(error), key).strip()
-    return f"{type(error).__name__}: {text}"[:MAX_SAID] if text else type(error).__name__
 
 
 class Client:

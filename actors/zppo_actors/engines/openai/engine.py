@@ -23,10 +23,10 @@ from zppo.plan.engines.openai import (
     read_openai_arguments,
     refuse_rollout,
 )
+from zppo.plan.server import check_server
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.openai.body import chat_messages, request_body
 from zppo_actors.engines.openai.client import Client
-from zppo_actors.engines.openai.probe import check_server
 from zppo_actors.engines.openai.reply import Reply
 from zppo_actors.engines.openai.retry import Pauses, RequestFailed, RetryBudget
 from zppo_protocol.messages import GenerateTask, ScoreTask
@@ -46,7 +46,8 @@ def create(spec: EngineSpec) -> OpenAIEngine:
     key = read_key(arguments, f"{spec.served.actor_path}.engine_args")
     model = arguments.model or spec.served.model.model
     if arguments.check_model:
-        check_server(arguments, model, key, spec.served.actor_path)
+        patience = arguments.startup_seconds
+        check_server(arguments, model, key, spec.served.actor_path, patience)
     return OpenAIEngine(arguments, model, key)
 
 

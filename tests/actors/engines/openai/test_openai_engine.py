@@ -712,7 +712,7 @@ def test_a_server_that_is_not_there_ends_the_run(serve: Callable[..., Server]) -
 def test_a_server_that_comes_up_is_waited_for(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo_actors.engines.openai.probe.PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("zppo.plan.server.PAUSE_SECONDS", 0.001)
     server = serve()
     answers = iter([fake.status(503), fake.status(503), fake.model_list((MODEL,))])
 

@@ -1,30 +1,67 @@
-"""Before any work: is the server there, does it take the key, does it serve the model? One sentence
-each if not."""
+"""Before any work: is a teacher's server there, does it take the key, does it serve the model? One
+sentence each if not. And what every request to it has in common.
+
+Invariants: the key is in the headers of requests and nowhere else, and what a library says is
+redacted before it goes on; a redirect is never followed, since it could carry the key elsewhere.
+"""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import time
+from typing import Any
 
 import httpx2
 import msgspec
 from msgspec import Struct
 
+from zppo.config.topology import OPENAI, Topology
 from zppo.errors import UserError
-from zppo.plan.engines.openai import OpenAIArguments
-from zppo_actors.engines.openai.client import (
-    CONNECT_SECONDS,
-    REFUSED_STATUSES,
-    RETRYABLE_STATUSES,
-    describe,
-    options,
-)
+from zppo.plan.engines.openai import OpenAIArguments, read_key, read_openai_arguments
+from zppo.plan.processes import asked_teachers
 
 PAUSE_SECONDS = 1.0
+CONNECT_SECONDS = 10.0
+MAX_SAID = 500
+"""Characters of a server's error that are repeated."""
 MAX_BYTES = 8 << 20
+RETRYABLE_STATUSES = (408, 409, 425, 429)
+"""Besides all of 500 and more."""
+REFUSED_STATUSES = (401, 403)
 
 log = logging.getLogger("zppo.engine")
+
+
+def headers(key: str | None) -> dict[str, str]:
+    """Headers of every request. Nothing compressed is accepted, because its size would be unknown
+    until it is read."""
+    own = {"Accept-Encoding": "identity", "User-Agent": "zppo"}
+    return {**own, "Authorization": f"Bearer {key}"} if key else own
+
+
+def options(arguments: OpenAIArguments, key: str | None) -> dict[str, Any]:
+    """What the clients for the probe and for the work have in common."""
+    # These log every request; the actor's own log says what matters.
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return {
+        "headers": headers(key),
+        "follow_redirects": False,
+        # Proxies and certificates of the environment are for https; what is sent in the clear goes
+        # straight there.
+        "trust_env": arguments.base_url.startswith("https:"),
+    }
+
+
+def redact(text: str, key: str | None) -> str:
+    return text.replace(key, "***") if key else text
+
+
+def describe(error: Exception, key: str | None) -> str:
+    """An error of the transport, in words."""
+    text = redact(str(error), key).strip()
+    return f"{type(error).__name__}: {text}"[:MAX_SAID] if text else type(error).__name__
 
 
 class Served(Struct):
@@ -35,10 +72,25 @@ class ModelList(Struct):
     data: list[Served]
 
 
-def check_server(arguments: OpenAIArguments, model: str, key: str | None, where: str) -> None:
-    """Ask for the list of models until the server is up, `startup_seconds` at most. Raises
+def check_teachers_servers(topology: Topology, patience: float) -> None:
+    """`check_server` for every teacher of the run that is behind one and may be asked. Raises
     UserError."""
-    deadline = time.monotonic() + arguments.startup_seconds
+    for one in asked_teachers(topology):
+        if one.actor.engine == OPENAI:
+            arguments = read_openai_arguments(one.actor.engine_args, one.actor_path)
+            key = read_key(arguments, f"{one.actor_path}.engine_args")
+            if arguments.check_model:
+                model = arguments.model or one.model.model
+                wait = min(arguments.startup_seconds, patience)
+                check_server(arguments, model, key, one.actor_path, wait)
+
+
+def check_server(
+    arguments: OpenAIArguments, model: str, key: str | None, where: str, patience: float
+) -> None:
+    """Ask for the list of models until the server is up, `patience` seconds at most. Raises
+    UserError."""
+    deadline = time.monotonic() + patience
     where = f"{where}.engine_args"
     with httpx2.Client(**options(arguments, key), timeout=CONNECT_SECONDS) as http:
         while True:
@@ -48,7 +100,7 @@ def check_server(arguments: OpenAIArguments, model: str, key: str | None, where:
             if time.monotonic() + PAUSE_SECONDS > deadline:
                 raise UserError(
                     f"{where}.base_url is {arguments.base_url!r}, where no server was ready within "
-                    f"{arguments.startup_seconds:g} s ({trouble})"
+                    f"{patience:g} s ({trouble})"
                 )
             log.info("waiting for the server at %s (%s)", arguments.base_url, trouble)
             time.sleep(PAUSE_SECONDS)
