@@ -352,7 +352,8 @@ def _holds(found: float | str) -> bool:
 
 def _cell(found: float | str) -> str:
     if isinstance(found, str):
-        return found.removeprefix("student.model: ").replace("'FOLDER'", "it").replace("|", "/")
+        found = found.removeprefix("student.model: ").replace("'FOLDER'", "it")
+        return found.replace("'FOLDER/config.json'", "its config.json").replace("|", "/")
     return f"{found:.0e}" if _holds(found) else f"**{found:.0e}**"
 
 

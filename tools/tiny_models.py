@@ -118,7 +118,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 8, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 64},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,

@@ -51,11 +51,17 @@ configuration says `is_decoder`."""
 
 NO_SLOTS = frozenset(
     {
-        *("bamba", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "codegen"),
-        *("cpmant", "doge", "falcon", "falcon_h1", "git", "gpt_neo", "gpt_neox_japanese"),
-        *("gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "jamba", "mamba2", "marian", "mbart"),
-        *("mimo_v2_flash", "mpt", "mvp", "openai-gpt", "pegasus", "plbart", "trocr", "xglm"),
-        *("xlstm",),
+        *("bamba", "bloom", "codegen", "cpmant", "doge", "falcon", "falcon_h1"),
+        *(
+            "git",
+            "gpt_neo",
+            "gpt_neox_japanese",
+            "gpt_oss",
+            "gptj",
+            "granite_swa",
+            "granitemoe_swa",
+        ),
+        *("jamba", "mamba2", "mimo_v2_flash", "mpt", "openai-gpt", "xglm", "xlstm"),
     }
 )
 """Families that ask more of attention or of a cache than the engine 'transformers' has, though
