@@ -68,7 +68,9 @@ def test_a_poisoned_window_is_sampled_again_and_a_forged_answer_never_gets_in(
     run_directory.create(run, topology)
     end = supervise(run, view, Interrupts(), sick_command)
     logs = "\n".join(log.read_text()[-2000:] for log in (run / "logs").glob("*.log"))
-    assert (end.verdict, end.exit_code) == ("finished: 4 of 4 steps", 0), logs
+    assert end.exit_code == 0, logs
+    # Scripted log-probs are far from the trainer's, of which the verdict warns.
+    assert end.verdict.startswith("finished: 4 of 4 steps"), logs
     again = [line for line in view.lines if "begins again" in line]
     assert len(again) == 2, "two lives died, the third had other samples"
     assert again[0].startswith("trainer was killed by SIGKILL; the run begins again from step ")
