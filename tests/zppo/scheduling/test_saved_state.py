@@ -51,7 +51,7 @@ def test_a_saved_state_goes_on_where_it_was() -> None:
     world.saved = (SAVED, 0)
     world.restore()
     assert world.scheduler.trained == 4 and sorted(world.scheduler.windows) == [4, 5, 6, 7]
-    assert codec.dumps(world.scheduler.state()) == codec.dumps(state) == SAVED
+    assert codec.dumps(world.scheduler.state()) == codec.dumps(state)
     before = {v.question.id for w in state.windows for v in w.visits if v.origin == "new"}
     world.run()
     assert [trained.window.index for trained in world.steps] == [4, 5, 6, 7]
