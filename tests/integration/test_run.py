@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -57,6 +58,8 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Under nohup the hang-up would be ignored, by the tests and by all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     @classmethod
@@ -305,10 +308,10 @@ def test_a_frozen_trainer_is_replaced_and_a_full_terminal_costs_nothing(tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that has room for a run and not for a checkpoint of it."""
+    """A file system that is soon full."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a small file system can only be mounted by root")
     yield folder
@@ -316,12 +319,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_named_and_training_goes_on(small_disk: Path) -> None:
-    """Until it is larger: then the run ends as if nothing had been."""
+    """Until there is room again: then the run ends as if nothing had been."""
     run = Run.new(
         small_disk / "run", steps=2, **{"checkpoints.every": 1, "sinks.rollouts": "false"}
     )
+    run.until(lambda: (run.directory / "journal.sqlite").exists())
+    filler = small_disk / "filler"  # leaves room for records, and not for a checkpoint
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (2 << 20)))
     run.until(lambda: run.steps() >= 2)
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    filler.unlink()
     output = run.wait()
     assert run.process.returncode == 0, output
     assert "the checkpoint of step 1 cannot be written: " in output

@@ -47,6 +47,11 @@ def severe(report: dict[str, Any]) -> list[str]:
     return [found["rule"] for found in report["advice"] if found["severity"] == "severe"]
 
 
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines on stderr, notes on the topology left out."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+
+
 def test_a_teacher_that_falls_silent_ends_the_run(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with running(Server()) as server:
@@ -68,7 +73,7 @@ def test_a_teacher_that_falls_silent_ends_the_run(tmp_path: Path) -> None:
         }
         done = launch(directory, **teacher)
     assert done.returncode == 1, done.stdout + done.stderr
-    verdict = done.stderr.splitlines()[0]
+    verdict = said(done)[0]
     assert verdict.startswith("teacher answered none of its ") and (
         " tasks in 3 windows in a row (run.silent_teacher_windows: 3; 0 goes on without it); see "
         "logs/teacher-0.log: " in verdict
@@ -85,7 +90,7 @@ def test_answers_that_are_cut_off_end_the_run_where_advice_may_stop_it(tmp_path:
     sick = {"method.name": "grpo", "student.sampling.max_new_tokens": 2, "run.on_advice": "stop"}
     done = launch(directory, **sick)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.splitlines()[0] == (
+    assert said(done)[0] == (
         "severe cut_off: 100 % of the last responses were cut off at the length limit; raise "
         "student.sampling.max_new_tokens, or let the student think less: 5 of 40 steps are "
         "trained and saved"

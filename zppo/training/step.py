@@ -67,6 +67,8 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
     )
     batches = split(rollouts, settings)
     objective = OBJECTIVES[settings.objective](trainer, rollouts, batches)
+    # What is masked has had its part in baselines and scales; from here on it is as good as absent.
+    batches = [sequences[~rollouts.masked_S[sequences]] for sequences in batches]
     batches = [sequences for sequences in batches if len(objective.live(sequences))]
     objective.prepare(first=objective.live(batches[0]) if batches else np.zeros(0, np.int64))
     begin, tally = trainer.clock(), Tally()
@@ -103,11 +105,7 @@ def update(
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
     step."""
     trainer.gradients.clear()
-    trained = sequences[~rollouts.masked_S[sequences]]
-    live = objective.live(trained)
-    if not len(live):
-        return
-    counts = int(rollouts.lengths_S[trained].sum()), len(trained)
+    counts = int(rollouts.lengths_S[sequences].sum()), len(sequences)
     loss, parts = torch.zeros((), device=rollouts.device), []
     for batch in trainer.micro_batches(rollouts, objective.live(sequences)):
         part_loss, part_metrics = objective.loss(batch, *counts, first=first)

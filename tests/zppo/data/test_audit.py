@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from zppo.cli import main
+from zppo.data import audit
 from zppo.data.audit import HOSTILE, RIGHT, Case
 from zppo.data.question import Question
-from zppo.grading import audit, grade, last_boxed
+from zppo.grading import grade, last_boxed
 
 GOLDS = {
     "math": ["42", r"\frac{1}{2}", "(1,3)", "-7", r"5 \text{ km}", "$x^2-1$"],

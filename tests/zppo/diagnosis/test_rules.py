@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zppo.config.load import setting_names
 from zppo.config.topology import RunConfig
 from zppo.diagnosis.evidence import Advisory, Evidence
 from zppo.diagnosis.rules import RULES, advisories, silences
 from zppo.diagnosis.thresholds import THRESHOLDS
-from zppo.setting_help import HELP
 
 Line = dict[str, Any]
 Change = Callable[[int], Line]
@@ -118,7 +118,7 @@ def test_advice_is_evidence_in_numbers_and_settings_that_exist(
     assert any(name in advisory.change for name in parents(advisory)), advisory.change
 
 
-SETTINGS = HELP.keys() | {"actors.teacher.engine_args"}
+SETTINGS = set(setting_names()) | {"actors.teacher.engine_args"}
 
 
 def parents(advisory: Advisory) -> list[str]:

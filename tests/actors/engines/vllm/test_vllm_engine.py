@@ -44,7 +44,7 @@ from zppo.config.topology import (
 from zppo.errors import UserError
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
-from zppo_actors.weights import shared_memory
+from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.messages import (
     GenerateResult,
     GenerateTask,
@@ -327,7 +327,7 @@ def test_a_file_that_is_replaced_after_it_was_verified_is_not_loaded(
 def check_refused(served: Served, publish: Callable[[], PolicyManifest], reason: str) -> None:
     served.load(seed=51)
     version, manifest = served.engine.policy_version, publish()
-    with pytest.raises(EngineError, match=reason):
+    with pytest.raises(PublicationRefused, match=reason):
         served.run(served.engine.load_policy(manifest))
     assert served.engine.policy_version == version and served.engine.broken is None
     (samples,) = served.sample(make_task(words(40), n=2))

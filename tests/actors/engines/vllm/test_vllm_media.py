@@ -34,7 +34,7 @@ from zppo_actors.engines.vllm.media import (
     open_pictures,
     takes_pictures,
 )
-from zppo_actors.weights import shared_memory
+from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
@@ -245,7 +245,7 @@ def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(
         with pytest.raises(EngineError, match=reason) as caught:
             seeing.sample(media, text)
         assert not caught.value.retryable, caught.value
-    with pytest.raises(EngineError, match="a model that takes pictures keeps its weights"):
+    with pytest.raises(PublicationRefused, match="a model that takes pictures keeps its weights"):
         seeing.run(
             seeing.engine.load_policy(
                 shared_memory.publish(make_seeing(1).state_dict(), 1, tmp_path)
