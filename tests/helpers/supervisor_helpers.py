@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 
 STUB = Path(__file__).with_name("stub_actor.py")
 
@@ -24,5 +24,5 @@ class Lines:
     def close(self, verdict: str = "") -> None: ...
 
 
-def stub_command(plan: ProcessPlan) -> list[str]:
-    return [sys.executable, "-P", str(STUB), plan.role]
+def stub_command(entry: ProcessEntry) -> list[str]:
+    return [sys.executable, "-P", str(STUB), entry.role]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zppo.config.load import load
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 from zppo.records import run_directory
 from zppo.records.summary import summarise
 from zppo.signals import Interrupts
@@ -46,8 +46,8 @@ class Lines:
     def close(self, verdict: str = "") -> None: ...
 
 
-def sick_command(plan: ProcessPlan) -> list[str]:
-    return [sys.executable, "-P", str(SICK), plan.role]
+def sick_command(entry: ProcessEntry) -> list[str]:
+    return [sys.executable, "-P", str(SICK), entry.role]
 
 
 def events(run: Path, name: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Topology
 from zppo.errors import UserError
 from zppo.plan.plan import Plan
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 
 GIB = 1 << 30
 NO_LIMIT = 1 << 62
@@ -22,7 +22,7 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Lists the cards of this machine without any library."""
 VLLM_SHARE = 0.92
 """What vLLM takes of a card unless it is told otherwise."""
-Placed = tuple[ProcessPlan, int]
+Placed = tuple[ProcessEntry, int]
 """A process and what it needs on its card."""
 
 
@@ -130,7 +130,7 @@ def _idle(topology: Topology) -> str:
     return f"; no setting names a GPU, see {where}" if idle_cards(topology) else ""
 
 
-def _check_device(entry: ProcessPlan, machine: Machine) -> None:
+def _check_device(entry: ProcessEntry, machine: Machine) -> None:
     kind, _, index = entry.device.partition(":")
     if not entry.device or entry.device == "cpu":
         return
@@ -143,7 +143,7 @@ def _check_device(entry: ProcessPlan, machine: Machine) -> None:
         )
 
 
-def _setting(entry: ProcessPlan) -> str:
+def _setting(entry: ProcessEntry) -> str:
     """The setting that gives the process its device."""
     return "actors.trainer.device" if entry.served is None else f"{entry.served.actor_path}.devices"
 

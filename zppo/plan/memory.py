@@ -30,7 +30,7 @@ from zppo.config.topology import (
 from zppo.plan.engines.own import DEFAULT_SEQUENCES
 from zppo.plan.engines.vllm import sequence_bytes
 from zppo.plan.model_folder import ModelFacts, inspect_model
-from zppo.plan.processes import ProcessPlan, asked_teachers, trainer_scores
+from zppo.plan.processes import ProcessEntry, asked_teachers, trainer_scores
 
 MIB = 1 << 20
 LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
@@ -89,24 +89,24 @@ def inspect_models(topology: Topology) -> Models:
     )
 
 
-def need(plan: ProcessPlan, topology: Topology, models: Models) -> Need:
+def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
     """Memory of one process."""
     method, trainer = get_method(topology.method.name), topology.actors.trainer
-    if plan.role == "trainer":
+    if entry.role == "trainer":
         size = _trainer_bytes(trainer, topology.student, topology.optimizer, models.student)
         teacher = topology.teacher
         if teacher is not None and models.teacher is not None and trainer_scores(method, teacher):
             size += _colocated_bytes(teacher, trainer.micro_batch_tokens, models.teacher)
-        return _on(plan.device, size)
-    if plan.served is None:
-        return Need(device=0, host=LIBRARIES[plan.role])
-    if plan.served.actor.engine == OPENAI:
+        return _on(entry.device, size)
+    if entry.served is None:
+        return Need(device=0, host=LIBRARIES[entry.role])
+    if entry.served.actor.engine == OPENAI:
         return Need(device=0, host=CLIENT_LIBRARIES)
-    facts = models.by_pool.get(plan.pool)
+    facts = models.by_pool.get(entry.pool)
     if facts is None:
         return Need(device=0, host=MODEL_LIBRARIES)
     longest, scores = topology.data.max_prompt_tokens, method.needs_scores
-    return _on(plan.device, _engine_bytes(plan.served, facts, longest, scores=scores))
+    return _on(entry.device, _engine_bytes(entry.served, facts, longest, scores=scores))
 
 
 def shared_bytes(student: ModelConfig, facts: ModelFacts, max_staleness: int) -> int:

@@ -8,7 +8,7 @@ from zppo.algorithm.methods import Method
 from zppo.config.topology import Topology
 from zppo.plan.disk import DiskNeed
 from zppo.plan.memory import Need
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 
 
 class Windows(Struct, frozen=True, kw_only=True):
@@ -31,7 +31,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     topology: Topology
     method: Method
-    processes: list[ProcessPlan]
+    processes: list[ProcessEntry]
     needs: list[Need]
     shared: int
     disk: DiskNeed

@@ -12,7 +12,7 @@ from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import JUDGE, OPENAI, TeacherConfig, Topology
 
 
-class ProcessPlan(Struct, frozen=True, kw_only=True):
+class ProcessEntry(Struct, frozen=True, kw_only=True):
     """One actor process. `device` is empty where no model is run. Processes of one `pool` can do
     each other's work. `served` is the model behind a rollout or teacher actor."""
 
@@ -29,7 +29,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
+def processes(topology: Topology, available_cores: int) -> list[ProcessEntry]:
     """All actor processes in the order in which they start; the controller comes first.
 
     Threads that the topology leaves open are shared out evenly among the processes that run a
@@ -40,8 +40,8 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
     loaded = sum(one.actor.count for one in asked if one.actor.engine != OPENAI)
     share = max(1, available_cores // (topology.actors.rollout.count + loaded + 1))
     return [
-        ProcessPlan(name="controller", role="controller", pool="controller"),
-        ProcessPlan(
+        ProcessEntry(name="controller", role="controller", pool="controller"),
+        ProcessEntry(
             name="trainer",
             role="trainer",
             pool="trainer",
@@ -54,7 +54,7 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessPlan]:
             for process in _engines(one, share)
         ),
         *(
-            ProcessPlan(name=f"grader-{i}", role="grader", pool="grader")
+            ProcessEntry(name=f"grader-{i}", role="grader", pool="grader")
             for i in range(topology.actors.grader.count)
         ),
     ]
@@ -81,12 +81,12 @@ def trainer_scores(method: Method, teacher: TeacherConfig | None) -> bool:
     return method.needs_scores and teacher is not None and teacher.scoring == "colocated"
 
 
-def _engines(served: ServedModel, share: int) -> list[ProcessPlan]:
+def _engines(served: ServedModel, share: int) -> list[ProcessEntry]:
     """The processes of one engine; those behind a server run no model here, so they get no device
     and one thread."""
     remote = served.actor.engine == OPENAI
     return [
-        ProcessPlan(
+        ProcessEntry(
             name=f"{served.pool}-{i}",
             role=served.role,
             pool=served.pool,

@@ -74,8 +74,8 @@ class Controller:
         self.checkpointer = Checkpointer(context, self.recorder, self.background, made_with)
         self.board = PolicyBoard()
         table = processes(context.topology, cores())
-        self.peers = Peers(context.run_id, {plan.name: plan.role for plan in table})
-        self.pools = {plan.name: plan.pool for plan in table}
+        self.peers = Peers(context.run_id, {entry.name: entry.role for entry in table})
+        self.pools = {entry.name: entry.pool for entry in table}
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None
         self.advisor = Advisor(context, self.recorder, self.scheduler.next_index)

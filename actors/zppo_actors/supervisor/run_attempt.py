@@ -24,7 +24,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
-from zppo.plan.processes import ProcessPlan, cores, processes
+from zppo.plan.processes import ProcessEntry, cores, processes
 from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
 from zppo_actors import runtime
@@ -84,12 +84,12 @@ class End(Struct, frozen=True, kw_only=True):
     window: int | None = None
 
 
-Commands = Callable[[ProcessPlan], Sequence[str]]
+Commands = Callable[[ProcessEntry], Sequence[str]]
 
 
-def actor_command(plan: ProcessPlan) -> list[str]:
+def actor_command(entry: ProcessEntry) -> list[str]:
     """Start of the command line of an actor. `-P` keeps the current folder off the import path."""
-    return [sys.executable, "-P", "-m", "zppo_actors", plan.role]
+    return [sys.executable, "-P", "-m", "zppo_actors", entry.role]
 
 
 def backoff_seconds(restarts: int) -> float:
@@ -140,7 +140,7 @@ class RunAttempt:
     ) -> None:
         self._run_dir, self._record, self._number = run_dir, record, number
         self._view, self._interrupts, self._commands = view, interrupts, commands
-        self._plans = {plan.name: plan for plan in processes(record.topology, cores())}
+        self._table = {entry.name: entry for entry in processes(record.topology, cores())}
         self._children: dict[str, Child] = {}
         self._left: list[tuple[float, Child]] = []
         self._restarts_due: dict[str, tuple[float, int]] = {}
@@ -157,7 +157,7 @@ class RunAttempt:
         with resources(self._record.run_id, limits) as self._resources:
             try:
                 self._resources.dealer.send(self._hello())
-                for name in self._plans:
+                for name in self._table:
                     self._start(name, incarnation=0)
                 return self._watch()
             finally:
@@ -257,7 +257,7 @@ class RunAttempt:
     # ---- processes -------------------------------------------------------------------------------
 
     def _start(self, name: str, incarnation: int) -> None:
-        plan = self._plans[name]
+        entry = self._table[name]
         options = {
             "--run": self._run_dir,
             "--runtime": self._resources.folder,
@@ -266,12 +266,12 @@ class RunAttempt:
             "--parent-fd": self._resources.parent_fd,
         }
         self._children[name] = children.spawn(
-            [*self._commands(plan), *(str(part) for option in options.items() for part in option)],
+            [*self._commands(entry), *(str(part) for option in options.items() for part in option)],
             name=name,
-            role=plan.role,
+            role=entry.role,
             incarnation=incarnation,
             log=self._run_dir / "logs" / f"{name}.log",
-            env=environment(plan),
+            env=environment(entry),
             parent_fd=self._resources.parent_fd,
         )
         log.info(
@@ -384,12 +384,12 @@ class RunAttempt:
         )
 
 
-def environment(plan: ProcessPlan) -> dict[str, str]:
+def environment(entry: ProcessEntry) -> dict[str, str]:
     """Environment of an actor: its share of the CPU for every library that starts threads of its
     own, and a C library that keeps what large tensors give back, unless the user has set it up
     otherwise.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    threads = dict.fromkeys(names, str(plan.threads))
+    threads = dict.fromkeys(names, str(entry.threads))
     kept = {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
     return {**threads, **kept, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

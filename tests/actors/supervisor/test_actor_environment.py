@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 from zppo_actors.supervisor.run_attempt import KEEP_MEMORY, environment
 
-PLAN = ProcessPlan(name="trainer", role="trainer", pool="trainer", threads=3)
+PLAN = ProcessEntry(name="trainer", role="trainer", pool="trainer", threads=3)
 
 
 def test_every_library_gets_the_threads_of_the_plan() -> None:

@@ -25,7 +25,7 @@ from zppo.config.topology import (
     SchedulerConfig,
     Topology,
 )
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 from zppo.records import checkpoint, run_directory
 from zppo.signals import Interrupts
 from zppo_actors import runtime
@@ -158,9 +158,9 @@ def test_nothing_is_restarted_once_the_run_stops(
             super().log(line)
             interrupts.count = 1 if line.startswith("restarting") else interrupts.count
 
-    def command(plan: ProcessPlan) -> list[str]:
-        started.append(plan.name)
-        return stub_command(plan)
+    def command(entry: ProcessEntry) -> list[str]:
+        started.append(entry.name)
+        return stub_command(entry)
 
     path = make_run(tmp_path / "run", {"rollout-0": ["die", "live"], "rollout-1": ["linger"]})
     end = supervise(path, Impatient(), interrupts, command)
@@ -177,7 +177,7 @@ def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
         0,
         Lines(),
         Interrupts(),
-        lambda plan: started.append(plan.name) or [],
+        lambda entry: started.append(entry.name) or [],
     )
     last._restarts_due["rollout-0"] = (0.0, 1)
     last._on_message(RunEnded(verdict="finished", exit_code=0))

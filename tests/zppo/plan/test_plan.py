@@ -28,7 +28,7 @@ from zppo.plan.machine import GIB, Machine, measure_machine
 from zppo.plan.make import make_plan
 from zppo.plan.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
 from zppo.plan.model_folder import inspect_model
-from zppo.plan.processes import ProcessPlan, processes
+from zppo.plan.processes import ProcessEntry, processes
 from zppo_actors.engines import ENGINES
 
 MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
@@ -136,7 +136,7 @@ def test_memory_of_the_trainer_by_hand(small: Path) -> None:
     topology = topology_of(small, "student.dtype=float32", "actors.trainer.micro_batch_tokens=100")
     models = inspect_models(topology)
     size = need(
-        ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cpu"), topology, models
+        ProcessEntry(name="trainer", role="trainer", pool="trainer", device="cpu"), topology, models
     )
     weights_gradients_states = 8 * (4 + 4 + 2 + 2)
     activations = 34 * 100 * 8 * 1 * 4 // 2

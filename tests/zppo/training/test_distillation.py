@@ -54,7 +54,7 @@ from zppo.plan.memory import (
     inspect_models,
     need,
 )
-from zppo.plan.processes import ProcessPlan
+from zppo.plan.processes import ProcessEntry
 from zppo.prompting.tokenization import check_same_vocabulary
 from zppo.training.batch import StalenessError, assemble
 from zppo.training.distillation import Divergence
@@ -514,7 +514,7 @@ def test_memory_counts_the_colocated_teacher_and_its_logits(small: Path) -> None
             method=MethodConfig(name=name),
             actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=100)),
         )
-        plan = ProcessPlan(name="trainer", role="trainer", pool="trainer", device="cuda:0")
+        plan = ProcessEntry(name="trainer", role="trainer", pool="trainer", device="cuda:0")
         return need(plan, topology, inspect_models(topology)).device
 
     weights, activations = 8 * DTYPE_BYTES["bfloat16"], 34 * 100 * 8 * DTYPE_BYTES["bfloat16"] // 2
@@ -532,7 +532,7 @@ def test_memory_counts_the_passes_of_a_teacher_that_scores(small: Path) -> None:
             teacher=TeacherConfig(model="teacher", scoring=scoring),  # type: ignore[arg-type]
             method=MethodConfig(name=name),
         )
-        plan = ProcessPlan(
+        plan = ProcessEntry(
             name="teacher-0",
             role="teacher",
             pool="teacher",
