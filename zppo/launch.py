@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     does not return."""
     try:
         arguments = _parser().parse_args(argv)
+        if arguments.offline and not arguments.dry_run:
+            raise UserError("--offline: expected --dry-run with it; a run asks its teacher")
         if arguments.resume is not None:
             return _resume(arguments)
         return _launch(arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zppo_actors.supervisor.vitals import MOVED_BYTES, Vitals, usage
+from zppo_actors.supervisor.vitals import MOVED_BYTES, Vitals, children_by_parent, usage
 
 BUSY = "while True: pass"
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
@@ -26,14 +26,14 @@ def busy(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def used_more(pid: int, before: tuple[float, int], seconds: float) -> bool:
-    return usage(pid)[0] - before[0] >= seconds
+    return usage(pid, children_by_parent())[0] - before[0] >= seconds
 
 
 @pytest.mark.slow
 def test_a_busy_process_moves_and_a_stopped_one_is_still(busy: subprocess.Popen[bytes]) -> None:
     vitals = Vitals()
     vitals.sample([busy.pid], 0.0)
-    before = usage(busy.pid)
+    before = usage(busy.pid, children_by_parent())
     while not used_more(busy.pid, before, 0.2):
         pass
     vitals.sample([busy.pid], 10.0)
@@ -49,9 +49,9 @@ def test_a_busy_process_moves_and_a_stopped_one_is_still(busy: subprocess.Popen[
 def test_reading_counts_as_much_as_computing(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(2 * MOVED_BYTES))
-    before = usage(os.getpid())
+    before = usage(os.getpid(), children_by_parent())
     file.read_bytes()
-    assert usage(os.getpid())[1] - before[1] >= 2 * MOVED_BYTES
+    assert usage(os.getpid(), children_by_parent())[1] - before[1] >= 2 * MOVED_BYTES
 
 
 def test_a_process_that_is_gone_is_still() -> None:
@@ -61,4 +61,4 @@ def test_a_process_that_is_gone_is_still() -> None:
     vitals.sample([process.pid], 1.0)
     vitals.sample([process.pid], 5.0)
     assert vitals.still_for(process.pid, 5.0) == 4.0
-    assert usage(process.pid) == (0.0, 0)
+    assert usage(process.pid, children_by_parent()) == (0.0, 0)

@@ -11,6 +11,7 @@ Shape legend: L positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from zppo.errors import UserError, first_line
 from zppo.plan.architecture import context_of, window_of
 from zppo.training import attention
 from zppo.training.layout import PAD_ID, PROMPT, SHARED_WIDTH, attention_mask
+
+log = logging.getLogger("zppo.trainer")
 
 LARGEST_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Log-probs of a likely token that differ by less are taken for equal but for rounding: in float32
@@ -44,7 +47,7 @@ def refusals(model: Any, where: str) -> Iterator[None]:
     """Turn what an architecture raises on the probes into one sentence that names `where`."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except FAULTS as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -67,8 +70,15 @@ def hold_to_eager(model: Any, where: str) -> None:
     expected = _alone(model)
     for implementation in dict.fromkeys((own, EAGER)):
         model.set_attn_implementation(implementation)
-        if (difference := _in_a_batch(model, expected)) < limit:
+        difference = _in_a_batch(model, expected)
+        if difference < limit:
             return
+        log.warning(
+            "%s: the attention %r differs by %.3f from the authors' own; trying the next",
+            where,
+            implementation,
+            difference,
+        )
     raise UserError(
         f"{_cannot(model, where)}: the log-prob of a token differs by {difference:.3f} between a "
         f"sequence alone and the same sequence in a batch (less than {limit:g} is rounding)"

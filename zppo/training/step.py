@@ -1,8 +1,9 @@
 """One training step, in the order of Algorithm 1, step 6.
 
-Invariants: each rollout token is used in exactly one update. An update whose loss or gradient norm
-is not finite is skipped whole: neither weights nor optimizer state see it. Given weights, optimizer
-state, seed and window, the step is a pure function; it draws nothing from global generators.
+Invariants: each rollout token is used in exactly one update, or in none if it is masked. An update
+whose loss or gradient norm is not finite is skipped whole: neither weights nor optimizer state see
+it. Given weights, optimizer state, seed and window, the step is a pure function; it draws nothing
+from global generators.
 """
 
 from __future__ import annotations

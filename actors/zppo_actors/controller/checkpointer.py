@@ -12,6 +12,8 @@ of it is removed, the problem is kept for the controller to say, and the next on
 
 from __future__ import annotations
 
+import logging
+
 from zppo.records import checkpoint
 from zppo.records.binding import MadeWith
 from zppo.scheduling.scheduler import RunFailure, SchedulerState
@@ -19,6 +21,8 @@ from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.recorder import Recorder
 from zppo_actors.process import ActorContext
 from zppo_protocol import codec
+
+log = logging.getLogger("zppo.controller")
 
 
 class Checkpointer:
@@ -79,5 +83,8 @@ class Checkpointer:
             checkpoint.discard(self._run_dir, step)
             self._note(step, str(error))
             return
-        checkpoint.prune(self._run_dir, self._keep, newest=step)
         self.saved, self.failures = step, 0
+        try:
+            checkpoint.prune(self._run_dir, self._keep, newest=step)
+        except OSError as error:  # the new one is whole; the next prune finds what is left
+            log.warning("an older checkpoint cannot be removed: %s", error)

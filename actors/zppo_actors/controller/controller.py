@@ -15,8 +15,6 @@ from __future__ import annotations
 import logging
 import time
 
-from msgspec import structs
-
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo.plan.processes import cores, processes
 from zppo.records import run_directory
@@ -30,7 +28,7 @@ from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
-from zppo_actors.controller.recorder import Recorder
+from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, file_trouble
 from zppo_actors.controller.restore import bound_to, load_scheduler
 from zppo_actors.controller.speech import SPEAKS, answer_of
 from zppo_actors.controller.status import StepClock, build_status
@@ -49,6 +47,7 @@ REFUSED_ANSWERS = 3
 SAVE_AGAIN_SECONDS = 10.0
 LAST_TRIES = 6
 """Tries to write the last checkpoint of a run before it ends without one."""
+CONTROLLER = "controller"
 
 log = logging.getLogger("zppo.controller")
 
@@ -84,7 +83,7 @@ class Controller:
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
-        self._save_again, self._failures_said = 0.0, 0
+        self._save_again, self._failures_said, self._last_tries = 0.0, 0, 0
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
@@ -101,10 +100,8 @@ class Controller:
                 self._act(time.monotonic())
         except RunFailure as failure:
             self.verdict = messages.RunEnded(verdict=str(failure), exit_code=EXIT_FAILED)
-        except OSError as error:
-            self.verdict = messages.RunEnded(
-                verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED
-            )
+        except FILE_ERRORS as error:
+            self.verdict = file_trouble(error)
         return self._leave(self.verdict)
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -207,11 +204,11 @@ class Controller:
             self._last_progress = now  # the supervisor ends this attempt
 
     def _is_loading(self, name: str) -> bool:
-        """Whether an actor may be silent and work all the same: it has not greeted yet, or it is
-        the trainer, which reads the student before and writes checkpoints after."""
+        """Whether a process may be silent and work all the same: an actor that has not greeted yet,
+        or the trainer, which reads the student before and writes checkpoints after."""
         if name == TRAINER:
             return self.board.latest is None or self.checkpointer.waiting_for is not None
-        return name not in self.peers
+        return name != CONTROLLER and name not in self.peers
 
     def _moving(self, names: list[str], now: float) -> bool:
         self._moved.update(dict.fromkeys(names, now))
@@ -235,10 +232,8 @@ class Controller:
         if not stopped and not self.scheduler.finished:
             return
         if self.checkpointer.saved < self.scheduler.trained:
-            if self.checkpointer.failures >= LAST_TRIES:
-                raise RunFailure(self.checkpointer.problem)
             if now >= self._save_again:
-                self._save()
+                self._try_last_save()
             return
         steps = f"{self.scheduler.trained} of {self.scheduler.total_steps} steps"
         if stopped:
@@ -250,6 +245,13 @@ class Controller:
             self.verdict = messages.RunEnded(
                 verdict=f"finished: {steps}{self.advisor.remark}", exit_code=0
             )
+
+    def _try_last_save(self) -> None:
+        """The run ends here, so there is no later checkpoint to wait for."""
+        if self._last_tries >= LAST_TRIES:
+            raise RunFailure(self.checkpointer.problem)
+        self._last_tries += 1
+        self._save()
 
     def _stop(self, reason: str, exit_code: int) -> None:
         """Begin nothing new; the run ends once its last step is saved. The first reason stays."""
@@ -270,12 +272,13 @@ class Controller:
         try:
             # A disk that is full only now makes a failure of what had looked finished.
             self.background.close()
-        except OSError as error:
-            verdict = structs.replace(
-                verdict, verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED
-            )
+        except FILE_ERRORS as error:
+            verdict = file_trouble(error)
         self.router.send(SUPERVISOR, self._status())
-        self.recorder.close(verdict.verdict)
+        try:
+            self.recorder.close(verdict.verdict)
+        except FILE_ERRORS as error:  # the last word must go out all the same
+            verdict = file_trouble(error)
         for peer in self.peers.actors():
             self.router.send(peer.name, messages.Shutdown(reason=verdict.verdict))
         self.router.send(SUPERVISOR, verdict)
@@ -363,7 +366,7 @@ class Controller:
         if name in self.peers:
             # Its earlier incarnation ended without a word; what it held goes to others now.
             self._lost(name)
-        self.peers.add(name, hello)
+        self.peers.add(name, hello, time.monotonic())
         self._send(
             name,
             messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds),
@@ -446,7 +449,8 @@ class Controller:
         if last or done % self.context.topology.checkpoints.every == 0:
             self._save()
         reason = self.advisor.step(line, last=last)
-        if reason is not None:
+        # After the last step there is nothing left to stop; the verdict says what was found.
+        if reason is not None and not last:
             self._stop(reason, EXIT_FAILED)
 
     # ---- peers -----------------------------------------------------------------------------------

@@ -71,10 +71,14 @@ class Peers:
             return f"incarnation {hello.incarnation} came after incarnation {self._newest[name]}"
         return None
 
-    def add(self, name: str, hello: Hello) -> None:
+    def add(self, name: str, hello: Hello, now: float) -> None:
         self._newest[name] = hello.incarnation
         self._peers[name] = Peer(
-            name=name, role=hello.role, incarnation=hello.incarnation, capacity=hello.capacity
+            name=name,
+            role=hello.role,
+            incarnation=hello.incarnation,
+            capacity=hello.capacity,
+            heard=now,
         )
 
     def forget(self, name: str) -> Peer | None:

@@ -8,6 +8,7 @@ live view.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections import Counter, defaultdict, deque
 
@@ -15,6 +16,7 @@ from zppo.algorithm.composition import trained_members
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import PLAIN, Window
+from zppo.errors import EXIT_FAILED
 from zppo.records.flops import token_counts
 from zppo.records.metrics import (
     LASTING_FATES,
@@ -34,11 +36,20 @@ from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.journal import Journal, TrainedRow
 from zppo_actors.controller.sinks import MetricSinks
 from zppo_actors.process import ActorContext
-from zppo_protocol.messages import StepTrained
+from zppo_protocol.messages import RunEnded, StepTrained
 
 SHOWN_EVENTS = 20
 
 log = logging.getLogger("zppo.controller")
+
+
+FILE_ERRORS = (OSError, sqlite3.Error)
+"""What a full disk makes of the records."""
+
+
+def file_trouble(error: Exception) -> RunEnded:
+    """The end of a run whose records cannot be written."""
+    return RunEnded(verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED)
 
 
 class Recorder:

@@ -55,36 +55,42 @@ def load_scheduler(
 
 def bounds_of(topology: Topology, models: Models) -> dict[str, Bounds]:
     """The bounds of every pool of engines, from the facts of the models that they read."""
+    # A teacher's padded vocabulary may be larger than the student's. That is no fault of its
+    # engine: the trainer leaves out what the student cannot read, and counts it.
     method, student = get_method(topology.method.name), served_student(topology)
-    found = {student.pool: _bounds(student, models, [], trained=True)}
-    # A padded vocabulary may be larger than the student's embedding, which reads these ids.
-    also = [models.student.vocabulary] if method.needs_same_vocabulary else []
+    found = {student.pool: _bounds(student, models, trained=True)}
     for one in teachers(topology):
-        found[one.pool] = _bounds(one, models, also, trained=method.teacher_tokens)
+        found[one.pool] = _bounds(one, models, trained=method.teacher_tokens)
     return found
 
 
-def _bounds(one: ServedModel, models: Models, also: list[int], *, trained: bool) -> Bounds:
+def _bounds(one: ServedModel, models: Models, *, trained: bool) -> Bounds:
     """Of one pool; an engine without a model folder has a context of its own, if any."""
     facts = models.by_pool.get(one.pool)
-    sizes = [*also, *([facts.vocabulary] if facts is not None else [])]
     reads = facts is not None and one.actor.engine not in WITHOUT_FOLDER
     return Bounds(
-        vocabulary=min(sizes, default=None),
+        vocabulary=facts.vocabulary if facts is not None else None,
         context=facts.context if facts is not None and reads else None,
         trained=trained,
     )
 
 
 def bound_to(context: ActorContext, corpus: str) -> MadeWith:
-    """What this attempt makes its checkpoints with. Raises UserError if the models are not those of
-    the checkpoint it goes on from."""
+    """What this attempt makes its checkpoints with. Raises UserError if the models, the questions
+    or the settings that may not change are not those of the checkpoint it goes on from."""
     now = binding.made_with(context.topology, corpus)
     if context.start_version > 0:
         folder = checkpoint.final_folder(context.run_dir, context.start_version)
         made = checkpoint.read_made_with(folder)
         if made is not None:
             binding.check_folders(made, context.topology, now, context.start_version)
+            found = binding.first_difference(made.settings, now.settings)
+            if found is not None:
+                raise UserError(
+                    f"run.json: {found.setting} is {found.after!r} and was {found.before!r} when "
+                    f"the checkpoint of step {context.start_version} was written; put it back, "
+                    f"because {found.reason}"
+                )
     return now
 
 

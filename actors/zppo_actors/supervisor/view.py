@@ -97,7 +97,7 @@ class LiveView:
             return
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # whatever a terminal cannot show is not worth a run
             self._lost = True
             log.warning("the terminal is lost (%s); the run goes on without its view", error)
             let_go_of_terminal()

@@ -7,7 +7,8 @@ stopped; what they use tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import psutil
 
@@ -28,8 +29,9 @@ class Vitals:
         known = list(pids)
         self._used = {pid: used for pid, used in self._used.items() if pid in known}
         self._moved = {pid: self._moved.get(pid, now) for pid in known}
+        children = children_by_parent()
         for pid in known:
-            used = usage(pid)
+            used = usage(pid, children)
             before = self._used.setdefault(pid, used)
             if used[0] - before[0] >= PROCESSOR_SECONDS or used[1] - before[1] >= MOVED_BYTES:
                 self._used[pid], self._moved[pid] = used, now
@@ -41,19 +43,29 @@ class Vitals:
         return now - self._moved.get(pid, now)
 
 
-def usage(pid: int) -> tuple[float, int]:
+Children: TypeAlias = Mapping[int, Sequence[int]]
+
+
+def children_by_parent() -> Children:
+    """The process ids of all children of every process of this machine, in one look."""
+    children: dict[int, list[int]] = {}
+    for process in psutil.process_iter(["ppid"]):
+        children.setdefault(process.info["ppid"], []).append(process.pid)
+    return children
+
+
+def usage(pid: int, children: Children) -> tuple[float, int]:
     """(processor seconds, bytes read and written) of a process and all its descendants so far."""
+    seconds, size = _one(pid)
+    for child in children.get(pid, ()):
+        of_child = usage(child, children)
+        seconds, size = seconds + of_child[0], size + of_child[1]
+    return seconds, size
+
+
+def _one(pid: int) -> tuple[float, int]:
     try:
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return 0.0, 0
-    totals = [_one(member) for member in family]
-    return sum(seconds for seconds, _ in totals), sum(size for _, size in totals)
-
-
-def _one(process: psutil.Process) -> tuple[float, int]:
-    try:
         times = process.cpu_times()
         seconds = times.user + times.system
     except psutil.Error:

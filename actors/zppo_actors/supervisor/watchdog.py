@@ -18,7 +18,7 @@ from zppo_protocol.messages import Status
 
 CONTROLLER = "controller"
 LOOK_SECONDS = 2.0
-STOPPING_SECONDS = 30.0
+STOPPING_SECONDS = 120.0
 """A controller that was asked to stop and is as if dead is not waited for any longer than this."""
 
 
@@ -73,6 +73,8 @@ class Watchdog:
             if silent >= self._no_progress_seconds:
                 return f"it said nothing for {self._no_progress_seconds:g} s"
             return ""
+        if child.role != CONTROLLER and self._heard is None:
+            return ""  # nobody can greet a controller that is itself still loading
         starting = (child.name, child.incarnation) not in self._greeted
         if starting and still >= self._start_seconds:
             return f"it neither computed nor read for {self._start_seconds:g} s while it started"

@@ -338,6 +338,17 @@ def test_an_evaluation_of_an_earlier_life_is_kept_and_not_made_again(
     assert after.startswith(lines) and [json.loads(x)["step"] for x in after.splitlines()] == [0, 3]
 
 
+def test_only_those_that_load_may_move_without_a_word(stage: Stage) -> None:
+    """The supervisor looks at every process, the controller's own among them."""
+    controller = stage.controller
+    assert not controller._moving(["controller"], 1.0)
+    assert controller._moving(["controller", "rollout-0"], 2.0)
+    assert controller._moving(["trainer"], 3.0)
+    stage.everybody()
+    stage.turn()
+    assert not controller._moving(["controller", "rollout-0"], 4.0)
+
+
 @pytest.mark.parametrize("on_advice", ["warn", "stop"])
 def test_a_run_that_learns_nothing_does_not_just_finish(
     tmp_path: Path, settings: Topology, on_advice: str

@@ -24,7 +24,7 @@ def test_bounds_are_those_of_the_models_that_are_read() -> None:
         "teacher": Bounds(vocabulary=64, context=32),
     }
     trained = bounds_of(topology(method={"name": "off_distill"}), models)
-    assert trained["teacher"] == Bounds(vocabulary=50, context=32, trained=True)
+    assert trained["teacher"] == Bounds(vocabulary=64, context=32, trained=True)
     served = topology(actors={"teacher": {"engine": "openai"}, "rollout": {"engine": "simulated"}})
     assert bounds_of(served, Models(by_pool={"rollout": FACTS})) == {
         "rollout": Bounds(vocabulary=50, trained=True),
