@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Twenty busy processes beside a test make the start of vLLM take many minutes; that is no fault.
+os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "2400")
 # Read when Triton is first imported (transformers does that): kernels run in its interpreter,
 # without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -27,6 +29,16 @@ hypothesis.settings.register_profile("zppo", deadline=None)
 hypothesis.settings.load_profile("zppo")
 
 LEAVE_SECONDS = 5.0
+
+
+VLLM_SECONDS = 2400.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start vLLM's engine have a limit of their own."""
+    for item in items:
+        if item.get_closest_marker("vllm") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(VLLM_SECONDS))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from zppo.records import checkpoint
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.yaml"
-PATIENCE = 240.0
+PATIENCE = 900.0
 LONG = 50
 """Steps of a run that is still at work when it is interrupted after its first, on any machine."""
 SMALL = {

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-PATIENCE = 360.0
+PATIENCE = 1800.0
 STEPS = 16
 """Many enough that the run is still going on when its engine is killed after the first."""
 
