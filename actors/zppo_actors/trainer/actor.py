@@ -106,7 +106,8 @@ class TrainerActor:
         trainer = build_trainer(
             self.context.topology, time.perf_counter, starting_checkpoint(self.context)
         )
-        try_saving(trainer, self.context.run_dir, self.context.topology.student.model)
+        # In the runtime folder, which goes with the attempt whatever becomes of this process.
+        try_saving(trainer, self.context.runtime, self.context.topology.student.model)
         trainer.tick = self._tick
         return trainer
 
