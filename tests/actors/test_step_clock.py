@@ -23,6 +23,7 @@ def peers() -> Peers:
                 pid=1,
                 capacity=4,
             ),
+            now=0.0,
         )
     return known
 
