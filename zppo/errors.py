@@ -1,10 +1,12 @@
-"""What every command shares: the one exception a user may see, the exit codes, and the parser of
-the command line."""
+"""What every command shares: the one exception a user may see, the exit codes, the parser of the
+command line, and the handing over to the process that does the work."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -43,3 +45,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def become_actor(role: str, *arguments: str) -> NoReturn:
+    """Replace this process by `python -m zppo_actors ROLE …`: same process id, same terminal. `-P`
+    keeps the current folder off the import path."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-P", "-m", "zppo_actors", role, *arguments]
+    os.execv(sys.executable, command)

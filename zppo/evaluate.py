@@ -9,7 +9,6 @@ options say otherwise.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from zppo.config.topology import (
     is_procedural,
 )
 from zppo.data.corpus import Corpus, load_questions
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
 from zppo.evaluation.order import (
     DTYPES,
     PAPER_SAMPLING,
@@ -64,17 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def become_evaluator(order: EvaluationOrder) -> NoReturn:
     """Replace this process by the one that evaluates."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "zppo_actors",
-        "evaluate",
-        msgspec.json.encode(order).decode(),
-    ]
-    os.execv(sys.executable, command)
+    become_actor("evaluate", msgspec.json.encode(order).decode())
 
 
 def read_order(arguments: argparse.Namespace) -> EvaluationOrder:

@@ -9,7 +9,6 @@ completion was graded as it is, 1 some were not, 2 a user error.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from zppo.config.options import pair, positive, seconds
 from zppo.config.topology import DataConfig, is_procedural
 from zppo.data.audit import AuditOrder
 from zppo.data.corpus import load_questions
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,17 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def become_auditor(order: AuditOrder) -> NoReturn:
     """Replace this process by the one that grades."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "zppo_actors",
-        "audit",
-        msgspec.json.encode(order).decode(),
-    ]
-    os.execv(sys.executable, command)
+    become_actor("audit", msgspec.json.encode(order).decode())
 
 
 def read_order(arguments: argparse.Namespace) -> AuditOrder:

@@ -31,7 +31,7 @@ from zppo.data.corpus import (
     load_questions,
 )
 from zppo.data.question import Question, digest
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
@@ -143,10 +143,7 @@ def _show(plan: Plan, directory: Path, arguments: argparse.Namespace) -> int:
 
 def become_supervisor(directory: Path) -> NoReturn:
     """Replace this process by the supervisor of the run in `directory`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    command = [sys.executable, "-P", "-m", "zppo_actors", "supervisor", "--run", str(directory)]
-    os.execv(sys.executable, command)
+    become_actor("supervisor", "--run", str(directory))
 
 
 # ---- checks --------------------------------------------------------------------------------------

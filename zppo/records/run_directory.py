@@ -191,7 +191,7 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
 
 
 def count_death(path: Path, window: int) -> RunRecord:
-    """The trainer died on a window: count it, over all lives of the run."""
+    """The trainer died on a window: count it, over all attempts of the run."""
     old = read(path)
     deaths = {**old.trainer_deaths, window: old.trainer_deaths.get(window, 0) + 1}
     record = msgspec.structs.replace(old, trainer_deaths=deaths)
@@ -233,7 +233,7 @@ def runtime_base() -> Path:
 
 
 def runtime_folder(run_id: str, base: Path) -> Path:
-    """The runtime folder of one life of a run, `<base>/zppo-<uid>-<run_id>`. Raises UserError if
+    """The runtime folder of one attempt of a run, `<base>/zppo-<uid>-<run_id>`. Raises UserError if
     the path of its socket is too long for the system."""
     folder = base / f"{runtime_prefix()}{run_id}"
     if len(os.fsencode(folder / SOCKET_NAME)) > LONGEST_SOCKET_PATH:
@@ -250,7 +250,7 @@ def runtime_prefix() -> str:
 
 
 def new_run_id() -> str:
-    """The name of one life of a run."""
+    """The name of one attempt of a run."""
     return secrets.token_hex(4)
 
 

@@ -3,7 +3,7 @@
 A finding is an event when it appears or becomes severe, and again when it is gone; in between it
 stands in the live view. A run ends early for two reasons only: a teacher that was silent for
 `run.silent_teacher_windows` windows, or a severe finding where `run.on_advice` is `stop`. Windows
-that an earlier life had opened do not count for the first, or a run whose teacher is back could
+that an earlier attempt had opened do not count for the first, or a run whose teacher is back could
 not go on.
 """
 
@@ -23,7 +23,7 @@ log = logging.getLogger("zppo.controller")
 
 
 class Advisor:
-    """`first_window` is the first window that this life opens."""
+    """`first_window` is the first window that this attempt opens."""
 
     def __init__(self, context: ActorContext, recorder: Recorder, first_window: int) -> None:
         self._run: RunConfig = context.topology.run
