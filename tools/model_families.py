@@ -34,12 +34,12 @@ from tiny_models import CONTEXT, TOKENIZER, VOCABULARY, families, save_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zppo.config.method import MethodConfig
 from zppo.config.served import ServedModel
 from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
     DataConfig,
-    MethodConfig,
     ModelConfig,
     Topology,
     TrainerConfig,

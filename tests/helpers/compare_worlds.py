@@ -10,9 +10,9 @@ from pathlib import Path
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.steps import Fate
 from zppo.comparison.record import Pair, Record, neutral, of_pair, run_folder, write_record
+from zppo.config.method import MethodConfig
 from zppo.config.topology import (
     DataConfig,
-    MethodConfig,
     ModelConfig,
     RunConfig,
     SchedulerConfig,

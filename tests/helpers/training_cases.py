@@ -23,7 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from zppo.config.topology import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.config.method import MethodConfig
+from zppo.config.topology import DataConfig, ModelConfig, OptimizerConfig, Topology
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer

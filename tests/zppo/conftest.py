@@ -20,9 +20,9 @@ from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.steps import Recipe, refresh_buffer
 from zppo.algorithm.window import Candidate, Group, Reformulation, Visit, Window
+from zppo.config.method import MethodConfig
 from zppo.config.topology import (
     DataConfig,
-    MethodConfig,
     ModelConfig,
     RunConfig,
     SchedulerConfig,

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, field
 
+from zppo.config.base import (
+    Config,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Share,
+)
+from zppo.config.method import MethodConfig
 from zppo_protocol.values import NewTokens, Sampling, TemplateValue
-
-Positive: TypeAlias = Annotated[int, Meta(ge=1)]
-NonNegative: TypeAlias = Annotated[int, Meta(ge=0)]
-Share: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
-PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
-NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
-
 
 TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
 """Engines with rules of their own in the plan: a server behind an API, and vLLM."""
@@ -33,10 +35,6 @@ def is_procedural(source: str) -> bool:
     """Whether `source` is no path but the specification of a procedural source."""
     prefix, colon, _ = source.partition(":")
     return bool(colon) and prefix in PROCEDURAL
-
-
-class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections."""
 
 
 class ResponseSampling(Sampling, frozen=True, kw_only=True):
@@ -81,56 +79,6 @@ class RunConfig(Config, frozen=True, kw_only=True):
     """a teacher that failed all tasks of so many windows in a row ends the run; 0: never"""
 
 
-class MethodConfig(Config, frozen=True, kw_only=True):
-    """Which method, and the recipe all methods share (paper §3, Table 8, Fig. 6)."""
-
-    name: str = "zppo"
-    """zppo, grpo, grpo_replay, grpo_both, grpo_replay_bcq, grpo_replay_ncq,
-    grpo_replay_teacher_response, hint, prefix, off_distill, off_distill_replay, on_distill or
-    on_distill_replay"""
-    group_size: Positive = 8
-    """G_S, the student's responses to each prompt"""
-    teacher_group_size: Positive = 4
-    """G_T, the teacher's responses to each hard question"""
-    hard_threshold: Share = 0.5
-    """τ: a question is hard if the mean reward of its plain responses is below"""
-    updates_per_step: Positive = 4
-    """I, gradient updates per step, each on an equal share of the groups"""
-    advantage: Literal["norm_without_zero", "norm_with_zero", "center_only", "grpo"] = (
-        "norm_without_zero"
-    )
-    """norm_without_zero (Eqs. 2-3), norm_with_zero, center_only, or grpo (Eq. 1)"""
-    advantage_scope: Literal["minibatch", "step"] = "minibatch"
-    """what the advantage is normalised over: minibatch or step"""
-    clip_low: Share = 0.20
-    """ε_low: the probability ratio is clipped at 1 - ε_low"""
-    clip_high: NonNegativeFloat = 0.28
-    """ε_high: the probability ratio is clipped at 1 + ε_high"""
-    dual_clip: Annotated[float, Meta(gt=1.0)] | None = 10.0
-    """bound of the ratio for negative advantages, at least 1 + clip_high; null: none"""
-    loss_normalisation: Literal["token", "sequence"] = "token"
-    """token: mean over all tokens; sequence: mean over responses of their means"""
-    ratio: Literal["proximal", "behaviour"] = "proximal"
-    """proximal: against the policy at the start of the step; behaviour: against the sampling
-    policy"""
-    prefix_share: Share = 0.4
-    """α of the method prefix: share of a correct teacher response that the student goes on from"""
-    jsd_beta: Share = 0.5
-    """distillation: 0 is the forward KL, 1 the reverse KL, between them Jensen-Shannon"""
-    teacher_order: Literal["cascade", "pool"] = "cascade"
-    """ours, with more_teachers: cascade (the next one where the last failed) or pool (any one)"""
-    truncated: Literal["count", "zero", "mask"] = "count"
-    """student responses that were cut off: count (as graded), zero (reward 0) or mask (no loss)"""
-    dynamic_sampling: bool = False
-    """ours: leave out questions whose groups, reformulated too, are all right or all wrong"""
-    merge_candidates: bool = False
-    """ours: NCQ shows near-duplicate wrong responses once, with their count"""
-    correction: Literal["none", "truncate", "mask"] = "truncate"
-    """weight proximal/behaviour of each token: none, truncate or mask"""
-    correction_cap: PositiveFloat = 2.0
-    """largest weight of a token in that correction"""
-
-
 class DataConfig(Config, frozen=True, kw_only=True):
     """Sources of questions (docs/data.md) and the limits on them. `fields` maps our names to column
     names."""
@@ -140,7 +88,7 @@ class DataConfig(Config, frozen=True, kw_only=True):
     (docs/data.md)"""
     heldout: str | None = None
     """questions for evaluation, from any such source; none of them may be in data.train"""
-    fields: dict[Literal["id", "question", "answer", "images"], str] = {}
+    fields: dict[Literal["id", "question", "answer", "images"], str] = field(default_factory=dict)
     """other column names, e.g. {question: problem, answer: solution}"""
     grader: str = "math"
     """how responses are scored: math, exact, choice, or judge (the teacher compares answers)"""
@@ -167,7 +115,7 @@ class ModelConfig(Config, frozen=True, kw_only=True):
     """bfloat16 or float32, for sampling and training; float16 for teachers only"""
     sampling: ResponseSampling = ResponseSampling()
     """how it answers questions"""
-    chat_template_kwargs: dict[str, TemplateValue] = {}
+    chat_template_kwargs: dict[str, TemplateValue] = field(default_factory=dict)
     """variables for the model's chat template, e.g. {enable_thinking: false}"""
 
 
@@ -236,7 +184,7 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     engine: str = "transformers"
     """transformers, vllm (docs/vllm.md), openai (teachers: a server, docs/openai.md), or simulated
     (scripted answers)"""
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the engine, e.g. {max_sequences: 64, max_length: 4096}; {base_url:
     'http://127.0.0.1:8000/v1'} for openai"""
     devices: list[str] = field(default_factory=lambda: ["cpu"])
@@ -337,7 +285,7 @@ class Topology(Config, frozen=True, kw_only=True):
     """The model that is trained: a folder as written by save_pretrained or `hf download`"""
     teacher: TeacherConfig | None = None
     """The frozen teacher; leave the section out for methods that have no work for it"""
-    more_teachers: list[MoreTeacher] = []
+    more_teachers: list[MoreTeacher] = field(default_factory=list)
     """ours: more that draw responses, each {model, dtype, sampling, actor: {engine, …}}"""
     run: RunConfig = field(default_factory=RunConfig)
     """The run as a whole"""

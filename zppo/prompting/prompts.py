@@ -26,7 +26,8 @@ from jinja2 import (
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import structs
 
-from zppo.config.topology import DataConfig, MethodConfig
+from zppo.config.method import MethodConfig
+from zppo.config.topology import DataConfig
 from zppo.data.question import Question
 from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zppo.config.topology import MethodConfig
+from zppo.config.method import MethodConfig
 from zppo.errors import UserError
 from zppo_kernels import PolicyLossSettings
 from zppo_protocol.values import Sampling

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zppo.config.topology import MethodConfig
+from zppo.config.method import MethodConfig
 from zppo.training import metrics
 from zppo.training.batch import Rollouts
 from zppo.training.layout import MicroBatch

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.methods.base import Loss
-from zppo.config.topology import MethodConfig, Topology
+from zppo.config.method import MethodConfig
+from zppo.config.topology import Topology
 from zppo.training.batch import Reach, Rollouts
 from zppo.training.layout import MicroBatch, micro_batches
 from zppo.training.loss_settings import loss_settings

@@ -20,10 +20,10 @@ import torch
 from msgspec import structs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from zppo.config.method import MethodConfig
 from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
-    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     TeacherConfig,

@@ -9,15 +9,9 @@ import pytest
 from engine_helpers import make_model, make_tokenizer
 from served import student_of
 
+from zppo.config.method import MethodConfig
 from zppo.config.served import served_models, served_student
-from zppo.config.topology import (
-    ActorConfig,
-    ActorsConfig,
-    DataConfig,
-    MethodConfig,
-    ModelConfig,
-    Topology,
-)
+from zppo.config.topology import ActorConfig, ActorsConfig, DataConfig, ModelConfig, Topology
 from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.plan.processes import asked_teachers

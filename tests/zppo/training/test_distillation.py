@@ -34,12 +34,12 @@ from training_cases import (
 )
 from transformers import AutoTokenizer
 
+from zppo.config.method import MethodConfig
 from zppo.config.served import teachers
 from zppo.config.topology import (
     DTYPE_BYTES,
     ActorsConfig,
     DataConfig,
-    MethodConfig,
     ModelConfig,
     TeacherConfig,
     Topology,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zppo.config.topology import MethodConfig
+from zppo.config.method import MethodConfig
 from zppo.errors import UserError
 from zppo.training.loss_settings import loss_settings, old_log_probs
 from zppo_kernels import PolicyLossSettings

@@ -35,7 +35,8 @@ from training_cases import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zppo.config.topology import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.config.method import MethodConfig
+from zppo.config.topology import DataConfig, ModelConfig, OptimizerConfig, Topology
 from zppo.errors import UserError
 from zppo.records import checkpoint
 from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches

@@ -33,14 +33,8 @@ from engine_helpers import (
 )
 from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
 
-from zppo.config.topology import (
-    ActorConfig,
-    ActorsConfig,
-    DataConfig,
-    MethodConfig,
-    ModelConfig,
-    Topology,
-)
+from zppo.config.method import MethodConfig
+from zppo.config.topology import ActorConfig, ActorsConfig, DataConfig, ModelConfig, Topology
 from zppo.errors import UserError
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError

@@ -1,0 +1,17 @@
+"""What every section of the topology is made of: a strict Struct, and numbers with bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from msgspec import Meta, Struct
+
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+NonNegative: TypeAlias = Annotated[int, Meta(ge=0)]
+Share: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
+PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
+NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections."""
