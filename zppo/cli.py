@@ -16,6 +16,7 @@ USAGE = """\
 usage: zppo COMMAND …
 
   zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml)
+  zppo data DATA                   what a source of questions holds, and what a model would see of it
   zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
@@ -76,6 +77,7 @@ def _help(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
+    "data": _door("zppo.data_command"),
     "launch": _door("zppo.launch"),
     "evaluate": _door("zppo.evaluate"),
     "compare": _door("zppo.compare"),

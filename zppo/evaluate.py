@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from zppo.config.options import pair, positive, seconds
+from zppo.config.options import data_settings, pair, positive, seconds
 from zppo.config.served import ServedModel
 from zppo.config.topology import (
     JUDGE,
@@ -41,7 +41,7 @@ from zppo.evaluation.order import (
     served_folder,
 )
 from zppo.plan.engines.openai import read_openai_arguments
-from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_system_prompt
+from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_own_system, check_system_prompt
 from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import load_tokenizer
@@ -196,12 +196,7 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
         "system_prompt": arguments.system_prompt or data.system_prompt,
         "heldout": None,
     }
-    try:
-        return msgspec.convert({**msgspec.to_builtins(data), **given}, DataConfig)
-    except msgspec.ValidationError as error:
-        raise UserError(
-            f"--field: {error}; expected id, question, answer or images = COLUMN"
-        ) from None
+    return data_settings({**msgspec.to_builtins(data), **given})
 
 
 def _absolute(path: str | None) -> str | None:
@@ -230,9 +225,11 @@ def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
             "because the engine "
             f"{order.served.actor.engine!r} cannot show them to the model"
         )
-    if order.data.system_prompt and order.served.actor.engine in LENGTH_ARGUMENTS:
+    told = order.data.system_prompt or any(question.has_system for question in chosen)
+    if told and order.served.actor.engine in LENGTH_ARGUMENTS:
         tokenizer = load_tokenizer(order.served.model.model, order.served.model_path)
         check_system_prompt(tokenizer, order.data.system_prompt, order.served)
+        check_own_system(tokenizer, order.data.train, chosen, order.served)
     if order.judge is None and any(question.grader == JUDGE for question in chosen):
         raise UserError(
             "--grader is 'judge'; expected a judge as well: --judge FOLDER or --judge-server URL"

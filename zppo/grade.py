@@ -16,8 +16,8 @@ from typing import NoReturn
 
 import msgspec
 
-from zppo.config.options import pair, positive, seconds
-from zppo.config.topology import DataConfig, is_procedural
+from zppo.config.options import data_settings, pair, positive, seconds
+from zppo.config.topology import is_procedural
 from zppo.data.audit import AuditOrder
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
@@ -53,14 +53,8 @@ def read_order(arguments: argparse.Namespace) -> AuditOrder:
         "grader": arguments.grader or "math",
         "max_bad_rows": arguments.max_bad_rows,
     }
-    try:
-        data = msgspec.convert(given, DataConfig)
-    except msgspec.ValidationError as error:
-        raise UserError(
-            f"--field: {error}; expected id, question, answer or images = COLUMN"
-        ) from None
     return AuditOrder(
-        data=data,
+        data=data_settings(given),
         limit=arguments.limit,
         seed=arguments.seed,
         grader_seconds=arguments.grader_seconds,

@@ -28,10 +28,12 @@ from zppo.data.corpus import (
     bad_rows_text,
     gold_notes,
     held_out_overlap,
+    layout_notes,
     load_questions,
 )
 from zppo.data.question import Question, digest
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.plan.extensions import changed
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
@@ -39,6 +41,7 @@ from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
 from zppo.plan.prompt_checks import (
     Reader,
+    check_own_system,
     check_room,
     check_system_prompt,
     check_teachers,
@@ -119,9 +122,14 @@ def _resume(arguments: argparse.Namespace) -> int:
     _check_corpus(topology.data.train, now.corpus, recorded)
     if made is not None:
         binding.check_folders(made, topology, now, found.step)
+    worth = changed(
+        topology,
+        made.extensions if made is not None else record.extensions,
+        f"the checkpoint of step {found.step} was written",
+    )
     _check_steps(topology, checked.plan.windows.steps, directory, found.step)
     journal = ledger.find_problem(directory, found.step)
-    worth = [ledger.begins_anew(directory, journal, found.step)] if journal is not None else []
+    worth += [ledger.begins_anew(directory, journal, found.step)] if journal is not None else []
     for warning in [*found.warnings, *worth]:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
@@ -154,6 +162,7 @@ def check(topology: Topology) -> Checked:
     checked = _check(topology, run_folder(topology))
     notes = [
         *checked.plan.notes,
+        *layout_notes("data.train", checked.corpus),
         *gold_notes("data.train", checked.corpus.questions),
         *_check_prompts(topology, checked),
     ]
@@ -220,6 +229,7 @@ def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
         ("data.train", checked.corpus.questions),
         ("data.heldout", checked.heldout),
     ):
+        check_own_system(tokenizer, where, questions, student.served)
         lengths = _prompt_lengths(questions, checked.prompts, student, tokenizer)
         longer = [
             (question, length)

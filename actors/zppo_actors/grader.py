@@ -15,9 +15,11 @@ from collections import Counter, deque
 
 from msgspec import Struct
 
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER
 from zppo.errors import UserError
 from zppo.grading import quick_grade
 from zppo_actors.grading.handle import GradeWorker, with_answer, worker_command
+from zppo_actors.grading.own import OwnOrder
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
@@ -40,7 +42,9 @@ BUSY_WAIT = 0.05
 def main(context: ActorContext) -> int:
     """Grade until told to leave; returns the exit code."""
     topology = context.topology
-    command = worker_command(topology.data.train, topology.data.heldout)
+    entries = topology.data.reward
+    own = OwnOrder(entries=entries, identities=context.extensions) if entries else None
+    command = worker_command(topology.data.train, topology.data.heldout, rewards=own)
     worker = GradeWorker(topology.actors.grader.timeout_seconds, command)
     dealer = Dealer(context.address, context.actor, context.limits)
     try:
@@ -87,6 +91,7 @@ class GraderActor:
         stats = {
             "graded_total": float(self._counts["graded"]),
             "timeouts_total": float(self._counts["timed out"]),
+            "failed_total": float(self._counts["failed"]),
             "waiting": float(len(self._in_hand)),
         }
         tasks = [one.task.task_id for one in self._in_hand]
@@ -107,18 +112,23 @@ class GraderActor:
         if self._worker.ready and self._in_hand:
             self._begin(self._in_hand[0])
         elif not self._worker.ready:
-            grade = self._worker.poll(BUSY_WAIT)
-            if grade is not None:
-                self._record(self._in_hand[0], grade)
+            grades = self._worker.poll(BUSY_WAIT)
+            if grades is not None:
+                self._record(self._in_hand[0], grades)
         if self._worker.ready and not self._open:
             self._open = True
             self._dealer.send(Credits(count=CAPACITY))
 
     def _begin(self, current: _TaskInHand) -> None:
-        """Grade the next response of the task, or hand it to the worker."""
+        """Grade the next response of the task, or hand it to the worker; all of them to one with a
+        reward of whole groups."""
         task, index = current.task, len(current.grades)
         if index == len(task.responses):
             self._answer(GradeResult(task_id=task.task_id, grades=current.grades))
+            return
+        if task.grader in (REWARD, REWARD_AND_TEACHER):
+            chosen = task.responses if self._worker.whole_groups else task.responses[index:][:1]
+            self._worker.submit(chosen, task.gold, task.grader, task.question, task.row)
             return
         response = task.responses[index]
         try:
@@ -131,14 +141,16 @@ class GraderActor:
             )
             return
         if grade is None:
-            self._worker.submit(response, task.gold, task.grader)
+            self._worker.submit([response], task.gold, task.grader)
         else:
-            self._record(current, grade)
+            self._record(current, [grade])
 
-    def _record(self, current: _TaskInHand, grade: Grade) -> None:
-        current.grades.append(with_answer(grade, current.task.responses[len(current.grades)]))
-        self._counts["graded"] += 1
-        self._counts["timed out"] += grade.note == TIMED_OUT
+    def _record(self, current: _TaskInHand, grades: list[Grade]) -> None:
+        for grade in grades:
+            current.grades.append(with_answer(grade, current.task.responses[len(current.grades)]))
+            self._counts["graded"] += 1
+            self._counts["timed out"] += grade.note == TIMED_OUT
+            self._counts["failed"] += grade.failed
         if len(current.grades) == len(current.task.responses):
             self._answer(GradeResult(task_id=current.task.task_id, grades=current.grades))
 

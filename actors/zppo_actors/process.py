@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -57,6 +57,8 @@ class ActorContext:
     topology: Topology
     run_id: str
     start_version: int
+    extensions: dict[str, str] = field(default_factory=dict)
+    """What identified the user's own code when the run began, by its name in the topology."""
 
     @property
     def address(self) -> str:
@@ -161,6 +163,7 @@ def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
         topology=record.topology,
         run_id=record.run_id,
         start_version=record.start_step,
+        extensions=record.extensions,
     )
     # Imported late: a grader should not wait for, or pay the memory of, what only a trainer needs.
     module = importlib.import_module(ROLES[arguments.role])

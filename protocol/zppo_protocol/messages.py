@@ -248,13 +248,16 @@ class ScoreTask(Message, frozen=True):
         check_responses(self.prompt_ids, self.token_ids, self.offsets)
 
 
-class GradeTask(Message, frozen=True):
-    """Score responses against `gold`. `grader` names a rule of `zppo.grading`. Costs one credit."""
+class GradeTask(Message, frozen=True, omit_defaults=True):
+    """Score responses against `gold`. `grader` names a rule of `zppo.grading`. Costs one credit.
+    `question` and `row`, all columns as JSON, are there for rewards that read them."""
 
     task_id: Name
     gold: Text
     responses: list[Text]
     grader: Name
+    question: Text = ""
+    row: Text = ""
 
 
 class TrainWindow(Message, frozen=True):

@@ -89,7 +89,8 @@ class TokenScores(Value, frozen=True):
 
 class TrainGroup(Value, frozen=True):
     """One group as the trainer needs it; `rewards` is [N] float32. `scores` [T, K] are those of a
-    remote teacher."""
+    remote teacher. `reward_parts` [N, K] float32 are the K parts of each reward in the order of
+    `data.reward`, before their weights."""
 
     group_id: Name
     question_id: Name
@@ -97,6 +98,7 @@ class TrainGroup(Value, frozen=True):
     samples: GroupSamples
     rewards: np.ndarray
     scores: TokenScores | None = None
+    reward_parts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_train_group(self)
@@ -131,7 +133,7 @@ def check_samples(samples: GroupSamples) -> None:
 
 
 def check_train_group(group: TrainGroup) -> None:
-    """Check that there is one reward in [0, 1] per completion. Raises ProtocolError."""
+    """Check that there is one finite reward per completion. Raises ProtocolError."""
     check_array("rewards", group.rewards, np.float32)
     if group.samples.text_only:
         raise ProtocolError("samples must have token ids to be trained on, got texts only")
@@ -140,13 +142,26 @@ def check_train_group(group: TrainGroup) -> None:
         raise ProtocolError(
             f"rewards must have one entry per completion ({completions}), got {len(group.rewards)}"
         )
-    if not (group.rewards.min() >= 0.0 and group.rewards.max() <= 1.0):
-        raise ProtocolError("rewards must be finite numbers from 0 to 1")
+    if not np.isfinite(group.rewards).all():
+        raise ProtocolError("rewards must be finite numbers")
+    if group.reward_parts is not None:
+        check_reward_parts(group.reward_parts, completions)
     tokens = len(group.samples.token_ids)
     if group.scores is not None and len(group.scores.token_ids) != tokens:
         raise ProtocolError(
             f"scores must have one row per token ({tokens}), got {len(group.scores.token_ids)}"
         )
+
+
+def check_reward_parts(parts_NK: np.ndarray, completions: int) -> None:
+    """Check that every completion has a finite value of every part. Raises ProtocolError."""
+    check_array("reward_parts", parts_NK, np.float32, dimensions=2)
+    if len(parts_NK) != completions:
+        raise ProtocolError(
+            f"reward_parts must have one row per completion ({completions}), got {len(parts_NK)}"
+        )
+    if not np.isfinite(parts_NK).all():
+        raise ProtocolError("reward_parts must be finite numbers")
 
 
 def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray) -> None:

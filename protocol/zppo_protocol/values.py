@@ -113,13 +113,21 @@ TIMED_OUT = "timed out"
 """The note of a grade on a response that took too long to grade."""
 
 
-class Grade(Value, frozen=True):
-    """The verdict on one response: reward in [0, 1], the parsed final answer, and why if something
-    went wrong."""
+MAX_REWARD = 1e9
+"""Largest reward on either side; its square is a float32 still."""
+Earned: TypeAlias = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]
 
-    reward: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+class Grade(Value, frozen=True, omit_defaults=True):
+    """The verdict on one response: what it earns, the parsed final answer, and why if something
+    went wrong. `parts`: what the reward is made of, by name. `failed`: the reward could not be had,
+    so that the response is neither right nor wrong and is left out of its group."""
+
+    reward: Earned
     answer: Text | None = None
     note: Reason = ""
+    parts: dict[Name, Earned] = {}
+    failed: bool = False
 
 
 class TensorEntry(Value, frozen=True):

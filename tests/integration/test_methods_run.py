@@ -91,3 +91,43 @@ def test_a_cascade_asks_the_second_teacher_where_the_first_fails(tmp_path: Path)
     other = [row["reward"] for row in rows if row["group_id"].endswith("/teacher-2")]
     assert other and len(other) < len(first)
     assert sum(other) / len(other) > 0.8 > sum(first) / len(first)
+
+
+SOURCE = """
+import json
+
+def rows():
+    for line in open({file!r}):
+        row = json.loads(line)
+        yield {{
+            "prompt": [
+                {{"role": "system", "content": "answer"}},
+                {{"role": "user", "content": "3 * 4 mod 23 ?"}},
+                {{"role": "assistant", "content": "12"}},
+                {{"role": "user", "content": row["question"]}},
+            ],
+            "reward_model": {{"style": "rule", "ground_truth": row["answer"]}},
+        }}
+"""
+
+
+def test_conversations_of_a_source_of_ones_own(tmp_path: Path) -> None:
+    """Rows of verl's layout, given by a function in launcher and controller: every prompt to the
+    student, plain or rewritten, keeps the earlier turns, and the teacher reads all of them."""
+    file = QUICKSTART.parent / "quickstart" / "train.jsonl"
+    (tmp_path / "mine.py").write_text(SOURCE.format(file=str(file)))
+    directory = run(
+        tmp_path / "run",
+        "zppo",
+        **{"data.train": f"{tmp_path}/mine.py:rows", "data.system_prompt": "one"},
+    )
+    rows = [row for path in step_files(directory / "rollouts") for row in read_step(path)]
+    golds = {row["question"]: row["answer"] for row in map(json.loads, file.open())}
+    assert {row["kind"] for row in rows} >= {"plain", "teacher", "ncq"}
+    for row in rows:
+        before = "[system]\nanswer\n[user]\n3 * 4 mod 23 ?\n[assistant]\n12\n[user]\n"
+        assert row["prompt"].startswith(f"{before}{row['question']} ?\n"), row["kind"]
+        assert row["gold"] == golds[row["question"]]
+    assert list(json.loads((directory / "run.json").read_text())["extensions"]) == [
+        f"{tmp_path}/mine.py:rows"
+    ]

@@ -164,9 +164,8 @@ def test_texts_may_be_left_out_for_the_trainer_but_not_in_an_answer() -> None:
     ("rewards", "sentence"),
     [
         (float32(1), r"one entry per completion \(2\), got 1"),
-        (float32(0, np.nan), "finite numbers from 0 to 1"),
-        (float32(0, 1.5), "finite numbers from 0 to 1"),
-        (float32(-0.5, 1), "finite numbers from 0 to 1"),
+        (float32(0, np.nan), "rewards must be finite numbers"),
+        (float32(-np.inf, 1), "rewards must be finite numbers"),
         (np.array([0, 1]), "rewards must be float32, got int64"),
         ([0.0, 1.0], "rewards must be a numpy array, got list"),
     ],
@@ -175,6 +174,23 @@ def test_rewards_of_a_group(rewards: Any, sentence: str) -> None:
     samples = GroupSamples(**GOOD)
     with pytest.raises(ProtocolError, match=sentence):
         TrainGroup(group_id="g", question_id="q", kind="plain", samples=samples, rewards=rewards)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (np.zeros((1, 2), np.float32), r"one row per completion \(2\), got 1"),
+        (np.full((2, 1), np.nan, np.float32), "reward_parts must be finite numbers"),
+        (np.zeros((2, 1)), "reward_parts must be float32, got float64"),
+        (float32(0, 1), r"reward_parts must have 2 dimension\(s\)"),
+    ],
+)
+def test_parts_of_the_rewards_of_a_group(parts: Any, sentence: str) -> None:
+    fitting = {"group_id": "g", "question_id": "q", "kind": "plain"}
+    group = {**fitting, "samples": GroupSamples(**GOOD), "rewards": float32(-3, 1.5)}
+    TrainGroup(**group, reward_parts=np.zeros((2, 3), np.float32))
+    with pytest.raises(ProtocolError, match=sentence):
+        TrainGroup(**group, reward_parts=parts)
 
 
 # ---- scores --------------------------------------------------------------------------------------

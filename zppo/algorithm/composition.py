@@ -12,7 +12,7 @@ sampled them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -34,6 +34,11 @@ class Composition(Struct, frozen=True, kw_only=True):
         """[N] float32."""
         rewards = [group.the_grades[index].reward for group, index in self.members]
         return np.array(rewards, dtype=np.float32)
+
+    def parts_NK(self, names: Sequence[str]) -> np.ndarray:
+        """The parts of these names of each reward, [N, K] float32."""
+        parts = [group.the_grades[index].parts for group, index in self.members]
+        return np.array([[part[name] for name in names] for part in parts], dtype=np.float32)
 
 
 Composer: TypeAlias = Callable[[Visit, random.Random], list[Composition]]
@@ -68,8 +73,18 @@ def correct_teacher_responses(visit: Visit, rng: random.Random) -> list[Composit
     return [Composition(id=visit.teacher.id, kind=visit.teacher.kind, members=members)]
 
 
+def without_failed(composition: Composition) -> Composition:
+    """The group without the rollouts whose reward could not be had; perhaps without any."""
+    if not any(group.the_grades[index].failed for group, index in composition.members):
+        return composition
+    members = [
+        (group, index) for group, index in composition.members if not group.the_grades[index].failed
+    ]
+    return structs.replace(composition, members=members)
+
+
 def all_same(compositions: list[Composition]) -> bool:
-    """Whether every group is all right or all wrong, so that none of them has an advantage."""
+    """Whether all rewards of every group are the same, so that none of them has an advantage."""
     return all(len(set(composition.rewards.tolist())) <= 1 for composition in compositions)
 
 
@@ -80,9 +95,9 @@ def trained_members(compositions: Iterable[Composition]) -> set[tuple[str, int]]
     }
 
 
-def train_group(visit: Visit, composition: Composition) -> TrainGroup:
+def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = ()) -> TrainGroup:
     """What the trainer gets: token streams and rewards, no texts; the remote teacher's scores if
-    there are any."""
+    there are any, and the `parts` of the rewards."""
     return TrainGroup(
         group_id=composition.id,
         question_id=visit.question.id,
@@ -90,6 +105,7 @@ def train_group(visit: Visit, composition: Composition) -> TrainGroup:
         samples=gathered(visit, composition),
         rewards=composition.rewards,
         scores=visit.scores.get(composition.id),
+        reward_parts=composition.parts_NK(parts) if parts else None,
     )
 
 

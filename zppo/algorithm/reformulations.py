@@ -124,7 +124,11 @@ def candidate(source: Literal["student", "teacher"], group: Group, index: int) -
     """The `index`-th graded response of a group as a candidate."""
     grade, text = group.the_grades[index], group.the_samples.texts[index]
     return Candidate(
-        source=source, index=index, text=text, answer=grade.answer, correct=grade.reward >= 1.0
+        source=source,
+        index=index,
+        text=text,
+        answer=grade.answer,
+        correct=group.is_correct(grade),
     )
 
 

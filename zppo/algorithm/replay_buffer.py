@@ -110,6 +110,11 @@ class ReplayBuffer:
         self._show(question_id)
         return entry
 
+    def put_back(self, question_id: str) -> Entry:
+        """An entry was visited and nothing came of it; it becomes available again."""
+        self._show(question_id)
+        return self._entries[question_id]
+
     def graduate(self, question_id: str, accuracy: float, step: int) -> Entry:
         """Remove a mastered entry and return it with its whole history."""
         entry = self._remove(question_id)

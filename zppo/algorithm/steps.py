@@ -22,11 +22,12 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct, structs
 
-from zppo.algorithm.composition import Composition, all_same
+from zppo.algorithm.composition import Composition, all_same, without_failed
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.reformulations import Reformulator, merged
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import EVALUATE, TEACHER, Group, Reformulation, Visit, Window
+from zppo.config.rewards import Part, parts_of
 from zppo.config.topology import Topology
 from zppo.data.question import Question
 from zppo_protocol.values import Grade, share_of
@@ -48,6 +49,8 @@ class Recipe(Struct, frozen=True, kw_only=True):
     dynamic_sampling: bool
     seed: int
     zero_truncated: bool = False
+    correct_reward: float = 1.0
+    reward: tuple[Part, ...] = ()
 
     @classmethod
     def of(cls, topology: Topology, method: Method) -> Recipe:
@@ -63,7 +66,14 @@ class Recipe(Struct, frozen=True, kw_only=True):
             dynamic_sampling=topology.method.dynamic_sampling,
             seed=topology.run.seed,
             zero_truncated=topology.method.truncated == "zero",
+            correct_reward=topology.method.correct_reward,
+            reward=tuple(parts_of(topology.data.reward)),
         )
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the parts of a reward, in their order."""
+        return [part.name for part in self.reward]
 
     def replayed(self, new_questions: int) -> int:
         """⌊ρ_replay·|X_new|⌋, as many as X_replay holds when the buffer has them."""
@@ -85,12 +95,15 @@ class Recipe(Struct, frozen=True, kw_only=True):
 
 def counted(group: Group, grades: list[Grade], recipe: Recipe) -> list[Grade]:
     """The grades of a group as they count: with `method.truncated: zero` a cut-off response of the
-    student earns 0. An evaluation counts its responses as they are graded."""
+    student earns 0, and so does every part of its reward. An evaluation counts its responses as
+    they are graded."""
     if group.kind in (TEACHER, EVALUATE) or not recipe.zero_truncated:
         return grades
     reasons = group.the_samples.finish_reasons
     return [
-        structs.replace(grade, reward=0.0, note=grade.note or CUT_OFF)
+        structs.replace(
+            grade, reward=0.0, note=grade.note or CUT_OFF, parts=dict.fromkeys(grade.parts, 0.0)
+        )
         if reason == "length"
         else grade
         for grade, reason in zip(grades, reasons, strict=True)
@@ -114,8 +127,9 @@ def draw_replayed(
 
 
 def is_hard(visit: Visit, recipe: Recipe) -> bool:
-    """r̄_x < τ on the plain rollouts."""
-    return visit.accuracy < recipe.hard_threshold
+    """r̄_x < τ on the plain rollouts. A question none of whose rewards could be had is not: nothing
+    is known of it."""
+    return visit.plain.known and visit.accuracy < recipe.hard_threshold
 
 
 def wants_teacher(visit: Visit, recipe: Recipe) -> bool:
@@ -209,16 +223,18 @@ def _admitted(visit: Visit, recipe: Recipe) -> list[Reformulator]:
 
 
 def compose(window: Window, recipe: Recipe) -> list[tuple[Visit, Composition]]:
-    """The groups that enter the loss, in the order of the window.
+    """The groups that enter the loss, in the order of the window. Rollouts whose reward failed are
+    left out of them, so they count in no baseline.
 
     With `dynamic_sampling` (ours, in the order the authors suggest) a question is left out if all
     its groups came back all-same: only after BCQ and NCQ had their turn.
     """
     composed = []
     for visit in window.visits:
-        groups = recipe.method.composer(
+        composed_of = recipe.method.composer(
             visit, recipe.rng(window.index, visit.question.id, "compose")
         )
+        groups = [group for group in map(without_failed, composed_of) if group.members]
         if not (recipe.dynamic_sampling and all_same(groups)):
             composed += [(visit, group) for group in groups]
     return composed
@@ -257,6 +273,14 @@ def refresh_buffer(buffer: ReplayBuffer, window: Window, recipe: Recipe) -> list
 def _refresh(buffer: ReplayBuffer, visit: Visit, recipe: Recipe, step: int) -> Fate:
     question, accuracy = visit.question, visit.accuracy
     known = question.id in buffer
+    if not visit.plain.known:  # nothing was learnt of it, so an entry stays as it was
+        entry = buffer.put_back(question.id) if known else None
+        return Fate(
+            question_id=question.id,
+            fate="kept" if known else "none",
+            entry_accuracy=entry.entry_accuracy if entry else accuracy,
+            visits=len(entry.visits) if entry else 1,
+        )
     if not is_hard(visit, recipe):
         if not known:
             return Fate(question_id=question.id, fate="none", entry_accuracy=accuracy, visits=1)

@@ -27,9 +27,13 @@ COMPRESS, WRITE_HINT, SCORE = "compress", "write_hint", "score"
 Phase: TypeAlias = Literal["plain", "selected", "reformulated", "composed"]
 
 
-class Group(Struct, kw_only=True):
+class Group(Struct, kw_only=True, omit_defaults=True):
     """All rollouts of one prompt. `id` is unique in a run, e.g. `12/q-17/bcq`: it has its own
-    baseline (own uid)."""
+    baseline (own uid).
+
+    Advantages are made of rewards; what is right, wrong, hard or mastered goes by *correctness*, a
+    reward of at least `correct_reward`. A rollout whose reward failed is neither right nor wrong.
+    """
 
     id: str
     kind: str
@@ -40,6 +44,10 @@ class Group(Struct, kw_only=True):
     grades: list[Grade] | None = None
     verdicts: dict[int, Grade] = field(default_factory=dict)
     """Grades so far by response, while a judge is still at work on the others."""
+    local: list[Grade] | None = None
+    """What the grading workers gave, while the teacher's part of the reward is still missing."""
+    correct_reward: float = 1.0
+    """`method.correct_reward`"""
 
     @property
     def done(self) -> bool:
@@ -58,9 +66,23 @@ class Group(Struct, kw_only=True):
         return self.grades
 
     @property
+    def known(self) -> bool:
+        """Whether the reward of any rollout could be had."""
+        return any(not grade.failed for grade in self.the_grades)
+
+    @property
     def accuracy(self) -> float:
-        """Mean reward r̄ of the group."""
-        return sum(grade.reward for grade in self.the_grades) / len(self.the_grades)
+        """r̄ of the group: share of correct rollouts among those whose reward could be had, 0
+        without any."""
+        correct = self.correctness()
+        return sum(correct) / len(correct) if correct else 0.0
+
+    def correctness(self) -> list[bool]:
+        """Whether each graded rollout is correct; those whose reward failed are left out."""
+        return [self.is_correct(g) for g in self.grades or () if not g.failed]
+
+    def is_correct(self, grade: Grade) -> bool:
+        return not grade.failed and grade.reward >= self.correct_reward
 
     @property
     def rewards(self) -> np.ndarray:
@@ -68,8 +90,12 @@ class Group(Struct, kw_only=True):
         return np.array([grade.reward for grade in self.the_grades], dtype=np.float32)
 
     def indices(self, *, correct: bool) -> list[int]:
-        """Positions of the correct (reward 1) or the wrong rollouts."""
-        return [i for i, grade in enumerate(self.the_grades) if (grade.reward >= 1.0) == correct]
+        """Positions of the correct or the wrong rollouts."""
+        return [
+            i
+            for i, grade in enumerate(self.the_grades)
+            if not grade.failed and self.is_correct(grade) == correct
+        ]
 
 
 Writer: TypeAlias = Literal["teacher", "rule"] | None
@@ -174,7 +200,12 @@ def unsampled(window: Window) -> Window:
             question=visit.question,
             origin=visit.origin,
             epoch=visit.epoch,
-            plain=Group(id=visit.plain.id, kind=visit.plain.kind, prompt=visit.plain.prompt),
+            plain=Group(
+                id=visit.plain.id,
+                kind=visit.plain.kind,
+                prompt=visit.plain.prompt,
+                correct_reward=visit.plain.correct_reward,
+            ),
         )
         for visit in window.visits
     ]

@@ -18,9 +18,17 @@ from msgspec import inspect as shape
 from msgspec.structs import replace
 
 from zppo.config.explain import explain, nearest_setting, settings, step
-from zppo.config.paths import absolute
+from zppo.config.paths import absolute, absolute_use
+from zppo.config.rewards import RewardConfig
 from zppo.config.strict_yaml import parse
-from zppo.config.topology import OPENAI, ActorConfig, MoreTeacher, Topology, is_procedural
+from zppo.config.topology import (
+    OPENAI,
+    ActorConfig,
+    MoreTeacher,
+    Topology,
+    is_own_source,
+    is_procedural,
+)
 from zppo.errors import UserError, nearest
 
 RUN_FILES_ROOM = 256
@@ -44,7 +52,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Topology:
     places[""] = name
     for override in overrides:
         _apply(override, data, places)
-    return resolve(convert(data, places), path.absolute().parent)
+    topology = convert(data, places)
+    _refuse_both_rules(topology, places)
+    return resolve(topology, path.absolute().parent)
 
 
 def override(topology: Topology, overrides: Sequence[str]) -> Topology:
@@ -74,10 +84,17 @@ def resolve(topology: Topology, base: Path) -> Topology:
         train=_question_source("data.train", data.train, base),
         heldout=data.heldout and _question_source("data.heldout", data.heldout, base),
         templates=data.templates and _absolute("data.templates", data.templates, base),
+        reward=[
+            _resolved_reward(f"data.reward[{i}]", entry, base)
+            for i, entry in enumerate(data.reward)
+        ],
     )
     return replace(
         topology,
         data=data,
+        method=replace(
+            topology.method, name=absolute_use("method.name", topology.method.name, base)
+        ),
         student=replace(
             topology.student, model=_absolute("student.model", topology.student.model, base)
         ),
@@ -111,6 +128,15 @@ def convert(data: dict[str, Any], places: Mapping[str, str]) -> Topology:
 def setting_names() -> Iterator[str]:
     """Dotted paths of all settings, sections included, in the order of the configuration."""
     return settings(shape.type_info(Topology))
+
+
+def _refuse_both_rules(topology: Topology, places: Mapping[str, str]) -> None:
+    """The grader has a default, so only what was written tells that somebody asked for it."""
+    if topology.data.reward and "data.grader" in places:
+        raise UserError(
+            f"{places['data.grader']}: data.grader is {topology.data.grader!r} where data.reward "
+            "says what a response earns; expected one of the two"
+        )
 
 
 # ---- overrides -----------------------------------------------------------------------------------
@@ -180,8 +206,18 @@ def _absolute(setting: str, path: str, base: Path) -> str:
 
 
 def _question_source(setting: str, source: str, base: Path) -> str:
-    """Procedural questions have a specification instead of a path."""
+    """Procedural questions have a specification instead of a path, and code an import path."""
+    if is_own_source(source):
+        return absolute_use(setting, source, base)
     return source if is_procedural(source) else _absolute(setting, source, base)
+
+
+def _resolved_reward(section: str, entry: RewardConfig, base: Path) -> RewardConfig:
+    """Its own code, and the extractor of a rule, may lie beside the topology."""
+    args, extractor = entry.args, entry.args.get("extractor")
+    if isinstance(extractor, str):
+        args = {**args, "extractor": absolute_use(f"{section}.args.extractor", extractor, base)}
+    return replace(entry, use=absolute_use(f"{section}.use", entry.use, base), args=args)
 
 
 def _resolved_teacher(section: str, teacher: MoreTeacher, base: Path) -> MoreTeacher:

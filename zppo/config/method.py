@@ -15,13 +15,18 @@ class MethodConfig(Config, frozen=True, kw_only=True):
     name: str = "zppo"
     """zppo, grpo, grpo_replay, grpo_both, grpo_replay_bcq, grpo_replay_ncq,
     grpo_replay_teacher_response, hint, prefix, off_distill, off_distill_replay, on_distill or
-    on_distill_replay"""
+    on_distill_replay
+
+    Or one of your own: package.module:name, ./file.py:name, or a name that a package announces
+    (docs/extending.md)."""
     group_size: Positive = 8
     """G_S, the student's responses to each prompt"""
     teacher_group_size: Positive = 4
     """G_T, the teacher's responses to each hard question"""
     hard_threshold: Share = 0.5
-    """τ: a question is hard if the mean reward of its plain responses is below"""
+    """τ: a question is hard if the share of its plain responses that are correct is below"""
+    correct_reward: Annotated[float, Meta(ge=-1e9, le=1e9)] = 1.0
+    """a response is correct if it earns at least so much; advantages use what it earns"""
     updates_per_step: Positive = 4
     """I, gradient updates per step, each on an equal share of the groups"""
     advantage: Literal["norm_without_zero", "norm_with_zero", "center_only", "grpo"] = (

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import msgspec
 
 from zppo.config.strict_yaml import parse
+from zppo.config.topology import DataConfig, Field
 from zppo.errors import UserError
 
 
@@ -17,11 +21,26 @@ def pair(text: str, option: str) -> tuple[str, Any]:
     return name, parse(value, f"{option} {text}").data
 
 
+def data_settings(given: Mapping[str, Any]) -> DataConfig:
+    """The section `data` that options give; only --field can be of a wrong kind. Raises
+    UserError."""
+    try:
+        return msgspec.convert(given, DataConfig)
+    except msgspec.ValidationError as error:
+        names = ", ".join(get_args(Field))
+        raise UserError(f"--field: {error}; expected one of {names} = COLUMN") from None
+
+
 def positive(text: str) -> int:
     """The type of an option that counts."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def counting(text: str) -> int:
+    """The type of an option that counts and may be 0."""
+    return 0 if text == "0" else positive(text)
 
 
 def seconds(text: str) -> float:

@@ -44,3 +44,9 @@ def absolute(setting: str, path: str, base: Path, room: int = 0) -> Path:
             f"expected at most {LONGEST_PATH - room}"
         )
     return full
+
+
+def absolute_use(setting: str, use: str, base: Path) -> str:
+    """`./file.py:name` with an absolute path; any other name of an extension as it is."""
+    file, colon, name = use.rpartition(":")
+    return f"{absolute(setting, file, base)}:{name}" if colon and file.endswith(".py") else use

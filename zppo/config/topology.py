@@ -7,10 +7,12 @@ spans several fields.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, field
 
+from zppo import extensions
 from zppo.config.base import (
     Config,
     NonNegative,
@@ -20,6 +22,7 @@ from zppo.config.base import (
     Share,
 )
 from zppo.config.method import MethodConfig
+from zppo.config.rewards import RewardConfig
 from zppo_protocol.values import NewTokens, Sampling, TemplateValue
 
 TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
@@ -27,14 +30,26 @@ TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
 JUDGE = "judge"
 """The grader that asks the teacher."""
 REASONING_GYM = "reasoning_gym"
+_IMPORT_PATH = re.compile(r"(?:.+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*")
 PROCEDURAL = (REASONING_GYM,)
 """Prefixes of specifications `PREFIX:…` of sources that make their questions."""
+
+
+Field: TypeAlias = Literal["id", "question", "answer", "images", "system_prompt", "grader"]
+"""What a row of a source may hold, by our names."""
 
 
 def is_procedural(source: str) -> bool:
     """Whether `source` is no path but the specification of a procedural source."""
     prefix, colon, _ = source.partition(":")
     return bool(colon) and prefix in PROCEDURAL
+
+
+def is_own_source(source: str) -> bool:
+    """Whether `source` is no path to data but names code of the user's: `./file.py:name`,
+    `package.module:name`, or what an installed package announces."""
+    named = _IMPORT_PATH.fullmatch(source) is not None and not is_procedural(source)
+    return named or source in extensions.names_of("source")
 
 
 class ResponseSampling(Sampling, frozen=True, kw_only=True):
@@ -84,20 +99,24 @@ class DataConfig(Config, frozen=True, kw_only=True):
     names."""
 
     train: str
-    """questions: JSONL, Parquet or Arrow file, data set folder, or reasoning_gym:TASK?…
-    (docs/data.md)"""
+    """questions: JSONL, JSON, CSV, Parquet or Arrow file, data set folder,
+    reasoning_gym:TASK?… (docs/data.md), or code of yours: ./file.py:name (docs/extending.md)"""
     heldout: str | None = None
     """questions for evaluation, from any such source; none of them may be in data.train"""
-    fields: dict[Literal["id", "question", "answer", "images"], str] = field(default_factory=dict)
-    """other column names, e.g. {question: problem, answer: solution}"""
+    fields: dict[Field, str] = field(default_factory=dict)
+    """other column names, nested ones by their path, e.g. {answer: reward_model.ground_truth};
+    system_prompt and grader of a row are read only where named"""
     grader: str = "math"
     """how responses are scored: math, exact, choice, or judge (the teacher compares answers)"""
+    reward: list[RewardConfig] = field(default_factory=list)
+    """in place of grader, a weighted sum: [{use: math, weight: 0.9}, {use: ./mine.py:name, …}]
+    (docs/extending.md)"""
     max_bad_rows: NonNegative = 0
     """rows that may be left out (and listed in bad_rows.txt) before the file is refused"""
     templates: str | None = None
     """folder with .j2 files in place of the built-in ones (docs/templates.md)"""
     system_prompt: str | None = None
-    """system message of every prompt"""
+    """system message of every prompt, but of questions that bring their own"""
     max_prompt_tokens: Positive = 4096
     """longest plain prompt; reformulated prompts are bounded by the context alone"""
 

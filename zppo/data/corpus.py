@@ -1,41 +1,34 @@
 """The corpus: rows of a source in, checked `Question`s out, and the order in which an epoch visits
 them.
 
-The invariant: a question that enters the corpus can be trained on: it has a text, a gold answer, an
-id of its own and readable pictures. A row that cannot is a *bad row*: counted, listed with its
-number, and refused above `data.max_bad_rows`. Where rows come from, files, folders or procedures,
-is the business of `zppo.data.sources`.
+The invariant: a question that enters the corpus can be trained on (`zppo.data.rows`), and has an id
+and words of its own. A row that cannot is a *bad row*: counted, listed with its number, and refused
+above `data.max_bad_rows`. Where rows come from, files, folders or procedures, is the business of
+`zppo.data.sources`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
+from zppo.config.rewards import parts_of
 from zppo.config.topology import DataConfig
-from zppo.data.pictures import picture_problem
 from zppo.data.question import Question
-from zppo.data.sources import OWN_COLUMNS, Columns, Source, open_source
+from zppo.data.rows import RowReader
+from zppo.data.sources import Source, open_source
 from zppo.data.sources.base import Unit, same_words
-from zppo.data.sources.jsonl import kind_of
-from zppo.errors import UserError, nearest
-from zppo.grading import get_grader
+from zppo.data.sources.layouts import Columns, Wanted
+from zppo.data.text import RowError
+from zppo.errors import UserError
 from zppo.grading.maths import gold_answer
-from zppo_protocol.values import MediaReference
+from zppo.grading.rewards import needs_gold, needs_row
 
-MAX_TEXT = 1_000_000
-"""Characters of one question or answer; far above any real one, and below what a message may
-carry."""
-MAX_ID = 200
-"""Characters of an id: group ids are built from it and must fit a protocol name."""
-MAX_PATH = 512
 _PROSE = re.compile(r"[^\W\d_]+(?:[ '’-]+[^\W\d_]+){2,}[.!?]?")
 """Three words or more, and nothing else; names and single words are good gold answers."""
 
@@ -45,6 +38,8 @@ class BadRow(Struct, frozen=True, kw_only=True):
 
     line: int
     reason: str
+    repeats: bool = False
+    """Whether it is a good row that was there before."""
 
 
 class Corpus(Struct, frozen=True, kw_only=True):
@@ -53,11 +48,8 @@ class Corpus(Struct, frozen=True, kw_only=True):
 
     questions: list[Question]
     bad_rows: list[BadRow]
-    unit: Unit = "line"
-
-
-class RowError(ValueError):
-    """Why one row is bad; becomes a `BadRow`."""
+    unit: Unit
+    columns: Columns
 
 
 def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
@@ -68,11 +60,20 @@ def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
     without a good row, when the grader is unknown, and when more than `config.max_bad_rows` rows
     are bad.
     """
-    columns = Columns(names=OWN_COLUMNS | dict(config.fields), chosen=frozenset(config.fields))
-    builder = _CorpusBuilder(open_source(path, columns, base), config)
+    parts = parts_of(config.reward)
+    wanted = Wanted(
+        fields=dict[str, str](config.fields.items()),
+        every=needs_row(parts),
+        optional=frozenset() if not parts or needs_gold(parts) else frozenset({"answer"}),
+    )
+    builder = _CorpusBuilder(open_source(path, wanted, base), config)
     for number, row in builder.source.rows:
         builder.add(number, row)
     return builder.finish()
+
+
+class _Repeated(RowError):
+    """The row asks what an earlier one asks."""
 
 
 class _CorpusBuilder:
@@ -81,10 +82,7 @@ class _CorpusBuilder:
     def __init__(self, source: Source, config: DataConfig) -> None:
         self.source = source
         self.config = config
-        self.columns = source.columns
-        get_grader(config.grader)
-        self.grader_name = source.grader or config.grader
-        self.grader = get_grader(self.grader_name)
+        self.reader = RowReader(source, config)
         self.questions: list[Question] = []
         self.bad_rows: list[BadRow] = []
         self.line_of_id: dict[str, int] = {}
@@ -94,18 +92,28 @@ class _CorpusBuilder:
         try:
             if isinstance(row, str):
                 raise RowError(row)
-            question = self._question(row)
+            question = self.reader.read(row)
             self._claim(question, line)
         except RowError as error:
-            self.bad_rows.append(BadRow(line=line, reason=str(error)))
+            repeats = isinstance(error, _Repeated)
+            self.bad_rows.append(BadRow(line=line, reason=str(error), repeats=repeats))
         else:
             self.questions.append(question)
 
     def finish(self) -> Corpus:
         self._refuse_too_many()
         if not self.questions:
-            raise UserError(f"{self.source.name}: holds no question; expected at least one row")
-        return Corpus(questions=self.questions, bad_rows=self.bad_rows, unit=self.source.unit)
+            first = next(iter(self.bad_rows), None)
+            why = "" if first is None else f", and {self.source.unit} {first.line}: {first.reason}"
+            raise UserError(
+                f"{self.source.name}: holds no question; expected at least one row{why}"
+            )
+        return Corpus(
+            questions=self.questions,
+            bad_rows=self.bad_rows,
+            unit=self.source.unit,
+            columns=self.source.columns,
+        )
 
     def _refuse_too_many(self) -> None:
         count, limit = len(self.bad_rows), self.config.max_bad_rows
@@ -117,118 +125,45 @@ class _CorpusBuilder:
                 f"allows {limit}: mend the file or raise the limit"
             )
 
-    def _question(self, row: dict[str, Any]) -> Question:
-        text = self._text(row, "question")
-        answer = self._text(row, "answer")
-        media = tuple(self._media(row))
-        if not self.grader.usable(answer):
-            raise RowError(
-                f"the gold answer is {answer[:40]!r}, which the grader {self.grader_name!r} can "
-                "never meet"
-            )
-        return Question(
-            id=self._id(row, text, media),
-            text=text,
-            answer=answer,
-            media=media,
-            grader=self.grader_name,
-        )
-
-    def _text(self, row: dict[str, Any], field: str) -> str:
-        """Required text. Numbers are accepted and become their text; everything else is a bad
-        row."""
-        column = self.columns[field]
-        name = {"question": "the question", "answer": "the gold answer"}[field]
-        if row.get(column) is None:
-            hint = nearest(column, row) if row and column not in row else ""
-            raise RowError(f"{name} ({column!r}) is missing{hint}")
-        text = _as_text(row[column], f"{name} ({column!r})").strip()
-        if not text:
-            raise RowError(f"{name} ({column!r}) is empty")
-        if len(text) > MAX_TEXT:
-            raise RowError(
-                f"{name} ({column!r}) has {len(text)} characters; at most {MAX_TEXT} are taken"
-            )
-        return text
-
-    def _id(self, row: dict[str, Any], text: str, media: tuple[MediaReference, ...]) -> str:
-        """The row's own id, or one made from what is asked, so that moving rows about does not
-        rename them."""
-        column = self.columns["id"]
-        if row.get(column) is None:
-            content = "\0".join([text, *(m.path for m in media)])
-            return f"{self.source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        name = _as_text(row[column], f"the id ({column!r})")
-        if not name.strip() or len(name) > MAX_ID or not name.isprintable():
-            raise RowError(
-                f"the id ({column!r}) is {name[:40]!r}; expected 1 to {MAX_ID} printable characters"
-            )
-        return name
-
-    def _media(self, row: dict[str, Any]) -> Iterator[MediaReference]:
-        column = self.columns["images"]
-        value = row.get(column)
-        paths = [value] if isinstance(value, str) else [] if value is None else value
-        if isinstance(value, dict) and "bytes" in value:
-            raise RowError(
-                f"the images ({column!r}) lie inside the table; expected paths of picture files"
-            )
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise RowError(
-                f"the images ({column!r}) are a {kind_of(value)}; expected a path or a list of "
-                "paths"
-            )
-        for path in paths:
-            yield MediaReference(kind="image", path=self._picture(path))
-
-    def _picture(self, path: str) -> str:
-        full = (self.source.folder / _clean(path, "an image path")).absolute()
-        if len(str(full)) > MAX_PATH:
-            raise RowError(f"image path {path[:40]!r}… is longer than {MAX_PATH} characters")
-        problem = picture_problem(full)
-        if problem:
-            raise RowError(f"image {path!r} {problem}")
-        return str(full)
-
     def _claim(self, question: Question, line: int) -> None:
         earlier = self.line_of_id.get(question.id)
         same = self.line_of_text.get(_identity(question))
         if same is not None:
-            raise RowError(f"asks the same as {self.source.unit} {same}")
+            raise _Repeated(f"asks the same as {self.source.unit} {same}")
         if earlier is not None:
             raise RowError(f"the id {question.id!r} was used on {self.source.unit} {earlier}")
         self.line_of_id[question.id] = line
         self.line_of_text[_identity(question)] = line
 
 
-def _as_text(value: object, name: str) -> str:
-    if isinstance(value, str):
-        return _clean(value, name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise RowError(f"{name} is not a finite number")
-        return str(value)
-    raise RowError(f"{name} is a {kind_of(value)}; expected text or a number")
-
-
-def _clean(value: str, name: str) -> str:
-    """Refuse what JSON allows but no tokenizer or message can carry."""
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowError(f"{name} holds a NUL or half a surrogate pair")
-    return value
-
-
 def _identity(question: Question) -> tuple[object, ...]:
-    """What makes two questions the same: the text up to case, width and white space, and the
+    """What makes two rows the same: the turns up to case, width and white space, and the
     pictures."""
-    return (same_words(question.text), *(media.path for media in question.media))
+    system = question.earlier[0].content if question.has_system else ""
+    return (same_words(system), *_asked(question))
+
+
+def _asked(question: Question) -> tuple[object, ...]:
+    """What is asked, whatever the system message says."""
+    turns = [same_words(turn.content) for turn in question.earlier if turn.role != "system"]
+    return (*turns, same_words(question.text), *(media.path for media in question.media))
 
 
 def held_out_overlap(train: Iterable[Question], heldout: Iterable[Question]) -> list[str]:
-    """Ids of the training questions that are held out too: same normalised text and same
-    pictures."""
-    held = {_identity(question) for question in heldout}
-    return [question.id for question in train if _identity(question) in held]
+    """Ids of the training questions that are held out too: same normalised turns and same
+    pictures, under whatever system message."""
+    held = {_asked(question) for question in heldout}
+    return [question.id for question in train if _asked(question) in held]
+
+
+def layout_notes(where: str, corpus: Corpus) -> list[str]:
+    """That names were taken which nobody asked for. `where` is the setting of their source."""
+    columns = corpus.columns
+    if not columns.recognised:
+        return []
+    read = [field for field in ("question", "answer") if field not in columns.optional]
+    names = ", ".join(f"{field}: {columns.names[field]}" for field in read)
+    return [f"{where}: read as {columns.layout.name}'s ({names})"]
 
 
 def gold_notes(where: str, questions: Iterable[Question]) -> list[str]:

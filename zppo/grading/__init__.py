@@ -2,12 +2,14 @@
 
 from zppo.grading.boxes import last_boxed, parse_answer
 from zppo.grading.graders import GRADERS, NO_BOX, Grader, get_grader, grade, quick_grade, shown_gold
-from zppo.grading.judge import judged, says_correct
+from zppo.grading.judge import judged, says_correct, scored, together
+from zppo.grading.rewards import Reward
 
 __all__ = [
     "GRADERS",
     "NO_BOX",
     "Grader",
+    "Reward",
     "get_grader",
     "grade",
     "judged",
@@ -15,5 +17,7 @@ __all__ = [
     "parse_answer",
     "quick_grade",
     "says_correct",
+    "scored",
     "shown_gold",
+    "together",
 ]

@@ -2,17 +2,19 @@
 (paper, Reward).
 
 It is a comparator, not a solver, decodes greedily, and must reply with one JSON object; anything
-else counts as wrong.
+else counts as wrong. With a rubric it reads the whole response and gives a score instead.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from zppo.grading.boxes import last_boxed, shown
+from zppo.config.rewards import Part, weighted
+from zppo.grading.boxes import last_boxed, parse_answer, shown
 from zppo_protocol.values import Grade
 
 
@@ -35,4 +37,33 @@ def judged(reply: str, response: str) -> Grade:
     content = last_boxed(response)
     return Grade(
         reward=float(says_correct(reply)), answer=None if content is None else shown(content)
+    )
+
+
+class Score(Struct, frozen=True, forbid_unknown_fields=True):
+    score: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+def scored(reply: str, response: str) -> Grade:
+    """The grade of a response by a reply that must be `{"score": NUMBER}`, from 0 to 1; with any
+    other reply the reward could not be had."""
+    final = reply.rpartition("</think>")[2].strip()
+    answer = parse_answer(response)
+    try:
+        return Grade(reward=msgspec.json.decode(final, type=Score).score, answer=answer)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        note = f"the rubric got no score from 0 to 1: {final[:80]!r}"
+        return Grade(reward=0.0, answer=answer, note=note, failed=True)
+
+
+def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Grade) -> Grade:
+    """One grade of what the grading workers gave and of the teacher's part."""
+    failed = local.failed or verdict.failed
+    values = {**local.parts, of_teacher.name: verdict.reward}
+    return Grade(
+        reward=0.0 if failed else weighted(parts, values),
+        answer=local.answer if local.answer is not None else verdict.answer,
+        note=local.note if local.failed else verdict.note or local.note,
+        parts=values,
+        failed=failed,
     )

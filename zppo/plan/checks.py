@@ -12,10 +12,12 @@ from typing import Any
 from msgspec import Struct, structs
 
 from zppo.algorithm.methods import Method
+from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import JUDGE, OPENAI, VLLM, Topology
 from zppo.errors import UserError, nearest
 from zppo.grading import get_grader
+from zppo.grading.rewards import check_parts
 from zppo.plan.engines.openai import OpenAIArguments, check_openai, refuse_rollout
 from zppo.plan.engines.own import (
     DEFAULT_SEQUENCES,
@@ -44,6 +46,12 @@ def _check_teacher(topology: Topology, method: Method) -> None:
         raise UserError(
             f"teacher: is missing; expected a section, because the method {method.name!r} needs a "
             "teacher"
+        )
+    of_teacher = [part for part in parts_of(topology.data.reward) if part.of_teacher]
+    if of_teacher and topology.teacher is None:
+        raise UserError(
+            f"teacher: is missing; expected a section, because {of_teacher[0].setting}.use "
+            f"{of_teacher[0].use!r} asks the teacher"
         )
     if topology.data.grader == JUDGE and topology.teacher is None:
         raise UserError(
@@ -226,6 +234,7 @@ def _check_sampling(topology: Topology, method: Method) -> None:
 
 def _check_names(topology: Topology, method: Method) -> None:
     get_grader(topology.data.grader)
+    check_parts(parts_of(topology.data.reward))
     name = topology.run.name
     if not name or name in (".", "..") or any(character in "/\\\0" for character in name):
         raise UserError(f"run.name is {name!r}; expected a name that can be the name of a folder")

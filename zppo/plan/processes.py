@@ -8,6 +8,7 @@ import os
 from msgspec import Struct
 
 from zppo.algorithm.methods import Method, get_method
+from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import JUDGE, OPENAI, TeacherConfig, Topology
 
@@ -72,7 +73,10 @@ def uses_teacher(topology: Topology) -> bool:
         return False
     method = get_method(topology.method.name)
     scores = method.needs_scores and topology.teacher.scoring == "remote"
-    return method.asks_teacher or scores or topology.data.grader == JUDGE
+    grades = topology.data.grader == JUDGE or any(
+        part.of_teacher for part in parts_of(topology.data.reward)
+    )
+    return method.asks_teacher or scores or grades
 
 
 def trainer_scores(method: Method, teacher: TeacherConfig | None) -> bool:

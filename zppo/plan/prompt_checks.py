@@ -76,20 +76,39 @@ class Reader(Struct, frozen=True, kw_only=True):
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:
     """Raise UserError if there is a system prompt and the model's chat template refuses it or
     leaves it out."""
-    if not system_prompt or tokenizer.chat_template is None:
-        return
-    messages = [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": "?"}]
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        reason = "" if SYSTEM_PROBE in text else "it leaves them out"
-    except Exception as error:  # a template may raise whatever Jinja2 can
-        reason = first_line(error)
+    reason = _no_system(tokenizer) if system_prompt else ""
     if reason:
         raise UserError(
             f"data.system_prompt: the chat template of {served.model_path}, "
             f"{served.model.model!r}, takes no system messages ({reason}); expected null, and the "
             "words in a template of data.templates"
         )
+
+
+def check_own_system(
+    tokenizer: Any, where: str, questions: Sequence[Question], served: ServedModel
+) -> None:
+    """The same for the system messages that questions bring. `where` is their setting."""
+    first = next((question.id for question in questions if question.has_system), None)
+    reason = _no_system(tokenizer) if first is not None else ""
+    if reason:
+        raise UserError(
+            f"{where}: the question {first!r} has a system message, and the chat template of "
+            f"{served.model_path}, {served.model.model!r}, takes none ({reason}); expected rows "
+            "without one"
+        )
+
+
+def _no_system(tokenizer: Any) -> str:
+    """Why the chat template shows no system message; nothing if it does, or there is none."""
+    if tokenizer.chat_template is None:
+        return ""
+    messages = [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": "?"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template may raise whatever Jinja2 can
+        return first_line(error)
+    return "" if SYSTEM_PROBE in text else "it leaves them out"
 
 
 def check_room(where: str, question: Question, length: int, reader: Reader) -> None:
@@ -110,13 +129,14 @@ def check_teachers(
     """Every teacher that is asked, and whose tokenizer is here, takes the system prompt, and has
     room for a response to the longest questions of data.train. Raises UserError. Returns notes."""
     notes = []
-    longest = sorted(questions, key=lambda question: len(question.text), reverse=True)[:LONGEST]
+    longest = sorted(questions, key=lambda question: question.characters, reverse=True)[:LONGEST]
     for served in asked:
         if served.actor.engine not in LENGTH_ARGUMENTS:
             continue
         reader = Reader.of(served)
         tokenizer = reader.load_tokenizer()
         check_system_prompt(tokenizer, system_prompt, served)
+        check_own_system(tokenizer, "data.train", questions, served)
         lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])
         for question, length in zip(longest, lengths, strict=True):
             check_room("data.train", question, length, reader)

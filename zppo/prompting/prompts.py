@@ -31,7 +31,7 @@ from zppo.config.topology import DataConfig
 from zppo.data.question import Question
 from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed
-from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
+from zppo_protocol.values import ChatMessage, Prompt, ResponseStart
 
 DEFAULT_TEMPLATES = Path(__file__).parent / "templates"
 PREFIX_SHARE = MethodConfig().prefix_share
@@ -59,6 +59,12 @@ VARIABLES: dict[str, dict[str, Value]] = {
         "max_lines": 5,
     },
     "judge.j2": {"question": "@question", "gold": "@gold", "answer": "@answer"},
+    "rubric.j2": {
+        "question": "@question",
+        "gold": "@gold",
+        "response": "@response",
+        "rubric": "@rubric",
+    },
 }
 """Template -> its variables, with dummies that `validate` looks for in the rendered text."""
 
@@ -92,9 +98,23 @@ def distinct_answers(answers: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(answer for answer in answers if answer))
 
 
+def conversation(question: Question) -> str:
+    """A question for a reader who takes no part in it: the last turn alone where it is all there
+    is, else every turn under the name of its role."""
+    if not question.earlier:
+        return question.text
+    turns = [*question.earlier, ChatMessage(role="user", content=question.text)]
+    return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in turns)
+
+
 class PromptSet:
-    """The templates of one run. `system_prompt` goes first in every prompt a student or teacher
-    answers."""
+    """The templates of one run. `system_prompt` goes first in every prompt that a student or
+    teacher answers, unless the question has a system message of its own.
+
+    Prompts that ask the question keep its earlier turns as they are, and a template makes the last
+    one. Prompts about a response (hint, compression, judge) are one message of their own, in which
+    the whole conversation is shown (`conversation`).
+    """
 
     def __init__(
         self,
@@ -144,19 +164,14 @@ class PromptSet:
 
     def plain(self, question: Question) -> Prompt:
         """The question as it is, with the closing instruction."""
-        return self._prompt("plain.j2", question.media, question=question.text)
+        return self._asking("plain.j2", question)
 
     def bcq(self, question: Question, candidates: Sequence[str]) -> Prompt:
         """Binary candidate-included question (paper, step 4): two compressed candidates in the
         order to be shown."""
         if len(candidates) != 2:
             raise ValueError(f"a BCQ shows 2 candidates, got {len(candidates)}")
-        return self._prompt(
-            "bcq.j2",
-            question.media,
-            question=question.text,
-            candidates=[neutral(text) for text in candidates],
-        )
+        return self._asking("bcq.j2", question, candidates=[neutral(text) for text in candidates])
 
     def ncq(
         self,
@@ -170,10 +185,9 @@ class PromptSet:
 
         `counts` says how many responses each candidate stands for; one each if left out.
         """
-        return self._prompt(
+        return self._asking(
             "ncq.j2",
-            question.media,
-            question=question.text,
+            question,
             wrong_answers=distinct_answers(neutral(answer) for answer in wrong_answers),
             candidates=[neutral(text) for text in candidates],
             counts=counts or [1] * len(candidates),
@@ -181,7 +195,7 @@ class PromptSet:
 
     def hint(self, question: Question, hint: str) -> Prompt:
         """The question with a hint that does not give the answer away (Algorithm 5)."""
-        return self._prompt("hint.j2", question.media, question=question.text, hint=neutral(hint))
+        return self._asking("hint.j2", question, hint=neutral(hint))
 
     def prefix(self, question: Question, response: str) -> Prompt:
         """The plain question, whose answer begins with the first α of the tokens of `response`
@@ -189,39 +203,64 @@ class PromptSet:
         start = ResponseStart(text=_CHAT_MARK.sub("", response), share=self._prefix_share)
         return structs.replace(self.plain(question), start=start)
 
-    def write_hint(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+    def write_hint(
+        self, question: Question, response: str, max_tokens: int, max_lines: int
+    ) -> Prompt:
         """Ask the teacher for a hint from a correct response (Algorithm 5)."""
-        return self._prompt(
+        return self._about(
             "write_hint.j2",
-            (),
-            question=question,
+            question,
             response=neutral(response),
             max_tokens=max_tokens,
             max_lines=max_lines,
         )
 
-    def compress(self, question: str, response: str, max_tokens: int, max_lines: int) -> Prompt:
+    def compress(
+        self, question: Question, response: str, max_tokens: int, max_lines: int
+    ) -> Prompt:
         """Ask the teacher to shorten a candidate: one instruction and one cap for teacher's and
         student's texts."""
-        return self._prompt(
+        return self._about(
             "compress.j2",
-            (),
-            question=question,
+            question,
             response=neutral(response),
             max_tokens=max_tokens,
             max_lines=max_lines,
         )
 
-    def judge(self, question: str, gold: str, response: str) -> Prompt:
+    def judge(self, question: Question, response: str) -> Prompt:
         """Ask the teacher to compare what the last box of a response holds with the reference
         (paper, Reward)."""
-        return self._prompt(
-            "judge.j2", (), question=question, gold=gold, answer=neutral(last_boxed(response) or "")
+        return self._about(
+            "judge.j2",
+            question,
+            gold=question.answer,
+            answer=neutral(last_boxed(response) or ""),
         )
 
-    def _prompt(self, name: str, media: Sequence[MediaReference], **variables: Value) -> Prompt:
-        user = ChatMessage(role="user", content=self._render(name, variables))
-        return Prompt(messages=[*self._system, user], media=list(media))
+    def rubric(self, question: Question, response: str, rubric: str) -> Prompt:
+        """Ask the teacher how far a whole response meets a rubric."""
+        return self._about(
+            "rubric.j2",
+            question,
+            gold=question.answer,
+            response=neutral(response),
+            rubric=rubric,
+        )
+
+    def _asking(self, name: str, question: Question, **variables: Value) -> Prompt:
+        """The question's conversation, whose last turn the template makes."""
+        system = [] if question.has_system else self._system
+        user = self._user(name, question=question.text, **variables)
+        return Prompt(messages=[*system, *question.earlier, user], media=list(question.media))
+
+    def _about(self, name: str, question: Question, **variables: Value) -> Prompt:
+        """A task about a response to the question."""
+        user = self._user(name, question=conversation(question), **variables)
+        return Prompt(messages=[*self._system, user])
+
+    def _user(self, name: str, **variables: Value) -> ChatMessage:
+        return ChatMessage(role="user", content=self._render(name, variables))
 
     def _render(self, name: str, variables: Mapping[str, Value]) -> str:
         try:

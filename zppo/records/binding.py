@@ -18,12 +18,14 @@ from msgspec import Struct
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
 from zppo.errors import UserError
+from zppo.plan.extensions import identities
 from zppo.plan.fingerprint import fingerprint
 
 STUDENT = "student.model"
 MAX_STALENESS = "scheduler.max_staleness"
 FIXED = {
     "method": "the trained steps were made by another recipe",
+    "data.reward": "the trained steps were earned by other rewards",
     "data": "the data cursor counts questions of another corpus",
     "student": "the checkpoint holds another student",
     "run.seed": "the order of the corpus would change in the middle",
@@ -32,13 +34,15 @@ FIXED = {
 """Settings that a resumed run must keep, and why."""
 
 
-class MadeWith(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MadeWith(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """`settings`: value of each fixed setting by its dotted name, and `scheduler.max_staleness`.
-    `corpus`: digest of the training questions. `models`: fingerprint of each model folder."""
+    `corpus`: digest of the training questions. `models`: fingerprint of each model folder.
+    `extensions`: identity of the user's own code, by its name in the topology."""
 
     settings: dict[str, Any]
     corpus: str
     models: dict[str, str]
+    extensions: dict[str, str] = {}
 
 
 class Difference(NamedTuple):
@@ -58,6 +62,7 @@ def made_with(topology: Topology, corpus: str) -> MadeWith:
         settings=fixed_settings(topology),
         corpus=corpus,
         models={str(path): fingerprint(path) for path in sorted(folders) if path.is_dir()},
+        extensions=identities(topology),
     )
 
 

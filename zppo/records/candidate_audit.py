@@ -35,9 +35,9 @@ AUDIT_METRICS: dict[str, str] = {
     "audit/<kind>/picked_first_short": "The same for questions no longer than the mean of these "
     "prompts.",
     "audit/<kind>/picked_first_long": "The same for longer questions.",
-    "audit/<kind>/accuracy_right_first": "Mean reward where the first of two candidates is the "
-    "right one.",
-    "audit/<kind>/accuracy_right_second": "Mean reward where the second one is.",
+    "audit/<kind>/accuracy_right_first": "Share of correct replies where the first of two "
+    "candidates is the right one.",
+    "audit/<kind>/accuracy_right_second": "Share of correct replies where the second one is.",
 }
 """Name -> meaning; all are shares."""
 
@@ -69,7 +69,7 @@ def audit(window: Window) -> Shares:
 
 def mixed(group: Group) -> bool:
     """Whether a graded group has replies of different reward, so that some have an advantage."""
-    return len({grade.reward for grade in group.grades or ()}) > 1
+    return len({grade.reward for grade in group.grades or () if not grade.failed}) > 1
 
 
 def unanimous(group: Group) -> bool:
@@ -122,7 +122,7 @@ def _slots(kind: str, pairs: Sequence[tuple[Visit, Reformulation]]) -> Shares:
     accuracies: dict[bool, list[float]] = {True: [], False: []}
     for _, reformulation in pairs:
         group = _graded(reformulation)
-        accuracies[reformulation.candidates[0].correct] += [g.reward for g in group.grades or ()]
+        accuracies[reformulation.candidates[0].correct] += map(float, group.correctness())
     name = f"audit/{kind}/picked_first"
     return {
         **_share(f"audit/{kind}/accuracy_right_first", accuracies[True]),
@@ -161,7 +161,8 @@ def _graded(reformulation: Reformulation) -> Group:
 def _replies(group: Group) -> Iterator[tuple[str | None, bool]]:
     """(answer, whether it is right) of each reply."""
     for grade in group.grades or ():
-        yield _written(grade.answer), grade.reward >= 1.0
+        if not grade.failed:
+            yield _written(grade.answer), group.is_correct(grade)
 
 
 def _answers(candidates: Iterable[Candidate]) -> set[str]:

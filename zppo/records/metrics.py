@@ -44,11 +44,13 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("time/rollout_idle", "share", "Share of sequence slots of the rollout actors that sampled nothing."),
     Metric("time/grader_busy", "share",
            "Share of the step in which every grader had work, looked at twice a second."),
-    Metric("accuracy/plain", "share", "Mean reward of all plain rollouts, new and replayed questions."),
-    Metric("accuracy/new", "share", "Mean reward of plain rollouts of new questions, a fair sample of the corpus."),
-    Metric("accuracy/replay", "share", "Mean reward of plain rollouts of replayed questions."),
-    Metric("accuracy/<kind>", "share", "Mean reward of the reformulated groups of this kind (bcq, ncq, hint, prefix)."),
-    Metric("accuracy/teacher", "share", "Mean reward of the teacher's rollouts on hard questions."),
+    Metric("accuracy/plain", "share", "Share of correct plain rollouts, new and replayed questions."),
+    Metric("accuracy/new", "share", "Share of correct plain rollouts of new questions, a fair sample of the corpus."),
+    Metric("accuracy/replay", "share", "Share of correct plain rollouts of replayed questions."),
+    Metric("accuracy/<kind>", "share", "Share of correct rollouts of the reformulated groups of this kind (bcq, ncq, hint, prefix)."),
+    Metric("accuracy/teacher", "share", "Share of correct rollouts of the teacher on hard questions."),
+    Metric("reward/<kind>", "", "With data.reward: mean of what the rollouts that accuracy/<kind> counts earn."),
+    Metric("reward_part/<part>", "", "With data.reward: mean of this part over the plain rollouts, before its weight."),
     Metric("window/new", "questions", "Fresh questions of the window, |X_new|."),
     Metric("window/replayed", "questions", "Questions of the window drawn from the buffer, |X_replay|."),
     Metric("window/hard", "questions", "Questions with plain accuracy below the hard threshold τ."),
@@ -64,6 +66,8 @@ STEP_METRICS: tuple[Metric, ...] = (
            "Student's responses in which the grader found no final answer (no box)."),
     Metric("answers/timed_out", "share",
            "Student's responses whose grading was cut off by the time limit."),
+    Metric("answers/failed", "share",
+           "With data.reward: student's responses left out because their reward raised or timed out."),
     Metric("tasks/answered/<pool>", "tasks",
            "Tasks of the window that a pool (rollout, teacher, grader) answered."),
     Metric("tasks/given_up/<pool>", "tasks", "Tasks of the window that a pool failed for good."),
@@ -88,7 +92,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("buffer/evicted", "questions", "Oldest questions pushed out by a full buffer at this step."),
     Metric("buffer/by_entry_accuracy/<entry>", "questions", "Part of the size that was admitted at this accuracy."),
     Metric("graduated/by_entry/<entry>", "questions", "Part of buffer/graduated that was admitted at this accuracy."),
-    Metric("heldout/accuracy", "share", "Mean reward on the held-out questions, on steps that evaluated."),
+    Metric("heldout/accuracy", "share", "Share of correct rollouts on the held-out questions, on steps that evaluated."),
     Metric("train/<name>", "", "What the trainer measured: `zppo.training.metrics.TRAINER_METRICS`."),
 )  # fmt: skip
 
@@ -115,12 +119,12 @@ HELDOUT_FIELDS: tuple[Metric, ...] = (
         "version",
         "Latest policy that sampled a token; above step only in the middle of a run.",
     ),
-    Metric("accuracy", "share", "Mean reward."),
+    Metric("accuracy", "share", "Share of correct rollouts."),
     Metric("samples", "rollouts", "Answers that were graded."),
     Metric("questions", "questions", "Questions they belong to."),
     Metric("low", "share", "Lower end of the 95 % interval."),
     Metric("high", "share", "Upper end of the 95 % interval."),
-    Metric("by_question", "share", "Mean reward of each question, by its id."),
+    Metric("by_question", "share", "Share of correct rollouts of each question, by its id."),
 )
 
 STATUS_COUNTERS: tuple[Metric, ...] = (
@@ -229,9 +233,15 @@ def response_tokens(samples: GroupSamples) -> int:
 
 
 def mean_accuracy(groups: Iterable[Group]) -> float | None:
-    """Mean reward over all rollouts of the groups (each group counts by its size); None without
+    """Share of correct rollouts of the groups (each group counts by its size); None without
     rollouts."""
-    rewards = [grade.reward for group in groups for grade in group.grades or ()]
+    correct = [right for group in groups for right in group.correctness()]
+    return sum(correct) / len(correct) if correct else None
+
+
+def mean_reward(groups: Iterable[Group]) -> float | None:
+    """Mean of what the rollouts of the groups earn; None without rollouts."""
+    rewards = [grade.reward for group in groups for grade in group.grades or () if not grade.failed]
     return sum(rewards) / len(rewards) if rewards else None
 
 
@@ -242,6 +252,7 @@ def window_metrics(window: Window, step: int) -> Scalars:
     return {
         **_composition(window),
         **_accuracies(window.visits),
+        **_rewards(window),
         **staleness_metrics(sampled, step),
         **_compression(window.visits),
         **_lengths(sampled),
@@ -316,8 +327,37 @@ def _composition(window: Window) -> Scalars:
 
 
 def _accuracies(visits: Sequence[Visit]) -> Scalars:
-    """Mean rewards by kind and origin; a family without rollouts has no key, so that no zero is
+    """Shares of correct rollouts by kind and origin; a family without rollouts has no key, so that no zero is
     made up."""
+    families = _families(visits)
+    means = {f"accuracy/{family}": mean_accuracy(groups) for family, groups in families.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _rewards(window: Window) -> Scalars:
+    """What rollouts earn, whole and by part, and the share whose reward could not be had; nothing
+    where a grader alone says what is right, since there reward and correctness are the same."""
+    grades = [grade for group in window.student_groups() for grade in group.grades or ()]
+    if not any(grade.parts or grade.failed for grade in grades):
+        return {}
+    means = {f"reward/{f}": mean_reward(groups) for f, groups in _families(window.visits).items()}
+    plain = [grade for visit in window.visits for grade in visit.plain.grades or ()]
+    known = [grade.parts for grade in plain if not grade.failed]
+    names = dict.fromkeys(name for parts in known for name in parts)
+    return {
+        **{name: mean for name, mean in means.items() if mean is not None},
+        **{f"reward_part/{name}": _mean_part(known, name) for name in names},
+        "answers/failed": sum(grade.failed for grade in grades) / len(grades),
+    }
+
+
+def _mean_part(known: Sequence[Mapping[str, float]], name: str) -> float:
+    values = [parts[name] for parts in known if name in parts]
+    return sum(values) / len(values)
+
+
+def _families(visits: Sequence[Visit]) -> dict[str, list[Group]]:
+    """Groups by kind, the plain ones by origin as well."""
     families = {
         "plain": [visit.plain for visit in visits],
         "new": [visit.plain for visit in visits if visit.origin == "new"],
@@ -328,8 +368,7 @@ def _accuracies(visits: Sequence[Visit]) -> Scalars:
         group for visit in visits for group in visit.student_groups() if group.kind != PLAIN
     ):
         families.setdefault(group.kind, []).append(group)
-    means = {f"accuracy/{family}": mean_accuracy(groups) for family, groups in families.items()}
-    return {name: mean for name, mean in means.items() if mean is not None}
+    return families
 
 
 def _compression(visits: Sequence[Visit]) -> Scalars:

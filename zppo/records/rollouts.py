@@ -55,6 +55,7 @@ class RolloutRow(Struct, kw_only=True):
     response: str
     answer: str | None
     reward: float
+    """What it earns; 0 where the reward could not be had."""
     note: str
     finish_reason: str
     length: int | None
@@ -68,13 +69,18 @@ class RolloutRow(Struct, kw_only=True):
     candidates: str | None
     """JSON list of the `zppo.algorithm.window.Candidate`s shown in a reformulated prompt, in the
     order shown."""
+    correct: bool | None = None
+    """Whether it earns `method.correct_reward`; None where the reward could not be had, and in
+    files of earlier versions."""
+    reward_parts: str | None = None
+    """JSON object of the parts of its reward, with `data.reward`."""
 
 
 _ARROW_TYPES = {
     "step": "int32", "window": "int32", "rollout": "int32", "length": "int32",
     "prompt_length": "int32", "version_min": "int32", "version_max": "int32",
     "question_accuracy": "float32", "reward": "float32", "log_prob_mean": "float32",
-    "trained": "bool",
+    "trained": "bool", "correct": "bool",
 }  # fmt: skip
 
 
@@ -208,6 +214,8 @@ def _group_rows(
             version_max=high,
             log_prob_mean=float(np.mean(samples.log_probs[start:end])) if end > start else None,
             candidates=shown,
+            correct=None if grade.failed else group.is_correct(grade),
+            reward_parts=msgspec.json.encode(grade.parts).decode() if grade.parts else None,
         )
 
 

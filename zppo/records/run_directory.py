@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from zppo.config.topology import Topology
 from zppo.errors import UserError
+from zppo.plan.extensions import identities
 from zppo.records.atomic_file import aside_of, written_whole
 from zppo.records.checkpoint import list_steps
 from zppo.records.ledger import JOURNAL
@@ -60,7 +61,8 @@ DEADLY = 2
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins
     from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`).
-    `trainer_deaths`: how often the trainer died on a window that is not trained yet."""
+    `trainer_deaths`: how often the trainer died on a window that is not trained yet. `extensions`:
+    identity of the user's own code, by its name in the topology (`zppo.plan.extensions`)."""
 
     run_id: str
     created: str
@@ -69,6 +71,7 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     versions: dict[str, str]
     topology: Topology
     trainer_deaths: dict[int, int] = {}
+    extensions: dict[str, str] = {}
 
     @property
     def redraws(self) -> dict[int, int]:
@@ -97,7 +100,7 @@ def create(path: Path, topology: Topology, corpus: str = "", bad_rows: str = "")
     Raises UserError if it is another's, in use, or cannot be made; then nothing is left that would
     be in the way of the next try.
     """
-    record = _new_record(topology, start_step=0, corpus=corpus)
+    record = _new_record(topology, 0, corpus, identities(topology))
     with _made(path):
         for folder in SKELETON:
             (path / folder).mkdir(exist_ok=True)
@@ -180,9 +183,11 @@ def read(path: Path) -> RunRecord:
 def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunRecord:
     """Begin another attempt at the run from the checkpoint of `start_step`, under a new run id."""
     old = read(path)
+    # Attempts of one command go on with the code that it began with; a resume has compared it.
+    extensions = identities(topology) if topology is not None else old.extensions
     topology = topology if topology is not None else old.topology
     record = msgspec.structs.replace(
-        _new_record(topology, start_step, old.corpus),
+        _new_record(topology, start_step, old.corpus, extensions),
         created=old.created,
         trainer_deaths={w: n for w, n in old.trainer_deaths.items() if w >= start_step},
     )
@@ -254,7 +259,9 @@ def new_run_id() -> str:
     return secrets.token_hex(4)
 
 
-def _new_record(topology: Topology, start_step: int, corpus: str) -> RunRecord:
+def _new_record(
+    topology: Topology, start_step: int, corpus: str, extensions: dict[str, str]
+) -> RunRecord:
     return RunRecord(
         run_id=new_run_id(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -262,4 +269,5 @@ def _new_record(topology: Topology, start_step: int, corpus: str) -> RunRecord:
         corpus=corpus,
         versions=package_versions(),
         topology=topology,
+        extensions=extensions,
     )

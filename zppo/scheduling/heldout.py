@@ -27,7 +27,8 @@ class EvaluationResult(Struct, frozen=True, kw_only=True):
     questions: int
     samples: int
     by_question: dict[str, float] = {}
-    """Mean reward of each question, so that two runs can be compared question by question."""
+    """Share of correct rollouts of each question, so that two runs can be compared question by
+    question."""
 
 
 class Estimate(Struct, frozen=True):

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from zppo.algorithm.composition import gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC
 from zppo.config.served import teacher_pool, teachers
 from zppo.config.topology import JUDGE, JUDGE_SAMPLING, ModelConfig, Topology
+from zppo.data.question import Question
 from zppo.prompting.chat_template import for_template, when_writing
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling.dispatch import Job
@@ -35,6 +37,9 @@ class JobFactory:
         self._redraws = redraws or {}
         self._student = topology.student.sampling
         self._teacher = topology.teacher
+        self._rubric = next(
+            (one.args["rubric"] for one in topology.data.reward if one.use == RUBRIC), None
+        )
         self._when_writing = (
             when_writing(topology.teacher, topology.actors.teacher.engine)
             if topology.teacher
@@ -96,19 +101,29 @@ class JobFactory:
             gold=target.question.answer,
             responses=target.group.the_samples.texts,
             grader=target.question.grader,
+            **self._for_rewards(target.question),
         )
         return _job(target, GRADER_POOL, 1, message)
 
+    def _for_rewards(self, question: Question) -> dict[str, str]:
+        """What only rewards read, and no grader."""
+        if question.grader not in (REWARD, REWARD_AND_TEACHER):
+            return {}
+        return {"question": question.text, "row": question.row}
+
     def _judge(self, target: JudgeTarget, prompts: PromptSet) -> Job:
         question, response = target.question, target.group.the_samples.texts[target.response]
-        prompt = prompts.judge(question.text, question.answer, response)
+        if self._rubric is None:
+            prompt = prompts.judge(question, response)
+        else:
+            prompt = prompts.rubric(question, response, self._rubric)
         return self._ask_teacher(target, JUDGE, prompt, JUDGE_SAMPLING)
 
     def _prepare(self, target: PrepareTarget, prompts: PromptSet) -> Job:
         assert self._teacher is not None
         lines, tokens = self.compression_limits
         write = prompts.write_hint if target.preparation == WRITE_HINT else prompts.compress
-        prompt = write(target.place.visit.question.text, target.candidate.text, tokens, lines)
+        prompt = write(target.place.visit.question, target.candidate.text, tokens, lines)
         return self._ask_teacher(
             target, target.preparation, prompt, self._teacher.compression_sampling
         )

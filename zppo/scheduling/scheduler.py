@@ -333,7 +333,7 @@ class Scheduler:
         self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)
         self.training, self.trainer_idle_since = index, None
         groups = [
-            train_group(visit, composition)
+            train_group(visit, composition, self.recipe.part_names)
             for visit, composition in compose(self.windows[index], self.recipe)
         ]
         return [TrainWindow(step=index, groups=groups)]

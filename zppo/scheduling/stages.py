@@ -37,9 +37,10 @@ from zppo.algorithm.window import (
     Window,
     Writer,
 )
+from zppo.config.rewards import REWARD_AND_TEACHER, RUBRIC, Part
 from zppo.config.topology import JUDGE
 from zppo.data.question import Question
-from zppo.grading import judged, parse_answer, quick_grade
+from zppo.grading import judged, parse_answer, quick_grade, scored, together
 from zppo.prompting import compression, hints
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling.events import Answer, Graded, Sampled, Scored
@@ -56,6 +57,9 @@ from zppo.scheduling.targets import (
 )
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Grade, Prompt
+
+ASK_TEACHER = (JUDGE, REWARD_AND_TEACHER)
+"""Graders of questions whose grades the teacher gives, or a part of them."""
 
 
 class CannotGoOn(RuntimeError):
@@ -74,7 +78,12 @@ class Stages:
         """A group of `kind` that asks `prompt`, or the plain question; its id is unique in the
         run."""
         prompt = prompt if prompt is not None else self._prompts.plain(question)
-        return Group(id=f"{index}/{question.id}/{kind}", kind=kind, prompt=prompt)
+        return Group(
+            id=f"{index}/{question.id}/{kind}",
+            kind=kind,
+            prompt=prompt,
+            correct_reward=self._recipe.correct_reward,
+        )
 
     # ---- what has become possible ----------------------------------------------------------------
 
@@ -106,18 +115,33 @@ class Stages:
             self._advance_reformulation(window, visit, reformulation)
 
     def advance_group(self, group: Group, question: Question) -> None:
-        """Grade what the judge is asked about, as far as the quick comparison decides it (paper,
-        Reward) or the judge has spoken."""
-        if group.done or group.samples is None or question.grader != JUDGE:
+        """Grade what the teacher is asked about, as far as the quick comparison decides it (paper,
+        Reward) or the teacher has spoken, and the grading workers too where they have a part."""
+        if group.done or group.samples is None or question.grader not in ASK_TEACHER:
             return
-        for index, text in enumerate(group.samples.texts):
-            if index not in group.verdicts:
-                quick = quick_grade(text, question.answer, JUDGE)
-                if quick is not None:
-                    group.verdicts[index] = quick
-        if len(group.verdicts) == len(group.samples.texts):
-            grades = [group.verdicts[index] for index in range(len(group.verdicts))]
-            group.grades = counted(group, grades, self._recipe)
+        part = self._part_of_teacher
+        if part is None or part.use == JUDGE:
+            for index, text in enumerate(group.samples.texts):
+                if index not in group.verdicts:
+                    quick = quick_grade(text, question.answer, JUDGE)
+                    if quick is not None:
+                        group.verdicts[index] = quick
+        if len(group.verdicts) < len(group.samples.texts):
+            return
+        grades = [group.verdicts[index] for index in range(len(group.verdicts))]
+        if part is not None:
+            if group.local is None:
+                return
+            grades = [
+                together(self._recipe.reward, local, part, verdict)
+                for local, verdict in zip(group.local, grades, strict=True)
+            ]
+        group.grades, group.local = counted(group, grades, self._recipe), None
+
+    @property
+    def _part_of_teacher(self) -> Part | None:
+        """The part of the reward that the teacher gives."""
+        return next((part for part in self._recipe.reward if part.of_teacher), None)
 
     def _advance_teacher(self, window: Window, visit: Visit) -> None:
         """A teacher where the method wants one; the next one while the last had no correct
@@ -209,6 +233,8 @@ class Stages:
         match target, answer:
             case SampleTarget(), Sampled():
                 target.group.samples = answer.samples
+            case GradeTarget(), Graded() if target.question.grader in ASK_TEACHER:
+                target.group.local = answer.grades
             case GradeTarget(), Graded():
                 target.group.grades = counted(target.group, answer.grades, self._recipe)
             case ScoreTarget(), Scored():
@@ -223,8 +249,9 @@ class Stages:
     def _judged(self, target: JudgeTarget, reply: GroupSamples) -> None:
         if target.place is not None:
             target.place.window.spend(reply)
-        text = target.group.the_samples.texts[target.response]
-        target.group.verdicts[target.response] = judged(reply.texts[0], text)
+        text, part = target.group.the_samples.texts[target.response], self._part_of_teacher
+        grade = scored if part is not None and part.use == RUBRIC else judged
+        target.group.verdicts[target.response] = grade(reply.texts[0], text)
 
     def _prepared(self, target: PrepareTarget, reply: GroupSamples) -> None:
         target.place.window.spend(reply)
@@ -273,7 +300,8 @@ class Stages:
             case JudgeTarget():
                 answer = parse_answer(target.group.the_samples.texts[target.response])
                 note = f"the judge failed: {reason}"[:500]
-                grade = Grade(reward=0.0, answer=answer, note=note)
+                failed = target.question.grader == REWARD_AND_TEACHER
+                grade = Grade(reward=0.0, answer=answer, note=note, failed=failed)
                 target.group.verdicts[target.response] = grade
             case GroupTarget(group=group, place=Place(visit=visit)) if group is visit.teacher:
                 group.grades = []
@@ -292,9 +320,10 @@ def missing_of_group(
         return
     if group.samples is None:
         yield SampleTarget(group=group, question=question, place=place)
-    elif question.grader != JUDGE:
+        return
+    if question.grader != JUDGE and group.local is None:
         yield GradeTarget(group=group, question=question, place=place)
-    else:
+    if question.grader in ASK_TEACHER:
         for response in range(len(group.samples.texts)):
             if response not in group.verdicts:
                 yield JudgeTarget(group=group, question=question, place=place, response=response)

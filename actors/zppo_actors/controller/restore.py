@@ -12,6 +12,7 @@ from zppo.config.topology import Topology
 from zppo.data.corpus import load_questions
 from zppo.data.question import Question, digest
 from zppo.errors import UserError
+from zppo.plan.extensions import changed
 from zppo.plan.memory import WITHOUT_FOLDER, Models, inspect_models
 from zppo.prompting.prompts import PromptSet
 from zppo.records import binding, checkpoint
@@ -79,6 +80,7 @@ def bound_to(context: ActorContext, corpus: str) -> MadeWith:
     """What this attempt makes its checkpoints with. Raises UserError if the models, the questions
     or the settings that may not change are not those of the checkpoint it goes on from."""
     now = binding.made_with(context.topology, corpus)
+    changed(context.topology, context.extensions, "the run began")
     if context.start_version > 0:
         folder = checkpoint.final_folder(context.run_dir, context.start_version)
         made = checkpoint.read_made_with(folder)

@@ -157,7 +157,7 @@ class Evaluator:
         grade = await self._grading.grade(text, question)
         if self._judge is None or grade.reward >= 1.0 or grade.answer is None:
             return grade, False
-        prompt = self._prompts.judge(question.text, question.answer, text)
+        prompt = self._prompts.judge(question, text)
         digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
         assert self._order.judge is not None
         task = self._task(JUDGE, f"{question.id}/{digest}", prompt, 1, self._order.judge.model)

@@ -6,8 +6,11 @@ whose default action is death ends this process, and so does an alarm if it slee
 nobody is left to do so. Processor time is what counts, so that a busy or frozen machine makes no
 right answer wrong. Started as `python -m zppo_actors.grading.worker`.
 
+A reward of the user's may fork: a copy of this process that comes back from it ends at once, so
+that there is one reply to each request; the others die with the group that the handle kills.
+
 Frames, both ways: a 4-byte little-endian length, then that many bytes of msgpack (`GradeRequest`,
-`Grade`).
+a list of `Grade`).
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import sys
 from typing import BinaryIO
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER
+from zppo.errors import UserError
 from zppo.grading import grade
 from zppo.grading.reasoning_gym_tasks import task_names
 from zppo.signals import die_with_parent
+from zppo_actors.grading.own import OwnRewards
 from zppo_protocol.values import Grade
 
 HEADER = struct.Struct("<I")
@@ -33,6 +39,11 @@ MAX_MEMORY = 4 * 2**30
 """Bytes of address space; 9^9^9^9 asks for more than any machine has."""
 PROCEDURAL = "--procedural"
 """Loads the scorers of procedural tasks, seconds of work, before the first time limit runs."""
+REWARDS = "--rewards"
+"""Before an `OwnOrder` (JSON): the rewards of `data.reward`, loaded before the first request."""
+WHOLE = "whole groups"
+"""Note of the reply to the warm-up where a reward wants all responses of a group at once."""
+MAX_SENTENCE = 4000
 WALL_FACTOR = 6.0
 """How many times the limit of processor time may pass on the clock."""
 ALARM_SLACK = 1.0
@@ -40,19 +51,21 @@ ALARM_SLACK = 1.0
 
 
 class GradeRequest(Struct, frozen=True, kw_only=True):
-    """One response to grade by rule `grader`, within `seconds` of processor time."""
+    """Responses to grade by rule `grader`, within `seconds` of processor time together."""
 
-    response: str
+    responses: list[str]
     gold: str
     grader: str
     seconds: float
+    question: str = ""
+    row: str = ""
 
 
-WARM_UP = GradeRequest(response=r"\boxed{(x+1)^2}", gold="x^2+2x+1", grader="math", seconds=60.0)
+WARM_UP = GradeRequest(responses=[r"\boxed{(x+1)^2}"], gold="x^2+2x+1", grader="math", seconds=60.0)
 """Loads everything a grade needs, so that no real response pays for it."""
 
 
-def pack(value: Struct) -> bytes:
+def pack(value: Struct | list[Grade]) -> bytes:
     """One frame."""
     body = msgspec.msgpack.encode(value)
     return HEADER.pack(len(body)) + body
@@ -72,7 +85,7 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 
 def main(arguments: list[str]) -> int:
     """Answer requests until stdin ends; with PROCEDURAL among the arguments, be ready for
-    procedural tasks too."""
+    procedural tasks too, and with REWARDS for the rewards of the order behind it."""
     die_with_parent(signal.SIGKILL)
     requests, replies = _private_pipes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -81,19 +94,43 @@ def main(arguments: list[str]) -> int:
     _limit_memory()
     if PROCEDURAL in arguments:
         task_names("grade worker")
+    own = _own_rewards(arguments)
+    process = os.getpid()
     while (body := read_frame(requests)) is not None:
         request = msgspec.msgpack.decode(body, type=GradeRequest)
         _limit_time(request.seconds)
-        reply = _grade(request)
+        reply = _graded(request, own)
+        if os.getpid() != process:
+            os._exit(0)
         _limit_time(None)
         replies.write(pack(reply))
         replies.flush()
     return 0
 
 
-def _grade(request: GradeRequest) -> Grade:
+def _own_rewards(arguments: list[str]) -> OwnRewards | Grade | None:
+    """What REWARDS orders; a grade that says why it cannot be had, for the reply to the warm-up."""
+    if REWARDS not in arguments:
+        return None
     try:
-        return grade(request.response, request.gold, request.grader)
+        return OwnRewards.of(arguments[arguments.index(REWARDS) + 1])
+    except UserError as error:
+        return Grade(reward=0.0, note=str(error)[:MAX_SENTENCE], failed=True)
+
+
+def _graded(request: GradeRequest, own: OwnRewards | Grade | None) -> list[Grade]:
+    if isinstance(own, Grade):
+        return [own]
+    if own is None or request.grader not in (REWARD, REWARD_AND_TEACHER):
+        grades = [_grade(text, request) for text in request.responses]
+        whole = own is not None and own.whole and request == WARM_UP
+        return [structs.replace(grades[0], note=WHOLE)] if whole else grades
+    return own.grades(request.question, request.responses, request.row, request.gold)
+
+
+def _grade(response: str, request: GradeRequest) -> Grade:
+    try:
+        return grade(response, request.gold, request.grader)
     except (
         Exception
     ) as error:  # whatever a grader trips over, the response is not shown to be right

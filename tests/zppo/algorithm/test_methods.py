@@ -132,7 +132,8 @@ def test_an_unknown_method_gets_the_nearest_name() -> None:
         get_method("of_distil")
     assert (
         str(caught.value)
-        == "method.name: there is no method 'of_distil' (did you mean 'off_distill'?)"
+        == "method.name: there is no method 'of_distil' (did you mean 'off_distill'?); or name "
+        "package.module:name or ./file.py:name"
     )
 
 

@@ -169,12 +169,12 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_of_file_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, GOOD, name="train.csv")
+    write(tmp_path, GOOD, name="train.txt")
     with pytest.raises(UserError) as error:
-        load_questions("train.csv", DataConfig(train="train.csv"), tmp_path)
+        load_questions("train.txt", DataConfig(train="train.txt"), tmp_path)
     assert str(error.value) == (
-        f"{tmp_path / 'train.csv'}: unknown kind of question file '.csv' (valid: .arrow, .jsonl, "
-        ".parquet)"
+        f"{tmp_path / 'train.txt'}: unknown kind of question file '.txt' (valid: .arrow, .csv, "
+        ".csv.gz, .csv.zst, .json, .json.gz, .json.zst, .jsonl, .jsonl.gz, .jsonl.zst, .parquet)"
     )
 
 

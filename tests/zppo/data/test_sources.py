@@ -22,6 +22,7 @@ from zppo.config.topology import DataConfig
 from zppo.data.corpus import Corpus, bad_rows_text, load_questions
 from zppo.data.question import Question
 from zppo.data.sources import tables
+from zppo.data.sources.layouts import Wanted
 from zppo.errors import UserError
 from zppo.grading import get_grader, grade, quick_grade, shown_gold
 from zppo.grading.procedural import GUARDS
@@ -100,15 +101,9 @@ def test_columns_can_be_named_and_others_are_not_read(tmp_path: Path) -> None:
     )
     assert [question.answer for question in corpus.questions] == ["0.0", "0.1", "0.2"]
     source = tables.open_table(
-        tmp_path / "t.parquet", _columns({"question": "problem", "answer": "solution"})
+        tmp_path / "t.parquet", Wanted(fields={"question": "problem", "answer": "solution"})
     )
     assert {key for _, row in source.rows for key in row} == {"problem", "solution"}  # type: ignore[union-attr]
-
-
-def _columns(fields: dict[str, str]) -> Any:
-    from zppo.data.sources import OWN_COLUMNS, Columns
-
-    return Columns(names=OWN_COLUMNS | fields, chosen=frozenset(fields))
 
 
 def test_narrow_floats_keep_their_digits(tmp_path: Path) -> None:
@@ -148,7 +143,8 @@ def test_pictures_inside_a_table_are_refused(tmp_path: Path) -> None:
     rows = [{**ROWS[0], "image": {"bytes": b"\x89PNG", "path": "a.png"}}]
     said = refusal(write_parquet(tmp_path / "t.parquet", rows), fields={"images": "image"})
     assert (
-        "row 1: the images ('image') lie inside the table; expected paths of picture files" in said
+        "row 1: the images ('image') lie inside the table as bytes, which cannot be read yet; "
+        "expected paths of picture files" in said
     )
 
 

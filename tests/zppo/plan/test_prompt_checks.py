@@ -17,11 +17,13 @@ from zppo.errors import UserError
 from zppo.plan.processes import asked_teachers
 from zppo.plan.prompt_checks import (
     Reader,
+    check_own_system,
     check_room,
     check_system_prompt,
     check_teachers,
 )
 from zppo.prompting.prompts import PromptSet
+from zppo_protocol.values import ChatMessage
 
 PLAIN = "{% for message in messages %}{{ message.content }} {% endfor %}"
 REFUSES = (
@@ -60,6 +62,17 @@ def test_template_without_a_system_role_is_one_sentence(template: str, reason: s
         "data.system_prompt: the chat template of student.model, 'models/a', takes no system "
         "messages "
         f"({reason}); expected null, and the words in a template of data.templates"
+    )
+    told = ChatMessage(role="system", content="Be brief.")
+    plain = Question(id="a", text="1 + 1?", answer="2")
+    own = Question(id="b", text="2 + 2?", answer="4", earlier=(told,))
+    reads = tokenizer_with(template), "data.train"
+    check_own_system(*reads, [plain], student_of("models/a"))
+    with pytest.raises(UserError) as caught:
+        check_own_system(*reads, [plain, own], student_of("models/a"))
+    assert str(caught.value) == (
+        "data.train: the question 'b' has a system message, and the chat template of "
+        f"student.model, 'models/a', takes none ({reason}); expected rows without one"
     )
 
 

@@ -20,7 +20,7 @@ from zppo.prompting.prompts import (
     distinct_answers,
     neutral,
 )
-from zppo_protocol.values import MediaReference, ResponseStart
+from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
 
 PICTURE = MediaReference(kind="image", path="/data/square.png")
 QUESTION = Question(id="q", text="How much is 3 * 4?", answer="12", media=(PICTURE,))
@@ -32,10 +32,10 @@ def text_of(prompts: PromptSet, kind: str) -> str:
         "plain": lambda: prompts.plain(QUESTION),
         "bcq": lambda: prompts.bcq(QUESTION, ["one", "two"]),
         "ncq": lambda: prompts.ncq(QUESTION, ["10", "11", "10"], ["one", "two"]),
-        "compress": lambda: prompts.compress(QUESTION.text, "one", 512, 5),
-        "judge": lambda: prompts.judge(QUESTION.text, "12", "one"),
+        "compress": lambda: prompts.compress(QUESTION, "one", 512, 5),
+        "judge": lambda: prompts.judge(QUESTION, "one"),
         "hint": lambda: prompts.hint(QUESTION, "Add 4 three times."),
-        "write_hint": lambda: prompts.write_hint(QUESTION.text, "one", 512, 5),
+        "write_hint": lambda: prompts.write_hint(QUESTION, "one", 512, 5),
     }[kind]()
     return prompt.messages[-1].content
 
@@ -129,11 +129,57 @@ def test_media_ride_along(kind: str) -> None:
 
 
 def test_compress_and_judge_are_text_only_and_state_the_caps() -> None:
-    prompt = PromptSet().compress(QUESTION.text, "one", 512, 5)
+    prompt = PromptSet().compress(QUESTION, "one", 512, 5)
     assert (
         prompt.media == []
         and "at most 5 lines and at most 512 tokens" in prompt.messages[-1].content
     )
+
+
+SYSTEM = ChatMessage(role="system", content="You are a tutor.")
+EARLIER = (
+    ChatMessage(role="user", content="How much is 3 * 4?"),
+    ChatMessage(role="assistant", content="12, of course."),
+)
+CHAT = Question(id="c", text="And if we double it?", answer="24", earlier=(SYSTEM, *EARLIER))
+
+
+@pytest.mark.parametrize("kind", ["plain", "bcq", "ncq", "hint", "prefix"])
+def test_only_the_last_turn_of_a_conversation_is_rewritten(kind: str) -> None:
+    alone = Question(id="c", text=CHAT.text, answer="24")
+
+    def built(prompts: PromptSet, question: Question) -> Prompt:
+        return {
+            "plain": lambda: prompts.plain(question),
+            "bcq": lambda: prompts.bcq(question, ["a", "b"]),
+            "ncq": lambda: prompts.ncq(question, ["23"], ["a"]),
+            "hint": lambda: prompts.hint(question, "twice"),
+            "prefix": lambda: prompts.prefix(question, "Twice 12"),
+        }[kind]()
+
+    last = built(PromptSet(), alone)
+    own = built(PromptSet(system_prompt="Be brief."), CHAT)
+    assert own == replace(last, messages=[SYSTEM, *EARLIER, *last.messages])
+    # A question without a system message of its own has that of the run.
+    run = built(PromptSet(system_prompt="Be brief."), replace(CHAT, earlier=EARLIER))
+    told = ChatMessage(role="system", content="Be brief.")
+    assert run == replace(last, messages=[told, *EARLIER, *last.messages])
+
+
+@pytest.mark.parametrize("kind", ["compress", "write_hint", "judge"])
+def test_who_writes_about_a_response_reads_the_whole_conversation(kind: str) -> None:
+    prompts = PromptSet(system_prompt="Be brief.")
+    prompt = {
+        "compress": lambda: prompts.compress(CHAT, "one", 512, 5),
+        "write_hint": lambda: prompts.write_hint(CHAT, "one", 512, 5),
+        "judge": lambda: prompts.judge(CHAT, "one"),
+    }[kind]()
+    assert [message.role for message in prompt.messages] == ["system", "user"]
+    assert prompt.messages[0].content == "Be brief."
+    assert (
+        "Question:\n[system]\nYou are a tutor.\n\n[user]\nHow much is 3 * 4?\n\n[assistant]\n12, "
+        "of course.\n\n[user]\nAnd if we double it?\n\n"
+    ) in prompt.messages[1].content
 
 
 def test_system_prompt_goes_first() -> None:

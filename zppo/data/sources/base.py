@@ -1,39 +1,24 @@
 """What a source of questions is to the corpus: numbered raw rows, and how to speak of them.
 
 A source yields rows lazily, so that a large file is never in memory at once. It checks only that
-rows can be read; what makes a row a question is decided in one place, `zppo.data.corpus`.
+rows can be read; what makes a row a question is decided in one place, `zppo.data.rows`.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
+from zppo.data.sources.layouts import Columns, Wanted, settle
+
 RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
 """(1-based number, the row's columns or the reason why there are none)."""
 Unit: TypeAlias = Literal["line", "row", "question"]
-OWN_COLUMNS = {"id": "id", "question": "question", "answer": "answer", "images": "images"}
-
-
-class Columns(Struct, frozen=True, kw_only=True):
-    """Our field names -> the columns of the source; `chosen` are the fields that the user named a
-    column for."""
-
-    names: Mapping[str, str]
-    chosen: frozenset[str]
-
-    @property
-    def required(self) -> dict[str, str]:
-        """Fields that the source must have a column for."""
-        return {
-            field: name
-            for field, name in self.names.items()
-            if field in {"question", "answer"} | self.chosen
-        }
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -48,7 +33,7 @@ class Source(Struct, frozen=True, kw_only=True):
     """Relative paths of pictures start here."""
     unit: Unit
     rows: Iterator[RawRow]
-    columns: Mapping[str, str]
+    columns: Columns
     grader: str | None = None
     """The rule that scores its questions, if the source brings its own."""
 
@@ -57,6 +42,18 @@ class Source(Struct, frozen=True, kw_only=True):
         return (
             f"{self.name}:{number}" if self.unit == "line" else f"{self.name}, {self.unit} {number}"
         )
+
+
+def by_first_row(rows: Iterator[RawRow], wanted: Wanted) -> tuple[Columns, Iterator[RawRow]]:
+    """The columns that the first readable row has, and all rows, that one included."""
+    passed: list[RawRow] = []
+    present: list[str] = []
+    for number, row in rows:
+        passed.append((number, row))
+        if isinstance(row, dict):
+            present = list(row)
+            break
+    return settle(wanted, present), chain(passed, rows)
 
 
 def same_words(text: str) -> str:

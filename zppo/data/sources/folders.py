@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from zppo.data.sources.base import Columns, Source
+from zppo.data.sources.base import Source
+from zppo.data.sources.layouts import Wanted
 from zppo.data.sources.tables import SUFFIXES, open_tables
 from zppo.errors import UserError, nearest
 
@@ -25,7 +26,7 @@ UNSPLIT = ""
 Splits = dict[str, list[Path]]
 
 
-def open_folder(folder: Path, columns: Columns) -> Source:
+def open_folder(folder: Path, wanted: Wanted) -> Source:
     """Open a folder that holds one split. Raises UserError, naming the splits if there are
     several."""
     splits = find_splits(folder)
@@ -36,10 +37,10 @@ def open_folder(folder: Path, columns: Columns) -> Source:
             f"{folder}: holds several splits: {names}; name one of them, for example {example}"
         )
     ((split, files),) = splits.items()
-    return open_tables(folder, split or folder.name, files, columns)
+    return open_tables(folder, split or folder.name, files, wanted)
 
 
-def open_split(path: Path, columns: Columns) -> Source | None:
+def open_split(path: Path, wanted: Wanted) -> Source | None:
     """Open `FOLDER/SPLIT` where SPLIT is the beginning of file names; None if FOLDER has no such
     splits at all."""
     splits = find_splits(path.parent) if _has_tables(path.parent) else {}
@@ -50,7 +51,7 @@ def open_split(path: Path, columns: Columns) -> Source | None:
         raise UserError(
             f"{path}: the data set has no split {path.name!r}{nearest(path.name, names)}"
         )
-    return open_tables(path, path.name, splits[path.name], columns)
+    return open_tables(path, path.name, splits[path.name], wanted)
 
 
 def find_splits(folder: Path) -> Splits:
@@ -65,9 +66,11 @@ def find_splits(folder: Path) -> Splits:
         match = SHARD.fullmatch(file.stem)
         splits.setdefault(match["split"] if match else UNSPLIT, []).append(file)
     if not splits:
+        inner = sorted(one.name for one in folder.iterdir() if one.is_dir() and _has_tables(one))
+        there = f"; the folder {inner[0]!r} in it has some" if inner else ""
         raise UserError(
             f"{folder}: holds no Parquet or Arrow files; expected a data set as save_to_disk or "
-            "the Hub lays it out"
+            f"the Hub lays it out{there}"
         )
     return splits
 

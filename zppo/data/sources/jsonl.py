@@ -8,36 +8,31 @@ from typing import Any
 
 import msgspec
 
-from zppo.data.sources.base import Columns, RawRow, Source
-from zppo.errors import UserError
+from zppo.data.sources.base import RawRow, Source, by_first_row
+from zppo.data.sources.layouts import Wanted
+from zppo.data.sources.streams import lines_of, stem_of
 
 
-def open_jsonl(file: Path, columns: Columns) -> Source:
-    """Open a JSONL file; which columns it has shows row by row."""
+def open_jsonl(file: Path, wanted: Wanted) -> Source:
+    """Open a JSONL file. Its first object says which layout it has; whether other rows have the
+    columns shows row by row."""
+    columns, rows = by_first_row(_rows(file), wanted)
     return Source(
         name=str(file),
-        stem=file.stem,
+        stem=stem_of(file),
         folder=file.parent,
         unit="line",
-        rows=_rows(file),
-        columns=columns.names,
+        rows=rows,
+        columns=columns,
     )
 
 
 def _rows(file: Path) -> Iterator[RawRow]:
     """One raw row per non-blank line; lines that are not UTF-8 or not a JSON object carry their
     reason."""
-    try:
-        with file.open("rb") as stream:
-            for line, data in enumerate(stream, start=1):
-                if line == 1:
-                    data = data.removeprefix(b"\xef\xbb\xbf")
-                if data.strip():
-                    yield line, _decode(data)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({error.strerror}); expected a question file"
-        ) from None
+    for line, data in lines_of(file):
+        if data.strip():
+            yield line, _decode(data)
 
 
 def _decode(data: bytes) -> dict[str, Any] | str:
@@ -48,7 +43,14 @@ def _decode(data: bytes) -> dict[str, Any] | str:
         return f"not UTF-8 text (byte {error.start + 1} of the line)"
     except (msgspec.DecodeError, RecursionError) as error:
         return f"not a JSON value ({error})"
-    return row if isinstance(row, dict) else f"a {kind_of(row)} where a JSON object was expected"
+    return as_row(row)
+
+
+def as_row(value: object) -> dict[str, Any] | str:
+    """The value as a raw row, or why it is none."""
+    return (
+        value if isinstance(value, dict) else f"a {kind_of(value)} where a JSON object was expected"
+    )
 
 
 def kind_of(value: object) -> str:

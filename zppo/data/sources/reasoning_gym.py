@@ -18,7 +18,8 @@ from urllib.parse import urlencode
 from msgspec import Struct
 
 from zppo.config.topology import REASONING_GYM
-from zppo.data.sources.base import OWN_COLUMNS, RawRow, Source, same_words
+from zppo.data.sources.base import RawRow, Source, same_words
+from zppo.data.sources.layouts import Wanted, settle
 from zppo.errors import UserError, nearest
 from zppo.grading.procedural import gold_entry
 from zppo.grading.reasoning_gym_tasks import build_task, parse_specification, quiet
@@ -61,7 +62,7 @@ def open_reasoning_gym(text: str) -> Source:
         folder=Path(),
         unit="question",
         rows=_rows(specification, first),
-        columns=OWN_COLUMNS,
+        columns=settle(Wanted(), ("question", "answer")),
         grader=specification.grader,
     )
 

@@ -13,49 +13,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zppo.data.sources.base import Columns, RawRow, Source
-from zppo.errors import UserError, first_line, nearest
+from zppo.data.sources.base import RawRow, Source
+from zppo.data.sources.layouts import Columns, Wanted, check_columns, settle, top_level
+from zppo.errors import UserError, first_line
 
 BATCH_ROWS = 1024
 SUFFIXES = (".parquet", ".arrow")
 
 
-def open_table(file: Path, columns: Columns) -> Source:
+def open_table(file: Path, wanted: Wanted) -> Source:
     """Open one file. Raises UserError if it is no table or lacks a column."""
-    return open_tables(file, file.stem, [file], columns)
+    return open_tables(file, file.stem, [file], wanted)
 
 
-def open_tables(name: Path, stem: str, files: Sequence[Path], columns: Columns) -> Source:
-    """Open several files as one source that messages call `name`. Raises UserError."""
+def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) -> Source:
+    """Open several files as one source that messages call `name`; the first says which layout it
+    has. Raises UserError."""
+    columns = settle(wanted, _schema(files[0]).names)
     for file in files:
-        _check_columns(file, columns)
+        check_columns(file, columns, list(_paths(_schema(file))))
     return Source(
         name=str(name),
         stem=stem,
         folder=files[0].parent,
         unit="row",
-        rows=_numbered(files, list(columns.names.values())),
-        columns=columns.names,
+        rows=_numbered(files, columns),
+        columns=columns,
     )
 
 
-def _numbered(files: Iterable[Path], wanted: list[str]) -> Iterator[RawRow]:
+def _schema(file: Path) -> Any:
+    with _readable(file):
+        return READERS[file.suffix].schema(file)
+
+
+def _paths(fields: Iterable[Any], prefix: str = "") -> Iterator[str]:
+    """Every column of a schema, nested ones by their paths."""
+    import pyarrow as pa
+
+    for field in fields:
+        yield f"{prefix}{field.name}"
+        if pa.types.is_struct(field.type):
+            inner = [field.type.field(index) for index in range(field.type.num_fields)]
+            yield from _paths(inner, f"{prefix}{field.name}.")
+
+
+def _numbered(files: Iterable[Path], columns: Columns) -> Iterator[RawRow]:
+    """Rows with the wanted columns, or with all."""
+    wanted = None if columns.every else list(columns.names.values())
     rows = (row for file in files for batch in _batches(file, wanted) for row in _as_rows(batch))
     return enumerate(rows, start=1)
 
 
-def _check_columns(file: Path, columns: Columns) -> None:
-    with _readable(file):
-        names = READERS[file.suffix].names(file)
-    for field, column in columns.required.items():
-        if column not in names:
-            raise UserError(
-                f"{file}: there is no column {column!r} for "
-                f"data.fields.{field}{nearest(column, names)}; name it in data.fields"
-            )
-
-
-def _batches(file: Path, wanted: list[str]) -> Iterator[Any]:
+def _batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
     with _readable(file):
         yield from READERS[file.suffix].batches(file, wanted)
 
@@ -96,33 +106,35 @@ def _plain(column: Any) -> list[Any]:
 
 class _Parquet:
     @staticmethod
-    def names(file: Path) -> list[str]:
+    def schema(file: Path) -> Any:
         import pyarrow.parquet as pq
 
-        names: list[str] = pq.read_schema(file).names
-        return names
+        return pq.read_schema(file)
 
     @staticmethod
-    def batches(file: Path, wanted: list[str]) -> Iterator[Any]:
+    def batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(file) as table:
-            present = [name for name in wanted if name in table.schema_arrow.names]
+            names = table.schema_arrow.names
+            # A nested column is read alone, without its neighbours.
+            present = [name for name in wanted or names if top_level(name, names) in names]
             yield from table.iter_batches(BATCH_ROWS, columns=present)
 
 
 class _Arrow:
     @staticmethod
-    def names(file: Path) -> list[str]:
+    def schema(file: Path) -> Any:
         with _arrow_reader(file) as reader:
-            names: list[str] = reader().schema.names
-            return names
+            return reader().schema
 
     @staticmethod
-    def batches(file: Path, wanted: list[str]) -> Iterator[Any]:
+    def batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
         with _arrow_reader(file) as reader:
             for batch in _record_batches(reader()):
-                chosen = batch.select([name for name in wanted if name in batch.schema.names])
+                names = batch.schema.names
+                tops = dict.fromkeys(top_level(name, names) for name in wanted or names)
+                chosen = batch.select([name for name in tops if name in names])
                 for start in range(0, chosen.num_rows, BATCH_ROWS):
                     yield chosen.slice(start, BATCH_ROWS)
 

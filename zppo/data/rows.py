@@ -1,0 +1,269 @@
+"""One raw row → one checked `Question`.
+
+The invariant: what passes can be trained on: it has a text, a gold answer that its grader can find
+met, an id and readable pictures. What does not is a `RowError` with one reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of
+from zppo.config.topology import JUDGE, DataConfig
+from zppo.data.messages import read_conversation
+from zppo.data.pictures import picture_problem
+from zppo.data.question import Question
+from zppo.data.sources import Source
+from zppo.data.sources.jsonl import kind_of
+from zppo.data.sources.layouts import Wanted, paths_of, settle, value_of
+from zppo.data.text import RowError, as_text, bounded, clean
+from zppo.errors import UserError, nearest
+from zppo.grading import GRADERS, get_grader
+from zppo.grading.rewards import needs_row
+from zppo_protocol.values import ChatMessage, MediaReference
+
+MAX_ID = 200
+"""Characters of an id: group ids are built from it and must fit a protocol name."""
+MAX_PATH = 512
+MAX_ROW = 262_144
+"""Characters of a row's columns as JSON: they travel with every question."""
+_WRITTEN_OUT = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:""")
+"""A conversation that was turned into text on its way into a file."""
+_NAMES = {"question": "the question", "answer": "the gold answer"}
+
+
+class RowReader:
+    """Reads the rows of one source, whose grader is `grader` where a row names none."""
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        """Raises UserError where two rules would grade the questions."""
+        self._source = source
+        self._columns = source.columns.names
+        self._parts = parts_of(config.reward)
+        _check_rules(source, config)
+        self._grader = source.grader or grader_of(config)
+        rules = [part.use for part in self._parts if part.use in GRADERS]
+        self._rules = rules if self._parts else [self._grader]
+        for name in self._rules:
+            get_grader(name)
+
+    def read(self, row: Mapping[str, Any]) -> Question:
+        """Raises RowError."""
+        earlier, text = self._asked(row)
+        answer = self._gold(row)
+        media = tuple(self._media(row))
+        grader = self._own_grader(row)
+        for name in self._rules if grader is None else [grader]:
+            if not get_grader(name).usable(answer):
+                raise RowError(
+                    f"the gold answer is {answer[:40]!r}, which the grader {name!r} can never meet"
+                )
+        return Question(
+            id=self._id(row, text, earlier, media),
+            text=text,
+            answer=answer,
+            media=media,
+            grader=grader or self._grader,
+            row=_as_json(row) if needs_row(self._parts) else "",
+            earlier=earlier,
+            own_grader=grader is not None,
+        )
+
+    # ---- what is asked ---------------------------------------------------------------------------
+
+    def _asked(self, row: Mapping[str, Any]) -> tuple[tuple[ChatMessage, ...], str]:
+        """The turns before the last one, and the last one."""
+        value, name = self._required(row, "question"), self._name("question")
+        if isinstance(value, list):
+            *earlier, last = read_conversation(value, name)
+            text = last.content
+        else:
+            earlier, text = [], bounded(as_text(value, name), name)
+            if _WRITTEN_OUT.match(text):
+                raise RowError(
+                    f"{name} is a list of messages written as text; expected the list itself, in "
+                    "JSONL, JSON or Parquet"
+                )
+        system = self._system(row)
+        if system and earlier and earlier[0].role == "system":
+            raise RowError(
+                f"{name} begins with a system message, and the system prompt "
+                f"({self._columns['system_prompt']!r}) is another; expected one of them"
+            )
+        return (*system, *earlier), text
+
+    def _system(self, row: Mapping[str, Any]) -> list[ChatMessage]:
+        value, name = self._optional(row, "system_prompt", "the system prompt")
+        if value is None:
+            return []
+        return [ChatMessage(role="system", content=bounded(as_text(value, name), name))]
+
+    def _id(
+        self,
+        row: Mapping[str, Any],
+        text: str,
+        earlier: Sequence[ChatMessage],
+        media: Sequence[MediaReference],
+    ) -> str:
+        """The row's own id, or one made from what is asked, so that moving rows about does not
+        rename them."""
+        column = self._columns["id"]
+        value = value_of(row, column)
+        if value is None:
+            turns = [part for turn in earlier for part in (turn.role, turn.content)]
+            content = "\0".join([*turns, text, *(one.path for one in media)])
+            return f"{self._source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        name = as_text(value, f"the id ({column!r})")
+        if not name.strip() or len(name) > MAX_ID or not name.isprintable():
+            raise RowError(
+                f"the id ({column!r}) is {name[:40]!r}; expected 1 to {MAX_ID} printable characters"
+            )
+        return name
+
+    # ---- how it is graded ------------------------------------------------------------------------
+
+    def _gold(self, row: Mapping[str, Any]) -> str:
+        """The gold answer; empty where no reward reads it and the row has none."""
+        if "answer" in self._source.columns.optional and (
+            value_of(row, self._columns["answer"]) is None
+        ):
+            return ""
+        name = self._name("answer")
+        return bounded(as_text(self._required(row, "answer"), name), name)
+
+    def _own_grader(self, row: Mapping[str, Any]) -> str | None:
+        value, name = self._optional(row, "grader", "the grader")
+        if value is None:
+            return None
+        grader = as_text(value, name)
+        if grader == JUDGE != self._grader:
+            raise RowError(
+                f"{name} is {JUDGE!r}, which asks the teacher; expected data.grader {JUDGE!r} too"
+            )
+        if grader not in GRADERS:
+            raise RowError(f"{name} is {grader[:40]!r}{nearest(grader, GRADERS)}")
+        return grader
+
+    # ---- pictures --------------------------------------------------------------------------------
+
+    def _media(self, row: Mapping[str, Any]) -> Iterator[MediaReference]:
+        column = self._columns["images"]
+        value = value_of(row, column)
+        entries = [] if value is None else value if isinstance(value, list) else [value]
+        paths = [entry.get("path") if _without_bytes(entry) else entry for entry in entries]
+        if any(isinstance(path, dict) and path.get("bytes") is not None for path in paths):
+            raise RowError(
+                f"the images ({column!r}) lie inside the table as bytes, which cannot be read yet; "
+                "expected paths of picture files"
+            )
+        if not all(isinstance(path, str) for path in paths):
+            raise RowError(
+                f"the images ({column!r}) are a {kind_of(value)}; expected a path or a list of "
+                "paths"
+            )
+        for path in paths:
+            yield MediaReference(kind="image", path=self._picture(path))
+
+    def _picture(self, path: str) -> str:
+        full = (self._source.folder / clean(path, "an image path")).absolute()
+        if len(str(full)) > MAX_PATH:
+            raise RowError(f"image path {path[:40]!r}… is longer than {MAX_PATH} characters")
+        problem = picture_problem(full)
+        if problem:
+            raise RowError(f"image {path!r} {problem}")
+        return str(full)
+
+    # ---- columns ---------------------------------------------------------------------------------
+
+    def _name(self, field: str) -> str:
+        return f"{_NAMES[field]} ({self._columns[field]!r})"
+
+    def _required(self, row: Mapping[str, Any], field: str) -> Any:
+        column = self._columns[field]
+        value = value_of(row, column)
+        if value is None:
+            raise RowError(f"{self._name(field)} is missing{self._why_missing(row, column)}")
+        return value
+
+    def _why_missing(self, row: Mapping[str, Any], column: str) -> str:
+        """The layout of this row, if it has another than the source; else the nearest column."""
+        columns = self._source.columns
+        fields = {field: columns.names[field] for field in columns.chosen}
+        other = settle(Wanted(fields=fields, optional=columns.optional), row)
+        there = all(value_of(row, name) is not None for name in other.required.values())
+        if there and other.layout != columns.layout:
+            return (
+                f": the row is laid out as {other.layout.name}'s, and the first one as "
+                f"{columns.layout.name}'s; expected one layout in a source"
+            )
+        known = list(paths_of(row))
+        return nearest(column, known) if known and column not in known else ""
+
+    def _optional(self, row: Mapping[str, Any], field: str, what: str) -> tuple[Any, str]:
+        """The value of a field that is read only where data.fields names its column, and what to
+        call it."""
+        column = self._columns.get(field)
+        return (None, what) if column is None else (value_of(row, column), f"{what} ({column!r})")
+
+
+def grader_of(config: DataConfig) -> str:
+    """The grader of questions whose source brings none."""
+    if not config.reward:
+        return config.grader
+    of_teacher = any(part.of_teacher for part in parts_of(config.reward))
+    return REWARD_AND_TEACHER if of_teacher else REWARD
+
+
+def _check_rules(source: Source, config: DataConfig) -> None:
+    get_grader(config.grader)
+    if config.reward and source.grader is not None:
+        raise UserError(
+            f"data.reward: {source.name!r} brings its own rule, {source.grader!r}; expected no "
+            "reward"
+        )
+    if config.reward and "grader" in config.fields:
+        raise UserError(
+            f"data.fields.grader is {config.fields['grader']!r} where data.reward says what a "
+            "response earns; expected one of the two"
+        )
+
+
+def _as_json(row: Mapping[str, Any]) -> str:
+    """All columns as JSON, for rewards; what JSON cannot carry, pictures in the table for example,
+    is left out."""
+    columns = {name: plain for name, value in row.items() if (plain := _plain(value)) is not ...}
+    text = msgspec.json.encode(columns).decode()
+    if len(text) > MAX_ROW:
+        raise RowError(
+            f"its columns make {len(text)} characters of JSON; at most {MAX_ROW} go with a "
+            "question to rewards, so leave columns out of the file"
+        )
+    return text
+
+
+def _plain(value: object) -> Any:
+    """A value of a column as JSON can carry it, or `...` where it cannot."""
+    try:
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,))
+        msgspec.json.encode(plain)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return ...
+    return ... if _holds_bytes(plain) else plain
+
+
+def _holds_bytes(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_bytes, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_bytes, value))
+    return isinstance(value, bytes)
+
+
+def _without_bytes(entry: object) -> bool:
+    """Whether a picture of a table, `{bytes, path}`, is a path alone."""
+    return isinstance(entry, dict) and entry.get("bytes") is None and "path" in entry

@@ -1,0 +1,43 @@
+"""Text of a row, and the one exception that makes a row a bad one."""
+
+from __future__ import annotations
+
+import math
+
+from zppo.data.sources.jsonl import kind_of
+
+MAX_TEXT = 1_000_000
+"""Characters of one question or answer; far above any real one, and below what a message may
+carry."""
+
+
+class RowError(ValueError):
+    """Why one row is bad; becomes a `BadRow`."""
+
+
+def as_text(value: object, name: str) -> str:
+    """Text, or a finite number as its text. `name` is what the row calls it. Raises RowError."""
+    if isinstance(value, str):
+        return clean(value, name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RowError(f"{name} is not a finite number")
+        return str(value)
+    raise RowError(f"{name} is a {kind_of(value)}; expected text or a number")
+
+
+def bounded(text: str, name: str) -> str:
+    """The text without outer white space. Raises RowError if nothing is left, or too much."""
+    text = text.strip()
+    if not text:
+        raise RowError(f"{name} is empty")
+    if len(text) > MAX_TEXT:
+        raise RowError(f"{name} has {len(text)} characters; at most {MAX_TEXT} are taken")
+    return text
+
+
+def clean(value: str, name: str) -> str:
+    """Refuse what JSON allows but no tokenizer or message can carry."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowError(f"{name} holds a NUL or half a surrogate pair")
+    return value
