@@ -202,6 +202,13 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.weights",
         "zppo_protocol",
     },
+    "zppo_actors.sinks": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.extensions",
+        "zppo.plan",
+        "zppo.records",
+    },
     "zppo_actors.controller": {
         "zppo.algorithm",
         "zppo.config",
@@ -213,6 +220,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.records",
         "zppo.scheduling",
         "zppo_actors.process",
+        "zppo_actors.sinks",
         "zppo_protocol",
     },
     "zppo_actors.evaluator": {
@@ -256,8 +264,9 @@ ROOMS: dict[str, set[str]] = {
 PURE = ("algorithm", "scheduling", "config", "prompting", "grading")
 """Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
 SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py"}
-"""Files of `zppo` that look at the clock: one runs several runs, one waits for a server."""
+OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py", "zppo/plan/sinks.py"}
+"""Files of `zppo` that look at the clock or at a port: one runs several runs, one waits for a server,
+one looks whether a port is free."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",

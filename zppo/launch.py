@@ -128,6 +128,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         f"the checkpoint of step {found.step} was written",
     )
     _check_steps(topology, checked.plan.windows.steps, directory, found.step)
+    _check_budget(topology, directory, found.step)
     journal = ledger.find_problem(directory, found.step)
     worth += [ledger.begins_anew(directory, journal, found.step)] if journal is not None else []
     for warning in [*found.warnings, *worth]:
@@ -340,6 +341,21 @@ def _check_steps(topology: Topology, total: int, directory: Path, step: int) -> 
         )
     if step >= total and _finished(topology, directory, step):
         raise UserError(f"--resume: the run is finished, step {step} was its last; {extend}")
+
+
+def _check_budget(topology: Topology, directory: Path, step: int) -> None:
+    """Something is left of the teacher's budget. A journal that tells nothing is said elsewhere."""
+    if topology.teacher is None:
+        return
+    costs = ledger.read_ledger(directory, step).spent.values()
+    for name in ("tokens", "requests"):
+        limit = getattr(topology.teacher.budget, name)
+        total = sum(getattr(cost, name) for cost in costs)
+        if limit is not None and total >= limit:
+            raise UserError(
+                f"--resume: teacher.budget.{name} is {limit} and {total} are spent; raise it, for "
+                f"example with --set teacher.budget.{name}={2 * total}"
+            )
 
 
 def _finished(topology: Topology, directory: Path, step: int) -> bool:

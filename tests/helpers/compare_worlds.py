@@ -11,12 +11,12 @@ from zppo.algorithm.methods import get_method
 from zppo.algorithm.steps import Fate
 from zppo.comparison.record import Pair, Record, neutral, of_pair, run_folder, write_record
 from zppo.config.method import MethodConfig
+from zppo.config.sinks import SinksConfig
 from zppo.config.topology import (
     DataConfig,
     ModelConfig,
     RunConfig,
     SchedulerConfig,
-    SinksConfig,
     Topology,
 )
 from zppo.records import checkpoint, run_directory

@@ -170,7 +170,8 @@ class World:
 
     def accepts(self, event: events.Answer) -> bool:
         """Whether somebody waited for the answer."""
-        return self.feed(event) == [events.Accepted(event.task_id)]
+        answered = [o for o in self.feed(event) if not isinstance(o, events.Cost)]
+        return answered == [events.Accepted(event.task_id)]
 
     def assignments(self, now: float) -> list[Assignment]:
         """Let the scheduler act; what it hands out."""

@@ -98,3 +98,71 @@ def test_answers_that_are_cut_off_end_the_run_where_advice_may_stop_it(tmp_path:
     code, report = doctor(directory)
     assert code == 1
     assert severe(report) == ["cut_off", "no_answer", "all_alike", "no_gradient"]
+
+
+HANGING_SINK = """
+import threading
+
+class Sink:
+    def open(self, run): threading.Event().wait()
+    def step(self, step, metrics): ...
+    def event(self, event): ...
+    def close(self): ...
+"""
+
+
+def test_a_teacher_that_is_paid_for_ends_the_run_when_its_budget_is_spent(tmp_path: Path) -> None:
+    """What the server was asked is what the run has counted, and a resume with more goes on. A sink
+    that hangs holds up neither the run nor its end."""
+    directory = tmp_path / "run"
+    (tmp_path / "hangs.py").write_text(HANGING_SINK)
+    with running(Server()) as server:
+        paid = {
+            "run.steps": 4,
+            "actors.teacher.engine": "openai",
+            "teacher.model": MODEL,
+            "actors.teacher.engine_args": json.dumps({"base_url": server.base_url}),
+            "teacher.budget.requests": 12,
+            "sinks.use": json.dumps([{"use": f"{tmp_path}/hangs.py:Sink"}]),
+            "sinks.close_seconds": 1,
+        }
+        done = launch(directory, **paid)
+        assert done.returncode == 1, done.stdout + done.stderr
+        steps = checkpoint.find_latest(directory).step
+        assert 0 < steps < 4
+        assert said(done)[0] == (
+            "the teacher's budget is spent: 12 requests of 12 (teacher.budget.requests; raise it "
+            f"to go on): {steps} of 4 steps are trained and saved"
+        )
+        assert "sink left: sinks.own-hangs.Sink: it did not close in 1 s" in done.stdout
+        assert spent(directory) == (12, tokens_of(server)) and len(server.requests) == 12
+        again = resume(directory)
+        assert (again.returncode, again.stderr) == (
+            2,
+            "--resume: teacher.budget.requests is 12 and 12 are spent; raise it, for example with "
+            "--set teacher.budget.requests=24\n",
+        )
+        more = resume(directory, **{"teacher.budget.requests": "null", "sinks.use": "[]"})
+        assert more.returncode == 0, more.stdout + more.stderr
+        assert spent(directory) == (len(server.requests), tokens_of(server))
+    assert checkpoint.find_latest(directory).step == 4
+
+
+def resume(directory: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "zppo.launch", "--resume", str(directory)]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def spent(directory: Path) -> tuple[int, int]:
+    """(requests, tokens) that the run says its teacher has cost."""
+    command = [sys.executable, "-P", "-m", "zppo.report", str(directory), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    summary = json.loads(done.stdout)
+    return sum(summary["teacher_requests"].values()), sum(summary["teacher_tokens"].values())
+
+
+def tokens_of(server: Server) -> int:
+    """What a good answer counts: 7 tokens of the prompt, and 5 of each choice."""
+    return sum(7 + 5 * request.asked for request in server.requests)

@@ -21,12 +21,12 @@ from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.steps import Recipe, refresh_buffer
 from zppo.algorithm.window import Candidate, Group, Reformulation, Visit, Window
 from zppo.config.method import MethodConfig
+from zppo.config.sinks import SinksConfig
 from zppo.config.topology import (
     DataConfig,
     ModelConfig,
     RunConfig,
     SchedulerConfig,
-    SinksConfig,
     Topology,
 )
 from zppo.data.question import Question

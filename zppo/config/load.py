@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from zppo.config.explain import explain, nearest_setting, settings, step
 from zppo.config.paths import absolute, absolute_use
 from zppo.config.rewards import RewardConfig
+from zppo.config.sinks import SinksConfig
 from zppo.config.strict_yaml import parse
 from zppo.config.topology import (
     OPENAI,
@@ -100,6 +101,7 @@ def resolve(topology: Topology, base: Path) -> Topology:
         ),
         teacher=teacher,
         more_teachers=others,
+        sinks=_with_own_sinks(topology.sinks, base),
         actors=replace(
             actors,
             rollout=_with_script("actors.rollout", actors.rollout, base),
@@ -225,6 +227,14 @@ def _resolved_teacher(section: str, teacher: MoreTeacher, base: Path) -> MoreTea
     if teacher.actor.engine == OPENAI:
         return teacher
     return replace(teacher, model=_absolute(f"{section}.model", teacher.model, base))
+
+
+def _with_own_sinks(sinks: SinksConfig, base: Path) -> SinksConfig:
+    own = [
+        replace(one, use=absolute_use(f"sinks.use[{i}].use", one.use, base))
+        for i, one in enumerate(sinks.use)
+    ]
+    return replace(sinks, use=own)
 
 
 def _with_script(section: str, config: ActorConfig, base: Path) -> ActorConfig:

@@ -23,6 +23,7 @@ from zppo.config.base import (
 )
 from zppo.config.method import MethodConfig
 from zppo.config.rewards import RewardConfig
+from zppo.config.sinks import SinksConfig
 from zppo_protocol.values import NewTokens, Sampling, TemplateValue
 
 TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
@@ -138,6 +139,15 @@ class ModelConfig(Config, frozen=True, kw_only=True):
     """variables for the model's chat template, e.g. {enable_thinking: false}"""
 
 
+class TeacherBudget(Config, frozen=True, kw_only=True):
+    """What all teachers of a run may cost, `more_teachers` included."""
+
+    tokens: Positive | None = None
+    """tokens read and written, as far as they are reported; null: no limit"""
+    requests: Positive | None = None
+    """requests to teachers; null: no limit"""
+
+
 class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     compression: Literal["teacher", "rule"] = "teacher"
     """who shortens the candidates shown in prompts: teacher, or rule (last lines and the answer)"""
@@ -152,6 +162,8 @@ class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     actors)"""
     score_top_k: Annotated[int, Meta(ge=1, le=4096)] = 32
     """remote: so many most probable tokens at each position, the rest as one mass"""
+    budget: TeacherBudget = TeacherBudget()
+    """what all teachers may cost, over all attempts; the run is saved and ends when it is spent"""
 
 
 class SchedulerConfig(Config, frozen=True, kw_only=True):
@@ -280,13 +292,6 @@ class EvaluationConfig(Config, frozen=True, kw_only=True):
     """at most so many held-out questions; null: all"""
     sampling: ResponseSampling | None = None
     """how they are sampled; null: as in training"""
-
-
-class SinksConfig(Config, frozen=True, kw_only=True):
-    tensorboard: bool = True
-    """TensorBoard event files in tensorboard/"""
-    rollouts: bool = True
-    """every response with its prompt and reward in rollouts/*.parquet"""
 
 
 class MoreTeacher(ModelConfig, frozen=True, kw_only=True):

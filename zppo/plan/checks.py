@@ -27,6 +27,7 @@ from zppo.plan.engines.own import (
 )
 from zppo.plan.engines.vllm import check_vllm_arguments
 from zppo.plan.processes import asked_teachers, trainer_scores
+from zppo.plan.sinks import check_sinks
 from zppo.prompting.chat_template import check_template_variables
 
 ENGINE_ARGUMENTS: dict[str, type[Struct]] = {
@@ -257,4 +258,5 @@ CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_recipe,
     _check_sampling,
     _check_templates,
+    check_sinks,
 )

@@ -22,6 +22,7 @@ from zppo.plan.memory import Models, inspect_models, need, shared_bytes
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan, Windows
 from zppo.plan.processes import asked_teachers, processes, trainer_scores, uses_teacher
+from zppo.plan.teacher_work import teacher_work
 from zppo_protocol.values import share_of
 
 BYTES_PER_TOKEN = 8
@@ -49,6 +50,7 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
         shared=shared_bytes(topology.student, models.student, topology.scheduler.max_staleness),
         disk=disk_need(topology, models.student, windows.steps * per_window),
         windows=windows,
+        teacher_work=teacher_work(topology, method, windows),
         notes=_notes(topology, method, models, windows),
     )
     _check_served(topology, models)

@@ -26,6 +26,15 @@ class Windows(Struct, frozen=True, kw_only=True):
         return self.new + self.replayed + self.reformulated
 
 
+class Work(Struct, frozen=True, kw_only=True):
+    """The most requests of a kind to teachers in a step, and the most tokens that they read and
+    write."""
+
+    kind: str
+    requests: int
+    tokens: int
+
+
 class Plan(Struct, frozen=True, kw_only=True):
     """Everything `--dry-run` shows."""
 
@@ -36,6 +45,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     shared: int
     disk: DiskNeed
     windows: Windows
+    teacher_work: list[Work]
     notes: list[str]
 
     @property

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from zppo.plan.machine import gib
 from zppo.plan.plan import Plan
+from zppo.plan.teacher_work import covered_steps
 
 
 def show(plan: Plan, run_dir: Path, console: Console) -> None:
@@ -31,6 +32,7 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
         ("method", f"{plan.method.name}: {plan.method.summary}"),
         ("student", topology.student.model),
         ("teacher", topology.teacher.model if topology.teacher else "none"),
+        *((("teacher's work", _work(plan)),) if plan.teacher_work else ()),
         (
             "steps",
             (
@@ -62,6 +64,20 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _work(plan: Plan) -> str:
+    """The most that teachers are asked for, and how far the budget reaches."""
+    kinds = " · ".join(
+        f"{work.kind} {work.requests:,} requests, {work.tokens:,} tokens"
+        for work in plan.teacher_work
+    )
+    covered = covered_steps(plan.topology, plan.teacher_work)
+    if covered is None:
+        return f"at most, in a step: {kinds}"
+    steps = plan.windows.steps
+    enough = f"the budget is enough for {min(covered, steps):,} of {steps:,} such steps"
+    return f"at most, in a step: {kinds}; {enough}"
 
 
 def _processes(plan: Plan) -> Table:

@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS dispatched (
     PRIMARY KEY (question_id, window)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (
     wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS spent (
+    kind TEXT PRIMARY KEY, requests INTEGER NOT NULL, tokens INTEGER NOT NULL) WITHOUT ROWID;
 """
 """`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A
 question of a trained window that had nothing to train (no correct teacher response to learn from,
@@ -51,6 +53,8 @@ SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained
     WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
 """
 _LAST_WORD = "SELECT detail FROM events WHERE event = 'run_ended' ORDER BY rowid DESC LIMIT 1"
+_SPENT = "SELECT kind, requests, tokens FROM spent ORDER BY kind"
+_HAS_SPENT = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'spent'"
 _WRONG_CONTENT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")
 """Errors that the bytes of the file are to blame for; the others (locked, no permission) pass."""
 
@@ -73,6 +77,8 @@ class Ledger(Struct, frozen=True, kw_only=True):
     """e.g. `is missing`"""
     verdict: str | None = None
     """the last word of the controller"""
+    spent: dict[str, Spending] = {}
+    """what the teachers have cost, by kind of work"""
 
 
 def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
@@ -83,6 +89,20 @@ def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
         return int(connection.execute(query).fetchone()[0])
 
     return JournalCounts(one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE), one(_LOST))
+
+
+class Spending(NamedTuple):
+    """What teachers have cost, for one kind of work."""
+
+    requests: int
+    tokens: int
+
+
+def spent(connection: sqlite3.Connection) -> dict[str, Spending]:
+    """What teachers have cost since the journal began, by kind of work, in lost attempts too."""
+    if connection.execute(_HAS_SPENT).fetchone() is None:  # a run of an earlier version
+        return {}
+    return {str(kind): Spending(int(n), int(t)) for kind, n, t in connection.execute(_SPENT)}
 
 
 def first_step(connection: sqlite3.Connection) -> int:
@@ -112,6 +132,7 @@ def read_ledger(run_dir: Path, steps: int) -> Ledger:
             **journal_counts(connection)._asdict(),
             from_step=first_step(connection),
             verdict=None if word is None else str(word[0]),
+            spent=spent(connection),
         )
 
 

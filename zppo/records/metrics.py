@@ -85,6 +85,9 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("compute/teacher_scored", "tokens", "Tokens at which the teacher gave its distribution (distillation)."),
     Metric("compute/proximal", "tokens", "Tokens of a proximal pass over all groups, prompts once for each."),
     Metric("compute/trained", "tokens", "Tokens of the groups in the loss, prompts once for each group."),
+    Metric("spent/requests/<kind>", "requests",
+           "Requests to teachers so far, lost attempts included (draw, compress, hint, judge, score)."),
+    Metric("spent/tokens/<kind>", "tokens", "Tokens that they read and wrote, as far as reported."),
     Metric("buffer/size", "questions", "Questions in the replay buffer after this step."),
     Metric("buffer/fill", "share", "Size over capacity."),
     Metric("buffer/admitted", "questions", "Questions admitted at this step."),
@@ -155,6 +158,14 @@ STATUS_COUNTERS: tuple[Metric, ...] = (
         "reissued", "tasks", "Tasks sent out again because their actor died or made no progress."
     ),
     Metric("answers_refused", "answers", "Answers of actors that were not let in so far."),
+    Metric(
+        "spent/requests/<kind>", "requests", "Requests to teachers so far, as in metrics.jsonl."
+    ),
+    Metric("spent/tokens/<kind>", "tokens", "Tokens that they read and wrote."),
+    Metric("budget_requests", "requests", "The limit, teacher.budget.requests, if there is one."),
+    Metric("budget_tokens", "tokens", "The limit, teacher.budget.tokens, if there is one."),
+    Metric("sinks_failed", "sinks", "Sinks that this attempt goes on without."),
+    Metric("sinks_dropped", "calls", "Steps and events that a slow sink was not given."),
 )
 
 STATUS_GAUGES: tuple[Metric, ...] = (
@@ -413,6 +424,7 @@ def _tokens(group: Group) -> int:
 KIND_TITLES = {"bcq": "BCQ", "ncq": "NCQ", "hint": "hint", "prefix": "prefix"}
 """Reformulated kinds as they are shown; others go by their own name."""
 FAILED_PREFIX = "tasks/failed/"
+SPENT_PREFIX = "spent/"
 _NOT_KINDS = ("new", "replayed", "hard")
 
 
@@ -428,6 +440,15 @@ def failed_tries(line: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
         if name.startswith(FAILED_PREFIX):
             kind, actor = name.removeprefix(FAILED_PREFIX).split("/")
             yield kind, actor, int(tries)
+
+
+def spent_costs(line: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """(kind, requests, tokens) of what teachers had cost at a line of `metrics.jsonl`."""
+    prefix = f"{SPENT_PREFIX}requests/"
+    for name, requests in line.items():
+        if name.startswith(prefix):
+            kind = name.removeprefix(prefix)
+            yield kind, int(requests), int(line.get(f"{SPENT_PREFIX}tokens/{kind}", 0))
 
 
 def table_row(metric: Metric) -> str:

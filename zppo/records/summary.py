@@ -204,4 +204,6 @@ def _ledger(run_dir: Path, steps: int) -> Record:
         "journal_from_step": ledger.from_step,
         "journal_problem": ledger.problem,
         "verdict": ledger.verdict,
+        "teacher_requests": {kind: cost.requests for kind, cost in ledger.spent.items()},
+        "teacher_tokens": {kind: cost.tokens for kind, cost in ledger.spent.items()},
     }

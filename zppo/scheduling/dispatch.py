@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
@@ -52,7 +52,12 @@ class Worker(Struct, kw_only=True):
 
 
 class Dispatcher:
-    def __init__(self, lease_seconds: float) -> None:
+    """`admits` has the last word on a job that could be handed out now: what it refuses stays where
+    it is, at the head of its queue."""
+
+    def __init__(
+        self, lease_seconds: float, admits: Callable[[Job], bool] = lambda job: True
+    ) -> None:
         self.workers: dict[str, Worker] = {}
         self.reissued = 0
         self._credits = CreditBook()
@@ -60,6 +65,7 @@ class Dispatcher:
         self._queues: dict[str, list[tuple[tuple[int, ...], int, str]]] = {}
         self._queued: dict[str, Job] = {}
         self._sequence = itertools.count()
+        self._admits = admits
 
     # ---- workers ---------------------------------------------------------------------------------
 
@@ -164,6 +170,11 @@ class Dispatcher:
     def queued(self, pool: str) -> int:
         return len(self._queues.get(pool, []))
 
+    def head(self, pool: str) -> Job | None:
+        """The job of a pool that is handed out next."""
+        queue = self._queues.get(pool)
+        return self._queued[queue[0][2]] if queue else None
+
     def leases(self, worker: str) -> int:
         return len(self._leases.held_by(worker))
 
@@ -187,7 +198,7 @@ class Dispatcher:
         while queue:
             job = self._queued[queue[0][2]]
             worker = self._choose(job)
-            if worker is None:
+            if worker is None or not self._admits(job):
                 break
             heapq.heappop(queue)
             del self._queued[job.id]

@@ -205,6 +205,14 @@ class WorkerStuck(Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class Cost(Struct, frozen=True, kw_only=True):
+    """What a teacher's work of this kind (draw, compress, hint, judge, score) has cost more."""
+
+    kind: str
+    requests: int = 0
+    tokens: int = 0
+
+
 class Opened(Struct, frozen=True):
     """A window was opened: its questions are in flight."""
 
@@ -224,6 +232,7 @@ Outcome: TypeAlias = (
     | Refused
     | WorkerStuck
     | Assignment
+    | Cost
     | Opened
     | TrainWindow
     | Trained

@@ -24,11 +24,13 @@ from zppo.algorithm.methods.base import Method
 from zppo.algorithm.replay_buffer import BufferState, ReplayBuffer
 from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
 from zppo.algorithm.window import EVALUATE, PLAIN, Visit, Window, unsampled
-from zppo.config.topology import Topology
+from zppo.config.served import teachers
+from zppo.config.topology import TeacherBudget, Topology
 from zppo.data.cursor import CorpusCursor, CursorState
 from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling.admission import Bounds, problem
+from zppo.scheduling.budget import Budget, Spent
 from zppo.scheduling.dispatch import Dispatcher
 from zppo.scheduling.events import (
     Accepted,
@@ -105,16 +107,19 @@ class Scheduler:
         now: float = 0.0,
         bounds: Mapping[str, Bounds] | None = None,
         redraws: Mapping[int, int] | None = None,
+        spent: Mapping[str, Spent] | None = None,
     ) -> None:
         """`bounds`: what holds for the answers of a pool. `redraws`: how often the samples of a
-        window have been thrown away."""
+        window have been thrown away. `spent`: what the teachers have cost so far, by kind."""
         config = topology.scheduler
         state = state or SchedulerState.fresh(config.max_staleness)
         self.topology, self.prompts = topology, prompts
         self.recipe = Recipe.of(topology, method)
         self.jobs = JobFactory(topology, redraws)
         self.stages = Stages(self.recipe, prompts, self.jobs)
-        self.dispatcher = Dispatcher(config.lease_seconds)
+        limits = topology.teacher.budget if topology.teacher else TeacherBudget()
+        self.budget = Budget(limits, (one.pool for one in teachers(topology)), spent)
+        self.dispatcher = Dispatcher(config.lease_seconds, self.budget.admits)
         self.cursor = CorpusCursor(questions, topology.run.seed, topology.run.epochs, state.cursor)
         self.buffer = ReplayBuffer(config.buffer_capacity)
         self.buffer.restore(state.buffer)
@@ -191,6 +196,9 @@ class Scheduler:
 
         Raises RunFailure if the run cannot go on, ProtocolError for credits beyond all reason.
         """
+        return [*self._handle(event), *self.budget.news()]
+
+    def _handle(self, event: Event) -> list[Outcome]:
         match event:
             case Sampled() | Scored() | Graded():
                 return self._answered(event)
@@ -260,6 +268,7 @@ class Scheduler:
         job = self.dispatcher.leased(answer.task_id, answer.actor, answer.incarnation)
         if job is None:
             return []
+        self.budget.answered(job, answer)
         bounds = self._bounds.get(job.pool, Bounds())
         reason = problem(job.message, answer, self.published, bounds)
         if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from zppo.config.served import teachers
 from zppo.scheduling.scheduler import Scheduler
 
 
@@ -31,6 +32,24 @@ def waiting(scheduler: Scheduler) -> list[str]:
         *_evaluation(scheduler),
         *_next_window(scheduler),
     ]
+
+
+def out_of_budget(scheduler: Scheduler) -> str | None:
+    """Why the run cannot train another step: a teacher is needed for it, or for the evaluation that
+    is due, and the budget is spent. What needs no teacher any more is trained first."""
+    problem = scheduler.budget.problem
+    if problem is None or scheduler.training is not None:
+        return None
+    heads = [scheduler.dispatcher.head(one.pool) for one in teachers(scheduler.topology)]
+    held = any(job is not None and job.order[0] <= scheduler.trained for job in heads)
+    return problem if held else None
+
+
+def teachers_at_work(scheduler: Scheduler) -> bool:
+    """Whether a teacher holds a job."""
+    pools = {one.pool for one in teachers(scheduler.topology)}
+    dispatcher = scheduler.dispatcher
+    return any(w.pool in pools and dispatcher.leases(w.name) for w in dispatcher.workers.values())
 
 
 def _trainer(scheduler: Scheduler) -> list[str]:

@@ -25,6 +25,7 @@ from zppo.scheduling.scheduler import RunFailure
 from zppo.scheduling.waiting import waiting
 from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
+from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
@@ -44,9 +45,6 @@ STATUS_SECONDS = 0.5
 LEAVE_SECONDS = 10.0
 REFUSED_ANSWERS = 3
 """So many answers of one process that were not let in, and it is replaced."""
-SAVE_AGAIN_SECONDS = 10.0
-LAST_TRIES = 6
-"""Tries to write the last checkpoint of a run before it ends without one."""
 CONTROLLER = "controller"
 
 log = logging.getLogger("zppo.controller")
@@ -69,7 +67,9 @@ class Controller:
         made_with = bound_to(context, record.corpus)
         self.background = Background()
         self.recorder = Recorder(context, self.background)
-        self.scheduler = load_scheduler(context, record, self.recorder.measured, now)
+        self.scheduler = load_scheduler(
+            context, record, self.recorder.measured, self.recorder.journal.spent(), now
+        )
         self.checkpointer = Checkpointer(context, self.recorder, self.background, made_with)
         self.board = PolicyBoard()
         table = processes(context.topology, cores())
@@ -78,12 +78,10 @@ class Controller:
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None
         self.advisor = Advisor(context, self.recorder, self.scheduler.next_index)
-        self.stop_reason: str | None = None
-        self.stop_code = EXIT_INTERRUPTED
+        self.ending = Ending(self.scheduler, self.checkpointer, self.recorder, self._save)
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
-        self._save_again, self._failures_said, self._last_tries = 0.0, 0, 0
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
@@ -120,9 +118,8 @@ class Controller:
     def _act(self, now: float) -> None:
         self._announce_policies()
         self._feed(events.Tick(now=now), now)
-        self.background.check()
-        self._say_failed_checkpoint(now)
-        self._end_if_done(now)
+        self.recorder.check()
+        self.verdict = self.ending.look(now, self.advisor.remark)
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
             self._watch(now)
@@ -149,6 +146,8 @@ class Controller:
                     accepted = True
                 case Assignment():
                     self._send(outcome.worker, outcome.job.message)
+                case events.Cost():
+                    self.recorder.paid(outcome)
                 case events.Opened():
                     self.recorder.opened(outcome.window)
                 case messages.TrainWindow():
@@ -222,50 +221,6 @@ class Controller:
         return saving + waiting(self.scheduler)
 
     # ---- the end ---------------------------------------------------------------------------------
-
-    def _end_if_done(self, now: float) -> None:
-        """Finished: every step is trained, evaluated and saved. Stopped: the trainer is idle, its
-        last step saved."""
-        if self.checkpointer.busy or self.scheduler.training is not None:
-            return
-        stopped = self.stop_reason is not None
-        if not stopped and not self.scheduler.finished:
-            return
-        if self.checkpointer.saved < self.scheduler.trained:
-            if now >= self._save_again:
-                self._try_last_save()
-            return
-        steps = f"{self.scheduler.trained} of {self.scheduler.total_steps} steps"
-        if stopped:
-            self.verdict = messages.RunEnded(
-                verdict=f"{self.stop_reason}: {steps} are trained and saved",
-                exit_code=self.stop_code,
-            )
-        else:
-            self.verdict = messages.RunEnded(
-                verdict=f"finished: {steps}{self.advisor.remark}", exit_code=0
-            )
-
-    def _try_last_save(self) -> None:
-        """The run ends here, so there is no later checkpoint to wait for."""
-        if self._last_tries >= LAST_TRIES:
-            raise RunFailure(self.checkpointer.problem)
-        self._last_tries += 1
-        self._save()
-
-    def _stop(self, reason: str, exit_code: int) -> None:
-        """Begin nothing new; the run ends once its last step is saved. The first reason stays."""
-        if self.stop_reason is None:
-            self.stop_reason, self.stop_code = reason, exit_code
-            self.scheduler.handle(events.StopAsked())
-
-    def _say_failed_checkpoint(self, now: float) -> None:
-        """Training goes on without a checkpoint that could not be written; the last one of a run is
-        tried again for a while."""
-        if self.checkpointer.failures > self._failures_said:
-            self._save_again = now + SAVE_AGAIN_SECONDS
-            self.recorder.event("controller", "no_checkpoint", self.checkpointer.problem)
-        self._failures_said = self.checkpointer.failures
 
     def _leave(self, verdict: messages.RunEnded) -> int:
         log.info("run ended: %s", verdict.verdict)
@@ -350,7 +305,7 @@ class Controller:
             case messages.ActorsMoving():
                 return self._moving(message.actors, now)
             case messages.StopRequested():
-                self._stop(message.reason, EXIT_INTERRUPTED)
+                self.ending.stop(message.reason, EXIT_INTERRUPTED)
             case messages.Goodbye():
                 if message.reason:
                     self.recorder.event(name, "left", message.reason)
@@ -451,7 +406,7 @@ class Controller:
         reason = self.advisor.step(line, last=last)
         # After the last step there is nothing left to stop; the verdict says what was found.
         if reason is not None and not last:
-            self._stop(reason, EXIT_FAILED)
+            self.ending.stop(reason, EXIT_FAILED)
 
     # ---- peers -----------------------------------------------------------------------------------
 

@@ -17,12 +17,14 @@ from zppo.records.ledger import (
     JOURNAL,
     JOURNAL_SCHEMA,
     JournalCounts,
+    Spending,
     aside_of,
     begins_anew,
     find_problem,
     first_step,
     journal_counts,
     set_first_step,
+    spent,
 )
 
 TrainedRow = tuple[str, str, str, str]
@@ -74,6 +76,18 @@ class Journal:
         self._connection.execute(
             "INSERT INTO events VALUES (?, ?, ?, ?)", (wall_time, actor, event, detail)
         )
+
+    def record_cost(self, kind: str, requests: int, tokens: int) -> None:
+        """A teacher's work has cost so much more. It is never rolled back: the money is gone."""
+        self._connection.execute(
+            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (kind) DO UPDATE SET "
+            "requests = requests + excluded.requests, tokens = tokens + excluded.tokens",
+            (kind, requests, tokens),
+        )
+
+    def spent(self) -> dict[str, Spending]:
+        """What teachers have cost, by kind of work."""
+        return spent(self._connection)
 
     def roll_back(self, step: int) -> None:
         """On resume from the checkpoint before `step`: forget what the lost policy had trained and

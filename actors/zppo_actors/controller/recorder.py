@@ -11,31 +11,37 @@ import logging
 import sqlite3
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Sequence
 
 from zppo.algorithm.composition import trained_members
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import PLAIN, Window
+from zppo.config.topology import TeacherConfig
 from zppo.errors import EXIT_FAILED
 from zppo.records.flops import token_counts
 from zppo.records.metrics import (
     LASTING_FATES,
+    SPENT_PREFIX,
     Scalars,
     buffer_metrics,
     entry_name,
     failed_tries,
     outcomes,
     reformulated_kinds,
+    spent_costs,
     trainer_metrics,
     window_metrics,
 )
-from zppo.records.summary import end_gauges, plain_accuracy, read_lines
-from zppo.scheduling.events import Refused, Trained
+from zppo.records.summary import Record, end_gauges, plain_accuracy, read_lines
+from zppo.scheduling.events import Cost, Refused, Trained
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.journal import Journal, TrainedRow
 from zppo_actors.controller.sinks import MetricSinks
 from zppo_actors.process import ActorContext
+from zppo_actors.sinks.base import Event
+from zppo_actors.sinks.outlets import Outlets
 from zppo_protocol.messages import RunEnded, StepTrained
 
 SHOWN_EVENTS = 20
@@ -61,6 +67,9 @@ class Recorder:
         # Also at step 0: an attempt may have died before its first checkpoint.
         self.journal.roll_back(start)
         self.sinks = MetricSinks(context.run_dir, context.topology.sinks, start)
+        lines = read_lines(context.run_dir / "metrics.jsonl")
+        heldout = read_lines(context.run_dir / "heldout.jsonl")
+        self.outlets = Outlets(context.topology, context.run_dir, start, lines, heldout)
         self.totals: Counter[str] = Counter()
         self.gauges: dict[str, float] = {
             "max_staleness": float(context.topology.scheduler.max_staleness)
@@ -69,7 +78,8 @@ class Recorder:
         self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
         self.measured: list[int] = []
         """Steps whose policy has been measured on the held-out questions already."""
-        self._recall(context)
+        self._recall(lines, heldout)
+        self._recall_costs(lines, context.topology.teacher)
         if self.journal.renewed is not None:
             self.event("controller", "journal_renewed", self.journal.renewed)
             log.warning("%s", self.journal.renewed)
@@ -77,6 +87,7 @@ class Recorder:
     def event(self, actor: str, event: str, detail: str = "") -> None:
         """Journal an event and show it."""
         self.journal.record_event(time.time(), actor, event, detail)
+        self.outlets.event(Event(actor=actor, event=event, detail=detail))
         what = f"{event.replace('_', ' ')}: {detail}" if detail else event.replace("_", " ")
         self.events.append(f"{time.strftime('%H:%M:%S')} {actor}: {what}")
 
@@ -86,6 +97,15 @@ class Recorder:
         self.event(refusal.actor, "refused_answer", detail)
         self.totals["answers_refused"] += 1
         log.warning("an answer of %s to %s", refusal.actor, detail)
+
+    def paid(self, cost: Cost) -> None:
+        """A teacher's work has cost something."""
+        self.journal.record_cost(cost.kind, cost.requests, cost.tokens)
+        self._count_cost(cost.kind, cost.requests, cost.tokens)
+
+    def _count_cost(self, kind: str, requests: int, tokens: int) -> None:
+        self.totals[f"{SPENT_PREFIX}requests/{kind}"] += requests
+        self.totals[f"{SPENT_PREFIX}tokens/{kind}"] += tokens
 
     def opened(self, window: Window) -> None:
         for visit in window.visits:
@@ -108,8 +128,10 @@ class Recorder:
             **buffer_metrics(len(buffer), buffer.capacity, by_entry_accuracy(buffer), lasting),
             **trainer_metrics(message.metrics),
             **waits,
+            **{name: n for name, n in self.totals.items() if name.startswith(SPENT_PREFIX)},
         }
         line = self.sinks.write(message.step, metrics)
+        self.outlets.step(line)
         self.sinks.write_fate(message.step, lasting)
         members = trained_members(composition for _, composition in trained.composed)
         self._background.submit(
@@ -120,22 +142,52 @@ class Recorder:
 
     def evaluated(self, result: EvaluationResult) -> None:
         self.sinks.write_heldout(result)
+        self.outlets.evaluated(result.step, result.accuracy)
         self._heldout(result.step, result.accuracy)
 
+    def check(self) -> None:
+        """Raise what went wrong in file work that has finished; say what went wrong with sinks, and
+        count it."""
+        self._background.check()
+        self._tell(self.outlets.news())
+        self.totals["sinks_failed"], self.totals["sinks_dropped"] = (
+            self.outlets.failed,
+            self.outlets.dropped,
+        )
+
     def close(self, verdict: str) -> None:
+        self._tell(self.outlets.close())
         self.journal.record_event(time.time(), "controller", "run_ended", verdict)
         self.journal.close()
         self.sinks.close()
 
-    def _recall(self, context: ActorContext) -> None:
+    def _tell(self, troubles: Iterable[tuple[str, str]]) -> None:
+        for event, detail in troubles:
+            log.warning("%s", detail)
+            self.event("controller", event, detail)
+
+    def _recall(self, lines: Iterable[Record], heldout: Iterable[Record]) -> None:
         """Totals of a resumed run, from its own files."""
-        for line in read_lines(context.run_dir / "metrics.jsonl"):
+        for line in lines:
             self._add(line)
-        for line in read_lines(context.run_dir / "heldout.jsonl"):
+        for line in heldout:
             self._heldout(line["step"], line["accuracy"])
             self.measured.append(line["step"])
         self.totals["restarts"] = self.journal.count("restarting")
         self.totals["answers_refused"] = self.journal.count("refused_answer")
+
+    def _recall_costs(self, lines: Sequence[Record], teacher: TeacherConfig | None) -> None:
+        """What the teachers have cost so far. A journal that has just been begun anew gets it from
+        the last step."""
+        if self.journal.renewed is not None and lines:
+            for known in spent_costs(lines[-1]):
+                self.journal.record_cost(*known)
+        for kind, cost in self.journal.spent().items():
+            self._count_cost(kind, cost.requests, cost.tokens)
+        for name in ("requests", "tokens"):
+            limit = getattr(teacher.budget, name) if teacher is not None else None
+            if limit is not None:
+                self.totals[f"budget_{name}"] = limit
 
     def _add(self, line: Scalars) -> None:
         for total, name in _SUMMED.items():

@@ -3,7 +3,7 @@ what the checkpoints of this attempt are bound to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from zppo.algorithm.methods import get_method
@@ -17,18 +17,25 @@ from zppo.plan.memory import WITHOUT_FOLDER, Models, inspect_models
 from zppo.prompting.prompts import PromptSet
 from zppo.records import binding, checkpoint
 from zppo.records.binding import MadeWith
+from zppo.records.ledger import Spending
 from zppo.records.run_directory import RunRecord
 from zppo.scheduling.admission import Bounds
+from zppo.scheduling.budget import Spent
 from zppo.scheduling.scheduler import Scheduler, SchedulerState
 from zppo_actors.process import ActorContext
 from zppo_protocol import codec
 
 
 def load_scheduler(
-    context: ActorContext, record: RunRecord, measured: Iterable[int], now: float
+    context: ActorContext,
+    record: RunRecord,
+    measured: Iterable[int],
+    spent: Mapping[str, Spending],
+    now: float,
 ) -> Scheduler:
     """The scheduler of this attempt: fresh, or continued from the checkpoint of
-    `context.start_version`. The policies of the steps `measured` are evaluated already."""
+    `context.start_version`. The policies of the steps `measured` are evaluated already, and the
+    teachers have cost `spent` so far."""
     topology, base = context.topology, Path.cwd()
     questions = load_questions(topology.data.train, topology.data, base).questions
     if record.corpus and record.corpus != digest(questions):
@@ -51,6 +58,7 @@ def load_scheduler(
         now,
         bounds_of(topology, inspect_models(topology)),
         record.redraws,
+        {kind: Spent(requests=cost.requests, tokens=cost.tokens) for kind, cost in spent.items()},
     )
 
 

@@ -1,9 +1,9 @@
-"""Sinks: where the numbers of a run go, and how they are rolled back when a run resumes.
+"""The run's own files: where its numbers go first, and how they are rolled back when it resumes.
 
 `metrics.jsonl` (one line a trained step), `fates.jsonl` (one line per question that enters or
-leaves the buffer), `heldout.jsonl` (one line an evaluation), TensorBoard, and the rollout store.
-After a resume at step N every sink holds exactly what the policy of that checkpoint has lived
-through: lines of steps >= N are cut before the first new one.
+leaves the buffer), `heldout.jsonl` (one line an evaluation), and the rollout store. After a resume
+at step N every file holds exactly what the policy of that checkpoint has lived through: lines of
+steps >= N are cut before the first new one. What else is to hear of a step is `zppo_actors.sinks`.
 
 Durability: each line is handed to the operating system whole, so a killed process tears at most its
 last line and the next open mends that; `sync` forces the disk and is called before a checkpoint is
@@ -22,7 +22,7 @@ import msgspec
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Window
-from zppo.config.topology import SinksConfig
+from zppo.config.sinks import SinksConfig
 from zppo.records import rollouts
 from zppo.records.atomic_file import written_whole
 from zppo.records.metrics import LASTING_FATES, Scalars
@@ -54,45 +54,8 @@ class LineSink:
         self._file.close()
 
 
-class TensorBoardSink:
-    """Scalars through TensorBoard's own event writer, which needs neither torch nor TensorFlow."""
-
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._events = event_pb2
-        self._writer = EventFileWriter(str(folder))
-        if resume_step is not None:
-            # A START record makes TensorBoard purge points of steps >= resume_step of earlier event
-            # files.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(
-                event_pb2.Event(wall_time=time.time(), step=resume_step, session_log=start)
-            )
-
-    def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in values.items()
-            if name != "step"
-        ]
-        summary = Summary(value=scalars)
-        self._writer.add_event(
-            self._events.Event(wall_time=time.time(), step=step, summary=summary)
-        )
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class MetricSinks:
-    """All sinks of one run; the controller owns it. `resume_step` is the step of the checkpoint,
+    """All files of one run; the controller owns it. `resume_step` is the step of the checkpoint,
     None for a new run.
 
     Held-out lines at the resume step itself stay: they measured the very policy that is resumed. An
@@ -116,9 +79,6 @@ class MetricSinks:
         self._rollouts = run_dir / "rollouts" if config.rollouts else None
         if resume_step is not None:
             rollouts.roll_back(run_dir / "rollouts", resume_step)
-        self._board = (
-            TensorBoardSink(run_dir / "tensorboard", resume_step) if config.tensorboard else None
-        )
         self._clock = clock
         self._elapsed = float(self._steps.last.get("wall_seconds", 0.0))
         self._start = clock() - self._elapsed
@@ -135,8 +95,6 @@ class MetricSinks:
         }
         self._elapsed = elapsed
         self._steps.write(line)
-        if self._board is not None:
-            self._board.write(step, line)
         return line
 
     def write_fate(self, step: int, fates: Iterable[Fate]) -> None:
@@ -149,8 +107,6 @@ class MetricSinks:
     def write_heldout(self, result: EvaluationResult) -> None:
         """Write an evaluation of the policy after `result.step` trained steps."""
         self._heldout.write(msgspec.structs.asdict(result))
-        if self._board is not None:
-            self._board.write(result.step, {"heldout/accuracy": result.accuracy})
 
     def write_rollouts(
         self, step: int, window: Window, outcome: Mapping[str, str], trained: rollouts.Members
@@ -163,14 +119,10 @@ class MetricSinks:
         """Force everything written so far to the disk; called before a checkpoint is committed."""
         for sink in (self._steps, self._fates, self._heldout):
             sink.sync()
-        if self._board is not None:
-            self._board.flush()
 
     def close(self) -> None:
         for sink in (self._steps, self._fates, self._heldout):
             sink.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def _rewrite(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

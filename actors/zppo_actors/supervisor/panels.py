@@ -9,7 +9,7 @@ events on short ones. Nothing is said by colour alone. Text that came over the w
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from rich import box
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zppo.records.metrics import KIND_TITLES
+from zppo.records.metrics import KIND_TITLES, SPENT_PREFIX
 from zppo_protocol.messages import ActorStatus, Status
 
 SPOILT = (
@@ -244,8 +244,22 @@ def pipeline(status: Status) -> RenderableType:
         parts.append(f"{gauges['step_seconds']:.2f} s/step")
     if "trainer_wait_share" in gauges:
         parts.append(f"trainer waits {percent(gauges['trainer_wait_share'])}")
+    parts += spending(counters)
     parts += [f"{percent(gauges[name])} {what}" for name, what in SPOILT if gauges.get(name)]
     return _line(" " + " · ".join(parts))
+
+
+def spending(counters: Mapping[str, int]) -> list[str]:
+    """What the teachers have cost, and the limits on it: `teacher 1,234 of 5,000 tokens`."""
+    parts = []
+    for name in ("tokens", "requests"):
+        prefix = f"{SPENT_PREFIX}{name}/"
+        spent = sum(n for counter, n in counters.items() if counter.startswith(prefix))
+        limit = counters.get(f"budget_{name}")
+        if spent or limit is not None:
+            of = f" of {count(limit)}" if limit is not None else ""
+            parts.append(f"teacher {count(spent)}{of} {name}")
+    return parts
 
 
 def events(lines: Sequence[str], rows: int) -> RenderableType | None:
@@ -290,6 +304,7 @@ def final_lines(status: Status, verdict: str) -> list[str]:
         "staleness": f"at most {gauges.get('staleness_max', 0):.0f}"
         + (f" (bound {gauges['max_staleness']:.0f})" if "max_staleness" in gauges else ""),
         "tokens": counted(("tokens_generated", "sampled")) + updates,
+        "teacher": " · ".join(spending(counters)),
         "faults": " · ".join(faults(status)),
     }
     return [

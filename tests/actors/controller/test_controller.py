@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import sqlite3
 import time
 from collections import deque
 from pathlib import Path
@@ -18,6 +20,7 @@ from zppo.errors import UserError
 from zppo.plan.memory import Models
 from zppo.plan.model_folder import ModelFacts
 from zppo.records import checkpoint, run_directory
+from zppo.records.summary import summarise
 from zppo_actors.controller import controller as controller_module
 from zppo_actors.controller import restore
 from zppo_actors.controller.controller import Controller
@@ -205,6 +208,85 @@ def test_a_run_from_hello_to_the_last_word(stage: Stage) -> None:
     assert checkpoint.list_steps(stage.context.run_dir) == [3]
     assert stage.controller.recorder.totals["questions_new"] == 6
     assert [m.version for m in stage.router.to("trainer", messages.ReleasePolicy)] == [0, 1, 2]
+
+
+SINKS = """
+import threading
+
+class Raises:
+    def open(self, run): ...
+    def step(self, step, metrics): raise OSError("the server is away")
+    def event(self, event): ...
+    def close(self): ...
+
+class Hangs(Raises):
+    def open(self, run): threading.Event().wait()
+"""
+
+
+def test_sinks_that_raise_or_hang_cost_themselves_and_not_the_run(
+    tmp_path: Path, settings: Topology
+) -> None:
+    (tmp_path / "mine.py").write_text(SINKS)
+    own = [{"use": f"{tmp_path}/mine.py:{name}"} for name in ("Raises", "Hangs")]
+    sinks = {"tensorboard": False, "use": own, "close_seconds": 5.0}
+    changed = msgspec.convert({**msgspec.to_builtins(settings), "sinks": sinks}, Topology)
+    stage = Stage(tmp_path / "run", changed)
+    stage.everybody()
+    ended = stage.run()
+    assert (ended.verdict, ended.exit_code) == ("finished: 3 of 3 steps", 0)
+    with contextlib.closing(sqlite3.connect(tmp_path / "run/journal.sqlite")) as journal:
+        query = "SELECT event, detail FROM events WHERE event LIKE 'sink%' ORDER BY event"
+        said = list(journal.execute(query))
+    assert said == [
+        (
+            "sink_failed",
+            "sinks.own-mine.Raises: OSError: the server is away; the run goes on without it",
+        ),
+        (
+            "sink_left",
+            "sinks.own-mine.Hangs: it did not close in 5 s (sinks.close_seconds) and had "
+            + said[1][1].partition("and had ")[2],
+        ),
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 5])
+def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_asked_again(
+    tmp_path: Path, settings: Topology, limit: int
+) -> None:
+    """Each question is hard and costs three requests: a draw, and two compressions."""
+    changes = {
+        "method": {
+            "name": "zppo",
+            "group_size": 2,
+            "teacher_group_size": 2,
+            "hard_threshold": 0.75,
+        },
+        "scheduler": {"new_questions": 1, "rho_replay": 0.0, "rho_aug": 1.0, "max_staleness": 1},
+    }
+
+    def attempt(start: int, budget: int | None) -> tuple[messages.RunEnded, list[str]]:
+        teacher = {"model": "teacher", "budget": {"requests": budget}}
+        raw = {**msgspec.to_builtins(settings), **changes, "teacher": teacher}
+        stage = Stage(tmp_path / "run", msgspec.convert(raw, Topology), start)
+        stage.everybody()
+        stage.greet("teacher-0", "teacher")
+        stage.say("teacher-0", messages.Credits(count=8))
+        ended = stage.run()
+        return ended, [task.task_id for task in stage.router.to("teacher-0", messages.GenerateTask)]
+
+    ended, asked = attempt(0, 3 + limit)
+    assert len(asked) == 3 + limit and ended.exit_code == 1
+    steps = (3 + limit) // 3
+    assert ended.verdict == (
+        f"the teacher's budget is spent: {3 + limit} requests of {3 + limit} "
+        f"(teacher.budget.requests; raise it to go on): {steps} of 6 steps are trained and saved"
+    )
+    ended, more = attempt(steps, None)
+    assert (ended.verdict, ended.exit_code) == ("finished: 6 of 6 steps", 0)
+    assert len(set(asked + more)) == len(asked + more) == 18
+    assert summarise(tmp_path / "run")["teacher_requests"] == {"draw": 6, "compress": 12}
 
 
 @pytest.mark.parametrize(

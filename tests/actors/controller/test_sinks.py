@@ -6,14 +6,14 @@ import pytest
 
 from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Window
-from zppo.config.topology import SinksConfig
+from zppo.config.sinks import SinksConfig
 from zppo.records.summary import read_lines
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.sinks import LineSink, MetricSinks
 
 
-def chosen(tensorboard: bool = False, rollouts: bool = True) -> SinksConfig:
-    return SinksConfig(tensorboard=tensorboard, rollouts=rollouts)
+def chosen(rollouts: bool = True) -> SinksConfig:
+    return SinksConfig(tensorboard=False, rollouts=rollouts)
 
 
 def evaluation(step: int) -> EvaluationResult:
@@ -121,29 +121,9 @@ def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
     }
 
 
-def test_sinks_that_are_off_write_nothing(tmp_path: Path) -> None:
-    sinks = MetricSinks(tmp_path, chosen(tensorboard=False, rollouts=False))
+def test_a_rollout_store_that_is_off_is_not_written(tmp_path: Path) -> None:
+    sinks = MetricSinks(tmp_path, chosen(rollouts=False))
     sinks.write(0, {})
     sinks.write_rollouts(0, Window(index=0, visits=[]), {}, set())
     sinks.close()
     assert not (tmp_path / "rollouts").exists()
-    assert not (tmp_path / "tensorboard").exists()
-
-
-@pytest.mark.slow
-def test_tensorboard_reads_the_run_and_purges_what_was_rolled_back(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    sinks = MetricSinks(tmp_path, chosen(tensorboard=True))
-    for step in range(4):
-        sinks.write(step, {"accuracy/plain": step / 8})
-    sinks.close()
-    resumed = MetricSinks(tmp_path, chosen(tensorboard=True), resume_step=2)
-    resumed.write(2, {"accuracy/plain": 0.75})
-    resumed.write_heldout(evaluation(3))
-    resumed.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    points = [(event.step, event.value) for event in board.Scalars("accuracy/plain")]
-    assert points == [(0, 0.0), (1, 0.125), (2, 0.75)]
-    assert [event.step for event in board.Scalars("heldout/accuracy")] == [3]

@@ -23,7 +23,7 @@ STABLE_KEYS = [
     "answers_missing", "truncated", "answers_timed_out", "failed_tasks", "failed_tasks_by_actor",
     "wall_seconds", "admitted", "graduated", "evicted", "graduated_by_entry_accuracy",
     "heldout_before", "heldout_after", "trained_twice", "lost", "journal_from_step",
-    "journal_problem", "verdict",
+    "journal_problem", "verdict", "teacher_requests", "teacher_tokens",
 ]  # fmt: skip
 
 
