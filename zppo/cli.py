@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
-from zppo.errors import EXIT_USER_ERROR, UserError, nearest
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, nearest
 
 USAGE = """\
 usage: zppo COMMAND …
 
-  zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml)
+  zppo quickstart                  train a small student in a small world on this machine, and report on it
+  zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml); --like trl
+                                   or --like verl: with the names that it has there
   zppo data DATA                   what a source of questions holds, and what a model would see of it
-  zppo launch --topology FILE      start a run; add --dry-run to see the plan, --resume to continue a run
+  zppo launch FILE                 start a run; add --dry-run to see the plan, --resume to continue a run
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo grade --audit SOURCE        how often the grader of a source errs, on completions whose truth is known
@@ -40,16 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: list[str]) -> int:
-    if arguments in (["--help"], ["-h"]):
-        return _help(arguments)
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        raise UserError(f"zppo init: expected one file name, got {' '.join(arguments)!r}")
+    parser = Parser(prog="zppo init", description="Write a commented topology to a new file.")
+    parser.add_argument("file", nargs="?", type=Path, default=Path("topology.yaml"), metavar="FILE")
+    parser.add_argument(
+        "--like", metavar="TOOL", help="trl or verl: its defaults, and its names in the comments"
+    )
+    asked = parser.parse_args(arguments)
+    # Imported late: they read the whole configuration, which no other command needs here.
+    from zppo.config.counterparts import TOOLS
     from zppo.config.template import write_topology
 
-    path = Path(arguments[0] if arguments else "topology.yaml")
-    write_topology(path)
+    like = next((tool for tool in TOOLS if tool == asked.like), None)
+    if asked.like is not None and like is None:
+        raise UserError(
+            f"zppo init: --like is {asked.like!r}; expected one of {', '.join(TOOLS)}"
+            f"{nearest(asked.like, TOOLS)}"
+        )
+    write_topology(asked.file, like)
     print(
-        f"wrote {path}; name your questions and models in it, then: zppo launch --topology {path} "
+        f"wrote {asked.file}; name your questions and models in it, then: zppo launch {asked.file} "
         "--dry-run"
     )
     return 0
@@ -76,6 +87,7 @@ def _help(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "quickstart": _door("zppo.quickstart"),
     "init": _init,
     "data": _door("zppo.data_command"),
     "launch": _door("zppo.launch"),

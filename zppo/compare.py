@@ -28,6 +28,7 @@ from zppo.comparison import runs
 from zppo.comparison.record import Pair, Record
 from zppo.config.load import run_folder
 from zppo.config.topology import Topology
+from zppo.config.typed import setting_typed
 from zppo.data.question import digest
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
 from zppo.plan.machine import measure_machine, wants_gpu
@@ -298,7 +299,9 @@ def _same_command(arguments: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="zppo compare", description="Compare methods under one topology, with several seeds."
+        prog="zppo compare",
+        description="Compare methods under one topology, with several seeds.",
+        settings=setting_typed,
     )
     parser.add_argument(
         "--topology", type=Path, metavar="FILE", help="what all runs share, in YAML"

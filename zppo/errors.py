@@ -7,8 +7,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -41,10 +41,39 @@ def first_line(error: Exception) -> str:
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and leave: a mistake on the command
-    line is one sentence, like every other user error."""
+    line is one sentence, like every other user error.
+
+    `settings` says of a name that is no option whether it is a setting, in words that follow it.
+    """
+
+    def __init__(
+        self, *, settings: Callable[[str], str | None] | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._settings = settings or (lambda name: None)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def parse_args(  # type: ignore[override]  # of argparse's overloads we use this one
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return found
+
+    def _unknown(self, argument: str) -> str:
+        """The sentence about the first argument that nothing takes."""
+        name = argument.partition("=")[0]
+        said = self._settings(name.lstrip("-").replace("-", "_")) or ""
+        if not name.startswith("-"):
+            return f"{argument!r} is one argument too many{said if '=' in argument else ''}"
+        options = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+        return (
+            f"there is no option {name}{said or (f' (did you mean {close[0]}?)' if close else '')}"
+        )
 
 
 def become_actor(role: str, *arguments: str) -> NoReturn:

@@ -23,6 +23,7 @@ from zppo.algorithm.methods import Method
 from zppo.config.load import load, override, resolve, run_folder
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
+from zppo.config.typed import setting_typed
 from zppo.data.corpus import (
     Corpus,
     bad_rows_text,
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     does not return."""
     try:
         arguments = _parser().parse_args(argv)
+        arguments.topology = _one_topology(arguments)
         if arguments.offline and not arguments.dry_run:
             raise UserError("--offline: expected --dry-run with it; a run asks its teacher")
         if arguments.resume is not None:
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _launch(arguments: argparse.Namespace) -> int:
     if arguments.topology is None:
         raise UserError(
-            "--topology is missing; expected a topology file (write one with: zppo init "
+            "zppo launch: the topology is missing; expected a file (write one with: zppo init "
             "topology.yaml)"
         )
     topology = load(arguments.topology, arguments.set)
@@ -370,13 +372,27 @@ def _finished(topology: Topology, directory: Path, step: int) -> bool:
     return topology.data.heldout is None or step in evaluated
 
 
+def _one_topology(arguments: argparse.Namespace) -> Path | None:
+    """The topology that is named, with `--topology` or without. Raises UserError if both are."""
+    named: Path | None = arguments.file
+    if named is not None and arguments.topology is not None:
+        raise UserError(
+            f"zppo launch: the topology is given twice, {str(named)!r} and --topology "
+            f"{str(arguments.topology)!r}; expected one"
+        )
+    return named or arguments.topology
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="zppo launch", description="Start a run as a topology describes it, or continue one."
+        prog="zppo launch",
+        description="Start a run as a topology describes it, or continue one.",
+        settings=setting_typed,
     )
     parser.add_argument(
-        "--topology", type=Path, metavar="FILE", help="the run, in YAML (see: zppo init)"
+        "file", nargs="?", type=Path, metavar="FILE", help="the run, in YAML (see: zppo init)"
     )
+    parser.add_argument("--topology", type=Path, metavar="FILE", help="the same, by its name")
     parser.add_argument(
         "--set",
         action="append",

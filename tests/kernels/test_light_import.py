@@ -77,7 +77,7 @@ def test_nothing_is_loaded_but_torch_numpy_and_numba() -> None:
 
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs_and_learns() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     script = (
         example
         + "\nassert after.loss.item() < output.loss.item(), (after, output)\nprint('learnt')"
@@ -91,7 +91,7 @@ def test_the_example_of_the_readme_runs_and_learns() -> None:
         env=environment,
     )
     assert done.stdout.split()[-1:] == ["learnt"], done.stderr
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 80, "one screen and its notes"
+    assert len(example.splitlines()) <= 50, "one screen"
 
 
 def test_the_readme_names_what_is_stable() -> None:

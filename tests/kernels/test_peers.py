@@ -1,7 +1,7 @@
 """Equal settings, equal loss and gradients: TRL's GRPO and JSD, Liger's chunked GRPO and its Triton
 kernel's maths.
 
-Skipped where the peers are not installed: `pip install "trl==1.16.*" liger-kernel`.
+`make peers` installs the peers and runs these tests; they are skipped where those are absent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zppo_kernels import (
     token_log_probs,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 B, L, H, V = 4, 6, 8, 50
 COMMON: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 4.0}
 # (their loss_type, our normalisation)

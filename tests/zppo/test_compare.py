@@ -110,7 +110,8 @@ def test_a_mistake_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "begin"), [MISTAKES[-1], (("--topologie", "x"), "zppo compare: unrecognized")]
+    ("arguments", "begin"),
+    [MISTAKES[-1], (("--topologie", "x"), "zppo compare: there is no option --topologie")],
 )
 def test_a_mistake_on_the_command_line(
     door: Compare, arguments: tuple[str, ...], begin: str

@@ -321,13 +321,48 @@ def test_longest_prompt(start: Launch, small: Path, words: int, refused: bool) -
 COMMAND_MISTAKES = [
     (
         (),
-        "--topology is missing; expected a topology file (write one with: zppo init topology.yaml)",
+        "zppo launch: the topology is missing; expected a file (write one with: zppo init "
+        "topology.yaml)",
+    ),
+    (
+        ("a.yaml", "--topology", "b.yaml"),
+        "zppo launch: the topology is given twice, 'a.yaml' and --topology 'b.yaml'; expected one",
     ),
     (("--resume",), "--resume: expected a run directory, or the --topology of the run"),
     (("--resume", "nowhere"), "'nowhere' is not a run directory: it has no run.json"),
     (
         ("--topologie", "x"),
-        "zppo launch: unrecognized arguments: --topologie x; see zppo launch --help",
+        "zppo launch: there is no option --topologie (did you mean --topology?); see zppo launch "
+        "--help",
+    ),
+    (
+        ("x.yaml", "--model", "m"),
+        "zppo launch: there is no option --model; settings are changed with --set student.model=…; "
+        "see zppo launch --help",
+    ),
+    (
+        ("x.yaml", "--learning-rate=1e-6"),
+        "zppo launch: there is no option --learning-rate; settings are changed with --set "
+        "optimizer.learning_rate=…; see zppo launch --help",
+    ),
+    (
+        ("x.yaml", "--run.steps", "3"),
+        "zppo launch: there is no option --run.steps; settings are changed with --set run.steps=…; "
+        "see zppo launch --help",
+    ),
+    (
+        ("x.yaml", "--use-peft"),
+        "zppo launch: there is no option --use-peft (LoRA is not built, all weights are trained); "
+        "see zppo launch --help",
+    ),
+    (
+        ("x.yaml", "trainer.total_epochs=15"),
+        "zppo launch: 'trainer.total_epochs=15' is one argument too many; settings are changed "
+        "with --set run.epochs=…; see zppo launch --help",
+    ),
+    (
+        ("x.yaml", "y.yaml"),
+        "zppo launch: 'y.yaml' is one argument too many; see zppo launch --help",
     ),
     (
         ("--topology",),
@@ -527,6 +562,10 @@ def test_notes_are_said_when_a_run_starts(
 
 
 # ---- starting ------------------------------------------------------------------------------------
+
+
+def test_the_topology_needs_no_option(start: Launch, small: Path) -> None:
+    assert start("topology.yaml", "--dry-run") == start("--topology", "topology.yaml", "--dry-run")
 
 
 def test_run_is_made_and_the_supervisor_takes_over(start: Launch, small: Path) -> None:

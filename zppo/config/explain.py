@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 from msgspec import inspect as shape
 
+from zppo.config.counterparts import hint_for
 from zppo.errors import nearest
 
 Key = str | int
+TYPING_ERROR = 0.8
+"""How alike (`difflib`) a name and a setting of its section are that one slip of the fingers lies
+between; then it is no other tool's name."""
 
 
 class Mistake(NamedTuple):
@@ -137,11 +141,15 @@ def _literals(node: shape.Type) -> list[str]:
 
 
 def nearest_setting(name: str, node: shape.Type, root: shape.Type) -> str:
-    """The nearest setting of this section, else one of that name in another section, else all of
-    this section."""
+    """The nearest setting of this section, else what another tool's name is called here, else a
+    setting of that name in another section, else all of this section."""
     names = _names(node)
     if not names:
         return "; expected a single value there"
+    if not difflib.get_close_matches(name, names, n=1, cutoff=TYPING_ERROR):
+        elsewhere_called = hint_for(name)
+        if elsewhere_called is not None:
+            return elsewhere_called
     if not difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         elsewhere = [path for path in settings(root) if path.endswith(f".{name}")]
         if elsewhere:

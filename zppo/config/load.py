@@ -17,6 +17,7 @@ import msgspec
 from msgspec import inspect as shape
 from msgspec.structs import replace
 
+from zppo.config.counterparts import hint_for
 from zppo.config.explain import explain, nearest_setting, settings, step
 from zppo.config.paths import absolute, absolute_use
 from zppo.config.rewards import RewardConfig
@@ -169,7 +170,8 @@ def _check_path(keys: list[str], place: str) -> None:
     for depth, key in enumerate(keys):
         inner = step(node, key)
         if inner is None:
-            hint = nearest_setting(key, node, shape.type_info(Topology))
+            whole = hint_for(".".join(keys)) if len(keys) > 1 else None
+            hint = whole or nearest_setting(key, node, shape.type_info(Topology))
             raise UserError(f"{place}: there is no setting {'.'.join(keys[: depth + 1])}{hint}")
         node = inner
 

@@ -11,6 +11,7 @@ from msgspec import inspect as shape
 
 from zppo.algorithm.methods import method_names
 from zppo.cli import main
+from zppo.config.counterparts import COUNTERPARTS, KEPT, TOOLS, Tool
 from zppo.config.docstrings import setting_help
 from zppo.config.load import setting_names
 from zppo.config.strict_yaml import parse
@@ -56,6 +57,23 @@ def test_reference_in_the_docs_is_up_to_date() -> None:
     assert reference() in text, "run tools/topology_reference.py"
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_topology_like_anothers_has_its_names_and_defaults(tool: Tool, tmp_path: Path) -> None:
+    assert main(["init", str(tmp_path / "t.yaml"), "--like", tool]) == 0
+    text = (tmp_path / "t.yaml").read_text(encoding="utf-8")
+    document = parse(text, "init")
+    assert msgspec.convert(document.data, Topology).method.name == "grpo"
+    for one in COUNTERPARTS:
+        value = document.data
+        for key in one.ours.split(".") if one.names(tool) else ():
+            value = value[key]
+        default = one.values[TOOLS.index(tool)]
+        assert default is KEPT or value == default or not one.names(tool)
+        if one.names(tool):
+            line = text.splitlines()[document.lines[one.ours] - 1]
+            assert line.partition("  # ")[2].startswith(", ".join(one.names(tool)))
+
+
 def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "t.yaml"
     assert main(["init", str(path)]) == 0
@@ -68,14 +86,36 @@ def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "sentence"),
     [
         (["lunch"], "zppo: there is no command 'lunch' (did you mean 'launch'?)\n"),
-        (["init", "a", "b"], "zppo init: expected one file name, got 'a b'\n"),
+        (
+            ["init", "a", "b"],
+            "zppo init: 'b' is one argument too many; see zppo init --help\n",
+        ),
+        (
+            ["init", "--like", "trll"],
+            "zppo init: --like is 'trll'; expected one of trl, verl (did you mean 'trl'?)\n",
+        ),
         (
             ["report"],
             "zppo report: the following arguments are required: RUN; see zppo report --help\n",
         ),
         (
             ["launch", "--topolgy"],
-            "zppo launch: unrecognized arguments: --topolgy; see zppo launch --help\n",
+            "zppo launch: there is no option --topolgy (did you mean --topology?); see zppo launch "
+            "--help\n",
+        ),
+        (
+            ["report", "run", "--jason"],
+            "zppo report: there is no option --jason (did you mean --json?); see zppo report "
+            "--help\n",
+        ),
+        (
+            ["doctor", "run", "--gpu"],
+            "zppo doctor: there is no option --gpu; see zppo doctor --help\n",
+        ),
+        (
+            ["compare", "--lr=1e-6"],
+            "zppo compare: there is no option --lr; settings are changed with --set "
+            "optimizer.learning_rate=…; see zppo compare --help\n",
         ),
         (
             ["init", "/nowhere/t.yaml"],
@@ -93,6 +133,9 @@ def test_mistakes_on_the_command_line(
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"zppo \d+\.\d+\.\d+\n", capsys.readouterr().out)
-    for arguments in ([], ["--help"], ["init", "--help"], ["init", "-h"]):
+    for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         assert capsys.readouterr().out.startswith("usage: zppo COMMAND")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["init", "--help"])
+    assert capsys.readouterr().out.startswith("usage: zppo init [-h] [--like TOOL] [FILE]")
