@@ -41,6 +41,7 @@ from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
     ModelConfig,
+    StudentConfig,
     Topology,
     TrainerConfig,
 )
@@ -199,7 +200,7 @@ def window_within(context: int) -> TrainWindow:
 def _topology(folder: Path) -> Topology:
     return Topology(
         data=DataConfig(train="none"),
-        student=ModelConfig(
+        student=StudentConfig(
             model=str(folder), dtype="float32", sampling=Sampling(max_new_tokens=8)
         ),
         actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=4 * CONTEXT)),

@@ -104,7 +104,7 @@ def _check_model_options(arguments: argparse.Namespace) -> None:
 
 
 def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "presence_penalty")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty")
     given = {
         name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
     }
@@ -331,6 +331,7 @@ def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, help=f"0 is greedy ({defaults.temperature})")
     group.add_argument("--top-p", type=float, help=f"1 is off ({defaults.top_p})")
     group.add_argument("--top-k", type=int, help=f"0 is off ({defaults.top_k})")
+    group.add_argument("--min-p", type=float, help=f"0 is off ({defaults.min_p})")
     group.add_argument(
         "--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})"
     )

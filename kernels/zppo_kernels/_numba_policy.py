@@ -12,12 +12,11 @@ import math
 import numpy as np
 
 from ._numba import compiled
-from .settings import LOG_RATIO_BOUND
+from ._numba_terms import ENTROPY_COEFFICIENT, TEMPERATURE, importance_weight, row_terms
 
 _F = np.float32
 _BLOCK = 1024
 _LANES = 64
-_BOUND = LOG_RATIO_BOUND
 
 # exp(r) on |r| <= ln(2)/2 by the Cephes polynomial; ln 2 in two parts so that the reduction loses
 # nothing.
@@ -125,6 +124,23 @@ def _scale(row_V: np.ndarray, factor: np.float32) -> None:
         row_V[column] *= factor
 
 
+@compiled(fastmath={"contract"})
+def _scale_by_line(
+    row_V: np.ndarray,
+    source_V: np.ndarray,
+    highest: np.float32,
+    inverse_temperature: np.float32,
+    constant: np.float32,
+    slope: np.float32,
+) -> None:
+    """row *= constant + slope * x with x = (source - highest) / temperature, finite where row is
+    0."""
+    for column in range(len(row_V)):
+        x = (source_V[column] - highest) * inverse_temperature
+        floored = _SMALLEST if x < _SMALLEST else x
+        row_V[column] *= constant + slope * floored
+
+
 @compiled()
 def statistics_rows(
     logits_CV: np.ndarray, target_ids_C: np.ndarray, temperature: float, results_3C: np.ndarray
@@ -150,106 +166,27 @@ def gradient_rows(
     probability_C: np.ndarray,
     target_ids_C: np.ndarray,
     label_C: np.ndarray,
+    log_probability_C: np.ndarray,
     temperature: float,
 ) -> None:
-    """gradient = probability_C * softmax + label_C * onehot(target)."""
+    """gradient = softmax * (probability_C + log_probability_C * log softmax) + label_C *
+    onehot(target); an empty log_probability_C is 0."""
     inverse = _F(1.0 / temperature)
+    has_line = len(log_probability_C) > 0
+    kept_V = np.empty(logits_CV.shape[1] if has_line else 0, np.float32)
     for row in range(len(lse_C)):
-        if probability_C[row] == 0.0:
+        anchor = _F(lse_C[row] * temperature)
+        if has_line and log_probability_C[row] != 0.0:
+            kept_V[:] = logits_CV[row]
+            _row_exponentials(logits_CV[row], gradient_CV[row], anchor, inverse)
+            line = _F(probability_C[row]), _F(log_probability_C[row])
+            _scale_by_line(gradient_CV[row], kept_V, anchor, inverse, line[0], line[1])
+        elif probability_C[row] == 0.0:
             gradient_CV[row, :] = 0.0
         else:
-            _row_exponentials(
-                logits_CV[row], gradient_CV[row], _F(lse_C[row] * temperature), inverse
-            )
+            _row_exponentials(logits_CV[row], gradient_CV[row], anchor, inverse)
             _scale(gradient_CV[row], probability_C[row])
         gradient_CV[row, target_ids_C[row]] += label_C[row]
-
-
-@compiled()
-def sample_rows(
-    mask_T: np.ndarray,
-    sequence_ids_T: np.ndarray,
-    advantages_S: np.ndarray,
-    proximal_T: np.ndarray,
-    behaviour_T: np.ndarray,
-    has_behaviour: bool,
-    correction: int,
-    cap: float,
-    has_kl: bool,
-    weights_T: np.ndarray,
-    metrics_M: np.ndarray,
-) -> None:
-    """Importance weights, and SAMPLE_METRICS in their order."""
-    for row in range(len(mask_T)):
-        weights_T[row] = 1.0
-        if not mask_T[row]:
-            continue
-        advantage = advantages_S[sequence_ids_T[row]]
-        metrics_M[0] += 1
-        metrics_M[1] += has_kl or advantage != 0
-        metrics_M[2] += advantage > 0
-        if not has_behaviour:
-            continue
-        if not math.isfinite(behaviour_T[row]):
-            metrics_M[6] += 1
-            weights_T[row] = 1.0 if correction == 0 else 0.0
-            continue
-        log_weight = min(max(proximal_T[row] - behaviour_T[row], -_BOUND), _BOUND)
-        weight = math.exp(log_weight)
-        metrics_M[3] += 1
-        metrics_M[4] += weight
-        metrics_M[5] += weight > cap
-        metrics_M[7] += weight - 1.0 - log_weight
-        metrics_M[8] = max(metrics_M[8], weight)
-        if correction == 1:
-            weights_T[row] = min(weight, cap)
-        elif correction == 2:
-            weights_T[row] = weight if weight <= cap else 0.0
-
-
-@compiled()
-def _row_terms(
-    log_prob: float,
-    proximal: float,
-    reference: float,
-    advantage: float,
-    weight: float,
-    constants: np.ndarray,
-    result_M: np.ndarray,
-) -> tuple[float, float]:
-    """Loss of one row before scaling and its derivative by the log-prob; adds the row to
-    LOGIT_METRICS (from index 4 on).
-    """
-    clip_low, clip_high, dual_clip, _, kl_coefficient, has_reference = constants
-    difference = log_prob - proximal
-    log_ratio = min(max(difference, -_BOUND), _BOUND) if difference == difference else np.nan
-    ratio = math.exp(log_ratio)
-    clipped = min(max(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    surrogate = max(-advantage * ratio, -advantage * clipped)
-    is_low = advantage < 0 and ratio < 1.0 - clip_low
-    is_high = advantage > 0 and ratio > 1.0 + clip_high
-    is_dual = advantage < 0 and ratio > dual_clip
-    if is_dual:
-        surrogate = -advantage * dual_clip
-    loss = weight * surrogate if ratio == ratio else np.nan
-    is_active = not (is_low or is_high or is_dual) and abs(difference) < _BOUND
-    slope = -advantage * ratio * weight if is_active else 0.0
-    divergence = 0.0
-    if has_reference:
-        gap = reference - log_prob
-        bounded = min(max(gap, -_BOUND), _BOUND)
-        divergence = math.exp(bounded) - 1.0 - bounded
-        if abs(gap) < _BOUND:
-            slope += kl_coefficient * (1.0 - math.exp(bounded))
-    result_M[4] += ratio
-    result_M[5] += ratio - 1.0 - log_ratio
-    result_M[6] += is_low
-    result_M[7] += is_high
-    result_M[8] += is_dual
-    result_M[9] += loss
-    result_M[10] += divergence
-    result_M[11] = max(result_M[11], ratio)
-    return loss + kl_coefficient * divergence, slope
 
 
 @compiled()
@@ -259,51 +196,80 @@ def policy_rows(
     wants_gradient: bool,
     mask_C: np.ndarray,
     target_ids_C: np.ndarray,
-    sequence_ids_C: np.ndarray,
-    proximal_C: np.ndarray,
+    advantages_C: np.ndarray,
+    scales_C: np.ndarray,
     weights_C: np.ndarray,
+    proximal_C: np.ndarray,
+    behaviour_C: np.ndarray,
     reference_C: np.ndarray,
-    advantages_S: np.ndarray,
-    scales_S: np.ndarray,
-    constants: np.ndarray,
+    flags: np.ndarray,
+    numbers: np.ndarray,
+    choices: np.ndarray,
+    statistics_2C: np.ndarray,
     result_M: np.ndarray,
 ) -> None:
-    """The fused row: softmax, log-prob, entropy, ratio, clips, weight, loss, metrics, gradient;
-    loss and metrics in `result_M`.
+    """The fused row: softmax, log-prob, entropy, terms (`_numba_terms`), gradient; loss and metrics
+    in `result_M`. flags: is there a proximal log-prob, a weight still to be formed, a reference.
     """
-    temperature = constants[3]
+    has_proximal, weights_are_late, has_reference = flags
+    temperature, bonus = numbers[TEMPERATURE], numbers[ENTROPY_COEFFICIENT]
     inverse = _F(1.0 / temperature)
     lanes = np.empty(_LANES, np.float32)
+    kept_V = np.empty(logits_CV.shape[1] if bonus != 0.0 else 0, np.float32)
     for row in range(len(mask_C)):
         if not mask_C[row]:
             if wants_gradient:
                 gradient_CV[row, :] = 0.0
             continue
-        sequence, target = sequence_ids_C[row], target_ids_C[row]
+        target, scale = target_ids_C[row], scales_C[row]
         logits_V, gradient_V = logits_CV[row], gradient_CV[row]
         highest = _highest(logits_V, lanes)
         shifted = (logits_V[target] - highest) / temperature
         if wants_gradient:
+            if bonus != 0.0:
+                kept_V[:] = logits_V
             total, weighted = _row_exponentials(logits_V, gradient_V, highest, inverse)
         else:
             total, weighted = _row_sums(logits_V, highest, inverse)
         log_total = math.log(total) if total > 0.0 else np.nan
         log_prob = shifted - log_total
+        entropy = log_total - (weighted / total if total > 0.0 else np.nan)
+        statistics_2C[0, row], statistics_2C[1, row] = log_prob, entropy
         result_M[1] += 1
         result_M[2] += log_prob
-        result_M[3] += log_total - (weighted / total if total > 0.0 else np.nan)
-        loss, slope = _row_terms(
+        result_M[3] += entropy
+        proximal = proximal_C[row] if has_proximal else log_prob
+        weight = weights_C[row]
+        if weights_are_late:
+            weight = importance_weight(log_prob, behaviour_C[row], numbers, choices)
+        loss, slope = row_terms(
             log_prob,
-            proximal_C[row],
+            proximal,
             reference_C[row],
-            advantages_S[sequence],
-            weights_C[row],
-            constants,
+            advantages_C[row],
+            weight,
+            has_reference,
+            numbers,
+            choices,
             result_M,
         )
-        result_M[0] += loss * scales_S[sequence]
-        if wants_gradient:
-            _write_gradient(gradient_V, target, total, slope * scales_S[sequence] / temperature)
+        if bonus != 0.0:
+            loss -= bonus * entropy
+        result_M[0] += loss * scale
+        if not wants_gradient:
+            continue
+        coefficient = slope * scale / temperature
+        if bonus != 0.0:
+            by_entropy = bonus * scale / temperature
+            at_target = math.exp(log_prob)
+            label = coefficient * (1.0 - at_target) + by_entropy * at_target * (log_prob + entropy)
+            constant = by_entropy * (entropy - log_total) - coefficient
+            _scale_by_line(
+                gradient_V, kept_V, highest, inverse, _F(constant / total), _F(by_entropy / total)
+            )
+            gradient_V[target] = label
+        else:
+            _write_gradient(gradient_V, target, total, coefficient)
 
 
 @compiled()

@@ -20,10 +20,10 @@ def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def keep_linear_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """For operators of (hidden, weight, bias, ..., needs x 3) -> (loss, metrics, gradients x 3)."""
+    """For operators of (hidden, weight, bias, ..., needs x 3) -> (loss, ..., gradients x 3)."""
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[-3:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -44,8 +44,8 @@ def linear_backward(name: str, constants: int) -> Callable[..., tuple[Tensor | N
 
 
 def keep_logits_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """For operators of (logits, ...) -> (loss, metrics, gradient)."""
-    ctx.save_for_backward(output[2])
+    """For operators of (logits, ...) -> (loss, ..., gradient)."""
+    ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -27,8 +27,9 @@ from .jsd_reference import JsdLossOutput
 from .jsd_top_k_rows import jsd_top_k_rows
 from .layout import result_like
 from .linear_chunks import LinearGradients, Needs, linear_gradients, spread
+from .logit_map import LogitMap
 from .metrics import JSD_METRICS, named
-from .policy_inputs import Count, check_head, check_temperature
+from .policy_inputs import Count, check_head, check_temperature, products_dtype
 from .projection import Projection
 
 _STUDENT = ("student_hidden_TH", "student_weight_VH", "student_bias_V")
@@ -47,15 +48,20 @@ def jsd_loss_from_hidden(
     temperature: float = 1.0,
     student_bias_V: Tensor | None = None,
     teacher_bias_W: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_soft_cap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
 ) -> JsdLossOutput:
     """Sum over unmasked rows of the generalised Jensen-Shannon divergence, over the global
     `token_count`.
 
     beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher), as in Liger
     and TRL. Vocabularies may differ in size: see `jsd_reference.teacher_over`. Only the student
-    gets gradients. Strided and expanded arguments are fine; what a masked row holds changes
-    nothing. Raises ValueError for shapes, dtypes, devices, beta outside [0, 1] and temperatures
-    that are not positive.
+    gets gradients. logit_scale and soft_cap of the two heads as in `policy_loss_from_hidden`.
+    Strided and expanded arguments are fine; what a masked row holds changes nothing. Raises
+    ValueError for shapes, dtypes, devices, beta outside [0, 1] and temperatures that are not
+    positive.
     """
     check_head(student_hidden_TH, student_weight_VH, student_bias_V, _STUDENT)
     check_head(teacher_hidden_TG, teacher_weight_WG, teacher_bias_W, _TEACHER)
@@ -71,9 +77,19 @@ def jsd_loss_from_hidden(
         for tensor in (teacher_hidden_TG, teacher_weight_WG, teacher_bias_W)
     ]
     student = (student_hidden_TH, student_weight_VH, student_bias_V)
-    loss, values_M, *_ = _jsd_hidden(
-        *student, *teacher, mask, scale, beta, temperature, *_needs(*student)
+    shapes = (
+        LogitMap.of(student_logit_scale, student_soft_cap, "student_"),
+        LogitMap.of(teacher_logit_scale, teacher_soft_cap, "teacher_"),
     )
+    products = [
+        products_dtype(student_hidden_TH, student_weight_VH),
+        products_dtype(teacher_hidden_TG, teacher_weight_WG),
+    ]
+    loss, values_M, *_ = _jsd_hidden(
+        *student, *teacher, mask, scale, beta, temperature,
+        [shape.scale for shape in shapes], [shape.soft_cap or 0.0 for shape in shapes],
+        *products, *_needs(*student),
+    )  # fmt: skip
     return JsdLossOutput(loss, named(JSD_METRICS, values_M))
 
 
@@ -88,6 +104,8 @@ def jsd_loss_top_k_from_hidden(
     beta: float = 0.5,
     temperature: float = 1.0,
     student_bias_V: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_soft_cap: float | None = None,
 ) -> JsdLossOutput:
     """The same from a teacher's top-k tokens alone: the divergence over those K tokens and the tail
     as one more category.
@@ -106,9 +124,11 @@ def jsd_loss_top_k_from_hidden(
     check_temperature(temperature)
     scale = jsd_scale(token_count, student_weight_VH)
     student = (student_hidden_TH, student_weight_VH, student_bias_V)
+    shape = LogitMap.of(student_logit_scale, student_soft_cap, "student_")
     loss, values_M, *_ = _jsd_top_k_hidden(
-        *student, *support, mask, scale, beta, temperature, *_needs(*student)
-    )
+        *student, *support, mask, scale, beta, temperature, shape.scale, shape.soft_cap,
+        products_dtype(student_hidden_TH, student_weight_VH), *_needs(*student),
+    )  # fmt: skip
     return JsdLossOutput(loss, named(JSD_METRICS, values_M))
 
 
@@ -131,11 +151,20 @@ def _jsd_hidden(
     scale: Tensor,
     beta: float,
     temperature: float,
+    logit_scales: list[float],
+    soft_caps: list[float],
+    products: torch.dtype,
+    teacher_products: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head, teacher_head = Projection.of(weight, bias), Projection.of(teacher_weight, teacher_bias)
+    head = Projection.of(weight.to(products), bias)
+    teacher_head = Projection.of(teacher_weight.to(teacher_products), teacher_bias)
+    shape, teacher_shape = (
+        LogitMap(scale_of, cap or None)
+        for scale_of, cap in zip(logit_scales, soft_caps, strict=True)
+    )
     backend, live_L = backend_for(head.weight_VH), mask.nonzero().squeeze(1)
     ones_L = torch.ones_like(live_L, dtype=torch.bool)
     teacher_LG = teacher_hidden.index_select(0, live_L)
@@ -145,14 +174,18 @@ def _jsd_hidden(
     def row_gradient(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
         if not buffers:
             buffers.append(teacher_head.buffer(len(logits_CV)))
-        teacher_CW = teacher_head.logits(teacher_head.operand(teacher_LG[part]), buffers[0])
+        teacher_CW = teacher_shape.apply_(
+            teacher_head.logits(teacher_head.operand(teacher_LG[part]), buffers[0])
+        )
         columns = backend.jsd(
             logits_CV, teacher_CW, ones_L[part], beta, temperature, gradient_CV, scale
         )
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    gradients = linear_gradients(head, hidden.detach().index_select(0, live_L), needs, row_gradient)
+    gradients = linear_gradients(
+        head, hidden.detach().index_select(0, live_L), needs, shape.around(row_gradient)
+    )
     return _results(sums_2, mask, scale, gradients, live_L, hidden, weight)
 
 
@@ -167,12 +200,15 @@ def _jsd_top_k_hidden(
     scale: Tensor,
     beta: float,
     temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_support_ids(teacher_ids, weight.shape[0])
-    head = Projection.of(weight, bias)
+    head, shape = Projection.of(weight.to(products), bias), LogitMap(logit_scale, soft_cap)
     backend, live_L = backend_for(head.weight_VH), mask.nonzero().squeeze(1)
     ids_LK, log_probs_LK = teacher_ids[live_L], teacher_log_probs[live_L]
     sums_2 = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -185,7 +221,9 @@ def _jsd_top_k_hidden(
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    gradients = linear_gradients(head, hidden.detach().index_select(0, live_L), needs, row_gradient)
+    gradients = linear_gradients(
+        head, hidden.detach().index_select(0, live_L), needs, shape.around(row_gradient)
+    )
     return _results(sums_2, mask, scale, gradients, live_L, hidden, weight)
 
 
@@ -233,6 +271,10 @@ def _(
     scale: Tensor,
     beta: float,
     temperature: float,
+    logit_scales: list[float],
+    soft_caps: list[float],
+    products: torch.dtype,
+    teacher_products: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -251,6 +293,9 @@ def _(
     scale: Tensor,
     beta: float,
     temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -259,8 +304,8 @@ def _(
 
 
 _jsd_hidden.register_autograd(
-    linear_backward("jsd_loss_from_hidden", 10), setup_context=keep_linear_gradients
+    linear_backward("jsd_loss_from_hidden", 14), setup_context=keep_linear_gradients
 )
 _jsd_top_k_hidden.register_autograd(
-    linear_backward("jsd_loss_top_k_from_hidden", 9), setup_context=keep_linear_gradients
+    linear_backward("jsd_loss_top_k_from_hidden", 12), setup_context=keep_linear_gradients
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from .backends import backend_for
 from .layout import accumulator_of, column
 from .linear_chunks import logit_chunks
+from .logit_map import LogitMap
 from .policy_inputs import (
     IGNORED_TARGET,
     check_integer,
@@ -21,9 +22,11 @@ from .policy_inputs import (
     check_projection,
     check_targets,
     check_temperature,
+    products_dtype,
 )
 from .projection import Projection
 from .row_chunks import readable, row_chunks
+from .support import check_support, over_support, prepared_support
 
 
 def token_log_probs(
@@ -33,41 +36,67 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     bias_V: Tensor | None = None,
+    support_ids_TK: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), [T] each, no
     gradient.
 
     float32, or float64 where the head is. Rows of id -100 give 0; on a CPU their logits are not
-    computed. Any layout. Raises ValueError as `policy_loss_from_hidden` does.
+    computed. Any layout. support_ids_TK, logit_scale and soft_cap as in `policy_loss_from_hidden`.
+    Raises ValueError as that does.
     """
     check_integer("target_ids_T", target_ids_T)
     check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
     check_temperature(temperature)
     bias_V = None if bias_V is None else bias_V.detach()
     target_ids_T = column(target_ids_T, torch.int64)
+    shape, temperature = LogitMap.of(logit_scale, soft_cap).with_temperature(temperature)
     return _log_probs_from_hidden(
-        hidden_TH.detach(), weight_VH.detach(), bias_V, target_ids_T, temperature
+        hidden_TH.detach(),
+        weight_VH.detach(),
+        bias_V,
+        target_ids_T,
+        prepared_support(support_ids_TK, target_ids_T, target_ids_T != IGNORED_TARGET),
+        temperature,
+        shape.scale,
+        shape.soft_cap,
+        products_dtype(hidden_TH, weight_VH),
     )
 
 
 def token_log_probs_from_logits(
-    logits_TV: Tensor, target_ids_T: Tensor, *, temperature: float = 1.0
+    logits_TV: Tensor,
+    target_ids_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    support_ids_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same from logits [T, V] that exist already."""
     check_integer("target_ids_T", target_ids_T)
     check_logits(logits_TV, target_ids_T)
     check_temperature(temperature)
-    return _log_probs_from_logits(
-        logits_TV.detach(), column(target_ids_T, torch.int64), temperature
-    )
+    target_ids_T = column(target_ids_T, torch.int64)
+    support = prepared_support(support_ids_TK, target_ids_T, target_ids_T != IGNORED_TARGET)
+    return _log_probs_from_logits(logits_TV.detach(), target_ids_T, support, temperature)
 
 
 @torch.library.custom_op("zppo_kernels::token_log_probs", mutates_args=())
 def _log_probs_from_hidden(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    support: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     check_targets(target_ids, target_ids != IGNORED_TARGET, weight.shape[0])
-    head = Projection.of(weight, bias)
+    check_support(support, target_ids, weight.shape[0])
+    head, shape = Projection.of(weight.to(products), bias), LogitMap(logit_scale, soft_cap)
     backend = backend_for(head.weight_VH)
     results = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
     # On a GPU leaving rows out costs a synchronisation, and a proximal pass has few such rows.
@@ -75,11 +104,13 @@ def _log_probs_from_hidden(
     picked, targets = (
         (hidden, target_ids) if wanted is None else (hidden[wanted], target_ids[wanted])
     )
+    supports = support if wanted is None or support is None else support[wanted]
     found = results if wanted is None else results.new_empty(2, len(wanted))
     for part, _, logits_CV in logit_chunks(head, picked):
         targets_C = targets[part]
-        log_probs_C, entropy_C, _ = backend.statistics(
-            logits_CV, _looked_up(targets_C), temperature
+        operations = over_support(backend, None if supports is None else supports[part])
+        log_probs_C, entropy_C, _ = operations.statistics(
+            shape.apply_(logits_CV), _looked_up(targets_C), temperature
         )
         found[:, part] = torch.where(
             targets_C != IGNORED_TARGET, torch.stack([log_probs_C, entropy_C]), 0.0
@@ -91,21 +122,31 @@ def _log_probs_from_hidden(
 
 @_log_probs_from_hidden.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    support: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return _fake_result(weight, target_ids), _fake_result(weight, target_ids)
 
 
 @torch.library.custom_op("zppo_kernels::token_log_probs_from_logits", mutates_args=())
 def _log_probs_from_logits(
-    logits: Tensor, target_ids: Tensor, temperature: float
+    logits: Tensor, target_ids: Tensor, support: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     check_targets(target_ids, target_ids != IGNORED_TARGET, logits.shape[1])
+    check_support(support, target_ids, logits.shape[1])
     backend = backend_for(logits)
     results = _fake_result(logits, target_ids).repeat(2, 1)
     for part in row_chunks(logits):
         targets_C = target_ids[part]
-        log_probs_C, entropy_C, _ = backend.statistics(
+        operations = over_support(backend, None if support is None else support[part])
+        log_probs_C, entropy_C, _ = operations.statistics(
             readable(logits[part]), _looked_up(targets_C), temperature
         )
         results[:, part] = torch.where(
@@ -115,7 +156,9 @@ def _log_probs_from_logits(
 
 
 @_log_probs_from_logits.register_fake
-def _(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, target_ids: Tensor, support: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
     return _fake_result(logits, target_ids), _fake_result(logits, target_ids)
 
 

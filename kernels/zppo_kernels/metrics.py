@@ -18,12 +18,15 @@ SAMPLE_METRICS: tuple[str, ...] = (
     "positive_advantage_count",
     "importance_weight_count",  # rows with a usable behaviour log-prob
     "importance_weight_sum",  # raw exp(proximal - behaviour), before truncation
-    "importance_capped_count",  # raw weight above the cap: truncated or masked
+    "importance_capped_count",  # raw weight outside cap and floor: truncated or masked
     "behaviour_dropped_count",
     # behaviour log-prob not finite: the token leaves the loss when a correction is on
     "mismatch_kl_sum",  # w - 1 - log w of the raw weight, an estimate of KL(behaviour || proximal)
     "importance_weight_max",
 )
+COUNTED_EARLY = 3
+"""How many of them need no log-prob. The others are of the rows whose logits were computed, where
+the ratio is exactly 1."""
 # Known only from the logits: taken over the rows whose logits were computed (`evaluated_count` of
 # them).
 LOGIT_METRICS: tuple[str, ...] = (

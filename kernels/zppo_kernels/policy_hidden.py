@@ -1,17 +1,19 @@
-"""The clipped policy loss from hidden states and LM head: three matrix products, no [T, V] tensor.
+"""The policy loss from hidden states and LM head: three matrix products, no [T, V] tensor.
 
 Each chunk of logits is turned into its gradient in place by one row operation, and the gradients to
 hidden states, weight and bias are complete when the forward pass ends. Rows whose mask or advantage
 is zero have exactly zero gradient, known before any logit is computed: they are left out before the
 LM head, while the denominator (`token_count`) still counts them.
 
-The sequence-level ratio needs every log-prob of a sequence before its first gradient, so it takes a
-second pass over the logits.
+Where the ratio or the weight is the sequence's, every log-prob of a sequence comes before its first
+gradient, which takes a second pass over the logits.
 
-Shapes: T rows, L live rows, H hidden, V vocabulary, S sequences, M metrics.
+Shapes: T rows, L live rows, H hidden, V vocabulary, S sequences, M metrics, P partial results.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +22,25 @@ from .backends import backend_for
 from .gradients import keep_linear_gradients, linear_backward, or_empty
 from .layout import accumulator_of, result_like
 from .linear_chunks import LinearGradients, Needs, linear_gradients, logit_chunks, spread
+from .logit_map import LogitMap
 from .metrics import LOGIT_METRICS, POLICY_METRICS, named, reduce_partials
-from .policy_inputs import Count, check_projection, checked_live_rows, checked_rows, prepare_rows
-from .policy_reference import PolicyLossOutput, PolicyRows, live_of
+from .policy_inputs import (
+    Count,
+    check_projection,
+    checked_live_rows,
+    checked_rows,
+    prepare_rows,
+    products_dtype,
+)
+from .policy_reference import PolicyLossOutput
+from .policy_rows import PolicyRows, RowInputs
 from .policy_terms import policy_terms
 from .projection import Projection
 from .settings import PolicyLossSettings, settings_from, settings_values
+from .support import check_support, over_support, with_support
 
 _DEFAULTS = PolicyLossSettings()
+_NO_GRADIENT = Needs(False, False, False)
 
 
 def policy_loss_from_hidden(
@@ -36,31 +49,43 @@ def policy_loss_from_hidden(
     target_ids_T: Tensor,
     *,
     sequence_ids_T: Tensor,
-    advantages_S: Tensor,
-    proximal_log_probs_T: Tensor,
     token_count: Count,
+    advantages_S: Tensor | None = None,
+    advantages_T: Tensor | None = None,
+    proximal_log_probs_T: Tensor | None = None,
     behaviour_log_probs_T: Tensor | None = None,
     reference_log_probs_T: Tensor | None = None,
+    support_ids_TK: Tensor | None = None,
     mask_T: Tensor | None = None,
     sequence_count: Count | None = None,
     settings: PolicyLossSettings = _DEFAULTS,
     bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
     full_metrics: bool = False,
     live_rows_L: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """Clipped surrogate (ZPPO Table 8; PPO with asymmetric and dual clip) over packed rows.
+    """Policy loss (ZPPO Table 8 by default: PPO with asymmetric and dual clip) over packed rows.
 
-    hidden_TH, weight_VH, bias_V: one dtype; gradients flow to those that require them.
+    hidden_TH, weight_VH, bias_V: one dtype, or under autocast any that it casts; gradients flow to
+        those that require them. logit_scale, soft_cap: what the head does to its product,
+        `soft_cap * tanh(logit_scale * logit / soft_cap)`.
     target_ids_T: row t of the hidden states predicts this id; rows with id -100 or mask 0 take no
-    part. sequence_ids_T, advantages_S: the advantage is looked up by sequence.
-    proximal_log_probs_T: the ratio is exp(policy - proximal). behaviour_log_probs_T: the importance
-    weight is exp(proximal - behaviour). token_count, sequence_count: global counts of the
-    mini-batch (int or 0-dim tensor), the denominators; micro-batches
-        and ranks pass the same count and their losses add.
-    full_metrics: compute logits of zero-advantage rows too, for entropy and the like. live_rows_L:
-    the rows with a gradient, distinct and in any order, where the caller knows them (rows left out
-    lose
-        theirs); on a GPU this saves the one synchronisation.
+        part.
+    sequence_ids_T, advantages_S: the advantage is looked up by sequence. advantages_T in its place:
+        one per row, 0 takes a row out of the surrogate and leaves it in the denominator; ids of
+        sequences are then below the number of rows.
+    proximal_log_probs_T: the ratio is exp(policy - proximal). None: it is exactly 1, policy and
+        proximal are the same weights.
+    behaviour_log_probs_T: the importance weight is exp(proximal - behaviour).
+    support_ids_TK: where sampling was truncated, the ids that could have been sampled, distinct,
+        the target among them, -1 where there are fewer than K; softmax, entropy and gradient are
+        over these alone. A row of -1 is over the whole vocabulary (`support`).
+    token_count, sequence_count: global counts of the mini-batch (int or 0-dim tensor), the
+        denominators; micro-batches and ranks pass the same count and their losses add.
+    full_metrics: compute logits of zero-advantage rows too, for entropy and the like.
+    live_rows_L: the rows with a gradient, distinct and in any order, where the caller knows them
+        (rows left out lose theirs); on a GPU this saves the one synchronisation.
 
     Strided and expanded arguments are fine. What a masked row holds changes nothing, be it NaN or
     an id out of range. Raises ValueError for shapes, dtypes, devices and, on a CPU, ids of unmasked
@@ -73,6 +98,7 @@ def policy_loss_from_hidden(
         like=weight_VH,
         sequence_ids_T=sequence_ids_T,
         advantages_S=advantages_S,
+        advantages_T=advantages_T,
         proximal_log_probs_T=proximal_log_probs_T,
         behaviour_log_probs_T=behaviour_log_probs_T,
         reference_log_probs_T=reference_log_probs_T,
@@ -81,21 +107,26 @@ def policy_loss_from_hidden(
         sequence_count=sequence_count,
         settings=settings,
     )
+    rows = with_support(rows, support_ids_TK)
+    shape, temperature = LogitMap.of(logit_scale, soft_cap).with_temperature(settings.temperature)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden_TH, weight_VH, bias_V)
     ]
-    loss, values_M, *_ = _policy_hidden(
+    loss, values_M, log_probs_T, entropy_T, *_ = _policy_hidden(
         hidden_TH,
         weight_VH,
         bias_V,
         *rows.tensors(),
         live_rows_L,
-        *settings_values(settings),
+        *settings_values(replace(settings, temperature=temperature)),
+        shape.scale,
+        shape.soft_cap,
+        products_dtype(hidden_TH, weight_VH),
         full_metrics,
         *needs,
     )
-    return PolicyLossOutput(loss, named(POLICY_METRICS, values_M))
+    return PolicyLossOutput(loss, named(POLICY_METRICS, values_M), log_probs_T, entropy_T)
 
 
 @torch.library.custom_op("zppo_kernels::policy_loss_from_hidden", mutates_args=())
@@ -105,51 +136,78 @@ def _policy_hidden(
     bias: Tensor | None,
     target_ids: Tensor,
     sequence_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
+    row_advantages: Tensor | None,
     scales: Tensor,
-    proximal: Tensor,
     mask: Tensor,
+    proximal: Tensor | None,
     behaviour: Tensor | None,
     reference: Tensor | None,
+    support: Tensor | None,
     live_rows: Tensor | None,
     numbers: list[float],
-    correction: str,
-    ratio_level: str,
+    choices: list[int],
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
     full_metrics: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics [M] and the gradients of loss by hidden states, weight and bias (empty where
-    not needed)."""
-    rows = PolicyRows(
-        target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
-    )
-    rows = checked_rows(rows, weight.shape[0])
-    settings = settings_from(numbers, correction, ratio_level)
-    needs = Needs(needs_hidden, needs_weight, needs_bias)
-    head = Projection.of(weight, bias)
-    rows, sample_metrics = backend_for(head.weight_VH).weighted(rows, settings)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics [M], log-probs, entropies and the gradients of loss by hidden states, weight
+    and bias (empty where not needed)."""
+    settings, shape = settings_from(numbers, choices), LogitMap(logit_scale, soft_cap)
+    inputs = RowInputs(
+        target_ids, sequence_ids, advantages, row_advantages, scales, mask,
+        proximal, behaviour, reference, support,
+    )  # fmt: skip
+    rows = checked_rows(inputs, weight.shape[0]).looked_up(settings)
+    check_support(support, rows.target_ids_T, weight.shape[0])
+    head = Projection.of(weight.to(products), bias)
+    backend = backend_for(head.weight_VH)
+    rows, sample_metrics = backend.weighted(rows, settings)
     if live_rows is None:
-        live_L = live_of(rows, settings).nonzero().squeeze(1)
+        live_L = rows.live_T.nonzero().squeeze(1)
     else:
         live_L = checked_live_rows(live_rows, len(hidden))
-    loss, partials, gradients = _evaluate(head, *_picked(hidden, rows, live_L), settings, needs)
+    parts = [(live_L, Needs(needs_hidden, needs_weight, needs_bias))]
     if full_metrics:
-        dead = (rows.mask_T & ~live_of(rows, settings)).nonzero().squeeze(1)
-        _, dead_partials, _ = _evaluate(
-            head, *_picked(hidden, rows, dead), settings, Needs(False, False, False)
+        parts.append(((rows.mask_T & ~rows.live_T).nonzero().squeeze(1), _NO_GRADIENT))
+    statistics_2T = torch.zeros(2, len(hidden), dtype=head.accumulator, device=hidden.device)
+    results = []
+    for index_L, needs in parts:
+        chosen = _picked(hidden, rows, index_L)
+        results.append(_evaluate(head, shape, *chosen, settings, needs))
+        statistics_2T[:, index_L] = results[-1].statistics_2L
+    if rows.weights_come_late:
+        evaluated_T = torch.zeros_like(rows.mask_T)
+        evaluated_T[torch.cat([index_L for index_L, _ in parts])] = True
+        sample_metrics = backend.late_metrics(
+            sample_metrics, replace(rows, mask_T=evaluated_T), statistics_2T[0], settings
         )
-        partials = torch.cat([partials, dead_partials])
+    partials = torch.cat([result.partials_PM for result in results])
     values_M = torch.cat([sample_metrics, reduce_partials(LOGIT_METRICS, partials)])
-    gradient_TH = spread(gradients.hidden_LH, live_L, hidden)
+    gradients = results[0].gradients
     return (
-        loss,
+        results[0].loss,
         values_M,
-        gradient_TH,
+        statistics_2T[0].clone(),
+        statistics_2T[1].clone(),
+        spread(gradients.hidden_LH, live_L, hidden),
         or_empty(gradients.weight_VH, weight),
         or_empty(gradients.bias_V, weight),
     )
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """Loss, partial LOGIT_METRICS, log-probs and entropies, and gradients over some rows."""
+
+    loss: Tensor
+    partials_PM: Tensor
+    statistics_2L: Tensor
+    gradients: LinearGradients
 
 
 def _picked(hidden_TH: Tensor, rows: PolicyRows, index_L: Tensor) -> tuple[Tensor, PolicyRows]:
@@ -160,45 +218,47 @@ def _picked(hidden_TH: Tensor, rows: PolicyRows, index_L: Tensor) -> tuple[Tenso
 
 def _evaluate(
     head: Projection,
+    shape: LogitMap,
     hidden_LH: Tensor,
     rows: PolicyRows,
     settings: PolicyLossSettings,
     needs: Needs,
-) -> tuple[Tensor, Tensor, LinearGradients]:
-    """Loss, partial LOGIT_METRICS [P, M] and gradients over these rows."""
-    if settings.ratio_level == "sequence":
-        return _evaluate_by_sequence(head, hidden_LH, rows, settings, needs)
+) -> _Evaluated:
+    if rows.need_whole_sequences(settings):
+        return _evaluate_by_sequence(head, shape, hidden_LH, rows, settings, needs)
     backend = backend_for(head.weight_VH)
-    losses: list[Tensor] = []
-    metrics: list[Tensor] = []
+    device = hidden_LH.device
+    losses = [torch.zeros((), dtype=head.accumulator, device=device)]
+    metrics = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=device)]
+    statistics_2L = torch.zeros(2, len(hidden_LH), dtype=head.accumulator, device=device)
 
     def row_gradient(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
-        loss, values_M = backend.policy(logits_CV, rows.part(part), settings, gradient_CV)
+        chunk = rows.part(part)
+        loss, values_M = over_support(backend, chunk).policy(
+            logits_CV, chunk, settings, gradient_CV, statistics_2L[:, part]
+        )
         losses.append(loss)
         metrics.append(values_M)
 
-    gradients = linear_gradients(head, hidden_LH, needs, row_gradient)
-    zeros_M = torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=hidden_LH.device)
-    loss = (
-        torch.stack(losses).sum()
-        if losses
-        else torch.zeros((), dtype=head.accumulator, device=hidden_LH.device)
-    )
-    return loss, torch.stack([zeros_M, *metrics]), gradients
+    gradients = linear_gradients(head, hidden_LH, needs, shape.around(row_gradient))
+    return _Evaluated(torch.stack(losses).sum(), torch.stack(metrics), statistics_2L, gradients)
 
 
 def _evaluate_by_sequence(
     head: Projection,
+    shape: LogitMap,
     hidden_LH: Tensor,
     rows: PolicyRows,
     settings: PolicyLossSettings,
     needs: Needs,
-) -> tuple[Tensor, Tensor, LinearGradients]:
+) -> _Evaluated:
     """First all log-probs, then the coefficients of every row, then its gradient from the logits
     computed once more."""
-    backend, temperature = backend_for(head.weight_VH), settings.temperature
+    backend = backend_for(head.weight_VH)
     columns = [
-        backend.statistics(logits_CV, rows.target_ids_T[part], temperature)
+        over_support(backend, rows.part(part)).statistics(
+            shape.apply_(logits_CV), rows.target_ids_T[part], settings.temperature
+        )
         for part, _, logits_CV in logit_chunks(head, hidden_LH)
     ]
     empty_L = torch.zeros(0, dtype=head.accumulator, device=hidden_LH.device)
@@ -206,27 +266,19 @@ def _evaluate_by_sequence(
         torch.cat(column) for column in zip(*columns, (empty_L,) * 3, strict=True)
     )
     terms = policy_terms(log_probs_L, entropy_L, rows, settings)
-    slopes_L = terms.coefficients_L / temperature
 
     def row_gradient(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
         if gradient_CV is None:
             raise RuntimeError("the second pass runs only where a gradient is wanted")
-        backend.gradient(
-            logits_CV,
-            lse_L[part],
-            -slopes_L[part],
-            rows.target_ids_T[part],
-            slopes_L[part],
-            temperature,
-            gradient_CV,
-        )
+        over_support(backend, rows.part(part)).policy_gradient(
+            logits_CV, lse_L[part], entropy_L[part], terms.part(part), rows.target_ids_T[part],
+            settings, gradient_CV,
+        )  # fmt: skip
 
     wanted = hidden_LH if needs.any else hidden_LH[:0]
-    return (
-        terms.loss,
-        terms.metrics_M.unsqueeze(0),
-        linear_gradients(head, wanted, needs, row_gradient),
-    )
+    gradients = linear_gradients(head, wanted, needs, shape.around(row_gradient))
+    statistics_2L = torch.stack([log_probs_L, entropy_L])
+    return _Evaluated(terms.loss, terms.metrics_M.unsqueeze(0), statistics_2L, gradients)
 
 
 @_policy_hidden.register_fake
@@ -236,25 +288,31 @@ def _(
     bias: Tensor | None,
     target_ids: Tensor,
     sequence_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
+    row_advantages: Tensor | None,
     scales: Tensor,
-    proximal: Tensor,
     mask: Tensor,
+    proximal: Tensor | None,
     behaviour: Tensor | None,
     reference: Tensor | None,
+    support: Tensor | None,
     live_rows: Tensor | None,
     numbers: list[float],
-    correction: str,
-    ratio_level: str,
+    choices: list[int],
+    logit_scale: float,
+    soft_cap: float | None,
+    products: torch.dtype,
     full_metrics: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     accumulator = accumulator_of(weight)
     return (
         weight.new_empty((), dtype=accumulator),
         weight.new_empty(len(POLICY_METRICS), dtype=torch.float64),
+        weight.new_empty(len(hidden), dtype=accumulator),
+        weight.new_empty(len(hidden), dtype=accumulator),
         result_like(hidden) if needs_hidden else hidden.new_empty(0),
         result_like(weight, accumulator) if needs_weight else weight.new_empty(0),
         weight.new_empty(len(weight), dtype=accumulator) if needs_bias else weight.new_empty(0),
@@ -262,5 +320,5 @@ def _(
 
 
 _policy_hidden.register_autograd(
-    linear_backward("policy_loss_from_hidden", 16), setup_context=keep_linear_gradients
+    linear_backward("policy_loss_from_hidden", 20), setup_context=keep_linear_gradients
 )

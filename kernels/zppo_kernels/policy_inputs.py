@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import accumulator_of, column
-from .policy_reference import PolicyRows
+from .policy_rows import RowInputs
 from .settings import PolicyLossSettings
 
 IGNORED_TARGET = -100
@@ -29,35 +29,32 @@ def prepare_rows(
     *,
     like: Tensor,
     sequence_ids_T: Tensor,
-    advantages_S: Tensor,
-    proximal_log_probs_T: Tensor,
-    behaviour_log_probs_T: Tensor | None,
-    reference_log_probs_T: Tensor | None,
-    mask_T: Tensor | None,
     token_count: Count,
-    sequence_count: Count | None,
     settings: PolicyLossSettings,
-) -> PolicyRows:
+    advantages_S: Tensor | None = None,
+    advantages_T: Tensor | None = None,
+    proximal_log_probs_T: Tensor | None = None,
+    behaviour_log_probs_T: Tensor | None = None,
+    reference_log_probs_T: Tensor | None = None,
+    mask_T: Tensor | None = None,
+    sequence_count: Count | None = None,
+) -> RowInputs:
     """Raise ValueError for wrong shapes, dtypes and devices; `like`, logits or LM head, decides the
     dtype of numbers.
 
     Ids are looked at inside the operators: see `checked_rows`.
     """
-    rows = len(target_ids_T)
-    optional = {
+    columns = {
+        "proximal_log_probs_T": proximal_log_probs_T,
         "behaviour_log_probs_T": behaviour_log_probs_T,
         "reference_log_probs_T": reference_log_probs_T,
     }
-    required = {"sequence_ids_T": sequence_ids_T, "proximal_log_probs_T": proximal_log_probs_T}
     check_integer("target_ids_T", target_ids_T)
     check_integer("sequence_ids_T", sequence_ids_T)
-    for name, tensor in (required | optional | {"mask_T": mask_T}).items():
-        check_row_tensor(name, tensor, rows, target_ids_T.device)
-    check_row_tensor("advantages_S", advantages_S, advantages_S.numel(), target_ids_T.device)
-    if rows and not advantages_S.numel():
-        raise ValueError(
-            f"advantages_S is empty; expected one advantage for each sequence of the {rows} rows"
-        )
+    others = {"sequence_ids_T": sequence_ids_T, "mask_T": mask_T, "advantages_T": advantages_T}
+    for name, tensor in (others | columns).items():
+        check_row_tensor(name, tensor, len(target_ids_T), target_ids_T.device)
+    sequences = _sequences_of(target_ids_T, advantages_S, advantages_T)
     if settings.kl_coefficient > 0 and reference_log_probs_T is None:
         raise ValueError(
             f"kl_coefficient is {settings.kl_coefficient}, which needs reference_log_probs_T"
@@ -65,34 +62,49 @@ def prepare_rows(
     mask = (target_ids_T != IGNORED_TARGET) & (True if mask_T is None else mask_T.detach() != 0)
     dtype = accumulator_of(like)
     sequence_ids_T = torch.where(mask, column(sequence_ids_T, torch.int64), 0)
-    advantages_S = column(advantages_S, dtype)
-    return PolicyRows(
+    ones_S = torch.ones(sequences, dtype=dtype, device=target_ids_T.device)
+    return RowInputs(
         target_ids_T=torch.where(mask, column(target_ids_T, torch.int64), 0),
         sequence_ids_T=sequence_ids_T,
-        advantages_S=advantages_S,
-        scales_S=_scales(mask, sequence_ids_T, advantages_S, token_count, sequence_count, settings),
-        proximal_log_probs_T=column(proximal_log_probs_T, dtype),
+        advantages_S=None if advantages_S is None else column(advantages_S, dtype),
+        advantages_T=None if advantages_T is None else column(advantages_T, dtype),
+        scales_S=_scales(mask, sequence_ids_T, ones_S, token_count, sequence_count, settings),
         mask_T=mask.contiguous(),
-        behaviour_log_probs_T=None
-        if behaviour_log_probs_T is None
-        else column(behaviour_log_probs_T, dtype),
-        reference_log_probs_T=None
-        if reference_log_probs_T is None
-        else column(reference_log_probs_T, dtype),
+        **{
+            name: None if tensor is None else column(tensor, dtype)
+            for name, tensor in columns.items()
+        },
     )
+
+
+def _sequences_of(
+    target_ids_T: Tensor, advantages_S: Tensor | None, advantages_T: Tensor | None
+) -> int:
+    """How many sequences there may be: as many as advantages, or as rows where each has its own."""
+    if (advantages_S is None) == (advantages_T is None):
+        found = "neither" if advantages_S is None else "both"
+        raise ValueError(f"{found} of advantages_S and advantages_T given; expected one of them")
+    if advantages_S is None:
+        return len(target_ids_T)
+    check_row_tensor("advantages_S", advantages_S, advantages_S.numel(), target_ids_T.device)
+    if len(target_ids_T) and not advantages_S.numel():
+        raise ValueError(
+            "advantages_S is empty; expected one advantage for each sequence of the "
+            f"{len(target_ids_T)} rows"
+        )
+    return advantages_S.numel()
 
 
 def _scales(
     mask_T: Tensor,
     sequence_ids_T: Tensor,
-    advantages_S: Tensor,
+    ones_S: Tensor,
     token_count: Count,
     sequence_count: Count | None,
     settings: PolicyLossSettings,
 ) -> Tensor:
     """1 / denominator for one token of each sequence; a count of 0 (all masked) gives a loss of 0,
     not NaN."""
-    ones_S = torch.ones_like(advantages_S)
     if settings.normalisation == "token":
         return ones_S / count_tensor(token_count, "token_count", ones_S.device, ones_S.dtype)
     if sequence_count is None:
@@ -177,7 +189,7 @@ def check_head(
             "first"
         )
     check_matrix(weight_name, weight, hidden.shape[1])
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype != weight.dtype and not _is_autocast(hidden, weight):
         raise ValueError(
             f"{hidden_name} is {hidden.dtype} but {weight_name} is {weight.dtype}; expected one "
             "dtype"
@@ -189,6 +201,21 @@ def check_head(
                 f"{bias_name} has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
             )
         check_device(bias_name, bias, hidden_name, hidden)
+
+
+def products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the LM head's products are taken in: as autocast would, where it is on."""
+    if _is_autocast(hidden, weight):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return weight.dtype
+
+
+def _is_autocast(hidden: Tensor, weight: Tensor) -> bool:
+    """Autocast leaves float64 alone."""
+    return torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (
+        hidden.dtype,
+        weight.dtype,
+    )
 
 
 def check_projection(
@@ -245,29 +272,30 @@ def check_targets(target_ids_T: Tensor, mask_T: Tensor, vocabulary: int) -> None
         )
 
 
-def checked_rows(rows: PolicyRows, vocabulary: int) -> PolicyRows:
+def checked_rows(rows: RowInputs, vocabulary: int) -> RowInputs:
     """`check_targets`, and the same for the sequence ids of unmasked rows: an error, or NaN for
     advantage and scale."""
     check_targets(rows.target_ids_T, rows.mask_T, vocabulary)
-    ids_T, sequences = rows.sequence_ids_T, len(rows.advantages_S)
+    ids_T, sequences = rows.sequence_ids_T, len(rows.scales_S)
     if not reads_values(ids_T):
-        advantages_S, scales_S = (
-            torch.nn.functional.pad(values_S, (0, 1), value=math.nan)
-            for values_S in (rows.advantages_S, rows.scales_S)
-        )
         return replace(
             rows,
             sequence_ids_T=_bounded(ids_T, sequences),
-            advantages_S=advantages_S,
-            scales_S=scales_S,
+            advantages_S=None if rows.advantages_S is None else _and_nan(rows.advantages_S),
+            scales_S=_and_nan(rows.scales_S),
         )
     low, high = (int(ids_T.min()), int(ids_T.max())) if len(ids_T) else (0, 0)
     if low < 0 or (len(ids_T) and high >= sequences):
+        expected = "an index into advantages_S" if rows.advantages_T is None else "one of the rows"
         raise ValueError(
-            f"sequence_ids_T run from {low} to {high}; expected 0 to {sequences - 1}, an index "
-            "into advantages_S"
+            f"sequence_ids_T run from {low} to {high}; expected 0 to {sequences - 1}, {expected}"
         )
     return rows
+
+
+def _and_nan(values_S: Tensor) -> Tensor:
+    """One more value, for the rows whose sequence does not exist."""
+    return torch.nn.functional.pad(values_S, (0, 1), value=math.nan)
 
 
 def checked_live_rows(live_rows_L: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The clipped policy loss from materialised logits, with the gradient formed in the forward pass.
+"""The policy loss from materialised logits, with the gradient formed in the forward pass.
 
 One row operation reads the logits and writes their gradient, into a new tensor or (in_place) over
 the logits themselves. Rows whose mask or advantage is zero do not enter, whatever their logits;
@@ -20,10 +20,12 @@ from .gradients import keep_logits_gradient, logits_backward, refuse_double_back
 from .layout import accumulator_of, check_in_place, result_like
 from .metrics import LOGIT_METRICS, POLICY_METRICS, named, reduce_partials
 from .policy_inputs import Count, check_logits, checked_rows, prepare_rows
-from .policy_reference import PolicyLossOutput, PolicyRows, live_of
+from .policy_reference import PolicyLossOutput
+from .policy_rows import PolicyRows, RowInputs
 from .policy_terms import policy_terms
 from .row_chunks import deliver, destination_of, readable, row_chunks
 from .settings import PolicyLossSettings, settings_from, settings_values
+from .support import check_support, over_support, with_support
 
 _DEFAULTS = PolicyLossSettings()
 
@@ -33,11 +35,13 @@ def policy_loss_from_logits(
     target_ids_T: Tensor,
     *,
     sequence_ids_T: Tensor,
-    advantages_S: Tensor,
-    proximal_log_probs_T: Tensor,
     token_count: Count,
+    advantages_S: Tensor | None = None,
+    advantages_T: Tensor | None = None,
+    proximal_log_probs_T: Tensor | None = None,
     behaviour_log_probs_T: Tensor | None = None,
     reference_log_probs_T: Tensor | None = None,
+    support_ids_TK: Tensor | None = None,
     mask_T: Tensor | None = None,
     sequence_count: Count | None = None,
     settings: PolicyLossSettings = _DEFAULTS,
@@ -46,12 +50,12 @@ def policy_loss_from_logits(
 ) -> PolicyLossOutput:
     """`policy_loss_from_hidden` for logits that exist already; arguments and errors as there.
 
-    logits_TV: before division by the temperature, in any layout; the gradient has their dtype and
-    is contiguous. in_place: the logits' storage becomes the gradient's (no second [T, V] tensor);
-    the logits are gone afterwards, and
-        a second backward pass raises RuntimeError. ValueError for a leaf, columns that do not lie
-        side by side, and rows that share memory. Without a gradient to form, nothing is
-        overwritten.
+    logits_TV: as the head gives them, before division by the temperature, in any layout; the
+        gradient has their dtype and is contiguous.
+    in_place: the logits' storage becomes the gradient's (no second [T, V] tensor); the logits are
+        gone afterwards, and a second backward pass raises RuntimeError. ValueError for a leaf,
+        columns that do not lie side by side, and rows that share memory. Without a gradient to
+        form, nothing is overwritten.
     """
     check_logits(logits_TV, target_ids_T)
     rows = prepare_rows(
@@ -59,6 +63,7 @@ def policy_loss_from_logits(
         like=logits_TV,
         sequence_ids_T=sequence_ids_T,
         advantages_S=advantages_S,
+        advantages_T=advantages_T,
         proximal_log_probs_T=proximal_log_probs_T,
         behaviour_log_probs_T=behaviour_log_probs_T,
         reference_log_probs_T=reference_log_probs_T,
@@ -67,82 +72,90 @@ def policy_loss_from_logits(
         sequence_count=sequence_count,
         settings=settings,
     )
+    rows = with_support(rows, support_ids_TK)
     wants_gradient = torch.is_grad_enabled() and logits_TV.requires_grad
     if in_place and wants_gradient:
         check_in_place("logits_TV", logits_TV)
-        loss, values_M = _InPlace.apply(logits_TV, rows, settings, full_metrics)
+        loss, values_M, log_probs_T, entropy_T = _InPlace.apply(
+            logits_TV, rows, settings, full_metrics
+        )
     else:
-        loss, values_M, _ = _policy_logits(
+        loss, values_M, log_probs_T, entropy_T, _ = _policy_logits(
             logits_TV, *rows.tensors(), *settings_values(settings), full_metrics, wants_gradient
         )
-    return PolicyLossOutput(loss, named(POLICY_METRICS, values_M))
+    return PolicyLossOutput(loss, named(POLICY_METRICS, values_M), log_probs_T, entropy_T)
 
 
 def _evaluate(
     logits_TV: Tensor,
-    rows: PolicyRows,
+    inputs: RowInputs,
     settings: PolicyLossSettings,
     full_metrics: bool,
     gradient_TV: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and metrics [M]; the gradient goes to `gradient_TV`, which may be the logits."""
-    rows = checked_rows(rows, logits_TV.shape[1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics [M], log-probs and entropies; the gradient goes to `gradient_TV`, which may be
+    the logits."""
+    rows = checked_rows(inputs, logits_TV.shape[1]).looked_up(settings)
+    check_support(rows.support_ids_TK, rows.target_ids_T, logits_TV.shape[1])
     backend = backend_for(logits_TV)
     rows, sample_metrics = backend.weighted(rows, settings)
-    rows = rows if full_metrics else replace(rows, mask_T=live_of(rows, settings))
-    evaluate = _by_sequence if settings.ratio_level == "sequence" else _by_token
-    loss, partials = evaluate(logits_TV, rows, settings, gradient_TV)
-    return loss, torch.cat([sample_metrics, reduce_partials(LOGIT_METRICS, partials)])
+    rows = rows if full_metrics else replace(rows, mask_T=rows.live_T)
+    evaluate = _by_sequence if rows.need_whole_sequences(settings) else _by_token
+    loss, partials, statistics_2T = evaluate(logits_TV, rows, settings, gradient_TV)
+    if rows.weights_come_late:
+        sample_metrics = backend.late_metrics(sample_metrics, rows, statistics_2T[0], settings)
+    values_M = torch.cat([sample_metrics, reduce_partials(LOGIT_METRICS, partials)])
+    return loss, values_M, statistics_2T[0].clone(), statistics_2T[1].clone()
 
 
 def _by_token(
     logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_TV: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    backend = backend_for(logits_TV)
-    losses = [torch.zeros((), dtype=accumulator_of(logits_TV), device=logits_TV.device)]
-    partials = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=logits_TV.device)]
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend, device = backend_for(logits_TV), logits_TV.device
+    losses = [torch.zeros((), dtype=accumulator_of(logits_TV), device=device)]
+    partials = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=device)]
+    statistics_2T = torch.zeros(2, len(logits_TV), dtype=accumulator_of(logits_TV), device=device)
     for part in row_chunks(logits_TV):
         logits_CV = readable(logits_TV[part])
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
-        loss, values_M = backend.policy(logits_CV, rows.part(part), settings, gradient_CV)
+        chunk = rows.part(part)
+        loss, values_M = over_support(backend, chunk).policy(
+            logits_CV, chunk, settings, gradient_CV, statistics_2T[:, part]
+        )
         deliver(gradient_CV, gradient_TV, part)
         losses.append(loss)
         partials.append(values_M)
-    return torch.stack(losses).sum(), torch.stack(partials)
+    return torch.stack(losses).sum(), torch.stack(partials), statistics_2T
 
 
 def _by_sequence(
     logits_TV: Tensor, rows: PolicyRows, settings: PolicyLossSettings, gradient_TV: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """All log-probs first, then coefficients, then gradients."""
-    backend, temperature = backend_for(logits_TV), settings.temperature
+    backend = backend_for(logits_TV)
     empty_T = torch.zeros(0, dtype=accumulator_of(logits_TV), device=logits_TV.device)
     columns = [
-        backend.statistics(readable(logits_TV[part]), rows.target_ids_T[part], temperature)
+        over_support(backend, rows.part(part)).statistics(
+            readable(logits_TV[part]), rows.target_ids_T[part], settings.temperature
+        )
         for part in row_chunks(logits_TV)
     ]
     log_probs_T, entropy_T, lse_T = (
         torch.cat(column) for column in zip(*columns, (empty_T,) * 3, strict=True)
     )
     terms = policy_terms(log_probs_T, entropy_T, rows, settings)
-    slopes_T = terms.coefficients_L / temperature
     for part in row_chunks(logits_TV):
         logits_CV = readable(logits_TV[part])
         gradient_CV = destination_of(logits_CV, gradient_TV, part)
         if gradient_CV is None:
             break
-        slopes_C = slopes_T[part]
-        backend.gradient(
-            logits_CV,
-            lse_T[part],
-            -slopes_C,
-            rows.target_ids_T[part],
-            slopes_C,
-            temperature,
-            gradient_CV,
-        )
+        over_support(backend, rows.part(part)).policy_gradient(
+            logits_CV, lse_T[part], entropy_T[part], terms.part(part), rows.target_ids_T[part],
+            settings, gradient_CV,
+        )  # fmt: skip
         deliver(gradient_CV, gradient_TV, part)
-    return terms.loss, terms.metrics_M.unsqueeze(0)
+    statistics_2T = torch.where(rows.mask_T, torch.stack([log_probs_T, entropy_T]), 0.0)
+    return terms.loss, terms.metrics_M.unsqueeze(0), statistics_2T
 
 
 @torch.library.custom_op("zppo_kernels::policy_loss_from_logits", mutates_args=())
@@ -150,26 +163,28 @@ def _policy_logits(
     logits: Tensor,
     target_ids: Tensor,
     sequence_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
+    row_advantages: Tensor | None,
     scales: Tensor,
-    proximal: Tensor,
     mask: Tensor,
+    proximal: Tensor | None,
     behaviour: Tensor | None,
     reference: Tensor | None,
+    support: Tensor | None,
     numbers: list[float],
-    correction: str,
-    ratio_level: str,
+    choices: list[int],
     full_metrics: bool,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics [M] and the gradient of the loss by the logits (empty where not wanted)."""
-    rows = PolicyRows(
-        target_ids, sequence_ids, advantages, scales, proximal, mask, behaviour, reference
-    )
-    settings = settings_from(numbers, correction, ratio_level)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics [M], log-probs, entropies and the gradient of the loss by the logits (empty
+    where not wanted)."""
+    inputs = RowInputs(
+        target_ids, sequence_ids, advantages, row_advantages, scales, mask,
+        proximal, behaviour, reference, support,
+    )  # fmt: skip
     gradient_TV = result_like(logits) if wants_gradient else None
-    loss, values_M = _evaluate(logits, rows, settings, full_metrics, gradient_TV)
-    return loss, values_M, logits.new_empty(0) if gradient_TV is None else gradient_TV
+    results = _evaluate(logits, inputs, settings_from(numbers, choices), full_metrics, gradient_TV)
+    return *results, logits.new_empty(0) if gradient_TV is None else gradient_TV
 
 
 @_policy_logits.register_fake
@@ -177,25 +192,28 @@ def _(
     logits: Tensor,
     target_ids: Tensor,
     sequence_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
+    row_advantages: Tensor | None,
     scales: Tensor,
-    proximal: Tensor,
     mask: Tensor,
+    proximal: Tensor | None,
     behaviour: Tensor | None,
     reference: Tensor | None,
+    support: Tensor | None,
     numbers: list[float],
-    correction: str,
-    ratio_level: str,
+    choices: list[int],
     full_metrics: bool,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = logits.new_empty((), dtype=accumulator_of(logits))
     values_M = logits.new_empty(len(POLICY_METRICS), dtype=torch.float64)
-    return loss, values_M, result_like(logits) if wants_gradient else logits.new_empty(0)
+    columns = [logits.new_empty(len(logits), dtype=loss.dtype) for _ in range(2)]
+    gradient_TV = result_like(logits) if wants_gradient else logits.new_empty(0)
+    return loss, values_M, columns[0], columns[1], gradient_TV
 
 
 _policy_logits.register_autograd(
-    logits_backward("policy_loss_from_logits", 13), setup_context=keep_logits_gradient
+    logits_backward("policy_loss_from_logits", 14), setup_context=keep_logits_gradient
 )
 
 
@@ -206,19 +224,19 @@ class _InPlace(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits_TV: Tensor,
-        rows: PolicyRows,
+        inputs: RowInputs,
         settings: PolicyLossSettings,
         full_metrics: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         storage_TV = (
             logits_TV.detach()
         )  # shares the version counter: whoever saved the logits for its backward will say so
-        loss, values_M = _evaluate(storage_TV, rows, settings, full_metrics, storage_TV)
+        results = _evaluate(storage_TV, inputs, settings, full_metrics, storage_TV)
         torch.autograd.graph.increment_version(logits_TV)
         ctx.gradient_TV = storage_TV
-        ctx.mark_non_differentiable(values_M)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return loss, values_M
+        return results
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:

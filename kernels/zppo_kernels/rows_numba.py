@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from . import _numba_policy as compiled
+from . import _numba_terms as terms
 from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
-from .policy_reference import PolicyRows
+from .policy_rows import PolicyRows
 from .rows_torch import TorchRows
-from .settings import CORRECTIONS, PolicyLossSettings
+from .settings import PolicyLossSettings, settings_values
 
 # Below this many logits a second thread costs more than it saves.
 _LOGITS_PER_THREAD = 1 << 18
@@ -38,23 +39,28 @@ class NumbaRows(TorchRows):
 
     def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
         """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
-        behaviour_T = rows.behaviour_log_probs_T
-        weights_T = torch.empty_like(rows.proximal_log_probs_T)
+        if settings.correction_level == "sequence":
+            return super().weighted(rows, settings)
+        proximal_T, behaviour_T = rows.proximal_log_probs_T, rows.behaviour_log_probs_T
+        weights_T = torch.empty_like(rows.advantages_T)
         metrics_M = np.zeros(len(SAMPLE_METRICS))
-        compiled.sample_rows(
+        known = proximal_T is not None and behaviour_T is not None
+        numbers, choices = settings_values(settings)
+        terms.sample_rows(
             rows.mask_T.numpy(),
-            rows.sequence_ids_T.numpy(),
-            rows.advantages_S.numpy(),
-            rows.proximal_log_probs_T.numpy(),
-            (rows.proximal_log_probs_T if behaviour_T is None else behaviour_T).numpy(),
-            behaviour_T is not None,
-            CORRECTIONS.index(settings.correction),
-            settings.correction_cap,
-            settings.kl_coefficient > 0,
+            rows.live_T.numpy(),
+            rows.advantages_T.numpy(),
+            (rows.advantages_T if proximal_T is None else proximal_T).numpy(),
+            (rows.advantages_T if behaviour_T is None else behaviour_T).numpy(),
+            known,
+            np.array(numbers),
+            np.array(choices),
             weights_T.numpy(),
             metrics_M,
         )
-        return replace(rows, weights_T=weights_T), torch.from_numpy(metrics_M)
+        if proximal_T is not None:
+            rows = replace(rows, weights_T=weights_T)
+        return rows, torch.from_numpy(metrics_M)
 
     def statistics(
         self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
@@ -78,13 +84,14 @@ class NumbaRows(TorchRows):
         rows: PolicyRows,
         settings: PolicyLossSettings,
         gradient_CV: Tensor | None,
+        statistics_2C: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
-        `gradient_CV`."""
+        """Loss (0-dim) and LOGIT_METRICS [M]; the gradient, if wanted, goes to `gradient_CV`,
+        log-prob and entropy to `statistics_2C`."""
         logits = _array(logits_CV)
         gradient = logits if gradient_CV is None else _array(gradient_CV)
-        columns = _row_columns(rows)
-        constants = _constants(settings, rows.reference_log_probs_T is not None)
+        columns, flags = _row_columns(rows)
+        numbers, choices = (np.array(values) for values in settings_values(settings))
 
         def run(part: slice) -> np.ndarray:
             result_M = np.zeros(1 + len(LOGIT_METRICS))
@@ -94,7 +101,7 @@ class NumbaRows(TorchRows):
                 gradient_CV is not None,
                 *(column[part] for column in columns),
             ]
-            arguments += [rows.advantages_S.numpy(), rows.scales_S.numpy(), constants, result_M]
+            arguments += [flags, numbers, choices, statistics_2C.numpy()[:, part], result_M]
             compiled.policy_rows(*arguments)
             return result_M
 
@@ -111,10 +118,17 @@ class NumbaRows(TorchRows):
         label_C: Tensor,
         temperature: float,
         gradient_CV: Tensor,
+        log_probability_C: Tensor | None = None,
     ) -> None:
-        """gradient = probability_C * softmax + label_C * onehot(target)."""
+        """gradient = softmax * (probability_C + log_probability_C * log softmax) + label_C *
+        onehot(target)."""
         logits, gradient = _array(logits_CV), _array(gradient_CV)
-        columns = [column.numpy() for column in (lse_C, probability_C, target_ids_C, label_C)]
+        if log_probability_C is None:
+            log_probability_C = label_C.new_empty(0)
+        columns = [
+            column.numpy()
+            for column in (lse_C, probability_C, target_ids_C, label_C, log_probability_C)
+        ]
 
         def run(part: slice) -> None:
             arguments: list[Any] = [
@@ -133,27 +147,25 @@ def _array(matrix_CV: Tensor) -> np.ndarray:
     return array
 
 
-def _row_columns(rows: PolicyRows) -> list[np.ndarray]:
-    reference_T = rows.reference_log_probs_T
-    weights_T = (
-        rows.weights_T if rows.weights_T is not None else torch.ones_like(rows.proximal_log_probs_T)
+def _row_columns(rows: PolicyRows) -> tuple[list[np.ndarray], np.ndarray]:
+    """The columns of `_numba_policy.policy_rows` in its order, and which of them hold something."""
+    anything_C = rows.advantages_T  # stands where a column is missing, and is not read
+    weights_T = torch.ones_like(anything_C) if rows.weights_T is None else rows.weights_T
+    optional = (
+        rows.proximal_log_probs_T,
+        rows.behaviour_log_probs_T,
+        rows.reference_log_probs_T,
     )
     columns = (
         rows.mask_T,
         rows.target_ids_T,
-        rows.sequence_ids_T,
-        rows.proximal_log_probs_T,
+        rows.advantages_T,
+        rows.scales_T,
         weights_T,
-        rows.proximal_log_probs_T if reference_T is None else reference_T,
+        *(anything_C if column is None else column for column in optional),
     )
-    return [column.numpy() for column in columns]
-
-
-def _constants(settings: PolicyLossSettings, has_reference: bool) -> np.ndarray:
-    """The order `_numba_policy.policy_rows` unpacks."""
-    dual_clip = np.inf if settings.dual_clip is None else settings.dual_clip
-    bounds = (settings.clip_low, settings.clip_high, dual_clip)
-    return np.array([*bounds, settings.temperature, settings.kl_coefficient, float(has_reference)])
+    flags = (optional[0] is not None, rows.weights_come_late, optional[2] is not None)
+    return [column.numpy() for column in columns], np.array(flags)
 
 
 def _shared_out(logits_CV: Tensor, run: Callable[[slice], np.ndarray | None]) -> list[np.ndarray]:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .layout import trusted
 from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
-from .policy_reference import PolicyRows
+from .policy_rows import PolicyRows
 from .rows_torch import TorchRows
-from .settings import CORRECTIONS, PolicyLossSettings
+from .settings import CHOICES, NUMBERS, PolicyLossSettings, settings_values
 from .triton_jsd import jsd_kernel
 from .triton_rows import gradient_kernel, policy_kernel, scale_kernel, statistics_kernel
 from .triton_samples import samples_kernel
@@ -39,25 +39,30 @@ class TritonRows(TorchRows):
 
     def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
         """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
-        count = len(rows.mask_T)
+        if settings.correction_level == "sequence":
+            return super().weighted(rows, settings)
+        count, nothing_T = len(rows.mask_T), rows.advantages_T
         proximal_T, behaviour_T = rows.proximal_log_probs_T, rows.behaviour_log_probs_T
         programs = triton.cdiv(count, _SAMPLE_BLOCK)
-        weights_T = torch.empty_like(proximal_T)
+        weights_T = torch.empty_like(nothing_T)
         partials_PM = torch.zeros(
-            programs, len(SAMPLE_METRICS), dtype=torch.float32, device=proximal_T.device
+            programs, len(SAMPLE_METRICS), dtype=torch.float32, device=nothing_T.device
         )
         if count:
-            with on_device(proximal_T):
+            with on_device(nothing_T):
                 samples_kernel[(programs,)](
                     *trusted(
-                        rows.mask_T, rows.sequence_ids_T, rows.advantages_S, proximal_T,
-                        proximal_T if behaviour_T is None else behaviour_T, weights_T, partials_PM,
-                    ), count, _constant(settings.correction_cap, proximal_T.device),
-                    CORRECTION=CORRECTIONS.index(settings.correction),
-                    HAS_BEHAVIOUR=behaviour_T is not None, HAS_KL=settings.kl_coefficient > 0,
+                        rows.mask_T, rows.live_T, rows.advantages_T,
+                        nothing_T if proximal_T is None else proximal_T,
+                        nothing_T if behaviour_T is None else behaviour_T, weights_T, partials_PM,
+                    ), count, settings.correction_floor or 0.0, settings.correction_cap,
+                    CORRECTION=CHOICES["correction"].index(settings.correction),
+                    HAS_BEHAVIOUR=proximal_T is not None and behaviour_T is not None,
                     BLOCK=_SAMPLE_BLOCK,
                 )  # fmt: skip
-        return replace(rows, weights_T=weights_T), reduce_partials(SAMPLE_METRICS, partials_PM)
+        if proximal_T is not None:
+            rows = replace(rows, weights_T=weights_T)
+        return rows, reduce_partials(SAMPLE_METRICS, partials_PM)
 
     def statistics(
         self, logits_CV: Tensor, target_ids_C: Tensor, temperature: float
@@ -82,27 +87,25 @@ class TritonRows(TorchRows):
         rows: PolicyRows,
         settings: PolicyLossSettings,
         gradient_CV: Tensor | None,
+        statistics_2C: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss (0-dim) and LOGIT_METRICS [M] of token-level rows; the gradient, if wanted, goes to
-        `gradient_CV`."""
+        """Loss (0-dim) and LOGIT_METRICS [M]; the gradient, if wanted, goes to `gradient_CV`,
+        log-prob and entropy to `statistics_2C`."""
+        if settings.entropy_coefficient > 0:
+            return super().policy(logits_CV, rows, settings, gradient_CV, statistics_2C)
         count, vocabulary = logits_CV.shape
         destination_CV = logits_CV if gradient_CV is None else gradient_CV
         block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         lines_CM = torch.zeros(count, 1 + len(LOGIT_METRICS), device=logits_CV.device)
-        proximal_T, reference_T = rows.proximal_log_probs_T, rows.reference_log_probs_T
-        weights_T = torch.ones_like(proximal_T) if rows.weights_T is None else rows.weights_T
         if count:
             with on_device(logits_CV):
                 policy_kernel[(program_count(logits_CV),)](
-                    *trusted(
-                        logits_CV, destination_CV, rows.mask_T, rows.target_ids_T,
-                        rows.sequence_ids_T, proximal_T, weights_T,
-                        proximal_T if reference_T is None else reference_T, rows.advantages_S,
-                        rows.scales_S, lines_CM,
-                    ), count, vocabulary, logits_CV.stride(0), destination_CV.stride(0),
-                    **policy_constants(settings, reference_T is not None),
-                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(logits_CV,
-                    destination_CV), BLOCK=block, num_warps=warps,
+                    *trusted(logits_CV, destination_CV, *_row_columns(rows),
+                    *statistics_2C.unbind(0), lines_CM), *policy_numbers(settings), count,
+                    vocabulary, logits_CV.stride(0), destination_CV.stride(0),
+                    **policy_constants(settings, rows), HAS_GRADIENT=gradient_CV is not None,
+                    SHARES_STORAGE=_shares_storage(logits_CV, destination_CV), BLOCK=block,
+                    num_warps=warps,
                 )  # fmt: skip
         total_M = reduce_partials(("loss", *LOGIT_METRICS), lines_CM)
         return total_M[0].float(), total_M[1:]
@@ -116,8 +119,16 @@ class TritonRows(TorchRows):
         label_C: Tensor,
         temperature: float,
         gradient_CV: Tensor,
+        log_probability_C: Tensor | None = None,
     ) -> None:
-        """gradient = probability_C * softmax + label_C * onehot(target)."""
+        """gradient = softmax * (probability_C + log_probability_C * log softmax) + label_C *
+        onehot(target)."""
+        if log_probability_C is not None:
+            super().gradient(
+                logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV,
+                log_probability_C,
+            )  # fmt: skip
+            return
         rows, vocabulary = logits_CV.shape
         block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         if rows:
@@ -173,17 +184,39 @@ class TritonRows(TorchRows):
         return divergence_C, entropy_C
 
 
-def policy_constants(settings: PolicyLossSettings, has_reference: bool) -> dict[str, float | bool]:
-    """The settings as compile-time constants: they do not change during a run."""
+def _row_columns(rows: PolicyRows) -> list[Tensor]:
+    """The columns of `policy_kernel` in its order; one that is missing is never read."""
+    anything_T = rows.advantages_T
+    weights_T = torch.ones_like(anything_T) if rows.weights_T is None else rows.weights_T
+    optional = (
+        rows.proximal_log_probs_T, rows.behaviour_log_probs_T, rows.reference_log_probs_T
+    )  # fmt: skip
+    return [
+        rows.mask_T, rows.target_ids_T, anything_T, rows.scales_T, weights_T,
+        *(anything_T if column is None else column for column in optional),
+    ]  # fmt: skip
+
+
+def policy_numbers(settings: PolicyLossSettings) -> list[float]:
+    """The run-time arguments of `policy_kernel`: NUMBERS without the temperature."""
+    numbers, _ = settings_values(settings)
+    return [value for name, value in zip(NUMBERS, numbers, strict=True) if name != "temperature"]
+
+
+def policy_constants(settings: PolicyLossSettings, rows: PolicyRows) -> dict[str, float | bool]:
+    """What is compiled into `policy_kernel`: temperature, choices, and which columns there are."""
+    _, choices = settings_values(settings)
+    chosen = dict(zip(CHOICES, choices, strict=True))
     return {
         "INVERSE_TEMPERATURE": 1.0 / settings.temperature,
-        "LOWEST": 1.0 - settings.clip_low,
-        "HIGHEST": 1.0 + settings.clip_high,
-        # Beyond exp(LOG_RATIO_BOUND) nothing is ever clipped; an infinite constant would not
-        # compile.
-        "DUAL_CLIP": 1e30 if settings.dual_clip is None else settings.dual_clip,
-        "KL_COEFFICIENT": settings.kl_coefficient,
-        "HAS_REFERENCE": has_reference,
+        "SURROGATE": chosen["surrogate"],
+        "CORRECTION": chosen["correction"],
+        "KL_ESTIMATOR": chosen["kl_estimator"],
+        "KL_CORRECTION": chosen["kl_correction"],
+        "HAS_PROXIMAL": rows.proximal_log_probs_T is not None,
+        "WEIGHTS_ARE_LATE": rows.weights_come_late,
+        "HAS_REFERENCE": rows.reference_log_probs_T is not None,
+        "HAS_ENTROPY": settings.entropy_coefficient > 0,
     }
 
 
@@ -217,11 +250,6 @@ def program_count(logits_CV: Tensor, rows_read: int = 1) -> int:
 @cache
 def _properties(device: torch.device) -> torch._C._CudaDeviceProperties:
     return torch.cuda.get_device_properties(device)
-
-
-@cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
 def _shares_storage(source_CV: Tensor, destination_CV: Tensor) -> bool:

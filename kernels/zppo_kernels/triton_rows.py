@@ -14,12 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .metrics import LOGIT_METRICS
-from .settings import LOG_RATIO_BOUND
-
-# Kernels may only read globals that are constexpr.
-BOUND = tl.constexpr(LOG_RATIO_BOUND)
-ROW_METRICS = tl.constexpr(1 + len(LOGIT_METRICS))  # the loss before them
+from .triton_policy import policy_terms
 
 
 @triton.jit
@@ -234,34 +229,42 @@ def gradient_kernel(
 
 
 @triton.jit
-def _clamped(x):
-    """x within the log-ratio bound; unlike minimum and maximum, a NaN stays one."""
-    return tl.where(x > BOUND, BOUND, tl.where(x < -BOUND, -BOUND, x))
-
-
-@triton.jit
 def policy_kernel(
     logits,
     gradient,
     mask,
     target_ids,
-    sequence_ids,
-    proximal,
-    weights,
-    reference,
     advantages,
     scales,
+    weights,
+    proximal,
+    behaviour,
+    reference,
+    log_probs,
+    entropies,
     row_metrics,
+    clip_low,
+    clip_high,
+    dual_clip,
+    sapo_positive,
+    sapo_negative,
+    floor,
+    cap,
+    kl_coefficient,
+    entropy_coefficient,
     rows,
     vocabulary,
     logits_stride,
     gradient_stride,
     INVERSE_TEMPERATURE: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    DUAL_CLIP: tl.constexpr,
-    KL_COEFFICIENT: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
+    HAS_PROXIMAL: tl.constexpr,
+    WEIGHTS_ARE_LATE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     SHARES_STORAGE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -285,44 +288,16 @@ def policy_kernel(
             log_prob = (
                 target_logit(source, target, vocabulary) - highest
             ) * INVERSE_TEMPERATURE - log_total
-            sequence = tl.load(sequence_ids + index)
-            advantage, scale = tl.load(advantages + sequence), tl.load(scales + sequence)
-            weight = tl.load(weights + index)
-            difference = log_prob - tl.load(proximal + index)
-            log_ratio = _clamped(difference)
-            ratio = tl.exp(log_ratio)
-            is_low = (advantage < 0.0) & (ratio < LOWEST)
-            is_high = (advantage > 0.0) & (ratio > HIGHEST)
-            is_dual = (advantage < 0.0) & (ratio > DUAL_CLIP)
-            bounded = tl.where(
-                is_low, LOWEST, tl.where(is_high, HIGHEST, tl.where(is_dual, DUAL_CLIP, ratio))
-            )
-            policy_loss = -advantage * bounded * weight
-            is_active = ~(is_low | is_high | is_dual) & (tl.abs(difference) < BOUND)
-            slope = tl.where(is_active, -advantage * ratio * weight, 0.0)
-            divergence = 0.0
-            if HAS_REFERENCE:
-                gap = tl.load(reference + index) - log_prob
-                bounded_gap = _clamped(gap)
-                divergence = tl.exp(bounded_gap) - 1.0 - bounded_gap
-                slope += tl.where(
-                    tl.abs(gap) < BOUND, KL_COEFFICIENT * (1.0 - tl.exp(bounded_gap)), 0.0
-                )
-            coefficient = slope * scale * INVERSE_TEMPERATURE
+            entropy = log_total - weighted / total
+            by_log_prob, _ = policy_terms(
+                index, log_prob, entropy, advantages, scales, weights, proximal, behaviour,
+                reference, log_probs, entropies, row_metrics, clip_low, clip_high, dual_clip,
+                sapo_positive, sapo_negative, floor, cap, kl_coefficient, entropy_coefficient,
+                SURROGATE, CORRECTION, KL_ESTIMATOR, KL_CORRECTION, HAS_PROXIMAL, WEIGHTS_ARE_LATE,
+                HAS_REFERENCE, HAS_ENTROPY,
+            )  # fmt: skip
+            coefficient = by_log_prob * INVERSE_TEMPERATURE
             label = coefficient * (1.0 - tl.exp(log_prob))
-            line = row_metrics + index * ROW_METRICS
-            tl.store(line + 0, scale * (policy_loss + KL_COEFFICIENT * divergence))
-            tl.store(line + 1, 1.0)
-            tl.store(line + 2, log_prob)
-            tl.store(line + 3, log_total - weighted / total)
-            tl.store(line + 4, ratio)
-            tl.store(line + 5, ratio - 1.0 - log_ratio)
-            tl.store(line + 6, is_low.to(tl.float32))
-            tl.store(line + 7, is_high.to(tl.float32))
-            tl.store(line + 8, is_dual.to(tl.float32))
-            tl.store(line + 9, policy_loss)
-            tl.store(line + 10, divergence)
-            tl.store(line + 11, ratio)
         if HAS_GRADIENT:
             if coefficient == 0.0:
                 # Every thread has its coefficient from the target's logit; none may read it as 0

@@ -19,6 +19,7 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from msgspec import Meta, Struct
 
+from zppo_protocol.errors import ProtocolError
 from zppo_protocol.samples import (
     GroupSamples,
     TokenScores,
@@ -42,7 +43,7 @@ from zppo_protocol.values import (
     Value,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):
@@ -211,7 +212,8 @@ class GenerateTask(Message, frozen=True):
     """Sample `n` completions of `prompt`. The engine must have loaded a policy version >=
     `min_version`.
 
-    `seed` makes the sampling reproducible where the engine can. Costs `n` credits.
+    `seed` makes the sampling reproducible where the engine can. `with_support` asks for the support
+    of every token, which has at most `sampling.top_k` ids. Costs `n` credits.
     """
 
     task_id: Name
@@ -221,6 +223,16 @@ class GenerateTask(Message, frozen=True):
     sampling: Sampling
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     min_version: Annotated[int, Meta(ge=FROZEN)] = FROZEN
+    with_support: bool = False
+
+    @property
+    def support_limit(self) -> int:
+        """The most ids that the support of a token may have; 0 where nobody asks for it."""
+        return self.sampling.top_k if self.with_support else 0
+
+    def __post_init__(self) -> None:
+        if self.with_support and self.sampling.top_k < 1:
+            raise ProtocolError("sampling.top_k must be at least 1 with_support, got 0")
 
 
 class ScoreTask(Message, frozen=True):

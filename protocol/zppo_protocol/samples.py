@@ -12,11 +12,13 @@ end to end, S version spans, K most probable tokens of a teacher.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from zppo_protocol.arrays import check_array, check_ids, check_offsets
 from zppo_protocol.errors import ProtocolError
+from zppo_protocol.support import Support, check_holds
 from zppo_protocol.values import FROZEN, GroupKind, Name, Text, Usage, Value
 
 MAX_LOG_PROB = 1e-3
@@ -31,7 +33,9 @@ class GroupSamples(Value, frozen=True):
     distribution that was sampled. `version_spans` [S, 2] int32 run-length encodes, along the same
     axis T, (token count, policy version); FROZEN (-1) is a frozen model, whose log-probs say
     nothing of the policy. `texts` has N entries, or none where nobody reads them (a trainer's
-    window). Raises ProtocolError if they do not fit together.
+    window). `support` has one row per token where sampling was truncated: the tokens that could
+    have been sampled, over which `log_probs` are normalised; None is the whole vocabulary for all.
+    Raises ProtocolError if they do not fit together.
 
     An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are
     empty, `texts` has all N entries, and `usage` may tell the lengths. Such samples are graded and
@@ -46,6 +50,7 @@ class GroupSamples(Value, frozen=True):
     texts: list[Text]
     finish_reasons: list[Literal["stop", "length"]]
     usage: list[Usage] = []  # noqa: RUF012  (msgspec copies it)
+    support: Support | None = None
 
     @property
     def text_only(self) -> bool:
@@ -104,17 +109,6 @@ class TrainGroup(Value, frozen=True):
         check_train_group(self)
 
 
-def check_array(name: str, value: Any, dtype: type[np.generic], dimensions: int = 1) -> None:
-    """Raise ProtocolError unless `value` is a numpy array of exactly this dtype and number of
-    dimensions."""
-    if not isinstance(value, np.ndarray):
-        raise ProtocolError(f"{name} must be a numpy array, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise ProtocolError(f"{name} must be {np.dtype(dtype).name}, got {value.dtype.name}")
-    if value.ndim != dimensions:
-        raise ProtocolError(f"{name} must have {dimensions} dimension(s), got shape {value.shape}")
-
-
 def check_samples(samples: GroupSamples) -> None:
     """Check one group of completions; cost O(T) without copies. Raises ProtocolError naming the
     field."""
@@ -123,11 +117,13 @@ def check_samples(samples: GroupSamples) -> None:
     check_array("log_probs", samples.log_probs, np.float32)
     check_array("offsets", samples.offsets, np.int32)
     check_array("version_spans", samples.version_spans, np.int32, dimensions=2)
-    _check_ids("prompt_ids", samples.prompt_ids)
-    _check_ids("token_ids", samples.token_ids)
+    check_ids("prompt_ids", samples.prompt_ids)
+    check_ids("token_ids", samples.token_ids)
     _check_log_probs(samples.log_probs, len(samples.token_ids))
     _check_offsets(samples.offsets, len(samples.token_ids))
     _check_spans(samples.version_spans, len(samples.token_ids))
+    if samples.support is not None:
+        check_holds(samples.support, samples.token_ids, samples.versions_T == FROZEN)
     _check_completions(samples, len(samples.offsets) - 1)
     _check_text_only(samples, len(samples.offsets) - 1)
 
@@ -171,8 +167,8 @@ def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.n
         check_array(name, value, np.int32)
     if not len(prompt_ids):
         raise ProtocolError("prompt_ids must hold at least one token")
-    _check_ids("prompt_ids", prompt_ids)
-    _check_ids("token_ids", token_ids)
+    check_ids("prompt_ids", prompt_ids)
+    check_ids("token_ids", token_ids)
     _check_offsets(offsets, len(token_ids))
 
 
@@ -203,11 +199,6 @@ def check_result(samples: GroupSamples) -> None:
         raise ProtocolError(f"texts must have {completions} entries, got {len(samples.texts)}")
 
 
-def _check_ids(name: str, ids: np.ndarray) -> None:
-    if len(ids) and ids.min() < 0:
-        raise ProtocolError(f"{name} must not be negative, got {ids.min()}")
-
-
 def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
     if len(log_probs_T) != tokens:
         raise ProtocolError(
@@ -224,12 +215,7 @@ def _check_offsets(offsets: np.ndarray, tokens: int) -> None:
         raise ProtocolError(
             f"offsets must bound at least one completion, got {len(offsets)} entries"
         )
-    if offsets[0] != 0 or offsets[-1] != tokens:
-        raise ProtocolError(
-            f"offsets must run from 0 to {tokens}, got {offsets[0]} to {offsets[-1]}"
-        )
-    if (offsets[1:] < offsets[:-1]).any():
-        raise ProtocolError("offsets must not fall")
+    check_offsets("offsets", offsets, tokens)
 
 
 def _check_spans(spans_S2: np.ndarray, tokens: int) -> None:

@@ -80,9 +80,11 @@ class Prompt(Value, frozen=True):
 
 
 class Sampling(Value, frozen=True):
-    """Decoding settings of one task; `top_k` 0 and `top_p` 1.0 mean no truncation. `temperature` 0
-    is greedy.
+    """Decoding settings of one task; `top_k` 0, `top_p` 1 and `min_p` 0 mean no truncation.
+    `temperature` 0 is greedy, whatever the others say.
 
+    The order is temperature, `min_p`, `top_k`, `top_p` of what is left. `min_p` and `top_k` look at
+    single tokens; only `top_p` depends on what went before.
     `presence_penalty` is taken from the logits of tokens that the response holds already, before
     the temperature.
     """
@@ -92,12 +94,20 @@ class Sampling(Value, frozen=True):
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     """0 is greedy; above 0 for the student, or all responses of a group would be the same"""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """1 leaves the distribution as it is; the student needs 1, training knows no truncation"""
+    """the most probable tokens that make up this share; 1 leaves the distribution as it is"""
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
-    """0 leaves the distribution as it is; the student needs 0, training knows no truncation"""
+    """so many most probable tokens; 0 leaves the distribution as it is"""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """tokens at least this share as probable as the most probable one; 0 leaves it as it is"""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     """taken from the logits of tokens that the response holds already; 0 for the student, because
     training knows no penalty"""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens of the vocabulary cannot be sampled."""
+        cut = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return self.temperature > 0.0 and cut
 
 
 class Usage(Value, frozen=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zppo.config.topology import DataConfig, ModelConfig, Topology
+from zppo.config.topology import DataConfig, StudentConfig, Topology
 from zppo.errors import UserError
 from zppo.records import run_directory
 from zppo_actors.process import ActorContext, guarded
@@ -30,7 +30,9 @@ time.sleep(60)
 
 
 def make_context(tmp_path: Path, actor: str) -> ActorContext:
-    topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
+    topology = Topology(
+        data=DataConfig(train="train.jsonl"), student=StudentConfig(model="student")
+    )
     return ActorContext(
         tmp_path, tmp_path / "rt", actor, actor.partition("-")[0], 0, topology, "ab", 0
     )
@@ -99,7 +101,9 @@ def test_actor_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 
 def test_run_record_survives_and_damage_is_named(tmp_path: Path) -> None:
-    topology = Topology(data=DataConfig(train="train.jsonl"), student=ModelConfig(model="student"))
+    topology = Topology(
+        data=DataConfig(train="train.jsonl"), student=StudentConfig(model="student")
+    )
     record = run_directory.create(tmp_path / "run", topology)
     assert run_directory.read(tmp_path / "run") == record
     (tmp_path / "run/run.json").write_text('{"run_id": 3}')

@@ -17,7 +17,7 @@ import pytest
 
 from zppo.config.topology import (
     DataConfig,
-    ModelConfig,
+    StudentConfig,
     Topology,
     TransportConfig,
 )
@@ -179,7 +179,7 @@ def start_actor(
     """A teacher actor with these messages before it."""
     topology = Topology(
         data=DataConfig(train="unused"),
-        student=ModelConfig(model="unused"),
+        student=StudentConfig(model="unused"),
         transport=TransportConfig(heartbeat_seconds=heartbeat_seconds),
     )
     context = ActorContext(Path(), Path(), "teacher-0", "teacher", 0, topology, "run", 0)

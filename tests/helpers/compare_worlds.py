@@ -14,9 +14,9 @@ from zppo.config.method import MethodConfig
 from zppo.config.sinks import SinksConfig
 from zppo.config.topology import (
     DataConfig,
-    ModelConfig,
     RunConfig,
     SchedulerConfig,
+    StudentConfig,
     Topology,
 )
 from zppo.records import checkpoint, run_directory
@@ -33,7 +33,7 @@ ENTRIES = (0.0, 0.125, 0.25, 0.375)
 def topology(steps: int = 10) -> Topology:
     return Topology(
         data=DataConfig(train="train.jsonl", heldout="heldout.jsonl"),
-        student=ModelConfig(model="student"),
+        student=StudentConfig(model="student"),
         run=RunConfig(steps=steps),
         method=MethodConfig(name="grpo"),
         scheduler=SchedulerConfig(new_questions=16, rho_replay=0.5, buffer_capacity=60),

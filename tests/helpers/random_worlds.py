@@ -23,6 +23,7 @@ def random_topology(rng: random.Random, method: str, max_staleness: int, **run: 
         more_teachers=[]
         if get_method(method).needs_scores
         else [{"model": "another"}] * rng.choice([0, 0, 1, 2]),
+        student={"sampling": {"top_p": rng.choice([0.9, 1.0])}},
     )
 
 

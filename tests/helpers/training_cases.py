@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from zppo.config.method import MethodConfig
-from zppo.config.topology import DataConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Topology
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer
@@ -135,7 +135,7 @@ def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
 SETTINGS = StepSettings.of(
     Topology(
         data=DataConfig(train="x"),
-        student=ModelConfig(model="x", sampling=Sampling(max_new_tokens=8)),
+        student=StudentConfig(model="x", sampling=Sampling(max_new_tokens=8)),
     )
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, state_dtype="float32")

@@ -25,6 +25,7 @@ from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask, TrainWindow
 from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.support import support_of
 from zppo_protocol.values import FROZEN, Grade
 
 PROMPTS = PromptSet()
@@ -77,14 +78,18 @@ def samples(task: GenerateTask, versions: list[int]) -> GroupSamples:
     """`n` completions of two tokens each: the task's mark and the index; `versions` sampled one
     token each."""
     n = task.n
+    token_ids = np.array([[mark(task.task_id), i] for i in range(n)], np.int32).reshape(-1)
     return GroupSamples(
         prompt_ids=np.array([1, mark(task.task_id)], np.int32),
-        token_ids=np.array([[mark(task.task_id), i] for i in range(n)], np.int32).reshape(-1),
+        token_ids=token_ids,
         log_probs=np.zeros(2 * n, np.float32),
         offsets=np.arange(0, 2 * n + 1, 2, dtype=np.int32),
         version_spans=np.array([[1, v] for _ in range(n) for v in versions], np.int32),
         texts=[response(task.task_id, i)[0] for i in range(n)],
         finish_reasons=["stop"] * n,
+        support=support_of([token_ids[i : i + 1] for i in range(2 * n)])
+        if task.with_support
+        else None,
     )
 
 
@@ -387,6 +392,8 @@ class World:
                 "the staleness bound"
             )
             assert (group.scores is not None) == self.scores_remotely, "the teacher's scores"
+            supported = self.topology.student.sampling.truncates and len(sampled) > 0
+            assert (group.samples.support is not None) == supported, "the tokens' supports"
         self.shipped = window
 
     def train(self) -> None:

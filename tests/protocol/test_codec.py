@@ -18,8 +18,10 @@ from zppo_protocol.codec import decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import Limits
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
+from zppo_protocol.support import Support, support_of
 
 MESSAGE_TYPES = get_args(m.AnyMessage)
+TASK_FIELDS = inspect.type_info(m.GenerateTask).fields  # type: ignore[attr-defined]
 SHORT = {"max_size": 4}
 packed = msgspec.msgpack.encode
 
@@ -37,9 +39,10 @@ def group_samples(draw: st.DrawFn) -> GroupSamples:
     counts = np.diff([0, *cuts, tokens]) if tokens else []
     int32 = st.integers(0, 2**31 - 1)
     floats = st.floats(-(2.0**99), 0.0, width=32, allow_subnormal=False)
+    token_ids = draw(st.lists(int32, min_size=tokens, max_size=tokens))
     return GroupSamples(
         prompt_ids=np.array(draw(st.lists(int32, min_size=1, max_size=5)), np.int32),
-        token_ids=np.array(draw(st.lists(int32, min_size=tokens, max_size=tokens)), np.int32),
+        token_ids=np.array(token_ids, np.int32),
         log_probs=np.array(draw(st.lists(floats, min_size=tokens, max_size=tokens)), np.float32),
         offsets=np.cumsum([0, *lengths]).astype(np.int32),
         version_spans=np.array([(c, draw(st.integers(-1, 99))) for c in counts], np.int32).reshape(
@@ -47,7 +50,24 @@ def group_samples(draw: st.DrawFn) -> GroupSamples:
         ),
         texts=draw(st.lists(st.text(**SHORT), min_size=len(lengths), max_size=len(lengths))),
         finish_reasons=[draw(st.sampled_from(["stop", "length"])) for _ in lengths],
+        support=draw(st.none() | supports(token_ids)),
     )
+
+
+@st.composite
+def supports(draw: st.DrawFn, token_ids: list[int] | None = None) -> Support:
+    """A set of up to 3 ids for each token, with the token in it."""
+    if token_ids is None:
+        token_ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=4))
+    others = st.sets(st.integers(0, 2**31 - 1), max_size=2)
+    return support_of([np.array(sorted({i} | draw(others)), np.int32) for i in token_ids])
+
+
+@st.composite
+def generate_tasks(draw: st.DrawFn) -> m.GenerateTask:
+    fields = {field.name: values(field.type) for field in TASK_FIELDS}
+    task = draw(st.builds(m.GenerateTask, **{**fields, "with_support": st.just(False)}))
+    return msgspec.structs.replace(task, with_support=task.sampling.top_k > 0)
 
 
 @st.composite
@@ -134,6 +154,8 @@ def structs(kind: inspect.StructType) -> st.SearchStrategy[Any]:
         TrainGroup: train_groups,
         TokenScores: token_scores,
         m.ScoreTask: score_tasks,
+        m.GenerateTask: generate_tasks,
+        Support: supports,
     }
     if kind.cls in special:
         return special[kind.cls]()

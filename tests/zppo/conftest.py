@@ -24,9 +24,9 @@ from zppo.config.method import MethodConfig
 from zppo.config.sinks import SinksConfig
 from zppo.config.topology import (
     DataConfig,
-    ModelConfig,
     RunConfig,
     SchedulerConfig,
+    StudentConfig,
     Topology,
 )
 from zppo.data.question import Question
@@ -169,7 +169,7 @@ def trainer_numbers(rng: random.Random, step: int) -> dict[str, float]:
 def fake_topology(method: str = "zppo", **sections: object) -> Topology:
     return Topology(
         data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(model="student"),
+        student=StudentConfig(model="student"),
         run=RunConfig(name="made-up"),
         method=MethodConfig(name=method),
         scheduler=SchedulerConfig(

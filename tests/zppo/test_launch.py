@@ -115,18 +115,6 @@ SETTING_MISTAKES = [
         "log-probs without a penalty",
     ),
     (
-        "student.sampling.top_p=0.9",
-        "student.sampling.top_p is 0.9; expected 1, because the trainer computes log-probs over "
-        "the whole vocabulary, so every importance weight would be too small; evaluation.sampling "
-        "may truncate",
-    ),
-    (
-        "student.sampling.top_k=5",
-        "student.sampling.top_k is 5; expected 0, because the trainer computes log-probs over the "
-        "whole vocabulary, so every importance weight would be too small; evaluation.sampling may "
-        "truncate",
-    ),
-    (
         "student.sampling.temperature=0",
         "student.sampling.temperature is 0; expected a number above 0, because the 8 responses of "
         "a group (method.group_size) would be the same, and such a group has no gradient; "

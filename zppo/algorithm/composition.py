@@ -6,7 +6,7 @@ which groups. Each group has its own id and with it its own baseline. Composers 
 chance decides comes from the given generator.
 
 Rollouts of a teacher keep the version FROZEN on every token: the trainer then knows that no policy
-sampled them.
+sampled them. They have no support, so their loss is over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from msgspec import Struct, structs
 
 from zppo.algorithm.window import Group, Visit
 from zppo_protocol.samples import GroupSamples, TrainGroup
+from zppo_protocol.support import Support, joined
 
 
 class Composition(Struct, frozen=True, kw_only=True):
@@ -123,14 +124,15 @@ def gathered(visit: Visit, composition: Composition) -> GroupSamples:
     prompt = next((group for group in groups.values() if group is not visit.teacher), visit.plain)
     return GroupSamples(
         prompt_ids=prompt.the_samples.prompt_ids,
-        token_ids=np.concatenate([ids_T for ids_T, _, _ in parts]),
-        log_probs=np.concatenate([log_probs_T for _, log_probs_T, _ in parts]),
-        offsets=np.cumsum([0, *(len(ids_T) for ids_T, _, _ in parts)]).astype(np.int32),
-        version_spans=_run_lengths(np.concatenate([versions_T for _, _, versions_T in parts])),
+        token_ids=np.concatenate([ids_T for ids_T, _, _, _ in parts]),
+        log_probs=np.concatenate([log_probs_T for _, log_probs_T, _, _ in parts]),
+        offsets=np.cumsum([0, *(len(ids_T) for ids_T, _, _, _ in parts)]).astype(np.int32),
+        version_spans=_run_lengths(np.concatenate([versions_T for _, _, versions_T, _ in parts])),
         texts=[],
         finish_reasons=[
             group.the_samples.finish_reasons[index] for group, index in composition.members
         ],
+        support=joined([(support, len(ids_T)) for ids_T, _, _, support in parts]),
     )
 
 
@@ -139,10 +141,14 @@ def _whole(group: Group) -> Composition:
     return Composition(id=group.id, kind=group.kind, members=members)
 
 
-def _rollout(samples: GroupSamples, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, log-probs and versions of one completion, [T] each."""
+def _rollout(
+    samples: GroupSamples, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Support | None]:
+    """Token ids, log-probs and versions of one completion, [T] each, and the supports of its
+    tokens."""
     part = slice(int(samples.offsets[index]), int(samples.offsets[index + 1]))
-    return samples.token_ids[part], samples.log_probs[part], samples.versions_T[part]
+    support = None if samples.support is None else samples.support.part(part.start, part.stop)
+    return samples.token_ids[part], samples.log_probs[part], samples.versions_T[part], support
 
 
 def _run_lengths(versions_T: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from zppo.config.counterparts import ABSENT, COUNTERPARTS, KEPT, TITLES, TOOLS, Tool
 from zppo.config.docstrings import setting_help
-from zppo.config.topology import DataConfig, ModelConfig, TeacherConfig, Topology
+from zppo.config.topology import DataConfig, StudentConfig, TeacherConfig, Topology
 from zppo.errors import UserError
 
 HEADING = """\
@@ -33,7 +33,7 @@ LIKE = """\
 """
 EXAMPLE = Topology(
     data=DataConfig(train="questions.jsonl"),
-    student=ModelConfig(model="models/student"),
+    student=StudentConfig(model="models/student"),
     teacher=TeacherConfig(model="models/teacher"),
 )
 ORDER = ("run", "method", "data", "student", "teacher", "scheduler", "optimizer", "actors")

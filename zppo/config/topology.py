@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, field
+from msgspec.structs import replace
 
 from zppo import extensions
 from zppo.config.base import (
@@ -58,6 +59,30 @@ class ResponseSampling(Sampling, frozen=True, kw_only=True):
 
     max_new_tokens: NewTokens = 12_288
     """longest response, in tokens"""
+
+
+class StudentSampling(ResponseSampling, frozen=True, kw_only=True):
+    """How the student's responses are sampled. What `top_k`, `top_p` or `min_p` leave of the
+    vocabulary travels to the trainer, token by token, because the loss is over it."""
+
+    support_limit: Annotated[int, Meta(ge=1, le=4096)] = 128
+    """with top_k, top_p or min_p: at most so many most probable tokens are sampled from; each
+    token's are stored with it, 4 bytes an id"""
+
+    @property
+    def in_training(self) -> Sampling:
+        """What engines are asked for: a support that would be larger is cut to the limit, so that
+        `top_k` bounds every support."""
+        decoding = self.as_asked
+        if not self.truncates:
+            return decoding
+        return replace(decoding, top_k=min(self.top_k or self.support_limit, self.support_limit))
+
+    @property
+    def as_asked(self) -> Sampling:
+        """The same without what belongs to training: for answers that nobody trains on."""
+        names = Sampling.__struct_fields__
+        return Sampling(**{name: getattr(self, name) for name in names})
 
 
 class CompressionSampling(Sampling, frozen=True, kw_only=True):
@@ -137,6 +162,13 @@ class ModelConfig(Config, frozen=True, kw_only=True):
     """how it answers questions"""
     chat_template_kwargs: dict[str, TemplateValue] = field(default_factory=dict)
     """variables for the model's chat template, e.g. {enable_thinking: false}"""
+
+
+class StudentConfig(ModelConfig, frozen=True, kw_only=True):
+    """The model that is trained."""
+
+    sampling: StudentSampling = StudentSampling()
+    """how it answers questions"""
 
 
 class TeacherBudget(Config, frozen=True, kw_only=True):
@@ -305,7 +337,7 @@ class MoreTeacher(ModelConfig, frozen=True, kw_only=True):
 class Topology(Config, frozen=True, kw_only=True):
     data: DataConfig
     """Questions and prompts; relative paths are taken from the folder of this file"""
-    student: ModelConfig
+    student: StudentConfig
     """The model that is trained: a folder as written by save_pretrained or `hf download`"""
     teacher: TeacherConfig | None = None
     """The frozen teacher; leave the section out for methods that have no work for it"""

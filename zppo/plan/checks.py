@@ -218,13 +218,13 @@ def _check_sampling(topology: Topology, method: Method) -> None:
             f"student.sampling.presence_penalty is {sampling.presence_penalty:g}; expected 0, "
             "because the trainer computes log-probs without a penalty"
         )
-    for name, value, whole in (("top_p", sampling.top_p, 1.0), ("top_k", sampling.top_k, 0)):
-        if value != whole:
-            raise UserError(
-                f"student.sampling.{name} is {value:g}; expected {whole:g}, because the trainer "
-                "computes log-probs over the whole vocabulary, so every importance weight would be "
-                "too small; evaluation.sampling may truncate"
-            )
+    actor, longest = topology.actors.rollout, sampling.in_training.top_k
+    most = actor.engine_args.get("max_logprobs")
+    if sampling.truncates and actor.engine == VLLM and isinstance(most, int) and most < longest:
+        raise UserError(
+            f"actors.rollout.engine_args.max_logprobs is {most}; expected at least {longest}, the "
+            "tokens that one may be sampled from (student.sampling.top_k, support_limit)"
+        )
     if sampling.temperature == 0.0:
         raise UserError(
             "student.sampling.temperature is 0; expected a number above 0, because the "

@@ -27,6 +27,8 @@ from zppo_protocol.values import share_of
 
 BYTES_PER_TOKEN = 8
 """A token id and its log-prob on the wire."""
+BYTES_PER_ID = 4
+"""An id of a support on the wire; the row of ids has an offset of the same size."""
 LARGE_LEARNING_RATE = 1e-2
 """AdamW's step is about this size in every weight, and weights are about 0.02 (the usual standard
 deviation at initialisation): with more, one or two updates replace the model."""
@@ -97,8 +99,17 @@ def _check_message_size(plan: Plan) -> None:
     if needed > limit:
         raise UserError(
             f"transport.max_message_mib is {limit}; expected at least {needed}, the size of a "
-            "window whose responses all have full length"
+            f"window whose responses all have full length{_supports_in_words(plan.topology)}"
         )
+
+
+def _supports_in_words(topology: Topology) -> str:
+    """What makes a window large where sampling is truncated, and what makes it smaller."""
+    sampling = topology.student.sampling
+    if not sampling.truncates:
+        return ""
+    ids = sampling.in_training.top_k
+    return f" and all tokens a support of {ids} ids (student.sampling.support_limit)"
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -117,12 +128,15 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     teacher = topology.teacher
     if method.needs_scores and teacher is not None and not trainer_scores(method, teacher):
         per_token += BYTES_PER_TOKEN * teacher.score_top_k
+    sampling = topology.student.sampling
+    if sampling.truncates:
+        per_token += BYTES_PER_ID * (sampling.in_training.top_k + 1)
     return Windows(
         new=new,
         replayed=replayed,
         reformulated=reformulated,
         steps=min(steps, topology.run.steps or steps),
-        largest_bytes=responses * topology.student.sampling.max_new_tokens * per_token,
+        largest_bytes=responses * sampling.max_new_tokens * per_token,
     )
 
 

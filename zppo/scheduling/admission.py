@@ -2,10 +2,10 @@
 
 What comes in here is trained on, graded, and saved with the state of the scheduler, so a wrong
 answer that got in would kill the trainer in every attempt. The invariant: what `problem` lets in
-fits the task and the models: as many parts as were asked for, token ids of the vocabulary, versions
-that were published and lie within the window's bound, lengths within what was asked for and within
-the context. That log-probs are finite and arrays belong together holds for every value that exists
-(`zppo_protocol.samples`).
+fits the task and the models: as many parts as were asked for, token ids of the vocabulary, supports
+where sampling is truncated, versions that were published and lie within the window's bound, lengths
+within what was asked for and within the context. That log-probs are finite and arrays belong
+together holds for every value that exists (`zppo_protocol.samples`).
 
 Shape legend: N completions of the group, T response tokens laid end to end, S version spans.
 """
@@ -20,6 +20,7 @@ from msgspec import Struct
 from zppo.scheduling.events import Answer, Graded, Sampled, Scored
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.support import Support
 from zppo_protocol.values import FROZEN
 
 Task: TypeAlias = GenerateTask | ScoreTask | GradeTask
@@ -63,6 +64,7 @@ def _samples_problem(
         _count_problem(task.n, len(samples.offsets) - 1, "completions")
         or _ids_problem(samples.prompt_ids, bounds)
         or _ids_problem(samples.token_ids, bounds)
+        or _support_problem(task.support_limit, samples.support, bounds)
         or _versions_problem(samples.version_spans, task.min_version, published)
         or _lengths_problem(task, samples, bounds)
     )
@@ -75,6 +77,18 @@ def _scores_problem(task: ScoreTask, scores: TokenScores, bounds: Bounds) -> str
     return _count_problem(len(task.token_ids), rows, "scored tokens") or _ids_problem(
         scores.token_ids, bounds
     )
+
+
+def _support_problem(limit: int, support: Support | None, bounds: Bounds) -> str | None:
+    """A support must be there exactly where the loss is over one."""
+    if limit == 0:
+        return None if support is None else "supports of tokens that nobody asked for"
+    if support is None:
+        return "no supports, although the sampling of trained tokens is truncated"
+    longest = int(support.lengths_T.max(initial=0))
+    if longest > limit:
+        return f"a support of {longest} ids; expected at most {limit}"
+    return _ids_problem(support.ids, bounds)
 
 
 def _count_problem(asked: int, got: int, what: str) -> str | None:

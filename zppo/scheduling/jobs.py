@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec import structs
+
 from zppo.algorithm.composition import gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC
@@ -92,6 +94,8 @@ class JobFactory:
         message = self._generate(
             target.task_id, group.kind, prompt, n, sampling, FROZEN if teacher else min_version
         )
+        if not teacher and group.kind != EVALUATE:
+            message = structs.replace(message, with_support=self._student.truncates)
         pool = teacher_pool(group.teacher) if teacher else ROLLOUT_POOL
         return _job(target, pool, n, message)
 
@@ -154,13 +158,12 @@ class JobFactory:
         student."""
         topology = self._topology
         if group.kind == EVALUATE:
-            return topology.evaluation.samples, topology.evaluation.sampling or model.sampling
-        size = (
-            topology.method.teacher_group_size
-            if group.kind == TEACHER
-            else topology.method.group_size
-        )
-        return size, model.sampling
+            return topology.evaluation.samples, (
+                topology.evaluation.sampling or self._student.as_asked
+            )
+        if group.kind == TEACHER:
+            return topology.method.teacher_group_size, model.sampling
+        return topology.method.group_size, self._student.in_training
 
     def _generate(
         self, task_id: str, kind: str, prompt: Prompt, n: int, sampling: Sampling, min_version: int

@@ -19,6 +19,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from zppo.training.supports import Supports, supports_of
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TokenScores, TrainGroup
 from zppo_protocol.values import FROZEN
@@ -42,7 +43,8 @@ class Rollouts:
     """All sequences of a window. `behaviour_T`, `frozen_T` and `token_ids_T` lie on the device, the
     bookkeeping on the host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T`
     says nothing. `unreadable` counts the rollouts that lost their tokens; `masked_S` marks rollouts
-    that have no loss and count in no denominator (`method.truncated: mask`)."""
+    that have no loss and count in no denominator (`method.truncated: mask`). `supports`: where the
+    sampling was truncated."""
 
     step: int
     groups: list[TrainGroup]
@@ -58,6 +60,7 @@ class Rollouts:
     masked_S: np.ndarray
     staleness_T: np.ndarray
     unreadable: int
+    supports: Supports | None = None
 
     @property
     def sequences(self) -> int:
@@ -114,6 +117,7 @@ def assemble(
             [_staleness(group, window.step, max_staleness) for group in groups], np.int64
         ),
         unreadable=sum(int(unread_S.sum()) for unread_S in unread),
+        supports=supports_of([group.samples for group in groups]),
     )
 
 
@@ -143,6 +147,7 @@ def _without(group: TrainGroup, unread: np.ndarray) -> TrainGroup:
         log_probs=samples.log_probs[kept_T],
         offsets=np.cumsum([0, *np.where(unread, 0, lengths)]).astype(np.int32),
         version_spans=np.stack([np.ones_like(versions), versions], 1).astype(np.int32),
+        support=None if samples.support is None else samples.support.picked(kept_T),
     )
     return structs.replace(group, samples=samples, scores=scores)
 

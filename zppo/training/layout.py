@@ -11,8 +11,8 @@ see it.
 Invariant: each response token of the sequences handed in has exactly one entry in exactly one
 micro-batch.
 
-Shape legend: B rows, L padded positions, R response tokens and S sequences of a micro-batch; T
-tokens of the window.
+Shape legend: B rows, L padded positions, R response tokens and S sequences of a micro-batch, K ids
+of its longest support; T tokens of the window.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class MicroBatch:
     input_ids_BL: prompts and responses. rows_R: positions in the flattened [B*L] whose hidden
     states predict the response tokens. tokens_R: indices of these tokens in the window.
     sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window. positions_BL
-    and segments_BL: only when some row holds several rollouts, else None.
+    and segments_BL: only when some row holds several rollouts, else None. support_RK: the tokens
+    that could have been sampled, -1 behind them (`zppo.training.supports`); None: all could.
     """
 
     input_ids_BL: Tensor
@@ -51,6 +52,7 @@ class MicroBatch:
     sequences_S: Tensor
     positions_BL: Tensor | None = None
     segments_BL: Tensor | None = None
+    support_RK: Tensor | None = None
 
 
 @dataclass
@@ -123,6 +125,8 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
             tokens.append(np.arange(start, start + length))
             end += length - 1
     sequences_S = np.array([sequence for row in rows for sequence in row.sequences])
+    tokens_R = np.concatenate(tokens)
+    support_RK = None if rollouts.supports is None else rollouts.supports.padded(tokens_R)
 
     def placed(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(rollouts.device)
@@ -130,11 +134,12 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     batch = MicroBatch(
         input_ids_BL=placed(ids_BL),
         rows_R=placed(np.concatenate(predicted)),
-        tokens_R=placed(np.concatenate(tokens)),
+        tokens_R=placed(tokens_R),
         sequence_ids_R=placed(
             np.repeat(np.arange(len(sequences_S)), rollouts.lengths_S[sequences_S])
         ),
         sequences_S=placed(sequences_S),
+        support_RK=None if support_RK is None else placed(support_RK),
     )
     if len(sequences_S) == len(rows):
         return batch

@@ -64,7 +64,7 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "entropy",
         "nat",
-        "Mean entropy of the policy at the response tokens, at the start of the step.",
+        "Mean entropy of the policy (over its support) at the response tokens, at the start.",
     ),
     Metric(
         "jsd", "nat", "Distillation: divergence from the teacher a token, over the applied updates."

@@ -103,7 +103,12 @@ class Policy:
         self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, float32 [R] each."""
-        return self.log_probs_of(self.outputs(batch), target_ids_R, temperature=temperature)
+        return self.log_probs_of(
+            self.outputs(batch),
+            target_ids_R,
+            temperature=temperature,
+            support_ids_TK=batch.support_RK,
+        )
 
     def outputs(self, batch: MicroBatch) -> Tensor:
         """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V]
@@ -112,17 +117,14 @@ class Policy:
 
     @torch.no_grad()
     def log_probs_of(
-        self, outputs: Tensor, target_ids_R: Tensor, *, temperature: float
+        self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, float32 [R] each, of what one forward pass gave."""
+        """Log-probs and entropies, float32 [R] each, of what one forward pass gave; `arguments` are
+        those of `zppo_kernels.token_log_probs`."""
         if self.head is None:
-            return token_log_probs_from_logits(outputs, target_ids_R, temperature=temperature)
+            return token_log_probs_from_logits(outputs, target_ids_R, **arguments)
         return token_log_probs(
-            outputs,
-            self.head.weight_VH,
-            target_ids_R,
-            temperature=temperature,
-            bias_V=self.head.bias_V,
+            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
         )
 
     def policy_loss_of(

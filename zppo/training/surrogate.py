@@ -59,7 +59,10 @@ class ClippedSurrogate:
         outputs = policy.outputs(batch)
         if first:
             self.proximal_T[tokens_R], self.entropy_T[tokens_R] = policy.log_probs_of(
-                outputs, targets_R, temperature=settings.loss.temperature
+                outputs,
+                targets_R,
+                temperature=settings.loss.temperature,
+                support_ids_TK=batch.support_RK,
             )
         old_R, behaviour_R = old_log_probs(
             settings.method,
@@ -74,6 +77,7 @@ class ClippedSurrogate:
             advantages_S=self._advantages_S.to(rollouts.device)[batch.sequences_S],
             proximal_log_probs_T=old_R,
             behaviour_log_probs_T=behaviour_R,
+            support_ids_TK=batch.support_RK,
             token_count=token_count,
             sequence_count=sequence_count,
             settings=settings.loss,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from zppo_protocol.samples import GroupSamples
+from zppo_protocol.support import support_of
 from zppo_protocol.values import Sampling
 
 if TYPE_CHECKING:  # engines without a model need this module but no torch
@@ -17,28 +19,32 @@ if TYPE_CHECKING:  # engines without a model need this module but no torch
 @dataclass(frozen=True)
 class Completion:
     """A response: token ids [n] int32, behaviour log-probs [n] float32, spans of (token count,
-    policy version)."""
+    policy version), and the ids of each token's support where the task asks for them."""
 
     token_ids: np.ndarray
     log_probs: np.ndarray
     version_spans: list[tuple[int, int]]
     finish_reason: Literal["stop", "length"]
+    support: Sequence[np.ndarray] | None = None
 
 
 @dataclass(eq=False)
 class Running:
-    """A response in the making. `budget` is the most tokens it may have; `owner` is whatever the
-    caller needs."""
+    """A response in the making. `budget` is the most tokens it may have; `support_limit` the most
+    ids of a token's support, 0 where nobody asks for it; `owner` is whatever the caller needs."""
 
     prompt_ids: np.ndarray
     sampling: Sampling
     budget: int
     index: int
     uniforms: UniformStream
+    support_limit: int = 0
     owner: Any = None
     uniforms_laid_out: int = 0
     version_starts: list[tuple[int, int]] = field(default_factory=list)
     """(number of the first token, policy version that samples from there on), in order."""
+    support: list[np.ndarray] = field(default_factory=list)
+    """The support of each token sampled so far, if it is asked for."""
 
     def sampled_by(self, version: int, tokens: int) -> None:
         """From token number `tokens` on, `version` samples."""
@@ -58,7 +64,7 @@ class Running:
 def group_samples(
     prompt_ids: np.ndarray, completions: list[Completion], texts: list[str]
 ) -> GroupSamples:
-    """Lay the completions of one prompt end to end."""
+    """Lay the completions of one prompt end to end; all of them have supports, or none."""
     lengths = [len(completion.token_ids) for completion in completions]
     spans = [span for completion in completions for span in completion.version_spans if span[0]]
     return GroupSamples(
@@ -69,4 +75,7 @@ def group_samples(
         version_spans=np.asarray(spans, dtype=np.int32).reshape(-1, 2),
         texts=texts,
         finish_reasons=[completion.finish_reason for completion in completions],
+        support=None
+        if any(completion.support is None for completion in completions)
+        else support_of([row for completion in completions for row in completion.support or ()]),
     )

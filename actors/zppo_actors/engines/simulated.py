@@ -5,14 +5,16 @@ The script (JSON, `engine_args.script`) says per question how often the answer i
 it takes: `{"default": {…}, "questions": {"3 * 17": {"answer": "5", "accuracy": 0.25,
 "accuracy_bcq": 0.5, "wrong": ["7", "9"], "tokens": 12}}, "seconds_per_token": 0.0}`. A question
 entry applies to prompts that contain its key; the longest key wins. Everything follows from the
-task's seed. Token ids are numbers below 16, log-probs those of a uniform choice. Asked for scores,
-it holds each given token for the most probable one, and each of the 15 after it for half as
-probable as the one before.
+task's seed. Token ids are numbers below 16, log-probs those of a uniform choice; where supports are
+asked for, the choice is among as many of the lowest ids as top-k and top-p leave (min-p leaves
+all). Asked for scores, it holds each given token for the most probable one, and each of the 15
+after it for half as probable as the one before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 from collections.abc import Callable
@@ -32,7 +34,6 @@ from zppo_protocol.samples import GroupSamples, TokenScores
 from zppo_protocol.values import FROZEN, PolicyManifest, ResponseStart, share_of
 
 VOCABULARY = 16
-LOG_PROB = -float(np.log(VOCABULARY))
 BOX = re.compile(r"\\boxed\{\s*([^{}]*[^{}\s])\s*\}")
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -130,11 +131,16 @@ class SimulatedEngine:
         if finished is not None:
             finished(task.n)
         reason = "stop" if tokens == behaviour.tokens else "length"
+        choices = _choices(task)
         ids = np.random.default_rng(task.seed).integers(
-            0, VOCABULARY, size=(task.n, tokens), dtype=np.int32
+            0, choices, size=(task.n, tokens), dtype=np.int32
         )
-        log_probs = np.full(tokens, LOG_PROB, dtype=np.float32)
-        completions = [Completion(ids[i], log_probs, spans, reason) for i in range(task.n)]  # type: ignore[arg-type]
+        log_probs = np.full(tokens, -np.log(choices), dtype=np.float32)
+        support = [np.arange(choices, dtype=np.int32)] * tokens if task.with_support else None
+        completions = [
+            Completion(ids[i], log_probs, spans, reason, support)  # type: ignore[arg-type]
+            for i in range(task.n)
+        ]
         start = _start(task.prompt.start)
         texts = [start + sampled for sampled in self._texts(task, text, behaviour)]
         return group_samples(_prompt_ids(text + start), completions, texts)
@@ -192,6 +198,14 @@ class SimulatedEngine:
         right = numbers.random() < behaviour.share_right(kind)
         answer = behaviour.answer if right else numbers.choice(behaviour.wrong or ("",))
         return f"The answer is \\boxed{{{answer}}}"
+
+
+def _choices(task: GenerateTask) -> int:
+    """How many tokens are chosen among: all, unless their support is asked for."""
+    if not task.with_support:
+        return VOCABULARY
+    most = min(task.sampling.top_k, VOCABULARY)
+    return max(1, math.ceil(most * task.sampling.top_p - 1e-9))
 
 
 def _compressed(text: str) -> str:

@@ -32,7 +32,7 @@ from zppo.training.step import split
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.score_tasks import NO_TOKEN, ScoreTable, check_scorable
-from zppo_actors.engines.simulated import LOG_PROB, Script, SimulatedEngine
+from zppo_actors.engines.simulated import Script, SimulatedEngine
 from zppo_actors.engines.transformers import scoring
 from zppo_actors.engines.transformers.scoring import Scorer, passes
 from zppo_protocol.messages import (
@@ -332,7 +332,7 @@ def test_the_scripted_engine_likes_every_token_as_it_stands() -> None:
     assert np.exp(whole.log_probs).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
     assert np.diff(whole.log_probs) == pytest.approx(-np.log(2), abs=1e-5)
     assert np.array_equal(two.log_probs, whole.log_probs[:, :2]) and engine.progress == 15
-    assert hot.log_probs == pytest.approx(LOG_PROB, abs=0.1)
+    assert hot.log_probs == pytest.approx(-np.log(16), abs=0.1)
 
 
 def test_a_server_cannot_score_and_says_which_engines_can() -> None:

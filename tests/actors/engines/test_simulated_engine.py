@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import completions, make_task, versions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import student_of
+from support_helpers import task_with_support
 
+from zppo.config.topology import StudentSampling
 from zppo.errors import UserError
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import EngineError
@@ -74,6 +77,17 @@ def test_longest_key_wins() -> None:
 def test_everything_follows_from_the_seed(seed: int, n: int) -> None:
     first, second = (sample(SimulatedEngine(Script(), 64), "q", n=n, seed=seed) for _ in range(2))
     assert first.texts == second.texts and completions(first) == completions(second)
+
+
+def test_supports_are_what_the_tokens_were_drawn_from() -> None:
+    sampling = StudentSampling(max_new_tokens=8, top_k=6, top_p=0.5)
+    task = task_with_support("q", sampling, n=40)
+    samples = asyncio.run(SimulatedEngine(Script(), 64).generate(task))
+    assert samples.support is not None and samples.support.ids.tolist() == [0, 1, 2] * 320
+    assert set(samples.token_ids.tolist()) == {0, 1, 2}
+    assert samples.log_probs.tolist() == pytest.approx([-np.log(3)] * 320)
+    plain = asyncio.run(SimulatedEngine(Script(), 64).generate(make_task("q", n=40, top_p=0.5)))
+    assert plain.support is None and set(plain.token_ids.tolist()) == set(range(16))
 
 
 def test_limit_cuts_the_response(tmp_path: Path) -> None:

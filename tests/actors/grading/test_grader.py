@@ -20,7 +20,7 @@ from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
     GraderConfig,
-    ModelConfig,
+    StudentConfig,
     Topology,
     TransportConfig,
 )
@@ -120,7 +120,7 @@ def controller(
     """A grader actor that has said Hello; the fixture's parameter is its time limit."""
     topology = Topology(
         data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(model="student"),
+        student=StudentConfig(model="student"),
         actors=ActorsConfig(grader=GraderConfig(timeout_seconds=getattr(request, "param", 60.0))),
         transport=TransportConfig(heartbeat_seconds=0.05),
     )
@@ -277,7 +277,7 @@ class Unused:
 def test_a_task_leaves_the_heartbeats_only_after_its_answer() -> None:
     topology = Topology(
         data=DataConfig(train="unused"),
-        student=ModelConfig(model="unused"),
+        student=StudentConfig(model="unused"),
         transport=TransportConfig(heartbeat_seconds=0.001),
     )
     dealer = BeatsWhileItSends()

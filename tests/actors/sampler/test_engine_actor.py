@@ -29,6 +29,7 @@ from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
     ModelConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
 )
@@ -169,7 +170,7 @@ def test_real_student_refuses_a_torn_policy_and_goes_on(
     folder = save(make_model(seed=0), tmp_path / "student")
     topology = Topology(
         data=DataConfig(train="unused"),
-        student=ModelConfig(model=str(folder), dtype="float32"),
+        student=StudentConfig(model=str(folder), dtype="float32"),
         actors=ActorsConfig(rollout=ActorConfig(engine_args={"max_sequences": 4}, threads=1)),
     )
     on = stage(topology)

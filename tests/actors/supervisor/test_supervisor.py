@@ -20,9 +20,9 @@ from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
     DataConfig,
-    ModelConfig,
     RunConfig,
     SchedulerConfig,
+    StudentConfig,
     Topology,
 )
 from zppo.plan.processes import ProcessEntry
@@ -47,7 +47,7 @@ def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
     )
     topology = Topology(
         data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(model="student"),
+        student=StudentConfig(model="student"),
         run=RunConfig(max_restarts=limits.get("run", 0)),
         actors=actors,
         scheduler=SchedulerConfig(lease_seconds=limits.get("lease", 300)),

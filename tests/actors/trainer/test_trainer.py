@@ -24,8 +24,8 @@ from zppo.config.method import MethodConfig
 from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
     TrainerConfig,
@@ -66,7 +66,7 @@ pytestmark = pytest.mark.slow
 def topology(*, micro_batch_tokens: int = 512) -> Topology:
     return Topology(
         data=DataConfig(train="train.jsonl"),
-        student=ModelConfig(
+        student=StudentConfig(
             model=str(STUDENT), dtype="float32", sampling=Sampling(max_new_tokens=16)
         ),
         method=MethodConfig(updates_per_step=2, group_size=4),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from worlds import PROMPTS, mark, questions
 
 from zppo.algorithm.composition import (
@@ -25,6 +26,7 @@ from zppo.algorithm.composition import (
 )
 from zppo.algorithm.window import Group, Reformulation, Visit
 from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.support import support_of
 from zppo_protocol.values import FROZEN, Grade
 
 QUESTION = questions(1)[0]
@@ -199,6 +201,17 @@ def test_the_teachers_tokens_keep_their_version_in_the_students_group() -> None:
     assert samples.prompt_ids.tolist() == [mark("plain")], "behind the prompt that the student read"
     assert samples.offsets.tolist() == [0, 2, 5, 9] and samples.texts == []
     assert samples.finish_reasons == ["stop", "length", "stop"]
+
+
+def test_what_a_teacher_wrote_has_no_support_in_the_students_group() -> None:
+    seen = visit([0.0, 1.0, 1.0], [1.0])
+    own = seen.plain.the_samples
+    rows = [np.array([int(token), 10**7], np.int32) for token in own.token_ids]
+    seen.plain.samples = structs.replace(own, support=support_of(rows))
+    [composed] = with_teacher_response(seen, random.Random(0))
+    support = gathered(seen, composed).support
+    assert support is not None and support.lengths_T.tolist() == [0, 0, *[2] * 7]
+    assert support.ids[::2].tolist() == own.token_ids[2:].tolist()
 
 
 def test_off_distillation_reads_the_students_prompt() -> None:

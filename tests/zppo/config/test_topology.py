@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from zppo.config.load import convert, load, override, run_folder, setting_names
 from zppo.config.strict_yaml import parse
-from zppo.config.topology import Topology
+from zppo.config.topology import StudentSampling, Topology
 from zppo.errors import UserError
+from zppo_protocol.values import Sampling
 
 Reader = Callable[..., Topology]
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -232,6 +233,26 @@ def test_the_name_of_a_run_is_its_folder(
     file = EXAMPLES / f"{example}.yaml"
     assert run_folder(load(file)) == tmp_path / "runs" / example.replace("_", "-")
     assert run_folder(load(file, ["run.name=X"])) == tmp_path / "runs/X"
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({}, (0, False)),
+        ({"top_k": 5}, (5, True)),
+        ({"top_k": 500}, (128, True)),
+        ({"top_p": 0.9}, (128, True)),
+        ({"min_p": 0.1, "support_limit": 7}, (7, True)),
+        ({"top_k": 5, "temperature": 0.0}, (5, False)),
+    ],
+)
+def test_a_truncated_student_samples_from_at_most_the_limit(
+    given: dict[str, float], asked: tuple[int, bool]
+) -> None:
+    sampling = msgspec.convert(given, StudentSampling)
+    assert (sampling.in_training.top_k, sampling.truncates) == asked
+    plain = {name: value for name, value in given.items() if name != "support_limit"}
+    assert sampling.as_asked == Sampling(max_new_tokens=12_288, **plain)  # type: ignore[arg-type]
 
 
 def test_a_sampling_section_may_say_only_what_differs(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
     DataConfig,
-    ModelConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
     TrainerConfig,
@@ -100,7 +100,7 @@ def test_threads_are_shared_out_evenly(
 ) -> None:
     topology = Topology(
         data=DataConfig(train="q"),
-        student=ModelConfig(model="s"),
+        student=StudentConfig(model="s"),
         teacher=TeacherConfig(model="t"),
         actors=ActorsConfig(
             rollout=ActorConfig(count=rollouts, devices=["cpu", "cuda:1"]),
@@ -207,6 +207,19 @@ REFUSALS = [
         MACHINE,
         "transport.max_message_mib is 1; expected at least 3, the size of a window whose responses all have full "
         "length",
+    ),
+    (
+        # 4 new questions, one replayed, one reformulated, groups of 8, 8 tokens each; without its
+        # supports the window has 0.002 MiB.
+        (
+            "student.sampling.min_p=0.1",
+            "student.sampling.support_limit=4000",
+            "scheduler.new_questions=4",
+            "transport.max_message_mib=4",
+        ),
+        MACHINE,
+        "transport.max_message_mib is 4; expected at least 6, the size of a window whose responses all have full "
+        "length and all tokens a support of 4000 ids (student.sampling.support_limit)",
     ),
 ]
 
@@ -350,8 +363,35 @@ def test_vllm_scores_at_temperature_1_alone(
 
 
 @pytest.mark.parametrize(
+    ("sampling", "most", "expected"),
+    [("top_p=0.9", 127, 128), ("top_k=5", 4, 5), ("top_k=500", 100, 128), ("top_k=5", 5, None)],
+)
+def test_vllm_must_be_let_report_the_largest_support(
+    small: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, most: int, expected: int | None
+) -> None:
+    monkeypatch.setattr("zppo.plan.checks.check_vllm_arguments", lambda *given: None)
+    overrides = (
+        "actors.rollout.engine=vllm",
+        f"actors.rollout.engine_args={{max_logprobs: {most}, enable_chunked_prefill: false}}",
+        f"student.sampling.{sampling}",
+    )
+    try:
+        make_plan(topology_of(small, *overrides), 6, MACHINE)
+    except UserError as error:
+        assert str(error) == (
+            f"actors.rollout.engine_args.max_logprobs is {most}; expected at least {expected}, the "
+            "tokens that one may be sampled from (student.sampling.top_k, support_limit)"
+        )
+    else:
+        assert expected is None
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
+        ("student.sampling.top_p=0.9",),
+        ("student.sampling.top_k=5", "student.sampling.min_p=0.1"),
+        (*REMOTE, "student.sampling.top_p=0.9"),
         (*REMOTE, "method.name=off_distill"),
         (*REMOTE, "actors.teacher.engine_args={max_sequences: 8}"),
         (

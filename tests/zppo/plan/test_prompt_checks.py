@@ -11,7 +11,14 @@ from served import student_of
 
 from zppo.config.method import MethodConfig
 from zppo.config.served import served_models, served_student
-from zppo.config.topology import ActorConfig, ActorsConfig, DataConfig, ModelConfig, Topology
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    StudentConfig,
+    Topology,
+)
 from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.plan.processes import asked_teachers
@@ -92,7 +99,7 @@ def topology(
     return Topology(
         data=DataConfig(train="unused", **data),
         method=MethodConfig(name="zppo"),
-        student=ModelConfig(model=student, dtype="float32"),
+        student=StudentConfig(model=student, dtype="float32"),
         teacher=ModelConfig(model=teacher, dtype="float32"),
         actors=ActorsConfig(
             rollout=ActorConfig(engine="transformers", engine_args={"max_length": 100}),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from random_worlds import random_topology, random_world
 from worlds import Fake, World, questions, topology
 
@@ -19,6 +20,7 @@ from zppo.scheduling.admission import Bounds
 from zppo.scheduling.scheduler import RunFailure
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
+from zppo_protocol.support import Support, support_of
 from zppo_protocol.values import ChatMessage, Grade, Prompt, Sampling
 
 BOUNDS = Bounds(vocabulary=100, context=9, trained=True)
@@ -121,6 +123,35 @@ def test_what_fits_is_let_in() -> None:
 @pytest.mark.parametrize(("changes", "sentence"), WRONG)
 def test_each_thing_that_does_not_fit_is_named(changes: Change, sentence: str) -> None:
     assert problem(task(), answer(**changes), PUBLISHED, BOUNDS) == sentence
+
+
+SUPPORTS = support_of([ids(1, 7), ids(99), ids(3), ids(2, 4, 9), ids(0, 1, 5)])
+CUT = structs.replace(task().sampling, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "support", "sentence"),
+    [
+        (3, SUPPORTS, None),
+        (2, SUPPORTS, "a support of 3 ids; expected at most 2"),
+        (3, None, "no supports, although the sampling of trained tokens is truncated"),
+        (0, SUPPORTS, "supports of tokens that nobody asked for"),
+        (
+            3,
+            support_of([ids(1, 100), ids(99), ids(3), ids(4), ids(0)]),
+            "the token id 100; expected ids below 100, the vocabulary",
+        ),
+    ],
+)
+def test_supports_come_exactly_where_they_are_asked_for(
+    top_k: int, support: Support | None, sentence: str | None
+) -> None:
+    asked = structs.replace(
+        task(), sampling=structs.replace(CUT, top_k=top_k), with_support=top_k > 0
+    )
+    assert problem(asked, answer(support=support), PUBLISHED, BOUNDS) == sentence
+    # What nobody trains on may be truncated without a word of it.
+    assert problem(structs.replace(task(), sampling=CUT), answer(), PUBLISHED, BOUNDS) is None
 
 
 def test_a_frozen_model_writes_version_minus_one_alone() -> None:

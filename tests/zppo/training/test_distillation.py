@@ -40,7 +40,7 @@ from zppo.config.topology import (
     DTYPE_BYTES,
     ActorsConfig,
     DataConfig,
-    ModelConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
     TrainerConfig,
@@ -422,7 +422,7 @@ def distillation(tmp_path: Path, **words: Any) -> Topology:
         AutoTokenizer.from_pretrained(STUDENT).save_pretrained(tmp_path / name)
     return Topology(
         data=DataConfig(train="x"),
-        student=ModelConfig(
+        student=StudentConfig(
             model=str(tmp_path / "student"),
             dtype="float32",
             sampling=Sampling(max_new_tokens=8, temperature=0.7),
@@ -509,7 +509,7 @@ def test_memory_counts_the_colocated_teacher_and_its_logits(small: Path) -> None
     def trainer_bytes(name: str, scoring: str = "colocated") -> int:
         topology = Topology(
             data=DataConfig(train="x"),
-            student=ModelConfig(model="student", dtype="float32"),
+            student=StudentConfig(model="student", dtype="float32"),
             teacher=TeacherConfig(model="teacher", dtype="bfloat16", scoring=scoring),  # type: ignore[arg-type]
             method=MethodConfig(name=name),
             actors=ActorsConfig(trainer=TrainerConfig(micro_batch_tokens=100)),
@@ -528,7 +528,7 @@ def test_memory_counts_the_passes_of_a_teacher_that_scores(small: Path) -> None:
     def teacher_bytes(name: str, scoring: str) -> int:
         topology = Topology(
             data=DataConfig(train="x", max_prompt_tokens=24),
-            student=ModelConfig(model="student"),
+            student=StudentConfig(model="student"),
             teacher=TeacherConfig(model="teacher", scoring=scoring),  # type: ignore[arg-type]
             method=MethodConfig(name=name),
         )

@@ -36,7 +36,7 @@ from training_cases import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo.config.method import MethodConfig
-from zppo.config.topology import DataConfig, ModelConfig, OptimizerConfig, Topology
+from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Topology
 from zppo.errors import UserError
 from zppo.records import checkpoint
 from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches
@@ -322,7 +322,7 @@ def test_one_update_is_the_papers_loss_written_longhand(
     ours, theirs, task = llama(), llama(), mixed_window()
     topology = Topology(
         data=DataConfig(train="x"),
-        student=ModelConfig(model="x", sampling=Sampling(max_new_tokens=8)),
+        student=StudentConfig(model="x", sampling=Sampling(max_new_tokens=8)),
         method=words,
     )
     changes: dict[str, Any] = dict(
@@ -656,7 +656,7 @@ def saved_student(folder: Path, dtype: torch.dtype) -> Path:
 def topology_of(student: Path, dtype: str) -> Topology:
     return Topology(
         data=DataConfig(train="x"),
-        student=ModelConfig(model=str(student), dtype=dtype, sampling=Sampling(max_new_tokens=8)),  # type: ignore[arg-type]
+        student=StudentConfig(model=str(student), dtype=dtype, sampling=Sampling(max_new_tokens=8)),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(
             learning_rate=1e-2, state_dtype="float32" if dtype == "float32" else "bfloat16"
         ),

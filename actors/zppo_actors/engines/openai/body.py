@@ -73,7 +73,7 @@ def _decoding(sampling: Sampling, length_field: str) -> dict[str, Any]:
     }
     # Sent only where they do something, because not all servers know them; one that does not says
     # so.
-    rare = {"top_k": sampling.top_k, "presence_penalty": sampling.presence_penalty}
+    rare = {name: getattr(sampling, name) for name in ("top_k", "min_p", "presence_penalty")}
     return {**common, **{name: value for name, value in rare.items() if value}}
 
 

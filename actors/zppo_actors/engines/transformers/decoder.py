@@ -102,6 +102,7 @@ class Decoder:
         self._positions_B += 1
         self._ids_RC.view(-1).index_copy_(0, self._places_B, tokens_B)
         self._log_probs_RC.view(-1).index_copy_(0, self._places_B, log_probs_B)
+        self._note_support()
         return self._end(tokens_B.cpu().numpy())
 
     def drop(self, unwanted: Callable[[Running], bool]) -> None:
@@ -131,12 +132,26 @@ class Decoder:
             self._places_B = torch.from_numpy(places_B).to(self._device)
             self._positions_B = torch.from_numpy(self._position_R[:rows].copy()).to(self._device)
             self._sampler = Sampler(
-                [sequence.sampling for sequence in self.running], self._device, self._seen()
+                [sequence.sampling for sequence in self.running],
+                self._device,
+                self._seen(),
+                [sequence.support_limit for sequence in self.running],
             )
             self._changed = False
         self._cache.at_tokens(
             self._places_B, min(_round_up(furthest + 1), self._cache.cursor.columns)
         )
+
+    def _note_support(self) -> None:
+        """Keep what the tokens just sampled could have been. On the host: on the device it would
+        take `support_limit` numbers for every column held."""
+        support_KW = self._sampler.support_KW
+        if support_KW is None:
+            return
+        rows_KW = support_KW.cpu().numpy()
+        for place, row in self._sampler.reported:
+            ids_W = rows_KW[place]
+            self.running[row].support.append(ids_W[ids_W >= 0].astype(np.int32))
 
     def _seen(self) -> Tensor | None:
         """Which tokens each row has sampled so far, [B, V] bool; None if no row is penalised for
@@ -194,6 +209,7 @@ class Decoder:
             log_probs=self._log_probs_RC[row, first : first + count].cpu().numpy().copy(),
             version_spans=sequence.spans(count),
             finish_reason=reason,
+            support=sequence.support if sequence.support_limit else None,
         )
 
     def _count(self, row: int) -> int:

@@ -84,7 +84,13 @@ class SampleJob(Job):
     def _member(self, index: int) -> Running:
         uniforms = UniformStream(self.task.seed, index)
         return Running(
-            self.prompt_ids, self.task.sampling, self.budget, index, uniforms, owner=self
+            self.prompt_ids,
+            self.task.sampling,
+            self.budget,
+            index,
+            uniforms,
+            self.task.support_limit,
+            owner=self,
         )
 
 

@@ -1,11 +1,13 @@
 """Vectorised sampling: one uniform number per row and token picks the token by inverse CDF, in
 float32.
 
-The behaviour log-prob is that of the distribution really sampled: after penalty, temperature, top-k
-and top-p. Rows do not see each other: which truncation a neighbour uses changes nothing, so a row's
-tokens depend on its own logits and its own uniform numbers alone.
+The behaviour log-prob is that of the distribution really sampled: after penalty, temperature,
+min-p, top-k and top-p. Rows do not see each other: which truncation a neighbour uses changes
+nothing, so a row's tokens depend on its own logits and its own uniform numbers alone. Of tokens
+that are equally probable, the one with the lower id comes first, so a support never has more than
+top-k tokens.
 
-Legend: B rows in the batch, V vocabulary, K rows that truncate.
+Legend: B rows in the batch, V vocabulary, K rows that truncate, W widest support that is reported.
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ class Sampler:
     the batch."""
 
     def __init__(
-        self, settings: Sequence[Sampling], device: torch.device, seen_BV: Tensor | None = None
+        self,
+        settings: Sequence[Sampling],
+        device: torch.device,
+        seen_BV: Tensor | None = None,
+        support_limits: Sequence[int] = (),
     ) -> None:
         """`seen_BV` (bool) marks the tokens each row holds already and is kept up to date; None: no
-        penalties."""
+        penalties. `support_limits` (none: all 0): most ids of a support, 0 where it is not asked
+        for."""
         self._penalty_B1 = _column([setting.presence_penalty for setting in settings], device)
         self._seen_BV = seen_BV
         temperatures = [setting.temperature for setting in settings]
@@ -34,14 +41,18 @@ class Sampler:
         self._tempered = any(t not in (0.0, 1.0) for t in temperatures)
         self._greedy_B = torch.tensor([t == 0.0 for t in temperatures], device=device)
         self._some_greedy = 0.0 in temperatures
-        cut = [
-            i
-            for i, s in enumerate(settings)
-            if s.temperature > 0.0 and (s.top_k > 0 or s.top_p < 1.0)
-        ]
+        cut = [i for i, setting in enumerate(settings) if setting.truncates]
+        limits = {i: limit for i, limit in enumerate(support_limits) if limit}
+        self.reported = [(k, i) for k, i in enumerate(cut) if i in limits]
+        """Rows whose support is reported: (place among those that truncate, place in the batch)."""
+        self._widest = max((limits[i] for _, i in self.reported), default=0)
         self._cut_K = torch.tensor(cut, dtype=torch.int64, device=device) if cut else None
         self._top_k_K1 = _column([settings[i].top_k or 2**31 for i in cut], device)
         self._top_p_K1 = _column([settings[i].top_p for i in cut], device)
+        self._min_p_K1 = _column([settings[i].min_p for i in cut], device)
+        self.support_KW: Tensor | None = None
+        """Supports of the last tokens of the rows that truncate, int64, -1 behind the last id of
+        each; None if no row reports any."""
 
     def __call__(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sample one token per row: ids [B] int64 and natural log-probs [B] float32."""
@@ -68,16 +79,22 @@ class Sampler:
         return tokens_B1[:, 0], chosen_B1[:, 0]
 
     def _truncated(self, log_probs_KV: Tensor, uniforms_K1: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-k, then top-p of what is left, as in the usual order; the most likely token always
-        stays."""
+        """Min-p, top-k, then top-p of what is left, as in the usual order; the most likely token
+        always stays."""
         sorted_KV, order_KV = log_probs_KV.sort(dim=-1, descending=True, stable=True)
         ranks_V = torch.arange(sorted_KV.shape[-1], device=sorted_KV.device)
-        sorted_KV = sorted_KV.masked_fill(ranks_V >= self._top_k_K1, -torch.inf).log_softmax(-1)
+        outside_KV = ranks_V >= self._top_k_K1
+        # log(0) = -inf: no token is less probable than that.
+        outside_KV |= sorted_KV < sorted_KV[:, :1] + self._min_p_K1.log()
+        sorted_KV = sorted_KV.masked_fill(outside_KV, -torch.inf).log_softmax(-1)
         probs_KV = sorted_KV.exp()
         before_KV = probs_KV.cumsum(-1) - probs_KV
         outside_KV = (before_KV >= self._top_p_K1) & (ranks_V > 0)
         sorted_KV = sorted_KV.masked_fill(outside_KV, -torch.inf).log_softmax(-1)
-        last_K1 = (sorted_KV > -torch.inf).sum(-1, keepdim=True) - 1
+        inside_KV = sorted_KV > -torch.inf
+        last_K1 = inside_KV.sum(-1, keepdim=True) - 1
+        if self._widest:
+            self.support_KW = order_KV.masked_fill(~inside_KV, -1)[:, : self._widest]
         ranks_K1 = torch.minimum(draw(sorted_KV, uniforms_K1), last_K1)
         return order_KV.gather(1, ranks_K1), sorted_KV.gather(1, ranks_K1)
 

@@ -6,7 +6,7 @@ own, so that it can end alone; they share the key-value blocks of their prompt t
 cache. Three rules are kept here:
 
 - log-probs are those of the distribution that was sampled (`processed_logprobs`: after temperature,
-  top-k and top-p);
+  min-p, top-k and top-p), and what it leaves of the vocabulary can be read from them;
 - a publication is verified and laid out in the workers while sampling goes on, and only a whole one
   pauses it; running sequences are kept, and every token carries the version that sampled it;
 - cached keys and values of a prompt are shared only among requests that came in under the same
@@ -254,7 +254,8 @@ class VllmEngine:
         finished(1)
         if last is None:
             raise EngineError("vLLM ended a sequence with nothing", retryable=True)
-        return np.asarray(last.prompt_token_ids, dtype=np.int32), read_completion(last.outputs[0])
+        completion = read_completion(last.outputs[0], task.support_limit)
+        return np.asarray(last.prompt_token_ids, dtype=np.int32), completion
 
     def _parameters(self, task: GenerateTask, index: int, budget: int) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -264,10 +265,12 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             presence_penalty=sampling.presence_penalty,
             max_tokens=budget,
             seed=sequence_seed(task.seed, index),
-            logprobs=0,  # of the sampled token alone
+            # 0: of the sampled token alone. Else those of the whole support, and -inf behind it.
+            logprobs=min(task.support_limit, self._vocabulary),
             flat_logprobs=True,
             stop_token_ids=sorted(self._tokenizer.end_ids),
             detokenize=False,
@@ -355,8 +358,8 @@ def sequence_seed(seed: int, index: int) -> int:
     return int(low) | (int(high) >> 1) << 32
 
 
-def read_completion(output: CompletionOutput) -> Completion:
-    """Take tokens, log-probs, versions and the reason to end out of vLLM's answer. Raises
+def read_completion(output: CompletionOutput, support_limit: int = 0) -> Completion:
+    """Take tokens, log-probs, supports, versions and the reason to end out of vLLM's answer. Raises
     EngineError if one is odd."""
     if output.finish_reason not in ("stop", "length"):
         raise EngineError(
@@ -365,17 +368,39 @@ def read_completion(output: CompletionOutput) -> Completion:
     token_ids = np.asarray(output.token_ids, dtype=np.int32)
     # Flat log-probs hold one or more entries a position; the sampled token's is the first.
     flat: Any = output.logprobs
-    log_probs = np.asarray(flat.logprobs, dtype=np.float32)[
-        np.asarray(flat.start_indices, dtype=np.int64)
-    ]
+    starts = np.asarray(flat.start_indices, dtype=np.int64)
+    log_probs = np.asarray(flat.logprobs, dtype=np.float32)[starts]
     if len(log_probs) != len(token_ids) or not np.isfinite(log_probs).all():
         raise EngineError(
             "the model gives probabilities that are not finite numbers", retryable=True
         )
+    support = None
+    if support_limit:
+        log_probs, support = read_support(flat, len(token_ids), support_limit)
     spans = [
         (span.end - span.start, read_version(span.version)) for span in output.weight_versions or ()
     ]
-    return Completion(token_ids, log_probs, spans, output.finish_reason)
+    return Completion(token_ids, log_probs, spans, output.finish_reason, support)
+
+
+def read_support(flat: Any, tokens: int, limit: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Log-probs [T] and the support of each token out of vLLM's most probable ones.
+
+    What cannot be sampled has -inf. On a CPU vLLM's top-k keeps every token that is as probable as
+    the last one, so a support may be larger than the limit. The least probable ones are then left
+    out, the sampled one never, and the log-prob is that of the distribution over the rest.
+    """
+    ids_TK = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, -1)
+    log_probs_TK = np.asarray(flat.logprobs, dtype=np.float64).reshape(tokens, -1)
+    inside_TK = log_probs_TK > -np.inf
+    # The sampled token stands first, and mostly once more among the most probable ones.
+    inside_TK[:, 1:] &= ids_TK[:, 1:] != ids_TK[:, :1]
+    inside_TK &= np.cumsum(inside_TK, axis=1) <= limit
+    total_T = np.log(np.where(inside_TK, np.exp(log_probs_TK), 0.0).sum(axis=1))
+    rows = np.split(ids_TK[inside_TK], np.cumsum(inside_TK.sum(axis=1))[:-1])
+    # A rounding error must not put a token that was sure to be sampled above 1.
+    log_probs_T = np.minimum(log_probs_TK[:, 0] - total_T, 0.0)
+    return log_probs_T.astype(np.float32), rows
 
 
 def read_version(label: str) -> int:

@@ -29,7 +29,7 @@ from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
     DataConfig,
-    ModelConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
 )
@@ -626,7 +626,7 @@ def test_the_key_comes_from_the_environment() -> None:
 def topology(engine_args: dict[str, Any], **scheduler: Any) -> Topology:
     base = Topology(
         data=DataConfig(train="unused"),
-        student=ModelConfig(model="unused"),
+        student=StudentConfig(model="unused"),
         teacher=TeacherConfig(model=MODEL),
         actors=ActorsConfig(teacher=ActorConfig(engine="openai", engine_args=engine_args)),
     )

@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import actor_helpers
 import numpy as np
@@ -31,13 +31,23 @@ from engine_helpers import (
     versions,
     words,
 )
+from support_helpers import assert_supports, task_with_support, trainer_log_probs
 from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
 
 from zppo.config.method import MethodConfig
-from zppo.config.topology import ActorConfig, ActorsConfig, DataConfig, ModelConfig, Topology
+from zppo.config.topology import (
+    ActorConfig,
+    ActorsConfig,
+    DataConfig,
+    ModelConfig,
+    StudentConfig,
+    StudentSampling,
+    Topology,
+)
 from zppo.errors import UserError
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
+from zppo_actors.engines.vllm.engine import read_support
 from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.messages import (
     GenerateResult,
@@ -82,7 +92,11 @@ class Served:
 
     def load(self, seed: int) -> None:
         """Make the tiny model of `seed` the policy."""
-        manifest = self.publish(model := tiny(seed))
+        self.take(tiny(seed))
+
+    def take(self, model: Any) -> None:
+        """Make `model` the policy."""
+        manifest = self.publish(model)
         assert self.run(self.engine.load_policy(manifest)) == manifest.digest
         assert self.engine.policy_version == manifest.version
         self.model = model
@@ -178,6 +192,63 @@ def test_log_probs_are_those_of_the_truncated_distribution(served: Served) -> No
     expected = truncated_log_probs(served.model, samples, **cut)
     assert np.abs(expected - samples.log_probs).max() < TOLERANCE
     assert gap(served.model, samples, temperature=0.7) > 0.05
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"top_k": 6, "temperature": 0.7},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"top_p": 0.99, "min_p": 0.01, "support_limit": 3},
+    ],
+    ids=["top-k", "top-p", "min-p", "all, at the limit"],
+)
+def test_supports_are_those_of_the_truncated_distribution(
+    served: Served, cut: dict[str, Any]
+) -> None:
+    """And the trainer's log-probs over them are the engine's."""
+    sampling = StudentSampling(max_new_tokens=40, **cut)
+    (samples, other) = served.sample(
+        task_with_support(words(9), sampling, n=4), make_task(words(4), max_new_tokens=20)
+    )
+    assert other.support is None
+    assert_supports(served.model, samples, sampling.in_training, close=TOLERANCE)
+    proximal_T = trainer_log_probs(served.model, samples, sampling.temperature)
+    assert np.abs(proximal_T.numpy() - samples.log_probs).max() < TOLERANCE
+
+
+def test_of_equal_tokens_a_support_has_as_many_as_fit(served: Served) -> None:
+    """Half of the vocabulary shares one row of the output head, so that vLLM's top-k, which keeps
+    all tokens that are as probable as the last one, leaves far more than k."""
+    model = tiny(3)
+    model.lm_head.weight[20:] = model.lm_head.weight[20].clone()
+    served.take(model)
+    sampling = StudentSampling(max_new_tokens=40, top_k=3)
+    (samples,) = served.sample(task_with_support(words(9), sampling, n=4))
+    served.load(seed=0)
+    assert samples.support is not None and samples.support.lengths_T.max() == 3
+    rows = np.split(samples.support.ids, samples.support.offsets[1:-1])
+    cut = [row for row in rows if len(row) == 3 and row[-1] >= 20]
+    assert len(cut) > 10
+    proximal_T = trainer_log_probs(model, samples, temperature=1.0)
+    assert np.abs(proximal_T.numpy() - samples.log_probs).max() < TOLERANCE
+
+
+class Flat(NamedTuple):
+    """vLLM's flat log-probs, two positions of the sampled token and its three most probable."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def test_ties_that_do_not_fit_the_limit_are_left_out_but_never_the_sampled_token() -> None:
+    """Of four equal tokens vLLM's top-k keeps all, whatever k is."""
+    quarter, none = float(np.log(0.25)), -np.inf
+    flat = Flat([9, 2, 5, 7, 5, 5, 2, 7], [quarter] * 4 + [0.0, 0.0, none, none])
+    log_probs, rows = read_support(flat, 2, limit=3)
+    assert [sorted(row.tolist()) for row in rows] == [[2, 5, 9], [5]]
+    assert log_probs.tolist() == pytest.approx([np.log(1 / 3), 0.0])
 
 
 def test_prompts_that_cannot_be_sampled_are_refused(served: Served) -> None:
@@ -340,7 +411,7 @@ def trainer_gap(folder: Path, samples: GroupSamples, step: int) -> tuple[float, 
 
     topology = Topology(
         data=DataConfig(train="unused"),
-        student=ModelConfig(model=str(folder), dtype="float32"),
+        student=StudentConfig(model=str(folder), dtype="float32"),
         method=MethodConfig(updates_per_step=1),
     )
     rewards = np.arange(len(samples.texts), dtype=np.float32) % 2
