@@ -19,7 +19,7 @@ VLLM_LOG := $(VENV)/vllm-install.log
 # The peers that the kernels are compared with, in an environment that adds them to what $(VENV) holds.
 PEERS := $(VENV)/peers
 PEERS_LOG := $(VENV)/peers-install.log
-PEER_TESTS = $(PEERS)/bin/python -m pytest -m peers tests/kernels
+PEER_TESTS = $(PEERS)/bin/python -m pytest -m peers $$(grep -rl --include='*.py' pytest.mark.peers tests)
 must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with '$(BIN)/zppo report $(1)', or remove it" >&2; exit 2; fi
 
 .PHONY: quickstart smollm2 test peers lint check-python clean

@@ -3,6 +3,7 @@ machine.
 
     python benches/kernels.py                       run everything here, write JSON, print the table
     python benches/kernels.py --report              draw docs/benchmarks.md from benches/results
+    python benches/kernels.py --sweep               time the row kernels under other tunings (GPU)
 
 Sizes are those of the paper's students on a GPU and of the CPU job elsewhere. Every measurement
 runs in a process of its own, so that its peak memory is its own: on a GPU the allocator's peak, on
@@ -30,6 +31,7 @@ import torch
 from kernel_contestants import GPU_ONLY, SUITES, make_problem
 from kernel_curves import both_curves
 from kernel_report import tables_of, write_report
+from kernel_sweep import sweep
 
 RESULTS = Path(__file__).parent / "results"
 GPU_SIZES = [
@@ -255,6 +257,9 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one tiny size, to see that everything runs"
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="find the fastest tuning of the row kernels on a GPU"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -263,6 +268,9 @@ def main() -> None:
         write_report(
             RESULTS, Path(options.report or Path(__file__).parents[1] / "docs/benchmarks.md")
         )
+    elif options.sweep:
+        out = Path(options.out) if options.out else RESULTS / f"sweep-{options.device}.json"
+        sweep(options.device, options.quick, options.repeats, _median_seconds, out)
     elif options.one:
         run_one(options)
     else:

@@ -26,20 +26,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from zppo_kernels import (
-    PolicyLossSettings,
-    policy_loss_from_hidden,
-    summarise_metrics,
-    token_log_probs,
-)
+from zppo_kernels import PolicyLossSettings, policy_loss_from_hidden, summarise_metrics
 
-NORMALISATIONS = {
-    "dapo": "token",
-    "bnpo": "token",
-    "grpo": "sequence",
-    "dr_grpo": "fixed_length",
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "dapo": ("clip", "token"),
+    "bnpo": ("clip", "token"),
+    "grpo": ("clip", "sequence"),
+    "dr_grpo": ("clip", "fixed_length"),
+    "luspo": ("clip", "fixed_length"),
+    "cispo": ("cispo", "token"),
+    "sapo": ("sapo", "sequence"),
 }
-"""What TRL's `loss_type` divides by, in our words."""
+"""TRL's `loss_type` as our surrogate and normalisation."""
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -48,15 +46,15 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        if self.loss_type not in NORMALISATIONS:
+        if self.loss_type not in LOSSES:
             raise ValueError(
-                f"loss_type is {self.loss_type!r}; expected one of {', '.join(NORMALISATIONS)}"
+                f"loss_type is {self.loss_type!r}; expected one of {', '.join(LOSSES)}"
             )
         entropy = self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
-        if self.use_vllm or entropy or (self.beta and self.args.use_bias_correction_kl):
+        if entropy or self.off_policy_mask_threshold is not None or self.aux_loss_enabled:
             raise ValueError(
-                "use_vllm, top_entropy_quantile, entropy_coef and use_bias_correction_kl (with "
-                "beta) are not in this loss"
+                "top_entropy_quantile, entropy_coef, off_policy_mask_threshold and "
+                "router_aux_loss_coef are not in this loss"
             )
         add_loss_to_forward(self.model)
 
@@ -65,25 +63,27 @@ class FusedGRPOTrainer(GRPOTrainer):
         mask_BL = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         size, length = completion_ids_BL.shape
 
+        def rows_of(values: Any) -> Any:
+            """[B], [B, 1] or [B, L] as one value a token; numbers and None as they are."""
+            if not isinstance(values, Tensor):
+                return values
+            return values.reshape(size, -1).expand(size, length).flatten()
+
         def loss_of(hidden_BTH: Tensor, head: torch.nn.Linear) -> Tensor:
             # The state before a token predicts it, so the last one predicts nothing.
             hidden_TH = hidden_BTH[:, -length - 1 : -1].flatten(0, 1)
-            ids_T = completion_ids_BL.flatten()
-            old_BL = inputs.get("old_per_token_logps")
-            if old_BL is None:  # sampled with these very weights
-                old_BL, _ = token_log_probs(
-                    hidden_TH, head.weight, ids_T, temperature=self.temperature
-                )
-            reference_BL = inputs.get("ref_per_token_logps")
             output = policy_loss_from_hidden(
                 hidden_TH,
                 head.weight,
-                ids_T,
+                completion_ids_BL.flatten(),
                 bias_V=head.bias,
-                sequence_ids_T=torch.arange(size, device=ids_T.device).repeat_interleave(length),
-                advantages_S=inputs["advantages"],
-                proximal_log_probs_T=old_BL.flatten(),
-                reference_log_probs_T=None if reference_BL is None else reference_BL.flatten(),
+                sequence_ids_T=rows_of(torch.arange(size, device=mask_BL.device)),
+                # What corrects for vLLM's sampling scales the advantage, token by token.
+                advantages_T=rows_of(inputs["advantages"])
+                * rows_of(inputs.get("importance_sampling_ratio", 1.0)),
+                # Without old log-probs these very weights sampled: the ratio is exactly 1.
+                proximal_log_probs_T=rows_of(inputs.get("old_per_token_logps")),
+                reference_log_probs_T=rows_of(inputs.get("ref_per_token_logps")),
                 mask_T=mask_BL.flatten(),
                 token_count=self._token_count(inputs, mask_BL),
                 sequence_count=size * self._accumulation(),
@@ -98,23 +98,29 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _settings(self) -> PolicyLossSettings:
         """TRL's configuration in our words."""
-        normalisation = NORMALISATIONS[self.loss_type]
+        surrogate, normalisation = LOSSES[self.loss_type]
+        lengths = {"luspo": 1, "dr_grpo": self.max_completion_length}
+        cispo = surrogate == "cispo"  # TRL bounds the ratio itself there, not its way from 1
         return PolicyLossSettings(
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
+            surrogate=surrogate,
+            clip_low=1.0 if cispo else self.epsilon_low,
+            clip_high=self.epsilon_high - 1.0 if cispo else self.epsilon_high,
             dual_clip=self.args.delta,
+            sapo_temperature_positive=self.args.sapo_temperature_pos,
+            sapo_temperature_negative=self.args.sapo_temperature_neg,
             temperature=self.temperature,
             correction="none",
             normalisation=normalisation,
-            fixed_length=self.max_completion_length if normalisation == "fixed_length" else None,
+            fixed_length=lengths.get(self.loss_type),
             ratio_level=self.importance_sampling_level,
             kl_coefficient=self.beta,
+            kl_correction="importance" if self.args.use_bias_correction_kl else "none",
         )
 
     def _token_count(self, inputs: dict[str, Any], mask_BL: Tensor) -> Tensor:
-        """Tokens of the whole update where TRL counts them there (`dapo`), else of this
-        micro-batch, of which there are as many as are accumulated."""
-        if self.loss_type != "dapo":
+        """Tokens of the whole update where TRL counts them there, else of this micro-batch, of
+        which there are as many as are accumulated."""
+        if self.loss_type not in ("dapo", "cispo"):
             return mask_BL.sum() * self._accumulation()
         count = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         if self.model.training:

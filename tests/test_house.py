@@ -122,7 +122,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.prompting",
     },
-    "zppo.grade": {"zppo.config", "zppo.data", "zppo.errors"},
+    "zppo.grade": {"zppo.config", "zppo.data", "zppo.errors", "zppo.grading"},
     "zppo.compare": {
         "zppo.comparison",
         "zppo.config",

@@ -187,8 +187,16 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
     data = replace(data, train=arguments.data if arguments.data is not None else data.heldout)
     if is_procedural(data.train):  # they have neither columns nor a grader of the user's
         data = replace(data, fields={}, grader="math")
-    fields = dict(pair(text, "--field") for text in arguments.field) or data.fields
+    if data.reward and arguments.grader is None:
+        raise UserError(
+            f"--grader is missing; expected math, exact or choice, because the run has rewards "
+            f"({', '.join(entry.use for entry in data.reward)}), whose code is not run here"
+        )
+    fields = dict(pair(text, "--field") for text in arguments.field) or dict(data.fields)
+    if data.reward:  # a row's own rule is one of the run's rewards
+        fields.pop("grader", None)
     given = {
+        "reward": [],
         "fields": fields,
         "grader": arguments.grader or data.grader,
         "max_bad_rows": arguments.max_bad_rows,

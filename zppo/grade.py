@@ -12,15 +12,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
 from zppo.config.options import data_settings, pair, positive, seconds
+from zppo.config.paths import absolute_use
+from zppo.config.rewards import RewardConfig, parts_of
+from zppo.config.strict_yaml import parse
 from zppo.config.topology import is_procedural
 from zppo.data.audit import AuditOrder
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.grading.rewards import check_parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +56,7 @@ def read_order(arguments: argparse.Namespace) -> AuditOrder:
         "fields": dict(pair(text, "--field") for text in arguments.field),
         "grader": arguments.grader or "math",
         "max_bad_rows": arguments.max_bad_rows,
+        "reward": _reward(arguments),
     }
     return AuditOrder(
         data=data_settings(given),
@@ -59,7 +64,25 @@ def read_order(arguments: argparse.Namespace) -> AuditOrder:
         seed=arguments.seed,
         grader_seconds=arguments.grader_seconds,
         json=arguments.json,
+        correct_reward=arguments.correct_reward,
     )
+
+
+def _reward(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The single entry of `data.reward` that --reward asks for. Raises UserError."""
+    if arguments.reward is None:
+        return []
+    if arguments.grader is not None:
+        raise UserError("zppo grade: expected --grader or --reward, not both")
+    args = parse(arguments.reward_args, "--reward-args").data
+    if not isinstance(args, dict):
+        raise UserError(f"--reward-args is {arguments.reward_args!r}; expected a mapping")
+    entry = RewardConfig(use=absolute_use("--reward", arguments.reward, Path.cwd()), args=args)
+    parts = parts_of([entry])
+    if parts[0].of_teacher:
+        raise UserError(f"--reward is {entry.use!r}, which asks a teacher; expected another one")
+    check_parts(parts)
+    return [{"use": entry.use, "args": args}]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--grader", help="math (default), exact, choice, or judge: its comparison as text"
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="NAME",
+        help="a reward in place of the grader: ./file.py:name, package.module:name, or built in",
+    )
+    parser.add_argument(
+        "--reward-args", default="{}", metavar="MAPPING", help="its arguments, e.g. '{most: 10}'"
+    )
+    parser.add_argument(
+        "--correct-reward", type=float, default=1.0, metavar="R", help="least value that is right"
     )
     parser.add_argument(
         "--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem"

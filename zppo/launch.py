@@ -136,7 +136,8 @@ def _resume(arguments: argparse.Namespace) -> int:
     for warning in [*found.warnings, *worth]:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
-        return _show(checked.plan, directory, arguments)
+        notes = [*checked.plan.notes, *_cost_so_far(directory, found.step)]
+        return _show(replace(checked.plan, notes=notes), directory, arguments)
     run_directory.renew(directory, found.step, topology)
     become_supervisor(directory)
 
@@ -270,7 +271,13 @@ def _prompt_lengths(
 
 def _resumed_directory(arguments: argparse.Namespace) -> Path:
     if arguments.resume:
-        return Path(arguments.resume).expanduser().absolute()
+        named = Path(arguments.resume).expanduser()
+        if named.is_file():
+            raise UserError(
+                f"--resume: {arguments.resume!r} is a file; expected a run directory, or the "
+                f"topology in front of it: zppo launch {arguments.resume} --resume"
+            )
+        return named.absolute()
     if arguments.topology is None:
         raise UserError("--resume: expected a run directory, or the --topology of the run")
     return run_folder(load(arguments.topology, arguments.set))
@@ -358,6 +365,18 @@ def _check_budget(topology: Topology, directory: Path, step: int) -> None:
                 f"--resume: teacher.budget.{name} is {limit} and {total} are spent; raise it, for "
                 f"example with --set teacher.budget.{name}={2 * total}"
             )
+
+
+def _cost_so_far(directory: Path, step: int) -> list[str]:
+    """A note on what the teachers have cost: real steps ask for less than the plan's bound."""
+    costs = ledger.read_ledger(directory, step).spent.values()
+    requests, tokens = sum(c.requests for c in costs), sum(c.tokens for c in costs)
+    if not requests:
+        return []
+    return [
+        f"the teachers have cost {requests:,} requests and {tokens:,} tokens so far, "
+        f"{requests / step:,.0f} and {tokens / step:,.0f} for each of {step} steps"
+    ]
 
 
 def _finished(topology: Topology, directory: Path, step: int) -> bool:

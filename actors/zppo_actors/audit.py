@@ -18,6 +18,7 @@ from zppo.data.audit import AuditOrder, Case, report_text, report_values, run
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo_actors.grading.handle import GradeWorker, worker_command
+from zppo_actors.grading.own import OwnOrder
 from zppo_actors.process import private_stdout
 from zppo_protocol.values import TIMED_OUT
 
@@ -30,11 +31,16 @@ def main(arguments: list[str]) -> int:
     )  # a background job inherits it as ignored
     logging.getLogger("zppo").setLevel(logging.ERROR)  # what timed out is counted in the report
     questions = load_questions(order.data.train, order.data, Path.cwd()).questions[: order.limit]
-    worker = GradeWorker(order.grader_seconds, worker_command(order.data.train))
+    rewards = OwnOrder(entries=order.data.reward) if order.data.reward else None
+    worker = GradeWorker(order.grader_seconds, worker_command(order.data.train, rewards=rewards))
 
     def grading(case: Case) -> tuple[float, bool]:
-        grade = worker.grade(case.response, case.question.answer, case.question.grader)
-        return grade.reward, grade.note == TIMED_OUT
+        question = case.question
+        grade = worker.grade(
+            case.response, question.answer, question.grader, question.text, question.row
+        )
+        right = not grade.failed and grade.reward >= order.correct_reward
+        return float(right), grade.note == TIMED_OUT
 
     with private_stdout() as stdout:
         try:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 
 from msgspec import Struct
 
-from zppo.config.rewards import REWARD, REWARD_AND_TEACHER
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, rule_of
 from zppo.errors import UserError
 from zppo.grading import quick_grade
 from zppo_actors.grading.handle import GradeWorker, with_answer, worker_command
@@ -126,7 +126,7 @@ class GraderActor:
         if index == len(task.responses):
             self._answer(GradeResult(task_id=task.task_id, grades=current.grades))
             return
-        if task.grader in (REWARD, REWARD_AND_TEACHER):
+        if rule_of(task.grader)[0] in (REWARD, REWARD_AND_TEACHER):
             chosen = task.responses if self._worker.whole_groups else task.responses[index:][:1]
             self._worker.submit(chosen, task.gold, task.grader, task.question, task.row)
             return

@@ -5,7 +5,12 @@ Every loss takes flat, packed rows and a *global* token count, returns gradients
 and gives its metrics as sums and counts that add over chunks, micro-batches and ranks.
 """
 
-from .advantages import AdvantageStatistics, advantage_statistics, group_advantages
+from .advantages import (
+    AdvantageStatistics,
+    advantage_statistics,
+    decoupled_advantages,
+    group_advantages,
+)
 from .jsd_hidden import jsd_loss_from_hidden, jsd_loss_top_k_from_hidden
 from .jsd_logits import jsd_loss_from_logits, jsd_loss_top_k_from_logits
 from .jsd_reference import JsdLossOutput
@@ -26,6 +31,7 @@ __all__ = [
     "balanced_partition",
     "combine_metrics",
     "cu_seqlens_of",
+    "decoupled_advantages",
     "group_advantages",
     "jsd_loss_from_hidden",
     "jsd_loss_from_logits",

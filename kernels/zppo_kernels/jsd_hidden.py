@@ -167,7 +167,7 @@ def _jsd_hidden(
     )
     backend, live_L = backend_for(head.weight_VH), mask.nonzero().squeeze(1)
     ones_L = torch.ones_like(live_L, dtype=torch.bool)
-    teacher_LG = teacher_hidden.index_select(0, live_L)
+    teacher_LG = teacher_hidden.index_select(0, live_L).to(teacher_products)
     sums_2 = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     buffers: list[Tensor] = []
 
@@ -183,9 +183,8 @@ def _jsd_hidden(
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    gradients = linear_gradients(
-        head, hidden.detach().index_select(0, live_L), needs, shape.around(row_gradient)
-    )
+    hidden_LH = hidden.detach().index_select(0, live_L).to(products)
+    gradients = linear_gradients(head, hidden_LH, needs, shape.around(row_gradient))
     return _results(sums_2, mask, scale, gradients, live_L, hidden, weight)
 
 
@@ -221,9 +220,8 @@ def _jsd_top_k_hidden(
         sums_2.add_(torch.stack([column.sum(dtype=torch.float64) for column in columns]))
 
     needs = Needs(needs_hidden, needs_weight, needs_bias)
-    gradients = linear_gradients(
-        head, hidden.detach().index_select(0, live_L), needs, shape.around(row_gradient)
-    )
+    hidden_LH = hidden.detach().index_select(0, live_L).to(products)
+    gradients = linear_gradients(head, hidden_LH, needs, shape.around(row_gradient))
     return _results(sums_2, mask, scale, gradients, live_L, hidden, weight)
 
 
@@ -253,7 +251,7 @@ def _fake(
     return (
         torch.empty_like(scale),
         metrics,
-        result_like(hidden) if needs[0] else empty.clone(),
+        result_like(hidden, scale.dtype) if needs[0] else empty.clone(),
         result_like(weight, scale.dtype) if needs[1] else empty.clone(),
         weight.new_empty(len(weight), dtype=scale.dtype) if needs[2] else empty.clone(),
     )

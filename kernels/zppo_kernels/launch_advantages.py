@@ -27,8 +27,6 @@ def launch_advantages(
         with on_device(rewards_R):
             advantages_kernel[(1,)](
                 *trusted(rewards_R, group_ids_R, advantages_R, sums, bounds, scope), rows,
-                EPS=eps, IS_GRPO=mode == "grpo",
-                IS_CENTER_ONLY=mode == "center_only", COUNTS_TRIVIAL=mode == "norm_with_zero",
-                IS_GIVEN=given is not None, BLOCK=BLOCK, num_warps=16,
+                EPS=eps, MODE=mode, IS_GIVEN=given is not None, BLOCK=BLOCK, num_warps=16,
             )  # fmt: skip
     return advantages_R

@@ -36,8 +36,7 @@ class Needs:
 
 @dataclass
 class LinearGradients:
-    """Gradients in the accumulator's dtype (hidden: in the products' dtype); None where not
-    needed."""
+    """Gradients in the accumulator's dtype; None where not needed."""
 
     hidden_LH: Tensor | None
     weight_VH: Tensor | None
@@ -51,9 +50,7 @@ class LinearGradients:
         new = torch.empty if rows else torch.zeros
         device, dtype = head.weight_VH.device, head.accumulator
         return LinearGradients(
-            hidden_LH=new(rows, width, dtype=head.weight_VH.dtype, device=device)
-            if needs.hidden
-            else None,
+            hidden_LH=new(rows, width, dtype=dtype, device=device) if needs.hidden else None,
             weight_VH=new(vocabulary, width, dtype=dtype, device=device) if needs.weight else None,
             bias_V=torch.zeros(vocabulary, dtype=dtype, device=device) if needs.bias else None,
         )
@@ -61,7 +58,7 @@ class LinearGradients:
     def add(self, head: Projection, hidden_CH: Tensor, gradient_CV: Tensor, part: slice) -> None:
         """The two products of one chunk."""
         if self.hidden_LH is not None:
-            self.hidden_LH[part] = head.hidden_gradient(gradient_CV)
+            head.hidden_gradient(gradient_CV, self.hidden_LH[part])
         if self.weight_VH is not None:
             head.add_weight_gradient(self.weight_VH, gradient_CV, hidden_CH, self.chunks == 0)
         if self.bias_V is not None:
@@ -107,5 +104,5 @@ def spread(gradient_LH: Tensor | None, live_L: Tensor, hidden_TH: Tensor) -> Ten
     if gradient_LH is None:
         return hidden_TH.new_empty(0)
     if len(live_L) == len(hidden_TH):
-        return gradient_LH.to(hidden_TH.dtype)
-    return result_like(hidden_TH).zero_().index_copy_(0, live_L, gradient_LH.to(hidden_TH.dtype))
+        return gradient_LH
+    return result_like(hidden_TH, gradient_LH.dtype).zero_().index_copy_(0, live_L, gradient_LH)

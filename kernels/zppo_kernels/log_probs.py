@@ -26,7 +26,7 @@ from .policy_inputs import (
 )
 from .projection import Projection
 from .row_chunks import readable, row_chunks
-from .support import check_support, over_support, prepared_support
+from .support import check_support, over_support, prepared_support, with_map
 
 
 def token_log_probs(
@@ -97,13 +97,14 @@ def _log_probs_from_hidden(
     check_targets(target_ids, target_ids != IGNORED_TARGET, weight.shape[0])
     check_support(support, target_ids, weight.shape[0])
     head, shape = Projection.of(weight.to(products), bias), LogitMap(logit_scale, soft_cap)
-    backend = backend_for(head.weight_VH)
+    backend, shape = with_map(backend_for(head.weight_VH), shape, support)
     results = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
     # On a GPU leaving rows out costs a synchronisation, and a proximal pass has few such rows.
     wanted = (target_ids != IGNORED_TARGET).nonzero().squeeze(1) if not hidden.is_cuda else None
     picked, targets = (
         (hidden, target_ids) if wanted is None else (hidden[wanted], target_ids[wanted])
     )
+    picked = picked.to(products)
     supports = support if wanted is None or support is None else support[wanted]
     found = results if wanted is None else results.new_empty(2, len(wanted))
     for part, _, logits_CV in logit_chunks(head, picked):

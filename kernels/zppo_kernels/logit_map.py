@@ -41,7 +41,7 @@ class LogitMap:
         """The same softmax with the scale inside the temperature, where there is no cap."""
         if self.soft_cap is not None:
             return self, temperature
-        return LogitMap(), temperature / self.scale
+        return NO_MAP, temperature / self.scale
 
     def apply_(self, logits_CV: Tensor) -> Tensor:
         """The head's logits over its product's memory."""
@@ -51,7 +51,7 @@ class LogitMap:
 
     def around(self, row_gradient: RowGradient) -> RowGradient:
         """The row operation on mapped logits, with the gradient by the product itself."""
-        if self == LogitMap():
+        if self == NO_MAP:
             return row_gradient
 
         def mapped(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
@@ -69,3 +69,7 @@ class LogitMap:
         if self.soft_cap is None:
             return self.scale
         return (logits_CV / self.soft_cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+NO_MAP = LogitMap()
+"""Of a head whose product is its logits."""

@@ -37,7 +37,7 @@ from .policy_rows import PolicyRows, RowInputs
 from .policy_terms import policy_terms
 from .projection import Projection
 from .settings import PolicyLossSettings, settings_from, settings_values
-from .support import check_support, over_support, with_support
+from .support import check_support, over_support, with_map, with_support
 
 _DEFAULTS = PolicyLossSettings()
 _NO_GRADIENT = Needs(False, False, False)
@@ -177,8 +177,8 @@ def _policy_hidden(
     statistics_2T = torch.zeros(2, len(hidden), dtype=head.accumulator, device=hidden.device)
     results = []
     for index_L, needs in parts:
-        chosen = _picked(hidden, rows, index_L)
-        results.append(_evaluate(head, shape, *chosen, settings, needs))
+        chosen_LH, chosen = _picked(hidden, rows, index_L)
+        results.append(_evaluate(head, shape, chosen_LH.to(products), chosen, settings, needs))
         statistics_2T[:, index_L] = results[-1].statistics_2L
     if rows.weights_come_late:
         evaluated_T = torch.zeros_like(rows.mask_T)
@@ -226,7 +226,7 @@ def _evaluate(
 ) -> _Evaluated:
     if rows.need_whole_sequences(settings):
         return _evaluate_by_sequence(head, shape, hidden_LH, rows, settings, needs)
-    backend = backend_for(head.weight_VH)
+    backend, shape = with_map(backend_for(head.weight_VH), shape, rows.support_ids_TK)
     device = hidden_LH.device
     losses = [torch.zeros((), dtype=head.accumulator, device=device)]
     metrics = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=device)]
@@ -254,7 +254,7 @@ def _evaluate_by_sequence(
 ) -> _Evaluated:
     """First all log-probs, then the coefficients of every row, then its gradient from the logits
     computed once more."""
-    backend = backend_for(head.weight_VH)
+    backend, shape = with_map(backend_for(head.weight_VH), shape, rows.support_ids_TK)
     columns = [
         over_support(backend, rows.part(part)).statistics(
             shape.apply_(logits_CV), rows.target_ids_T[part], settings.temperature
@@ -313,7 +313,7 @@ def _(
         weight.new_empty(len(POLICY_METRICS), dtype=torch.float64),
         weight.new_empty(len(hidden), dtype=accumulator),
         weight.new_empty(len(hidden), dtype=accumulator),
-        result_like(hidden) if needs_hidden else hidden.new_empty(0),
+        result_like(hidden, accumulator) if needs_hidden else hidden.new_empty(0),
         result_like(weight, accumulator) if needs_weight else weight.new_empty(0),
         weight.new_empty(len(weight), dtype=accumulator) if needs_bias else weight.new_empty(0),
     )

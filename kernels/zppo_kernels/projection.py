@@ -2,8 +2,8 @@
 weight gradient.
 
 Invariant: logits are never rounded below float32 (half a unit in the last place of a bf16 logit of
-16 to 32 is 0.06 nat), and the weight gradient is summed over chunks in float32 whatever the
-weight's dtype.
+16 to 32 is 0.06 nat), both gradients leave here in float32 whatever the head's dtype, and the
+weight's is summed over chunks in it.
 
 A CPU has no bf16 product with a float32 result. What it has is oneDNN's leave to round float32
 operands to bf16, which changes nothing where they were bf16 before: all of a bf16 model's but the
@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from .layout import HALF, accumulator_of
+from .tuning import tuning_for
 
 # On a CPU a chunk's logits should stay near the caches: 6.3 M float32 are 25 MB, 128 rows of a
 # vocabulary of 49,152.
 _CPU_LOGITS = 128 * 49_152
-# On a GPU small chunks pay in weight-gradient traffic; one float32 buffer of 2,048 rows is 1.2 GB
-# at V = 151,936.
-_GPU_ROWS = 2048
+# On a GPU small chunks pay in weight-gradient traffic, and a chunk of float32 logits may take this
+# share of its memory: 4,096 rows of V = 151,936 are 2.5 GB. Not of what is free, which differs from
+# run to run: the order of sums would too.
+_GPU_SHARE = 16
 # Rows start 64 bytes apart or a multiple of it, so that kernels may load 16 bytes at a time for any
 # vocabulary.
 _ALIGNMENT = 32
@@ -38,7 +40,13 @@ _ALIGNMENT = 32
 
 def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     """How many rows' logits exist at one time."""
-    most = _CPU_LOGITS // vocabulary if device.type == "cpu" else _GPU_ROWS
+    if device.type == "cpu":
+        most = _CPU_LOGITS // vocabulary
+    else:
+        most = tuning_for(device).chunk_rows
+        memory = torch.cuda.get_device_properties(device).total_memory
+        while most > 1 and 4 * most * vocabulary * _GPU_SHARE > memory:
+            most //= 2
     return max(1, min(rows, max(most, 16)))
 
 
@@ -117,12 +125,14 @@ class Projection:
             (rows, vocabulary), (2 * logits_CV.stride(0), 1)
         )
 
-    def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
-        """gradient @ weight: [C, H]; into a given tensor, because autocast would round a free
-        product to bf16."""
-        result_CH = gradient_CV.new_empty(len(gradient_CV), self.weight_VH.shape[1])
-        with bf16_operands(self.was_bf16):
-            return torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype), out=result_CH)
+    def hidden_gradient(self, gradient_CV: Tensor, result_CH: Tensor) -> None:
+        """result = gradient @ weight, in the accumulator's dtype; into a given tensor, because
+        autocast would round a free product to bf16."""
+        if gradient_CV.dtype in HALF:
+            torch.ops.aten.mm.dtype_out(gradient_CV, self.weight_VH, torch.float32, out=result_CH)
+        else:
+            with bf16_operands(self.was_bf16):
+                torch.mm(gradient_CV, self.weight_VH.to(gradient_CV.dtype), out=result_CH)
 
     def add_weight_gradient(
         self, total_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, is_first: bool

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .jsd_rows import jsd_rows
+from .logit_map import LogitMap
 from .metrics import COUNTED_EARLY
 from .policy_reference import correction_of
 from .policy_rows import PolicyRows
@@ -28,6 +29,11 @@ class TorchRows:
     """The backend that runs everywhere."""
 
     name = "torch"
+
+    def with_map(self, shape: LogitMap) -> tuple[TorchRows, LogitMap]:
+        """This backend with what it takes of the head's map inside its row operations (but for
+        `jsd`, whose two heads may differ), and what is left of it."""
+        return self, shape
 
     def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
         """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M].

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .layout import trusted
+from .logit_map import NO_MAP, LogitMap
 from .metrics import LOGIT_METRICS, SAMPLE_METRICS, reduce_partials
 from .policy_rows import PolicyRows
 from .rows_torch import TorchRows
@@ -26,9 +28,11 @@ from .settings import CHOICES, NUMBERS, PolicyLossSettings, settings_values
 from .triton_jsd import jsd_kernel
 from .triton_rows import gradient_kernel, policy_kernel, scale_kernel, statistics_kernel
 from .triton_samples import samples_kernel
+from .tuning import VECTOR_BYTES, tile_for, tuning_for
 
 _SAMPLE_BLOCK = 1024
-TILE_BYTES = 16_384
+SCALE_BLOCK = 4096
+SCALE_WARPS = 8
 
 
 class TritonRows(TorchRows):
@@ -36,6 +40,13 @@ class TritonRows(TorchRows):
     tested without a GPU."""
 
     name = "triton"
+
+    def __init__(self, shape: LogitMap = NO_MAP) -> None:
+        self.shape = shape
+
+    def with_map(self, shape: LogitMap) -> tuple[TorchRows, LogitMap]:
+        """The kernels read the head's product and take scale and soft cap on the way."""
+        return TritonRows(shape), NO_MAP
 
     def weighted(self, rows: PolicyRows, settings: PolicyLossSettings) -> tuple[PolicyRows, Tensor]:
         """Rows with their importance weights, and the values of SAMPLE_METRICS float64 [M]."""
@@ -71,13 +82,13 @@ class TritonRows(TorchRows):
         of the logits."""
         rows, vocabulary = logits_CV.shape
         log_probs_C, entropy_C, lse_C = torch.empty(3, rows, device=logits_CV.device).unbind(0)
-        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         if rows:
             with on_device(logits_CV):
                 statistics_kernel[(rows,)](
                     *trusted(logits_CV, target_ids_C, log_probs_C, entropy_C, lse_C), vocabulary,
-                    logits_CV.stride(0), INVERSE_TEMPERATURE=1.0 / temperature, BLOCK=block,
-                    num_warps=warps,
+                    logits_CV.stride(0), self.shape.scale, 1.0 / temperature,
+                    SOFT_CAP=self.shape.soft_cap or 0.0,
+                    **rows_of(logits_CV, shares_rows=False),
                 )  # fmt: skip
         return log_probs_C, entropy_C, lse_C
 
@@ -91,21 +102,23 @@ class TritonRows(TorchRows):
     ) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and LOGIT_METRICS [M]; the gradient, if wanted, goes to `gradient_CV`,
         log-prob and entropy to `statistics_2C`."""
-        if settings.entropy_coefficient > 0:
-            return super().policy(logits_CV, rows, settings, gradient_CV, statistics_2C)
         count, vocabulary = logits_CV.shape
         destination_CV = logits_CV if gradient_CV is None else gradient_CV
-        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         lines_CM = torch.zeros(count, 1 + len(LOGIT_METRICS), device=logits_CV.device)
         if count:
             with on_device(logits_CV):
                 policy_kernel[(program_count(logits_CV),)](
                     *trusted(logits_CV, destination_CV, *_row_columns(rows),
                     *statistics_2C.unbind(0), lines_CM), *policy_numbers(settings), count,
-                    vocabulary, logits_CV.stride(0), destination_CV.stride(0),
-                    **policy_constants(settings, rows), HAS_GRADIENT=gradient_CV is not None,
-                    SHARES_STORAGE=_shares_storage(logits_CV, destination_CV), BLOCK=block,
-                    num_warps=warps,
+                    vocabulary, logits_CV.stride(0), destination_CV.stride(0), self.shape.scale,
+                    1.0 / settings.temperature,
+                    **policy_constants(
+                        settings, has_proximal=rows.proximal_log_probs_T is not None,
+                        weights_are_late=rows.weights_come_late,
+                        has_reference=rows.reference_log_probs_T is not None,
+                    ), SOFT_CAP=self.shape.soft_cap or 0.0, HAS_GRADIENT=gradient_CV is not None,
+                    SHARES_STORAGE=_shares_storage(logits_CV, destination_CV),
+                    **rows_of(logits_CV, destination_CV),
                 )  # fmt: skip
         total_M = reduce_partials(("loss", *LOGIT_METRICS), lines_CM)
         return total_M[0].float(), total_M[1:]
@@ -122,36 +135,37 @@ class TritonRows(TorchRows):
         log_probability_C: Tensor | None = None,
     ) -> None:
         """gradient = softmax * (probability_C + log_probability_C * log softmax) + label_C *
-        onehot(target)."""
-        if log_probability_C is not None:
-            super().gradient(
-                logits_CV, lse_C, probability_C, target_ids_C, label_C, temperature, gradient_CV,
-                log_probability_C,
-            )  # fmt: skip
-            return
+        onehot(target), through the head's map to its product."""
+        if self.shape.scale != 1.0:
+            probability_C, label_C = probability_C * self.shape.scale, label_C * self.shape.scale
+            if log_probability_C is not None:
+                log_probability_C = log_probability_C * self.shape.scale
         rows, vocabulary = logits_CV.shape
-        block, warps = block_and_warps(vocabulary, logits_CV.element_size())
         if rows:
             with on_device(logits_CV):
                 gradient_kernel[(rows,)](
-                    *trusted(logits_CV, gradient_CV, lse_C, probability_C, target_ids_C, label_C),
-                    vocabulary, logits_CV.stride(0), gradient_CV.stride(0), TEMPERATURE=temperature,
-                    INVERSE_TEMPERATURE=1.0 / temperature, SHARES_STORAGE=_shares_storage(logits_CV,
-                    gradient_CV), BLOCK=block, num_warps=warps,
+                    *trusted(
+                        logits_CV, gradient_CV, lse_C, probability_C,
+                        label_C if log_probability_C is None else log_probability_C, target_ids_C,
+                        label_C,
+                    ), vocabulary, logits_CV.stride(0), gradient_CV.stride(0), self.shape.scale,
+                    1.0 / temperature, HAS_ENTROPY=log_probability_C is not None,
+                    SOFT_CAP=self.shape.soft_cap or 0.0,
+                    SHARES_STORAGE=_shares_storage(logits_CV, gradient_CV),
+                    **rows_of(logits_CV, gradient_CV, shares_rows=False),
                 )  # fmt: skip
 
     def scale(self, gradient_TV: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-dim), in place; decided on the device, without waiting for it."""
         rows, vocabulary = gradient_TV.shape
-        block, warps = block_and_warps(vocabulary, gradient_TV.element_size())
         if rows:
             with on_device(gradient_TV):
                 scale_kernel[(rows,)](
                     *trusted(gradient_TV, factor),
                     vocabulary,
                     gradient_TV.stride(0),
-                    BLOCK=block,
-                    num_warps=warps,
+                    BLOCK=min(SCALE_BLOCK, triton.next_power_of_2(vocabulary)),
+                    num_warps=SCALE_WARPS,
                 )
 
     def jsd(
@@ -170,16 +184,16 @@ class TritonRows(TorchRows):
         rows, vocabulary = student_CV.shape
         destination_CV = student_CV if gradient_CV is None else gradient_CV
         divergence_C, entropy_C = torch.empty(2, rows, device=student_CV.device).unbind(0)
-        block, warps = block_and_warps(vocabulary, 2 * student_CV.element_size())
         if rows:
             with on_device(student_CV):
-                jsd_kernel[(program_count(student_CV, 2),)](
+                jsd_kernel[(program_count(student_CV),)](
                     *trusted(student_CV, teacher_CW, destination_CV, mask_C, divergence_C,
                     entropy_C, scale.float()), rows, vocabulary, min(vocabulary,
                     teacher_CW.shape[1]), student_CV.stride(0), teacher_CW.stride(0),
-                    destination_CV.stride(0), BETA=beta, INVERSE_TEMPERATURE=1.0 / temperature,
-                    HAS_GRADIENT=gradient_CV is not None, SHARES_STORAGE=_shares_storage(student_CV,
-                    destination_CV), BLOCK=block, num_warps=warps,
+                    destination_CV.stride(0), 1.0 / temperature, BETA=beta,
+                    HAS_GRADIENT=gradient_CV is not None,
+                    SHARES_STORAGE=_shares_storage(student_CV, destination_CV),
+                    **rows_of(student_CV, destination_CV, teacher_CW, rows_read=2),
                 )  # fmt: skip
         return divergence_C, entropy_C
 
@@ -203,48 +217,66 @@ def policy_numbers(settings: PolicyLossSettings) -> list[float]:
     return [value for name, value in zip(NUMBERS, numbers, strict=True) if name != "temperature"]
 
 
-def policy_constants(settings: PolicyLossSettings, rows: PolicyRows) -> dict[str, float | bool]:
+def policy_constants(
+    settings: PolicyLossSettings,
+    *,
+    has_proximal: bool = True,
+    weights_are_late: bool = False,
+    has_reference: bool = False,
+) -> dict[str, float | bool]:
     """What is compiled into `policy_kernel`: temperature, choices, and which columns there are."""
     _, choices = settings_values(settings)
     chosen = dict(zip(CHOICES, choices, strict=True))
     return {
-        "INVERSE_TEMPERATURE": 1.0 / settings.temperature,
         "SURROGATE": chosen["surrogate"],
         "CORRECTION": chosen["correction"],
         "KL_ESTIMATOR": chosen["kl_estimator"],
         "KL_CORRECTION": chosen["kl_correction"],
-        "HAS_PROXIMAL": rows.proximal_log_probs_T is not None,
-        "WEIGHTS_ARE_LATE": rows.weights_come_late,
-        "HAS_REFERENCE": rows.reference_log_probs_T is not None,
+        "HAS_PROXIMAL": has_proximal,
+        "WEIGHTS_ARE_LATE": weights_are_late,
+        "HAS_REFERENCE": has_reference,
         "HAS_ENTROPY": settings.entropy_coefficient > 0,
     }
 
 
-def block_and_warps(vocabulary: int, element_size: int) -> tuple[int, int]:
-    """Tile width and warps: two 16-byte loads a thread and tile at full width, and two tiles in
-    flight."""
-    block = min(TILE_BYTES // element_size, triton.next_power_of_2(vocabulary))
-    return block, min(16, max(1, block * element_size // 1024))
+def rows_of(*matrices: Tensor, rows_read: int = 1, shares_rows: bool = True) -> dict[str, Any]:
+    """How a launch reads rows of these matrices [C, V], the first of which says how many columns
+    there are: the constants of `triton_sweeps`, and options of the compiler.
 
-
-def program_count(logits_CV: Tensor, rows_read: int = 1) -> int:
-    """How many programs share the rows: one per multiprocessor, fewer where their rows together
-    would not fit the L2 cache.
-
-    rows_read: matrices a program reads a row of. Never fewer than half the multiprocessors: below
-    that they cannot draw the full memory bandwidth.
+    rows_read: how many rows a program reads side by side. shares_rows: whether `program_count`
+    programs share the rows out.
     """
-    rows, vocabulary = logits_CV.shape
+    size = max(matrix.element_size() for matrix in matrices)
+    lie, tuning = lie_of(*matrices), tuning_for(matrices[0].device)
+    tile = tile_for(matrices[0].shape[1], size, tuning, rows_read, lie == "narrow")
+    chosen = {"ROWS": lie, **tile.constants, "num_warps": tile.warps}
+    # Left alone, the assembler saves registers, and spills, for programs that will never come.
+    return chosen | ({"maxnreg": tuning.registers} if shares_rows else {})
+
+
+def lie_of(*matrices: Tensor) -> str:
+    """`aligned`, `rotated` or `narrow`, as `triton_sweeps` explains; the stride of a lone row does
+    not count."""
+    offsets = {
+        (
+            matrix.data_ptr() % VECTOR_BYTES,
+            matrix.stride(0) * matrix.element_size() % VECTOR_BYTES if len(matrix) > 1 else 0,
+        )
+        for matrix in matrices
+    }
+    if offsets == {(0, 0)}:
+        return "aligned"
+    sizes = {matrix.element_size() for matrix in matrices}
+    return "rotated" if len(offsets) == len(sizes) == 1 else "narrow"
+
+
+def program_count(logits_CV: Tensor) -> int:
+    """How many programs share the rows."""
+    rows = len(logits_CV)
     if not logits_CV.is_cuda:
         return min(rows, 4)
-    properties = _properties(logits_CV.device)
-    fitting = int(0.75 * properties.L2_cache_size) // (
-        rows_read * vocabulary * logits_CV.element_size()
-    )
-    processors: int = properties.multi_processor_count
-    if fitting >= 2 * processors:
-        processors *= 2
-    return min(rows, max(processors // 2, min(processors, fitting)))
+    processors: int = _properties(logits_CV.device).multi_processor_count
+    return min(rows, processors * tuning_for(logits_CV.device).programs_per_processor)
 
 
 @cache

@@ -136,10 +136,9 @@ def settings_from(numbers: list[float], choices: list[int]) -> PolicyLossSetting
         name: None if _NO_BOUND.get(name) == value else value
         for name, value in zip(NUMBERS, numbers, strict=True)
     }
-    named = zip(CHOICES.items(), choices, strict=True)
-    return PolicyLossSettings(
-        **values, **{name: allowed[index] for (name, allowed), index in named}
-    )
+    for (name, allowed), index in zip(CHOICES.items(), choices, strict=True):
+        values[name] = allowed[index]
+    return PolicyLossSettings(**values)
 
 
 def _check_bounds(settings: PolicyLossSettings) -> None:

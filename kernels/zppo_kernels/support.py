@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .layout import accumulator_of
+from .logit_map import LogitMap
 from .metrics import LOGIT_METRICS, reduce_partials
 from .policy_inputs import check_device, reads_values
 from .policy_rows import PolicyRows, RowInputs
@@ -89,6 +90,14 @@ def over_support(backend: TorchRows, chunk: PolicyRows | Tensor | None) -> Torch
     """The row operations of a chunk, given as its rows or their supports."""
     support_ids_CK = chunk.support_ids_TK if isinstance(chunk, PolicyRows) else chunk
     return backend if support_ids_CK is None else SupportRows(backend, support_ids_CK)
+
+
+def with_map(
+    backend: TorchRows, head: LogitMap, support_ids_TK: Tensor | None
+) -> tuple[TorchRows, LogitMap]:
+    """`TorchRows.with_map`, unless there are supports: they are gathered from mapped logits, so no
+    backend may take a part of the map."""
+    return backend.with_map(head) if support_ids_TK is None else (backend, head)
 
 
 class SupportRows(TorchRows):

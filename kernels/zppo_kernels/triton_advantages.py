@@ -32,6 +32,31 @@ def _centred(rewards, group_ids, sums, bounds, rows, index, inside):
 
 
 @triton.jit
+def _scaled_by(rewards, centred, trivial, valid, index, inside, MODE: tl.constexpr):
+    """What the scale of a mode beyond one group is taken over, and which rollouts it counts: all
+    rewards themselves, or A' of all groups or of those that are not trivial."""
+    if MODE == "batch":
+        return tl.load(rewards + index, mask=inside, other=0.0).to(tl.float64), valid
+    elif MODE == "norm_with_zero":
+        return centred, valid
+    else:
+        return centred, valid & ~trivial
+
+
+@triton.jit
+def _squares(rewards, group_ids, sums, bounds, rows, mean, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the squared deviations from `mean` of what the scale is taken over."""
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, rows, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < rows
+        centred, trivial, _, valid = _centred(rewards, group_ids, sums, bounds, rows, index, inside)
+        value, kept = _scaled_by(rewards, centred, trivial, valid, index, inside, MODE)
+        squares += tl.where(kept, (value - mean) * (value - mean), 0.0)
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
 def advantages_kernel(
     rewards,
     group_ids,
@@ -41,15 +66,18 @@ def advantages_kernel(
     given,
     rows,
     EPS: tl.constexpr,
-    IS_GRPO: tl.constexpr,
-    IS_CENTER_ONLY: tl.constexpr,
-    COUNTS_TRIVIAL: tl.constexpr,
+    MODE: tl.constexpr,
     IS_GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`given` points to mean and std of a wider scope. A group id outside [0, rows) makes its
-    advantage NaN, and so does a NaN reward for its whole group (and for everything, where a mean
-    over groups is taken)."""
+    """MODE: an `advantages.AdvantageMode`. `given` points to what A' of the modes beyond one group
+    is shifted and scaled by, if a wider scope is to decide it. A group id outside [0, rows) makes
+    its advantage NaN, and so does a NaN reward for its whole group (and for everything, where a
+    mean over groups is taken)."""
+    SCALED_BY_GROUP: tl.constexpr = MODE == "grpo" or MODE == "grpo_bessel"
+    WITHIN_GROUP: tl.constexpr = SCALED_BY_GROUP or MODE == "center_only" or MODE == "rloo"
+    # Divided by the number of rollouts, or by one less: the sample's standard deviation.
+    LESS: tl.constexpr = 1.0 if MODE == "grpo_bessel" or MODE == "batch" else 0.0
     lane = tl.arange(0, BLOCK)
     for start in range(0, rows, BLOCK):
         index = start + lane
@@ -81,28 +109,22 @@ def advantages_kernel(
         centred, trivial, group, valid = _centred(
             rewards, group_ids, sums, bounds, rows, index, inside
         )
-        if IS_GRPO:
+        if SCALED_BY_GROUP:
             tl.atomic_add(sums + 2 * rows + group, centred * centred, mask=valid, sem="relaxed")
-        kept = valid & (COUNTS_TRIVIAL | ~trivial)
-        kept_sum += tl.where(kept, centred, 0.0)
+        value, kept = _scaled_by(rewards, centred, trivial, valid, index, inside, MODE)
+        kept_sum += tl.where(kept, value, 0.0)
         kept_count += kept.to(tl.float64)
     tl.debug_barrier()
     mean, std = 0.0, 1.0
     if IS_GIVEN:
         mean, std = tl.load(given), tl.load(given + 1)
-    elif not IS_GRPO and not IS_CENTER_ONLY:
+    elif not WITHIN_GROUP:
         count = tl.maximum(tl.sum(kept_count, axis=0), 1.0)
         mean = tl.sum(kept_sum, axis=0) / count
-        squares = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, rows, BLOCK):
-            index = start + lane
-            inside = index < rows
-            centred, trivial, _, valid = _centred(
-                rewards, group_ids, sums, bounds, rows, index, inside
-            )
-            kept = valid & (COUNTS_TRIVIAL | ~trivial)
-            squares += tl.where(kept, (centred - mean) * (centred - mean), 0.0)
-        std = tl.sqrt(tl.sum(squares, axis=0) / count)
+        squares = _squares(rewards, group_ids, sums, bounds, rows, mean, MODE, BLOCK)
+        std = tl.sqrt(squares / tl.maximum(count - LESS, 1.0))
+        if MODE == "batch":
+            mean = 0.0
     for start in range(0, rows, BLOCK):
         index = start + lane
         inside = index < rows
@@ -110,11 +132,14 @@ def advantages_kernel(
             rewards, group_ids, sums, bounds, rows, index, inside
         )
         result = centred
-        if IS_GRPO:
-            count = tl.load(sums + group, mask=valid, other=1.0)
+        if SCALED_BY_GROUP:
+            count = tl.maximum(tl.load(sums + group, mask=valid, other=1.0) - LESS, 1.0)
             squared = tl.load(sums + 2 * rows + group, mask=valid, other=0.0)
             result = centred / (tl.sqrt(squared / count) + EPS)
-        elif not IS_CENTER_ONLY:
+        elif MODE == "rloo":
+            count = tl.load(sums + group, mask=valid, other=1.0)
+            result = centred * count / tl.maximum(count - 1.0, 1.0)
+        elif not WITHIN_GROUP:
             result = (centred - mean) / (std + EPS)
         result = tl.where(trivial, 0.0, result)
         tl.store(

@@ -122,17 +122,25 @@ class Answer:
     gradients: tuple[Tensor, ...]
 
 
+def head_logits(raw_TV: Tensor, scale: float = 1.0, soft_cap: float | None = None) -> Tensor:
+    """What a head with a scale and a soft cap makes of its product."""
+    return scale * raw_TV if soft_cap is None else soft_cap * torch.tanh(scale * raw_TV / soft_cap)
+
+
 def reference_answer(
-    case: Case, settings: PolicyLossSettings, dtype: torch.dtype = torch.float64
+    case: Case,
+    settings: PolicyLossSettings,
+    dtype: torch.dtype = torch.float64,
+    head: tuple[float, float | None] = (1.0, None),
 ) -> Answer:
     """Autograd through materialised logits, in float64 (the oracle) or in the dtype under test (the
-    yardstick)."""
+    yardstick). head: its scale and soft cap; the gradient by the logits is by those behind them."""
     inputs = {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
     }
     leaves = case.leaves(dtype)
-    logits_TV = leaves[0] @ leaves[1].T + leaves[2]
+    logits_TV = head_logits(leaves[0] @ leaves[1].T + leaves[2], *head)
     rows = prepare_rows(case.target_ids_T, like=logits_TV, settings=settings, **inputs)
     output = policy_loss_reference(logits_TV, rows, settings)
     return Answer(output, torch.autograd.grad(output.loss, (*leaves, logits_TV)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from zppo_protocol.samples import GroupSamples, TrainGroup
 from zppo_protocol.values import Sampling
 
 VOCABULARY = 31
+MAX_NEW_TOKENS = 8
 SMALL: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=16,
@@ -135,14 +136,19 @@ def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
 SETTINGS = StepSettings.of(
     Topology(
         data=DataConfig(train="x"),
-        student=StudentConfig(model="x", sampling=Sampling(max_new_tokens=8)),
+        student=StudentConfig(model="x", sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS)),
     )
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, state_dtype="float32")
 
 
 def trainer_of(
-    model: Any, *, optimizer: OptimizerConfig = OPTIMIZER, teacher: Any = None, **changes: Any
+    model: Any,
+    *,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    teacher: Any = None,
+    reference: Any = None,
+    **changes: Any,
 ) -> Trainer:
     policy = Policy(model)
     parameters = policy.parameters()
@@ -154,61 +160,154 @@ def trainer_of(
         replace(SETTINGS, **changes),
         clock=lambda: float(next(steps)),
         teacher=None if teacher is None else Policy(teacher.requires_grad_(False), "teacher.model"),
+        reference=None if reference is None else Policy(reference.requires_grad_(False)),
     )
+
+
+def settings_of(words: MethodConfig) -> dict[str, Any]:
+    """What the trainer makes of the method's settings, as changes of `SETTINGS`."""
+    student = StudentConfig(model="x", sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    settings = StepSettings.of(Topology(data=DataConfig(train="x"), student=student, method=words))
+    return {"method": settings.method, "loss": settings.loss}
 
 
 def method(**changes: Any) -> MethodConfig:
     return msgspec.structs.replace(MethodConfig(), **changes)
 
 
+def longhand_logits(model: Any, sample: GroupSamples, index: int) -> tuple[Tensor, Tensor]:
+    """Float64 log-softmax [T, V] at the tokens of one completion, and their ids [T], from one
+    unpadded forward pass of the whole model."""
+    response = sample.token_ids[sample.offsets[index] : sample.offsets[index + 1]]
+    ids = torch.tensor(np.concatenate([sample.prompt_ids, response]), dtype=torch.int64)
+    logits = model(input_ids=ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1].double()
+    return logits, ids[len(sample.prompt_ids) :]
+
+
 def longhand_log_probs(
     model: Any, sample: GroupSamples, index: int, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probs of one completion from one unpadded forward pass of the whole model."""
-    response = sample.token_ids[sample.offsets[index] : sample.offsets[index + 1]]
-    ids = torch.tensor(np.concatenate([sample.prompt_ids, response]), dtype=torch.int64)
-    logits = (
-        model(input_ids=ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1].double() / temperature
-    )
-    return logits.log_softmax(-1).gather(-1, ids[len(sample.prompt_ids) :, None])[:, 0]
+    """Log-probs of one completion."""
+    logits, ids = longhand_logits(model, sample, index)
+    return (logits / temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
-def longhand_loss(model: Any, task: TrainWindow, advantages: Tensor, words: MethodConfig) -> Tensor:
-    """The paper's loss of one mini-batch, one rollout at a time, in float64 (first update: policy =
+@dataclass
+class Longhand:
+    """One rollout of `longhand_loss`: log-probs and entropies of its tokens, and its advantage."""
+
+    policy: Tensor
+    entropy: Tensor
+    behaviour: Tensor
+    reference: Tensor | None
+    advantage: Tensor
+
+    def loss(self, words: MethodConfig, least_entropy: float) -> Tensor:
+        """Of each token, by the formulas of the papers and libraries (first update: the policy is
+        the proximal one)."""
+        old = self.policy.detach() if words.ratio == "proximal" else self.behaviour
+        gap = self.policy - old
+        ratio = (gap.mean() if words.ratio_level == "sequence" else gap).exp().expand_as(gap)
+        gain = SURROGATES[words.surrogate](ratio, self, old, words)
+        gain = gain * (self.entropy.detach() >= least_entropy)
+        loss = -gain * self._weight(words) - words.entropy_coefficient * self.entropy
+        if self.reference is None:
+            return loss
+        away = self.policy - self.reference
+        square = away.square() / 2
+        value = {"k1": away, "k2": square, "k3": (-away).exp() - 1 + away}[words.kl_estimator]
+        if words.kl_correction == "importance":
+            value = value * ratio
+        if words.kl_correction == "straight_through":
+            value = square - square.detach() + value.detach()
+        return loss + words.kl_coefficient * value
+
+    def _weight(self, words: MethodConfig) -> Tensor:
+        gap = self.policy.detach() - self.behaviour
+        weight = (gap.sum() if words.correction_level == "sequence" else gap).exp().expand_as(gap)
+        if words.ratio == "behaviour" or words.correction == "none":
+            return torch.ones_like(gap)
+        if words.correction == "truncate":
+            return weight.clamp(max=words.correction_cap)
+        return weight * (
+            (weight >= (words.correction_floor or 0)) & (weight <= words.correction_cap)
+        )
+
+
+def _clip(ratio: Tensor, one: Longhand, old: Tensor, words: MethodConfig) -> Tensor:
+    clipped = ratio.clamp(1 - words.clip_low, 1 + words.clip_high)
+    gain = torch.minimum(ratio * one.advantage, clipped * one.advantage)
+    if one.advantage < 0 and words.dual_clip is not None:
+        gain = torch.maximum(gain, words.dual_clip * one.advantage)
+    return gain
+
+
+def _cispo(ratio: Tensor, one: Longhand, old: Tensor, words: MethodConfig) -> Tensor:
+    weight = ratio.detach().clamp(1 - words.clip_low, 1 + words.clip_high)
+    return weight * one.advantage * one.policy
+
+
+def _sapo(ratio: Tensor, one: Longhand, old: Tensor, words: MethodConfig) -> Tensor:
+    positive = one.advantage > 0
+    tau = words.sapo_temperature_positive if positive else words.sapo_temperature_negative
+    return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * one.advantage
+
+
+def _dppo(ratio: Tensor, one: Longhand, old: Tensor, words: MethodConfig) -> Tensor:
+    p, q = one.policy.detach().exp(), old.exp()
+    divergence = (p - q).abs()
+    if words.surrogate == "dppo_kl":
+        divergence = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    rises, bound = one.advantage > 0, words.clip_high if one.advantage > 0 else words.clip_low
+    kept = (divergence <= bound) | ((p <= q) if rises else (p >= q))
+    return ratio.detach().clamp(max=words.dual_clip) * one.advantage * one.policy * kept
+
+
+SURROGATES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "dppo_tv": _dppo, "dppo_kl": _dppo}
+
+
+def longhand_loss(
+    model: Any,
+    task: TrainWindow,
+    advantages: Tensor,
+    words: MethodConfig,
+    *,
+    reference: Any = None,
+    passes: bool = False,
+) -> Tensor:
+    """The loss of one mini-batch, one rollout at a time, in float64 (first update: policy =
     proximal).
 
-    With `truncated: mask` what was cut off has no term, in numerator or denominator.
+    With `truncated: mask` what was cut off has no term, in numerator or denominator. `passes`: each
+    rollout with an advantage is a forward pass of its own.
     """
-    terms, sequence = [], 0
+    rollouts, sequence = [], 0
     for g in task.groups:
         for index in range(len(g.rewards)):
-            policy = longhand_log_probs(model, g.samples, index)
+            log_probs, ids = longhand_logits(model, g.samples, index)
+            log_probs = log_probs.log_softmax(-1)
             part = slice(g.samples.offsets[index], g.samples.offsets[index + 1])
-            behaviour = torch.tensor(g.samples.log_probs[part]).double()
+            held = None
+            if reference is not None:
+                held = longhand_log_probs(reference, g.samples, index).detach()
             if words.truncated != "mask" or g.samples.finish_reasons[index] == "stop":
-                terms.append(_surrogate(policy, behaviour, advantages[sequence].double(), words))
+                rollouts.append(
+                    Longhand(
+                        policy=log_probs.gather(-1, ids[:, None])[:, 0],
+                        entropy=-(log_probs.exp() * log_probs).sum(-1),
+                        behaviour=torch.tensor(g.samples.log_probs[part]).double(),
+                        reference=held,
+                        advantage=advantages[sequence].double(),
+                    )
+                )
             sequence += 1
-    if words.loss_normalisation == "sequence":
+    entropies = torch.cat([one.entropy.detach() for one in rollouts])
+    least = float(np.quantile(entropies.numpy(), 1 - words.entropy_quantile))
+    terms = [one.loss(words, least) for one in rollouts]
+    if words.loss_normalisation == "fixed_length":
+        return torch.cat(terms).sum() / (len(terms) * (words.fixed_length or MAX_NEW_TOKENS))
+    if words.loss_normalisation == "micro_batch":
+        terms = [t for t, one in zip(terms, rollouts, strict=True) if one.advantage != 0]
+    if words.loss_normalisation == "sequence" or passes:
         return torch.stack([term.mean() for term in terms]).mean()
     return torch.cat(terms).mean()
-
-
-def _surrogate(policy: Tensor, behaviour: Tensor, advantage: Tensor, words: MethodConfig) -> Tensor:
-    old = policy.detach() if words.ratio == "proximal" else behaviour
-    ratio = (policy - old).exp()
-    clipped = ratio.clamp(1 - words.clip_low, 1 + words.clip_high)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    if advantage < 0 and words.dual_clip is not None:
-        gain = torch.maximum(gain, words.dual_clip * advantage)
-    weight = (
-        (policy.detach() - behaviour).exp()
-        if words.ratio == "proximal"
-        else torch.ones_like(policy)
-    )
-    if words.correction == "truncate":
-        weight = weight.clamp(max=words.correction_cap)
-    elif words.correction == "mask":
-        weight = weight * (weight <= words.correction_cap)
-    else:
-        weight = torch.ones_like(policy)
-    return -(gain * weight)

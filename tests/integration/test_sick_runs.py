@@ -118,38 +118,42 @@ def test_a_teacher_that_is_paid_for_ends_the_run_when_its_budget_is_spent(tmp_pa
     (tmp_path / "hangs.py").write_text(HANGING_SINK)
     with running(Server()) as server:
         paid = {
-            "run.steps": 4,
+            "run.steps": 8,
+            "scheduler.new_questions": 2,
             "actors.teacher.engine": "openai",
             "teacher.model": MODEL,
             "actors.teacher.engine_args": json.dumps({"base_url": server.base_url}),
-            "teacher.budget.requests": 12,
+            "teacher.budget.requests": 24,
             "sinks.use": json.dumps([{"use": f"{tmp_path}/hangs.py:Sink"}]),
             "sinks.close_seconds": 1,
         }
         done = launch(directory, **paid)
         assert done.returncode == 1, done.stdout + done.stderr
         steps = checkpoint.find_latest(directory).step
-        assert 0 < steps < 4
+        assert 0 < steps < 8
         assert said(done)[0] == (
-            "the teacher's budget is spent: 12 requests of 12 (teacher.budget.requests; raise it "
-            f"to go on): {steps} of 4 steps are trained and saved"
+            "the teacher's budget is spent: 24 requests of 24 (teacher.budget.requests; raise it "
+            f"to go on): {steps} of 8 steps are trained and saved"
         )
         assert "sink left: sinks.own-hangs.Sink: it did not close in 1 s" in done.stdout
-        assert spent(directory) == (12, tokens_of(server)) and len(server.requests) == 12
+        assert spent(directory) == (24, tokens_of(server)) and len(server.requests) == 24
         again = resume(directory)
         assert (again.returncode, again.stderr) == (
             2,
-            "--resume: teacher.budget.requests is 12 and 12 are spent; raise it, for example with "
-            "--set teacher.budget.requests=24\n",
+            "--resume: teacher.budget.requests is 24 and 24 are spent; raise it, for example with "
+            "--set teacher.budget.requests=48\n",
         )
+        dry = resume(directory, "--dry-run", "--offline", **{"teacher.budget.requests": 48})
+        cost = f"the teachers have cost 24 requests and {tokens_of(server):,} tokens so far, "
+        assert cost in " ".join(dry.stdout.split()), dry.stdout + dry.stderr
         more = resume(directory, **{"teacher.budget.requests": "null", "sinks.use": "[]"})
         assert more.returncode == 0, more.stdout + more.stderr
         assert spent(directory) == (len(server.requests), tokens_of(server))
-    assert checkpoint.find_latest(directory).step == 4
+    assert checkpoint.find_latest(directory).step == 8
 
 
-def resume(directory: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "zppo.launch", "--resume", str(directory)]
+def resume(directory: Path, *options: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "zppo.launch", "--resume", str(directory), *options]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,27 @@ def test_quick_run_writes_numbers_and_prints_tables(tmp_path: Path) -> None:
         row["seconds"] > 0 and row["share_of_limit"] > 0 and "peak_bytes" in row for row in results
     ), results
     assert "### log-probs from hidden states: N = 128, H = 16, V = 512" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_a_small_sweep_runs_interpreted_and_a_real_one_asks_for_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    command = [sys.executable, str(ROOT / "benches/kernels.py"), "--sweep", "--device", "cpu"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "a sweep measures a GPU and this machine has none; --sweep --quick runs its small form under "
+        "Triton's interpreter\n"
+    )
+    small = [*command, "--quick", "--repeats", "1", "--out", str(out)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(small, capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(out.read_text())
+    times = {row["threads"]: row["seconds"] for row in found["rows"]}
+    assert len(times) == 2 and found["best"]["threads"] == min(times, key=times.__getitem__)
+    assert found["best"]["chunk_rows"] == 64
+    assert f"Tuning(threads={found['best']['threads']}," in done.stdout
 
 
 def test_the_page_shows_failures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

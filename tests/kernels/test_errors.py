@@ -42,6 +42,35 @@ CASE = make_case(1)
             {"kl_coefficient": -0.1},
             "kl_coefficient is -0.1; expected a finite number in [0.0, inf]",
         ),
+        (
+            {"entropy_coefficient": -0.1},
+            "entropy_coefficient is -0.1; expected a finite number in [0.0, inf]",
+        ),
+        (
+            {"surrogate": "ppo"},
+            "surrogate is 'ppo'; expected one of clip, cispo, sapo, dppo_tv, dppo_kl",
+        ),
+        (
+            {"surrogate": "dppo_kl", "ratio_level": "sequence"},
+            "surrogate is 'dppo_kl', which compares the probabilities of single tokens; expected "
+            "ratio_level='token'",
+        ),
+        (
+            {"surrogate": "dppo_tv", "dual_clip": -1.0},
+            "dual_clip is -1.0; expected None or a number above 0",
+        ),
+        (
+            {"sapo_temperature_negative": 0.0},
+            "sapo_temperature_negative is 0.0; expected a finite number above 0",
+        ),
+        (
+            {"correction_floor": 3.0},
+            "correction_floor is 3.0; expected None or a number from 0 to correction_cap",
+        ),
+        (
+            {"kl_correction": "unbiased"},
+            "kl_correction is 'unbiased'; expected one of none, importance, straight_through",
+        ),
     ],
 )
 def test_settings(options: dict[str, Any], sentence: str) -> None:
@@ -99,6 +128,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"proximal_log_probs_T": torch.ones(3)},
         "proximal_log_probs_T has shape (3,); expected (29,)",
     ),
+    (
+        {"advantages_S": None},
+        "neither of advantages_S and advantages_T given; expected one of them",
+    ),
+    (
+        {"advantages_T": torch.ones(29)},
+        "both of advantages_S and advantages_T given; expected one of them",
+    ),
+    (
+        {
+            "advantages_S": None,
+            "advantages_T": torch.ones(29),
+            "sequence_ids_T": CASE.inputs["sequence_ids_T"] + 25,
+        },
+        "sequence_ids_T run from 0 to 29; expected 0 to 28, one of the rows",
+    ),
+    ({"soft_cap": -30.0}, "soft_cap is -30.0; expected None or a finite number above 0"),
+    ({"logit_scale": 0.0}, "logit_scale is 0.0; expected a finite number above 0"),
     ({"mask_T": torch.ones(29, 1)}, "mask_T has shape (29, 1); expected (29,)"),
     (
         {"advantages_S": torch.ones(0)},

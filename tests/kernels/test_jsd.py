@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, relative_error, top_k_log_probs
+from kernel_cases import (
+    BACKENDS,
+    NUMERIC,
+    SLOW_BACKENDS,
+    head_logits,
+    relative_error,
+    top_k_log_probs,
+)
 
 from zppo_kernels import (
     jsd_loss_from_hidden,
@@ -234,3 +241,36 @@ def test_errors_say_what_and_where() -> None:
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
+@pytest.mark.parametrize("top_k", [False, True])
+def test_heads_that_scale_and_cap(backend: str, top_k: bool) -> None:
+    """Student and teacher each with their own; gradients by the product behind the cap."""
+    problem = Problem(3, 64, 64, 0.3, 1.5)
+    exact = problem.leaves(torch.float64)
+    logits_TV = head_logits(exact[0] @ exact[1].T + exact[2], 0.8, 4.0)
+    teacher_TV = head_logits(problem.teacher_logits_TW.double(), 1.3, 9.0)
+    teacher_TV = torch.log_softmax(teacher_TV / 1.5, -1)
+    pair = (torch.log_softmax(logits_TV / 1.5, -1), teacher_TV)
+    if top_k:
+        pair = top_k_log_probs(logits_TV, problem.ids, problem.values, 1.5)
+    expected = torch.where(problem.mask_T, jsd_of_log_probs(*pair, 0.3), 0.0).sum() / TOKENS
+    expected.backward()
+    leaves = problem.leaves()
+    student = {"student_bias_V": leaves[2], "student_logit_scale": 0.8, "student_soft_cap": 4.0}
+    with using_backend(backend):
+        if top_k:
+            found = jsd_loss_top_k_from_hidden(
+                leaves[0], leaves[1], problem.ids, problem.values, **student, **problem.options
+            )
+        else:
+            found = jsd_loss_from_hidden(
+                leaves[0], leaves[1], *problem.teacher, teacher_logit_scale=1.3,
+                teacher_soft_cap=9.0, **student, **problem.options,
+            )  # fmt: skip
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=2e-5)
+    for leaf, other in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and other.grad is not None
+        assert relative_error(leaf.grad, other.grad) < 5e-5

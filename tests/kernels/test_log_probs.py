@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, make_case
+from kernel_cases import BACKENDS, NUMERIC, SLOW_BACKENDS, head_logits, make_case
 
 from zppo_kernels import token_log_probs, token_log_probs_from_logits
 from zppo_kernels.backends import using_backend
+from zppo_kernels.policy_reference import log_probs_reference
 
 
 @pytest.mark.slow
@@ -52,6 +53,21 @@ def test_from_hidden_equals_from_logits(backend: str, monkeypatch: pytest.Monkey
     for first, second in zip(hidden, logits, strict=True):
         assert torch.allclose(first, second, atol=5e-6)
         assert float(first[1]) == 0.0, "the row of id -100"
+
+
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
+@pytest.mark.parametrize("head", [(0.4, None), (1.0, 3.0), (1.5, 8.0)])
+def test_a_head_that_scales_or_caps(backend: str, head: tuple[float, float | None]) -> None:
+    case = make_case(2)
+    with using_backend(backend):
+        found = token_log_probs(
+            case.hidden_TH, case.weight_VH, case.target_ids_T, bias_V=case.bias_V, temperature=0.7,
+            logit_scale=head[0], soft_cap=head[1],
+        )  # fmt: skip
+    logits_TV = case.hidden_TH.double() @ case.weight_VH.double().T + case.bias_V.double()
+    exact = log_probs_reference(head_logits(logits_TV, *head), case.target_ids_T, 0.7)
+    for column_T, exact_T in zip(found, exact, strict=True):
+        assert torch.allclose(column_T.double(), exact_T, atol=1e-5)
 
 
 def test_several_threads_give_the_same_rows() -> None:

@@ -8,6 +8,8 @@ plus a floor.
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +20,18 @@ from kernel_cases import (
     NUMERIC,
     SLOW_BACKENDS,
     Case,
+    head_logits,
     make_case,
     reference_answer,
     relative_error,
 )
 
-from zppo_kernels import PolicyLossSettings, policy_loss_from_hidden, policy_loss_from_logits
+from zppo_kernels import (
+    PolicyLossSettings,
+    policy_loss_from_hidden,
+    policy_loss_from_logits,
+    token_log_probs,
+)
 from zppo_kernels.backends import using_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -54,11 +62,15 @@ ALL = [
 
 
 def check_gradients(
-    case: Case, chosen: PolicyLossSettings, backend: str, full_metrics: bool = True
+    case: Case,
+    chosen: PolicyLossSettings,
+    backend: str,
+    full_metrics: bool = True,
+    head: tuple[float, float | None] = (1.0, None),
 ) -> None:
     oracle, yardstick = (
-        reference_answer(case, chosen),
-        reference_answer(case, chosen, torch.float32),
+        reference_answer(case, chosen, head=head),
+        reference_answer(case, chosen, torch.float32, head),
     )
     allowed = [
         FLOOR + 3 * relative_error(plain, exact)
@@ -68,10 +80,10 @@ def check_gradients(
         leaves = case.leaves(torch.float32)
         output = policy_loss_from_hidden(
             leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen,
-            full_metrics=full_metrics, **case.inputs,
+            full_metrics=full_metrics, logit_scale=head[0], soft_cap=head[1], **case.inputs,
         )  # fmt: skip
         output.loss.backward()
-        logits_TV = case.logits_TV.requires_grad_()
+        logits_TV = head_logits(case.logits_TV, *head).requires_grad_()
         other = policy_loss_from_logits(
             logits_TV, case.target_ids_T, settings=chosen, full_metrics=full_metrics, **case.inputs
         )
@@ -87,6 +99,12 @@ def check_gradients(
             assert float(found.metrics[name]) == pytest.approx(float(value), rel=2e-5, abs=2e-5), (
                 name
             )
+        for column in ("log_probs_T", "entropy_T"):
+            exact_T, found_T = getattr(oracle.output, column), getattr(found, column)
+            assert not found_T.requires_grad
+            if not full_metrics:  # 0 where not computed
+                exact_T = torch.where(found_T == 0, 0.0, exact_T)
+            assert relative_error(found_T, exact_T) < 1e-5, column
 
 
 @pytest.mark.slow
@@ -126,6 +144,70 @@ def test_random_sizes_equal_the_oracle(
     assume(vocabulary > 3 or not chosen.kl_coefficient or drift < 1.0)
     case = make_case(seed, rows=rows, vocabulary=vocabulary, sequences=sequences, drift=drift)
     check_gradients(case, chosen, backend, full_metrics)
+
+
+@st.composite
+def any_settings(draw: st.DrawFn) -> PolicyLossSettings:
+    """Every switch of the loss, in any combination that makes sense."""
+    surrogate = draw(st.sampled_from(["clip", "cispo", "sapo", "dppo_tv", "dppo_kl"]))
+    levels = ["token"] if surrogate.startswith("dppo") else ["token", "sequence"]
+    return loss_settings(
+        surrogate=surrogate,
+        clip_low=draw(st.sampled_from([0.02, 0.2, 1.0])),
+        clip_high=draw(st.sampled_from([0.03, 0.28])),
+        sapo_temperature_negative=draw(st.sampled_from([1.05, 5.0])),
+        ratio_level=draw(st.sampled_from(levels)),
+        correction=draw(st.sampled_from(["none", "truncate", "mask"])),
+        correction_floor=draw(st.sampled_from([None, 0.7])),
+        correction_level=draw(st.sampled_from(["token", "sequence"])),
+        normalisation=draw(st.sampled_from(["token", "sequence", "fixed_length"])),
+        kl_coefficient=draw(st.sampled_from([0.0, 0.1])),
+        kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
+        kl_correction=draw(st.sampled_from(["none", "importance", "straight_through"])),
+        entropy_coefficient=draw(st.sampled_from([0.0, 0.02])),
+        temperature=draw(st.sampled_from([1.0, 0.7])),
+    )
+
+
+def any_rows(case: Case, seed: int, exactly_one: bool, per_token: bool) -> Case:
+    """Without proximal log-probs, the behaviour's near the policy's; with an advantage per row."""
+    if exactly_one:
+        case = case.with_inputs(proximal_log_probs_T=None)
+    if per_token:
+        generator = torch.Generator().manual_seed(seed)
+        advantages_T = torch.randn(len(case.target_ids_T), generator=generator).round(decimals=0)
+        case = case.with_inputs(advantages_S=None, advantages_T=advantages_T)
+        ids_T = case.inputs["sequence_ids_T"].clamp(max=len(case.target_ids_T) - 1)
+        case = case.with_inputs(sequence_ids_T=ids_T)
+    return case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "examples"), [(name, 10 if name == "triton" else 60) for name in BACKENDS]
+)
+def test_any_settings_equal_the_oracle(backend: str, examples: int) -> None:
+    @settings(max_examples=examples, **NUMERIC)
+    @given(
+        seed=st.integers(0, 10**6),
+        rows=st.integers(1, 15),
+        vocabulary=st.sampled_from([5, 64, 257, 1100]),
+        drift=st.sampled_from([0.05, 0.4]),
+        exactly_one=st.booleans(),
+        per_token=st.booleans(),
+        full_metrics=st.booleans(),
+        head=st.sampled_from([(1.0, None), (0.3, None), (1.0, 5.0), (1.7, 20.0)]),
+        chosen=any_settings(),
+    )
+    def check(
+        seed: int, rows: int, vocabulary: int, drift: float, exactly_one: bool, per_token: bool,
+        full_metrics: bool, head: tuple[float, float | None], chosen: PolicyLossSettings,
+    ) -> None:  # fmt: skip
+        case = make_case(seed, rows=rows, vocabulary=vocabulary, sequences=4, drift=drift)
+        case = any_rows(case, seed, exactly_one, per_token)
+        check_gradients(case, chosen, backend, full_metrics, head)
+
+    check()
 
 
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
@@ -195,12 +277,77 @@ def test_float64_passes_gradcheck() -> None:
         else value
         for name, value in case.inputs.items()
     }
-    for level in ("token", "sequence"):
-        chosen = loss_settings(ratio_level=level, kl_coefficient=0.1)
+    several = [
+        loss_settings(ratio_level="sequence", kl_coefficient=0.1, kl_correction="importance"),
+        *(
+            loss_settings(
+                surrogate=surrogate, entropy_coefficient=0.3, kl_coefficient=0.1, kl_estimator=name
+            )
+            for surrogate, name in (("clip", "k1"), ("sapo", "k2"))
+        ),
+    ]
+    for chosen in several:
 
         def loss(*leaves: torch.Tensor, chosen: PolicyLossSettings = chosen) -> torch.Tensor:
             return policy_loss_from_hidden(
-                leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen, **inputs
-            ).loss
+                leaves[0], leaves[1], case.target_ids_T, bias_V=leaves[2], settings=chosen,
+                soft_cap=4.0, logit_scale=0.9, **inputs,
+            ).loss  # fmt: skip
 
         assert torch.autograd.gradcheck(loss, case.leaves(torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surrogate", ["cispo", "dppo_tv", "dppo_kl"])
+def test_a_weight_that_is_a_constant_has_the_gradient_of_its_log_prob(surrogate: Any) -> None:
+    """By finite differences in float64: the loss itself is not what is differentiated, since its
+    weight moves; the log-probs with the weights held are."""
+    case = make_case(6, rows=9, vocabulary=11, drift=0.2)
+    inputs = {
+        name: value.double()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in case.inputs.items()
+    } | {"behaviour_log_probs_T": None}
+    chosen = loss_settings(surrogate=surrogate, clip_low=0.05, clip_high=0.06)
+    hidden_TH, weight_VH, bias_V = (leaf.detach() for leaf in case.leaves(torch.float64))
+    mask_T = case.inputs["mask_T"] & (case.target_ids_T != -100)
+
+    def log_probs(hidden_TH: torch.Tensor) -> torch.Tensor:
+        return token_log_probs(hidden_TH, weight_VH, case.target_ids_T, bias_V=bias_V)[0]
+
+    leaf_TH = hidden_TH.clone().requires_grad_()
+    policy_loss_from_hidden(
+        leaf_TH, weight_VH, case.target_ids_T, bias_V=bias_V, settings=chosen, **inputs
+    ).loss.backward()
+    now_T, before_T = log_probs(hidden_TH), inputs["proximal_log_probs_T"]
+    advantages_T = inputs["advantages_S"][inputs["sequence_ids_T"]]
+    weights_T = naive_weights(surrogate, now_T, before_T, advantages_T)
+    factors_T = torch.where(mask_T, -advantages_T * weights_T / inputs["token_count"], 0.0)
+    step = 1e-6
+    for row in range(len(hidden_TH)):
+        for column in (0, 5):
+            moved_TH = torch.zeros_like(hidden_TH)
+            moved_TH[row, column] = step
+            ahead, behind = log_probs(hidden_TH + moved_TH), log_probs(hidden_TH - moved_TH)
+            expected = float((factors_T * (ahead - behind)).sum()) / (2 * step)
+            assert leaf_TH.grad is not None
+            assert float(leaf_TH.grad[row, column]) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def naive_weights(
+    surrogate: str, now_T: torch.Tensor, before_T: torch.Tensor, advantages_T: torch.Tensor
+) -> torch.Tensor:
+    """MiniMax-M1, Eq. 5, and DPPO's binary divergences (arXiv 2602.04879), one row at a time."""
+    weights = []
+    for now, before, advantage in zip(now_T, before_T, advantages_T, strict=True):
+        ratio, p, q = math.exp(now - before), math.exp(now), math.exp(before)
+        if surrogate == "cispo":
+            weights.append(min(max(ratio, 0.95), 1.06))
+            continue
+        moved = abs(p - q)
+        if surrogate == "dppo_kl":
+            moved = q * math.log(q / p) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+        is_far = (moved > 0.06 and p > q) if advantage > 0 else (moved > 0.05 and p < q)
+        weights.append(0.0 if is_far else min(ratio, 1.5))
+    return torch.tensor(weights, dtype=torch.float64)

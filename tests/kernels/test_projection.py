@@ -43,7 +43,8 @@ def test_gradients_are_near_the_exact_ones(dtype: torch.dtype) -> None:
     )  # a GPU rounds the gradient of the logits to bf16 as well
     expected_VH = 2 * gradient_CV.double().T @ hidden_CH.double()
     expected_CH = gradient_CV.double() @ weight_VH.double()
-    hidden_gradient_CH = projection.hidden_gradient(gradient_CV)
+    hidden_gradient_CH = torch.empty_like(hidden_CH, dtype=torch.float32)
+    projection.hidden_gradient(gradient_CV, hidden_gradient_CH)
     for found, expected in ((total_VH, expected_VH), (hidden_gradient_CH, expected_CH)):
         assert found.dtype == torch.float32
         assert float((found - expected).norm()) <= error * float(expected.norm())

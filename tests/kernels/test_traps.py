@@ -426,18 +426,34 @@ def test_a_narrow_gradient_fits_into_its_own_logits(backend: str) -> None:
     assert relative_error(narrow_CV, expected_CV) < 1e-3
 
 
-def test_autocast_rounds_nothing(backend: str) -> None:
-    """Inside autocast one of the three products was taken in bf16: a gradient by the hidden states
-    off by 3e-3."""
+def test_autocast_rounds_the_operands_of_the_products_and_nothing_else(backend: str) -> None:
+    """As in Liger, TRL and any model under autocast the head's products are taken in bf16; logits,
+    loss and gradients stay float32, and hidden states may be bf16 beside a float32 head."""
     case = make_case(20)
-    plain, leaves = loss_of(case, backend)
+    rounded = dataclasses.replace(
+        case,
+        **{name: getattr(case, name).bfloat16().float() for name in ("hidden_TH", "weight_VH")},
+    )
+    exact = reference_answer(rounded, DEFAULT)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, others = loss_of(case, backend)
-    assert cast.loss.item() == plain.loss.item()
-    for one, other in zip(
-        torch.autograd.grad(plain.loss, leaves), torch.autograd.grad(cast.loss, others), strict=True
-    ):
-        assert torch.equal(one, other)
+        cast, leaves = loss_of(case, backend)
+        mixed = dataclasses.replace(case, hidden_TH=case.hidden_TH.bfloat16())
+        with using_backend(backend):
+            other = policy_loss_from_hidden(
+                mixed.hidden_TH, case.weight_VH, case.target_ids_T, bias_V=case.bias_V,
+                **case.inputs,
+            )  # fmt: skip
+            found_T, _ = token_log_probs(
+                mixed.hidden_TH, case.weight_VH, case.target_ids_T, bias_V=case.bias_V
+            )
+    assert cast.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
+    assert cast.loss.item() == pytest.approx(exact.output.loss.item(), rel=1e-5)
+    live_T = exact.output.log_probs_T != 0
+    assert relative_error(found_T[live_T], exact.output.log_probs_T[live_T]) < 1e-5
+    gradients = torch.autograd.grad(cast.loss, leaves)
+    for gradient, expected in zip(gradients, exact.gradients, strict=False):
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, expected) < 2**-8  # dH and dW of bf16 gradients
 
 
 @pytest.fixture

@@ -31,15 +31,25 @@ def example() -> ModuleType:
     return module
 
 
-def compared(trainer: Any, theirs: Any) -> list[tuple[float, float, float]]:
-    """Train; for each micro-batch our loss, TRL's, and the largest relative error of a gradient."""
+def compared(trainer: Any, theirs: Any, ratio: str | None) -> list[tuple[float, float, float]]:
+    """Train; for each micro-batch our loss, TRL's, and the largest relative error of a gradient.
+
+    `ratio`: weights as TRL gives them where vLLM samples, of a "token" or a "sequence".
+    """
     ours, found = type(trainer)._compute_loss, []
 
     def both(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if ratio is not None:
+            size, length = inputs["completion_ids"].shape
+            weights = torch.rand(size, length if ratio == "token" else 1) + 0.5
+            weights[0] = 0.0  # masked
+            inputs = inputs | {"importance_sampling_ratio": weights}
         parameters = [p for p in model.parameters() if p.requires_grad]
+        trainer.use_vllm = ratio is not None
         expected = theirs._compute_loss(trainer, model, inputs)
         wanted = torch.autograd.grad(expected, parameters)
         loss = ours(trainer, model, inputs)
+        trainer.use_vllm = False
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
         error = max(map(relative_error, gradients, wanted))
         found.append((loss.item(), expected.item(), error))
@@ -50,29 +60,29 @@ def compared(trainer: Any, theirs: Any) -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2},
-        {
-            "loss_type": "grpo",
-            "num_iterations": 2,
-            "delta": 4.0,
-            "beta": 0.1,
-            "use_bias_correction_kl": False,
-        },
-        {"loss_type": "dr_grpo", "num_iterations": 2, "importance_sampling_level": "sequence"},
-        {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "temperature": 0.7},
-    ],
-    ids=lambda changes: changes["loss_type"],
-)
-def test_loss_and_gradients_equal_trls(
-    example: ModuleType, changes: dict[str, Any], tmp_path: Path
-) -> None:
+CASES: dict[str, dict[str, Any]] = {
+    "dapo": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "ratio": "token"},
+    "grpo": {"num_iterations": 2, "beta": 0.1, "delta": 4.0, "ratio": "sequence"},
+    "dr_grpo": {"num_iterations": 2, "importance_sampling_level": "sequence", "beta": 0.1},
+    "luspo": {"num_iterations": 2, "importance_sampling_level": "sequence"},
+    "bnpo": {
+        "gradient_accumulation_steps": 2,
+        "temperature": 0.7,
+        "beta": 0.1,
+        "use_bias_correction_kl": False,
+    },
+    "cispo": {"num_iterations": 2, "epsilon_high": 1.2, "gradient_accumulation_steps": 2},
+    "sapo": {"num_iterations": 2, "ratio": "token"},
+}
+
+
+@pytest.mark.parametrize("loss_type", CASES)
+def test_loss_and_gradients_equal_trls(example: ModuleType, loss_type: str, tmp_path: Path) -> None:
     """From the first step, whose ratio is 1, to later ones that are off policy."""
-    changes = {"max_steps": 4, "logging_steps": 1, **changes}
+    changes = {"loss_type": loss_type, "max_steps": 4, "logging_steps": 1, **CASES[loss_type]}
+    ratio = changes.pop("ratio", None)
     trainer = example.trainer_for(example.FusedGRPOTrainer, str(tmp_path), **changes)
-    found = compared(trainer, example.GRPOTrainer)
+    found = compared(trainer, example.GRPOTrainer, ratio)
     assert len(found) == 4 * changes.get("gradient_accumulation_steps", 1)
     for loss, expected, error in found:
         assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -92,13 +102,13 @@ def test_it_learns(example: ModuleType, capfd: pytest.CaptureFixture[str]) -> No
     ("changes", "message"),
     [
         (
-            {"loss_type": "sapo"},
-            "loss_type is 'sapo'; expected one of dapo, bnpo, grpo, dr_grpo",
+            {"loss_type": "vespo"},
+            "loss_type is 'vespo'; expected one of dapo, bnpo, grpo, dr_grpo, luspo, cispo, sapo",
         ),
         (
-            {"beta": 0.1},
-            "use_vllm, top_entropy_quantile, entropy_coef and use_bias_correction_kl (with beta) "
-            "are not in this loss",
+            {"entropy_coef": 0.1},
+            "top_entropy_quantile, entropy_coef, off_policy_mask_threshold and "
+            "router_aux_loss_coef are not in this loss",
         ),
     ],
 )

@@ -57,7 +57,7 @@ def files(folder: Path) -> set[str]:
 # ---- mistakes ------------------------------------------------------------------------------------
 
 SETTING_MISTAKES = [
-    ("method.name=zpo", "method.name: there is no method 'zpo' (did you mean 'zppo'?)"),
+    ("method.name=zpo", "method.name: there is no method 'zpo' (did you mean 'zppo'?); or name package.module:name or ./file.py:name"),
     ("teacher=null", "teacher: is missing; expected a section, because the method 'zppo' needs a teacher"),
     ("actors.teacher.count=0", "actors.teacher.count is 0; expected at least 1, because the run asks the teacher"),
     ("actors.rollout.count=0", "actors.rollout.count is 0; expected at least 1"),
@@ -317,6 +317,11 @@ COMMAND_MISTAKES = [
         "zppo launch: the topology is given twice, 'a.yaml' and --topology 'b.yaml'; expected one",
     ),
     (("--resume",), "--resume: expected a run directory, or the --topology of the run"),
+    (
+        ("--resume", "topology.yaml"),
+        "--resume: 'topology.yaml' is a file; expected a run directory, or the topology in front "
+        "of it: zppo launch topology.yaml --resume",
+    ),
     (("--resume", "nowhere"), "'nowhere' is not a run directory: it has no run.json"),
     (
         ("--topologie", "x"),

@@ -36,9 +36,12 @@ class Composition(Struct, frozen=True, kw_only=True):
         rewards = [group.the_grades[index].reward for group, index in self.members]
         return np.array(rewards, dtype=np.float32)
 
-    def parts_NK(self, names: Sequence[str]) -> np.ndarray:
-        """The parts of these names of each reward, [N, K] float32."""
+    def parts_NK(self, names: Sequence[str]) -> np.ndarray | None:
+        """The parts of these names of each reward, [N, K] float32; None where the question's row
+        has a rule of its own in place of them."""
         parts = [group.the_grades[index].parts for group, index in self.members]
+        if not names or not all(name in part for part in parts for name in names):
+            return None
         return np.array([[part[name] for name in names] for part in parts], dtype=np.float32)
 
 
@@ -106,7 +109,7 @@ def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = (
         samples=gathered(visit, composition),
         rewards=composition.rewards,
         scores=visit.scores.get(composition.id),
-        reward_parts=composition.parts_NK(parts) if parts else None,
+        reward_parts=composition.parts_NK(parts),
     )
 
 

@@ -57,7 +57,7 @@ def accuracy(results: Results) -> Drawn:
         dots(axes, seeds, [method.interval(of) for method in results.methods], _percent)
         name_rows(axes, results.methods)
         axes.set_title(f"Held-out accuracy {budget}")
-        axes.set_xlabel("mean reward")
+        axes.set_xlabel("share correct")
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     caption = f"Blue: mean over seeds. Grey: single seeds. {INTERVAL}. The comparison of Fig. 1."
     return Picture("accuracy", "Accuracy", "Held-out accuracy by method", caption, figure)
@@ -269,7 +269,7 @@ def _curves(
     x: str,
     share: bool,
 ) -> Drawn:
-    figure = curves(results.methods, of, title, x, "mean reward", share)
+    figure = curves(results.methods, of, title, x, "share correct", share)
     return (
         None
         if figure is None
@@ -278,7 +278,7 @@ def _curves(
 
 
 def _metric(
-    results: Results, metric: str, name: str, title: str, share: bool, y: str = "mean reward"
+    results: Results, metric: str, name: str, title: str, share: bool, y: str = "share correct"
 ) -> Drawn:
     figure = curves(
         results.methods,

@@ -38,7 +38,7 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 COUNTERPARTS: tuple[Counterpart, ...] = (
     Counterpart("run.name", "run_name", "trainer.experiment_name"),
     Counterpart("run.directory", "output_dir", "trainer.default_local_dir"),
-    Counterpart("run.seed", "seed"),
+    Counterpart("run.seed", "seed", "", (42, KEPT)),
     Counterpart(
         "run.steps",
         "max_steps",
@@ -62,8 +62,17 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
         typed="mini_batch_size",
     ),
     Counterpart(
-        "method.advantage", "scale_rewards", "algorithm.norm_adv_by_std_in_grpo", ("grpo", "grpo")
+        "method.preset", note="a loss by its name: grpo, dapo, dr_grpo, …", typed="loss algo"
     ),
+    Counterpart(
+        "method.advantage",
+        "scale_rewards",
+        "algorithm.norm_adv_by_std_in_grpo",
+        ("grpo_bessel", "grpo_bessel"),
+    ),
+    Counterpart("method.advantage_rewards", "multi_objective_aggregation"),
+    Counterpart("method.surrogate", "", f"{ACTOR}.policy_loss.loss_mode"),
+    Counterpart("method.ratio_level", "importance_sampling_level"),
     Counterpart(
         "method.clip_low",
         "epsilon epsilon_low",
@@ -73,21 +82,66 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
     ),
     Counterpart("method.clip_high", "epsilon_high", f"{ACTOR}.clip_ratio_high", (0.2, 0.2)),
     Counterpart("method.dual_clip", "delta", f"{ACTOR}.clip_ratio_c", (None, 3.0)),
-    Counterpart("method.loss_normalisation", "loss_type", f"{ACTOR}.loss_agg_mode"),
+    Counterpart("method.sapo_temperature_positive", "sapo_temperature_pos"),
+    Counterpart("method.sapo_temperature_negative", "sapo_temperature_neg"),
+    Counterpart(
+        "method.loss_normalisation",
+        "loss_type",
+        f"{ACTOR}.loss_agg_mode",
+        note="a part of what method.preset sets",
+    ),
+    Counterpart("method.entropy_coefficient", "entropy_coef", f"{ACTOR}.entropy_coeff"),
+    Counterpart(
+        "method.entropy_target",
+        "entropy_target use_adaptive_entropy",
+        note="null leaves the coefficient as it is",
+    ),
+    Counterpart("method.entropy_step", "entropy_coef_delta"),
+    Counterpart("method.entropy_coefficient_max", "entropy_coef_max"),
+    Counterpart("method.entropy_quantile", "top_entropy_quantile"),
+    Counterpart(
+        "method.kl_coefficient",
+        "beta",
+        f"{ACTOR}.kl_loss_coef {ACTOR}.use_kl_loss algorithm.kl_ctrl.kl_coef",
+        note="0 is off",
+        typed="kl_beta init_kl_coef",
+    ),
+    Counterpart("method.kl_estimator", "", f"{ACTOR}.kl_loss_type"),
+    Counterpart(
+        "method.kl_correction",
+        "use_bias_correction_kl",
+        note="with method.kl_coefficient, TRL's default is importance",
+    ),
     Counterpart("method.truncated", "mask_truncated_completions"),
     Counterpart(
         "method.correction",
         "vllm_importance_sampling_mode vllm_importance_sampling_correction",
         "algorithm.rollout_correction.rollout_is",
         ("none", "none"),
+        "token or sequence is method.correction_level",
     ),
     Counterpart(
         "method.correction_cap",
         "vllm_importance_sampling_clip_max vllm_importance_sampling_cap",
         "algorithm.rollout_correction.rollout_is_threshold",
+        (3.0, KEPT),
+    ),
+    Counterpart(
+        "method.correction_floor",
+        "vllm_importance_sampling_clip_min",
+        note="of method.correction: mask",
     ),
     Counterpart("data.train", "train_dataset dataset_name", "data.train_files", typed="dataset"),
     Counterpart("data.heldout", "eval_dataset", "data.val_files"),
+    Counterpart(
+        "data.fields", "", "data.prompt_key data.image_key", note="known layouts need none"
+    ),
+    Counterpart(
+        "data.reward",
+        "reward_funcs reward_weights",
+        "custom_reward_function.path reward_model.reward_manager",
+        typed="reward reward_function reward_fn reward_func",
+    ),
     Counterpart(
         "data.max_prompt_tokens", "max_prompt_length", "data.max_prompt_length", (512, 512)
     ),
@@ -106,6 +160,9 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
         typed="max_tokens max_length max_seq_length",
     ),
     Counterpart("student.sampling.temperature", "temperature", f"{ROLLOUT}.temperature"),
+    Counterpart("student.sampling.top_p", "top_p", f"{ROLLOUT}.top_p"),
+    Counterpart("student.sampling.top_k", "top_k", f"{ROLLOUT}.top_k"),
+    Counterpart("student.sampling.min_p", "min_p"),
     Counterpart(
         "student.chat_template_kwargs", "chat_template_kwargs", "data.apply_chat_template_kwargs"
     ),
@@ -140,6 +197,12 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
         (KEPT, "vllm"),
         "transformers or vllm",
     ),
+    Counterpart(
+        "actors.rollout.engine_args",
+        "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_length",
+        f"{ROLLOUT}.gpu_memory_utilization {ROLLOUT}.tensor_model_parallel_size",
+        note="arguments of the engine, by its own names",
+    ),
     Counterpart("actors.rollout.devices", "", "trainer.n_gpus_per_node", typed="gpus"),
     Counterpart("actors.trainer.device", "", "trainer.device"),
     Counterpart(
@@ -158,8 +221,19 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
     Counterpart("checkpoints.every", "save_steps", "trainer.save_freq", (500, KEPT)),
     Counterpart("checkpoints.keep", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
     Counterpart("evaluation.every", "eval_steps", "trainer.test_freq"),
-    Counterpart("sinks.rollouts", "log_completions", "trainer.rollout_data_dir"),
-    Counterpart("sinks.tensorboard", "report_to", "trainer.logger"),
+    Counterpart(
+        "sinks.rollouts",
+        "log_completions",
+        "trainer.rollout_data_dir",
+        note="as Parquet in the run directory",
+    ),
+    Counterpart(
+        "sinks.wandb",
+        "report_to",
+        "trainer.logger trainer.project_name",
+        note="also sinks.trackio, sinks.mlflow and sinks.tensorboard",
+        typed="wandb use_wandb wandb_project logger",
+    ),
 )
 
 ABSENT: dict[str, str] = {
@@ -172,14 +246,14 @@ ABSENT: dict[str, str] = {
         "lr_warmup_steps_ratio warmup_style scheduler_type"
     ),
     "the trainer is one process on one device": (
-        "deepspeed fsdp fsdp_config nnodes world_size num_gpus tensor_model_parallel_size "
+        "deepspeed fsdp fsdp_config nnodes world_size num_gpus "
         "ulysses_sequence_parallel_size strategy megatron"
     ),
     "a response is trained on once, in one of the method.updates_per_step updates": (
         "num_iterations ppo_epochs"
     ),
     "there is no critic; advantages are those of groups": "critic gamma lam cliprange_value",
-    "answers are graded, not scored by a reward model": "reward_model",
+    "a reward model is asked by a reward of your own, docs/extending.md": "reward_model",
     "several turns and tools are not built": (
         "tools multi_turn max_tool_calling_iterations environment_factory max_assistant_turns"
     ),
@@ -190,8 +264,11 @@ ABSENT: dict[str, str] = {
     ),
 }
 """What is not here, in the words of the hint, and the names under which it is looked for."""
-GENERIC = ("name", "path", "rollout_is")
-"""Last parts of verl's names that say nothing without their sections."""
+GENERIC = (
+    *("name", "path", "rollout_is"),
+    *("gpu_memory_utilization", "tensor_model_parallel_size"),
+)
+"""Last parts of verl's names that say nothing, or something else, without their sections."""
 
 
 def hint_for(name: str) -> str | None:

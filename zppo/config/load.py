@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from zppo.config.counterparts import hint_for
 from zppo.config.explain import explain, nearest_setting, settings, step
 from zppo.config.paths import absolute, absolute_use
+from zppo.config.presets import with_preset
 from zppo.config.rewards import RewardConfig
 from zppo.config.sinks import SinksConfig
 from zppo.config.strict_yaml import parse
@@ -119,8 +120,9 @@ def run_folder(topology: Topology) -> Path:
 
 
 def convert(data: dict[str, Any], places: Mapping[str, str]) -> Topology:
-    """Check plain data against the configuration. `places` says where each dotted path stands.
-    Raises UserError."""
+    """Check plain data against the configuration, after its preset has filled in what it does not
+    say. `places` says where each dotted path stands. Raises UserError."""
+    data = with_preset(data)
     try:
         return msgspec.convert(data, Topology)
     except msgspec.ValidationError as error:

@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from zppo.config.base import Config
 from zppo.errors import UserError
 
 REWARD, REWARD_AND_TEACHER = "reward", "reward+teacher"
 """Graders of the questions of a run with `data.reward`: by grading workers alone, or with one part
-that the teacher gives."""
+that the teacher gives. The same with `:NAME` behind it where the question's row names the one part
+that counts."""
 RUBRIC = "rubric"
 """The reward for which the teacher reads the whole response."""
 
@@ -76,6 +77,17 @@ def parts_of(entries: Sequence[RewardConfig]) -> list[Part]:
             )
         )
     return parts
+
+
+def rule_of(grader: str) -> tuple[str, str]:
+    """The grader of a question without, and the name of, the part that its row names."""
+    rule, _, part = grader.partition(":")
+    return rule, part
+
+
+def chosen(parts: Sequence[Part], name: str) -> list[Part]:
+    """The parts that count: all, or the one that a row names, as it is without its weight."""
+    return [structs.replace(p, weight=1.0) for p in parts if p.name == name] if name else [*parts]
 
 
 def weighted(parts: Sequence[Part], values: Mapping[str, float]) -> float:

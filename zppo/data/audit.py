@@ -76,6 +76,7 @@ class AuditOrder(Struct, frozen=True, kw_only=True):
     seed: int
     grader_seconds: float
     json: bool
+    correct_reward: float = 1.0
 
 
 class Case(Struct, frozen=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of, rule_of
 from zppo.config.topology import JUDGE, DataConfig
 from zppo.data.messages import read_conversation
 from zppo.data.pictures import picture_problem
@@ -58,7 +58,7 @@ class RowReader:
         answer = self._gold(row)
         media = tuple(self._media(row))
         grader = self._own_grader(row)
-        for name in self._rules if grader is None else [grader]:
+        for name in self._rules_of(grader):
             if not get_grader(name).usable(answer):
                 raise RowError(
                     f"the gold answer is {answer[:40]!r}, which the grader {name!r} can never meet"
@@ -136,11 +136,22 @@ class RowReader:
         name = self._name("answer")
         return bounded(as_text(self._required(row, "answer"), name), name)
 
+    def _rules_of(self, own: str | None) -> list[str]:
+        """The rules that must be able to meet the gold answer."""
+        if own is None:
+            return self._rules
+        part = rule_of(own)[1]
+        return [p.use for p in self._parts if p.name == part and p.use in GRADERS] or (
+            [] if self._parts else [own]
+        )
+
     def _own_grader(self, row: Mapping[str, Any]) -> str | None:
         value, name = self._optional(row, "grader", "the grader")
         if value is None:
             return None
         grader = as_text(value, name)
+        if self._parts:
+            return self._own_part(grader, name)
         if grader == JUDGE != self._grader:
             raise RowError(
                 f"{name} is {JUDGE!r}, which asks the teacher; expected data.grader {JUDGE!r} too"
@@ -148,6 +159,13 @@ class RowReader:
         if grader not in GRADERS:
             raise RowError(f"{name} is {grader[:40]!r}{nearest(grader, GRADERS)}")
         return grader
+
+    def _own_part(self, part: str, name: str) -> str:
+        """The grader of a row that names the one part of data.reward that counts for it."""
+        found = {one.name: one for one in self._parts}
+        if part not in found:
+            raise RowError(f"{name} is {part[:40]!r}{nearest(part, found)}")
+        return f"{REWARD_AND_TEACHER if found[part].of_teacher else REWARD}:{part}"
 
     # ---- pictures --------------------------------------------------------------------------------
 
@@ -198,8 +216,8 @@ class RowReader:
         there = all(value_of(row, name) is not None for name in other.required.values())
         if there and other.layout != columns.layout:
             return (
-                f": the row is laid out as {other.layout.name}'s, and the first one as "
-                f"{columns.layout.name}'s; expected one layout in a source"
+                f": the row is laid out as {other.layout}, and the first one as {columns.layout}; "
+                "expected one layout in a source"
             )
         known = list(paths_of(row))
         return nearest(column, known) if known and column not in known else ""
@@ -225,11 +243,6 @@ def _check_rules(source: Source, config: DataConfig) -> None:
         raise UserError(
             f"data.reward: {source.name!r} brings its own rule, {source.grader!r}; expected no "
             "reward"
-        )
-    if config.reward and "grader" in config.fields:
-        raise UserError(
-            f"data.fields.grader is {config.fields['grader']!r} where data.reward says what a "
-            "response earns; expected one of the two"
         )
 
 

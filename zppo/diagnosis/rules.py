@@ -78,6 +78,22 @@ def grading_timed_out(evidence: Evidence, limits: Thresholds) -> Iterator[Adviso
         )
 
 
+def reward_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+    """A response whose reward raised or timed out is neither right nor wrong: it teaches
+    nothing."""
+    share = evidence.mean("answers/failed", limits.long_steps)
+    if share is not None and share >= limits.rewards_failed:
+        yield Advisory(
+            rule="reward_failed",
+            severity=_severity(share >= limits.most_rewards_failed),
+            found=f"the reward of {percent(share)} of the last responses raised or ran out of "
+            "time, and they are left out",
+            change="see the notes in rollouts/ and logs/grader-0.log, and mend data.reward",
+            settings=["data.reward", "actors.grader.timeout_seconds"],
+            numbers={"answers/failed": share},
+        )
+
+
 # ---- the teacher ---------------------------------------------------------------------------------
 
 
@@ -374,6 +390,7 @@ RULES: dict[str, Rule] = {
         teacher_never_right,
         cut_off,
         grading_timed_out,
+        reward_failed,
         no_answer,
         not_finite,
         all_alike,

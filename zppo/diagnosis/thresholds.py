@@ -24,6 +24,10 @@ class Thresholds(Struct, frozen=True, kw_only=True):
     """Share of responses whose grading was cut off, as a warning."""
     most_grading_timeouts: float = 0.2
     """The same, severe."""
+    rewards_failed: float = 0.01
+    """Share of responses whose reward could not be had, as a warning."""
+    most_rewards_failed: float = 0.5
+    """The same, severe."""
     live_rollouts: float = 0.05
     """Share of rollouts with an advantage, below which hardly anything is learnt."""
     signal: float = 0.1

@@ -2,8 +2,8 @@
 
 from zppo.grading.boxes import last_boxed, parse_answer
 from zppo.grading.graders import GRADERS, NO_BOX, Grader, get_grader, grade, quick_grade, shown_gold
-from zppo.grading.judge import judged, says_correct, scored, together
-from zppo.grading.rewards import Reward
+from zppo.grading.judge import judged, says_correct, scored
+from zppo.grading.rewards import Reward, together
 
 __all__ = [
     "GRADERS",

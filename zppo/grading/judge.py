@@ -7,13 +7,11 @@ else counts as wrong. With a rubric it reads the whole response and gives a scor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from zppo.config.rewards import Part, weighted
 from zppo.grading.boxes import last_boxed, parse_answer, shown
 from zppo_protocol.values import Grade
 
@@ -54,16 +52,3 @@ def scored(reply: str, response: str) -> Grade:
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         note = f"the rubric got no score from 0 to 1: {final[:80]!r}"
         return Grade(reward=0.0, answer=answer, note=note, failed=True)
-
-
-def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Grade) -> Grade:
-    """One grade of what the grading workers gave and of the teacher's part."""
-    failed = local.failed or verdict.failed
-    values = {**local.parts, of_teacher.name: verdict.reward}
-    return Grade(
-        reward=0.0 if failed else weighted(parts, values),
-        answer=local.answer if local.answer is not None else verdict.answer,
-        note=local.note if local.failed else verdict.note or local.note,
-        parts=values,
-        failed=failed,
-    )

@@ -19,12 +19,12 @@ from msgspec import Meta, Struct, structs
 from zppo import extensions
 from zppo.config.base import Config, Positive, PositiveFloat
 from zppo.config.explain import explain
-from zppo.config.rewards import RUBRIC, Part
+from zppo.config.rewards import RUBRIC, Part, weighted
 from zppo.config.topology import JUDGE
 from zppo.errors import UserError
 from zppo.grading.boxes import last_boxed, shown
 from zppo.grading.graders import GRADERS, NO_BOX, get_grader
-from zppo_protocol.values import MAX_REWARD
+from zppo_protocol.values import MAX_REWARD, Grade
 
 ONE = ("question", "response", "row")
 ALL = ("questions", "responses", "rows")
@@ -211,11 +211,33 @@ def read_results(values: object, count: int) -> list[Reward]:
     return [read_result(value) for value in values]
 
 
+def summed(
+    parts: Sequence[Part], values: dict[str, float], answer: str | None, note: str = ""
+) -> Grade:
+    """The grade of a response from the values of all its parts. A sum that is no lawful reward,
+    which takes weights as large as values, fails."""
+    value = weighted(parts, values)
+    if abs(value) > MAX_REWARD:
+        note = f"the rewards add up to {value:g}; expected at most {MAX_REWARD:g}"
+        return Grade(reward=0.0, answer=answer, note=note, failed=True)
+    return Grade(reward=value, answer=answer, note=note, parts=values)
+
+
+def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Grade) -> Grade:
+    """One grade of what the grading workers gave, in its parts, and of the teacher's part."""
+    for one in (local, verdict):
+        if one.failed:
+            return one
+    answer = local.answer if local.answer is not None else verdict.answer
+    values = {**local.parts, of_teacher.name: verdict.reward}
+    return summed(parts, values, answer, local.note or verdict.note)
+
+
 def _number(value: object, what: str) -> float:
     """A finite float; NumPy's and Torch's scalars count, because they say so themselves."""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise RewardError(f"returned {_shown(value)} as {what}; expected a number")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not math.isfinite(number) or abs(number) > MAX_REWARD:
         raise RewardError(
             f"returned {number:g} as {what}; expected a finite number, at most {MAX_REWARD:g}"

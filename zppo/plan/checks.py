@@ -26,6 +26,7 @@ from zppo.plan.engines.own import (
     convert_arguments,
 )
 from zppo.plan.engines.vllm import check_vllm_arguments
+from zppo.plan.loss_checks import check_loss
 from zppo.plan.processes import asked_teachers, trainer_scores
 from zppo.plan.sinks import check_sinks
 from zppo.prompting.chat_template import check_template_variables
@@ -173,7 +174,8 @@ def _check_recipe(topology: Topology, method: Method) -> None:
             "float16 vanish without loss scaling"
         )
     least = 1.0 + config.clip_high
-    if config.dual_clip is not None and config.dual_clip < least:
+    clips = config.surrogate == "clip"
+    if clips and config.dual_clip is not None and config.dual_clip < least:
         raise UserError(
             f"method.dual_clip is {config.dual_clip:g}; expected null or at least {least:g}, 1 + "
             "method.clip_high, "
@@ -184,10 +186,10 @@ def _check_recipe(topology: Topology, method: Method) -> None:
             f"scheduler.rho_aug_max is {scheduler.rho_aug_max:g}; expected null or at least "
             f"{scheduler.rho_aug:g}, scheduler.rho_aug"
         )
-    if config.loss_normalisation == "sequence" and method.needs_scores:
+    if config.loss_normalisation != "token" and method.needs_scores:
         raise UserError(
-            f"method.loss_normalisation is 'sequence'; expected 'token', because {method.name!r} "
-            "takes the mean of the divergence over all tokens"
+            f"method.loss_normalisation is {config.loss_normalisation!r}; expected 'token', "
+            f"because {method.name!r} takes the mean of the divergence over all tokens"
         )
     if config.dynamic_sampling and method.needs_scores:
         raise UserError(
@@ -256,6 +258,7 @@ CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_hosts,
     _check_engines,
     _check_recipe,
+    check_loss,
     _check_sampling,
     _check_templates,
     check_sinks,

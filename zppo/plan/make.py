@@ -17,6 +17,7 @@ from zppo.plan.architecture import refuse_other_state, refuse_without_slots
 from zppo.plan.checks import CHECKS
 from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
+from zppo.plan.loss_checks import loss_notes
 from zppo.plan.machine import Machine, check_fits, idle_cards
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
 from zppo.plan.model_folder import ModelFacts
@@ -186,6 +187,7 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
             "weight by about as much in each update, and weights of language models are about "
             "0.02; the paper's is 1e-06"
         )
+    notes += loss_notes(topology.method)
     if scheduler.max_staleness == 0:
         notes.append(
             "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1"

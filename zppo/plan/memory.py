@@ -4,8 +4,9 @@ starts.
 Legend of the terms, all in bytes: weights = parameters · width; gradients = weights; optimizer = 2
 · parameters · state width; activations ≈ 34 · tokens · hidden · layers at two bytes a number
 (Korthikanti et al. 2022, §4, without the part of the attention that fused attention never stores);
-key-value cache = sequences · length · layers · 2 · heads · head width. A teacher that is colocated
-with the trainer adds its weights, one layer's activations and its logits.
+key-value cache = sequences · length · layers · 2 · heads · head width. A frozen model in the
+trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations and
+its logits.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
     method, trainer = get_method(topology.method.name), topology.actors.trainer
     if entry.role == "trainer":
         size = _trainer_bytes(trainer, topology.student, topology.optimizer, models.student)
+        if topology.method.kl_coefficient > 0:
+            size += _frozen_bytes(topology.student, trainer.micro_batch_tokens, models.student)
         teacher = topology.teacher
         if teacher is not None and models.teacher is not None and trainer_scores(method, teacher):
-            size += _colocated_bytes(teacher, trainer.micro_batch_tokens, models.teacher)
+            size += _frozen_bytes(teacher, trainer.micro_batch_tokens, models.teacher)
         return _on(entry.device, size)
     if entry.served is None:
         return Need(device=0, host=LIBRARIES[entry.role])
@@ -137,10 +140,10 @@ def _trainer_bytes(
     return math.ceil(RETAINED * (weights_and_gradients + optimizer + activations + logits))
 
 
-def _colocated_bytes(teacher: ModelConfig, micro_batch_tokens: int, facts: ModelFacts) -> int:
-    """A frozen teacher beside the student: nothing is kept for a backward pass, so one layer is
-    alive at a time."""
-    width = DTYPE_BYTES[teacher.dtype]
+def _frozen_bytes(model: ModelConfig, micro_batch_tokens: int, facts: ModelFacts) -> int:
+    """A frozen model beside the student, a teacher or the reference of the KL: nothing is kept for
+    a backward pass, so one layer is alive at a time."""
+    width = DTYPE_BYTES[model.dtype]
     activations = 34 * micro_batch_tokens * facts.hidden * width // 2
     logits = LOGITS_ROWS * facts.vocabulary * 4
     return math.ceil(RETAINED * (facts.parameters * width + activations + logits))

@@ -73,10 +73,15 @@ def uses_teacher(topology: Topology) -> bool:
         return False
     method = get_method(topology.method.name)
     scores = method.needs_scores and topology.teacher.scoring == "remote"
-    grades = topology.data.grader == JUDGE or any(
+    grades = teacher_grades(topology)
+    return method.asks_teacher or scores or grades
+
+
+def teacher_grades(topology: Topology) -> bool:
+    """Whether the teacher grades responses, alone or with a part of the reward."""
+    return topology.data.grader == JUDGE or any(
         part.of_teacher for part in parts_of(topology.data.reward)
     )
-    return method.asks_teacher or scores or grades
 
 
 def trainer_scores(method: Method, teacher: TeacherConfig | None) -> bool:

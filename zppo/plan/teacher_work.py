@@ -16,6 +16,7 @@ from zppo.algorithm.methods import Method
 from zppo.config.served import ServedModel, teachers
 from zppo.config.topology import JUDGE, JUDGE_SAMPLING, OPENAI, TeacherConfig, Topology
 from zppo.plan.plan import Windows, Work
+from zppo.plan.processes import teacher_grades
 
 WORDING_TOKENS = 512
 """Room for what a request to compress, hint or judge says around question and response."""
@@ -99,13 +100,14 @@ def _preparations(
 
 def _verdicts(topology: Topology, method: Method, windows: Windows) -> Work:
     """One request for each response, of the student and of the teachers."""
-    if topology.data.grader != JUDGE:
+    if not teacher_grades(topology):
         return Work(kind=JUDGE, requests=0, tokens=0)
     cascade = topology.method.teacher_order == "cascade"
     drawn = _asked(method, windows) * topology.method.teacher_group_size
     responses = windows.groups * topology.method.group_size
     responses += drawn * (len(teachers(topology)) if cascade else 1)
-    each = _asking(topology) + JUDGE_SAMPLING.max_new_tokens
+    rubric = max((len(str(one.args.get("rubric", ""))) for one in topology.data.reward), default=0)
+    each = _asking(topology) + rubric + JUDGE_SAMPLING.max_new_tokens
     return Work(kind=JUDGE, requests=responses, tokens=responses * each)
 
 

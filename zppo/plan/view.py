@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from zppo.plan.loss_checks import preset_values
 from zppo.plan.machine import gib
 from zppo.plan.plan import Plan
 from zppo.plan.teacher_work import covered_steps
@@ -30,6 +31,7 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
     rows = [
         ("run", f"{topology.run.name}, seed {topology.run.seed}, in {run_dir}"),
         ("method", f"{plan.method.name}: {plan.method.summary}"),
+        *([("preset", f"{method.preset}: {preset_values(method)}")] if method.preset else []),
         ("student", topology.student.model),
         ("teacher", topology.teacher.model if topology.teacher else "none"),
         *((("teacher's work", _work(plan)),) if plan.teacher_work else ()),

@@ -3,22 +3,37 @@ ours. `docs/metrics.md` shows the same table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from zppo.config.sinks import Tool
 
+PART = "<part>"
+
 
 class Alias(NamedTuple):
-    """`name` of `tool` is the sum of `ours`; one minus it if `complement`."""
+    """`name` of `tool` is the sum of `ours`; one minus it if `complement`. `<part>` in both stands
+    for any name."""
 
     tool: Tool
     name: str
     ours: tuple[str, ...]
     complement: bool = False
 
-    def value(self, line: Mapping[str, float | int]) -> float | int | None:
-        """What the tool would have written at a step; None where ours was not measured."""
+    def of(self, line: Mapping[str, float | int]) -> Iterator[tuple[str, float | int]]:
+        """(name, value) of what the tool would have written at a step."""
+        family, whole, _ = self.ours[0].partition(PART)
+        if not whole:
+            value = self._value(line)
+            if value is not None:
+                yield self.name, value
+            return
+        for name, value in line.items():
+            if name.startswith(family):
+                yield self.name.replace(PART, name.removeprefix(family)), value
+
+    def _value(self, line: Mapping[str, float | int]) -> float | int | None:
+        """None where ours was not measured."""
         if not all(name in line for name in self.ours):
             return None
         total = sum(line[name] for name in self.ours)
@@ -27,6 +42,8 @@ class Alias(NamedTuple):
 
 ALIASES: tuple[Alias, ...] = (
     Alias("trl", "reward", ("accuracy/plain",)),
+    Alias("trl", "reward", ("reward/plain",)),
+    Alias("trl", "rewards/<part>/mean", ("reward_part/<part>",)),
     Alias("trl", "frac_reward_zero_std", ("audit/plain/mixed",), complement=True),
     Alias("trl", "completions/mean_length", ("length/mean",)),
     Alias("trl", "completions/clipped_ratio", ("length/truncated",)),
@@ -39,6 +56,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("trl", "sampling/sampling_logp_difference/max", ("train/log_prob_gap_max",)),
     Alias("trl", "step_time", ("time/step",)),
     Alias("verl", "critic/score/mean", ("accuracy/plain",)),
+    Alias("verl", "critic/score/mean", ("reward/plain",)),
     Alias("verl", "response_length/mean", ("length/mean",)),
     Alias("verl", "response_length/clip_ratio", ("length/truncated",)),
     Alias("verl", "actor/pg_loss", ("train/loss",)),
@@ -58,11 +76,12 @@ ALIASES: tuple[Alias, ...] = (
     Alias("prime_rl", "off_policy/in_queue/mean", ("staleness/in_queue",)),
     Alias("prime_rl", "time/wait_for_batch", ("time/trainer_wait",)),
 )
-"""Names that prime-rl shares with us (`time/step`) need no alias."""
+"""Of two with the same name the later counts where it was measured: what is earned, not what is
+right. Names that prime-rl shares with us (`time/step`) need no alias."""
 
 
 def with_aliases(line: Mapping[str, float | int], tools: Iterable[Tool]) -> dict[str, float | int]:
     """The metrics of a step, and after them what `tools` call them."""
     chosen = set(tools)
-    values = {alias.name: alias.value(line) for alias in ALIASES if alias.tool in chosen}
-    return {**line, **{name: value for name, value in values.items() if value is not None}}
+    theirs = (pair for alias in ALIASES if alias.tool in chosen for pair in alias.of(line))
+    return {**line, **dict(theirs)}

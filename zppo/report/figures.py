@@ -73,7 +73,7 @@ def heldout(run: RunData) -> _Sketch | None:
             color=BLUE,
         )
     axes.margins(x=0.15, y=0.3)
-    plots.label(axes, "Held-out accuracy", "trained steps", "mean reward")
+    plots.label(axes, "Held-out accuracy", "trained steps", "share correct")
     plots.percent_ticks(axes)
     plots.whole_numbers(axes)
     caption = (
@@ -93,7 +93,7 @@ def dynamics(run: RunData) -> _Sketch | None:
     if len(replayed.steps):
         plots.line(accuracy, *replayed, VERMILION, "replayed")
         plots.line(accuracy, *run.series("accuracy/plain"), GREY, "all")
-    plots.label(accuracy, "Rollout accuracy, plain prompts", STEP, "mean reward")
+    plots.label(accuracy, "Rollout accuracy, plain prompts", STEP, "share correct")
     plots.shares(accuracy)
     plots.legend(accuracy)
     for axes in positives:
@@ -116,10 +116,10 @@ def training(run: RunData) -> _Sketch | None:
     loss = ("Distillation loss", "JSD, nats") if distilled else ("Policy loss", "clipped surrogate")
     parts = [
         ("train/loss", *loss, BLUE),
-        ("accuracy/bcq", "BCQ accuracy", "mean reward", GREEN),
-        ("accuracy/ncq", "NCQ accuracy", "mean reward", VERMILION),
-        ("accuracy/hint", "Accuracy with a hint", "mean reward", PURPLE),
-        ("accuracy/prefix", "Accuracy behind a prefix", "mean reward", BLUE),
+        ("accuracy/bcq", "BCQ accuracy", "share correct", GREEN),
+        ("accuracy/ncq", "NCQ accuracy", "share correct", VERMILION),
+        ("accuracy/hint", "Accuracy with a hint", "share correct", PURPLE),
+        ("accuracy/prefix", "Accuracy behind a prefix", "share correct", BLUE),
     ]
     present = [part for part in parts if len(run.series(part[0]).steps)]
     if not present:
@@ -128,7 +128,7 @@ def training(run: RunData) -> _Sketch | None:
     for axes, (name, title, unit, colour) in zip(panels, present, strict=True):
         plots.line(axes, *run.series(name), colour)
         plots.label(axes, title, STEP, unit)
-        if unit == "mean reward":
+        if unit == "share correct":
             plots.shares(axes)
     _steps_on(*panels)
     if len(present) == 1:
@@ -140,6 +140,34 @@ def training(run: RunData) -> _Sketch | None:
         "only wrong answers. Hint and prefix: Algorithms 5 and 6."
     )
     return _Sketch(figure, "Loss and reformulated prompts", caption)
+
+
+def rewards(run: RunData) -> _Sketch | None:
+    """What responses earn where that is more than right or wrong: the sum, and its parts."""
+    prefix = "reward_part/"
+    parts = sorted({name for line in run.steps for name in line if name.startswith(prefix)})
+    if not parts:
+        return None
+    figure, [whole, by_part] = plots.canvas(2)
+    for metric, text, colour in (
+        ("reward/plain", "plain", BLUE),
+        ("reward/teacher", "teacher", GREEN),
+    ):
+        if len(run.series(metric).steps):
+            plots.line(whole, *run.series(metric), colour, text)
+    plots.label(whole, "Reward", STEP, "mean value")
+    plots.legend(whole)
+    for index, name in enumerate(parts):
+        colour = BIN_COLOURS[index % len(BIN_COLOURS)]
+        plots.line(by_part, *run.series(name), colour, name.removeprefix(prefix))
+    plots.label(by_part, "Parts of the reward, plain prompts", STEP, "mean value")
+    plots.legend(by_part)
+    _steps_on(whole, by_part)
+    caption = (
+        "Values of data.reward, of which advantages are made; parts are shown before their "
+        "weights. Every accuracy here is the share of responses that earn method.correct_reward."
+    )
+    return _Sketch(figure, "Rewards", caption)
 
 
 def composition(run: RunData) -> _Sketch | None:
@@ -420,7 +448,7 @@ def slots(run: RunData) -> _Sketch | None:
 
 
 SECTIONS: dict[str, Sequence[Callable[[RunData], _Sketch | None]]] = {
-    "Learning": (heldout, composition, dynamics, training),
+    "Learning": (heldout, composition, dynamics, rewards, training),
     "The candidates": (outcomes, slots),
     "The replay buffer": (graduations, fates, occupancy, visits, bins),
     "The machine": (staleness, off_policy, throughput),

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from zppo.algorithm.composition import gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
-from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC, rule_of
 from zppo.config.served import teacher_pool, teachers
 from zppo.config.topology import JUDGE, JUDGE_SAMPLING, ModelConfig, Topology
 from zppo.data.question import Question
@@ -111,7 +111,7 @@ class JobFactory:
 
     def _for_rewards(self, question: Question) -> dict[str, str]:
         """What only rewards read, and no grader."""
-        if question.grader not in (REWARD, REWARD_AND_TEACHER):
+        if rule_of(question.grader)[0] not in (REWARD, REWARD_AND_TEACHER):
             return {}
         return {"question": question.text, "row": question.row}
 

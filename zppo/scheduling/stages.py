@@ -37,7 +37,7 @@ from zppo.algorithm.window import (
     Window,
     Writer,
 )
-from zppo.config.rewards import REWARD_AND_TEACHER, RUBRIC, Part
+from zppo.config.rewards import REWARD_AND_TEACHER, RUBRIC, Part, chosen, rule_of
 from zppo.config.topology import JUDGE
 from zppo.data.question import Question
 from zppo.grading import judged, parse_answer, quick_grade, scored, together
@@ -58,8 +58,10 @@ from zppo.scheduling.targets import (
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Grade, Prompt
 
-ASK_TEACHER = (JUDGE, REWARD_AND_TEACHER)
-"""Graders of questions whose grades the teacher gives, or a part of them."""
+
+def asks_teacher(question: Question) -> bool:
+    """Whether the teacher gives the grades of a question, or a part of them."""
+    return rule_of(question.grader)[0] in (JUDGE, REWARD_AND_TEACHER)
 
 
 class CannotGoOn(RuntimeError):
@@ -117,7 +119,7 @@ class Stages:
     def advance_group(self, group: Group, question: Question) -> None:
         """Grade what the teacher is asked about, as far as the quick comparison decides it (paper,
         Reward) or the teacher has spoken, and the grading workers too where they have a part."""
-        if group.done or group.samples is None or question.grader not in ASK_TEACHER:
+        if group.done or group.samples is None or not asks_teacher(question):
             return
         part = self._part_of_teacher
         if part is None or part.use == JUDGE:
@@ -132,8 +134,9 @@ class Stages:
         if part is not None:
             if group.local is None:
                 return
+            parts = chosen(self._recipe.reward, rule_of(question.grader)[1])
             grades = [
-                together(self._recipe.reward, local, part, verdict)
+                together(parts, local, part, verdict)
                 for local, verdict in zip(group.local, grades, strict=True)
             ]
         group.grades, group.local = counted(group, grades, self._recipe), None
@@ -233,7 +236,7 @@ class Stages:
         match target, answer:
             case SampleTarget(), Sampled():
                 target.group.samples = answer.samples
-            case GradeTarget(), Graded() if target.question.grader in ASK_TEACHER:
+            case GradeTarget(), Graded() if asks_teacher(target.question):
                 target.group.local = answer.grades
             case GradeTarget(), Graded():
                 target.group.grades = counted(target.group, answer.grades, self._recipe)
@@ -300,7 +303,7 @@ class Stages:
             case JudgeTarget():
                 answer = parse_answer(target.group.the_samples.texts[target.response])
                 note = f"the judge failed: {reason}"[:500]
-                failed = target.question.grader == REWARD_AND_TEACHER
+                failed = rule_of(target.question.grader)[0] == REWARD_AND_TEACHER
                 grade = Grade(reward=0.0, answer=answer, note=note, failed=failed)
                 target.group.verdicts[target.response] = grade
             case GroupTarget(group=group, place=Place(visit=visit)) if group is visit.teacher:
@@ -323,7 +326,7 @@ def missing_of_group(
         return
     if question.grader != JUDGE and group.local is None:
         yield GradeTarget(group=group, question=question, place=place)
-    if question.grader in ASK_TEACHER:
+    if asks_teacher(question):
         for response in range(len(group.samples.texts)):
             if response not in group.verdicts:
                 yield JudgeTarget(group=group, question=question, place=place, response=response)

@@ -7,7 +7,8 @@ fresh. No rollout holds a token id that the model lacks, or is longer than the m
 teacher with another vocabulary or a longer context can write one, which then loses its tokens and
 is counted; its reward stays in its group.
 
-Shape legend: G groups, S sequences (rollouts) of the window, T response tokens of the window.
+Shape legend: G groups, S sequences (rollouts) of the window, T response tokens of the window, K
+parts of a reward.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Rollouts:
     """All sequences of a window. `behaviour_T`, `frozen_T` and `token_ids_T` lie on the device, the
     bookkeeping on the host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T`
     says nothing. `unreadable` counts the rollouts that lost their tokens; `masked_S` marks rollouts
-    that have no loss and count in no denominator (`method.truncated: mask`). `supports`: where the
-    sampling was truncated."""
+    that have no loss and count in no denominator (`method.truncated: mask`). `reward_parts_SK` has
+    no columns where the window's rewards have no parts. `supports`: where the sampling was
+    truncated."""
 
     step: int
     groups: list[TrainGroup]
@@ -57,6 +59,7 @@ class Rollouts:
     lengths_S: np.ndarray
     group_S: np.ndarray
     rewards_S: Tensor
+    reward_parts_SK: Tensor
     masked_S: np.ndarray
     staleness_T: np.ndarray
     unreadable: int
@@ -112,6 +115,7 @@ def assemble(
         lengths_S=lengths_S,
         group_S=np.repeat(np.arange(len(groups)), [len(length) for length in lengths]),
         rewards_S=torch.from_numpy(_concatenate([group.rewards for group in groups], np.float32)),
+        reward_parts_SK=torch.from_numpy(_parts(groups)),
         masked_S=_concatenate([_truncated(group) & mask_truncated for group in groups], np.bool_),
         staleness_T=_concatenate(
             [_staleness(group, window.step, max_staleness) for group in groups], np.int64
@@ -154,6 +158,15 @@ def _without(group: TrainGroup, unread: np.ndarray) -> TrainGroup:
 
 def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
+
+
+def _parts(groups: list[TrainGroup]) -> np.ndarray:
+    """The parts of all rewards [S, K]; [S, 0] unless every group has some."""
+    parts = [group.reward_parts for group in groups]
+    given = [part for part in parts if part is not None]
+    if not groups or len(given) < len(groups):
+        return np.zeros((sum(len(group.rewards) for group in groups), 0), np.float32)
+    return np.concatenate(given)
 
 
 def _prompt(group: TrainGroup) -> np.ndarray:

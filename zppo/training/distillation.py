@@ -20,7 +20,7 @@ from torch import Tensor
 from zppo.training import metrics
 from zppo.training.batch import Rollouts
 from zppo.training.layout import MicroBatch
-from zppo.training.trainer import Trainer
+from zppo.training.trainer import Counts, Trainer
 from zppo_kernels import JsdLossOutput
 from zppo_protocol.samples import TokenScores, TrainGroup
 
@@ -48,13 +48,16 @@ class Divergence:
     def prepare(self, first: np.ndarray) -> None:
         """Nothing: the loss asks for no other weights than the present ones."""
 
+    def applied(self, parts: list[dict[str, Tensor]]) -> None:
+        """Nothing: no setting of a distillation moves with its updates."""
+
     def loss(
-        self, batch: MicroBatch, token_count: int, sequence_count: int, *, first: bool
+        self, batch: MicroBatch, counts: Counts, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self._trainer.settings
         output = self._divergence(
             batch,
-            token_count=token_count,
+            token_count=counts.tokens,
             beta=settings.method.jsd_beta,
             temperature=settings.loss.temperature,
         )

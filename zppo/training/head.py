@@ -1,13 +1,18 @@
-"""The LM head of a causal LM: a matrix and perhaps a bias, if it is no more than that.
+"""The LM head of a causal LM: a matrix, perhaps a bias, a scale and a soft cap, if it is no more
+than that.
 
-A head that is more (soft caps, scaled logits) is found by a probe; then only the model's own logits
-are right, at the price of logits for all positions.
+Scale and cap have a name in the configuration, and whether the head is what they say is found by a
+probe: its logits must be the model's own, for the hidden states as they are and for larger ones,
+which a soft cap bends. A head that is more goes through the model's own logits, at the price of
+logits for all positions.
 
 Shape legend: B rows, L positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +22,41 @@ from torch import Tensor, nn
 from zppo.errors import UserError
 
 PROBE_TOKENS = 8
+LARGE_LOGIT = 120.0
+"""So large are the logits of the second probe, or four times the soft cap: near 0 a cap is the
+identity."""
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""What configurations call the factor of the logits. Granite divides by `logits_scaling`,
+HyperCLOVA X multiplies with it, so both ways are tried."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits are `hidden @ weight_VH.T + bias_V`."""
+    """Logits are `cap(logit_scale * (hidden @ weight_VH.T + bias_V))` with
+    cap(x) = soft_cap * tanh(x / soft_cap), or x where `soft_cap` is None."""
 
     weight_VH: Tensor
     bias_V: Tensor | None
+    soft_cap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def map(self) -> dict[str, Any]:
+        """Scale and cap as the kernels have them."""
+        return {"logit_scale": self.logit_scale, "soft_cap": self.soft_cap}
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is neither scale nor cap."""
+        return self.soft_cap is None and self.logit_scale == 1.0
+
+    def logits(self, hidden_BLH: Tensor) -> Tensor:
+        """Logits in float32, for the probe."""
+        logits_BLV = nn.functional.linear(hidden_BLH, self.weight_VH, self.bias_V).float()
+        logits_BLV = self.logit_scale * logits_BLV
+        if self.soft_cap is None:
+            return logits_BLV
+        return self.soft_cap * torch.tanh(logits_BLV / self.soft_cap)
 
 
 def trunk(model: Any) -> Any:
@@ -40,8 +72,7 @@ def hidden_states(model: Any, **inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def probe_head(model: Any, where: str) -> Head | None:
-    """The head of a transformers causal LM, or None if its logits are more than hidden states times
-    a matrix.
+    """The head of a transformers causal LM, or None if its logits are not those of a `Head`.
 
     Raises UserError, naming the setting `where`, for logits that are not finite.
     """
@@ -49,20 +80,61 @@ def probe_head(model: Any, where: str) -> Head | None:
     weight_VH: Tensor | None = getattr(embedding, "weight", None)
     if weight_VH is None or weight_VH.dim() != 2:
         return None
-    if getattr(model.config, "final_logit_softcapping", None):
-        return None  # near 0 a soft cap is the identity, so the probe might not see it
     ids_BL = torch.arange(PROBE_TOKENS, device=weight_VH.device).remainder(weight_VH.shape[0])[None]
-    logits = model(input_ids=ids_BL, use_cache=False).logits.float()
+    logits = model(input_ids=ids_BL, use_cache=False).logits
     if not bool(logits.isfinite().all()):
         raise UserError(f"{where}: the model's logits are not finite, so its weights are damaged")
     output = trunk(model)(input_ids=ids_BL, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None or hidden.shape[-1] != weight_VH.shape[1]:
         return None
-    head = Head(weight_VH, getattr(embedding, "bias", None))
-    own = nn.functional.linear(hidden, head.weight_VH, head.bias_V).float()
-    return (
-        head
-        if torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
-        else None
+    heads = _candidates(model, weight_VH, getattr(embedding, "bias", None))
+    found = (head for head in heads if _fits(head, hidden, logits))
+    return next((head for head in found if _fits_large(head, model, ids_BL, hidden)), None)
+
+
+def _candidates(model: Any, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[Head]:
+    """The heads that the configuration may speak of, the plain one first."""
+    config = model.config.get_text_config()
+    soft_cap = getattr(config, "final_logit_softcapping", None) or None
+    factors = [getattr(config, name, None) for name in SCALES]
+    scales = [1.0]
+    for factor in factors:
+        if isinstance(factor, (int, float)) and factor not in (0, 1):
+            scales += [float(factor), 1.0 / factor]
+    for scale in scales:
+        yield Head(weight_VH, bias_V, None if soft_cap is None else float(soft_cap), scale)
+
+
+def _fits(head: Head, hidden_BLH: Tensor, logits_BLV: Tensor) -> bool:
+    """Whether these are the head's logits, as far as the model's dtype tells."""
+    tolerance = 1e-3 if head.plain else max(1e-3, 4 * torch.finfo(logits_BLV.dtype).eps)
+    largest = float(logits_BLV.abs().max())
+    return torch.allclose(
+        head.logits(hidden_BLH), logits_BLV.float(), rtol=tolerance, atol=tolerance * largest
     )
+
+
+def _fits_large(head: Head, model: Any, ids_BL: Tensor, hidden_BLH: Tensor) -> bool:
+    """The same for larger hidden states, where a soft cap shows."""
+    linear = Head(head.weight_VH, head.bias_V, None, head.logit_scale)
+    largest = float(linear.logits(hidden_BLH).abs().max())
+    factor = max(LARGE_LOGIT, 4 * (head.soft_cap or 0.0)) / max(largest, 1e-6)
+    with _scaled_output(trunk(model), factor):
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+    return _fits(head, hidden_BLH * factor, logits_BLV)
+
+
+@contextmanager
+def _scaled_output(module: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the last hidden state that `module` gives."""
+
+    def scale(_: nn.Module, __: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"] * factor
+        return output
+
+    handle = module.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from zppo.records.metrics import Metric
 from zppo.training.batch import Rollouts
+from zppo.training.trainer import Trainer
 from zppo_kernels import combine_metrics, summarise_metrics
 
 TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "loss",
         "",
-        "Clipped surrogate or divergence, mean over the applied updates; 0 if there was none.",
+        "Policy loss or divergence, mean over the applied updates; 0 if there was none.",
     ),
     Metric(
         "grad_norm",
@@ -69,11 +70,22 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "jsd", "nat", "Distillation: divergence from the teacher a token, over the applied updates."
     ),
+    Metric(
+        "entropy_coefficient",
+        "",
+        "With an entropy bonus: its coefficient after the step's updates.",
+    ),
+    Metric(
+        "reference_kl",
+        "nat",
+        "With method.kl_coefficient: KL(policy || reference) a token, by method.kl_estimator.",
+    ),
     Metric("positive_advantage_share", "share", "Rollouts with an advantage above 0."),
     Metric(
         "live_rollout_share",
         "share",
-        "Rollouts with an advantage, and not masked; the others cost no pass.",
+        "Rollouts with an advantage, and not masked; the others cost no pass, but for a KL or "
+        "entropy bonus.",
     ),
     Metric(
         "staleness_mean",
@@ -106,7 +118,8 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "seconds_proximal",
         "s",
-        "Time of the proximal pass; the first update's rollouts are not in it.",
+        "Time of the passes before the updates: proximal, without the first update's rollouts, and "
+        "reference.",
     ),
     Metric("seconds_update", "s", "Time of the updates."),
 )
@@ -173,6 +186,24 @@ def update_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
     summary = summarise_metrics(combine_metrics(parts))
     names = ("clip_low_share", "clip_high_share", "dual_clip_share", "approximate_kl")
     return {name: summary.get(name, 0.0) for name in names}
+
+
+def regulariser_metrics(trainer: Trainer, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """What the entropy and KL terms are at, where the loss has them."""
+    method, found = trainer.settings.method, {}
+    if method.entropy_coefficient > 0:
+        state = trainer.entropy
+        found["entropy_coefficient"] = (
+            method.entropy_coefficient if state is None else state.coefficient
+        )
+    if method.kl_coefficient > 0 and parts:
+        found["reference_kl"] = summarise_metrics(combine_metrics(parts))["reference_kl"]
+    return found
+
+
+def entropy_of(parts: list[dict[str, Tensor]]) -> float:
+    """Mean entropy of the tokens of one update."""
+    return summarise_metrics(combine_metrics(parts))["entropy"]
 
 
 def divergence_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:

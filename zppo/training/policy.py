@@ -7,8 +7,9 @@ ordinary rows need no attention mask and no position ids, and the fast causal at
 open. Rows with several rollouts behind one prompt need both. `zppo.training.fidelity` finds out
 whether a model computes either as it would compute the rollouts alone.
 
-A head that is more than a matrix and a bias goes through the model's own logits instead
-(`zppo.training.head`): right for every model, at the price of logits for all positions.
+A head that is more than a matrix, a bias, a scale and a soft cap goes through the model's own
+logits instead (`zppo.training.head`): right for every model, at the price of logits for all
+positions.
 
 Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V
 vocabulary, K most probable tokens of a teacher.
@@ -112,7 +113,7 @@ class Policy:
 
     def outputs(self, batch: MicroBatch) -> Tensor:
         """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V]
-        if the head is not plain. For `log_probs_of` and `policy_loss_of`."""
+        if the head is no `Head`. For `log_probs_of` and `policy_loss_of`."""
         return self.logits(batch) if self.head is None else self.hidden(batch)
 
     @torch.no_grad()
@@ -124,7 +125,12 @@ class Policy:
         if self.head is None:
             return token_log_probs_from_logits(outputs, target_ids_R, **arguments)
         return token_log_probs(
-            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
+            outputs,
+            self.head.weight_VH,
+            target_ids_R,
+            bias_V=self.head.bias_V,
+            **self.head.map,
+            **arguments,
         )
 
     def policy_loss_of(
@@ -135,14 +141,19 @@ class Policy:
         if self.head is None:
             return policy_loss_from_logits(outputs, target_ids_R, **arguments)
         return policy_loss_from_hidden(
-            outputs, self.head.weight_VH, target_ids_R, bias_V=self.head.bias_V, **arguments
+            outputs,
+            self.head.weight_VH,
+            target_ids_R,
+            bias_V=self.head.bias_V,
+            **self.head.map,
+            **arguments,
         )
 
     def jsd_loss(self, batch: MicroBatch, teacher: Policy, **arguments: Any) -> JsdLossOutput:
         """Divergence from a teacher that reads the same tokens; `arguments` are those of
         `jsd_loss_from_hidden`.
 
-        The teacher gets no gradient. Logits exist a chunk at a time if both heads are plain.
+        The teacher gets no gradient. Logits exist a chunk at a time if both have a `Head`.
         """
         if self.head is None or teacher.head is None:
             with torch.no_grad():
@@ -157,6 +168,8 @@ class Policy:
             teacher.head.weight_VH,
             student_bias_V=self.head.bias_V,
             teacher_bias_W=teacher.head.bias_V,
+            **{f"student_{name}": value for name, value in self.head.map.items()},
+            **{f"teacher_{name}": value for name, value in teacher.head.map.items()},
             **arguments,
         )
 
@@ -173,6 +186,7 @@ class Policy:
             ids_RK,
             log_probs_RK,
             student_bias_V=self.head.bias_V,
+            **{f"student_{name}": value for name, value in self.head.map.items()},
             **more,
         )
 

@@ -3,10 +3,10 @@
 The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, and what
 lay beside them in the student's folder, byte by byte: a tokenizer or a generation configuration
 that can be loaded cannot always be written again),
-`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step and the count of
-updates. There is no generator state: everything random in the trainer derives from the run's seed,
-the step and the count of updates, so these files continue a run bit for bit (on one device, with
-deterministic kernels and a fixed number of threads).
+`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step, the count of
+updates and the entropy coefficient if it moves. There is no generator state: everything random in
+the trainer derives from the run's seed, the step and the count of updates, so these files continue
+a run bit for bit (on one device, with deterministic kernels and a fixed number of threads).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import torch
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -30,6 +30,7 @@ from zppo.errors import UserError, first_line
 from zppo.plan.architecture import refuse_no_decoder
 from zppo.prompting.tokenization import check_same_vocabulary
 from zppo.records.checkpoint import MODEL, write_file
+from zppo.training.entropy import EntropyState, initial_entropy
 from zppo.training.optimizer import DTYPES, AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer
@@ -43,18 +44,19 @@ WEIGHT_INDEX = ".index.json"
 
 class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`step`: steps trained, which is also the policy version. `updates`: optimizer updates
-    applied."""
+    applied. `entropy`: state of an entropy coefficient that moves."""
 
     format: int = 1
     step: int
     updates: int
+    entropy: EntropyState | UnsetType = UNSET
 
 
 def build_trainer(
     topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None
 ) -> Trainer:
-    """Load the student from `student.model`, or everything from a checkpoint folder; and a teacher
-    that is colocated.
+    """Load the student from `student.model`, or everything from a checkpoint folder; and the frozen
+    models: a teacher that is colocated, the reference of a KL.
 
     Raises UserError if a model cannot be loaded, the student's dtype cannot be trained, the teacher
     has another vocabulary, or the checkpoint does not fit.
@@ -67,8 +69,10 @@ def build_trainer(
         policy.recompute_layers()
     parameters = policy.parameters()
     optimizer = AdamW(parameters, topology.optimizer, seed=topology.run.seed)
+    entropy = initial_entropy(topology.method)
     if checkpoint is not None:
-        load_optimizer(optimizer, checkpoint)
+        record = load_optimizer(optimizer, checkpoint)
+        entropy = entropy if record.entropy is UNSET else record.entropy
     return Trainer(
         policy,
         optimizer,
@@ -76,6 +80,8 @@ def build_trainer(
         settings,
         clock,
         teacher=load_teacher(topology),
+        reference=load_reference(topology),
+        entropy=entropy,
         files=read_files(Path(source)),
     )
 
@@ -95,6 +101,16 @@ def load_teacher(topology: Topology) -> Policy | None:
     check_same_vocabulary(served_student(topology), teachers(topology)[0])
     model = _load(teacher.model, teacher.dtype, topology.actors.trainer.device, "teacher.model")
     return Policy(model.requires_grad_(False), "teacher.model")
+
+
+def load_reference(topology: Topology) -> Policy | None:
+    """The student as the run began, frozen, whatever a checkpoint holds; None without a KL to
+    it."""
+    if topology.method.kl_coefficient == 0:
+        return None
+    student = topology.student
+    model = load_model(student.model, student.dtype, topology.actors.trainer.device)
+    return Policy(model.requires_grad_(False))
 
 
 def load_model(source: str, dtype: str, device: str) -> Any:
@@ -169,16 +185,19 @@ def save_share(trainer: Trainer, folder: Path, *, step: int) -> None:
     syncs the files."""
     save_model(trainer, folder / MODEL)
     save_file(dict(trainer.optimizer.tensors()), folder / MOMENTS)
-    record = TrainerRecord(step=step, updates=trainer.optimizer.updates)
+    record = TrainerRecord(
+        step=step, updates=trainer.optimizer.updates, entropy=trainer.entropy or UNSET
+    )
     write_file(folder / RECORD, msgspec.json.encode(record))
 
 
-def load_optimizer(optimizer: AdamW, folder: Path) -> None:
-    """Take over the moments of a checkpoint. Raises UserError if they do not fit the model or the
-    topology."""
+def load_optimizer(optimizer: AdamW, folder: Path) -> TrainerRecord:
+    """Take over the moments of a checkpoint and return its record. Raises UserError if they do not
+    fit the model or the topology."""
     try:
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=TrainerRecord)
         optimizer.load(load_file(folder / MOMENTS), updates=record.updates)
+        return record
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: the trainer cannot continue from this checkpoint: {error}"

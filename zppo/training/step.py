@@ -19,12 +19,12 @@ from zppo.algorithm.methods.base import Loss
 from zppo.training import metrics
 from zppo.training.batch import Rollouts, assemble, mini_batches
 from zppo.training.distillation import Divergence
-from zppo.training.surrogate import ClippedSurrogate
-from zppo.training.trainer import Objective, StepSettings, Trainer
+from zppo.training.surrogate import PolicyLoss
+from zppo.training.trainer import Counts, Objective, StepSettings, Trainer
 from zppo_protocol.messages import TrainWindow
 
 OBJECTIVES: dict[Loss, Callable[[Trainer, Rollouts, list[np.ndarray]], Objective]] = {
-    "clipped_surrogate": ClippedSurrogate,
+    "clipped_surrogate": PolicyLoss,
     "jsd": Divergence,
 }
 
@@ -106,10 +106,11 @@ def update(
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
     step."""
     trainer.gradients.clear()
-    counts = int(rollouts.lengths_S[sequences].sum()), len(sequences)
+    batches = trainer.micro_batches(rollouts, objective.live(sequences))
+    counts = Counts(int(rollouts.lengths_S[sequences].sum()), len(sequences), len(batches))
     loss, parts = torch.zeros((), device=rollouts.device), []
-    for batch in trainer.micro_batches(rollouts, objective.live(sequences)):
-        part_loss, part_metrics = objective.loss(batch, *counts, first=first)
+    for batch in batches:
+        part_loss, part_metrics = objective.loss(batch, counts, first=first)
         part_loss.backward()
         loss += part_loss.detach()
         parts.append(part_metrics)
@@ -120,6 +121,7 @@ def update(
         return
     trainer.gradients.clip(norm, trainer.settings.gradient_clip)
     trainer.optimizer.step(trainer.gradients.tensors())
+    objective.applied(parts)
     tally.losses.append(float(loss))
     tally.norms.append(float(norm))
     tally.parts += parts

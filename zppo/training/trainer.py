@@ -17,8 +17,10 @@ from torch import Tensor
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.methods.base import Loss
 from zppo.config.method import MethodConfig
+from zppo.config.rewards import parts_of
 from zppo.config.topology import Topology
 from zppo.training.batch import Reach, Rollouts
+from zppo.training.entropy import EntropyState
 from zppo.training.layout import MicroBatch, micro_batches
 from zppo.training.loss_settings import loss_settings
 from zppo.training.optimizer import AdamW, Gradients
@@ -41,6 +43,8 @@ class StepSettings:
     gradient_clip: float
     seed: int
     measured_rollouts: Literal["all", "trained"] = "all"
+    reward_weights: tuple[float, ...] = ()
+    """of the parts of a reward, in the order of `data.reward`"""
 
     @classmethod
     def of(cls, topology: Topology) -> StepSettings:
@@ -56,6 +60,7 @@ class StepSettings:
             gradient_clip=topology.optimizer.gradient_clip,
             seed=topology.run.seed,
             measured_rollouts=topology.actors.trainer.measured_rollouts,
+            reward_weights=tuple(part.weight for part in parts_of(topology.data.reward)),
         )
 
 
@@ -71,7 +76,8 @@ class Trainer:
     seconds.
 
     `teacher` is the frozen model of a distillation whose teacher is colocated; a remote one sends
-    scores instead.
+    scores instead. `reference` is the frozen student that the run began with, where the loss has a
+    KL to it. `entropy` is the state of an entropy coefficient that moves, None where it is fixed.
     """
 
     policy: Policy
@@ -81,6 +87,8 @@ class Trainer:
     clock: Callable[[], float]
     tick: Callable[[], None] = field(default=lambda: None)
     teacher: Policy | None = None
+    reference: Policy | None = None
+    entropy: EntropyState | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What lies in the student's folder beside configuration and weights, by name; checkpoints
     hold it as it was read."""
@@ -100,6 +108,16 @@ class Trainer:
         return micro_batches(rollouts, sequences, self.settings.micro_batch_tokens, share=share)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a mini-batch is made of: response tokens, rollouts, and the micro-batches that its
+    rollouts with a gradient are laid out in."""
+
+    tokens: int
+    sequences: int
+    micro_batches: int
+
+
 class Objective(Protocol):
     """The loss of one window. Parts of a mini-batch add up to its loss; metrics are sums as in
     `zppo_kernels`."""
@@ -112,10 +130,13 @@ class Objective(Protocol):
         rollouts `first`: their own passes come before any update and can give it."""
 
     def loss(
-        self, batch: MicroBatch, token_count: int, sequence_count: int, *, first: bool
+        self, batch: MicroBatch, counts: Counts, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part of the loss of a mini-batch with so many tokens and rollouts, and
-        its metrics. `first`: it belongs to the rollouts that `prepare` left out."""
+        """The micro-batch's part of the loss of a mini-batch of these counts, and its metrics.
+        `first`: it belongs to the rollouts that `prepare` left out."""
+
+    def applied(self, parts: list[dict[str, Tensor]]) -> None:
+        """The optimizer has made the update whose micro-batches gave these metrics."""
 
     def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """What it measured, after the updates; `parts` are the metrics of the applied ones."""

@@ -227,6 +227,7 @@ class Controller:
         try:
             # A disk that is full only now makes a failure of what had looked finished.
             self.background.close()
+            self.recorder.close_sinks()
         except FILE_ERRORS as error:
             verdict = file_trouble(error)
         self.router.send(SUPERVISOR, self._status())

@@ -155,8 +155,11 @@ class Recorder:
             self.outlets.dropped,
         )
 
-    def close(self, verdict: str) -> None:
+    def close_sinks(self) -> None:
+        """Let the sinks take what waits, for a while, and say which have not."""
         self._tell(self.outlets.close())
+
+    def close(self, verdict: str) -> None:
         self.journal.record_event(time.time(), "controller", "run_ended", verdict)
         self.journal.close()
         self.sinks.close()

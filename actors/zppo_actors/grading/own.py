@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
-from zppo.config.rewards import Part, RewardConfig, parts_of, weighted
+from zppo.config.rewards import Part, RewardConfig, chosen, parts_of
 from zppo.errors import UserError
 from zppo.grading import parse_answer
 from zppo.grading.boxes import last_boxed
@@ -37,6 +38,7 @@ from zppo.grading.rewards import (
     overlong,
     read_result,
     read_results,
+    summed,
 )
 from zppo_actors.grading.code import passes
 from zppo_protocol.values import Grade
@@ -70,10 +72,11 @@ class OwnRewards:
     responses of a group at once."""
 
     def __init__(self, parts: Sequence[Part], identities: dict[str, str]) -> None:
-        self._parts = [part for part in parts if not part.of_teacher]
-        self._asks_teacher = len(self._parts) < len(parts)
+        self._parts = list(parts)
         self.whole = False
-        self._asking = [self._asking_of(part, identities) for part in self._parts]
+        self._asking = {
+            part.name: self._asking_of(part, identities) for part in parts if not part.of_teacher
+        }
 
     @classmethod
     def of(cls, order: str) -> OwnRewards:
@@ -81,38 +84,22 @@ class OwnRewards:
         read = msgspec.json.decode(order, type=OwnOrder)
         return cls(parts_of(read.entries), read.identities)
 
-    def grades(self, question: str, responses: Sequence[str], row: str, gold: str) -> list[Grade]:
-        """One grade for each response. What a weighted sum would be without the teacher's part is
-        no reward yet: it stands in `parts` alone."""
+    def grades(
+        self, question: str, responses: Sequence[str], row: str, gold: str, part: str = ""
+    ) -> list[Grade]:
+        """One grade for each response, by all parts or by the one that the row names. What a
+        weighted sum would be without the teacher's part is no reward yet: it stands in `parts`
+        alone."""
+        counted = chosen(self._parts, part)
         columns = msgspec.json.decode(row) if row else {}
         columns = {"question": question, "answer": gold, **columns}
         group = Group(question, responses, columns, gold)
-        outcomes = [asking(group) for asking in self._asking]
+        outcomes = [self._asking[one.name](group) for one in counted if not one.of_teacher]
         by_response = zip(*outcomes, strict=True) if outcomes else [()] * len(responses)
         return [
-            self._grade(response, of_parts)
+            _graded(counted, response, of_parts)
             for response, of_parts in zip(responses, by_response, strict=True)
         ]
-
-    def _grade(self, response: str, outcomes: Sequence[Outcome]) -> Grade:
-        values: dict[str, float] = {}
-        answer, notes, failures = None, [], []
-        for part, outcome in zip(self._parts, outcomes, strict=True):
-            if isinstance(outcome, str):
-                failures.append(f"the reward {part.use!r} {outcome}")
-                continue
-            values |= {part.name: outcome.value, **named_values(outcome.parts, part.name)}
-            answer = answer if answer is not None else outcome.answer
-            notes += [outcome.note] if outcome.note else []
-        answer = answer if answer is not None else parse_answer(response)
-        if failures:
-            return Grade(reward=0.0, answer=answer, note=failures[0][:MAX_NOTE], failed=True)
-        return Grade(
-            reward=0.0 if self._asks_teacher else weighted(self._parts, values),
-            answer=answer,
-            note="; ".join(notes)[:MAX_NOTE],
-            parts=values,
-        )
 
     # ---- how each part is asked ------------------------------------------------------------------
 
@@ -130,12 +117,12 @@ class OwnRewards:
                 return _each(lambda text, group: by_rule(part.use, text, group.gold, extract))
             case RuleArguments():
                 return _each(lambda text, group: by_rule(part.use, text, group.gold, last_boxed))
-            case FormatArguments() as arguments:
-                return _each(lambda text, group: has_format(text, arguments))
-            case LengthArguments() as arguments:
-                return _each(lambda text, group: overlong(text, arguments))
-            case CodeArguments() as arguments:
-                return _each(lambda text, group: passes(text, group.row, arguments))
+            case FormatArguments() as form:
+                return _each(lambda text, group: has_format(text, form))
+            case LengthArguments() as lengths:
+                return _each(lambda text, group: overlong(text, lengths))
+            case CodeArguments() as limits:
+                return _each(lambda text, group: passes(text, group.row, limits))
         raise AssertionError(part.use)
 
     def _own(self, part: Part, identities: dict[str, str]) -> Asking:
@@ -150,6 +137,27 @@ class OwnRewards:
         return _each(lambda text, group: call(group.question, text, dict(group.row), **args))
 
 
+def _graded(parts: Sequence[Part], response: str, outcomes: Sequence[Outcome]) -> Grade:
+    """The grade of a response from the outcomes of those parts that are not the teacher's."""
+    local = [part for part in parts if not part.of_teacher]
+    values: dict[str, float] = {}
+    answer, notes, failures = None, [], []
+    for part, outcome in zip(local, outcomes, strict=True):
+        if isinstance(outcome, str):
+            failures.append(f"the reward {part.use!r} {outcome}")
+            continue
+        values |= {part.name: outcome.value, **named_values(outcome.parts, part.name)}
+        answer = answer if answer is not None else outcome.answer
+        notes += [outcome.note] if outcome.note else []
+    answer = answer if answer is not None else parse_answer(response)
+    if failures:
+        return Grade(reward=0.0, answer=answer, note=failures[0][:MAX_NOTE], failed=True)
+    note = "; ".join(notes)[:MAX_NOTE]
+    if len(local) < len(parts):
+        return Grade(reward=0.0, answer=answer, note=note, parts=values)
+    return summed(parts, values, answer, note)
+
+
 def _check_identity(part: Part, use: str, identity: str, identities: dict[str, str]) -> None:
     if identities.get(use, identity) != identity:
         raise UserError(
@@ -162,9 +170,7 @@ def _each(reward: Callable[[str, Group], Any]) -> Asking:
     """Asks a reward for one response after the other."""
 
     def ask(group: Group) -> list[Outcome]:
-        return [
-            _outcome(lambda text=text: read_result(reward(text, group))) for text in group.responses
-        ]
+        return [_outcome(partial(reward, text, group)) for text in group.responses]
 
     return ask
 
@@ -176,7 +182,7 @@ def _all(call: Any, group: Group, args: dict[str, Any], *, coroutine: bool) -> l
     try:
         values = call([group.question] * count, list(group.responses), rows, **args)
         return list(read_results(asyncio.run(values) if coroutine else values, count))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [_reason(error)] * count
 
 
@@ -185,17 +191,15 @@ async def _together(call: Any, group: Group, args: dict[str, Any]) -> list[Outco
     asked = [call(group.question, text, dict(group.row), **args) for text in group.responses]
     values = await asyncio.gather(*asked, return_exceptions=True)
     return [
-        _reason(value)
-        if isinstance(value, BaseException)
-        else _outcome(lambda v=value: read_result(v))
+        _reason(value) if isinstance(value, BaseException) else _outcome(lambda: value)  # noqa: B023  (called at once)
         for value in values
     ]
 
 
-def _outcome(ask: Callable[[], Reward]) -> Outcome:
+def _outcome(ask: Callable[[], Any]) -> Outcome:
     try:
-        return ask()
-    except Exception as error:
+        return read_result(ask())
+    except (Exception, SystemExit) as error:
         return _reason(error)
 
 

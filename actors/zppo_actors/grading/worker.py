@@ -25,7 +25,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct, structs
 
-from zppo.config.rewards import REWARD, REWARD_AND_TEACHER
+from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, rule_of
 from zppo.errors import UserError
 from zppo.grading import grade
 from zppo.grading.reasoning_gym_tasks import task_names
@@ -121,11 +121,12 @@ def _own_rewards(arguments: list[str]) -> OwnRewards | Grade | None:
 def _graded(request: GradeRequest, own: OwnRewards | Grade | None) -> list[Grade]:
     if isinstance(own, Grade):
         return [own]
-    if own is None or request.grader not in (REWARD, REWARD_AND_TEACHER):
+    rule, part = rule_of(request.grader)
+    if own is None or rule not in (REWARD, REWARD_AND_TEACHER):
         grades = [_grade(text, request) for text in request.responses]
         whole = own is not None and own.whole and request == WARM_UP
         return [structs.replace(grades[0], note=WHOLE)] if whole else grades
-    return own.grades(request.question, request.responses, request.row, request.gold)
+    return own.grades(request.question, request.responses, request.row, request.gold, part)
 
 
 def _grade(response: str, request: GradeRequest) -> Grade:

@@ -133,8 +133,9 @@ class Outlet:
                 self._hand_over(sink, call)
             sink.close()
         except BaseException as error:  # also SystemExit: it is this sink that ends
-            self.problem = f"{type(error).__name__}: {error}"[:LONGEST_PROBLEM]
-            log.warning("the sink %s has failed and is left out", self.name, exc_info=error)
+            said = str(error).strip().partition("\n")[0]
+            self.problem = f"{type(error).__name__}: {said}"[:LONGEST_PROBLEM]
+            log.info("where the sink %s failed:", self.name, exc_info=error)
             with self._changed:
                 self._waiting.clear()
             if sink is not None:

@@ -266,10 +266,13 @@ def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_as
         "scheduler": {"new_questions": 1, "rho_replay": 0.0, "rho_aug": 1.0, "max_staleness": 1},
     }
 
-    def attempt(start: int, budget: int | None) -> tuple[messages.RunEnded, list[str]]:
+    def stage_of(start: int, budget: int | None) -> Stage:
         teacher = {"model": "teacher", "budget": {"requests": budget}}
         raw = {**msgspec.to_builtins(settings), **changes, "teacher": teacher}
-        stage = Stage(tmp_path / "run", msgspec.convert(raw, Topology), start)
+        return Stage(tmp_path / "run", msgspec.convert(raw, Topology), start)
+
+    def attempt(start: int, budget: int | None) -> tuple[messages.RunEnded, list[str]]:
+        stage = stage_of(start, budget)
         stage.everybody()
         stage.greet("teacher-0", "teacher")
         stage.say("teacher-0", messages.Credits(count=8))
@@ -287,6 +290,10 @@ def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_as
     assert (ended.verdict, ended.exit_code) == ("finished: 6 of 6 steps", 0)
     assert len(set(asked + more)) == len(asked + more) == 18
     assert summarise(tmp_path / "run")["teacher_requests"] == {"draw": 6, "compress": 12}
+    # A journal that is lost takes the count from the last step.
+    (tmp_path / "run/journal.sqlite").unlink()
+    counted = stage_of(6, None).controller.scheduler.budget.spent
+    assert {kind: spent.requests for kind, spent in counted.items()} == {"draw": 6, "compress": 12}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +314,7 @@ def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_as
         (
             "rollout-0",
             {"role": "rollout", "protocol_version": 9},
-            "it speaks protocol version 9, this run speaks 3",
+            "it speaks protocol version 9, this run speaks 4",
         ),
     ],
 )

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo.records.ledger import read_ledger
 from zppo_actors.controller.journal import Journal, TrainedRow
 
 
@@ -162,4 +165,26 @@ def test_a_killed_writer_leaves_whole_steps(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.record_trained(1, 1, [row("a", origin="replay", window=1)])
     assert journal.counts() == (0, 0)
+    journal.close()
+
+
+def test_what_teachers_cost_outlives_a_roll_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.record_cost("draw", 1, 0)
+    journal.record_cost("draw", 0, 40)
+    journal.record_cost("judge", 1, 7)
+    journal.roll_back(0)
+    assert journal.spent() == {"draw": (1, 40), "judge": (1, 7)}
+    journal.close()
+    assert read_ledger(tmp_path, 0).spent == {"draw": (1, 40), "judge": (1, 7)}
+
+
+def test_a_journal_of_an_earlier_version_knows_no_cost_and_can_go_on(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.sqlite")) as connection:
+        connection.execute("DROP TABLE spent")
+    assert read_ledger(tmp_path, 0).spent == {}
+    journal = Journal(tmp_path)
+    journal.record_cost("draw", 1, 3)
+    assert journal.spent() == {"draw": (1, 3)}
     journal.close()

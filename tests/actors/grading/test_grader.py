@@ -353,7 +353,8 @@ def test_the_worker_answers_and_leaves_at_the_end_of_stdin() -> None:
     output, _ = process.communicate(pack(WARM_UP) * 2, timeout=PATIENCE)
     size = len(output) // 2
     assert output[:size] == output[size:]
-    assert msgspec.msgpack.decode(output[4:size], type=Grade) == Grade(reward=1.0, answer="(x+1)^2")
+    [grade] = msgspec.msgpack.decode(output[4:size], type=list[Grade])
+    assert grade == Grade(reward=1.0, answer="(x+1)^2")
     assert process.returncode == 0
 
 
@@ -363,7 +364,7 @@ def test_the_worker_ends_itself_when_nobody_kills_it() -> None:
     process.stdin.write(pack(WARM_UP))
     process.stdin.flush()
     assert read_frame(process.stdout) is not None  # type: ignore[arg-type]
-    process.stdin.write(pack(GradeRequest(response=HANGS, gold="7", grader="math", seconds=0.2)))
+    process.stdin.write(pack(GradeRequest(responses=[HANGS], gold="7", grader="math", seconds=0.2)))
     process.stdin.flush()
     assert process.wait(PATIENCE) == -signal.SIGPROF
     process.communicate()
@@ -373,7 +374,7 @@ def test_a_worker_that_sleeps_ends_itself_too() -> None:
     process = start_worker("-c", SCRIPTED)
     assert process.stdin is not None
     process.stdin.write(
-        pack(GradeRequest(response=r"\boxed{sleep}", gold="7", grader="scripted", seconds=0.01))
+        pack(GradeRequest(responses=[r"\boxed{sleep}"], gold="7", grader="scripted", seconds=0.01))
     )
     process.stdin.flush()
     assert process.wait(PATIENCE) == -signal.SIGALRM
@@ -404,10 +405,8 @@ def until_ready(worker: GradeWorker) -> None:
 
 def graded(worker: GradeWorker, answer: str) -> Grade:
     until_ready(worker)
-    worker.submit(rf"\boxed{{{answer}}}", "7", "scripted")
-    while (grade := worker.poll(1.0)) is None:
-        pass
-    return grade
+    worker.submit([rf"\boxed{{{answer}}}"], "7", "scripted")
+    return the_grade(worker)
 
 
 def test_every_response_gets_one_grade_whatever_the_worker_does(scripted: GradeWorker) -> None:
@@ -433,7 +432,7 @@ def frozen(worker: GradeWorker, answer: str) -> int:
     until_ready(worker)
     pid = worker.pid
     os.kill(pid, signal.SIGSTOP)
-    worker.submit(rf"\boxed{{{answer}}}", "7", "scripted")
+    worker.submit([rf"\boxed{{{answer}}}"], "7", "scripted")
     end = time.monotonic() + 2 * worker.timeout_seconds
     while time.monotonic() < end:
         assert worker.poll(0.05) is None
@@ -441,8 +440,9 @@ def frozen(worker: GradeWorker, answer: str) -> int:
 
 
 def the_grade(worker: GradeWorker) -> Grade:
-    while (grade := worker.poll(1.0)) is None:
+    while (grades := worker.poll(1.0)) is None:
         pass
+    [grade] = grades
     return grade
 
 
@@ -480,12 +480,10 @@ def test_processor_time_is_counted_for_each_response_anew_and_burning_it_gets_no
 
 def test_it_takes_one_response_at_a_time_of_any_size(scripted: GradeWorker) -> None:
     larger_than_the_pipe = "word " * 400_000 + r"\boxed{7}"
-    scripted.submit(larger_than_the_pipe, "7", "scripted")
+    scripted.submit([larger_than_the_pipe], "7", "scripted")
     with pytest.raises(RuntimeError, match="the grade worker is busy"):
-        scripted.submit(r"\boxed{7}", "7", "scripted")
-    while (grade := scripted.poll(1.0)) is None:
-        pass
-    assert grade.reward == 1.0
+        scripted.submit([r"\boxed{7}"], "7", "scripted")
+    assert the_grade(scripted).reward == 1.0
     if sys.platform == "linux":  # elsewhere there is no limit on memory
         assert graded(scripted, "eat").note == "the grader failed: MemoryError: "
 

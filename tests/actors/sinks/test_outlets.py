@@ -133,7 +133,7 @@ def test_over_all_attempts_a_step_is_given_once_and_none_is_missing(tmp_path: Pa
 
 @pytest.mark.parametrize("where", ["open", "step", "event", "close"])
 def test_a_sink_that_raises_is_named_once_and_left_out(tmp_path: Path, where: str) -> None:
-    broken = own(tmp_path, "broken", **{where: "raise SystemExit('the disk is away')"})
+    broken = own(tmp_path, "broken", **{where: "raise SystemExit('the disk is away\\nand more')"})
     outlets = Outlets(settings(use=[broken, own(tmp_path)]), tmp_path / "run", 0)
     for line in lines(0, 1, 2):
         outlets.step(line)

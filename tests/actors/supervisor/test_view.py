@@ -264,3 +264,16 @@ def test_history_counts_each_step_once() -> None:
     for step in (1, 1, 2):
         history.record(status(step=step))
     assert history.values["plain"] == [0.41, 0.41]
+
+
+def test_what_a_teacher_costs_stands_beside_its_limit() -> None:
+    counters = {
+        "spent/tokens/draw": 1200, "spent/tokens/judge": 34, "spent/requests/draw": 0,
+        "budget_tokens": 5000,
+    }  # fmt: skip
+    assert panels.spending(counters) == ["teacher 1,234 of 5,000 tokens"]
+    assert panels.spending({**counters, "budget_tokens": 250_000, "budget_requests": 9}) == [
+        "teacher 1,234 of 250k tokens",
+        "teacher 0 of 9 requests",
+    ]
+    assert panels.spending({}) == []

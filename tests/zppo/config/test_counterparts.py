@@ -48,6 +48,15 @@ NAMES = [
         "use_vllm: true",
         "use_vllm (it is called 'actors.rollout.engine' here, transformers or vllm)",
     ),
+    (
+        "wandb: true",
+        (
+            "wandb (it is called 'sinks.wandb' here, also sinks.trackio, sinks.mlflow and "
+            "sinks.tensorboard)"
+        ),
+    ),
+    ("beta: 0.04", "beta (it is called 'method.kl_coefficient' here, 0 is off)"),
+    ("reward_funcs: []", "reward_funcs (it is called 'data.reward' here)"),
     ("lora: {rank: 8}", "lora (LoRA is not built, all weights are trained)"),
     (
         "actor_rollout_ref: {rollout: {n: 8}}",
@@ -70,6 +79,11 @@ OVERRIDES = [
     (
         "actor_rollout_ref.rollout.n",
         "actor_rollout_ref (it is called 'method.group_size' here)",
+    ),
+    (
+        "actor_rollout_ref.rollout.tensor_model_parallel_size",
+        "actor_rollout_ref (it is called 'actors.rollout.engine_args' here, arguments of the "
+        "engine, by its own names)",
     ),
     ("data.train_files", "data.train_files (it is called 'data.train' here)"),
     ("max_steps", "max_steps (it is called 'run.steps' here, counted in rollout steps, each of "

@@ -49,8 +49,8 @@ MISTAKES = [
     ("=data: {}\nstudent: {model: m}", "t.yaml:1: data.train is missing; expected a text"),
     (
         "method: {advantage: grop}",
-        "t.yaml:4: method.advantage is 'grop'; expected one of center_only, grpo, norm_with_zero, "
-        "norm_without_zero (did you mean 'grpo'?)",
+        "t.yaml:4: method.advantage is 'grop'; expected one of batch, center_only, grpo, "
+        "grpo_bessel, norm_with_zero, norm_without_zero, rloo (did you mean 'grpo'?)",
     ),
     (
         "method: {group_size: true}",

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -148,6 +149,8 @@ def test_all_turns_make_a_question_what_it_is(tmp_path: Path) -> None:
     assert len({question.id for question in corpus.questions}) == 3
     assert [row.reason for row in corpus.bad_rows] == ["asks the same as line 1"]
     digests = {digest([question]) for question in corpus.questions}
+    saved = msgspec.msgpack.encode(corpus.questions)
+    assert msgspec.msgpack.decode(saved, type=list[Question]) == corpus.questions
     assert len(digests) == 3
 
 
@@ -267,8 +270,15 @@ def test_a_misspelt_path_names_the_nearest(tmp_path: Path) -> None:
 def test_mixed_layouts_are_named_with_their_line(tmp_path: Path) -> None:
     file = jsonl(tmp_path, ROWS[0], {"prompt": "1 + 1?", "solution": "2"})
     assert refusal(file).startswith(
-        ":2: the question ('question') is missing: the row is laid out as TRL's, and the first one "
-        "as zppo's; expected one layout in a source; 1 bad row"
+        ":2: the question ('question') is missing: the row is laid out as TRL's (prompt, solution), "
+        "and the first one as zppo's (question, answer); expected one layout in a source; 1 bad row"
+    )
+
+
+def test_a_layout_without_its_gold_answer_is_named_by_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "1 + 1?", "solutions": "2"}]
+    assert refusal(parquet(tmp_path / "t.parquet", rows)).startswith(
+        ": there is no column 'answer' for data.fields.answer (valid: prompt, solutions)"
     )
 
 

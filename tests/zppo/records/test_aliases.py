@@ -24,7 +24,7 @@ def test_the_documented_table_has_every_alias() -> None:
 def test_aliases_are_of_metrics_that_there_are() -> None:
     known = {metric.name for metric in STEP_METRICS}
     known |= {f"train/{metric.name}" for metric in TRAINER_METRICS}
-    known.add("audit/plain/mixed")
+    known |= {"audit/plain/mixed", "reward/plain"}  # of families
     assert {name for alias in ALIASES for name in alias.ours} <= known
     assert not {alias.name for alias in ALIASES} & known
 
@@ -37,3 +37,9 @@ def test_what_was_not_measured_has_no_alias() -> None:
         "actor/pg_clipfrac": 0.75,
     }
     assert with_aliases(line, []) == line
+
+
+def test_what_is_earned_goes_before_what_is_right() -> None:
+    line = {"accuracy/plain": 0.5, "reward/plain": 0.75, "reward_part/math": 0.5}
+    assert with_aliases(line, ["trl"]) == {**line, "reward": 0.75, "rewards/math/mean": 0.5}
+    assert with_aliases({"accuracy/plain": 0.5}, ["trl"])["reward"] == 0.5

@@ -333,3 +333,17 @@ def test_an_out_that_cannot_be_written_is_one_sentence(
     out = tmp_path / "file" / "page.html"
     assert main([str(fake_run(steps=0)), "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"--out {out}: cannot be written (File exists)\n"
+
+
+@pytest.mark.slow
+def test_rewards_of_several_parts_have_a_figure_of_values(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=4, method="grpo"))
+    assert figures.rewards(run) is None
+    for line in run.steps:
+        line |= {"reward/plain": -2.5, "reward_part/math": 0.5, "reward_part/length": -6.0}
+    with plots.look():
+        drawn = figures.rewards(run)
+    assert drawn is not None
+    whole, by_part = drawn.figure.axes
+    assert whole.get_ylim()[0] < -2.5, "values are not shares"
+    assert [text.get_text() for text in by_part.get_legend().get_texts()] == ["length", "math"]

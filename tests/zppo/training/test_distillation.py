@@ -207,7 +207,8 @@ def test_a_colocated_teacher_gives_the_longhand_loss_and_gradient(
 def test_micro_batches_and_a_soft_capped_teacher_change_nothing(micro_batch_tokens: int) -> None:
     model, teacher, task = llama(), gemma2_with_soft_cap(), mixed_window()
     trainer = distilling(model, copy.deepcopy(teacher), micro_batch_tokens=micro_batch_tokens)
-    assert trainer.teacher is not None and trainer.teacher.head is None
+    assert trainer.teacher is not None and trainer.teacher.head is not None
+    assert trainer.teacher.head.soft_cap == 2.0
     assert_close(gradient_of(trainer, task), longhand(model, teacher, task, 0.5, 1.0))
 
 

@@ -30,6 +30,7 @@ from training_cases import (
     mixed_window,
     phi_with_head_bias,
     qwen3,
+    settings_of,
     trainer_of,
     window,
 )
@@ -45,8 +46,8 @@ from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.policy import Policy
 from zppo.training.state import build_trainer, load_model, save_share
 from zppo.training.step import OBJECTIVES, split, train_step
-from zppo.training.surrogate import ClippedSurrogate, proximal_pass, step_advantages
-from zppo.training.trainer import StepSettings, Trainer
+from zppo.training.surrogate import PolicyLoss, log_prob_pass, step_advantages
+from zppo.training.trainer import Trainer
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.values import Sampling
 
@@ -194,7 +195,7 @@ def test_batched_log_probs_are_those_of_one_sequence_at_a_time(
     name: str, share: bool, temperature: float
 ) -> None:
     policy = Policy(MODELS[name]())
-    assert (policy.head is not None) == (name != "gemma2, soft cap")
+    assert policy.head is not None
     task = mixed_window()
     rollouts = assemble(task, max_staleness=0, device=CPU)
     (batch,) = micro_batches(
@@ -283,10 +284,40 @@ def test_advantages_are_normalised_within_each_mini_batch_or_over_the_step() -> 
     )
 
 
+@pytest.mark.parametrize("scope", ["minibatch", "step"])
+def test_decoupled_rewards_are_normalised_apart_then_weighted_then_scaled_together(
+    scope: Literal["minibatch", "step"],
+) -> None:
+    """GDPO by hand: the second reward is a thousand times smaller and counts by its weight."""
+    parts = [np.array([[1, 0.001], [0, 0.003], [1, 0.001]]), np.array([[1, 0.002], [1, 0.0]])]
+    groups = [
+        msgspec.structs.replace(
+            group(name, [0.0] * len(part)), reward_parts=part.astype(np.float32)
+        )
+        for name, part in zip("ab", parts, strict=True)
+    ]
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    words = method(advantage="grpo_bessel", advantage_rewards="decoupled", advantage_scope=scope)
+    batches = [np.array([0, 1, 2]), np.array([3, 4])]
+    found = step_advantages(rollouts, batches, words, (1.0, 0.5))
+    summed = []
+    for part in parts:
+        std = part.std(0, ddof=1)
+        normal = (part - part.mean(0)) / np.where(std > 0, std + 1e-6, 1.0)
+        summed.append(normal @ [1.0, 0.5])
+    scales = [one.std(ddof=1) for one in summed]
+    if scope == "step":
+        scales = [np.concatenate(summed).std(ddof=1)] * 2
+    expected = np.concatenate([one / (s + 1e-6) for one, s in zip(summed, scales, strict=True)])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=1e-5)
+
+
 # ---- the step ------------------------------------------------------------------------------------
 
 
-def longhand_step(model: Any, task: TrainWindow, words: MethodConfig) -> tuple[float, float]:
+def longhand_step(
+    model: Any, task: TrainWindow, words: MethodConfig, **more: Any
+) -> tuple[float, float]:
     """One update with torch's own AdamW; returns loss and gradient norm."""
     rollouts = assemble(task, max_staleness=0, device=CPU)
     advantages = step_advantages(rollouts, [np.arange(rollouts.sequences)], words)
@@ -297,7 +328,7 @@ def longhand_step(model: Any, task: TrainWindow, words: MethodConfig) -> tuple[f
         eps=1e-8,
         weight_decay=0.1,
     )
-    loss = longhand_loss(model, task, advantages, words)
+    loss = longhand_loss(model, task, advantages, words, **more)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     reference.step()
@@ -320,16 +351,16 @@ def test_one_update_is_the_papers_loss_written_longhand(
     micro_batch_tokens: int, words: MethodConfig
 ) -> None:
     ours, theirs, task = llama(), llama(), mixed_window()
-    topology = Topology(
-        data=DataConfig(train="x"),
-        student=StudentConfig(model="x", sampling=Sampling(max_new_tokens=8)),
-        method=words,
-    )
-    changes: dict[str, Any] = dict(
-        method=words, loss=StepSettings.of(topology).loss, micro_batch_tokens=micro_batch_tokens
-    )
+    changes = settings_of(words) | {"micro_batch_tokens": micro_batch_tokens}
     metrics = train_step(trainer_of(ours, **changes), task)
     loss, norm = longhand_step(theirs, task, words)
+    same_update(ours, theirs, metrics, loss, norm)
+
+
+def same_update(
+    ours: Any, theirs: Any, metrics: dict[str, float], loss: float, norm: float
+) -> None:
+    """One update of ours and of the longhand's."""
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
     # The first update of Adam is lr * sign(gradient), so a gradient of rounding size may go either
@@ -337,6 +368,83 @@ def test_one_update_is_the_papers_loss_written_longhand(
     for name, parameter in ours.named_parameters():
         far = (parameter - theirs.get_parameter(name)).abs() > 1e-4
         assert float(far.float().mean()) < 0.02, name
+
+
+LOSSES = {
+    "cispo": dict(surrogate="cispo", clip_low=0.5, ratio="behaviour"),
+    "sapo": dict(surrogate="sapo", sapo_temperature_negative=2.0, ratio="behaviour"),
+    "dppo_tv": dict(surrogate="dppo_tv", clip_low=0.1, clip_high=0.05, ratio="behaviour"),
+    "dppo_kl": dict(surrogate="dppo_kl", clip_low=0.1, clip_high=0.05, ratio="behaviour"),
+    "sequence ratio": dict(
+        ratio_level="sequence", ratio="behaviour", loss_normalisation="sequence", clip_high=1.0
+    ),
+    "sequence correction": dict(correction_level="sequence"),
+    "sequence mask": dict(correction="mask", correction_level="sequence", correction_floor=1e-3),
+    "floor": dict(correction="mask", correction_floor=0.3),
+    "fixed length": dict(loss_normalisation="fixed_length"),
+    "luspo": dict(
+        loss_normalisation="fixed_length", fixed_length=1, ratio_level="sequence", ratio="behaviour"
+    ),
+    "micro-batch": dict(loss_normalisation="micro_batch"),
+    "entropy": dict(entropy_coefficient=0.3),
+    "entropy, sequence": dict(entropy_coefficient=0.3, loss_normalisation="sequence"),
+    "entropy quantile": dict(entropy_quantile=0.4),
+    "kl": dict(kl_coefficient=0.5),
+    "kl k1, importance": dict(
+        kl_coefficient=0.5, kl_estimator="k1", kl_correction="importance", ratio="behaviour"
+    ),
+    "kl k2": dict(kl_coefficient=0.5, kl_estimator="k2"),
+    "kl straight through": dict(kl_coefficient=0.5, kl_correction="straight_through"),
+    "all": dict(
+        ratio_level="sequence",
+        correction="mask",
+        correction_floor=0.1,
+        loss_normalisation="sequence",
+        entropy_coefficient=0.1,
+        entropy_quantile=0.5,
+        kl_coefficient=0.1,
+        advantage="rloo",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "micro_batch_tokens"),
+    [*((words, 1) for words in LOSSES.values()), (LOSSES["micro-batch"], 10_000)],
+    ids=[*LOSSES, "micro-batch of all"],
+)
+def test_every_setting_of_the_loss_is_its_formula_written_longhand(
+    words: dict[str, Any], micro_batch_tokens: int
+) -> None:
+    ours, theirs, task = llama(), llama(), mixed_window()
+    chosen = method(updates_per_step=1, **words)
+    held: dict[str, Any] = {"reference": llama(seed=1)} if "kl_coefficient" in words else {}
+    changes = settings_of(chosen) | {"micro_batch_tokens": micro_batch_tokens}
+    metrics = train_step(trainer_of(ours, **changes, **held), task)
+    passes = chosen.loss_normalisation == "micro_batch" and micro_batch_tokens == 1
+    loss, norm = longhand_step(theirs, task, chosen, passes=passes, **held)
+    same_update(ours, theirs, metrics, loss, norm)
+    plain, _ = longhand_step(llama(), task, method(updates_per_step=1))
+    assert abs(loss - plain) > 1e-4 * abs(plain), "the setting changes the loss"
+
+
+def test_a_kl_is_measured_and_its_reference_is_never_stepped() -> None:
+    held, task = llama(seed=1), mixed_window()
+    before = {name: p.detach().clone() for name, p in held.named_parameters()}
+    words = method(updates_per_step=1, kl_coefficient=0.5)
+    trainer = trainer_of(llama(), reference=held, **settings_of(words))
+    metrics = train_step(trainer, task)
+    found = []
+    for g in task.groups:
+        for index in range(len(g.rewards)):
+            away = longhand_log_probs(llama(), g.samples, index) - longhand_log_probs(
+                held, g.samples, index
+            )
+            found.append((-away).exp() - 1 + away)
+    expected = float(torch.cat(found).mean().detach())
+    assert metrics["reference_kl"] == pytest.approx(expected, rel=1e-4)
+    assert all(torch.equal(before[name], p) for name, p in held.named_parameters())
 
 
 def cut_off_window() -> TrainWindow:
@@ -392,14 +500,6 @@ def test_a_teachers_response_is_never_masked() -> None:
     assert rollouts.masked_S.tolist() == [False, True]
 
 
-def test_soft_capped_model_trains_through_its_own_logits() -> None:
-    model = gemma2_with_soft_cap()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    metrics = train_step(trainer_of(model), mixed_window())
-    assert metrics["updates"] >= 2 and metrics["grad_norm"] > 0
-    assert not torch.equal(before["model.embed_tokens.weight"], model.model.embed_tokens.weight)
-
-
 def test_rollouts_without_advantage_cost_no_pass_of_an_update_but_count_in_the_denominator() -> (
     None
 ):
@@ -418,12 +518,12 @@ def test_rollouts_without_advantage_cost_no_pass_of_an_update_but_count_in_the_d
 
 
 @pytest.fixture
-def surrogates(monkeypatch: pytest.MonkeyPatch) -> list[ClippedSurrogate]:
+def surrogates(monkeypatch: pytest.MonkeyPatch) -> list[PolicyLoss]:
     """The objectives of the steps that the test makes."""
-    made: list[ClippedSurrogate] = []
+    made: list[PolicyLoss] = []
 
-    def make(*arguments: Any) -> ClippedSurrogate:
-        made.append(ClippedSurrogate(*arguments))
+    def make(*arguments: Any) -> PolicyLoss:
+        made.append(PolicyLoss(*arguments))
         return made[-1]
 
     monkeypatch.setitem(OBJECTIVES, "clipped_surrogate", make)
@@ -437,7 +537,7 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
     make: Callable[[], Any],
     measured: Literal["all", "trained"],
     updates: int,
-    surrogates: list[ClippedSurrogate],
+    surrogates: list[PolicyLoss],
 ) -> None:
     """Against a pass of its own over every rollout before anything is updated."""
     task = mixed_window()
@@ -445,7 +545,9 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
         make(), method=method(updates_per_step=updates), measured_rollouts=measured
     )
     rollouts = assemble(task, max_staleness=trainer.settings.max_staleness, device=CPU)
-    proximal_T, entropy_T = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    proximal_T, entropy_T = log_prob_pass(
+        trainer, trainer.policy, rollouts, np.arange(rollouts.sequences)
+    )
     train_step(trainer, task)
     [objective] = surrogates
     live_S = np.isin(np.arange(rollouts.sequences), objective.live(np.arange(rollouts.sequences)))
@@ -458,7 +560,7 @@ def test_first_update_gives_the_log_probs_of_a_proximal_pass(
 
 
 def test_first_update_need_not_be_the_first_mini_batch(
-    surrogates: list[ClippedSurrogate], monkeypatch: pytest.MonkeyPatch
+    surrogates: list[PolicyLoss], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mini-batch without an advantage makes no update, so the one behind it still sees the
     weights of the start."""
@@ -469,7 +571,7 @@ def test_first_update_need_not_be_the_first_mini_batch(
         split(rollouts, trainer.settings), key=lambda sequences: rollouts.group_S[sequences[0]] != 1
     )
     monkeypatch.setattr("zppo.training.step.split", lambda *_: wrong_first)
-    proximal_T, _ = proximal_pass(trainer, rollouts, np.arange(rollouts.sequences))
+    proximal_T, _ = log_prob_pass(trainer, trainer.policy, rollouts, np.arange(rollouts.sequences))
     assert train_step(trainer, window(*groups))["updates"] == 2
     [objective] = surrogates
     read_T = np.repeat(rollouts.group_S != 1, rollouts.lengths_S)
@@ -598,7 +700,8 @@ def test_a_model_that_gives_nan_is_never_stepped_and_its_metrics_stay_finite() -
 
 def test_metrics_have_the_names_of_the_table() -> None:
     metrics = train_step(trainer_of(llama()), mixed_window())
-    table = {metric.name for metric in TRAINER_METRICS} - {"accuracy_<kind>", "jsd"}
+    others = {"accuracy_<kind>", "jsd", "entropy_coefficient", "reference_kl"}
+    table = {metric.name for metric in TRAINER_METRICS} - others
     assert metrics.keys() == table | {"accuracy_plain", "accuracy_bcq"}
     assert metrics["accuracy_bcq"] == 0.5 and metrics["accuracy_plain"] == pytest.approx(7 / 15)
     assert metrics["seconds_proximal"] == 1.0 and metrics["seconds_update"] == 1.0
@@ -653,8 +756,9 @@ def saved_student(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def topology_of(student: Path, dtype: str) -> Topology:
+def topology_of(student: Path, dtype: str, words: MethodConfig | None = None) -> Topology:
     return Topology(
+        method=words or method(),
         data=DataConfig(train="x"),
         student=StudentConfig(model=str(student), dtype=dtype, sampling=Sampling(max_new_tokens=8)),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(
@@ -664,11 +768,29 @@ def topology_of(student: Path, dtype: str) -> Topology:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("float32", method()),
+        ("bfloat16", method()),
+        (
+            "float32",
+            method(
+                updates_per_step=2,
+                kl_coefficient=0.5,
+                entropy_coefficient=0.05,
+                entropy_target=1.2,
+                entropy_step=0.02,
+            ),
+        ),
+    ],
+    ids=["float32", "bfloat16", "KL and a moving entropy coefficient"],
+)
 def test_six_steps_straight_are_three_and_a_restart_and_three_bit_for_bit(
-    tmp_path: Path, dtype: str
+    tmp_path: Path, dtype: str, words: MethodConfig
 ) -> None:
-    topology = topology_of(saved_student(tmp_path / "student", getattr(torch, dtype)), dtype)
+    student = saved_student(tmp_path / "student", getattr(torch, dtype))
+    topology = topology_of(student, dtype, words)
     straight, first = build_trainer(topology, float), build_trainer(topology, float)
     for step in range(6):
         train_step(straight, mixed_window(step))
@@ -684,6 +806,12 @@ def test_six_steps_straight_are_three_and_a_restart_and_three_bit_for_bit(
         train_step(resumed, mixed_window(step))
     assert same_weights(straight, resumed) and not same_weights(straight, first)
     assert resumed.optimizer.updates == straight.optimizer.updates
+    assert resumed.entropy == straight.entropy
+    if words.kl_coefficient > 0:
+        assert resumed.entropy != first.entropy != build_trainer(topology, float).entropy
+        began = AutoModelForCausalLM.from_pretrained(student).state_dict()
+        held = resumed.reference.model.state_dict()  # type: ignore[union-attr]
+        assert all(torch.equal(tensor, began[name]) for name, tensor in held.items())
     pairs = zip(straight.optimizer.tensors(), resumed.optimizer.tensors(), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 

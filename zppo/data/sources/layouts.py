@@ -7,7 +7,7 @@ A column may be nested: `reward_model.ground_truth` is the field `ground_truth` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -27,6 +27,9 @@ class Layout(Struct, frozen=True):
     @property
     def columns(self) -> dict[str, str]:
         return {"question": self.question, "answer": self.answer}
+
+    def __str__(self) -> str:
+        return f"{self.name}'s ({self.question}, {self.answer})"
 
 
 OWN = Layout("zppo", "question", "answer")
@@ -81,9 +84,9 @@ class Columns(Struct, frozen=True, kw_only=True):
 
 def settle(wanted: Wanted, present: Collection[str]) -> Columns:
     """The columns of a source, or of a row, that has the columns `present`."""
-    fits = [one for one in LAYOUTS if _fits(one, wanted.fields, present)]
+    fits = [one for one in LAYOUTS if _fits(one, ("question", "answer"), wanted.fields, present)]
     # Without a gold answer nothing tells layouts of one question column apart: the last is plain.
-    less = [one for one in LAYOUTS if _fits(one, wanted.fields, present, wanted.optional)][::-1]
+    less = [one for one in LAYOUTS if _fits(one, ("question",), wanted.fields, present)][::-1]
     layout = next(iter([*fits, *less]), OWN)
     return Columns(
         names=OWN_COLUMNS | layout.columns | dict(wanted.fields),
@@ -95,15 +98,10 @@ def settle(wanted: Wanted, present: Collection[str]) -> Columns:
 
 
 def _fits(
-    layout: Layout,
-    fields: Mapping[str, str],
-    present: Collection[str],
-    optional: Collection[str] = (),
+    layout: Layout, needed: Iterable[str], fields: Mapping[str, str], present: Collection[str]
 ) -> bool:
-    return all(
-        field in fields or field in optional or top_level(column, present) in present
-        for field, column in layout.columns.items()
-    )
+    columns = layout.columns
+    return all(name in fields or top_level(columns[name], present) in present for name in needed)
 
 
 def top_level(column: str, present: Collection[str]) -> str:
