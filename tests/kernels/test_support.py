@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
-    BACKENDS,
     NUMERIC,
     SLOW_BACKENDS,
     Answer,
@@ -108,6 +107,7 @@ def found(case: Case, support_TK: Tensor, chosen: PolicyLossSettings, **more: An
     return [Answer(first, gradients), Answer(second, torch.autograd.grad(second.loss, logits_TV))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
 @settings(max_examples=12, **NUMERIC)
 @given(
@@ -157,7 +157,7 @@ def test_loss_metrics_and_gradients_are_those_of_masked_logits(
         assert not answers[1].gradients[0][outside_TV].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 def test_a_soft_cap_is_that_of_the_head(backend: str) -> None:
     case, support_TK = with_supports(make_case(4), 4, 8, 0.2)
     chosen = PolicyLossSettings(entropy_coefficient=0.02)
@@ -194,6 +194,7 @@ def test_log_probs_and_entropy_are_those_of_masked_logits(backend: str) -> None:
             assert (values_T.double() - exact_T).abs().max() < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradients_are_those_of_finite_differences(level: str) -> None:
     case, support_TK = with_supports(make_case(1, rows=7, vocabulary=11), 1, 4, 0.2)
@@ -211,7 +212,7 @@ def test_gradients_are_those_of_finite_differences(level: str) -> None:
     assert torch.autograd.gradcheck(loss, case.logits_TV.double().requires_grad_())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 def test_a_support_of_the_whole_vocabulary_changes_nothing(backend: str) -> None:
     """Written out id by id it is the plain softmax; a row of -1 stands for it, bit for bit."""
     case, chosen = make_case(5, vocabulary=40), PolicyLossSettings()
@@ -230,7 +231,7 @@ def test_a_support_of_the_whole_vocabulary_changes_nothing(backend: str) -> None
     assert torch.equal(nothing[1].output.loss, plain.loss)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 def test_half_precision_and_in_place_write_the_same_gradient(backend: str) -> None:
     """bfloat16 gradients lie over the front of their own float32 logits, so the supports must have
     been read before."""
@@ -251,6 +252,7 @@ def test_half_precision_and_in_place_write_the_same_gradient(backend: str) -> No
         assert relative_error(leaf.grad, wanted) < (2e-2 if leaf.dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     case, support_TK = with_supports(make_case(2), 2, 6, 0.2)
 

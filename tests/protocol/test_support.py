@@ -29,6 +29,7 @@ def rows_of(support: Support) -> list[list[int]]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, more=ROWS, data=st.data())
 def test_rows_come_back_sorted_however_they_are_cut_and_joined(

@@ -1,8 +1,8 @@
 """What a step costs: tokens by who reads or writes them, and the FLOPs that follow from them by one
 formula.
 
-    sampling, teacher, proximal pass   2 N a token
-    update (forward and backward)      6 N a token
+    sampling, teacher, proximal pass, reference of a KL   2 N a token
+    update (forward and backward)                         6 N a token
 
 N is the parameters that multiply: all of the model folder, tied weights once, without an input
 embedding of its own. Left out are the products of attention with itself (they grow with length),
@@ -49,11 +49,15 @@ def multiplying(facts: ModelFacts) -> int:
 
 
 def token_counts(
-    window: Window, composed: Iterable[tuple[Visit, Composition]], *, scored: bool
+    window: Window,
+    composed: Iterable[tuple[Visit, Composition]],
+    *,
+    scored: bool,
+    reference: bool = False,
 ) -> dict[str, float | int]:
     """The `compute/` metrics of a trained window. `composed` are the groups in the loss; `scored`
     says whether the teacher gives its distribution at their tokens, in which case there is no
-    proximal pass."""
+    proximal pass; `reference` whether the loss has a KL to a frozen student."""
     student = _samples(window.student_groups())
     teacher = _samples(group for visit in window.visits for group in visit.teacher_groups())
     passed = sum(
@@ -69,6 +73,7 @@ def token_counts(
         "compute/teacher_scored": passed if scored else 0,
         "compute/proximal": 0 if scored else passed,
         "compute/trained": passed,
+        **({"compute/reference": passed} if reference else {}),
     }
 
 
@@ -88,7 +93,7 @@ def flops(line: Mapping[str, float], sizes: Sizes) -> dict[str, float] | None:
     return {
         "student": student * (line["compute/student_read"] + line["compute/student_written"]),
         **{part: teacher * count for part, count in tokens.items()},
-        "proximal": student * line["compute/proximal"],
+        "proximal": student * (line["compute/proximal"] + line.get("compute/reference", 0)),
         "update": 3 * student * line["compute/trained"],
     }
 

@@ -85,6 +85,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("compute/teacher_scored", "tokens", "Tokens at which the teacher gave its distribution (distillation)."),
     Metric("compute/proximal", "tokens", "Tokens of a proximal pass over all groups, prompts once for each."),
     Metric("compute/trained", "tokens", "Tokens of the groups in the loss, prompts once for each group."),
+    Metric("compute/reference", "tokens", "With method.kl_coefficient: tokens that the frozen reference reads."),
     Metric("spent/requests/<kind>", "requests",
            "Requests to teachers so far, lost attempts included (draw, compress, hint, judge, score)."),
     Metric("spent/tokens/<kind>", "tokens", "Tokens that they read and wrote, as far as reported."),

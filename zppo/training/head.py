@@ -100,7 +100,7 @@ def _candidates(model: Any, weight_VH: Tensor, bias_V: Tensor | None) -> Iterato
     factors = [getattr(config, name, None) for name in SCALES]
     scales = [1.0]
     for factor in factors:
-        if isinstance(factor, (int, float)) and factor not in (0, 1):
+        if isinstance(factor, (int, float)) and factor > 0 and factor != 1:
             scales += [float(factor), 1.0 / factor]
     for scale in scales:
         yield Head(weight_VH, bias_V, None if soft_cap is None else float(soft_cap), scale)

@@ -52,7 +52,8 @@ class PolicyLoss:
         self._measured = everyone if measures_all else self.live(everyone)
         self._sampled = not bool(rollouts.frozen_T.any())
         self.proximal_T = self.entropy_T = torch.zeros_like(rollouts.behaviour_T)
-        self._advantages_T = self._reference_T = None
+        self._advantages_T: Tensor | None = None
+        self._reference_T: Tensor | None = None
         self._seconds_proximal = 0.0
 
     def live(self, sequences: np.ndarray) -> np.ndarray:

@@ -63,6 +63,7 @@ class Recorder:
         start = context.start_version
         self._background = background
         self._scored = get_method(context.topology.method.name).needs_scores
+        self._has_reference = context.topology.method.kl_coefficient > 0
         self.journal = Journal(context.run_dir, start)
         # Also at step 0: an attempt may have died before its first checkpoint.
         self.journal.roll_back(start)
@@ -124,7 +125,9 @@ class Recorder:
         lasting = [fate for fate in fates if fate.fate in LASTING_FATES]
         metrics = {
             **window_metrics(window, message.step),
-            **token_counts(window, trained.composed, scored=self._scored),
+            **token_counts(
+                window, trained.composed, scored=self._scored, reference=self._has_reference
+            ),
             **buffer_metrics(len(buffer), buffer.capacity, by_entry_accuracy(buffer), lasting),
             **trainer_metrics(message.metrics),
             **waits,

@@ -29,6 +29,7 @@ from zppo.plan.memory import SCORED_ROWS, SCORED_TOKENS
 from zppo.training.batch import assemble
 from zppo.training.distillation import Divergence
 from zppo.training.step import split
+from zppo.training.trainer import Counts
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.score_tasks import NO_TOKEN, ScoreTable, check_scorable
@@ -83,12 +84,18 @@ def test_scores_are_the_best_of_a_plain_forward_pass(
 
 
 @pytest.mark.slow
-def test_a_soft_capped_model_scores_through_its_own_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own_logits", [False, True])
+def test_a_soft_capped_model_scores_through_its_head_or_its_own_logits(
+    own_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = gemma2_with_soft_cap().eval()
     vocabulary = model.config.vocab_size
-    monkeypatch.setattr(scoring, "PASS_LOGITS", vocabulary * 20)
+    if own_logits:
+        monkeypatch.setattr(scoring, "probe_head", lambda *_: None)
+        monkeypatch.setattr(scoring, "PASS_LOGITS", vocabulary * 20)
+    monkeypatch.setattr(scoring, "CHUNK_ROWS", 7)
     scorer = Scorer(model, "teacher.model")
-    assert scorer.pass_tokens == 20
+    assert scorer.pass_tokens == (20 if own_logits else scoring.PASS_TOKENS)
     task = msgspec.structs.replace(
         to_score([3, 12, 5], seed=4), token_ids=np.arange(20, dtype=np.int32)
     )
@@ -288,8 +295,10 @@ def _jsd(task: ScoreTask, scores: TokenScores | None, teacher: Any) -> tuple[flo
     batches = split(rollouts, trainer.settings)
     objective = Divergence(trainer, rollouts, batches)
     total = 0.0
-    for batch in trainer.micro_batches(rollouts, objective.live(batches[0])):
-        part, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences, first=True)
+    parts = trainer.micro_batches(rollouts, objective.live(batches[0]))
+    counts = Counts(rollouts.tokens, rollouts.sequences, len(parts))
+    for batch in parts:
+        part, _ = objective.loss(batch, counts, first=True)
         part.backward()
         total += float(part.detach())
     return total, dict(trainer.gradients.tensors())

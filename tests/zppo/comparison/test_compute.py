@@ -90,6 +90,16 @@ def test_distillation_scores_what_is_trained_and_makes_no_proximal_pass(window: 
     assert counts["compute/student_written"] == words(window, "plain", "bcq", "ncq")[1]
 
 
+def test_the_reference_of_a_kl_reads_what_is_trained(window: Window) -> None:
+    plain = token_counts(window, composed(window), scored=False)
+    held = token_counts(window, composed(window), scored=False, reference=True)
+    assert held == plain | {"compute/reference": plain["compute/trained"]}
+    sizes = Sizes(student=10, teacher=20)
+    one, other = flops(plain, sizes), flops(held, sizes)
+    assert one is not None and other is not None
+    assert other["proximal"] - one["proximal"] == 20 * plain["compute/trained"]
+
+
 def test_a_group_that_is_not_trained_still_costs_its_samples(window: Window) -> None:
     some = token_counts(window, composed(window)[:1], scored=False)
     every = token_counts(window, composed(window), scored=False)

@@ -61,7 +61,7 @@ from zppo.training.distillation import Divergence
 from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.state import build_trainer
 from zppo.training.step import split, train_step
-from zppo.training.trainer import Trainer
+from zppo.training.trainer import Counts, Trainer
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TokenScores, TrainGroup
 from zppo_protocol.values import Sampling
@@ -103,8 +103,10 @@ def gradient_of(trainer: Trainer, task: TrainWindow) -> tuple[float, dict[str, T
     batches = split(rollouts, trainer.settings)
     objective, total = Divergence(trainer, rollouts, batches), 0.0
     trainer.gradients.clear()
-    for batch in trainer.micro_batches(rollouts, objective.live(batches[0])):
-        loss, _ = objective.loss(batch, rollouts.tokens, rollouts.sequences, first=True)
+    parts = trainer.micro_batches(rollouts, objective.live(batches[0]))
+    counts = Counts(rollouts.tokens, rollouts.sequences, len(parts))
+    for batch in parts:
+        loss, _ = objective.loss(batch, counts, first=True)
         loss.backward()
         total += float(loss.detach())
     return total, {name: tensor.clone() for name, tensor in trainer.gradients.tensors().items()}

@@ -389,6 +389,13 @@ LOSSES = {
     "entropy": dict(entropy_coefficient=0.3),
     "entropy, sequence": dict(entropy_coefficient=0.3, loss_normalisation="sequence"),
     "entropy quantile": dict(entropy_quantile=0.4),
+    "entropy quantile, sequence ratio": dict(
+        entropy_quantile=0.4,
+        ratio_level="sequence",
+        ratio="behaviour",
+        loss_normalisation="sequence",
+        clip_high=1.0,
+    ),
     "kl": dict(kl_coefficient=0.5),
     "kl k1, importance": dict(
         kl_coefficient=0.5, kl_estimator="k1", kl_correction="importance", ratio="behaviour"

@@ -145,13 +145,9 @@ class Decoder:
     def _note_support(self) -> None:
         """Keep what the tokens just sampled could have been. On the host: on the device it would
         take `support_limit` numbers for every column held."""
-        support_KW = self._sampler.support_KW
-        if support_KW is None:
-            return
-        rows_KW = support_KW.cpu().numpy()
-        for place, row in self._sampler.reported:
-            ids_W = rows_KW[place]
-            self.running[row].support.append(ids_W[ids_W >= 0].astype(np.int32))
+        for rows, ids_KW in self._sampler.supports:
+            for row, ids_W in zip(rows, ids_KW.cpu().numpy().astype(np.int32), strict=True):
+                self.running[row].support.append(ids_W[ids_W >= 0])
 
     def _seen(self) -> Tensor | None:
         """Which tokens each row has sampled so far, [B, V] bool; None if no row is penalised for

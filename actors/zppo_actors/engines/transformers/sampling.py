@@ -7,7 +7,7 @@ nothing, so a row's tokens depend on its own logits and its own uniform numbers 
 that are equally probable, the one with the lower id comes first, so a support never has more than
 top-k tokens.
 
-Legend: B rows in the batch, V vocabulary, K rows that truncate, W widest support that is reported.
+Legend: B rows in the batch, V vocabulary, K rows that truncate alike, W tokens looked at of each.
 """
 
 from __future__ import annotations
@@ -41,18 +41,14 @@ class Sampler:
         self._tempered = any(t not in (0.0, 1.0) for t in temperatures)
         self._greedy_B = torch.tensor([t == 0.0 for t in temperatures], device=device)
         self._some_greedy = 0.0 in temperatures
-        cut = [i for i, setting in enumerate(settings) if setting.truncates]
-        limits = {i: limit for i, limit in enumerate(support_limits) if limit}
-        self.reported = [(k, i) for k, i in enumerate(cut) if i in limits]
-        """Rows whose support is reported: (place among those that truncate, place in the batch)."""
-        self._widest = max((limits[i] for _, i in self.reported), default=0)
-        self._cut_K = torch.tensor(cut, dtype=torch.int64, device=device) if cut else None
-        self._top_k_K1 = _column([settings[i].top_k or 2**31 for i in cut], device)
-        self._top_p_K1 = _column([settings[i].top_p for i in cut], device)
-        self._min_p_K1 = _column([settings[i].min_p for i in cut], device)
-        self.support_KW: Tensor | None = None
-        """Supports of the last tokens of the rows that truncate, int64, -1 behind the last id of
-        each; None if no row reports any."""
+        limits = support_limits or [0] * len(settings)
+        self._cuts = [
+            _Cut(rows, [settings[row] for row in rows], width, device)
+            for width, rows in _by_width(settings, limits).items()
+        ]
+        self.supports: list[tuple[list[int], Tensor]] = []
+        """Of the last tokens, where they are asked for: rows of the batch, and the ids of each,
+        int64, -1 behind the last one."""
 
     def __call__(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sample one token per row: ids [B] int64 and natural log-probs [B] float32."""
@@ -68,35 +64,89 @@ class Sampler:
                 self._greedy_B[:, None], logits_BV.argmax(-1, keepdim=True), tokens_B1
             )
         chosen_B1 = log_probs_BV.gather(1, tokens_B1)
-        if self._cut_K is not None:
-            tokens_K1, chosen_K1 = self._truncated(
-                log_probs_BV[self._cut_K], uniforms_B[self._cut_K, None]
-            )
-            tokens_B1.index_copy_(0, self._cut_K, tokens_K1)
-            chosen_B1.index_copy_(0, self._cut_K, chosen_K1)
+        self.supports = []
+        for cut in self._cuts:
+            index_K = cut.index_K
+            tokens_K1, chosen_K1, ids_KW = cut(log_probs_BV[index_K], uniforms_B[index_K, None])
+            tokens_B1.index_copy_(0, index_K, tokens_K1)
+            chosen_B1.index_copy_(0, index_K, chosen_K1)
+            if cut.width is not None:
+                self.supports.append((cut.rows, ids_KW))
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, tokens_B1, True)
         return tokens_B1[:, 0], chosen_B1[:, 0]
 
-    def _truncated(self, log_probs_KV: Tensor, uniforms_K1: Tensor) -> tuple[Tensor, Tensor]:
+
+class _Cut:
+    """Rows that truncate, to be handled alike. `width`: their supports are asked for, and have at
+    most so many ids; None: the whole vocabulary is sorted."""
+
+    def __init__(
+        self,
+        rows: list[int],
+        settings: Sequence[Sampling],
+        width: int | None,
+        device: torch.device,
+    ) -> None:
+        self.rows = rows
+        self.width = width
+        self.index_K = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._top_k_K1 = _column([setting.top_k or 2**31 for setting in settings], device)
+        self._top_p_K1 = _column([setting.top_p for setting in settings], device)
+        self._min_p_K1 = _column([setting.min_p for setting in settings], device)
+
+    def __call__(self, log_probs_KV: Tensor, uniforms_K1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Min-p, top-k, then top-p of what is left, as in the usual order; the most likely token
-        always stays."""
-        sorted_KV, order_KV = log_probs_KV.sort(dim=-1, descending=True, stable=True)
-        ranks_V = torch.arange(sorted_KV.shape[-1], device=sorted_KV.device)
-        outside_KV = ranks_V >= self._top_k_K1
+        always stays. Tokens and log-probs [K, 1], and the ids that could have been, -1 behind
+        them."""
+        sorted_KW, order_KW = most_probable(log_probs_KV, self.width)
+        ranks_W = torch.arange(sorted_KW.shape[-1], device=sorted_KW.device)
+        outside_KW = ranks_W >= self._top_k_K1
         # log(0) = -inf: no token is less probable than that.
-        outside_KV |= sorted_KV < sorted_KV[:, :1] + self._min_p_K1.log()
-        sorted_KV = sorted_KV.masked_fill(outside_KV, -torch.inf).log_softmax(-1)
-        probs_KV = sorted_KV.exp()
-        before_KV = probs_KV.cumsum(-1) - probs_KV
-        outside_KV = (before_KV >= self._top_p_K1) & (ranks_V > 0)
-        sorted_KV = sorted_KV.masked_fill(outside_KV, -torch.inf).log_softmax(-1)
-        inside_KV = sorted_KV > -torch.inf
-        last_K1 = inside_KV.sum(-1, keepdim=True) - 1
-        if self._widest:
-            self.support_KW = order_KV.masked_fill(~inside_KV, -1)[:, : self._widest]
-        ranks_K1 = torch.minimum(draw(sorted_KV, uniforms_K1), last_K1)
-        return order_KV.gather(1, ranks_K1), sorted_KV.gather(1, ranks_K1)
+        outside_KW |= sorted_KW < sorted_KW[:, :1] + self._min_p_K1.log()
+        sorted_KW = sorted_KW.masked_fill(outside_KW, -torch.inf).log_softmax(-1)
+        probs_KW = sorted_KW.exp()
+        before_KW = probs_KW.cumsum(-1) - probs_KW
+        outside_KW = (before_KW >= self._top_p_K1) & (ranks_W > 0)
+        sorted_KW = sorted_KW.masked_fill(outside_KW, -torch.inf).log_softmax(-1)
+        inside_KW = sorted_KW > -torch.inf
+        # A row of NaN has nothing inside; its log-prob will say so.
+        last_K1 = (inside_KW.sum(-1, keepdim=True) - 1).clamp_(min=0)
+        ranks_K1 = torch.minimum(draw(sorted_KW, uniforms_K1), last_K1)
+        return (
+            order_KW.gather(1, ranks_K1),
+            sorted_KW.gather(1, ranks_K1),
+            order_KW.masked_fill(~inside_KW, -1),
+        )
+
+
+def most_probable(log_probs_KV: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+    """The `width` most probable tokens of each row (None: all), best first, and their ids; of equal
+    ones the lower ids come first.
+
+    Sorting a large vocabulary takes a CPU longer than a step of a small model, and `topk` may take
+    any of equal tokens, so it only says where to cut.
+    """
+    if width is None or width >= log_probs_KV.shape[-1]:
+        return log_probs_KV.sort(dim=-1, descending=True, stable=True)
+    known_KV = log_probs_KV.masked_fill(log_probs_KV.isnan(), -torch.inf)
+    last_K1 = known_KV.topk(width, dim=-1).values[:, -1:]
+    above_KV, equal_KV = known_KV > last_K1, known_KV == last_K1
+    room_K1 = width - above_KV.sum(-1, keepdim=True)
+    kept_KV = above_KV | (equal_KV & (equal_KV.cumsum(-1) <= room_K1))
+    ids_KW = kept_KV.nonzero()[:, 1].view(len(log_probs_KV), width)
+    sorted_KW, places_KW = log_probs_KV.gather(1, ids_KW).sort(dim=-1, descending=True, stable=True)
+    return sorted_KW, ids_KW.gather(1, places_KW)
+
+
+def _by_width(settings: Sequence[Sampling], limits: Sequence[int]) -> dict[int | None, list[int]]:
+    """Rows that truncate, by the width of their supports: a row is computed at its own width,
+    whoever is beside it."""
+    groups: dict[int | None, list[int]] = {}
+    for row, (setting, limit) in enumerate(zip(settings, limits, strict=True)):
+        if setting.truncates:
+            groups.setdefault(limit or None, []).append(row)
+    return groups
 
 
 def draw(log_probs_BV: Tensor, uniforms_B1: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from zppo.training.head import hidden_states, probe_head
 from zppo_actors.engines.score_tasks import ScoreTable
 from zppo_kernels.linear_chunks import logit_chunks
+from zppo_kernels.logit_map import LogitMap
 from zppo_kernels.projection import Projection, chunk_rows
 from zppo_protocol.messages import ScoreTask
 
@@ -75,8 +76,10 @@ class Scorer:
             hidden_states(self._model, input_ids=ids_BL).flatten(0, 1).index_select(0, rows_R)
         )
         projection = Projection.of(self._head.weight_VH, self._head.bias_V)
+        shape = LogitMap.of(self._head.logit_scale, self._head.soft_cap)
         rows = min(CHUNK_ROWS, chunk_rows(len(hidden_RH), self.vocabulary, hidden_RH.device))
-        yield from (logits_CV for _, _, logits_CV in logit_chunks(projection, hidden_RH, rows))
+        for _, _, logits_CV in logit_chunks(projection, hidden_RH, rows):
+            yield shape.apply_(logits_CV)
 
 
 def passes(task: ScoreTask, max_tokens: int) -> list[list[int]]:

@@ -16,8 +16,9 @@ from support_helpers import assert_supports, kept_ids, task_with_support, traine
 from transformers_helpers import build, run, sample
 
 from zppo.config.topology import StudentSampling
-from zppo_actors.engines.transformers.sampling import Sampler
+from zppo_actors.engines.transformers.sampling import Sampler, most_probable
 from zppo_actors.engines.uniforms import LARGEST_UNIFORM
+from zppo_protocol.values import Sampling
 
 CUTS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 5, "temperature": 0.8},
@@ -68,6 +69,7 @@ SETTINGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(SETTINGS, min_size=1, max_size=6),
@@ -86,12 +88,13 @@ def test_every_row_has_its_own_support_and_the_lower_of_equal_ids_comes_first(
     limits = [row.top_k for row in asked]
     sampler = Sampler(asked, torch.device("cpu"), support_limits=limits)
     tokens, log_probs = sampler(logits, uniforms)
-    assert [row for _, row in sampler.reported] == [
-        i for i, row in enumerate(rows) if row.truncates
-    ]
-    for place, row in sampler.reported:
-        assert sampler.support_KW is not None
-        found = [i for i in sampler.support_KW[place].tolist() if i >= 0]
+    supports = {
+        row: [i for i in ids if i >= 0]
+        for some, ids_KW in sampler.supports
+        for row, ids in zip(some, ids_KW.tolist(), strict=True)
+    }
+    assert sorted(supports) == [i for i, row in enumerate(rows) if row.truncates]
+    for row, found in supports.items():
         kept = kept_ids(logits[row].numpy(), asked[row])
         # Where a share is top_p itself, rounding decides whether the next token is in.
         assert found == kept.tolist() or abs(len(found) - len(kept)) <= 1
@@ -99,3 +102,30 @@ def test_every_row_has_its_own_support_and_the_lower_of_equal_ids_comes_first(
         scaled = logits[row, found].double() / asked[row].temperature
         exact = float((scaled - scaled.logsumexp(0))[found.index(int(tokens[row]))])
         assert abs(float(log_probs[row]) - exact) < 1e-5
+        alone = Sampler([asked[row]], torch.device("cpu"), support_limits=[asked[row].top_k])
+        again = alone(logits[row : row + 1], uniforms[row : row + 1])
+        assert again[0] == tokens[row] and again[1] == log_probs[row]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([0.0, -1.5, -2.0, -torch.inf]), min_size=9, max_size=9),
+        min_size=1,
+        max_size=4,
+    ),
+    width=st.integers(1, 12),
+)
+def test_the_most_probable_are_the_first_of_a_stable_sort(
+    rows: list[list[float]], width: int
+) -> None:
+    values, order = torch.tensor(rows).sort(dim=-1, descending=True, stable=True)
+    found = most_probable(torch.tensor(rows), width)
+    assert torch.equal(found[0], values[:, :width]) and torch.equal(found[1], order[:, :width])
+
+
+def test_a_row_that_is_not_finite_gives_a_log_prob_that_is_not_and_harms_no_other() -> None:
+    logits = torch.tensor([[torch.nan] * 5, [0.0, 1.0, 2.0, 3.0, 4.0]])
+    sampler = Sampler([Sampling(1, top_k=2)] * 2, torch.device("cpu"), support_limits=[2, 2])
+    tokens, log_probs = sampler(logits, torch.tensor([0.5, 0.5]))
+    assert log_probs.isfinite().tolist() == [False, True] and int(tokens[1]) in (3, 4)

@@ -229,8 +229,8 @@ def test_of_equal_tokens_a_support_has_as_many_as_fit(served: Served) -> None:
     served.load(seed=0)
     assert samples.support is not None and samples.support.lengths_T.max() == 3
     rows = np.split(samples.support.ids, samples.support.offsets[1:-1])
-    cut = [row for row in rows if len(row) == 3 and row[-1] >= 20]
-    assert len(cut) > 10
+    # With an exact top-k the same of the equal tokens would be left everywhere.
+    assert len({i for row in rows for i in row.tolist() if i >= 20}) > 3
     proximal_T = trainer_log_probs(model, samples, temperature=1.0)
     assert np.abs(proximal_T.numpy() - samples.log_probs).max() < TOLERANCE
 
