@@ -164,6 +164,11 @@ KERNELS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     ),
     "statistics": (triton_rows.statistics_kernel, (1,), {}),
     "gradient": (triton_rows.gradient_kernel, (1,), {"HAS_ENTROPY": False}),
+    "gradient, entropy, soft cap": (
+        triton_rows.gradient_kernel,
+        (1,),
+        {"HAS_ENTROPY": True, "SOFT_CAP": 30.0},
+    ),
     "jsd": (triton_jsd.jsd_kernel, (1, 1, 2, 2), {"BETA": 0.5, "HAS_GRADIENT": True}),
     "forward KL": (triton_jsd.jsd_kernel, (1, 1, 2, 2), {"BETA": 0.0, "HAS_GRADIENT": True}),
 }

@@ -192,9 +192,9 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
             f"--grader is missing; expected math, exact or choice, because the run has rewards "
             f"({', '.join(entry.use for entry in data.reward)}), whose code is not run here"
         )
-    fields = dict(pair(text, "--field") for text in arguments.field) or dict(data.fields)
-    if data.reward:  # a row's own rule is one of the run's rewards
-        fields.pop("grader", None)
+    # With rewards, a row's own rule is one of them.
+    kept = {ours: name for ours, name in data.fields.items() if not data.reward or ours != "grader"}
+    fields = dict(pair(text, "--field") for text in arguments.field) or kept
     given = {
         "reward": [],
         "fields": fields,

@@ -70,7 +70,7 @@ def _graph_is_kept() -> bool:
     """Whether a second backward pass may come over the same graph; always, while it is traced."""
     if torch.compiler.is_compiling():
         return True
-    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return kept
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class PolicyRows:
         )
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> PolicyRows:
-        columns = {
+        columns: dict[str, Any] = {
             field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -109,7 +109,7 @@ def found(case: Case, support_TK: Tensor, chosen: PolicyLossSettings, **more: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)
-@settings(max_examples=12, **NUMERIC)
+@settings(max_examples=8, **NUMERIC)
 @given(
     seed=st.integers(0, 999),
     rows=st.integers(1, 40),

@@ -53,13 +53,14 @@ def start(
     return start
 
 
-def make_run(small: Path, steps: int = 3) -> Path:
+def make_run(small: Path, steps: int = 3, *settings: str) -> Path:
     """A run directory with one whole checkpoint."""
     run = small / "small-run"
     run_directory.create(
         run,
         topologies.load(
-            small / "topology.yaml", ["data.heldout=train.jsonl", "student.dtype=bfloat16"]
+            small / "topology.yaml",
+            ["data.heldout=train.jsonl", "student.dtype=bfloat16", *settings],
         ),
     )
     partial = checkpoint.begin(run, steps)
@@ -264,6 +265,20 @@ def test_a_run_without_checkpoint_is_refused(start: Start, small: Path) -> None:
         None,
         "--model: the run 'small-run' has no whole checkpoint yet\n",
     )
+
+
+def test_a_run_with_rewards_of_its_own_needs_a_grader(start: Start, small: Path) -> None:
+    """Their code is not run because a run directory names it."""
+    (small / "mine.py").write_text("def f(question, response, row): ...\n")
+    make_run(small, 3, "data.reward=[{use: ./mine.py:f}]")
+    (small / "mine.py").write_text("raise SystemExit('it was imported')\n")
+    order, said = start("--model", "small-run")
+    assert order is None and said == (
+        "--grader is missing; expected math, exact or choice, because the run has rewards "
+        "(mine.py:f), whose code is not run here\n"
+    )
+    order, _ = start("--model", "small-run", "--grader", "exact")
+    assert order is not None and (order.data.reward, order.data.grader) == ([], "exact")
 
 
 def test_bad_rows_are_refused_as_in_a_run(start: Start, small: Path) -> None:

@@ -276,7 +276,8 @@ METHOD_REFUSALS = [
     ),
     (
         ("method.name=off_distil",),
-        "method.name: there is no method 'off_distil' (did you mean 'off_distill'?)",
+        "method.name: there is no method 'off_distil' (did you mean 'off_distill'?); or name "
+        "package.module:name or ./file.py:name",
     ),
     (
         ("method.name=grpo", "method.group_size=1"),

@@ -68,6 +68,8 @@ from zppo_protocol.values import Sampling
 
 STUDENT = Path(__file__).parents[3] / "examples" / "quickstart" / "student"
 UNMEASURED = {
+    "entropy_coefficient",
+    "reference_kl",
     *(
         "clip_low_share",
         "clip_high_share",
