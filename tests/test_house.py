@@ -160,6 +160,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.config",
         "zppo.data",
         "zppo.errors",
+        "zppo.extensions",
         "zppo.plan",
         "zppo.prompting",
         "zppo.signals",
@@ -252,7 +253,6 @@ ROOMS: dict[str, set[str]] = {
         "zppo.errors",
         "zppo_actors.grading",
         "zppo_actors.process",
-        "zppo_protocol",
     },
     "zppo_actors.__main__": {
         "zppo_actors.audit",

@@ -177,7 +177,7 @@ def _of_topology(arguments: argparse.Namespace) -> Order:
     topology = load(Path(arguments.data))
     data, student = topology.data, served_student(topology)
     if arguments.heldout is not None:
-        data = replace(data, heldout=str(Path(arguments.heldout).absolute()))
+        data = replace(data, heldout=arguments.heldout)
     # A topology may name a model that is yet to be fetched; its questions can be looked at now.
     there = student if student.folder.is_dir() else None
     return Order(

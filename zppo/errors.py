@@ -28,15 +28,32 @@ class UserError(ValueError):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest valid name, or the list of valid names if none
-    is close."""
+    is close; nothing where no name is valid."""
     names = sorted(valid)
+    if not names:
+        return ""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
 
 
-def first_line(error: Exception) -> str:
+def words_of(error: BaseException) -> str:
+    """What an exception says, as text that every file can hold; one of a user's own may fail at
+    that too."""
+    try:
+        said = str(error)
+    except Exception:
+        return ""
+    return sendable(said).strip()
+
+
+def sendable(text: str) -> str:
+    """The text without half surrogate pairs, which neither files nor messages can carry."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def first_line(error: BaseException) -> str:
     """What another library's error says, for a sentence around it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (words_of(error) or type(error).__name__).splitlines()[0]
 
 
 class Parser(argparse.ArgumentParser):

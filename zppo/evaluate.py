@@ -27,6 +27,7 @@ from zppo.config.topology import (
     DataConfig,
     ModelConfig,
     ResponseSampling,
+    is_own_source,
     is_procedural,
 )
 from zppo.data.corpus import Corpus, load_questions
@@ -182,6 +183,11 @@ def _data(arguments: argparse.Namespace, located: Located | None) -> DataConfig:
         raise UserError(
             "--data is missing; expected a question file, a data set folder, or "
             "reasoning_gym:TASK?…"
+        )
+    if arguments.data is None and run is not None and is_own_source(str(run.heldout)):
+        raise UserError(
+            f"--data is missing; expected a source, because the run holds out {run.heldout!r}, "
+            "whose code is not run here unless --data names it"
         )
     data = run or DataConfig(train="")
     data = replace(data, train=arguments.data if arguments.data is not None else data.heldout)

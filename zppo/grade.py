@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from zppo.config.options import data_settings, pair, positive, seconds
+from zppo.config.options import data_settings, finite, pair, positive, seconds
 from zppo.config.paths import absolute_use
 from zppo.config.rewards import RewardConfig, parts_of
 from zppo.config.strict_yaml import parse
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reward-args", default="{}", metavar="MAPPING", help="its arguments, e.g. '{most: 10}'"
     )
     parser.add_argument(
-        "--correct-reward", type=float, default=1.0, metavar="R", help="least value that is right"
+        "--correct-reward", type=finite, default=1.0, metavar="R", help="least value that is right"
     )
     parser.add_argument(
         "--field", action="append", default=[], metavar="FIELD=COLUMN", help="e.g. question=problem"

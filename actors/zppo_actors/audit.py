@@ -14,13 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from zppo.data.audit import AuditOrder, Case, report_text, report_values, run
+from zppo.data.audit import AuditOrder, Case, Verdict, report_text, report_values, run
 from zppo.data.corpus import load_questions
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo_actors.grading.handle import GradeWorker, worker_command
 from zppo_actors.grading.own import OwnOrder
 from zppo_actors.process import private_stdout
-from zppo_protocol.values import TIMED_OUT
 
 
 def main(arguments: list[str]) -> int:
@@ -34,13 +33,13 @@ def main(arguments: list[str]) -> int:
     rewards = OwnOrder(entries=order.data.reward) if order.data.reward else None
     worker = GradeWorker(order.grader_seconds, worker_command(order.data.train, rewards=rewards))
 
-    def grading(case: Case) -> tuple[float, bool]:
+    def grading(case: Case) -> Verdict:
         question = case.question
         grade = worker.grade(
             case.response, question.answer, question.grader, question.text, question.row
         )
-        right = not grade.failed and grade.reward >= order.correct_reward
-        return float(right), grade.note == TIMED_OUT
+        right = None if grade.failed else grade.reward >= order.correct_reward
+        return Verdict(right, grade.note)
 
     with private_stdout() as stdout:
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 # Known without the logits: taken over all unmasked rows, rows with zero advantage included.
 SAMPLE_METRICS: tuple[str, ...] = (
     "token_count",  # unmasked rows
-    "live_token_count",  # unmasked rows that carry a gradient (advantage not zero, or a KL term)
+    "live_token_count",  # unmasked rows with a gradient: an advantage, a KL or entropy term
     "positive_advantage_count",
     "importance_weight_count",  # rows with a usable behaviour log-prob
     "importance_weight_sum",  # raw exp(proximal - behaviour), before truncation

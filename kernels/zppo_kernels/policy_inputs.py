@@ -299,12 +299,12 @@ def _and_nan(values_S: Tensor) -> Tensor:
 
 
 def checked_live_rows(live_rows_L: Tensor, rows: int) -> Tensor:
-    """int64 and contiguous; where values may be read, ValueError unless they are distinct indices
-    of rows."""
+    """int64 in rising order, so that all rows are the rows as they lie; where values may be read,
+    ValueError unless they are distinct indices of rows."""
     check_integer("live_rows_L", live_rows_L)
-    live_rows_L = column(live_rows_L, torch.int64)
+    live_rows_L = column(live_rows_L, torch.int64).sort().values
     if reads_values(live_rows_L) and len(live_rows_L):
-        low, high = int(live_rows_L.min()), int(live_rows_L.max())
+        low, high = int(live_rows_L[0]), int(live_rows_L[-1])
         if low < 0 or high >= rows or len(live_rows_L.unique()) < len(live_rows_L):
             raise ValueError(
                 f"live_rows_L run from {low} to {high}; expected distinct rows from 0 to {rows - 1}"

@@ -223,8 +223,8 @@ def policy_constants(
     has_proximal: bool = True,
     weights_are_late: bool = False,
     has_reference: bool = False,
-) -> dict[str, float | bool]:
-    """What is compiled into `policy_kernel`: temperature, choices, and which columns there are."""
+) -> dict[str, int | bool]:
+    """What is compiled into `policy_kernel`: choices, and which columns and terms there are."""
     _, choices = settings_values(settings)
     chosen = dict(zip(CHOICES, choices, strict=True))
     return {

@@ -55,8 +55,10 @@ def _sapo(ratios: Ratios, settings: PolicyLossSettings) -> Tensor:
 
 
 def _weighted_log_prob(ratios: Ratios, settings: PolicyLossSettings) -> Tensor:
-    """-A * w * log_prob with a weight that is no part of the gradient."""
-    return weighted_log_prob(weight_of(ratios, settings).detach(), ratios)
+    """-A * w * log_prob with a weight that is no part of the gradient; 0 without an advantage,
+    where the log-prob may be -inf."""
+    log_probs_T = torch.where(ratios.advantages_T == 0, 0.0, ratios.log_probs_T)
+    return -ratios.advantages_T * weight_of(ratios, settings).detach() * log_probs_T
 
 
 SURROGATES: dict[str, Formula] = {
@@ -66,12 +68,6 @@ SURROGATES: dict[str, Formula] = {
     "dppo_tv": _weighted_log_prob,
     "dppo_kl": _weighted_log_prob,
 }
-
-
-def weighted_log_prob(weight_T: Tensor, ratios: Ratios) -> Tensor:
-    """-A * w * log_prob; 0 without an advantage, where the log-prob may be -inf."""
-    log_probs_T = torch.where(ratios.advantages_T == 0, 0.0, ratios.log_probs_T)
-    return -ratios.advantages_T * weight_T * log_probs_T
 
 
 def sapo_sharpness_of(ratios: Ratios, settings: PolicyLossSettings) -> Tensor:

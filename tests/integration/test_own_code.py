@@ -127,9 +127,10 @@ def installed(folder: Path) -> Path:
     return folder / "site"
 
 
-def test_an_installed_package_brings_reward_method_source_and_sink(tmp_path: Path) -> None:
+def test_an_installed_package_brings_one_of_each_kind(tmp_path: Path) -> None:
     """Each is named as its entry point announces it; no file of this package knows of them."""
     site, directory, file = installed(tmp_path), tmp_path / "run", tmp_path / "lines.jsonl"
+    groups = tmp_path / "groups"
     given = {
         "run.directory": directory,
         "run.steps": 2,
@@ -142,6 +143,8 @@ def test_an_installed_package_brings_reward_method_source_and_sink(tmp_path: Pat
         "scheduler.new_questions": 8,
         "scheduler.rho_aug": 1.0,
         "actors.rollout.count": 1,
+        "actors.rollout.engine": "acme_counting",
+        "actors.rollout.engine_args": json.dumps({"file": str(groups)}),
         "sinks.tensorboard": "false",
         "sinks.use": json.dumps([{"use": "acme_lines", "args": {"file": str(file)}}]),
     }
@@ -153,7 +156,7 @@ def test_an_installed_package_brings_reward_method_source_and_sink(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
 
     record = json.loads((directory / "run.json").read_text())["extensions"]
-    assert sorted(record) == ["acme_again", "acme_near", "acme_rows"]
+    assert sorted(record) == ["acme_again", "acme_counting", "acme_near", "acme_rows"]
     assert len(set(record.values())) == 1
     assert record["acme_near"].startswith("acme-zppo 3.1 sha256:")
     rows = [row for path in step_files(directory / "rollouts") for row in read_step(path)]
@@ -163,6 +166,7 @@ def test_an_installed_package_brings_reward_method_source_and_sink(tmp_path: Pat
         by_group.setdefault(row["group_id"], []).append(row["trained"])
         assert row["correct"] == (row["reward"] >= 0.5)
     assert all(trained == [True] * 3 + [False] * 5 for trained in by_group.values())
+    assert groups.read_text().split().count("8") >= len(by_group)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(0.0 <= line["digits"] <= 1.0 for line in lines)

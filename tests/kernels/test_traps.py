@@ -405,6 +405,20 @@ def test_live_rows_may_come_from_the_caller(backend: str) -> None:
     assert ours.loss.item() == theirs.loss.item()
 
 
+def test_live_rows_come_in_any_order(backend: str) -> None:
+    """All rows in another order were taken as they lie, and their log-probs given to others."""
+    case = make_case(17)
+    case.inputs["advantages_S"] = case.inputs["advantages_S"].abs() + 0.5
+    ours, leaves = loss_of(case, backend)
+    order_L = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    theirs, others = loss_of(case, backend, live_rows_L=order_L)
+    chosen_T = case.inputs["mask_T"] & (case.target_ids_T != -100)
+    assert torch.equal(ours.log_probs_T[chosen_T], theirs.log_probs_T[chosen_T])
+    assert torch.equal(ours.entropy_T[chosen_T], theirs.entropy_T[chosen_T])
+    (ours.loss + theirs.loss).backward()
+    assert torch.allclose(leaves[0].grad, others[0].grad, rtol=1e-5, atol=1e-8)
+
+
 def test_a_narrow_gradient_fits_into_its_own_logits(backend: str) -> None:
     """On a GPU the bf16 gradient overwrites the float32 logits it is made of; float16 stands in for
     bf16 here."""

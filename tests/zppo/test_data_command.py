@@ -115,6 +115,21 @@ def test_a_topology_brings_its_model_and_its_held_out_questions(
     assert all(one["prompt"].startswith("<bos> <user>") for one in found["shown"])
 
 
+def test_held_out_questions_of_a_package_beside_a_topology(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a module is no path."""
+    (tmp_path / "held_rows.py").write_text(
+        "def rows():\n    yield {'question': '1 + 1', 'answer': 2}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path / "train.jsonl", {"question": "1 + 1", "answer": "2"})
+    topology = tmp_path / "topology.yaml"
+    topology.write_text("data: {train: train.jsonl}\nstudent: {model: none}\nteacher: null\n")
+    code, found = figures(capsys, topology, "--heldout", "held_rows:rows")
+    assert code == 1 and found["held_out"] == 1 and len(found["overlap"]) == 1
+
+
 @pytest.mark.slow
 def test_prompts_that_are_too_long_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

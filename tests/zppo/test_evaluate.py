@@ -69,6 +69,17 @@ def make_run(small: Path, steps: int = 3, *settings: str) -> Path:
     return run
 
 
+def test_code_that_a_run_names_is_not_imported(start: Start, small: Path) -> None:
+    (small / "own.py").write_text("raise SystemExit(7)\n")
+    run = make_run(small, 3, "data.heldout=./own.py:rows")
+    order, said = start("--model", str(run))
+    assert order is None
+    assert said == (
+        "--data is missing; expected a source, because the run holds out 'own.py:rows', whose code "
+        "is not run here unless --data names it\n"
+    )
+
+
 # ---- orders --------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ SETTING_MISTAKES = [
     ("actors.rollout.count=0", "actors.rollout.count is 0; expected at least 1"),
     (
         "actors.rollout.engine=vlm",
-        "actors.rollout.engine is 'vlm'; expected the name of an engine (did you mean 'vllm'?)",
+        "actors.rollout.engine: there is no engine 'vlm' (did you mean 'vllm'?); or name package.module:name or ./file.py:name",
     ),
     (
         "actors.rollout.engine_args.max_sequence=9",

@@ -106,8 +106,8 @@ def resolve(topology: Topology, base: Path) -> Topology:
         sinks=_with_own_sinks(topology.sinks, base),
         actors=replace(
             actors,
-            rollout=_with_script("actors.rollout", actors.rollout, base),
-            teacher=_with_script("actors.teacher", actors.teacher, base),
+            rollout=_resolved_actor("actors.rollout", actors.rollout, base),
+            teacher=_resolved_actor("actors.teacher", actors.teacher, base),
         ),
     )
 
@@ -227,7 +227,7 @@ def _resolved_reward(section: str, entry: RewardConfig, base: Path) -> RewardCon
 
 
 def _resolved_teacher(section: str, teacher: MoreTeacher, base: Path) -> MoreTeacher:
-    teacher = replace(teacher, actor=_with_script(f"{section}.actor", teacher.actor, base))
+    teacher = replace(teacher, actor=_resolved_actor(f"{section}.actor", teacher.actor, base))
     if teacher.actor.engine == OPENAI:
         return teacher
     return replace(teacher, model=_absolute(f"{section}.model", teacher.model, base))
@@ -241,8 +241,10 @@ def _with_own_sinks(sinks: SinksConfig, base: Path) -> SinksConfig:
     return replace(sinks, use=own)
 
 
-def _with_script(section: str, config: ActorConfig, base: Path) -> ActorConfig:
-    """The simulated engine's script is a path as well."""
+def _resolved_actor(section: str, config: ActorConfig, base: Path) -> ActorConfig:
+    """An engine of the user's own, and the simulated engine's script, may lie beside the
+    topology."""
+    config = replace(config, engine=absolute_use(f"{section}.engine", config.engine, base))
     script = config.engine_args.get("script")
     if not isinstance(script, str):
         return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -41,6 +42,17 @@ def positive(text: str) -> int:
 def counting(text: str) -> int:
     """The type of an option that counts and may be 0."""
     return 0 if text == "0" else positive(text)
+
+
+def finite(text: str) -> float:
+    """The type of an option that is any number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def seconds(text: str) -> float:

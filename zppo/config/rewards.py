@@ -20,6 +20,8 @@ REWARD, REWARD_AND_TEACHER = "reward", "reward+teacher"
 """Graders of the questions of a run with `data.reward`: by grading workers alone, or with one part
 that the teacher gives. The same with `:NAME` behind it where the question's row names the one part
 that counts."""
+DIGITS = 13
+"""Decimal digits of the largest term that a weighted sum keeps; a float has 15."""
 RUBRIC = "rubric"
 """The reward for which the teacher reads the whole response."""
 
@@ -91,5 +93,10 @@ def chosen(parts: Sequence[Part], name: str) -> list[Part]:
 
 
 def weighted(parts: Sequence[Part], values: Mapping[str, float]) -> float:
-    """Σ weight · value, rounded once, so that shares of 1 of full marks are 1."""
-    return math.fsum(part.weight * values[part.name] for part in parts)
+    """Σ weight · value, rounded to what its terms are known to: shares of 1 of full marks are 1,
+    and 0.7 and 0.1 are 0.8, in floating point too."""
+    terms = [part.weight * values[part.name] for part in parts]
+    largest = max(map(abs, terms), default=0.0)
+    if not 0.0 < largest < math.inf:
+        return math.fsum(terms)
+    return round(math.fsum(terms), DIGITS - math.ceil(math.log10(largest)))

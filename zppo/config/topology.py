@@ -28,6 +28,8 @@ from zppo.config.sinks import SinksConfig
 from zppo_protocol.values import NewTokens, Sampling, TemplateValue
 
 TRANSFORMERS, OPENAI, VLLM = "transformers", "openai", "vllm"
+ENGINE_NAMES = (TRANSFORMERS, VLLM, OPENAI, "simulated")
+"""Engines built in; any other name is one of the user's own."""
 """Engines with rules of their own in the plan: a server behind an API, and vLLM."""
 JUDGE = "judge"
 """The grader that asks the teacher."""
@@ -245,8 +247,8 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     count: NonNegative = 1
     """number of processes; none is started of a teacher that has no work"""
     engine: str = "transformers"
-    """transformers, vllm (docs/vllm.md), openai (teachers: a server, docs/openai.md), or simulated
-    (scripted answers)"""
+    """transformers, vllm (docs/vllm.md), openai (teachers: a server, docs/openai.md), simulated
+    (scripted answers), or one of your own (docs/extending.md)"""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the engine, e.g. {max_sequences: 64, max_length: 4096}; {base_url:
     'http://127.0.0.1:8000/v1'} for openai"""

@@ -22,6 +22,7 @@ from zppo.grading.graders import choice_letters, shown_gold
 from zppo.grading.maths import gold_content
 from zppo.grading.notation import without_signs
 from zppo.grading.numbers import as_number
+from zppo_protocol.values import TIMED_OUT
 
 MAX_EXAMPLES = 3
 """Completions of a kind that a report shows."""
@@ -88,6 +89,13 @@ class Case(Struct, frozen=True):
     right: bool
 
 
+class Verdict(Struct, frozen=True):
+    """Whether a completion was taken for right; None where its reward could not be had."""
+
+    right: bool | None
+    note: str = ""
+
+
 class Example(Struct, frozen=True):
     """A completion that was graded wrongly."""
 
@@ -107,13 +115,21 @@ class Audit(Struct):
     false_wrong: Counter[str] = field(default_factory=Counter)
     false_right: Counter[str] = field(default_factory=Counter)
     timed_out: int = 0
+    failed: int = 0
+    """Completions whose reward could not be had; they are in no other count."""
+    failure: str = ""
+    """Why the first of them failed."""
     examples: list[Example] = field(default_factory=list)
 
-    def add(self, case: Case, reward: float, *, timed_out: bool = False) -> None:
+    def add(self, case: Case, verdict: Verdict) -> None:
         """Count one graded completion."""
+        if verdict.right is None:
+            self.failed += 1
+            self.failure = self.failure or verdict.note
+            return
         (self.right if case.right else self.hostile)[case.kind] += 1
-        self.timed_out += timed_out
-        if (reward >= 1.0) == case.right:
+        self.timed_out += verdict.note == TIMED_OUT
+        if verdict.right == case.right:
             return
         mistakes = self.false_wrong if case.right else self.false_right
         mistakes[case.kind] += 1
@@ -125,8 +141,8 @@ class Audit(Struct):
 
     @property
     def sound(self) -> bool:
-        """Whether every completion was graded as it is."""
-        return not self.false_right and not self.false_wrong
+        """Whether every completion was graded, and as it is."""
+        return not self.false_right and not self.false_wrong and not self.failed
 
 
 def cases(questions: Sequence[Question], seed: int) -> Iterator[Case]:
@@ -224,6 +240,8 @@ def report_text(audit: Audit) -> str:
         lines += [f"    {count} of {made[kind]}  {kind}" for kind, count in mistakes.most_common()]
     if audit.timed_out:
         lines.append(f"  timed out, so counted as wrong: {audit.timed_out}")
+    if audit.failed:
+        lines.append(f"  without a reward: {audit.failed}, the first because {audit.failure}")
     for example in audit.examples:
         lines += ["", f"  {example.kind}, question {example.question}", f"    gold: {example.gold}"]
         lines.append(f"    response: {' '.join(example.response.split()) or '(empty)'}")
@@ -236,6 +254,7 @@ def report_values(audit: Audit) -> dict[str, object]:
         "source": audit.source,
         "questions": audit.questions,
         "timed_out": audit.timed_out,
+        "failed": audit.failed,
     }
     for name, mistakes, made in _sides(audit):
         kinds = {
@@ -258,14 +277,12 @@ def _sides(audit: Audit) -> list[tuple[str, Counter[str], Counter[str]]]:
     ]
 
 
-Grading = Callable[[Case], tuple[float, bool]]
-"""The reward of a completion, and whether its time ran out."""
+Grading = Callable[[Case], Verdict]
 
 
 def run(source: str, questions: Sequence[Question], seed: int, grading: Grading) -> Audit:
     """Grade all completions and count."""
     audit = Audit(source, len(questions))
     for case in cases(questions, seed):
-        reward, timed_out = grading(case)
-        audit.add(case, reward, timed_out=timed_out)
+        audit.add(case, grading(case))
     return audit

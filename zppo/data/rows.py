@@ -22,7 +22,7 @@ from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
 from zppo.data.sources.layouts import Wanted, paths_of, settle, value_of
 from zppo.data.text import RowError, as_text, bounded, clean
-from zppo.errors import UserError, nearest
+from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
 from zppo_protocol.values import ChatMessage, MediaReference
@@ -220,7 +220,8 @@ class RowReader:
                 "expected one layout in a source"
             )
         known = list(paths_of(row))
-        return nearest(column, known) if known and column not in known else ""
+        hint = "" if columns.fits else "; name its column in data.fields"
+        return f"{nearest(column, known)}{hint}" if known and column not in known else ""
 
     def _optional(self, row: Mapping[str, Any], field: str, what: str) -> tuple[Any, str]:
         """The value of a field that is read only where data.fields names its column, and what to
@@ -249,7 +250,11 @@ def _check_rules(source: Source, config: DataConfig) -> None:
 def _as_json(row: Mapping[str, Any]) -> str:
     """All columns as JSON, for rewards; what JSON cannot carry, pictures in the table for example,
     is left out."""
-    columns = {name: plain for name, value in row.items() if (plain := _plain(value)) is not ...}
+    columns = {
+        name: plain
+        for name, value in row.items()
+        if sendable(name) == name and (plain := _plain(value)) is not ...
+    }
     text = msgspec.json.encode(columns).decode()
     if len(text) > MAX_ROW:
         raise RowError(
@@ -264,9 +269,9 @@ def _plain(value: object) -> Any:
     try:
         plain = msgspec.to_builtins(value, builtin_types=(bytes,))
         msgspec.json.encode(plain)
+        return ... if _holds_bytes(plain) else plain
     except (TypeError, ValueError, OverflowError, RecursionError):
         return ...
-    return ... if _holds_bytes(plain) else plain
 
 
 def _holds_bytes(value: object) -> bool:

@@ -20,7 +20,11 @@ def as_text(value: object, name: str) -> str:
     if isinstance(value, str):
         return clean(value, name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number of more digits than any float, or Python, takes
+            raise RowError(f"{name} is a number of too many digits; expected it as text") from None
+        if not finite:
             raise RowError(f"{name} is not a finite number")
         return str(value)
     raise RowError(f"{name} is a {kind_of(value)}; expected text or a number")

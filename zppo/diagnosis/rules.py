@@ -94,6 +94,22 @@ def reward_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
+def sink_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+    """A tracker misses steps; the run's own files have them all."""
+    newest = evidence.last(1)
+    failed, dropped = (mean(measured(newest, f"sinks/{what}")) for what in ("failed", "dropped"))
+    if failed or dropped:
+        yield Advisory(
+            rule="sink_failed",
+            severity="warning",
+            found=f"{failed or 0:.0f} sinks have failed, and {dropped or 0:.0f} calls did not "
+            "reach a slow one",
+            change="see logs/controller.log, mend sinks, and resume; metrics.jsonl has all steps",
+            settings=["sinks.use"],
+            numbers={"sinks/failed": failed or 0.0, "sinks/dropped": dropped or 0.0},
+        )
+
+
 # ---- the teacher ---------------------------------------------------------------------------------
 
 
@@ -391,6 +407,7 @@ RULES: dict[str, Rule] = {
         cut_off,
         grading_timed_out,
         reward_failed,
+        sink_failed,
         no_answer,
         not_finite,
         all_alike,

@@ -18,7 +18,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
-from zppo.errors import UserError, first_line, nearest
+from zppo.errors import UserError, nearest, words_of
 
 Kind: TypeAlias = Literal["reward", "method", "source", "engine", "sink"]
 GROUPS: dict[Kind, str] = {
@@ -70,13 +71,7 @@ def load(setting: str, use: str, kind: Kind, built_in: Iterable[str] = ()) -> Ex
     nearest. Raises UserError, which begins with `setting`."""
     code = _locate(setting, use, kind, built_in)
     content = _content(setting, code)
-    module = _imported(setting, use, code, content)
-    value: Any = getattr(module, code.name, None)
-    if value is None:
-        public = [name for name in vars(module) if not name.startswith("_")]
-        raise UserError(
-            f"{setting}: {code.module!r} has no {code.name!r}{nearest(code.name, public)}"
-        )
+    value = _value(setting, code, _imported(setting, code, content))
     return Extension(value=value, identity=_identity(code, content))
 
 
@@ -99,7 +94,7 @@ def check_call(
         )
     try:
         signature = inspect.signature(value)
-    except ValueError:  # of some functions written in C nothing is known
+    except (ValueError, TypeError):  # of some functions written in C nothing is known
         return
     try:
         signature.bind(*expected, **dict.fromkeys(args))
@@ -115,6 +110,10 @@ def check_call(
 
 def _locate(setting: str, use: str, kind: Kind, built_in: Iterable[str]) -> _Code:
     target, colon, name = use.rpartition(":")
+    if use.endswith(".py"):
+        raise UserError(
+            f"{setting} is {use!r}, a file; expected the name in it as well: {use}:name"
+        )
     if not colon:
         return _announced(setting, use, kind, built_in)
     if not name.isidentifier():
@@ -146,6 +145,8 @@ def _content(setting: str, code: _Code) -> bytes:
     file = code.file if code.file is not None else _file_of_module(setting, code.module)
     if file is None:
         return b""
+    if file.exists() and not file.is_file():  # reading a named pipe would wait for ever
+        raise UserError(f"{setting}: {str(file)!r} is no file; expected one with Python code")
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -157,10 +158,8 @@ def _content(setting: str, code: _Code) -> bytes:
 
 
 def _file_of_module(setting: str, module: str) -> Path | None:
-    try:
+    with _explained(setting, module):
         spec = importlib.util.find_spec(module)
-    except Exception as error:
-        raise UserError(_not_imported(setting, module, error)) from None
     if spec is None:
         raise UserError(
             f"{setting}: there is no module {module!r}; expected one of an installed package (the "
@@ -194,18 +193,36 @@ class _FromBytes(SourceFileLoader):
         raise OSError("no bytecode cache is read or written")
 
 
-def _imported(setting: str, use: str, code: _Code, content: bytes) -> ModuleType:
-    importing: Callable[[], ModuleType] = (
-        (lambda: importlib.import_module(code.module))
-        if code.file is None
-        else (lambda: _import_file(str(code.file), content))
-    )
+def _imported(setting: str, code: _Code, content: bytes) -> ModuleType:
+    with _explained(setting, code.module):
+        if code.file is None:
+            return importlib.import_module(code.module)
+        return _import_file(str(code.file), content)
+
+
+def _value(setting: str, code: _Code, module: ModuleType) -> Any:
+    """The value of that name; a module may make its values when they are asked for."""
+    with _explained(setting, code.module):
+        value = getattr(module, code.name, None)
+    if value is not None:
+        return value
+    if code.name in vars(module):
+        raise UserError(f"{setting}: {code.name!r} of {code.module!r} is None")
+    public = [name for name in vars(module) if not name.startswith("_")]
+    raise UserError(f"{setting}: {code.module!r} has no {code.name!r}{nearest(code.name, public)}")
+
+
+@contextmanager
+def _explained(setting: str, module: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into a sentence, and let nothing that it prints into the
+    output of a command."""
     try:
-        return importing()
+        with redirect_stdout(sys.stderr):
+            yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # even SystemExit: an import must not end this process
-        raise UserError(_not_imported(setting, code.module, error)) from None
+        raise UserError(_not_imported(setting, module, error)) from None
 
 
 def _import_file(path: str, content: bytes) -> ModuleType:
@@ -228,5 +245,19 @@ def _import_file(path: str, content: bytes) -> ModuleType:
 
 
 def _not_imported(setting: str, module: str, error: BaseException) -> str:
-    what = first_line(error) if isinstance(error, Exception) else str(error)
-    return f"{setting}: {module!r} cannot be imported: {type(error).__name__}: {what}"
+    lines = words_of(error).splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    beside = module.endswith(".py") and _wants_neighbour(Path(module), error)
+    hint = (
+        "; files beside it are not searched, so put several files into a package" if beside else ""
+    )
+    return f"{setting}: {module!r} cannot be imported: {what}{hint}"
+
+
+def _wants_neighbour(file: Path, error: BaseException) -> bool:
+    """Whether a file fails because it imports another one of its folder."""
+    if not isinstance(error, ImportError):
+        return False
+    name = (error.name or "").partition(".")[0]
+    near = bool(name) and any((file.parent / one).exists() for one in (f"{name}.py", name))
+    return near or "relative import" in words_of(error)

@@ -21,7 +21,7 @@ from zppo.config.base import Config, Positive, PositiveFloat
 from zppo.config.explain import explain
 from zppo.config.rewards import RUBRIC, Part, weighted
 from zppo.config.topology import JUDGE
-from zppo.errors import UserError
+from zppo.errors import UserError, sendable
 from zppo.grading.boxes import last_boxed, shown
 from zppo.grading.graders import GRADERS, NO_BOX, get_grader
 from zppo_protocol.values import MAX_REWARD, Grade
@@ -29,9 +29,16 @@ from zppo_protocol.values import MAX_REWARD, Grade
 ONE = ("question", "response", "row")
 ALL = ("questions", "responses", "rows")
 """Arguments of a reward for one response, and of one for all responses of a group at once."""
+THEIRS = {
+    **dict.fromkeys(("prompts", "completions", "completion_ids"), "TRL"),
+    **dict.fromkeys(("data_source", "solution_str", "ground_truth", "extra_info"), "verl"),
+}
+"""Arguments by whose names other systems call a reward, and which."""
 NO_ANSWER = "no answer found"
 MAX_NOTE, MAX_ANSWER = 500, 100_000
 """Characters of a note and of an answer that are kept."""
+MAX_PARTS, MAX_PART_NAME = 100, 100
+"""Named numbers of one reward, and characters of a name: each becomes a metric."""
 
 
 class Reward(Struct, frozen=True, kw_only=True):
@@ -158,10 +165,7 @@ class Form(NamedTuple):
 def form_of(reward: Any) -> Form:
     """By its signature: `(questions, responses, rows)` takes a whole group, and so does a function
     with the attribute `batch = True`."""
-    try:
-        names = tuple(inspect.signature(reward).parameters)[:3]
-    except (TypeError, ValueError):
-        names = ()
+    names = _parameters(reward)[:3]
     call = getattr(reward, "__call__", reward)  # noqa: B004  (its code, not whether it has one)
     coroutine = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(call)
     return Form(bool(getattr(reward, "batch", False)) or names == ALL, coroutine)
@@ -172,8 +176,28 @@ def load_reward(part: Part) -> extensions.Extension:
     setting = f"{part.setting}.use"
     found = extensions.load(setting, part.use, "reward", reward_names())
     expected = ALL if form_of(found.value).all else ONE
+    _refuse_theirs(setting, part.use, found.value)
     extensions.check_call(setting, part.use, found.value, expected, part.args)
     return found
+
+
+def _refuse_theirs(setting: str, use: str, reward: Any) -> None:
+    """Three arguments fit three others, so only their names tell a reward written for another
+    system, which would be given a row where it reads a gold answer. Raises UserError."""
+    of = next((THEIRS[name] for name in _parameters(reward)[:3] if name in THEIRS), None)
+    if of is not None:
+        raise UserError(
+            f"{setting}: {use!r} takes {inspect.signature(reward)}, as {of} calls it; expected a "
+            f"function of ({', '.join(ONE)}) around it (docs/from_{of.lower()}.md)"
+        )
+
+
+def _parameters(reward: Any) -> tuple[str, ...]:
+    """Names of what a function takes; none where nothing is known of it."""
+    try:
+        return tuple(inspect.signature(reward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def load_extractor(part: Part) -> extensions.Extension:
@@ -187,23 +211,26 @@ def load_extractor(part: Part) -> extensions.Extension:
 def read_result(value: object) -> Reward:
     """What a reward returned, as a Reward. Raises RewardError."""
     result = value if isinstance(value, Reward) else Reward(value=_number(value, "a reward"))
-    parts = {
-        str(name)[:100]: _number(number, f"the part {name!r}")
-        for name, number in result.parts.items()
-    }
+    many = isinstance(result.parts, dict)
+    if not many or len(result.parts) > MAX_PARTS:
+        what = f"{len(result.parts)} parts" if many else f"the parts {_shown(result.parts)}"
+        raise RewardError(f"returned {what}; expected a dictionary of at most {MAX_PARTS}")
+    parts = {_part_name(name): _number(n, f"the part {name!r}") for name, n in result.parts.items()}
     if not (result.answer is None or isinstance(result.answer, str)):
         raise RewardError(f"returned the answer {_shown(result.answer)}; expected text or None")
     return structs.replace(
         result,
         value=_number(result.value, "a reward"),
-        answer=None if result.answer is None else result.answer[:MAX_ANSWER],
+        answer=None if result.answer is None else sendable(result.answer[:MAX_ANSWER]),
         parts=parts,
-        note=str(result.note)[:MAX_NOTE],
+        note=sendable(str(result.note)[:MAX_NOTE]),
     )
 
 
 def read_results(values: object, count: int) -> list[Reward]:
-    """What a reward of a whole group returned. Raises RewardError."""
+    """What a reward of a whole group returned: a list, or an array of NumPy or Torch. Raises
+    RewardError."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise RewardError(f"returned {_shown(values)}; expected a list of {count} rewards")
     if len(values) != count:
@@ -243,6 +270,14 @@ def _number(value: object, what: str) -> float:
             f"returned {number:g} as {what}; expected a finite number, at most {MAX_REWARD:g}"
         )
     return number
+
+
+def _part_name(name: object) -> str:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_PART_NAME or not name.isprintable():
+        raise RewardError(
+            f"named a part {_shown(name)}; expected 1 to {MAX_PART_NAME} printable characters"
+        )
+    return name
 
 
 def _shown(value: object) -> str:
@@ -295,6 +330,15 @@ def check_parts(parts: Iterable[Part]) -> None:
                 f"{of_teacher.use!r}; expected one of them, because the teacher is asked once"
             )
         of_teacher = part if part.of_teacher else of_teacher
+
+
+def largest_sum(parts: Sequence[Part]) -> float | None:
+    """The most that a response can earn; None where a reward of the user's decides it."""
+    if not all(part.use in ARGUMENTS for part in parts):
+        return None
+    bounds = {part.name: (-1.0, 0.0) if part.use == "length" else (0.0, 1.0) for part in parts}
+    best = {part.name: bounds[part.name][part.weight > 0.0] for part in parts}
+    return weighted(parts, best)
 
 
 def needs_gold(parts: Iterable[Part]) -> bool:

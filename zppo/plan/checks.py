@@ -11,11 +11,12 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from zppo import extensions
 from zppo.algorithm.methods import Method
 from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student, teachers
-from zppo.config.topology import JUDGE, OPENAI, VLLM, Topology
-from zppo.errors import UserError, nearest
+from zppo.config.topology import ENGINE_NAMES, JUDGE, OPENAI, VLLM, Topology
+from zppo.errors import UserError
 from zppo.grading import get_grader
 from zppo.grading.rewards import check_parts
 from zppo.plan.engines.openai import OpenAIArguments, check_openai, refuse_rollout
@@ -120,9 +121,10 @@ def _check_token_level_teacher(topology: Topology, method: Method) -> None:
 
 def _check_engine(served: ServedModel, group: int, group_setting: str) -> None:
     actor, where = served.actor, served.actor_path
-    if actor.engine not in (*ENGINE_ARGUMENTS, VLLM):
-        hint = nearest(actor.engine, (*ENGINE_ARGUMENTS, VLLM))
-        raise UserError(f"{where}.engine is {actor.engine!r}; expected the name of an engine{hint}")
+    if actor.engine not in ENGINE_NAMES:
+        own = extensions.load(f"{where}.engine", actor.engine, "engine", ENGINE_NAMES).value
+        extensions.check_call(f"{where}.engine", actor.engine, own, ("spec",))
+        return  # what it takes, and how many sequences, it says itself
     refuse_rollout(served)
     capacity = CAPACITY_ARGUMENTS.get(actor.engine, "max_sequences")
     sequences = _checked_arguments(served).get(capacity, DEFAULT_SEQUENCES)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from zppo import extensions
 from zppo.algorithm.methods import method_names
-from zppo.config.topology import Topology, is_own_source
+from zppo.config.served import served_models
+from zppo.config.topology import ENGINE_NAMES, Topology, is_own_source
 from zppo.errors import UserError
 from zppo.extensions import Kind
 from zppo.grading.rewards import reward_names
@@ -30,7 +31,7 @@ class Named(NamedTuple):
 
 
 def named(topology: Topology) -> Iterator[Named]:
-    """All extensions that a topology names."""
+    """All extensions that a topology names, but for sinks, which keep what they were themselves."""
     for index, entry in enumerate(topology.data.reward):
         if entry.use not in reward_names():
             yield Named(f"data.reward[{index}].use", entry.use, "reward", reward_names())
@@ -45,6 +46,10 @@ def named(topology: Topology) -> Iterator[Named]:
             yield Named(setting, source, "source", [])
     if topology.method.name not in method_names():
         yield Named("method.name", topology.method.name, "method", method_names())
+    for one in served_models(topology):
+        if one.actor.engine not in ENGINE_NAMES:
+            setting = f"{one.actor_path}.engine"
+            yield Named(setting, one.actor.engine, "engine", [*ENGINE_NAMES])
 
 
 def identities(topology: Topology) -> dict[str, str]:

@@ -37,6 +37,9 @@ POLICY_LOSS = (
 """Settings that a distillation does not read, beside those that are refused in `checks`."""
 WITHIN_GROUP = ("grpo_bessel", "grpo", "center_only", "rloo")
 """Advantages that see one group at a time."""
+UNREAD_BOUNDS = {"cispo": ("dual_clip",), "sapo": ("clip_low", "clip_high", "dual_clip")}
+"""Bounds that a surrogate does not have. Many presets fill them in, so they are noted, and only
+where the topology itself says them."""
 DEFAULTS = MethodConfig()
 
 
@@ -106,7 +109,25 @@ def loss_notes(config: MethodConfig) -> list[str]:
             f"method.ratio_level is 'sequence' and method.loss_normalisation "
             f"{config.loss_normalisation!r}: a response counts by its length; GSPO has 'sequence'"
         )
+    whole = config.advantage_scope == "step" and config.advantage_rewards == "sum"
+    if whole and config.advantage in WITHIN_GROUP:
+        notes.append(
+            f"method.advantage_scope is 'step', which changes nothing: method.advantage "
+            f"{config.advantage!r} sees one group at a time"
+        )
+    notes += _unread_bounds(config)
     return notes
+
+
+def _unread_bounds(config: MethodConfig) -> Iterator[str]:
+    filled_in = PRESETS[config.preset] if config.preset is not None else {}
+    for name in UNREAD_BOUNDS.get(config.surrogate, ()):
+        value, default = getattr(config, name), getattr(DEFAULTS, name)
+        if value not in (default, filled_in.get(name, default)):
+            yield (
+                f"method.{name} is {shown(value)}, which changes nothing: method.surrogate "
+                f"{config.surrogate!r} has no such bound"
+            )
 
 
 def shown(value: object) -> str:

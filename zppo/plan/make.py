@@ -10,9 +10,11 @@ import math
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.steps import Recipe
+from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student
 from zppo.config.topology import TRANSFORMERS, VLLM, Topology
 from zppo.errors import UserError
+from zppo.grading.rewards import largest_sum
 from zppo.plan.architecture import refuse_other_state, refuse_without_slots
 from zppo.plan.checks import CHECKS
 from zppo.plan.disk import disk_need
@@ -141,6 +143,17 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     )
 
 
+def _reward_notes(topology: Topology) -> list[str]:
+    parts, correct = parts_of(topology.data.reward), topology.method.correct_reward
+    most = largest_sum(parts) if parts else None
+    if most is None or most >= correct:
+        return []
+    return [
+        f"data.reward adds up to at most {most:g}, less than method.correct_reward, {correct:g}: "
+        "no response can be correct, and every question stays hard"
+    ]
+
+
 def _notes(topology: Topology, method: Method, models: Models, windows: Windows) -> list[str]:
     """What works but may surprise."""
     notes = []
@@ -187,7 +200,7 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
             "weight by about as much in each update, and weights of language models are about "
             "0.02; the paper's is 1e-06"
         )
-    notes += loss_notes(topology.method)
+    notes += [*loss_notes(topology.method), *_reward_notes(topology)]
     if scheduler.max_staleness == 0:
         notes.append(
             "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1"

@@ -20,6 +20,7 @@ from zppo.config.served import ServedModel, served_student, teacher_pool, teache
 from zppo.config.topology import (
     DTYPE_BYTES,
     OPENAI,
+    TRANSFORMERS,
     VLLM,
     ActorConfig,
     ModelConfig,
@@ -154,10 +155,10 @@ def _engine_bytes(
 ) -> int:
     """`scores`: the method asks a remote teacher for its distribution."""
     model, actor = served.model, served.actor
-    if actor.engine == "simulated":
-        return 0
     if actor.engine == VLLM:
         return _vllm_bytes(actor, model, facts)
+    if actor.engine != TRANSFORMERS:  # simulated, or of the user's own, of which nothing is known
+        return 0
     width = DTYPE_BYTES[model.dtype]
     sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
     longest = max_prompt_tokens + model.sampling.max_new_tokens

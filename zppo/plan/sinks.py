@@ -20,11 +20,20 @@ PACKAGES = ("wandb", "trackio", "mlflow")
 SINK_METHODS = {"open": ("run",), "step": ("step", "metrics"), "event": ("event",), "close": ()}
 """Methods of a sink of a user's own, and their arguments."""
 HOST = "127.0.0.1"
+_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 
 
 def check_sinks(topology: Topology, method: Method) -> None:
-    """Raise UserError for a sink whose package, port or code is not there."""
+    """Raise UserError for a sink whose package, port or code is not there, or whose address would
+    put a password into the run directory."""
     sinks = topology.sinks
+    address = sinks.mlflow.tracking_uri if sinks.mlflow is not None else None
+    if address is not None and _PASSWORD.search(address):
+        raise UserError(
+            "sinks.mlflow.tracking_uri: expected an address without a password, which would stand "
+            "in the run directory; MLflow reads MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD from the environment"
+        )
     for name in PACKAGES:
         if getattr(sinks, name) is not None and importlib.util.find_spec(name) is None:
             raise UserError(

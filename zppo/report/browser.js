@@ -15,8 +15,8 @@
     return node;
   }
 
-  const correct = (group) => group.rollouts.filter((rollout) => rollout.reward >= 1).length;
-  const score = (group) => `${correct(group)}/${group.rollouts.length}`;
+  const counted = (group, verdict) => group.rollouts.filter((rollout) => rollout.right === verdict).length;
+  const score = (group) => `${counted(group, true)}/${group.rollouts.length - counted(group, null)}`;
   const plain = (visit) => visit.groups.find((group) => group.kind === "plain");
   const trail = (question) => question.visits.map((visit) => score(plain(visit))).join(" → ");
   const percent = (share) => `${Math.round(1000 * share) / 10} %`;
@@ -105,15 +105,15 @@
 
   function answers(group) {
     return make("ul", "answers", null, ...group.rollouts.map((rollout) => {
-      const right = rollout.reward >= 1;
-      const verdict = make("span", right ? "right" : "wrong", `${right ? "✓" : "✗"} ${rollout.answer ?? "no answer"}`);
+      const mark = rollout.right === null ? "no reward:" : rollout.right ? "✓" : "✗";
+      const verdict = make("span", rollout.right ? "right" : "wrong", `${mark} ${rollout.answer ?? "no answer"}`);
       const reply = make("span", rollout.response.length > 400 ? "reply long" : "reply", rollout.response);
       return make("li", "", null, verdict, reply, make("span", "about", facts(rollout)));
     }));
   }
 
   function facts(rollout) {
-    const parts = [`reward ${rollout.reward}`];
+    const parts = rollout.right === null ? [] : [`reward ${rollout.reward}`];
     if (rollout.length !== null) parts.push(`${rollout.length} tokens`);
     if (rollout.finish_reason !== "stop") parts.push(`ended by ${rollout.finish_reason}`);
     const [low, high] = rollout.versions;

@@ -32,6 +32,8 @@ class Rollout(Struct, kw_only=True):
     response: str
     answer: str | None
     reward: float
+    right: bool | None
+    """None where its reward could not be had."""
     length: int | None
     finish_reason: str
     note: str
@@ -195,6 +197,8 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
         response=cut(row["response"]),
         answer=None if row["answer"] is None else cut(row["answer"]),
         reward=round(row["reward"], 4),
+        # Files of earlier versions lack the column; there a right response earns 1.
+        right=row.get("correct", row["reward"] >= 1.0),
         length=row["length"],
         finish_reason=row["finish_reason"],
         note=row["note"],

@@ -13,7 +13,8 @@ from zppo_protocol.values import FROZEN
 
 class EvaluationResult(Struct, frozen=True, kw_only=True):
     """Mean accuracy over questions with its 95 % normal interval (the unit of sampling is the
-    question).
+    question). Responses whose reward failed are neither right nor wrong; a question of which no
+    other is left is not counted.
 
     `step` is the policy version that was asked for; `newest_version` the latest that sampled a
     token. They differ only in the middle of a run, where generation goes on while new weights come.
@@ -51,18 +52,25 @@ class Evaluation(Struct, kw_only=True):
     def done(self) -> bool:
         return all(group.done for group in self.groups)
 
-    def result(self) -> EvaluationResult:
-        accuracies = [group.accuracy for group in self.groups]
-        accuracy = estimate(accuracies)
+    def result(self) -> EvaluationResult | None:
+        """What is known once all groups are done; None where no reward could be had."""
+        by_question = {
+            question: group.accuracy
+            for question, group in zip(self.question_ids, self.groups, strict=True)
+            if group.known
+        }
+        if not by_question:
+            return None
+        accuracy = estimate([*by_question.values()])
         return EvaluationResult(
             step=self.step,
             newest_version=max([self.step, *(newest_version(group) for group in self.groups)]),
             accuracy=accuracy.value,
             low=accuracy.low,
             high=accuracy.high,
-            questions=len(self.groups),
-            samples=sum(len(group.grades or []) for group in self.groups),
-            by_question=dict(zip(self.question_ids, accuracies, strict=True)),
+            questions=len(by_question),
+            samples=sum(len(group.correctness()) for group in self.groups),
+            by_question=by_question,
         )
 
 

@@ -452,7 +452,8 @@ class Scheduler:
             return []
         self.evaluation = None
         self.evaluated.append(evaluation.step)
-        return [evaluation.result()]
+        result = evaluation.result()
+        return [result] if result is not None else []
 
     # ---- asking ----------------------------------------------------------------------------------
 

@@ -45,8 +45,8 @@ class Rollouts:
     bookkeeping on the host. `frozen_T` marks tokens that no policy sampled; their `behaviour_T`
     says nothing. `unreadable` counts the rollouts that lost their tokens; `masked_S` marks rollouts
     that have no loss and count in no denominator (`method.truncated: mask`). `reward_parts_SK` has
-    no columns where the window's rewards have no parts. `supports`: where the sampling was
-    truncated."""
+    one more column for the reward of questions with a rule of their own (`_parts`). `supports`:
+    where the sampling was truncated."""
 
     step: int
     groups: list[TrainGroup]
@@ -161,12 +161,20 @@ def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _parts(groups: list[TrainGroup]) -> np.ndarray:
-    """The parts of all rewards [S, K]; [S, 0] unless every group has some."""
-    parts = [group.reward_parts for group in groups]
-    given = [part for part in parts if part is not None]
-    if not groups or len(given) < len(groups):
-        return np.zeros((sum(len(group.rewards) for group in groups), 0), np.float32)
-    return np.concatenate(given)
+    """The parts of all rewards, and behind them the whole reward of groups that have none, because
+    a rule of their question's own stands in the place of all parts; 0 for what a group lacks."""
+    given = [group.reward_parts for group in groups if group.reward_parts is not None]
+    width = given[0].shape[1] if given else 0
+    parts_SK = np.zeros((sum(len(group.rewards) for group in groups), width + 1), np.float32)
+    start = 0
+    for group in groups:
+        rows = slice(start, start + len(group.rewards))
+        if group.reward_parts is None:
+            parts_SK[rows, width] = group.rewards
+        else:
+            parts_SK[rows, :width] = group.reward_parts
+        start = rows.stop
+    return parts_SK
 
 
 def _prompt(group: TrainGroup) -> np.ndarray:

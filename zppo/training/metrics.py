@@ -35,20 +35,18 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "clip_low_share",
         "share",
-        "Tokens whose ratio was cut at 1 - clip_low, among those with an advantage.",
+        "Tokens at the lower bound (clip: ratio cut at 1 - clip_low), of those the updates read.",
     ),
     Metric(
         "clip_high_share",
         "share",
-        "Tokens whose ratio was cut at 1 + clip_high, among those with an advantage.",
+        "Tokens at the upper bound (clip: ratio cut at 1 + clip_high), of those the updates read.",
     ),
-    Metric(
-        "dual_clip_share", "share", "Tokens held by the dual clip, among those with an advantage."
-    ),
+    Metric("dual_clip_share", "share", "Tokens held by the dual clip, of those the updates read."),
     Metric(
         "approximate_kl",
         "nat",
-        "KL(proximal || policy) a token, k3 estimate, over tokens with an advantage.",
+        "KL(proximal || policy) a token, k3 estimate, over tokens with a gradient.",
     ),
     Metric(
         "mismatch_kl",

@@ -232,12 +232,14 @@ def _decoupled(
 ) -> Tensor:
     if method.advantage_scope == "step":
         batches = [np.arange(rollouts.sequences)]
-    advantages_S = torch.zeros_like(rollouts.rewards_S)
-    parts_SK = rollouts.reward_parts_SK
+    advantages_S, parts_SK = torch.zeros_like(rollouts.rewards_S), rollouts.reward_parts_SK
+    # The last column is the reward of questions with a rule of their own, and counts as it is.
+    of_parts = weights if parts_SK.shape[1] > 1 else ()
+    weights_K = torch.tensor((*of_parts, 1.0), dtype=torch.float64)
     for sequences in batches:
         advantages_S[sequences] = decoupled_advantages(
             parts_SK[sequences],
-            torch.tensor(weights, dtype=torch.float64),
+            weights_K,
             _local_groups(rollouts, sequences),
             mode=method.advantage,
         )

@@ -45,6 +45,7 @@ from zppo_actors.sinks.outlets import Outlets
 from zppo_protocol.messages import RunEnded, StepTrained
 
 SHOWN_EVENTS = 20
+SINK_TROUBLES = ("failed", "dropped")
 
 log = logging.getLogger("zppo.controller")
 
@@ -132,6 +133,7 @@ class Recorder:
             **trainer_metrics(message.metrics),
             **waits,
             **{name: n for name, n in self.totals.items() if name.startswith(SPENT_PREFIX)},
+            **{f"sinks/{what}": n for what in SINK_TROUBLES if (n := self.totals[f"sinks_{what}"])},
         }
         line = self.sinks.write(message.step, metrics)
         self.outlets.step(line)

@@ -1,11 +1,13 @@
 """Engines by name. A name leads to a module that is imported only when it is built: one engine's
-packages suffice."""
+packages suffice. Any other name is an engine of the user's own (`zppo.extensions`)."""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
-from zppo.errors import UserError, nearest
+from zppo import extensions
+from zppo.errors import UserError
 from zppo_actors.engines.base import Engine, EngineError, EngineSpec
 
 ENGINES: dict[str, str] = {
@@ -16,20 +18,30 @@ ENGINES: dict[str, str] = {
 }
 """Name -> module with `create(spec) -> Engine`."""
 
-__all__ = ["ENGINES", "Engine", "EngineError", "EngineSpec", "create", "module_of"]
+EVERY = ("capacity", "policy_version", "progress", "broken", "generate", "close")
+"""What every engine has; `load_policy` and `score` are for those that are asked for them."""
 
-
-def module_of(name: str, where: str) -> str:
-    """The module of engine `name`. Raises UserError with the nearest name; `where` is the path of
-    the section."""
-    if name not in ENGINES:
-        raise UserError(f"{where}.engine: no engine is called {name!r}{nearest(name, ENGINES)}")
-    return ENGINES[name]
+__all__ = ["ENGINES", "Engine", "EngineError", "EngineSpec", "create"]
 
 
 def create(spec: EngineSpec) -> Engine:
     """Build the engine that the settings name. Raises UserError for an unknown name, unknown
     arguments, or a model it cannot serve."""
-    module = module_of(spec.served.actor.engine, spec.served.actor_path)
-    engine: Engine = importlib.import_module(module).create(spec)
+    name, setting = spec.served.actor.engine, f"{spec.served.actor_path}.engine"
+    if name in ENGINES:
+        engine: Engine = importlib.import_module(ENGINES[name]).create(spec)
+    else:
+        made_by = extensions.load(setting, name, "engine", ENGINES).value
+        engine = _checked(setting, name, made_by(spec))
     return engine
+
+
+def _checked(setting: str, name: str, engine: Any) -> Engine:
+    missing = next((one for one in EVERY if not hasattr(engine, one)), None)
+    if missing is not None:
+        raise UserError(
+            f"{setting}: {name!r} built an object of type {type(engine).__name__} without "
+            f"{missing!r}; expected an engine (zppo_actors/engines/base.py)"
+        )
+    found: Engine = engine
+    return found

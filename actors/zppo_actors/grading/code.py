@@ -52,7 +52,8 @@ def passes(response: str, row: dict[str, Any], arguments: CodeArguments) -> Rewa
 def _run(program: str, arguments: CodeArguments) -> tuple[int, bytes]:
     """The exit code, negative that of a signal, and the end of what was printed."""
     with (
-        tempfile.TemporaryDirectory(prefix="zppo-code-") as folder,
+        # What the program does to its folder must not turn "wrong" into "no reward".
+        tempfile.TemporaryDirectory(prefix="zppo-code-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as out,
     ):
         (Path(folder) / "program.py").write_text(program, encoding="utf-8", errors="replace")

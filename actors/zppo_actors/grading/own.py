@@ -8,7 +8,7 @@ group), by name and with its reason. The code that is loaded is the code that th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,12 @@ import msgspec
 from msgspec import Struct
 
 from zppo.config.rewards import Part, RewardConfig, chosen, parts_of
-from zppo.errors import UserError
+from zppo.errors import UserError, words_of
 from zppo.grading import parse_answer
 from zppo.grading.boxes import last_boxed
 from zppo.grading.rewards import (
     ARGUMENTS,
+    MAX_NOTE,
     CodeArguments,
     FormatArguments,
     LengthArguments,
@@ -43,8 +44,6 @@ from zppo.grading.rewards import (
 from zppo_actors.grading.code import passes
 from zppo_protocol.values import Grade
 
-MAX_NOTE = 500
-
 
 class OwnOrder(Struct, frozen=True, kw_only=True):
     """The rewards to load, and the identities of the user's code when the run began."""
@@ -54,12 +53,18 @@ class OwnOrder(Struct, frozen=True, kw_only=True):
 
 
 class Group(NamedTuple):
-    """The responses to one question. `row` holds all columns of the question."""
+    """The responses to one question. `columns` are those of its row, as JSON."""
 
     question: str
     responses: Sequence[str]
-    row: dict[str, Any]
+    columns: str
     gold: str
+
+    def row(self) -> dict[str, Any]:
+        """All columns of the question, anew for each call, so that what a reward writes into them
+        reaches no other response."""
+        columns = msgspec.json.decode(self.columns) if self.columns else {}
+        return {"question": self.question, "answer": self.gold, **columns}
 
 
 Outcome = Reward | str
@@ -91,9 +96,7 @@ class OwnRewards:
         weighted sum would be without the teacher's part is no reward yet: it stands in `parts`
         alone."""
         counted = chosen(self._parts, part)
-        columns = msgspec.json.decode(row) if row else {}
-        columns = {"question": question, "answer": gold, **columns}
-        group = Group(question, responses, columns, gold)
+        group = Group(question, responses, row, gold)
         outcomes = [self._asking[one.name](group) for one in counted if not one.of_teacher]
         by_response = zip(*outcomes, strict=True) if outcomes else [()] * len(responses)
         return [
@@ -112,7 +115,8 @@ class OwnRewards:
                 return _each(lambda text, group: by_rule(part.use, text, group.gold, find))
             case RuleArguments(extractor=str()):
                 found = load_extractor(part)
-                _check_identity(part, part.args["extractor"], found.identity, identities)
+                setting, use = f"{part.setting}.args.extractor", part.args["extractor"]
+                _check_identity(setting, use, found.identity, identities)
                 extract = found.value
                 return _each(lambda text, group: by_rule(part.use, text, group.gold, extract))
             case RuleArguments():
@@ -122,19 +126,19 @@ class OwnRewards:
             case LengthArguments() as lengths:
                 return _each(lambda text, group: overlong(text, lengths))
             case CodeArguments() as limits:
-                return _each(lambda text, group: passes(text, group.row, limits))
+                return _each(lambda text, group: passes(text, group.row(), limits))
         raise AssertionError(part.use)
 
     def _own(self, part: Part, identities: dict[str, str]) -> Asking:
         found, args = load_reward(part), part.args
-        _check_identity(part, part.use, found.identity, identities)
+        _check_identity(f"{part.setting}.use", part.use, found.identity, identities)
         call, form = found.value, form_of(found.value)
         self.whole = self.whole or form.all or form.coroutine
         if form.all:
             return lambda group: _all(call, group, args, coroutine=form.coroutine)
         if form.coroutine:
             return lambda group: asyncio.run(_together(call, group, args))
-        return _each(lambda text, group: call(group.question, text, dict(group.row), **args))
+        return _each(lambda text, group: call(group.question, text, group.row(), **args))
 
 
 def _graded(parts: Sequence[Part], response: str, outcomes: Sequence[Outcome]) -> Grade:
@@ -158,11 +162,11 @@ def _graded(parts: Sequence[Part], response: str, outcomes: Sequence[Outcome]) -
     return summed(parts, values, answer, note)
 
 
-def _check_identity(part: Part, use: str, identity: str, identities: dict[str, str]) -> None:
+def _check_identity(setting: str, use: str, identity: str, identities: dict[str, str]) -> None:
     if identities.get(use, identity) != identity:
         raise UserError(
-            f"{part.setting}.use: the code of {use!r} has changed since the run began; put the old "
-            "code back and resume, or begin a new run"
+            f"{setting}: the code of {use!r} has changed since the run began; put the old code "
+            "back and resume, or begin a new run"
         )
 
 
@@ -178,33 +182,37 @@ def _each(reward: Callable[[str, Group], Any]) -> Asking:
 def _all(call: Any, group: Group, args: dict[str, Any], *, coroutine: bool) -> list[Outcome]:
     """Asks a reward for the whole group at once; if it fails, it fails for all."""
     count = len(group.responses)
-    rows = [dict(group.row) for _ in range(count)]
+    rows = [group.row() for _ in range(count)]
     try:
         values = call([group.question] * count, list(group.responses), rows, **args)
         return list(read_results(asyncio.run(values) if coroutine else values, count))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         return [_reason(error)] * count
 
 
 async def _together(call: Any, group: Group, args: dict[str, Any]) -> list[Outcome]:
     """Asks a coroutine for all responses, which wait at the same time."""
-    asked = [call(group.question, text, dict(group.row), **args) for text in group.responses]
-    values = await asyncio.gather(*asked, return_exceptions=True)
-    return [
-        _reason(value) if isinstance(value, BaseException) else _outcome(lambda: value)  # noqa: B023  (called at once)
-        for value in values
-    ]
+    asked = [_settled(call(group.question, text, group.row(), **args)) for text in group.responses]
+    return list(await asyncio.gather(*asked))
+
+
+async def _settled(reward: Awaitable[Any]) -> Outcome:
+    """One of several that wait; a SystemExit in it would end them all."""
+    try:
+        return read_result(await reward)
+    except BaseException as error:
+        return _reason(error)
 
 
 def _outcome(ask: Callable[[], Any]) -> Outcome:
     try:
         return read_result(ask())
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # even SystemExit: the rest of the group is graded all the same
         return _reason(error)
 
 
 def _reason(error: BaseException) -> str:
     """In words that follow the name of the reward."""
     if isinstance(error, RewardError):
-        return str(error)
-    return f"raised {type(error).__name__}: {error}"
+        return words_of(error)
+    return f"raised {type(error).__name__}: {words_of(error)}"

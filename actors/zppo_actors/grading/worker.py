@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, rule_of
-from zppo.errors import UserError
+from zppo.errors import UserError, words_of
 from zppo.grading import grade
 from zppo.grading.reasoning_gym_tasks import task_names
 from zppo.signals import die_with_parent
@@ -135,7 +135,8 @@ def _grade(response: str, request: GradeRequest) -> Grade:
     except (
         Exception
     ) as error:  # whatever a grader trips over, the response is not shown to be right
-        return Grade(reward=0.0, note=f"the grader failed: {type(error).__name__}: {error}"[:500])
+        note = f"the grader failed: {type(error).__name__}: {words_of(error)}"[:500]
+        return Grade(reward=0.0, note=note)
 
 
 def _private_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -15,7 +15,8 @@ import time
 from typing import Literal
 
 from zppo.config.served import ServedModel
-from zppo.errors import EXIT_FAILED
+from zppo.config.topology import ENGINE_NAMES, Topology
+from zppo.errors import EXIT_FAILED, UserError
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
@@ -50,7 +51,26 @@ def run(context: ActorContext, served: ServedModel) -> int:
     """Build the engine of this actor and serve it until told to leave; returns the exit code.
     Raises UserError."""
     engine = create(EngineSpec(served=served, device=served.device(context.index)))
+    check_capacity(engine.capacity, served, context.topology)
     return asyncio.run(_serve(context, engine, served.role))
+
+
+def check_capacity(capacity: int, served: ServedModel, topology: Topology) -> None:
+    """A group waits until there is room for all of it. The plan has checked the engines built in;
+    what one of the user's own takes is known only now. Raises UserError."""
+    if served.actor.engine in ENGINE_NAMES:
+        return
+    method, heldout = topology.method, topology.data.heldout is not None
+    size, setting = method.group_size, "method.group_size"
+    if served.role == "teacher":
+        size, setting = method.teacher_group_size, "method.teacher_group_size"
+    elif heldout and topology.evaluation.samples > size:
+        size, setting = topology.evaluation.samples, "evaluation.samples"
+    if capacity < size:
+        raise UserError(
+            f"{served.actor_path}.engine: {served.actor.engine!r} takes {capacity} sequences at "
+            f"once; expected at least {size}, the {setting}, because a group is sampled as a whole"
+        )
 
 
 async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout", "teacher"]) -> int:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -60,6 +61,33 @@ def as_told(question, response, row):
 def whole(questions, responses, rows):
     return [row["scale"] * len(set(responses)) for row in rows]
 
+def array(questions, responses, rows):
+    import numpy as np
+    return np.arange(float(len(responses)))
+
+def writes(question, response, row):
+    row["seen"].append(response)
+    return float(len(row["seen"]))
+
+async def leaves(question, response, row):
+    if response == "exit":
+        sys.exit(1)
+    raise asyncio.CancelledError if response == "cancel" else Wordless if response else Base("no")
+
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError
+
+class Base(BaseException):
+    pass
+
+def says(question, response, row):
+    half = "\\ud800"
+    if response == "raise":
+        raise ValueError(half)
+    parts = {"many": {str(i): 1.0 for i in range(101)}, "none": None, "odd": {half: 1.0}}
+    return Reward(value=1.0, answer=half, note=half, parts=parts.get(response, {}))
+
 def too_few(questions, responses, rows):
     return [1.0]
 
@@ -111,7 +139,7 @@ def test_a_weighted_sum_of_what_is_built_in_and_what_is_own(graded: Grading) -> 
     entries = {"math": {"weight": 0.7}, "mine:short": {"weight": 0.3, "most": 20}}
     assert graded(entries, r"so \boxed{7}", "seven") == [
         Grade(reward=0.7 + 0.3 * 0.4, answer="7", parts={"math": 1.0, "short": 0.4}),
-        Grade(reward=0.3 * 0.75, note="no boxed answer", parts={"math": 0.0, "short": 0.75}),
+        Grade(reward=0.225, note="no boxed answer", parts={"math": 0.0, "short": 0.75}),
     ]
 
 
@@ -173,6 +201,33 @@ def test_a_batch_is_asked_once_for_all_responses(graded: Grading, file: Path) ->
     failed = graded({"mine:too_few": {}}, "a", "b", "a")
     note = f"the reward '{file}:too_few' returned 1 rewards; expected 3, one per response"
     assert failed == [Grade(reward=0.0, note=note, failed=True)] * 3
+
+
+def test_a_batch_may_return_an_array(graded: Grading) -> None:
+    assert [g.reward for g in graded({"mine:array": {}}, "a", "b", "a")] == [0.0, 1.0, 2.0]
+
+
+def test_what_a_reward_writes_into_a_row_reaches_no_other_response(graded: Grading) -> None:
+    grades = graded({"mine:writes": {}}, "a", "b", "c", row='{"seen": []}')
+    assert [grade.reward for grade in grades] == [1.0, 1.0, 1.0]
+
+
+def test_a_coroutine_that_leaves_fails_alone(graded: Grading, file: Path) -> None:
+    said = [g.note for g in graded({"mine:leaves": {}}, "exit", "cancel", "wordless", "")]
+    raised = ["SystemExit: 1", "CancelledError: ", "Wordless: ", "Base: no"]
+    assert said == [f"the reward '{file}:leaves' raised {one}" for one in raised]
+
+
+def test_whatever_a_reward_says_can_be_sent(graded: Grading, file: Path) -> None:
+    grades = graded({"mine:says": {}}, "", "raise", "many", "none", "odd")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(grades), type=list[Grade]) == grades
+    assert grades[0] == Grade(reward=1.0, answer="?", note="?", parts={"says": 1.0})
+    assert [grade.note.removeprefix(f"the reward '{file}:says' ") for grade in grades[1:]] == [
+        "raised ValueError: ?",
+        "returned 101 parts; expected a dictionary of at most 100",
+        "returned the parts None; expected a dictionary of at most 100",
+        r"named a part '\ud800'; expected 1 to 100 printable characters",
+    ]
 
 
 def test_coroutines_wait_together_and_fail_alone(graded: Grading, file: Path) -> None:

@@ -205,13 +205,16 @@ def test_user_error_is_one_sentence_and_exit_code_2(
     stage: Callable[[Topology], Stage], tmp_path: Path
 ) -> None:
     topology = msgspec.structs.replace(
-        simulated(tmp_path, {}), actors=ActorsConfig(rollout=ActorConfig(engine="transfomers"))
+        simulated(tmp_path, {}),
+        actors=ActorsConfig(
+            rollout=ActorConfig(engine="simulated", engine_args={"scrpt": "s.json"})
+        ),
     )
     on = stage(topology)
     on.start("rollout")
     assert on.exit_code() == 2
     expected = (
-        "actors.rollout.engine: no engine is called 'transfomers' (did you mean 'transformers'?)\n"
+        "actors.rollout.engine_args.scrpt: unknown engine argument (did you mean 'script'?)\n"
     )
     assert on.log() == expected
 

@@ -14,6 +14,7 @@ from zppo.algorithm.methods import Method
 from zppo.algorithm.window import Candidate, Visit
 from zppo.grading import Reward, parse_answer
 from zppo.prompting.prompts import PromptSet
+from zppo_actors.engines import Engine, EngineSpec, create
 from zppo_protocol.values import Prompt
 
 
@@ -67,6 +68,24 @@ def rows() -> Iterator[dict[str, Any]]:
     for a in range(1, 7):
         for b in range(1, 5):
             yield {"question": f"{a} * {b} mod 23", "answer": str(a * b), "gold": a * b}
+
+
+def counting(spec: EngineSpec) -> Engine:
+    """The engine `transformers` behind one that counts groups in the file of its own argument."""
+    actor = spec.served.actor
+    file = actor.engine_args["file"]
+    inner = msgspec.structs.replace(actor, engine="transformers", engine_args={"max_sequences": 16})
+    served = msgspec.structs.replace(spec.served, actor=inner)
+    engine = create(msgspec.structs.replace(spec, served=served))
+    generate = engine.generate
+
+    async def counted(task: Any, finished: Any = None) -> Any:
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(f"{task.n}\n")
+        return await generate(task, finished)
+
+    engine.generate = counted  # type: ignore[method-assign]
+    return engine
 
 
 class Lines:

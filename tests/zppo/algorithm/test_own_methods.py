@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,14 @@ def test_the_example_is_a_method() -> None:
         ),
         (f"METHOD = Method({NAMES}, replay=1)", "'F:METHOD': replay is 1; expected True or False"),
         ('METHOD = Method(name=3, title="t", summary="s")', "'F:METHOD': name is 3; expected text"),
+        (
+            'METHOD = Method(name="", title="t", summary="s")',
+            "'F:METHOD': name is ''; expected text",
+        ),
+        (
+            f"METHOD = Method({NAMES}, updates_per_step=True)",
+            "'F:METHOD': updates_per_step is True; expected a whole number of at least 1, or None",
+        ),
         (
             f"METHOD = Method({NAMES}, teacher_draws='some')",
             "'F:METHOD': teacher_draws is 'some' (did you mean 'none'?)",
@@ -83,3 +93,34 @@ def test_mistakes_are_sentences(tmp_path: Path, body: str, said: str | None) -> 
         assert found.endswith("expected a tuple of reformulations")
     else:
         assert found == f"method.name: {said}"
+
+
+def test_mistakes_in_a_run_are_sentences_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"""{HEAD}{REFORMULATION}
+def broken(visit, rng):
+    raise KeyError("no such thing")
+
+METHOD = Method({NAMES}, composer=broken, reformulations=(Again(),))
+NOTHING = Method({NAMES}, composer=lambda visit, rng: None)
+"""
+    )
+    line = file.read_text().splitlines().index('    raise KeyError("no such thing")') + 1
+    visit: Any = None
+    for name, said in (
+        ("METHOD", f"raised KeyError: 'no such thing' (line {line} of {file})"),
+        ("NOTHING", "returned None; expected a list of Composition"),
+    ):
+        with pytest.raises(UserError) as caught:
+            get_method(f"{file}:{name}").composer(visit, random.Random(0))
+        assert str(caught.value) == f"method.name: '{file}:{name}': composer {said}"
+    [again] = get_method(f"{file}:METHOD").reformulations
+    assert again.admits(visit) and again.draw(visit, random.Random(0)) == []
+    file.write_text(file.read_text().replace("return visit.plain.prompt", "pass"))
+    [again] = get_method(f"{file}:METHOD").reformulations
+    with pytest.raises(UserError) as caught:
+        again.prompt(visit, [], visit)
+    assert str(caught.value) == (
+        f"method.name: '{file}:METHOD': Again.prompt returned None; expected a Prompt"
+    )

@@ -13,9 +13,10 @@ import pytest
 
 from zppo.cli import main
 from zppo.data import audit
-from zppo.data.audit import HOSTILE, RIGHT, Case
+from zppo.data.audit import HOSTILE, RIGHT, Case, Verdict
 from zppo.data.question import Question
 from zppo.grading import grade, last_boxed
+from zppo_protocol.values import TIMED_OUT
 
 GOLDS = {
     "math": ["42", r"\frac{1}{2}", "(1,3)", "-7", r"5 \text{ km}", "$x^2-1$"],
@@ -31,12 +32,13 @@ def questions(grader: str) -> list[Question]:
     ]
 
 
-def honest(case: Case) -> tuple[float, bool]:
+def honest(case: Case) -> Verdict:
     """The grader itself; the one completion that only a time limit ends is taken for ended by
     it."""
     if case.kind == "a tower":
-        return 0.0, True
-    return grade(case.response, case.question.answer, case.question.grader).reward, False
+        return Verdict(False, TIMED_OUT)
+    graded = grade(case.response, case.question.answer, case.question.grader)
+    return Verdict(graded.reward >= 1.0)
 
 
 @pytest.mark.slow
@@ -72,9 +74,7 @@ SICK: dict[str, tuple[Callable[[Case], bool], set[str]]] = {
 @pytest.mark.parametrize("disease", SICK)
 def test_a_sick_grader_is_found_and_its_kinds_are_named(disease: str) -> None:
     takes, kinds = SICK[disease]
-    found = audit.run(
-        "a source", questions("math")[:4], 0, lambda case: (float(takes(case)), False)
-    )
+    found = audit.run("a source", questions("math")[:4], 0, lambda case: Verdict(takes(case)))
     assert kinds <= set(found.false_right), found.false_right
     text = audit.report_text(found)
     assert all(f"  {kind}\n" in text for kind in kinds)
@@ -82,7 +82,7 @@ def test_a_sick_grader_is_found_and_its_kinds_are_named(disease: str) -> None:
 
 @pytest.mark.parametrize(("reward", "side"), [(1.0, "false_right"), (0.0, "false_wrong")])
 def test_rates_count_every_completion(reward: float, side: str) -> None:
-    found = audit.run("a source", questions("math"), 0, lambda case: (reward, False))
+    found = audit.run("a source", questions("math"), 0, lambda case: Verdict(reward >= 1.0))
     values = audit.report_values(found)
     rates = {name: values[name]["rate"] for name in ("false_right", "false_wrong")}  # type: ignore[index]
     assert rates == {"false_right": 0.0, "false_wrong": 0.0} | {side: 1.0}
@@ -90,6 +90,17 @@ def test_rates_count_every_completion(reward: float, side: str) -> None:
     assert len([e for e in found.examples if e.kind == "no box"]) == (
         audit.MAX_EXAMPLES if reward else 0
     )
+
+
+def test_what_has_no_reward_is_in_no_rate_and_named() -> None:
+    def grading(case: Case) -> Verdict:
+        return Verdict(None, "it raised") if case.kind == "no box" else Verdict(case.right)
+
+    found = audit.run("a source", questions("math"), 0, grading)
+    assert (found.failed, found.sound) == (len(GOLDS["math"]), False)
+    assert "no box" not in found.hostile and not found.false_wrong and not found.false_right
+    assert audit.report_values(found)["failed"] == len(GOLDS["math"])
+    assert "  without a reward: 6, the first because it raised\n" in audit.report_text(found)
 
 
 def test_a_completion_that_happens_to_be_right_is_not_hostile() -> None:
@@ -149,6 +160,8 @@ def test_the_command_grades_in_a_worker_and_prints_json(tmp_path: Path) -> None:
              "--audit is 'reasoning_gym:gcd', which brings its own grader; expected no --grader or "
              "--field"
          )),
+        (["--audit", "x.jsonl", "--correct-reward", "nan"],
+         "zppo grade: argument --correct-reward: 'nan' is not a number; see zppo grade --help"),
         (["--audit", "x.jsonl", "--grader", "maths"], "data.grader: unknown grader 'maths' (did you mean 'math'?)"),
         (["--audit", "x.jsonl", "--limit", "0"],
          (

@@ -273,3 +273,14 @@ def test_shuffled_never_changes() -> None:
     assert shuffled(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
     assert shuffled(8, 0, 1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
     assert shuffled(8, 1, 0).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]
+
+
+def test_columns_that_no_layout_knows_are_to_be_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"instruction": "?", "output": "1"}\n')
+    with pytest.raises(UserError) as caught:
+        load_questions("train.jsonl", DataConfig(train="train.jsonl", max_bad_rows=9), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'train.jsonl'}: holds no question; expected at least one row, and line 1: the "
+        "question ('question') is missing (did you mean 'instruction'?); name its column in "
+        "data.fields"
+    )

@@ -92,6 +92,7 @@ def test_a_module_and_an_announced_name(tmp_path: Path, monkeypatch: pytest.Monk
             "def rows():\n    yield {'question': '?', 'answer': 1}\n    raise KeyError('split')\n",
             ", row 2: raised KeyError: 'split'",
         ),
+        ("def rows():\n    raise SystemExit('no rows')\n", ", row 1: raised SystemExit: no rows"),
         (
             "def rows():\n    yield {'question': '?', 'answer': 1}\n    yield 7\n",
             ", row 2: a number where a JSON object was expected; 1 bad row where data.max_bad_rows "
@@ -101,6 +102,15 @@ def test_a_module_and_an_announced_name(tmp_path: Path, monkeypatch: pytest.Monk
             "def rows():\n    yield {'question': '?', 'answer': 1}\n    yield {7: 8}\n",
             ", row 2: a row whose columns have names that are no text; 1 bad row where "
             "data.max_bad_rows allows 0: mend the file or raise the limit",
+        ),
+        (
+            "def rows():\n    yield {'question': '?', 'answer': 1}\n    raise SystemExit(0)\n",
+            ", row 2: raised SystemExit: 0",
+        ),
+        (
+            "def rows():\n    yield {'question': '?', 'answer': 10**5000}\n",
+            ", row 1: the gold answer ('answer') is a number of too many digits; expected it as "
+            "text; 1 bad row where data.max_bad_rows allows 0: mend the file or raise the limit",
         ),
         (
             "import nothing_there\n",
@@ -114,6 +124,28 @@ def test_mistakes_are_one_sentence(tmp_path: Path, code: str, message: str) -> N
         load(use, tmp_path)
     file = use.rpartition(":")[0]
     assert str(caught.value) == use + message.replace("{file}", file).replace("{use}", use)
+
+
+def test_what_a_source_prints_is_no_output_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+def rows():
+    print("begin")
+    yield {"question": "?", "answer": 1}
+    print("end")
+"""
+    load(mine(tmp_path, code), tmp_path)
+    assert capsys.readouterr() == ("", "begin\nend\n")
+
+
+def test_a_file_of_code_without_a_name_is_one_sentence(tmp_path: Path) -> None:
+    mine(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load("mine.py", tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'mine.py'}: is code; expected the name of its function too: mine.py:name"
+    )
 
 
 def test_a_source_that_never_ends_is_stopped(

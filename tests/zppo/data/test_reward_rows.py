@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from zppo import extensions
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RewardConfig
 from zppo.config.topology import DataConfig
 from zppo.data.corpus import load_questions
@@ -79,6 +80,19 @@ def test_columns_are_bounded_and_pictures_are_left_out(tmp_path: Path) -> None:
     name = write(tmp_path, "jsonl", [{**ROWS[0], "trace": "x" * 300_000}])
     with pytest.raises(UserError, match="at most 262144 go with a question to rewards"):
         read(tmp_path, name, OWN)
+
+
+def test_what_json_cannot_carry_is_left_out(tmp_path: Path) -> None:
+    nested: list[object] = []
+    for _ in range(2000):
+        nested = [nested]
+    odd = {"nested": nested, "half": "\ud800", "\ud800": 1, "set": {1}}
+    (tmp_path / "own.py").write_text("def rows():\n    return [ROW]\n")
+    use = f"{tmp_path / 'own.py'}:rows"
+    found = extensions.load(use, use, "source").value
+    found.__globals__["ROW"] = {**ROWS[0], **odd}
+    [question] = read(tmp_path, use, OWN)
+    assert json.loads(question.row) == {**ROWS[0], "set": [1]}
 
 
 def test_a_row_may_name_the_one_part_that_counts(tmp_path: Path) -> None:

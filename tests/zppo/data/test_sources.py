@@ -148,6 +148,33 @@ def test_pictures_inside_a_table_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_columns_that_python_cannot_hold_are_named(tmp_path: Path) -> None:
+    words = pa.array(["a", "b"])
+    torn = pa.Array.from_buffers(
+        pa.string(),
+        2,
+        [None, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")],
+    )
+    late = pa.array([2**61, 2], pa.timestamp("us"))
+    for column, kind, why in (
+        (torn, "string", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (late, "timestamp[us]", "date value out of range"),
+    ):
+        path = tmp_path / f"{kind}.parquet"
+        pq.write_table(pa.table({"question": column, "answer": words}), path)
+        assert refusal(path) == (
+            f"{path}: the column 'question' ({kind}) cannot be read ({why}); mend it, or leave it "
+            "out of the file"
+        )
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    words, path = pa.array(["a", "b"]), tmp_path / "twice.parquet"
+    names = ["question", "answer", "question"]
+    pq.write_table(pa.Table.from_arrays([words, words, words], names=names), path)
+    assert refusal(path) == f"{path}: has the column 'question' twice; expected each name once"
+
+
 def test_a_missing_column_is_one_sentence(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", [{"question": "a", "answers": "1"}])
     assert refusal(tmp_path / "t.parquet") == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -126,13 +127,67 @@ def test_mistakes_are_sentences(mine: Path) -> None:
             "import not_installed_here\n",
             "ModuleNotFoundError: No module named 'not_installed_here'",
         ),
+        ("raise SystemExit\n", "SystemExit"),
+        ("def __getattr__(name):\n    raise RuntimeError('lazy')\n", "RuntimeError: lazy"),
+        (
+            "class E(Exception):\n    def __str__(self):\n        raise ValueError\nraise E\n",
+            "E",
+        ),
+        (
+            "import neighbour\n",
+            "ModuleNotFoundError: No module named 'neighbour'; files beside it are not searched, so "
+            "put several files into a package",
+        ),
+        (
+            "from .neighbour import right\n",
+            "ImportError: attempted relative import with no known parent package; files beside it "
+            "are not searched, so put several files into a package",
+        ),
     ],
 )
 def test_what_cannot_be_imported_is_one_sentence(mine: Path, text: str, reason: str) -> None:
     mine.write_text(text)
+    (mine.parent / "neighbour.py").write_text(REWARD)
     said = sentence(f"{mine}:right")
     prefix = f"data.reward[0].use: {str(mine)!r} cannot be imported: "
     assert said.startswith(prefix) and re.fullmatch(reason, said.removeprefix(prefix))
+
+
+def test_a_package_that_leaves_while_it_is_imported_does_not_end_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves_at_once").mkdir()
+    (tmp_path / "leaves_at_once/__init__.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "leaves_at_once/inner.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sentence("leaves_at_once.inner:right") == (
+        "data.reward[0].use: 'leaves_at_once.inner' cannot be imported: SystemExit: 0"
+    )
+
+
+def test_what_is_no_file_of_code_is_said(mine: Path) -> None:
+    assert sentence(str(mine)) == (
+        f"data.reward[0].use is {str(mine)!r}, a file; expected the name in it as well: {mine}:name"
+    )
+    pipe, folder = mine.parent / "pipe.py", mine.parent / "folder.py"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for odd in (pipe, folder):
+        assert sentence(f"{odd}:right") == (
+            f"data.reward[0].use: {str(odd)!r} is no file; expected one with Python code"
+        )
+    mine.write_text("right = None\n")
+    assert sentence(f"{mine}:right") == f"data.reward[0].use: 'right' of {str(mine)!r} is None"
+    mine.write_text("")
+    assert sentence(f"{mine}:right") == f"data.reward[0].use: {str(mine)!r} has no 'right'"
+
+
+def test_what_an_import_prints_is_no_output_of_the_command(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine.write_text(f"print('hello')\n{REWARD}")
+    extensions.load(SETTING, f"{mine}:right", "reward")
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_the_signature_is_checked() -> None:

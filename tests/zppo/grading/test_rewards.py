@@ -17,6 +17,7 @@ from zppo.grading.rewards import check_parts, form_of
 FILE = """
 def one(question, response, row, *, most): ...
 def two(completions, **columns): ...
+def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...
 def many(questions, responses, rows): ...
 async def waits(question, response, row): ...
 def last(response): ...
@@ -59,8 +60,14 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "TRL's signature": (
         [{"use": "mine:two"}],
-        "data.reward[0].use: 'mine:two' takes (completions, **columns); expected a function of "
-        "(question, response, row): too many positional arguments",
+        "data.reward[0].use: 'mine:two' takes (completions, **columns), as TRL calls it; expected "
+        "a function of (question, response, row) around it (docs/from_trl.md)",
+    ),
+    "verl's signature, whose third argument is no row": (
+        [{"use": "mine:compute_score"}],
+        "data.reward[0].use: 'mine:compute_score' takes (data_source, solution_str, ground_truth, "
+        "extra_info=None), as verl calls it; expected a function of (question, response, row) "
+        "around it (docs/from_verl.md)",
     ),
     "an argument that is missing": (
         [{"use": "mine:one"}],
@@ -141,9 +148,18 @@ def test_the_three_forms_are_told_apart() -> None:
 
 
 def test_shares_that_sum_to_one_give_full_marks() -> None:
-    for weights in ([0.7, 0.2, 0.1], [1 / 3] * 3, [0.1] * 10, [0.6, 0.3, 0.1]):
+    hundredths = [[a / 100, b / 100, (100 - a - b) / 100] for a in range(1, 99, 4) for b in (1, 29)]
+    for weights in ([1 / 49] * 49, [0.1] * 10, [0.01, 0.29, 0.7], *hundredths):
         parts = parts_of([RewardConfig(use="math", weight=weight) for weight in weights])
         assert weighted(parts, {part.name: 1.0 for part in parts}) == 1.0
+
+
+def test_a_sum_reaches_what_its_weights_say() -> None:
+    parts = parts_of([RewardConfig(use="math", weight=0.7), RewardConfig(use="format", weight=0.1)])
+    assert weighted(parts, {"math": 1.0, "format": 1.0}) == 0.8
+    assert weighted(parts, {"math": 0.0, "format": 0.0}) == 0.0
+    assert weighted(parts, {"math": 1e-20, "format": 0.0}) == 7e-21
+    assert weighted(parts, {"math": 1e9, "format": 1.0}) == pytest.approx(7e8 + 0.1, rel=1e-13)
 
 
 def test_a_rubric_takes_a_score_and_nothing_else() -> None:

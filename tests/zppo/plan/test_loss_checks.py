@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -150,12 +151,65 @@ def test_what_the_topology_says_wins_over_its_preset_and_is_shown(small: Path) -
     ) in console.export_text()
 
 
+def test_a_default_that_the_topology_says_wins_over_its_preset_too(small: Path) -> None:
+    said = ("clip_high=0.28", "dual_clip=10", "loss_normalisation=token", "clip_low=0.2")
+    method = plan_of(small, "preset=luspo", "fixed_length=null", "ratio_level=token", *said).method
+    plain = MethodConfig()
+    assert msgspec.structs.replace(method, preset=None, advantage=plain.advantage) == plain
+
+
+@pytest.mark.parametrize(
+    ("reward", "most"),
+    [
+        ("{use: math, weight: 0.5}, {use: format, weight: 0.1, args: {pattern: a}}", "0.6"),
+        ("{use: math, weight: 1}, {use: length, weight: -1, args: {free: 1, limit: 2}}", None),
+        ("{use: length, weight: 1, args: {free: 1, limit: 2}}", "0"),
+        ("{use: math, weight: 1}, {use: length, weight: 1, args: {free: 1, limit: 2}}", None),
+    ],
+)
+def test_a_reward_that_nothing_can_earn_is_noted(
+    small: Path, reward: str, most: str | None
+) -> None:
+    topology = load(small / "topology.yaml", [f"data.reward=[{reward}]"])
+    notes = [n for n in make_plan(topology, 6, MACHINE).notes if n.startswith("data.reward")]
+    assert notes == (
+        []
+        if most is None
+        else [
+            f"data.reward adds up to at most {most}, less than method.correct_reward, 1: no "
+            "response can be correct, and every question stays hard"
+        ]
+    )
+
+
 def test_a_sequence_ratio_over_all_tokens_is_noted(small: Path) -> None:
     plan = make_plan(plan_of(small, "ratio_level=sequence"), 6, MACHINE)
     assert (
         "method.ratio_level is 'sequence' and method.loss_normalisation 'token': a response counts "
         "by its length; GSPO has 'sequence'"
     ) in plan.notes
+
+
+def test_a_scope_that_changes_nothing_is_noted(small: Path) -> None:
+    note = (
+        "method.advantage_scope is 'step', which changes nothing: method.advantage 'rloo' sees one "
+        "group at a time"
+    )
+    words = ("advantage_scope=step", "advantage=rloo")
+    assert note in make_plan(plan_of(small, *words), 6, MACHINE).notes
+    wide = make_plan(plan_of(small, "advantage_scope=step"), 6, MACHINE)
+    assert not any("advantage_scope" in one for one in wide.notes)
+
+
+def test_a_bound_that_its_surrogate_does_not_have_is_noted(small: Path) -> None:
+    words = ("preset=grpo", "surrogate=sapo", "clip_high=0.4")
+    notes = make_plan(plan_of(small, *words), 6, MACHINE).notes
+    assert [one for one in notes if "no such bound" in one] == [
+        "method.clip_high is 0.4, which changes nothing: method.surrogate 'sapo' has no such bound"
+    ]
+    for preset in ("sapo", "cispo"):
+        notes = make_plan(plan_of(small, f"preset={preset}"), 6, MACHINE).notes
+        assert not any("no such bound" in one for one in notes)
 
 
 def test_the_reference_of_the_kl_is_counted(small: Path) -> None:

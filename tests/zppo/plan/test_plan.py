@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from zppo.algorithm.methods import method_names
 from zppo.config.load import load
 from zppo.config.topology import (
+    ENGINE_NAMES,
     VLLM,
     ActorConfig,
     ActorsConfig,
@@ -518,4 +519,5 @@ def test_only_variables_of_templates_can_be_set(small: Path, override: str, sent
 
 
 def test_every_engine_can_be_planned_for() -> None:
-    assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES)  # the arguments of vLLM are vLLM's own
+    # The arguments of vLLM are vLLM's own.
+    assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES) == set(ENGINE_NAMES)

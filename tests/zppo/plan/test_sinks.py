@@ -61,6 +61,18 @@ def test_a_package_that_is_missing(
     )
 
 
+def test_no_password_stands_in_a_run_directory(said: Callable[..., str]) -> None:
+    sentence = (
+        "sinks.mlflow.tracking_uri: expected an address without a password, which would stand in "
+        "the run directory; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+        "from the environment"
+    )
+    for address in ("https://ann:secret@mlflow.acme.org", "postgresql://ann:s%40x@db:5432/runs"):
+        assert said(mlflow={"tracking_uri": address}) == sentence
+    for address in ("https://mlflow.acme.org:5000/a:b@c", "sqlite:///runs.db"):
+        assert said(mlflow={"tracking_uri": address}) != sentence
+
+
 def test_a_port_that_is_taken(said: Callable[..., str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow.parquet as parquet
 import pytest
 
 from zppo.algorithm.window import Window
@@ -17,6 +18,7 @@ from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
 from zppo.report.page import digest, render_page
+from zppo_protocol.values import Grade
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 & \\boxed{7}"
 EVERY_FIGURE = [
@@ -219,6 +221,28 @@ def test_the_browser_retells_a_visit(fake_run: Callable[..., Path], window: Wind
         (candidate["source"], candidate["correct"]) for candidate in visit.groups[2].candidates
     ]
     assert shown == [(candidate.source, candidate.correct) for candidate in bcq.candidates]
+
+
+def test_the_browser_calls_right_what_earns_the_correct_reward(
+    fake_run: Callable[..., Path], window: Window
+) -> None:
+    run_dir, plain = fake_run(steps=0), window.visits[0].plain
+    plain.correct_reward = 0.9
+    plain.grades = [
+        Grade(reward=0.95),
+        Grade(reward=0.5),
+        Grade(reward=0.0, note="raised", failed=True),
+        *plain.the_grades[3:],
+    ]
+    write_window(run_dir, window)
+    [question] = browser.browser_data(load.load_run(run_dir)).questions
+    shown = question.visits[0].groups[0].rollouts
+    assert [rollout.right for rollout in shown[:3]] == [True, False, None]
+    [path] = rollouts.step_files(run_dir / "rollouts")
+    parquet.write_table(parquet.read_table(path).drop_columns(["correct"]), path)
+    [question] = browser.browser_data(load.load_run(run_dir)).questions
+    shown = question.visits[0].groups[0].rollouts
+    assert [rollout.right for rollout in shown] == [rollout.reward >= 1 for rollout in shown]
 
 
 def test_visits_of_a_question_are_gathered_in_step_order(

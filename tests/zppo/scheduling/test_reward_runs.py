@@ -18,7 +18,9 @@ from worlds import Fake, World, questions, topology
 
 from zppo.algorithm.window import Group
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, rule_of
+from zppo.prompting.prompts import Prompt
 from zppo.scheduling import events
+from zppo.scheduling.heldout import Evaluation
 from zppo_kernels import group_advantages
 from zppo_protocol.messages import GenerateTask, GradeTask
 from zppo_protocol.values import Grade
@@ -128,6 +130,21 @@ def world_of(
         for q in questions(rng.randint(3, 12))
     ]
     return RewardWorld(config, corpus, seed=seed, **rates)
+
+
+def test_an_evaluation_counts_what_failed_neither_as_right_nor_as_wrong() -> None:
+    right, wrong = Grade(reward=1.0), Grade(reward=0.25)
+    failed = Grade(reward=0.0, note="raised", failed=True)
+
+    def evaluation(**grades: list[Grade]) -> Evaluation:
+        prompt = Prompt(messages=[])
+        groups = [Group(id=q, kind="evaluate", prompt=prompt, grades=g) for q, g in grades.items()]
+        return Evaluation(step=3, groups=groups, question_ids=list(grades))
+
+    result = evaluation(a=[right, failed], b=[failed, failed], c=[right, wrong]).result()
+    assert result is not None and result.by_question == {"a": 1.0, "c": 0.5}
+    assert (result.accuracy, result.questions, result.samples) == (0.75, 2, 3)
+    assert evaluation(b=[failed, failed]).result() is None
 
 
 @pytest.mark.slow

@@ -312,6 +312,22 @@ def test_decoupled_rewards_are_normalised_apart_then_weighted_then_scaled_togeth
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_question_with_a_rule_of_its_own_counts_by_it_among_decoupled_rewards(
+    others: int,
+) -> None:
+    """Its group has no parts: its reward, normalised in its group, is the whole sum."""
+    parts = np.array([[1, 0.5], [0, 0.0]], np.float32)
+    groups = [msgspec.structs.replace(group("a", [0.0, 0.0]), reward_parts=parts)] * others
+    groups.append(group("b", [0.0, 1.0, 1.0]))
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    words = method(advantage="center_only", advantage_rewards="decoupled")
+    everyone = [np.arange(rollouts.sequences)]
+    found = step_advantages(rollouts, everyone, words, (2.0, 4.0))
+    sums = np.array([2.0, -2.0] * others + [-2 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(found.numpy(), sums / (sums.std(ddof=1) + 1e-6), rtol=1e-5)
+
+
 # ---- the step ------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,8 @@ def open_source(path: str, wanted: Wanted, base: Path) -> Source:
         if split is not None:
             return split
         raise UserError(f"{full}: no such question file{_nearest_file(full) or _hub(full)}")
+    if suffix == ".py":
+        raise UserError(f"{full}: is code; expected the name of its function too: {path}:name")
     if suffix not in FILES:
         raise UserError(f"{full}: unknown kind of question file {suffix!r}{nearest(suffix, FILES)}")
     return FILES[suffix](full, wanted)

@@ -63,6 +63,8 @@ class Columns(Struct, frozen=True, kw_only=True):
     layout: Layout
     every: bool
     optional: frozenset[str]
+    fits: bool
+    """Whether what the columns were settled by has one for every field that is needed."""
 
     @property
     def required(self) -> dict[str, str]:
@@ -94,6 +96,7 @@ def settle(wanted: Wanted, present: Collection[str]) -> Columns:
         layout=layout,
         every=wanted.every,
         optional=wanted.optional,
+        fits=bool(fits),
     )
 
 

@@ -8,7 +8,9 @@ same rows in the same order each time: the digest of the corpus says when it did
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,31 @@ def open_own(use: str, wanted: Wanted, base: Path) -> Source:
 def _rows(use: str, function: Any) -> Iterator[RawRow]:
     number = 0
     try:
-        for number, row in enumerate(_iterable(use, function()), start=1):
+        for number, row in enumerate(_given(use, function), start=1):
             if number > MAX_ROWS:
                 break
             yield number, _checked(row)
-    except UserError:
+    except (UserError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:  # whatever the user's code raises
+    except BaseException as error:  # whatever the user's code raises, even SystemExit
         raise UserError(
             f"{use}, row {number + 1}: raised {type(error).__name__}: {first_line(error)}"
         ) from None
     if number > MAX_ROWS:
         raise UserError(f"{use}: gave more than {MAX_ROWS} rows; expected a source that ends")
+
+
+def _given(use: str, function: Any) -> Iterator[Any]:
+    """What the function gives, a row at a time; what it prints is no output of a command."""
+    with redirect_stdout(sys.stderr):
+        rows = iter(_iterable(use, function()))
+    while True:
+        with redirect_stdout(sys.stderr):
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+        yield row
 
 
 def _iterable(use: str, value: Any) -> Iterable[Any]:

@@ -8,6 +8,7 @@ columns cost nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) ->
     has. Raises UserError."""
     columns = settle(wanted, _schema(files[0]).names)
     for file in files:
-        check_columns(file, columns, list(_paths(_schema(file))))
+        schema = _schema(file)
+        _refuse_twice(file, schema.names)
+        check_columns(file, columns, list(_paths(schema)))
     return Source(
         name=str(name),
         stem=stem,
@@ -45,6 +48,12 @@ def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) ->
 def _schema(file: Path) -> Any:
     with _readable(file):
         return READERS[file.suffix].schema(file)
+
+
+def _refuse_twice(file: Path, names: Sequence[str]) -> None:
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{file}: has the column {twice!r} twice; expected each name once")
 
 
 def _paths(fields: Iterable[Any], prefix: str = "") -> Iterator[str]:
@@ -61,7 +70,9 @@ def _paths(fields: Iterable[Any], prefix: str = "") -> Iterator[str]:
 def _numbered(files: Iterable[Path], columns: Columns) -> Iterator[RawRow]:
     """Rows with the wanted columns, or with all."""
     wanted = None if columns.every else list(columns.names.values())
-    rows = (row for file in files for batch in _batches(file, wanted) for row in _as_rows(batch))
+    rows = (
+        row for file in files for batch in _batches(file, wanted) for row in _as_rows(file, batch)
+    )
     return enumerate(rows, start=1)
 
 
@@ -83,10 +94,19 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read as {kind} file ({reason})") from None
 
 
-def _as_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch as dictionaries of plain values."""
-    values = [_plain(batch.column(index)) for index in range(batch.num_columns)]
-    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*values, strict=True))
+def _as_rows(file: Path, batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch as dictionaries of plain values. Raises UserError for a column
+    with values that Python does not have: times of nanoseconds, text that is none."""
+    names, values = batch.schema.names, []
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            values.append(_plain(column))
+        except Exception as error:  # pyarrow says so in many ways
+            raise UserError(
+                f"{file}: the column {name!r} ({column.type}) cannot be read "
+                f"({first_line(error)}); mend it, or leave it out of the file"
+            ) from None
+    return (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _plain(column: Any) -> list[Any]:
