@@ -126,7 +126,7 @@ def check(problem: Problem, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @settings(max_examples=15, **NUMERIC)
 @given(
     seed=st.integers(0, 10**6),
@@ -141,6 +141,20 @@ def test_equal_to_the_oracle(
     if beta == 1.0 and difference < 0:
         difference = 0  # the reverse KL to a teacher that rules tokens out is infinite
     check(Problem(seed, vocabulary, vocabulary + difference, beta, temperature), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs TRITON_INTERPRET=1 and Triton")
+@pytest.mark.parametrize(
+    ("vocabulary", "teacher", "beta", "temperature"),
+    [(7, 4, 0.0, 1.0), (333, 373, 0.0, 2.0), (333, 330, 0.1, 2.0), (64, 104, 0.5, 1.0),
+     (64, 64, 1.0, 1.0), (333, 373, 1.0, 2.0)],
+)  # fmt: skip
+def test_triton_is_equal_to_the_oracle_under_the_interpreter(
+    vocabulary: int, teacher: int, beta: float, temperature: float
+) -> None:
+    """Both ends of beta and between, each with a teacher that has fewer or more tokens."""
+    check(Problem(2, vocabulary, teacher, beta, temperature, rows=4), "triton")
 
 
 @pytest.mark.parametrize("backend", SLOW_BACKENDS)

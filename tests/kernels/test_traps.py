@@ -485,7 +485,7 @@ def test_a_sequence_that_does_not_exist_is_nan_and_not_read(
     backend: str, level: Any, wrong: int
 ) -> None:
     """The advantage was read out of bounds; a row of the mask may name any sequence."""
-    case = make_case(17)
+    case = make_case(17, rows=9)
     ids_T, row = case.inputs["sequence_ids_T"].clone(), int(case.inputs["mask_T"].nonzero()[-1])
     masked_T = ~case.inputs["mask_T"] | (case.target_ids_T == -100)
     ids_T[masked_T] = wrong
