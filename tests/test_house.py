@@ -155,6 +155,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.runtime",
         "zppo_protocol",
     },
+    "zppo_actors.nursery": {"zppo.signals", "zppo_actors.process"},
     "zppo_actors.weights": {"zppo.records", "zppo_protocol"},
     "zppo_actors.engines": {
         "zppo.config",
@@ -245,6 +246,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.records",
         "zppo.signals",
+        "zppo_actors.nursery",
         "zppo_actors.runtime",
         "zppo_protocol",
     },
@@ -257,6 +259,7 @@ ROOMS: dict[str, set[str]] = {
     "zppo_actors.__main__": {
         "zppo_actors.audit",
         "zppo_actors.evaluator",
+        "zppo_actors.nursery",
         "zppo_actors.process",
         "zppo_actors.supervisor",
     },

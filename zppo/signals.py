@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>."""
+PR_SET_CHILD_SUBREAPER = 36
+"""Both from <linux/prctl.h>."""
 
 
 class Interrupts:
@@ -50,3 +51,9 @@ def die_with_parent(number: signal.Signals) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def take_orphans() -> None:
+    """Ask the kernel to make every descendant whose own parent has ended a child of this process.
+    Linux only."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

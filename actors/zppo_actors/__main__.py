@@ -23,6 +23,10 @@ def main(argv: list[str]) -> int:
         from zppo_actors import audit
 
         return process.guarded(lambda: audit.main(argv[1:]))
+    if argv[:1] == ["nursery"]:
+        from zppo_actors import nursery
+
+        return process.guarded(lambda: nursery.main(argv[1:]))
     return process.main(argv)
 
 

@@ -10,9 +10,45 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypedDict, Unpack
 
 TAIL_LINES = 15
 TAIL_BYTES = 16_384
+
+
+class Process(Protocol):
+    """What `subprocess.Popen` gives of a process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+class Adopted:
+    """A child of this process that it has not started itself."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._exit_code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while the process runs."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int:
+        """The exit code, once there is one."""
+        while (exit_code := self._reap(0)) is None:
+            pass
+        return exit_code
+
+    def _reap(self, options: int) -> int | None:
+        if self._exit_code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self._exit_code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._exit_code
 
 
 @dataclass(frozen=True)
@@ -22,7 +58,7 @@ class Child:
     name: str
     role: str
     incarnation: int
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     @property
@@ -48,35 +84,50 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        with contextlib.suppress(ChildProcessError):  # orphans of its session, if we take any
+            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
+                pass
 
 
-def spawn(
-    command: Sequence[str],
-    *,
-    name: str,
-    role: str,
-    incarnation: int,
-    log: Path,
-    env: Mapping[str, str],
-    parent_fd: int,
-) -> Child:
-    """Start `command` with no stdin and its output appended to `log`; only `parent_fd` is
-    inherited.
+class Birth(TypedDict):
+    """What a process is started with, beside its command line. `env` is added to our own."""
+
+    name: str
+    role: str
+    incarnation: int
+    log: Path
+    env: Mapping[str, str]
+
+
+def spawn(command: Sequence[str], *, inherited: Sequence[int], **birth: Unpack[Birth]) -> Child:
+    """Start `command` with no stdin and its output appended to `log`; of all other descriptors only
+    those `inherited` are.
 
     A session of its own keeps the terminal's Ctrl-C away from it and lets `Child.kill` reach its
     own children.
     """
-    with log.open("ab") as output:
+    with birth["log"].open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env},
-            pass_fds=(parent_fd,),
+            env={**os.environ, **birth["env"]},
+            pass_fds=inherited,
             start_new_session=True,
         )
-    return Child(name=name, role=role, incarnation=incarnation, process=process, log=log)
+    return child_of(process, birth)
+
+
+def child_of(process: Process, birth: Birth) -> Child:
+    """The child that this process is."""
+    return Child(
+        name=birth["name"],
+        role=birth["role"],
+        incarnation=birth["incarnation"],
+        process=process,
+        log=birth["log"],
+    )
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:

@@ -29,7 +29,9 @@ from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
-from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor import nursery as nurseries
+from zppo_actors.supervisor.children import Birth, Child
+from zppo_actors.supervisor.nursery import Nursery
 from zppo_actors.supervisor.watchdog import Watchdog
 from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import (
@@ -144,6 +146,9 @@ class RunAttempt:
         self._children: dict[str, Child] = {}
         self._left: list[tuple[float, Child]] = []
         self._restarts_due: dict[str, tuple[float, int]] = {}
+        self._forked = nurseries.forked(self._table.values()) if commands is actor_command else []
+        self._nursery: Nursery | None = None
+        self._unborn: list[str] = []
         self._reasons: dict[tuple[str, int], str] = {}
         self._ended: RunEnded | None = None
         self._end: End | None = None
@@ -157,10 +162,15 @@ class RunAttempt:
         with resources(self._record.run_id, limits) as self._resources:
             try:
                 self._resources.dealer.send(self._hello())
+                if self._forked:
+                    self._nursery, self._unborn = self._open_nursery(), list(self._forked)
                 for name in self._table:
-                    self._start(name, incarnation=0)
+                    if name not in self._unborn:
+                        self._start(name, incarnation=0)
                 return self._watch()
             finally:
+                if self._nursery is not None:
+                    self._nursery.close()
                 for child in self._children.values():
                     child.kill()
 
@@ -171,6 +181,7 @@ class RunAttempt:
             self._reap()
             self._look_for_stuck(time.monotonic())
             self._judge_the_left()
+            self._start_unborn()
             self._start_due()
             end = self._outcome()
             if end is not None:
@@ -230,12 +241,15 @@ class RunAttempt:
     def _look_for_stuck(self, now: float) -> None:
         if not self._watchdog.due(now):
             return
-        moving = self._watchdog.look(self._children.values(), now)
+        watched = [*self._children.values()]
+        if self._nursery is not None and self._unborn:
+            watched.append(self._nursery.child)
+        moving = self._watchdog.look(watched, now)
+        if nurseries.NAME in moving:  # it does the loading of all of them
+            moving = [name for name in moving if name != nurseries.NAME] + self._unborn
         if moving:
             self._resources.dealer.send(ActorsMoving(actors=moving))
-        for child, reason in self._watchdog.stuck(
-            self._children.values(), now, stopping=self._stopping
-        ):
+        for child, reason in self._watchdog.stuck(watched, now, stopping=self._stopping):
             self._kill(child, reason)
 
     def _kill(self, child: Child, reason: str) -> None:
@@ -256,30 +270,45 @@ class RunAttempt:
 
     # ---- processes -------------------------------------------------------------------------------
 
+    def _open_nursery(self) -> Nursery:
+        log_file = self._run_dir / "logs" / f"{nurseries.NAME}.log"
+        entry = ProcessEntry(name=nurseries.NAME, role=nurseries.NAME, pool=nurseries.NAME)
+        return Nursery(log_file, environment(entry), self._resources.parent_fd)
+
+    def _start_unborn(self) -> None:
+        if self._ended is not None or self._end is not None:
+            self._unborn.clear()
+        if self._unborn and self._nursery is not None and self._nursery.settled:
+            unborn, self._unborn = self._unborn, []
+            for name in unborn:
+                self._start(name, incarnation=0)
+
     def _start(self, name: str, incarnation: int) -> None:
-        entry = self._table[name]
+        entry, parent_fd = self._table[name], self._resources.parent_fd
         options = {
             "--run": self._run_dir,
             "--runtime": self._resources.folder,
             "--actor": name,
             "--incarnation": incarnation,
-            "--parent-fd": self._resources.parent_fd,
+            "--parent-fd": parent_fd,
         }
-        self._children[name] = children.spawn(
-            [*self._commands(entry), *(str(part) for option in options.items() for part in option)],
-            name=name,
-            role=entry.role,
-            incarnation=incarnation,
-            log=self._run_dir / "logs" / f"{name}.log",
-            env=environment(entry),
-            parent_fd=self._resources.parent_fd,
-        )
-        log.info(
-            "started %s, incarnation %d, process %d",
-            name,
-            incarnation,
-            self._children[name].process.pid,
-        )
+        command = [
+            *self._commands(entry),
+            *(str(part) for option in options.items() for part in option),
+        ]
+        birth: Birth = {
+            "name": name,
+            "role": entry.role,
+            "incarnation": incarnation,
+            "log": self._run_dir / "logs" / f"{name}.log",
+            "env": environment(entry),
+        }
+        child = None
+        if self._nursery is not None and name in self._forked:
+            child = self._nursery.fork(command, **birth)
+        child = child or children.spawn(command, **birth, inherited=(parent_fd,))
+        self._children[name] = child
+        log.info("started %s, incarnation %d, process %d", name, incarnation, child.process.pid)
 
     def _reap(self) -> None:
         for child in [child for child in self._children.values() if child.ended]:

@@ -1,0 +1,134 @@
+"""Actors that are forked from a process which has loaded everything: children like any other."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from zppo.config.load import load
+from zppo.config.topology import DataConfig, StudentConfig, Topology
+from zppo.plan.processes import processes
+from zppo.records import run_directory
+from zppo.signals import PR_SET_CHILD_SUBREAPER
+from zppo_actors import nursery as inside
+from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor.nursery import Nursery, forked
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
+PATIENCE = 600.0
+
+
+def table(*settings: str) -> list[str]:
+    return forked(processes(load(QUICKSTART, list(settings)), available_cores=2))
+
+
+def test_who_is_forked() -> None:
+    """Whoever runs a model with transformers, if there are two of them at least."""
+    assert table() == ["trainer", "rollout-0", "rollout-1", "teacher-0"]
+    simulated = "actors.rollout.engine=simulated"
+    assert table(simulated) == ["trainer", "teacher-0"]
+    assert table(simulated, "method.name=grpo", "teacher=null") == []
+
+
+class Ward:
+    """A nursery and what it takes to have actors of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self.log = folder, folder / "run", folder / "grader-0.log"
+        source = Topology(
+            data=DataConfig(train="train.jsonl"), student=StudentConfig(model="student")
+        )
+        run_directory.create(self.run, source)
+        self.parent_fd, self.write_end = os.pipe()
+        self.nursery = Nursery(folder / "nursery.log", {"OMP_NUM_THREADS": "1"}, self.parent_fd)
+
+    def command(self, run: Path) -> list[str]:
+        command = [sys.executable, "-P", "-m", "zppo_actors", "grader", "--run", str(run)]
+        command += ["--runtime", str(self.folder / "rt"), "--actor", "grader-0"]
+        return [*command, "--incarnation", "0", "--parent-fd", str(self.parent_fd)]
+
+    def fork(self, run: Path) -> Child | None:
+        return self.nursery.fork(
+            self.command(run),
+            name="grader-0",
+            role="grader",
+            incarnation=0,
+            log=self.log,
+            env={"OMP_NUM_THREADS": "1"},
+        )
+
+
+@pytest.fixture
+def ward(tmp_path: Path) -> Iterator[Ward]:
+    made = Ward(tmp_path)
+    yield made
+    made.nursery.close()
+    os.close(made.parent_fd)
+    # The process of the tests takes no orphans of other tests.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ward.nursery.settled:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    refused = ward.fork(ward.folder)
+    assert refused is not None and refused.exit_code == 2
+    assert ward.log.read_text() == f"'{ward.folder}' is not a run directory: it has no run.json\n"
+
+    killed, left = ward.fork(ward.run), ward.fork(ward.run)
+    assert killed is not None and left is not None
+    process = psutil.Process(killed.process.pid)
+    while not process.children():  # the worker that grades: it is at work
+        assert time.monotonic() < deadline and not killed.ended, ward.log.read_text()
+        time.sleep(0.05)
+    command = ward.command(ward.run)
+    assert process.cmdline()[: len(command)] == command and not any(
+        process.cmdline()[len(command) :]
+    )
+    assert process.ppid() == os.getpid() and os.getsid(process.pid) == process.pid
+    shown = psutil.Process(ward.nursery.child.process.pid).cmdline()
+    assert shown[: shown.index("nursery") + 1] == [*command[:4], "nursery"]
+
+    process.kill()
+    assert killed.verdict == "grader-0 was killed by SIGKILL"
+    killed.kill()
+    os.close(ward.write_end)
+    assert left.exit_code == 1, "the end of the supervisor's pipe is its end"
+    left.kill()
+
+    os.kill(ward.nursery.child.process.pid, signal.SIGKILL)
+    assert ward.fork(ward.run) is None and ward.nursery.child.ended
+
+
+@pytest.mark.slow
+def test_an_actor_that_finds_a_driver_in_use_executes_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executed: list[Any] = []
+
+    def execute(*command: Any) -> None:
+        executed.append((*command, os.environ["ZPPO_TEST"]))
+        raise SystemExit
+
+    monkeypatch.setenv("ZPPO_TEST", "before")
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    command = ["/bin/python", "-P", "-m", "zppo_actors", "trainer"]
+    with pytest.raises(SystemExit):
+        inside.become(inside.Request(command, {"ZPPO_TEST": "after"}, str(tmp_path / "log")))
+    assert executed == [("/bin/python", command, "after")]
