@@ -45,7 +45,7 @@ class Nursery:
     def __init__(self, log_file: Path, env: Mapping[str, str], parent_fd: int) -> None:
         take_orphans()
         self._socket, ear = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(ANSWER_SECONDS)
+        self._socket.setblocking(False)
         self._ready = False
         self.child = spawn(
             [sys.executable, "-P", "-m", "zppo_actors", NAME, str(ear.fileno()), ROOM],
@@ -63,9 +63,10 @@ class Nursery:
         """Whether it is ready, or has ended without ever being so."""
         if not self._ready and not self.child.ended:
             try:
-                self._ready = self._socket.recv(len(READY), socket.MSG_DONTWAIT) == READY
+                self._ready = self._socket.recv(len(READY)) == READY
             except BlockingIOError:
                 return False
+            self._socket.settimeout(ANSWER_SECONDS)
         return True
 
     def fork(self, command: Sequence[str], **birth: Unpack[Birth]) -> Child | None:
