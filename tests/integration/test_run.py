@@ -128,30 +128,30 @@ class Run:
 
 
 def test_a_killed_rollout_actor_costs_nothing(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=12)
+    run = Run.new(tmp_path / "run", steps=8)
     run.until(lambda: run.steps() >= 1)
     run.kill_actor("rollout-1")
     output = run.wait()
     assert run.process.returncode == 0, output + run.logs()
     summary = run.summary()
-    assert summary["steps"] == 12
+    assert summary["steps"] == 8
     assert summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 96
+    assert summary["questions_new"] == 64
     assert summary["max_staleness_seen"] <= 2
     assert summary["heldout_before"] is not None and summary["heldout_after"] is not None
     assert "rollout-1 was killed" in output
 
 
 def test_the_run_continues_after_the_trainer_was_killed(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=12, **{"checkpoints.every": 2})
+    run = Run.new(tmp_path / "run", steps=8, **{"checkpoints.every": 2})
     run.until(lambda: checkpoint.find_latest(run.directory).step >= 2)
     run.kill_actor("trainer")
     output = run.wait()
     assert run.process.returncode == 0, output + run.logs()
-    assert re.search(r"the run begins again from step ([2468]|10)\b", output), output
+    assert re.search(r"the run begins again from step [246]\b", output), output
     summary = run.summary()
-    assert summary["steps"] == 12 and summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 96
+    assert summary["steps"] == 8 and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 64
 
 
 def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_in_its_last_evaluation_makes_it_up(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=1, **{"evaluation.limit": 128, "evaluation.samples": 4})
+    run = Run.new(tmp_path / "run", steps=1, **{"evaluation.limit": 64, "evaluation.samples": 4})
     run.until(lambda: run.steps() == 1)
     run.process.send_signal(signal.SIGINT)
     output = run.wait()

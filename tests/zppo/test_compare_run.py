@@ -22,7 +22,7 @@ from zppo.records.summary import read_lines, summarise
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1500.0
-STEPS = 8
+STEPS = 5
 """Many enough that a run is still going on when it is interrupted after its first."""
 SETTINGS = {
     "run.steps": STEPS,
