@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from zppo.algorithm.methods import get_method, method_names
+from zppo.config.load import load
+from zppo.records import run_directory
 from zppo.records.rollouts import read_step, step_files
 from zppo.records.summary import read_lines, summarise
 
@@ -29,11 +31,17 @@ SETTINGS = {
 pytestmark = pytest.mark.slow
 
 
-def run(directory: Path, method: str, **settings: Any) -> Path:
-    """A finished run of the quickstart's models with this method."""
+def run(directory: Path, method: str, launched: bool = False, **settings: Any) -> Path:
+    """A finished run of the quickstart's models with this method. Only `launched` is behind the
+    launcher's checks, which load the tokenizers and have tests of their own."""
     merged = {**SETTINGS, "run.directory": directory, "method.name": method, **settings}
-    command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(QUICKSTART)]
-    command += [part for name, value in merged.items() for part in ("--set", f"{name}={value}")]
+    given = [f"{name}={value}" for name, value in merged.items()]
+    if launched:
+        command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(QUICKSTART)]
+        command += [part for setting in given for part in ("--set", setting)]
+    else:
+        run_directory.create(directory, load(QUICKSTART, given))
+        command = [sys.executable, "-P", "-m", "zppo_actors", "supervisor", "--run", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     logs = "\n".join(
         f"{log.name}: {log.read_text()[-2000:]}"
@@ -119,6 +127,7 @@ def test_conversations_of_a_source_of_ones_own(tmp_path: Path) -> None:
     directory = run(
         tmp_path / "run",
         "zppo",
+        launched=True,
         **{"data.train": f"{tmp_path}/mine.py:rows", "data.system_prompt": "one"},
     )
     rows = [row for path in step_files(directory / "rollouts") for row in read_step(path)]

@@ -75,7 +75,7 @@ class Nursery:
         try:
             self._socket.send(msgspec.msgpack.encode(request))
             answer = self._socket.recv(LONGEST_MESSAGE)
-        except OSError:  # a timeout among them
+        except OSError:  # a timeout among them, and a socket that was closed
             answer = b""
         if not answer.isdigit():
             self.close()  # whoever is still to say who it is meets a closed socket, and ends
@@ -84,6 +84,7 @@ class Nursery:
         return child_of(Adopted(int(answer)), birth)
 
     def close(self) -> None:
-        """End the nursery; what was forked from it lives on."""
-        self._socket.close()
-        self.child.kill()
+        """End the nursery; what was forked from it lives on. May be called again."""
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            self.child.kill()
