@@ -9,24 +9,39 @@ holds if window w is dispatched only when
 and only to engines whose loaded version is ≥ w − max_staleness. Queue time counts, because h grows
 only with training. `zppo.training.batch` checks every token again when the window is trained.
 
-The *lead* (0 ≤ lead ≤ max_staleness) is how far ahead windows really are dispatched. It grows when
-the trainer had to wait for a window and shrinks when finished windows lie about, so that typical
-staleness stays below the bound.
+The *lead* (0 ≤ lead ≤ max_staleness) is how far ahead windows really are dispatched. Each shipped
+window moves it by one at most:
+
+- up, when the trainer has been idle for more than `IDLE_SHARE` of its time over about the last
+  `MEMORY` steps. One slow window makes those behind it lie about; that is no calm, because the
+  trainer's wait for it is still remembered;
+- down, when the trainer was not, and each of the last lead + `PATIENCE` windows waited for the
+  trainer: so many are shipped before a change of the lead shows.
+
+So a starving trainer is given the bound, and where the trainer is the bottleneck staleness stays
+below it.
 """
 
 from __future__ import annotations
 
 from msgspec import Struct
 
+MEMORY = 8
+"""Steps over which the trainer's idleness is averaged (exponentially)."""
+IDLE_SHARE = 0.05
+"""The lead grows while the trainer is idle for a larger share of its time."""
 PATIENCE = 3
-"""Consecutive windows that must lie about for too long before the lead shrinks."""
-IDLE_SHARE = 0.5
-"""A window lay about for too long if it waited for more than this share of a step."""
+"""Windows, on top of the lead, that must have waited for the trainer before the lead shrinks."""
 
 
 class PacerState(Struct, kw_only=True):
+    """`waited` and `trained` are seconds of the trainer, the last steps counting most; `calm`
+    counts the windows in a row that waited for it."""
+
     lead: int
     calm: int = 0
+    waited: float = 0.0
+    trained: float = 0.0
 
     @classmethod
     def fresh(cls, max_staleness: int) -> PacerState:
@@ -51,15 +66,13 @@ class Pacer:
         return max(0, window - self.max_staleness)
 
     def shipped(self, trainer_waited: float, window_waited: float, step_seconds: float) -> None:
-        """Learn from one shipped window: how long the trainer waited for it, and how long it waited
-        for the trainer."""
-        if trainer_waited > window_waited:
-            self.state.lead = min(self.lead + 1, self.max_staleness)
-            self.state.calm = 0
-        elif window_waited > IDLE_SHARE * step_seconds:
-            self.state.calm += 1
-            if self.state.calm >= PATIENCE and self.lead > 1:
-                self.state.lead -= 1
-                self.state.calm = 0
-        else:
-            self.state.calm = 0
+        """Learn from one shipped window: how long the trainer waited for it, how long it waited for
+        the trainer, and how long the step before took."""
+        state, keep = self.state, 1.0 - 1.0 / MEMORY
+        state.waited = keep * state.waited + trainer_waited
+        state.trained = keep * state.trained + step_seconds
+        state.calm = state.calm + 1 if window_waited > trainer_waited else 0
+        if state.waited > IDLE_SHARE * (state.waited + state.trained):
+            state.lead, state.calm = min(self.lead + 1, self.max_staleness), 0
+        elif state.calm >= self.lead + PATIENCE and self.lead > 1:
+            state.lead, state.calm = self.lead - 1, 0

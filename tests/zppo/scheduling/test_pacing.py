@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,13 +33,32 @@ def test_the_lead_never_leaves_its_range(bound: int, waits: list[tuple[float, fl
         assert min(1, bound) <= pacer.lead <= bound
 
 
-def test_a_starving_trainer_raises_the_lead_and_idle_windows_lower_it() -> None:
+def test_a_starving_trainer_raises_the_lead_to_the_bound() -> None:
     pacer = Pacer(4, PacerState.fresh(4))
-    assert pacer.lead == 1
-    pacer.shipped(trainer_waited=2.0, window_waited=0.0, step_seconds=1.0)
-    pacer.shipped(trainer_waited=2.0, window_waited=0.0, step_seconds=1.0)
-    assert pacer.lead == 3
-    for _ in range(PATIENCE):
-        assert pacer.lead == 3
+    for expected in (2, 3, 4, 4):
+        pacer.shipped(trainer_waited=2.0, window_waited=0.0, step_seconds=1.0)
+        assert pacer.lead == expected
+
+
+def test_windows_queued_behind_a_slow_one_are_no_calm() -> None:
+    """Every fifth window is slow; the four behind it lie about."""
+    pacer = Pacer(16, PacerState.fresh(16))
+    for shipped in range(40):
+        slow = shipped % 5 == 0
+        pacer.shipped(20.0 if slow else 0.0, 0.0 if slow else 5.0, step_seconds=1.0)
+    assert pacer.lead == 16
+
+
+def test_the_lead_falls_by_one_when_so_many_windows_have_waited_and_the_trainer_did_not() -> None:
+    pacer = Pacer(4, PacerState(lead=3))
+    for shipped in range(3 + PATIENCE):
+        assert pacer.lead == 3, shipped
         pacer.shipped(trainer_waited=0.0, window_waited=0.9, step_seconds=1.0)
     assert pacer.lead == 2
+
+
+@given(state=st.builds(PacerState, lead=st.integers(0, 8), calm=st.integers(0, 8)))
+def test_a_state_of_before_goes_on(state: PacerState) -> None:
+    """Checkpoints once held the lead and the calm windows alone."""
+    saved = msgspec.json.encode({"lead": state.lead, "calm": state.calm})
+    assert msgspec.json.decode(saved, type=PacerState) == state

@@ -1,0 +1,29 @@
+"""The bench of settings, small: every bound has its row, and the bound pays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_bench_prints_a_row_for_every_bound() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "benches/simulate.py", "benches/setting_p.yaml"),
+            *("--small", "--bounds", "0,2", "--steps", "8", "--seeds", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        check=True,
+    )
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| bound", "| 0", "| 2"]
+    assert float(rows[2][1]) < float(rows[1][1])

@@ -1,0 +1,141 @@
+"""The simulator against what can be worked out without it, and against the scheduler's promises."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import topology
+
+from zppo.scheduling.dispatch import Job
+from zppo.simulation import (
+    Accuracies,
+    Curve,
+    Engines,
+    Graders,
+    Lengths,
+    Speeds,
+    TrainerSpeed,
+    World,
+    simulate,
+)
+from zppo.simulation.machines import Engine
+from zppo_protocol.messages import GradeTask
+
+
+def world(bound: int, **changes: object) -> World:
+    made = topology(
+        scheduler={"max_staleness": bound, "new_questions": 8},
+        actors={"rollout": {"count": 2}, "teacher": {"count": 1}, "grader": {"count": 2}},
+    )
+    engines = Engines(slots=16, curve=Curve(fixed=0.01, per_sequence=0.001), load_seconds=0.1)
+    defaults: dict[str, object] = {
+        "topology": made,
+        "speeds": Speeds(
+            rollout=engines,
+            teachers=(engines,),
+            trainer=TrainerSpeed(fixed=0.5, tokens_per_second=1e4, publish_seconds=0.1),
+            grader=Graders(seconds=0.01),
+        ),
+        "lengths": Lengths(median=100.0, p99_ratio=8.0, cap=1000),
+    }
+    return World(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    starts=st.lists(st.integers(0, 40), min_size=12, max_size=12),
+)
+def test_an_engine_ends_sequences_when_token_by_token_it_would(
+    lengths: list[int], starts: list[int]
+) -> None:
+    """Against a clock of small ticks that knows nothing of places and events."""
+    curve = Curve(fixed=0.5, per_sequence=0.25)
+    engine = Engine("e", "rollout", Engines(slots=16, curve=curve, prompt_steps=0.0), 0.0)
+    begins = sorted(starts[: len(lengths)])
+    ends: dict[str, float] = {}
+
+    def until(time: float) -> None:
+        while (end := engine.next_end()) is not None and end <= time:
+            engine.advance(end)
+            ends.update({held.job.id: end for held in engine.ended()})
+        engine.advance(time)
+
+    for index, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        until(float(begin))
+        task = GradeTask(task_id=f"{index}", gold="1", responses=["1"], grader="math")
+        engine.start(Job(id=f"{index}", pool="", order=(0,), cost=1, message=task), [length], 99)
+    until(1e9)
+    left, tick, now = dict(enumerate(map(float, lengths))), 1e-2, 0.0
+    naive: dict[str, float] = {}
+    while left:
+        running = [i for i in left if begins[i] <= now + 1e-9]
+        for i in running:
+            left[i] -= tick / (0.5 + 0.25 * len(running))
+        now += tick
+        for i in [i for i in running if left[i] <= 1e-9]:
+            naive[str(i)] = now
+            del left[i]
+    assert ends.keys() == naive.keys()
+    assert max(abs(ends[i] - naive[i]) for i in ends) < 0.5
+
+
+def test_a_synchronous_step_takes_what_can_be_added_up() -> None:
+    """All right at once, so there is no teacher: one wave of 10 groups on 2 engines of 40 slots."""
+    one = world(
+        0,
+        lengths=Lengths(values=(100,)),
+        accuracies=Accuracies(values=(1.0,)),
+        speeds=Speeds(
+            rollout=Engines(
+                slots=40, curve=Curve(fixed=0.01, per_sequence=0.001), load_seconds=0.25
+            ),
+            trainer=TrainerSpeed(fixed=0.5, tokens_per_second=6400.0, publish_seconds=0.125),
+        ),
+    )
+    run = simulate(one, 4, warm=1)
+    sampling = 101 * (0.01 + 0.001 * 32)
+    training = 0.5 + (8 * 8 * 100 + 8) / 6400.0 + 0.125
+    assert run.seconds_per_step == pytest.approx(0.25 + sampling + training)
+    assert run.trainer_wait == pytest.approx((0.25 + sampling) / run.seconds_per_step)
+    assert run.work["trainer"] == pytest.approx(training)
+    best = 101 * 64 / 2 * (0.01 + 0.001 * 40) / 40
+    assert run.work["rollout"] == pytest.approx(0.25 + best)
+
+
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None)
+@given(bound=st.integers(0, 4), seed=st.integers(0, 1000))
+def test_the_bound_holds_and_no_step_beats_the_work_bound(bound: int, seed: int) -> None:
+    run = simulate(world(bound), 12, seed)
+    assert [step.step for step in run.steps] == list(range(12))
+    assert run.staleness_max <= bound
+    assert all(0.0 <= share <= 1.0 + 1e-9 for share in run.busy.values())
+    assert sum(step.groups.get("bcq", 0) + step.groups.get("ncq", 0) for step in run.steps) > 0
+    assert msgspec.json.encode(run) == msgspec.json.encode(simulate(world(bound), 12, seed))
+    if bound == 0:
+        assert run.over_bound > 1.0
+
+
+def test_versions_change_where_weights_were_loaded() -> None:
+    engine = Engine("e", "rollout", Engines(slots=1, curve=Curve(fixed=1.0), prompt_steps=0.0), 0.0)
+    engine.loaded(0)
+    task = GradeTask(task_id="t", gold="1", responses=["1"], grader="math")
+    engine.start(Job(id="t", pool="", order=(0,), cost=1, message=task), [10], 99)
+    engine.advance(4.0)
+    engine.stand(6.0)
+    engine.advance(6.0)
+    engine.loaded(1)
+    assert engine.next_end() == pytest.approx(12.0)
+    engine.advance(12.0)
+    [held] = engine.ended()
+    np.testing.assert_array_equal(engine.samples(held, 3).version_spans, [[4, 0], [6, 1]])
+
+
+def test_points_of_a_curve_are_joined() -> None:
+    curve = Curve(points=((2, 1.0), (4, 2.0)))
+    assert [curve.seconds(n) for n in (1, 2, 3, 4, 6)] == [1.0, 1.0, 1.5, 2.0, 3.0]
+    assert curve.best_rate(4) == pytest.approx(2.0)
