@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
+from zppo.scheduling.free_workers import FreeWorkers
 from zppo_protocol.credits import CreditBook
 from zppo_protocol.leases import Lease, LeaseLedger
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
@@ -61,6 +62,7 @@ class Dispatcher:
         self.workers: dict[str, Worker] = {}
         self.reissued = 0
         self._credits = CreditBook()
+        self._free: dict[str, FreeWorkers] = {}
         self._leases: LeaseLedger[Job] = LeaseLedger(lease_seconds)
         self._queues: dict[str, list[tuple[tuple[int, ...], int, str]]] = {}
         self._queued: dict[str, Job] = {}
@@ -75,20 +77,26 @@ class Dispatcher:
         if name in self.workers:
             self.leave(name)
         self.workers[name] = Worker(name=name, pool=pool, incarnation=incarnation, version=version)
+        self._free.setdefault(pool, FreeWorkers())
+        self._changed(name)
 
     def leave(self, name: str) -> list[str]:
         """A worker is gone; its jobs are queued again. Returns their ids."""
-        self.workers.pop(name, None)
+        worker = self.workers.pop(name, None)
+        if worker is not None:
+            self._free[worker.pool].remove(name)
         self._credits.forget(name)
         return self._queue_again(self._leases.release_actor(name))
 
     def grant(self, name: str, count: int) -> None:
         if name in self.workers:
             self._credits.grant(name, count)
+            self._changed(name)
 
     def loaded(self, name: str, version: int) -> None:
         if name in self.workers:
             self.workers[name].version = version
+            self._changed(name)
 
     def progress(self, name: str, now: float) -> None:
         """The worker did real work: all its leases start anew."""
@@ -203,17 +211,18 @@ class Dispatcher:
             heapq.heappop(queue)
             del self._queued[job.id]
             self._credits.spend(worker.name, job.cost)
+            self._changed(worker.name)
             self._leases.issue(job.id, worker.name, worker.incarnation, now, job)
             assignments.append(Assignment(worker.name, job))
         return assignments
 
     def _choose(self, job: Job) -> Worker | None:
         """The fitting worker with the most free credit; names break ties, so that runs repeat."""
-        fitting = [
-            worker
-            for worker in self.workers.values()
-            if worker.pool == job.pool
-            and worker.version >= job.min_version
-            and self._credits.available(worker.name) >= job.cost
-        ]
-        return max(fitting, key=lambda w: (self._credits.available(w.name), w.name), default=None)
+        free = self._free.get(job.pool)
+        name = free.best(job.min_version, job.cost) if free is not None else None
+        return self.workers[name] if name is not None else None
+
+    def _changed(self, name: str) -> None:
+        """What a worker has loaded or may be given is another than before."""
+        worker = self.workers[name]
+        self._free[worker.pool].put(name, worker.version, self._credits.available(name))
