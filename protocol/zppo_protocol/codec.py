@@ -12,9 +12,11 @@ changed or kept long.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MAX_DIMENSIONS, MAX_FRAMES, Limits
 from zppo_protocol.messages import AnyMessage
+from zppo_protocol.shapes import shape_of
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -32,15 +35,29 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOB = struct.Struct("<8sQ")
 BLOB_MAGIC = b"ZPPO\x00\x00\x00\x01"
 DEFAULT_LIMITS = Limits()
+WORD = np.dtype("<i8")
+NOTHING = np.zeros(0, WORD)
+KEPT_APART = (bytes, bytearray, memoryview)
+"""What would otherwise be sent as text, and is to be refused instead."""
+SHAPES = {message: shape_of(message) for message in get_args(AnyMessage)}
 
 
 def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
     """Return the one or two frames of `message`. Raises ProtocolError if `decode` would not accept
     them."""
-    header, payload = _pack(message)
-    frames = [header, payload] if payload else [header]
-    decode(frames, limits)
-    return frames
+    shape = SHAPES.get(type(message))
+    if shape is None:
+        raise ProtocolError(f"cannot be sent: {type(message).__name__} is no message")
+    writer = _ArrayWriter()
+    with _as_refusals("cannot be sent"):
+        fields = msgspec.to_builtins(message, builtin_types=KEPT_APART, enc_hook=writer.reference)
+        # Arrays were checked when the message was built and cannot be written since; the types of
+        # the other fields were not.
+        msgspec.convert(fields, shape)
+        header = msgspec.msgpack.encode(fields)
+    _check_size("header", len(header), limits.header_bytes)
+    _check_size("payload", writer.size, limits.payload_bytes)
+    return [header, b"".join(writer.pieces)] if writer.size else [header]
 
 
 def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMessage:
@@ -86,24 +103,26 @@ def loads(data: Buffer, type: type[T]) -> T:
 
 def _pack(value: Any) -> tuple[bytes, bytes]:
     writer = _ArrayWriter()
-    try:
+    with _as_refusals("cannot be sent"):
         header = msgspec.msgpack.Encoder(enc_hook=writer.reference).encode(value)
-    except (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError) as error:
-        raise ProtocolError(f"cannot be sent: {error}") from error
     return header, b"".join(writer.pieces)
 
 
 def _unpack(header: Buffer, payload: Buffer, type: Any) -> Any:
-    reader = _ArrayReader(payload)
+    reader = _READERS.by_type.get(type)
+    if reader is None:
+        reader = _READERS.by_type[type] = _Reader(type)
+    return reader.read(header, payload)
+
+
+@contextlib.contextmanager
+def _as_refusals(what: str) -> Iterator[None]:
+    """Turn whatever msgspec and the hooks raise into ProtocolError."""
     try:
-        value = msgspec.msgpack.Decoder(type, dec_hook=reader.array).decode(header)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError covers DecodeError and UnicodeDecodeError
-        raise ProtocolError(f"not a message: {error}") from error
-    reader.finish()
-    return value
+        yield
+    # ValueError covers DecodeError, ValidationError and UnicodeDecodeError.
+    except (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError) as error:
+        raise ProtocolError(f"{what}: {error}") from error
 
 
 class _ArrayWriter:
@@ -116,70 +135,103 @@ class _ArrayWriter:
     def reference(self, value: Any) -> list[Any]:
         if not isinstance(value, np.ndarray):
             raise NotImplementedError(f"a value of type {type(value).__name__}")
-        array = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
-        code = CODES.get(array.dtype)
+        code = CODES.get(value.dtype)
+        if code is None:
+            value = value.astype(value.dtype.newbyteorder("<"))
+            code = CODES.get(value.dtype)
         if code is None or value.ndim > MAX_DIMENSIONS:
             raise ProtocolError(f"an array of {value.dtype.name} with shape {value.shape}")
-        offset = self.size
-        padding = _padding(array.nbytes)
-        self.pieces += [array.reshape(-1).view(np.uint8).data, padding]
-        self.size += array.nbytes + len(padding)
+        offset, size = self.size, value.nbytes
+        self.pieces.append(np.ascontiguousarray(value).data)
+        if padding := -size % ALIGNMENT:
+            self.pieces.append(bytes(padding))
+        self.size += size + padding
         return [code, list(value.shape), offset]
 
 
-class _ArrayReader:
-    """Hands out views of one payload in the order in which the header names them: end to end, no
-    gap, no overlap."""
+class _Reader:
+    """Reads values of one type; hands out views of the payload in the order in which the header
+    names them: end to end, no gap, no overlap. One thread only."""
 
-    def __init__(self, payload: Buffer) -> None:
-        base = np.frombuffer(payload, dtype=np.uint8)
-        # The transport may place a small payload anywhere inside its receive buffer.
-        self.base = base if base.ctypes.data % ALIGNMENT == 0 else base.copy()
-        self.base.flags.writeable = False
-        self.cursor = 0
+    def __init__(self, type: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(type, dec_hook=self._array)
 
-    def array(self, type_: type, reference: Any) -> np.ndarray:
+    def read(self, header: Buffer, payload: Buffer) -> Any:
+        self._words, self._end, self._cursor = _words_of(payload), len(payload), 0
+        try:
+            value = self._decoder.decode(header)
+        except (ValueError, RecursionError) as error:
+            # ValueError covers DecodeError and UnicodeDecodeError.
+            raise ProtocolError(f"not a message: {error}") from error
+        finally:
+            self._words = NOTHING  # the payload lives as long as its arrays, and no longer
+        if self._cursor != self._end:
+            raise ProtocolError(
+                f"the arrays of the header end at byte {self._cursor} of {self._end}"
+            )
+        return value
+
+    def _array(self, type_: type, reference: Any) -> np.ndarray:
         if type_ is not np.ndarray:
             raise ProtocolError(f"no value of type {type_.__name__} can be read")
         dtype, shape, offset = _checked_reference(reference)
         size = dtype.itemsize
         for length in shape:
             size *= length
-        if offset != self.cursor or offset + size > len(self.base):
+        if offset != self._cursor or offset + size > self._end:
             raise ProtocolError(
-                f"an array of {size} bytes at {offset} does not lie in {len(self.base)} bytes in "
-                "order"
+                f"an array of {size} bytes at {offset} does not lie in {self._end} bytes in order"
             )
-        self.cursor = offset + _aligned(size)
-        return self.base[offset : offset + size].view(dtype).reshape(shape)
+        self._cursor = offset + _aligned(size)
+        try:
+            return np.ndarray(shape, dtype, self._words, offset)
+        except OverflowError as error:  # no elements, but a length beyond any machine's
+            raise ProtocolError(f"an array of shape {shape}") from error
 
-    def finish(self) -> None:
-        if self.cursor != len(self.base):
-            raise ProtocolError(
-                f"the arrays of the header end at byte {self.cursor} of {len(self.base)}"
-            )
+
+class _Readers(threading.local):
+    """The readers of one thread, by type: building one costs more than most messages."""
+
+    def __init__(self) -> None:
+        self.by_type: dict[Any, _Reader] = {}
+
+
+_READERS = _Readers()
+
+
+def _words_of(payload: Buffer) -> np.ndarray:
+    """The payload as read-only, aligned words. Raises ProtocolError if it is not made of whole
+    ones."""
+    if not len(payload):
+        return NOTHING
+    if len(payload) % ALIGNMENT:
+        raise ProtocolError(f"a payload is a multiple of {ALIGNMENT} bytes, got {len(payload)}")
+    words = np.frombuffer(payload, WORD)
+    # The transport may place a small payload anywhere inside its receive buffer.
+    words = words if words.flags.aligned else words.copy()
+    words.flags.writeable = False
+    return words
 
 
 def _checked_reference(reference: Any) -> tuple[np.dtype[Any], list[int], int]:
-    if not (isinstance(reference, list) and len(reference) == 3):
+    if not (type(reference) is list and len(reference) == 3):
         raise ProtocolError("an array is [dtype, shape, offset]")
     code, shape, offset = reference
-    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    dtype = DTYPES.get(code) if type(code) is str else None
     if dtype is None:
         raise ProtocolError(f"an array's dtype is one of {', '.join(DTYPES)}")
-    if not (
-        isinstance(shape, list)
-        and len(shape) <= MAX_DIMENSIONS
-        and all(map(_is_count, [*shape, offset]))
-    ):
+    if not (type(shape) is list and len(shape) <= MAX_DIMENSIONS and _are_counts(shape, offset)):
         raise ProtocolError(
             f"an array has at most {MAX_DIMENSIONS} dimensions, counted by whole numbers"
         )
     return dtype, shape, offset
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _are_counts(shape: list[Any], offset: Any) -> bool:
+    for value in shape:
+        if type(value) is not int or value < 0:
+            return False
+    return type(offset) is int and offset >= 0
 
 
 def _check_size(what: str, size: int, limit: int) -> None:

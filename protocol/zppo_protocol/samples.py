@@ -206,7 +206,9 @@ def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
         )
     # min and max hand NaN on, and every comparison with NaN is false: two reductions find NaN, ±inf
     # and positives.
-    if tokens and not (log_probs_T.min() > -np.inf and log_probs_T.max() <= MAX_LOG_PROB):
+    if tokens and not (
+        np.minimum.reduce(log_probs_T) > -np.inf and np.maximum.reduce(log_probs_T) <= MAX_LOG_PROB
+    ):
         raise ProtocolError(f"log_probs must be finite and at most {MAX_LOG_PROB}")
 
 
@@ -221,13 +223,13 @@ def _check_offsets(offsets: np.ndarray, tokens: int) -> None:
 def _check_spans(spans_S2: np.ndarray, tokens: int) -> None:
     if spans_S2.shape[1] != 2:
         raise ProtocolError(f"version_spans must have shape [S, 2], got {spans_S2.shape}")
-    counts, versions = spans_S2[:, 0], spans_S2[:, 1]
-    if len(spans_S2) and (counts.min() < 1 or versions.min() < FROZEN):
-        raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
-    if counts.sum(dtype=np.int64) != tokens:
-        raise ProtocolError(
-            f"version_spans must cover {tokens} tokens, got {counts.sum(dtype=np.int64)}"
-        )
+    if len(spans_S2):
+        count, version = np.minimum.reduce(spans_S2).tolist()
+        if count < 1 or version < FROZEN:
+            raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
+    covered = np.add.reduce(spans_S2[:, 0], dtype=np.int64)
+    if covered != tokens:
+        raise ProtocolError(f"version_spans must cover {tokens} tokens, got {covered}")
 
 
 def _check_completions(samples: GroupSamples, completions: int) -> None:

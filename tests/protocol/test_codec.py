@@ -252,12 +252,32 @@ def test_arrays_need_not_be_contiguous_or_little_endian_to_be_written() -> None:
         (m.Credits(count="3"), "Expected `int`"),
         (m.Credits(count=object()), "a value of type object"),
         (m.Credits(count=2**70), "cannot be sent"),
-        ("hello", "Expected `object`"),
+        ("hello", "str is no message"),
     ],
 )
 def test_encode_refuses_what_decode_would_refuse(message: Any, sentence: str) -> None:
     with pytest.raises(ProtocolError, match=sentence):
         encode(message)
+
+
+def test_what_was_checked_cannot_be_written_before_it_is_sent() -> None:
+    samples = example_result().samples
+    for array in (samples.prompt_ids, samples.token_ids, samples.log_probs, samples.offsets):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = -1
+
+
+def test_a_field_of_a_value_inside_a_message_is_checked_when_it_is_sent() -> None:
+    samples = msgspec.structs.replace(example_result().samples, texts=["four", 5])
+    with pytest.raises(ProtocolError, match=r"Expected `str`, got `int` - at `\$.samples.texts"):
+        encode(m.GenerateResult(task_id="t", samples=samples))
+
+
+def test_a_payload_does_not_outlive_its_arrays_in_the_decoder() -> None:
+    header, payload = encode(example_result())
+    held = bytearray(payload)
+    decode([header, held])
+    held.extend(b"x")  # refused with BufferError while any view of it lives
 
 
 @pytest.mark.parametrize(

@@ -212,3 +212,33 @@ def test_whole_files_that_do_not_fit_are_refused(misfit: str, tmp_path: Path) ->
     with pytest.raises(PublicationRefused, match=sentence):
         shared_memory.load_into(model, shared_memory.publish(tensors, 0, tmp_path))
     assert same(model, before)
+
+
+# ---- values that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_pattern_of_16_bits_is_told_apart_as_torch_does(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = patterns[torch.isfinite(patterns)]
+    assert shared_memory.is_finite(finite) and shared_memory.is_finite(finite[:0])
+    for value in patterns[~torch.isfinite(patterns)]:
+        assert not shared_memory.is_finite(torch.stack([finite[0], value, finite[-1]]))
+
+
+@pytest.mark.parametrize(
+    "bits", [0x7F800000, 0x7F800001, 0x7FFFFFFF, -0x00800000, -0x007FFFFF, -1], ids=hex
+)
+def test_infinities_and_nans_of_32_bits_are_found_wherever_they_are(bits: int) -> None:
+    greatest = torch.finfo(torch.float32).max
+    tensor = torch.tensor([greatest, -greatest, 0.0, -0.0]).repeat(shared_memory.BLOCK // 2)
+    assert shared_memory.is_finite(tensor)
+    for place in (0, shared_memory.BLOCK, len(tensor) - 1):
+        broken = tensor.clone()
+        broken.view(torch.int32)[place] = bits
+        assert not shared_memory.is_finite(broken)
+        assert not torch.isfinite(broken).all()
+
+
+def test_whole_numbers_are_finite() -> None:
+    assert shared_memory.is_finite(torch.full((3,), -1, dtype=torch.int32))

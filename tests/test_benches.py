@@ -1,0 +1,26 @@
+"""Every bench runs: small, as a command, and with a result that makes sense. Adding one is a line
+of `BENCHES`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BENCHES = {
+    "protocol": ["--completions", "2", "--tokens", "64", "--repeats", "2"],
+}
+"""Arguments of a bench's small form, by its name in `benches/`."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_bench_runs_small(name: str) -> None:
+    command = [sys.executable, "-P", str(ROOT / "benches" / f"{name}.py"), *BENCHES[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(character.isdigit() for character in done.stdout)
