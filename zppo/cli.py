@@ -24,6 +24,7 @@ usage: zppo COMMAND …
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo grade --audit SOURCE        how often the grader of a source errs, on completions whose truth is known
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary
+  zppo timeline RUN_DIR            who worked, who waited, for whom; and a trace for ui.perfetto.dev
   zppo doctor RUN_DIR              what is wrong with a run, and which setting to change
   zppo --version
 """
@@ -95,6 +96,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _door("zppo.compare"),
     "grade": _door("zppo.grade"),
     "report": _door("zppo.report.cli"),
+    "timeline": _door("zppo.timeline"),
     "doctor": _door("zppo.diagnosis.doctor"),
     "--version": _version,
     "--help": _help,

@@ -22,6 +22,7 @@ from zppo_actors.grading.handle import GradeWorker, with_answer, worker_command
 from zppo_actors.grading.own import OwnOrder
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
+from zppo_actors.timeline import window_of
 from zppo_protocol.messages import (
     Credits,
     GradeResult,
@@ -72,6 +73,9 @@ class GraderActor:
         self._membership = Membership(context.topology.transport.heartbeat_seconds)
         self._counts: Counter[str] = Counter()
         self._open = False
+        self._timeline = context.timeline
+        self._since = self._timeline.began
+        """when the grader began what it does: start, wait or grade"""
 
     def run(self) -> int:
         """Greet, then grade until told to leave; returns the exit code."""
@@ -102,6 +106,8 @@ class GraderActor:
         idle = self._open and not self._in_hand
         message = self._dealer.receive(self._membership.rest(time.monotonic()) if idle else 0.0)
         if isinstance(message, GradeTask):
+            if not self._in_hand:
+                self._turn("wait")
             self._in_hand.append(_TaskInHand(message, []))
         elif message is not None:
             self._membership.obey(message)
@@ -117,6 +123,7 @@ class GraderActor:
                 self._record(self._in_hand[0], grades)
         if self._worker.ready and not self._open:
             self._open = True
+            self._turn("start")
             self._dealer.send(Credits(count=CAPACITY))
 
     def _begin(self, current: _TaskInHand) -> None:
@@ -157,5 +164,12 @@ class GraderActor:
     def _answer(self, message: GradeResult | TaskFailed) -> None:
         """Close the first task: send its answer and give its credit back."""
         self._dealer.send(message)
-        self._in_hand.popleft()
+        task = self._in_hand.popleft().task
+        self._turn("grade", task.task_id, len(task.responses))
         self._dealer.send(Credits(count=1))
+
+    def _turn(self, kind: str, what: str = "", size: int = 1) -> None:
+        """Put on the timeline what has just ended; the next thing begins now."""
+        now = self._timeline.now()
+        self._timeline.span(kind, self._since, now, step=window_of(what), what=what, size=size)
+        self._since = now

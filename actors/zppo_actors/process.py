@@ -26,8 +26,10 @@ from typing import TextIO
 from zppo.config.topology import Topology
 from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from zppo.records.run_directory import read
+from zppo.records.timeline import TIMELINE
 from zppo.signals import die_with_parent
 from zppo_actors import runtime
+from zppo_actors.timeline import Timeline, begin_life
 from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello
 from zppo_protocol.values import Role
@@ -59,6 +61,8 @@ class ActorContext:
     start_version: int
     extensions: dict[str, str] = field(default_factory=dict)
     """What identified the user's own code when the run began, by its name in the topology."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """Where this process says what it did when."""
 
     @property
     def address(self) -> str:
@@ -154,6 +158,9 @@ def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:
 def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
     run_dir = Path(arguments.run)
     record = read(run_dir)
+    life = begin_life(record.run_id, arguments.actor, arguments.incarnation)
+    # The controller's part is what nobody else is at work in.
+    timeline = Timeline() if arguments.role == "controller" else Timeline(run_dir / TIMELINE, life)
     context = ActorContext(
         run_dir=run_dir,
         runtime=runtime_folder,
@@ -164,10 +171,14 @@ def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
         run_id=record.run_id,
         start_version=record.start_step,
         extensions=record.extensions,
+        timeline=timeline,
     )
     # Imported late: a grader should not wait for, or pay the memory of, what only a trainer needs.
     module = importlib.import_module(ROLES[arguments.role])
-    exit_code: int = module.main(context)
+    try:
+        exit_code: int = module.main(context)
+    finally:
+        timeline.close()
     return exit_code
 
 

@@ -1,11 +1,11 @@
 """The run directory: where everything of a run lies, and `run.json`, the record of what the run is.
 
 Layout: `run.json`, `journal.sqlite`, `checkpoints/step-N/`, `metrics.jsonl`, `tensorboard/`,
-`sinks/`, `rollouts/`, `logs/`, `bad_rows.txt`, `report/`. `run.json` is written aside and renamed,
-so a reader sees a whole record or none. A run keeps its directory for good; its `run_id` changes
-each time its processes start anew, so that a message from an earlier attempt can be told apart. One
-process at a time may hold the directory: `hold` takes a file lock that the kernel lets go of when
-the process ends, however it ends.
+`sinks/`, `rollouts/`, `timeline/`, `logs/`, `bad_rows.txt`, `report/`. `run.json` is written aside
+and renamed, so a reader sees a whole record or none. A run keeps its directory for good; its
+`run_id` changes each time its processes start anew, so that a message from an earlier attempt can
+be told apart. One process at a time may hold the directory: `hold` takes a file lock that the
+kernel lets go of when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RECORDED_PACKAGES = (
 SKELETON = ("checkpoints", "logs", "rollouts")
 """The folders that every run directory has from its beginning."""
 RECORDS = (
-    *("checkpoints", "rollouts", "tensorboard", "sinks", "report", "bad_rows.txt"),
+    *("checkpoints", "rollouts", "tensorboard", "sinks", "timeline", "report", "bad_rows.txt"),
     *("metrics.jsonl", "fates.jsonl", "heldout.jsonl"),
     *(f"{JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")),
 )

@@ -14,7 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from zppo.records.metrics import KIND_TITLES
+from zppo.records.timeline import read_timeline
+from zppo.records.work import sentence_of, shares_of, work_of
 from zppo.report import plots
+from zppo.report.lanes import draw_lanes
 from zppo.report.load import RunData
 from zppo.report.plots import BIN_COLOURS, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
@@ -447,11 +450,21 @@ def slots(run: RunData) -> _Sketch | None:
     return _Sketch(figure, "What replies do with candidates", caption)
 
 
+def lanes(run: RunData) -> _Sketch | None:
+    """Who worked, who waited, for whom."""
+    timeline = read_timeline(run.run_dir)
+    work = work_of(timeline) if timeline is not None else None
+    if timeline is None or work is None:
+        return None
+    caption = f"{sentence_of(work)} {shares_of(work)}"
+    return _Sketch(draw_lanes(timeline), "Who worked, who waited", caption)
+
+
 SECTIONS: dict[str, Sequence[Callable[[RunData], _Sketch | None]]] = {
     "Learning": (heldout, composition, dynamics, rewards, training),
     "The candidates": (outcomes, slots),
     "The replay buffer": (graduations, fates, occupancy, visits, bins),
-    "The machine": (staleness, off_policy, throughput),
+    "The machine": (lanes, staleness, off_policy, throughput),
 }
 
 

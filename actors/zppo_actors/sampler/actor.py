@@ -20,6 +20,7 @@ from zppo.errors import EXIT_FAILED, UserError
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
+from zppo_actors.timeline import window_of
 from zppo_actors.weights import PublicationRefused
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import (
@@ -43,6 +44,14 @@ alive."""
 RATE_SECONDS = 10.0
 """`tokens_per_second` is averaged exponentially over about so long, since engines work in
 bursts."""
+
+SPANS = {
+    "teacher": "draw",
+    "write_hint": "hint",
+    **{kind: kind for kind in ("evaluate", "compress", "judge", "score")},
+}
+"""What a task is called on the timeline, by its kind; every other kind is a prompt of the
+student's."""
 
 log = logging.getLogger("zppo.engine_actor")
 
@@ -89,8 +98,10 @@ class Work:
     """One task in hand: `left` of its sequences have not ended. The same task may come twice, if
     its lease ran out."""
 
-    def __init__(self, task: GenerateTask | ScoreTask) -> None:
+    def __init__(self, task: GenerateTask | ScoreTask, since: float = 0.0) -> None:
         self.task = task
+        self.since = since
+        """when it came, on the clock of the timeline"""
         self.left = task.n
 
 
@@ -114,6 +125,8 @@ class EngineActor:
         self._room = asyncio.Event()
         self._loading = asyncio.Lock()
         self._open = False
+        self._timeline = context.timeline
+        self._idle_since = self._timeline.now()
 
     async def run(self) -> int:
         """Greet, then serve until `Shutdown`, `Rejected` or an engine beyond repair.
@@ -122,6 +135,8 @@ class EngineActor:
         tasks send. Waits for: the first of its tasks to raise. Is unblocked by: `Leave`, or any
         failure of a task.
         """
+        self._timeline.room(self._engine.capacity)
+        self._timeline.span("start", self._timeline.began)
         await self._dealer.send(self._context.hello(self._role, self._engine.capacity))
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -146,7 +161,9 @@ class EngineActor:
             message = await self._dealer.receive()
             match message:
                 case GenerateTask() | ScoreTask():
-                    self._running.append(work := Work(message))
+                    if not self._running:
+                        self._timeline.span("wait", self._idle_since)
+                    self._running.append(work := Work(message, self._timeline.now()))
                     tasks.create_task(self._do(work))
                 case LoadPolicy():
                     tasks.create_task(self._load(message))
@@ -200,6 +217,7 @@ class EngineActor:
             )
         self._ended(work, work.left)
         self._running.remove(work)
+        self._note(work)
         self._check_engine()
 
     async def _answer(self, work: Work) -> GenerateResult | ScoreResult | TaskFailed:
@@ -224,6 +242,17 @@ class EngineActor:
             log.exception("task %s failed unexpectedly", task.task_id)
             return _failed(task, f"{type(error).__name__}: {error}", retryable=True)
 
+    def _note(self, work: Work) -> None:
+        """Put an answered task on the timeline."""
+        kind = "score" if isinstance(work.task, ScoreTask) else work.task.kind
+        name = SPANS.get(kind, "sample")
+        task_id = work.task.task_id
+        self._timeline.span(
+            name, work.since, step=window_of(task_id), what=task_id, size=work.task.n
+        )
+        if not self._running:
+            self._idle_since = self._timeline.now()
+
     async def _load(self, message: LoadPolicy) -> None:
         """Load one policy after the other; the first one opens the actor for work."""
         version = message.manifest.version
@@ -237,6 +266,7 @@ class EngineActor:
                 await self._dealer.send(PolicyRefused(version=version, reason=str(error)))
                 return
             seconds = time.monotonic() - start
+            self._timeline.span("load", self._timeline.now() - seconds, step=version)
         await self._dealer.send(PolicyLoaded(version=version, digest=digest, seconds=seconds))
         self._open_up()
 

@@ -77,6 +77,7 @@ class TrainerActor:
         self.stats = {"running": 0.0}
         self.version = context.start_version
         self.orders: deque[TrainWindow | SaveCheckpoint] = deque()
+        self.timeline = context.timeline
 
     def run(self) -> int:
         """Greet, load the student, publish it, then train windows until told to leave.
@@ -91,6 +92,7 @@ class TrainerActor:
             self.dealer.send(self.context.hello("trainer", CAPACITY))
             self._await_welcome()
             trainer = self._load()
+            self.timeline.span("start", self.timeline.began)
             self._publish(trainer)
             self.dealer.send(Credits(count=CAPACITY))
             while True:
@@ -122,9 +124,11 @@ class TrainerActor:
     def _next_order(self) -> TrainWindow | SaveCheckpoint:
         """consumes, waits for: an order. produces: Heartbeat. is unblocked by: an order, Shutdown,
         Rejected."""
-        while not self.orders:
-            self._receive(self.membership.rest(time.monotonic()))
-            self._beat()
+        if not self.orders:
+            with self.timeline.during("wait", step=self.version):
+                while not self.orders:
+                    self._receive(self.membership.rest(time.monotonic()))
+                    self._beat()
         return self.orders.popleft()
 
     def _tick(self) -> None:
@@ -173,9 +177,11 @@ class TrainerActor:
                 f"a window of step {window.step} came, but the weights are of step {self.version}"
             )
         runtime.mark_training(self.context.runtime, window.step)
-        begin = time.perf_counter()
+        begin = self.timeline.now()
         metrics = train_step(trainer, window)
-        tokens, seconds = metrics["tokens_trained"], time.perf_counter() - begin
+        tokens, end = metrics["tokens_trained"], self.timeline.now()
+        seconds = end - begin
+        self._note(window.step, begin, end, metrics)
         self.stats["tokens_per_second"] = tokens / max(seconds, 1e-9)
         self.stats["tokens_total"] = self.stats.get("tokens_total", 0.0) + tokens
         self.version = window.step + 1
@@ -188,12 +194,23 @@ class TrainerActor:
         runtime.mark_training(self.context.runtime, None)
         self.stats["running"] = 0.0
 
+    def _note(self, step: int, begin: float, end: float, metrics: dict[str, float]) -> None:
+        """Put a step on the timeline. Its updates are the last thing in it, and the proximal pass
+        lies before them, so their durations say where they were."""
+        updates = max(begin, end - metrics["seconds_update"])
+        proximal = max(begin, updates - metrics.get("seconds_proximal", 0.0))
+        if proximal < updates:
+            self.timeline.span("proximal", proximal, updates, step=step)
+        self.timeline.span("update", updates, end, step=step)
+        self.timeline.span("train", begin, end, step=step, size=metrics["tokens_trained"])
+
     def _publish(self, trainer: Trainer) -> None:
         """Write the present weights into shared memory and announce them."""
-        manifest = shared_memory.publish(
-            trainer.policy.model.state_dict(), self.version, self.context.runtime
-        )
-        self.dealer.send(PolicyPublished(manifest=manifest))
+        with self.timeline.during("publish", step=self.version):
+            manifest = shared_memory.publish(
+                trainer.policy.model.state_dict(), self.version, self.context.runtime
+            )
+            self.dealer.send(PolicyPublished(manifest=manifest))
 
     def _save(self, trainer: Trainer, step: int) -> None:
         """Write the trainer's share of the checkpoint of `step`; the controller adds its own and
@@ -204,8 +221,9 @@ class TrainerActor:
                 f"{self.version}"
             )
         try:
-            folder = checkpoint.begin(self.context.run_dir, step)
-            save_share(trainer, folder, step=step)
+            with self.timeline.during("save", step=step):
+                folder = checkpoint.begin(self.context.run_dir, step)
+                save_share(trainer, folder, step=step)
         except (OSError, SafetensorError) as error:
             checkpoint.discard(self.context.run_dir, step)
             self.dealer.send(CheckpointFailed(step=step, reason=str(error)[:LONGEST_REASON]))
