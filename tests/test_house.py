@@ -122,6 +122,13 @@ ROOMS: dict[str, set[str]] = {
         "zppo.prompting",
         "zppo.records",
     },
+    "zppo.plan_command": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.launch",
+        "zppo.plan",
+        "zppo.simulation",
+    },
     "zppo.evaluate": {
         "zppo.config",
         "zppo.data",

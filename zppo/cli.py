@@ -20,6 +20,7 @@ usage: zppo COMMAND …
                                    or --like verl: with the names that it has there
   zppo data DATA                   what a source of questions holds, and what a model would see of it
   zppo launch FILE                 start a run; add --dry-run to see the plan, --resume to continue a run
+  zppo plan FILE                   the plan of a run; with --calibration FILE how long it takes, at several bounds
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo grade --audit SOURCE        how often the grader of a source errs, on completions whose truth is known
@@ -92,6 +93,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
     "data": _door("zppo.data_command"),
     "launch": _door("zppo.launch"),
+    "plan": _door("zppo.plan_command"),
     "evaluate": _door("zppo.evaluate"),
     "compare": _door("zppo.compare"),
     "grade": _door("zppo.grade"),

@@ -98,7 +98,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         raise UserError(run_directory.in_the_way(directory))
     checked = check(topology)
     if arguments.dry_run:
-        return _show(checked.plan, directory, arguments)
+        return show_plan(checked.plan, directory, arguments.offline)
     corpus = checked.corpus
     run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
     for note in checked.plan.notes:
@@ -137,14 +137,14 @@ def _resume(arguments: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     if arguments.dry_run:
         notes = [*checked.plan.notes, *_cost_so_far(directory, found.step)]
-        return _show(replace(checked.plan, notes=notes), directory, arguments)
+        return show_plan(replace(checked.plan, notes=notes), directory, arguments.offline)
     run_directory.renew(directory, found.step, topology)
     become_supervisor(directory)
 
 
-def _show(plan: Plan, directory: Path, arguments: argparse.Namespace) -> int:
-    """What `--dry-run` prints, after the servers that the run would ask have been asked."""
-    if not arguments.offline:
+def show_plan(plan: Plan, directory: Path, offline: bool) -> int:
+    """What `--dry-run` and `zppo plan` print, after the servers of teachers were asked."""
+    if not offline:
         # Imported late: a run without such a teacher need not load an HTTP client.
         from zppo.plan.server import check_teachers_servers
 
