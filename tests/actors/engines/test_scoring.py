@@ -150,8 +150,10 @@ def test_the_memory_estimate_counts_with_the_same_numbers() -> None:
 def test_what_cannot_be_scored_is_refused_for_good(folder: Path) -> None:
     engine = build(folder, max_length=20)
     long = to_score([3, 16])
-    foreign = to_score([2])
-    foreign.token_ids[1] = VOCABULARY
+    known = to_score([2])
+    token_ids = known.token_ids.copy()
+    token_ids[1] = VOCABULARY
+    foreign = msgspec.structs.replace(known, token_ids=token_ids)
 
     async def refusals() -> list[Any]:
         return await asyncio.gather(
