@@ -43,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
+def console() -> int:
+    """The console script: one command, in a process of its own."""
+    if sys.argv[1:2] in (["launch"], ["data"]):
+        # Imported late: most commands read no tokenizer.
+        from zppo.prompting.tokenization import run_no_models
+
+        run_no_models()
+    return main()
+
+
 def _init(arguments: list[str]) -> int:
     parser = Parser(prog="zppo init", description="Write a commented topology to a new file.")
     parser.add_argument("file", nargs="?", type=Path, default=Path("topology.yaml"), metavar="FILE")

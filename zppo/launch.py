@@ -49,7 +49,7 @@ from zppo.plan.prompt_checks import (
 )
 from zppo.plan.view import show
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import check_same_vocabulary
+from zppo.prompting.tokenization import check_same_vocabulary, run_no_models
 from zppo.records import binding, checkpoint, ledger, run_directory
 from zppo.records.binding import MAX_STALENESS, MadeWith
 from zppo.records.summary import read_lines, summarise
@@ -439,4 +439,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    run_no_models()
     sys.exit(main())

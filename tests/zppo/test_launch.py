@@ -487,6 +487,14 @@ def test_a_named_pipe_is_refused_and_not_waited_for(
     assert (done.returncode, done.stderr.replace(f"{small}/", "")) == (2, sentence + "\n")
 
 
+def test_the_checks_of_a_launch_import_no_torch(small: Path) -> None:
+    """It would take most of their time."""
+    command = [sys.executable, "-P", "-X", "importtime", "-m", "zppo.launch", "topology.yaml"]
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "transformers" in imported and "torch" not in imported
+
+
 TEMPLATES = [
     ("{{ raise_exception('no roles') }}", "no roles"),
     ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe."),

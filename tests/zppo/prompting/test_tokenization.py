@@ -3,6 +3,10 @@ behind it goes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -10,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from zppo.prompting.tokenization import encode_prompts
+from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 from zppo_protocol.values import ChatMessage, Prompt, ResponseStart
 
 WORDS = ["<bos>", "<eos>", "<sep>", "a", "b", "c"]
@@ -45,3 +49,30 @@ def test_a_given_start_follows_the_prompt_at_once() -> None:
         messages=[ChatMessage(role="user", content="a")], start=ResponseStart(text="b c", share=1.0)
     )
     assert encode_prompts(tokenizer_of("<bos> $A <eos>"), [prompt]) == [[0, 3, 4, 5]]
+
+
+WITHOUT_MODELS = """
+import sys
+from zppo.prompting import tokenization
+{before}
+tokenization.run_no_models()
+tokenizer = tokenization.load_tokenizer({folder!r}, "student.model")
+print(tokenizer.apply_chat_template({chat}, add_generation_prompt=True, return_dict=False))
+print("torch" in sys.modules)
+import torch
+print(torch.ones(2).sum().item())
+"""
+
+
+@pytest.mark.parametrize(("before", "loaded"), [("", False), ("import torch", True)])
+def test_a_process_without_models_needs_no_torch(before: str, loaded: bool) -> None:
+    """And gives the same ids, says nothing, and may import torch later."""
+    folder = str(Path(__file__).parents[3] / "examples" / "quickstart" / "student")
+    chat = [{"role": "user", "content": "1 + 1 = ?"}]
+    here = load_tokenizer(folder, "student.model").apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
+    script = WITHOUT_MODELS.format(before=before, folder=folder, chat=chat)
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines(), done.stderr) == ([str(here), str(loaded), "2.0"], "")
