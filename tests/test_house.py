@@ -159,7 +159,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "zppo.timeline": {"zppo.errors", "zppo.records"},
     "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
-    "zppo.cli": {"zppo.config", "zppo.errors"},
+    "zppo.cli": {"zppo.config", "zppo.errors", "zppo.prompting"},
     "zppo.__main__": {"zppo.cli"},
     "zppo_actors.runtime": {"zppo.errors", "zppo.records"},
     "zppo_actors.membership": {"zppo.errors", "zppo_protocol"},
