@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     code."""
     die_with_parent(signal.SIGKILL)
     ear = socket.socket(fileno=int(argv[0]))
+    if is_closed(ear):  # the supervisor had ended before the kernel was asked
+        return 0
     show_command([sys.executable, "-P", "-m", "zppo_actors", "nursery"])
     for module in MODULES:
         importlib.import_module(module)
@@ -75,6 +77,14 @@ def main(argv: Sequence[str]) -> int:
             command = request.command
             return process.main(command[command.index("zppo_actors") + 1 :])
     return 0
+
+
+def is_closed(ear: socket.socket) -> bool:
+    """Whether the other end is gone."""
+    try:
+        return not ear.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
 
 
 def is_forked(ear: socket.socket) -> bool:
@@ -95,21 +105,22 @@ def is_forked(ear: socket.socket) -> bool:
 
 
 def become(request: Request) -> None:
-    """Take on log, environment, threads and name of the actor."""
+    """Take on log, environment, threads and name of the actor, and chance of its own."""
     log = os.open(request.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for standard in (1, 2):
         os.dup2(log, standard)
     os.close(log)
     os.environ.update(request.env)
-    from torch import cuda, set_num_threads
+    import numpy as np
+    import torch
 
-    if cuda._is_in_bad_fork():
+    if torch.cuda._is_in_bad_fork():
         os.execv(request.command[0], request.command)
-    set_num_threads(int(request.env[THREADS]))
-    if "numba" in sys.modules:
-        from numba.core.config import reload_config
-
-        reload_config()
+    torch.set_num_threads(int(request.env[THREADS]))
+    # Otherwise the general generators of all actors would be in one state; that of `random` sees to
+    # it itself.
+    torch.seed()
+    np.random.seed()
     sys.argv[1:] = request.command[request.command.index("zppo_actors") + 1 :]
     show_command(request.command)
 

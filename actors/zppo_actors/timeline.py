@@ -76,6 +76,7 @@ class Timeline:
         self._waiting: deque[Room | Span] = deque()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._refused = False
         self.lost = 0
         """spans that were dropped"""
         self.began = clock()
@@ -131,6 +132,8 @@ class Timeline:
         self._ended.set()
         if self._thread is not None:
             self._thread.join(FLUSH_SECONDS)
+            if self.lost:
+                log.warning("%s: %d spans are lost", self._path, self.lost)
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -152,8 +155,9 @@ class Timeline:
             self._append(encoded([*head, *rooms, *merged(spans, MOST_SPANS)]))
             self._head = None
         except OSError as error:
-            if not self.lost:
+            if not self._refused:
                 log.warning("%s: cannot be written (%s)", self._path, error.strerror)
+            self._refused = True
             self.lost += len(spans)
             # Whatever was written of it is ended by the empty line in front of the life.
             self._head = self._life

@@ -19,7 +19,8 @@ from zppo_actors.timeline import Timeline, begin_life
 path = pathlib.Path(sys.argv[1])
 timeline = Timeline(path, begin_life("r", "grader-0", 1))
 timeline.span("grade", timeline.now(), step=3, what="3/q/plain/grade", size=8)
-while not (path / "grader-0.jsonl").exists():
+file = path / "grader-0.jsonl"
+while not file.exists() or not file.stat().st_size:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -77,10 +78,16 @@ def test_a_full_disk_costs_spans_and_nothing_else(
 ) -> None:
     (tmp_path / "trainer.jsonl").symlink_to("/dev/full")
     timeline = Timeline(tmp_path, begin_life("r", "trainer", 1))
+    timeline._flush()
+    timeline._flush()
     timeline.span("train", time.monotonic())
     timeline.close()
     assert timeline.lost == 1
-    assert "cannot be written (No space left on device)" in caplog.text
+    path = tmp_path / "trainer.jsonl"
+    assert caplog.messages == [
+        f"{path}: cannot be written (No space left on device)",
+        f"{path}: 1 spans are lost",
+    ]
 
 
 def test_a_task_says_its_window() -> None:

@@ -4,6 +4,9 @@ The trainer's time is divided without rest: into its own work, and its waiting, 
 which is laid to those who were at work on the oldest window at that moment, in equal parts. A
 moment in which nobody was is the controller's: messages on their way, and decisions. The bottleneck
 is whoever has the largest part, because whatever shortens that part shortens the run.
+
+Spans that were merged still say how much was done, and no longer when. So shares of time come from
+durations alone, and whose the waiting was from the waits that are whole, which stand for the rest.
 """
 
 from __future__ import annotations
@@ -12,12 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from msgspec import structs
-
-from zppo.records.timeline import JOBS, MICRO, PARTS, START, TRAIN, WAIT, Span, Timeline, Track
+from zppo.records.timeline import JOBS, MICRO, START, WAIT, Span, Timeline, Track
 
 TRAINER, CONTROLLER = "trainer", "controller"
-TRAINER_KINDS = (TRAIN, WAIT, "publish", "save")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Work:
 def work_of(timeline: Timeline) -> Work | None:
     """None where the trainer has done nothing yet."""
     trainer = next((track for track in timeline.tracks if track.pool == TRAINER), None)
-    spans = [] if trainer is None else [s for s in trainer.spans if s.kind in TRAINER_KINDS]
-    total = _covered(spans)
-    if total == 0:
+    total = _lived(trainer, timeline) if trainer is not None else 0
+    if trainer is None or total == 0:
         return None
-    waits = _united([span for span in spans if span.kind == WAIT])
-    blamed = _blamed(waits, timeline.tracks)
-    parts = {TRAINER: 1 - sum(high - low for low, high in waits) / total}
-    parts |= {name: share / total for name, share in blamed.most_common()}
+    waited = _waited(trainer) / total
+    waits = [span for span in trainer.spans if span.kind == WAIT and span.busy]
+    blamed = _blamed([span for span in waits if span.count == 1] or waits, timeline.tracks)
+    parts = {TRAINER: 1 - waited}
+    parts |= {name: waited * time / blamed.total() for name, time in blamed.most_common()}
     return Work(total / MICRO, parts, _pools(timeline))
 
 
@@ -113,16 +113,12 @@ def _pools(timeline: Timeline) -> list[PoolWork]:
         lived = {track.actor: _lived(track, timeline) for track in tracks}
         time = sum(lived.values())
         if time > 0:
-            busy = sum(_covered(_working(track)) for track in tracks) / time
+            busy = 1 - sum(map(_waited, tracks)) / time
             space = sum(track.capacity * lived[track.actor] for track in tracks)
             used = sum(s.size * s.busy for track in tracks for s in track.spans if s.kind in JOBS)
             room = min(1.0, used / space) if space else None
-            found.append(PoolWork(pool, len(tracks), min(1.0, busy), room))
+            found.append(PoolWork(pool, len(tracks), busy, room))
     return found
-
-
-def _working(track: Track) -> list[Span]:
-    return [span for span in track.spans if span.kind not in (WAIT, START, *PARTS)]
 
 
 def _lived(track: Track, timeline: Timeline) -> int:
@@ -137,27 +133,16 @@ def _lived(track: Track, timeline: Timeline) -> int:
     return total
 
 
-# ---- intervals -----------------------------------------------------------------------------------
+def _waited(track: Track) -> int:
+    """Microseconds in which it had nothing to do. An actor's waits are never at once, so their sum
+    stays what it was when they are merged."""
+    return sum(span.busy for span in track.spans if span.kind == WAIT)
 
 
-def _united(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """Their union as disjoint intervals in order."""
-    out: list[tuple[int, int]] = []
-    for low, high in sorted((span.begin, span.end) for span in spans):
-        if out and low <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], high))
-        else:
-            out.append((low, high))
-    return out
+# ---- whose the waiting was -----------------------------------------------------------------------
 
 
-def _covered(spans: Sequence[Span]) -> int:
-    """Length of the union; a merged span covers what was busy in it, at most all of it."""
-    busy = [structs.replace(s, end=s.begin + min(s.busy, s.end - s.begin)) for s in spans]
-    return sum(high - low for low, high in _united(busy))
-
-
-def _blamed(waits: Sequence[tuple[int, int]], tracks: Sequence[Track]) -> Counter[str]:
+def _blamed(waits: Sequence[Span], tracks: Sequence[Track]) -> Counter[str]:
     """Microseconds of the waits by pool."""
     blamed: Counter[str] = Counter()
     opened: dict[int, Counter[str]] = {}
@@ -180,11 +165,9 @@ def _blamed(waits: Sequence[tuple[int, int]], tracks: Sequence[Track]) -> Counte
     return blamed
 
 
-def _events(
-    waits: Sequence[tuple[int, int]], tracks: Sequence[Track]
-) -> Iterator[tuple[int, int, str, int]]:
+def _events(waits: Sequence[Span], tracks: Sequence[Track]) -> Iterator[tuple[int, int, str, int]]:
     """(moment, window, pool, +1 or -1) of the jobs and the waits, in order."""
-    found = [(low, 0, WAIT, 1) for low, _ in waits] + [(high, 0, WAIT, -1) for _, high in waits]
+    found = [(at, 0, WAIT, go) for s in waits for at, go in ((s.begin, 1), (s.end, -1))]
     for track in tracks:
         for span in track.spans:
             if span.kind in JOBS and span.end > span.begin:

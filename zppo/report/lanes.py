@@ -16,7 +16,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from zppo.records.timeline import JOBS, MICRO, TRAIN, WAIT, Span, Timeline, Track, between
+from zppo.records.timeline import (
+    JOBS,
+    MICRO,
+    START,
+    TRAIN,
+    WAIT,
+    Span,
+    Timeline,
+    Track,
+    between,
+)
+from zppo.records.work import TRAINER
 from zppo.report import plots
 
 COLUMNS, ROWS = 900, 14
@@ -26,7 +37,7 @@ MOST_OF_POOL = 6
 """lanes of one pool; the others of it look alike"""
 PALE = "#E3E7EC"
 COLOURS = {
-    "start": plots.GREY, TRAIN: plots.BLUE, "publish": plots.VERMILION, "load": plots.VERMILION,
+    START: plots.GREY, TRAIN: plots.BLUE, "publish": plots.VERMILION, "load": plots.VERMILION,
     "save": plots.BLACK, "sample": plots.SKY, "evaluate": plots.PURPLE, "draw": plots.GREEN,
     "compress": plots.YELLOW, "hint": plots.YELLOW, "judge": "#7B5CA8", "score": "#7B5CA8",
     "grade": plots.ORANGE, WAIT: PALE,
@@ -64,13 +75,15 @@ def _shown(tracks: list[Track]) -> list[Track]:
 
 
 def _recent(timeline: Timeline) -> Timeline:
-    """From the end of the step before the last few to the end of the last one."""
-    ends = sorted(
-        span.end for track in timeline.tracks for span in track.spans if span.kind == TRAIN
-    )
-    if len(ends) <= LAST_STEPS:
+    """From the end of the step before the last few, or the trainer's first sign once it is loaded,
+    to the end of the last one."""
+    trainers = [track.spans for track in timeline.tracks if track.pool == TRAINER]
+    spans = [span for spans in trainers for span in spans if span.kind != START]
+    ends = sorted(span.end for span in spans if span.kind == TRAIN)
+    if not ends:
         return timeline
-    return between(timeline, ends[-LAST_STEPS - 1], ends[-1])
+    first = min(span.begin for span in spans)
+    return between(timeline, max([first, *ends[:-LAST_STEPS][-1:]]), ends[-1])
 
 
 def _panel(axes: Axes, timeline: Timeline, tracks: list[Track], title: str) -> None:

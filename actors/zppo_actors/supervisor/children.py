@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
@@ -84,9 +84,6 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        with contextlib.suppress(ChildProcessError):  # orphans of its session, if we take any
-            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
-                pass
 
 
 class Birth(TypedDict):
@@ -128,6 +125,16 @@ def child_of(process: Process, birth: Birth) -> Child:
         process=process,
         log=birth["log"],
     )
+
+
+def reap_orphans(own: Collection[int]) -> None:
+    """Let go of the processes that were given to this one when their parents ended, as
+    `zppo.signals.take_orphans` asks for, and that have ended too: all but our `own`."""
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid in own:
+                return  # whoever asks for its exit code is to have it
+            os.waitpid(found.si_pid, 0)
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:

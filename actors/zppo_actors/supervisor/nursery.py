@@ -16,7 +16,7 @@ import msgspec
 from zppo.plan.processes import ProcessEntry
 from zppo.signals import take_orphans
 from zppo_actors.nursery import LONGEST_MESSAGE, READY, ROOM, Request
-from zppo_actors.supervisor.children import Adopted, Birth, Child, child_of, spawn
+from zppo_actors.supervisor.children import Adopted, Birth, Child, child_of, reap_orphans, spawn
 
 NAME = "nursery"
 FEWEST = 2
@@ -82,6 +82,12 @@ class Nursery:
             log.warning("the nursery is gone; %s is started without it", birth["name"])
             return None
         return child_of(Adopted(int(answer)), birth)
+
+    def reap_orphans(self, others: Collection[Child]) -> None:
+        """Let go of the orphans that come to us because there is a nursery; `others` are the
+        supervisor's other children."""
+        living = [child for child in (self.child, *others) if not child.ended]
+        reap_orphans([child.process.pid for child in living])
 
     def close(self) -> None:
         """End the nursery; what was forked from it lives on. May be called again."""

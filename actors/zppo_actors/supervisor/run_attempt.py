@@ -326,6 +326,8 @@ class RunAttempt:
                 self._left.append((time.monotonic() + LEAVE_SECONDS, child))
             elif self._ended is None:
                 self._on_death(child)
+        if self._nursery is not None:
+            self._nursery.reap_orphans(self._children.values())
 
     def _hear_last_words(self) -> None:
         """What an ended controller had sent may still be on its way through the socket."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from zppo.plan.processes import processes
 from zppo.records import run_directory
 from zppo.signals import PR_SET_CHILD_SUBREAPER
 from zppo_actors import nursery as inside
-from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.nursery import Nursery, forked
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
@@ -67,6 +69,32 @@ class Ward:
         )
 
 
+def zombies() -> set[int]:
+    children = psutil.Process().children()
+    return {child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE}
+
+
+def spawned(ward: Ward, script: str) -> Child:
+    return spawn(
+        ["sh", "-c", script],
+        name="other",
+        role="other",
+        incarnation=0,
+        log=ward.log,
+        env={},
+        inherited=(),
+    )
+
+
+def left_behind(deadline: float) -> None:
+    """A process in a session of its own whose parent has ended, and which ends then."""
+    before = zombies()
+    subprocess.run(["sh", "-c", "setsid sleep 0.2 &"], check=True)
+    while not zombies() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def ward(tmp_path: Path) -> Iterator[Ward]:
     made = Ward(tmp_path)
@@ -110,8 +138,64 @@ def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
     assert left.exit_code == 1, "the end of the supervisor's pipe is its end"
     left.kill()
 
-    os.kill(ward.nursery.child.process.pid, signal.SIGKILL)
+    nursery = ward.nursery.child
+    os.kill(nursery.process.pid, signal.SIGKILL)
+    left_behind(deadline)
+    other = spawned(ward, "exit 3")
+    while psutil.Process(other.process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    while zombies() - {other.process.pid}:  # as the supervisor does in each of its rounds
+        assert time.monotonic() < deadline
+        ward.nursery.reap_orphans([other])
+    assert other.exit_code == 3 and nursery.exit_code == -9, "these are not taken from us"
     assert ward.fork(ward.run) is None and ward.nursery.child.ended
+
+
+LATE = """
+import sys
+from zppo_actors import nursery
+code = nursery.main([sys.argv[1]])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_a_nursery_whose_supervisor_has_ended_does_not_load() -> None:
+    ours, ear = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ear:
+        assert not inside.is_closed(ear)
+        ours.close()
+        command = [sys.executable, "-P", "-c", LATE, str(ear.fileno())]
+        assert subprocess.run(command, pass_fds=[ear.fileno()], timeout=PATIENCE).returncode == 0
+
+
+DRAWS = """
+import os, random, sys
+import numpy, torch
+from zppo_actors.nursery import Request, become
+numpy.random.rand(), torch.rand(1), random.random()
+for _ in range(2):
+    if not os.fork():
+        env = {"OMP_NUM_THREADS": "3"}
+        become(Request(["zppo_actors", "trainer"], env, sys.argv[1]))
+        print(torch.get_num_threads(), torch.rand(1).item(), numpy.random.rand(), random.random())
+        sys.exit()
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_forked_actors_have_threads_and_chance_of_their_own(tmp_path: Path) -> None:
+    """Each says its threads, and a number of each general generator."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-P", "-c", DRAWS, str(log)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, timeout=PATIENCE).returncode == 0
+    one, other = (line.split() for line in log.read_text().splitlines())
+    assert one[0] == other[0] == "3"
+    assert all(drawn != again for drawn, again in zip(one[1:], other[1:], strict=True))
 
 
 @pytest.mark.slow

@@ -89,6 +89,38 @@ def test_a_file_that_is_thinned_keeps_its_lives_and_its_newest_quarter() -> None
     assert sum(one.busy for one in left) == 800 * SECOND // 2
 
 
+@pytest.mark.parametrize("times", [0, 1, 3, 6])
+def test_shares_of_a_long_run_are_those_of_its_whole_timeline(tmp_path: Path, times: int) -> None:
+    """Each step: a wait of 1, 2 or 3 tenths, the first two thirds of which the engine is at work
+    and then the grader; then 8 tenths of training. The files were thinned so often."""
+    found: dict[str, list[Life | Room | Span]] = {"trainer": [], "rollout-0": [], "grader-0": []}
+    at, waited, idle = 0.0, 0.0, 0.0
+    for step in range(600):
+        wait = 0.1 * (1 + step % 3)
+        sampled, ready, end = at + wait * 2 / 3, at + wait, at + wait + 0.8
+        found["trainer"] += [span("wait", at, ready, step), span("train", ready, end, step)]
+        found["rollout-0"] += [span("sample", at, sampled, step), span("wait", sampled, end)]
+        found["grader-0"] += [span("wait", at, sampled), span("grade", sampled, ready, step)]
+        found["grader-0"] += [span("wait", ready, end)]
+        at, waited, idle = end, waited + wait, idle + 0.8
+    for actor, lines in found.items():
+        for _ in range(times):
+            lines = thinned(lines)
+        write(tmp_path, actor, life(actor), *lines)
+    timeline = read_timeline(tmp_path)
+    assert timeline is not None
+    work = work_of(timeline)
+    assert work is not None and work.seconds == pytest.approx(at)
+    share = waited / at
+    assert work.parts["trainer"] == pytest.approx(1 - share, abs=1e-6)
+    assert sum(work.parts.values()) == pytest.approx(1.0)
+    whose = {name: work.parts.get(name, 0.0) / share for name in ("rollout", "grader")}
+    assert whose == pytest.approx({"rollout": 2 / 3, "grader": 1 / 3}, abs=0.01)
+    busy = {pool.pool: pool.busy for pool in work.pools}
+    expected = {"trainer": 1 - share, "rollout": share * 2 / 3, "grader": share / 3}
+    assert busy == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_torn_line_is_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path, "trainer", life(), span("train", 0, 1, 0))
     with (tmp_path / "timeline/trainer.jsonl").open("ab") as file:

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from zppo.records.timeline import Life, Room, Span, Timeline, Track, encoded
 from zppo.report import figures, load, plots
-from zppo.report.lanes import COLOURS, COLUMNS, MOST_OF_POOL, ROWS, _lane, draw_lanes
+from zppo.report.lanes import COLOURS, COLUMNS, MOST_OF_POOL, ROWS, _lane, _recent, draw_lanes
 
 LIFE = Life("r", "rollout-0", 1, 1, "b", 0.0, 0.0)
 
@@ -41,6 +41,18 @@ def test_the_shortest_work_is_seen_and_lanes_are_bounded() -> None:
     with plots.look():
         figure = draw_lanes(Timeline(many, 0.0, 0, 10))
     assert len(figure.axes[0].get_yticklabels()) == MOST_OF_POOL
+
+
+@pytest.mark.parametrize(("steps", "begin"), [(0, 0), (1, 50), (4, 50), (5, 200), (7, 400)])
+def test_the_last_steps_begin_where_the_step_before_them_ended(steps: int, begin: int) -> None:
+    """The trainer loads for 50, waits until 100, and takes 100 a step; then it waits for 900."""
+    trained = [span("train", 100 * n, 100 * (n + 1)) for n in range(1, steps + 1)]
+    waits = [span("wait", 50, 100), span("wait", 100 * steps + 100, 100 * steps + 1000)]
+    spans = sorted([span("start", 0, 50), *waits, *trained], key=lambda one: one.begin)
+    whole = Timeline([Track("trainer", [(0, LIFE)], spans, 0)], 0.0, 0, spans[-1].end)
+    recent = _recent(whole)
+    assert recent.begin == begin
+    assert recent.end == (100 * (steps + 1) if steps else whole.end)
 
 
 @pytest.mark.slow
