@@ -43,6 +43,13 @@ ROOMS: dict[str, set[str]] = {
         "zppo.grading",
         "zppo_protocol",
     },
+    "zppo.curation": {
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo.prompting",
+    },
     "zppo.algorithm": {
         "zppo.config",
         "zppo.data",
@@ -157,6 +164,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.prompting",
     },
+    "zppo.build_data": {"zppo.curation", "zppo.errors"},
     "zppo.timeline": {"zppo.errors", "zppo.records"},
     "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
     "zppo.cli": {"zppo.config", "zppo.errors", "zppo.prompting"},

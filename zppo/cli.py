@@ -19,6 +19,7 @@ usage: zppo COMMAND …
   zppo init [FILE]                 write a commented topology with every setting (default: topology.yaml); --like trl
                                    or --like verl: with the names that it has there
   zppo data DATA                   what a source of questions holds, and what a model would see of it
+  zppo build-data --recipe RECIPE  a corpus from raw data sets, by the rules of a recipe (zppo77k: the paper's)
   zppo launch FILE                 start a run; add --dry-run to see the plan, --resume to continue a run
   zppo plan FILE                   the plan of a run; with --calibration FILE how long it takes, at several bounds
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
@@ -102,6 +103,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "quickstart": _door("zppo.quickstart"),
     "init": _init,
     "data": _door("zppo.data_command"),
+    "build-data": _door("zppo.build_data"),
     "launch": _door("zppo.launch"),
     "plan": _door("zppo.plan_command"),
     "evaluate": _door("zppo.evaluate"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import PurePath
 
 import msgspec
 from msgspec import Struct
@@ -42,8 +43,9 @@ class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def digest(questions: Iterable[Question]) -> str:
-    """SHA-256 (hex) of ids, turns, answers, rows and graders that rows name, in their order: the
-    same digest is the same corpus to a data cursor."""
+    """SHA-256 (hex) of ids, turns, answers, names of picture files, rows and graders that rows
+    name, in their order: the same digest is the same corpus to a data cursor. In a corpus that
+    `zppo build-data` made the names say what is in the files."""
     sha = hashlib.sha256()
     for question in questions:
         sha.update(msgspec.json.encode(_content(question)) + b"\n")
@@ -56,6 +58,7 @@ def _content(question: Question) -> tuple[object, ...]:
     told = {
         "row": question.row,
         "earlier": question.earlier,
+        "media": [PurePath(one.path).name for one in question.media],
         "grader": question.grader if question.own_grader else "",
     }
     extra = {name: value for name, value in told.items() if value}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ MAX_ROW = 262_144
 _WRITTEN_OUT = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 """A conversation that was turned into text on its way into a file."""
 _NAMES = {"question": "the question", "answer": "the gold answer"}
+_NO_PICTURE = {"bytes": None, "path": None}
 
 
 class RowReader:
@@ -147,7 +149,7 @@ class RowReader:
 
     def _own_grader(self, row: Mapping[str, Any]) -> str | None:
         value, name = self._optional(row, "grader", "the grader")
-        if value is None:
+        if value is None or (self._parts and "grader" not in self._source.columns.chosen):
             return None
         grader = as_text(value, name)
         if self._parts:
@@ -172,8 +174,10 @@ class RowReader:
     def _media(self, row: Mapping[str, Any]) -> Iterator[MediaReference]:
         column = self._columns["images"]
         value = value_of(row, column)
-        entries = [] if value is None else value if isinstance(value, list) else [value]
-        paths = [entry.get("path") if _without_bytes(entry) else entry for entry in entries]
+        paths = [
+            entry.get("path") if _without_bytes(entry) else entry
+            for entry in picture_entries(value)
+        ]
         if any(isinstance(path, dict) and path.get("bytes") is not None for path in paths):
             raise RowError(
                 f"the images ({column!r}) lie inside the table as bytes, which cannot be read yet; "
@@ -194,6 +198,8 @@ class RowReader:
         problem = picture_problem(full)
         if problem:
             raise RowError(f"image {path!r} {problem}")
+        if self._source.named_by_content and _sha256(full) != full.stem:
+            raise RowError(f"image {path!r} is not what its name, a SHA-256, says")
         return str(full)
 
     # ---- columns ---------------------------------------------------------------------------------
@@ -280,6 +286,18 @@ def _holds_bytes(value: object) -> bool:
     if isinstance(value, list):
         return any(map(_holds_bytes, value))
     return isinstance(value, bytes)
+
+
+def picture_entries(value: object) -> list[Any]:
+    """The pictures of a row, as its column holds them: one or a list. Tables of the Hub fill the
+    place of one that is not there with nulls."""
+    entries = value if isinstance(value, list) else [value]
+    return [entry for entry in entries if entry is not None and entry != _NO_PICTURE]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _without_bytes(entry: object) -> bool:

@@ -294,6 +294,59 @@ def test_pictures_of_a_verl_table(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_as_the_hub_has_them(tmp_path: Path, column: str) -> None:
+    """A column of pictures, one or a list a row, under either name: rows with none are text, in
+    whatever way none is said, and those with some are not read as if they were text."""
+    picture, none = {"bytes": b"\x89PNG", "path": "a.png"}, {"bytes": None, "path": None}
+    one = [
+        {"question": f"q{i}", "answer": "1", column: value}
+        for i, value in enumerate((none, None, picture))
+    ]
+    lists = [
+        {"question": f"q{i}", "answer": "1", column: value}
+        for i, value in enumerate(([], [none], [picture]))
+    ]
+    for name, rows in (("one", one), ("lists", lists)):
+        corpus = load(parquet(tmp_path / f"{name}.parquet", rows), max_bad_rows=1)
+        assert [(question.text, question.media) for question in corpus.questions] == [
+            ("q0", ()),
+            ("q1", ()),
+        ]
+        assert [(row.line, row.reason) for row in corpus.bad_rows] == [
+            (
+                3,
+                f"the images ({column!r}) lie inside the table as bytes, which cannot be read yet; "
+                "expected paths of picture files",
+            )
+        ]
+
+
+def test_a_column_that_was_named_is_the_one_of_the_pictures(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "1", "image": {"bytes": b"x", "path": None}, "views": []}]
+    corpus = load(parquet(tmp_path / "t.parquet", rows), fields={"images": "views"})
+    assert corpus.questions[0].media == ()
+
+
+def test_tables_of_large_rows_are_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """From any row on, in files of several row groups, whatever the size of the rows."""
+    from zppo.data.sources.tables import table_columns, table_rows
+
+    rows = [{"question": f"q{i}", "answer": str(i), "blob": bytes(2**19)} for i in range(50)]
+    for kind in ("parquet", "arrow"):
+        file = tmp_path / f"t.{kind}"
+        table = pa.Table.from_pylist(rows)
+        if kind == "parquet":
+            pq.write_table(table, file, row_group_size=20)
+        else:
+            with pa.ipc.new_stream(str(file), table.schema) as stream:
+                stream.write_table(table, max_chunksize=20)
+        assert table_columns(file) == ["question", "answer", "blob"]
+        for start in (0, 1, 19, 20, 21, 49, 50, 60):
+            found = [row["answer"] for row in table_rows(file, ["answer", "blob"], start)]
+            assert found == [str(i) for i in range(start, 50)]
+
+
 # ---- what rows say of themselves -----------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ class Source(Struct, frozen=True, kw_only=True):
     columns: Columns
     grader: str | None = None
     """The rule that scores its questions, if the source brings its own."""
+    named_by_content: bool = False
+    """Whether the name of each picture's file is the SHA-256 of what is in it."""
 
     def place(self, number: int) -> str:
         """Where a row stands, for messages: `train.jsonl:3`, or `train.parquet, row 3`."""

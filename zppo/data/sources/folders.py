@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from zppo.data.sources.base import Source
+from zppo.data.sources.built import MANIFEST, open_built
 from zppo.data.sources.layouts import Wanted
 from zppo.data.sources.tables import SUFFIXES, open_tables
 from zppo.errors import UserError, nearest
@@ -29,6 +30,8 @@ Splits = dict[str, list[Path]]
 def open_folder(folder: Path, wanted: Wanted) -> Source:
     """Open a folder that holds one split. Raises UserError, naming the splits if there are
     several."""
+    if (folder / MANIFEST).is_file():
+        return open_built(folder, wanted)
     splits = find_splits(folder)
     if len(splits) != 1:
         names = ", ".join(sorted(name or "(files without a split's name)" for name in splits))

@@ -16,7 +16,7 @@ from zppo.data.sources.streams import lines_of, stem_of
 def open_jsonl(file: Path, wanted: Wanted) -> Source:
     """Open a JSONL file. Its first object says which layout it has; whether other rows have the
     columns shows row by row."""
-    columns, rows = by_first_row(_rows(file), wanted)
+    columns, rows = by_first_row(jsonl_rows(file), wanted)
     return Source(
         name=str(file),
         stem=stem_of(file),
@@ -27,7 +27,7 @@ def open_jsonl(file: Path, wanted: Wanted) -> Source:
     )
 
 
-def _rows(file: Path) -> Iterator[RawRow]:
+def jsonl_rows(file: Path) -> Iterator[RawRow]:
     """One raw row per non-blank line; lines that are not UTF-8 or not a JSON object carry their
     reason."""
     for line, data in lines_of(file):

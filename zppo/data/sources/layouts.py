@@ -15,6 +15,8 @@ from msgspec import Struct
 from zppo.errors import UserError, nearest
 
 OWN_COLUMNS = {"id": "id", "question": "question", "answer": "answer", "images": "images"}
+ONE_IMAGE = "image"
+"""Where data sets of the Hub have the picture, or the pictures, if they have no column `images`."""
 
 
 class Layout(Struct, frozen=True):
@@ -90,8 +92,11 @@ def settle(wanted: Wanted, present: Collection[str]) -> Columns:
     # Without a gold answer nothing tells layouts of one question column apart: the last is plain.
     less = [one for one in LAYOUTS if _fits(one, ("question",), wanted.fields, present)][::-1]
     layout = next(iter([*fits, *less]), OWN)
+    pictures = OWN_COLUMNS["images"]
+    if pictures not in present and ONE_IMAGE in present:
+        pictures = ONE_IMAGE
     return Columns(
-        names=OWN_COLUMNS | layout.columns | dict(wanted.fields),
+        names=OWN_COLUMNS | {"images": pictures} | layout.columns | dict(wanted.fields),
         chosen=frozenset(wanted.fields),
         layout=layout,
         every=wanted.every,

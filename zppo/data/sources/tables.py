@@ -19,6 +19,8 @@ from zppo.data.sources.layouts import Columns, Wanted, check_columns, settle, to
 from zppo.errors import UserError, first_line
 
 BATCH_ROWS = 1024
+BATCH_BYTES = 2**22
+"""Rows are read so many at a time, fewer where they are large: rows with pictures."""
 SUFFIXES = (".parquet", ".arrow")
 
 
@@ -43,6 +45,20 @@ def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) ->
         rows=_numbered(files, columns),
         columns=columns,
     )
+
+
+def table_columns(file: Path) -> list[str]:
+    """Every column of a table, nested ones by their paths. Raises UserError if it is no table."""
+    schema = _schema(file)
+    _refuse_twice(file, schema.names)
+    return list(_paths(schema))
+
+
+def table_rows(file: Path, wanted: list[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of one table behind the first `start`, with the `wanted` columns. Raises UserError
+    where it is damaged."""
+    for batch in _batches(file, wanted, start):
+        yield from _as_rows(file, batch)
 
 
 def _schema(file: Path) -> Any:
@@ -76,9 +92,12 @@ def _numbered(files: Iterable[Path], columns: Columns) -> Iterator[RawRow]:
     return enumerate(rows, start=1)
 
 
-def _batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
+def _batches(file: Path, wanted: list[str] | None, start: int = 0) -> Iterator[Any]:
+    """Record batches of the rows behind the first `start`."""
     with _readable(file):
-        yield from READERS[file.suffix].batches(file, wanted)
+        for skipped, batch in READERS[file.suffix].batches(file, wanted, start):
+            if skipped + batch.num_rows > start:
+                yield batch.slice(max(0, start - skipped))
 
 
 @contextmanager
@@ -132,14 +151,24 @@ class _Parquet:
         return pq.read_schema(file)
 
     @staticmethod
-    def batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
+    def batches(file: Path, wanted: list[str] | None, start: int) -> Iterator[tuple[int, Any]]:
+        """(rows before it, batch), from the row group on in which row `start` lies."""
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
             # A nested column is read alone, without its neighbours.
             present = [name for name in wanted or names if top_level(name, names) in names]
-            yield from table.iter_batches(BATCH_ROWS, columns=present)
+            before = 0
+            for index in range(table.num_row_groups):
+                group = table.metadata.row_group(index)
+                if before + group.num_rows > start:
+                    size = _batch_rows(group.total_byte_size, group.num_rows)
+                    inner = before
+                    for batch in table.iter_batches(size, row_groups=[index], columns=present):
+                        yield inner, batch
+                        inner += batch.num_rows
+                before += group.num_rows
 
 
 class _Arrow:
@@ -149,14 +178,23 @@ class _Arrow:
             return reader().schema
 
     @staticmethod
-    def batches(file: Path, wanted: list[str] | None) -> Iterator[Any]:
+    def batches(file: Path, wanted: list[str] | None, start: int) -> Iterator[tuple[int, Any]]:
+        """(rows before it, batch)."""
+        before = 0
         with _arrow_reader(file) as reader:
             for batch in _record_batches(reader()):
                 names = batch.schema.names
                 tops = dict.fromkeys(top_level(name, names) for name in wanted or names)
                 chosen = batch.select([name for name in tops if name in names])
-                for start in range(0, chosen.num_rows, BATCH_ROWS):
-                    yield chosen.slice(start, BATCH_ROWS)
+                size = _batch_rows(chosen.nbytes, chosen.num_rows)
+                for first in range(0, chosen.num_rows, size):
+                    yield before + first, chosen.slice(first, size)
+                before += chosen.num_rows
+
+
+def _batch_rows(size: int, rows: int) -> int:
+    """Rows to read at a time where `rows` of them have `size` bytes."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
 
 
 @contextmanager

@@ -1,0 +1,314 @@
+"""What a user can get wrong, one sentence each; what was done is kept where it is of use."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from raw_data import RECIPE, first, png, second, write_recipe, write_source
+
+from zppo.build_data import main
+
+Row = dict[str, Any]
+ROWS, OTHERS = [first(i) for i in range(3)], [second(i) for i in range(3)]
+
+
+def arguments(folder: Path, **changes: Any) -> list[str]:
+    given = {
+        "recipe": folder / "recipe.yaml",
+        "first": folder / "first",
+        "second": folder / "second",
+        "out": folder / "out",
+    } | changes
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_recipe(tmp_path / "recipe.yaml")
+    write_source(tmp_path / "first", ROWS, "jsonl")
+    write_source(tmp_path / "second", OTHERS, "parquet")
+    return tmp_path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], order: list[str]) -> str:
+    capsys.readouterr()
+    assert main(order) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()[-1]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_options_that_are_missing_or_unknown(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        (
+            "recipe",
+            None,
+        ): "zppo build-data: the following arguments are required: --recipe; see zppo build-data --help",
+        (
+            "second",
+            None,
+        ): "zppo build-data: the recipe recipe reads first and second; expected --second FOLDER",
+        ("out", None): "zppo build-data: expected --out FOLDER, where the corpus is to be",
+        (
+            "secnd",
+            "x",
+        ): "zppo build-data: there is no option --secnd (did you mean --second?); see zppo build-data --help",
+        (
+            "recipe",
+            "zppo77",
+        ): "--recipe is 'zppo77'; expected a file, or the name of a recipe that ships (did you mean 'zppo77k'?)",
+        (
+            "second",
+            world / "nowhere",
+        ): f"--second {world}/nowhere: is no folder; expected the data set",
+    }
+    for (name, value), sentence in cases.items():
+        said = refusal(capsys, arguments(world, **{name: value}))
+        assert said.replace(str(world / "recipe.yaml"), "recipe") == sentence
+
+
+def test_a_limit_on_prompts_needs_a_tokenizer(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, ["--recipe=zppo77k", "--vero=a", "--mmfinereason=b", "--out=c"])
+    assert said == (
+        "zppo build-data: the recipe zppo77k takes prompts of up to 4096 tokens; expected "
+        "--tokenizer FOLDER, the model folder whose tokens they are"
+    )
+
+
+def test_the_recipe_that_ships_can_be_a_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--recipe", "zppo77k", "--show-recipe"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert main(["--recipe", str(tmp_path / "mine.yaml"), "--show-recipe"]) == 0
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("sources: {}", "sources is empty; expected at least one source of rows"),
+        ("seed: 1", "sources is missing; expected a mapping"),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\nfilter: {}",
+            "there is no setting filter (did you mean 'filters'?)",
+        ),
+        (
+            "sources: {a: {columns: {question: q, anser: a}}}",
+            "there is no setting sources.a.columns.anser (did you mean 'answer'?)",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\ntiers: [{cap: 0, sub_datasets: {}}]",
+            "tiers[0].cap is 0; expected a whole number of at least 1",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}, grader: mth}}",
+            "sources.a: there is no grader 'mth' (did you mean 'math'?)",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}, graders: {x: math}}}",
+            "sources.a.graders translates reward types; expected sources.a.columns.reward_type to name their column",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\nfilters: {min_pictures: 1}",
+            "filters.min_pictures is 1; expected sources.a.columns.images to name the column of the pictures",
+        ),
+        (
+            "sources: {Out: {columns: {question: q, answer: a}}}",
+            "sources has 'Out'; expected a name of small letters, digits and underscores other than recipe, show-recipe, tokenizer, templates, out, help, json",
+        ),
+        (
+            "sources: {vero: {columns: {question: q, answer: a}}}\ntiers: [{cap: 1, sub_datasets: {vera: [x]}}]",
+            "tiers[0].sub_datasets: there is no source 'vera' (did you mean 'vero'?)",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\ntiers: [{cap: 1, sub_datasets: {a: [AI2D]}}]",
+            "tiers[0].sub_datasets.a has 'AI2D', which no row can be called; expected its canonical name 'ai2d'",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\ntiers: [{cap: 1, sub_datasets: {a: [x]}}, {cap: 2, sub_datasets: {a: [x]}}]",
+            "tiers[1].sub_datasets.a has 'x' a second time; expected each name in one tier",
+        ),
+    ],
+)
+def test_recipes(world: Path, capsys: pytest.CaptureFixture[str], text: str, sentence: str) -> None:
+    file = world / "mine.yaml"
+    file.write_text(text)
+    said = refusal(capsys, [f"--recipe={file}", f"--out={world / 'out'}"])
+    place, _, rest = said.removeprefix(str(file)).partition(" ")
+    assert (rest, place[0], place[-1]) == (sentence, ":", ":")
+
+
+# ---- the data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_a_column_that_is_not_there(
+    world: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    (world / "first" / "train-00000-of-00001.jsonl").unlink()
+    rows = [{("answers" if name == "answer" else name): row[name] for name in row} for row in ROWS]
+    write_source(world / "first", rows, layout)
+    said = refusal(capsys, arguments(world))
+    columns = (
+        "data_source, answers, images, extra_info, extra_info.question, extra_info.reward_type"
+    )
+    assert said == (
+        f"{world}/first/train-00000-of-00001.{layout}: there is no column 'answer' for "
+        f"sources.first.columns.answer of the recipe (did you mean 'answers'?); it has {columns}"
+    )
+
+
+def test_a_folder_without_rows(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "empty" / ".cache").mkdir(parents=True)
+    (world / "empty" / ".cache" / "a.parquet").touch()
+    assert refusal(capsys, arguments(world, first=world / "empty")) == (
+        f"--first {world}/empty: holds no file that sources.first of the recipe reads; expected "
+        ".parquet, .arrow, .jsonl, .jsonl.gz, .jsonl.zst files by the patterns *"
+    )
+
+
+def test_patterns_of_files(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(world / "first" / "stem-x", [first(7)], "parquet")
+    (world / "first" / "stem-x" / "train-00000-of-00001.parquet").rename(
+        world / "first" / "stem-x" / "val-00000-of-00001.parquet"
+    )
+    sources = RECIPE["sources"]
+    left = sources | {"first": sources["first"] | {"leave_out": ["*val-*"]}}
+    write_recipe(world / "recipe.yaml", sources=left)
+    assert main(arguments(world)) == 0
+    assert "  first: 3 of 3 rows in 1 file\n" in capsys.readouterr().out
+
+
+def test_no_picture_can_be_read(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one source; and once its pictures are there, the same command builds."""
+    pictures = (world / "first" / "pictures").rename(world / "first" / "elsewhere")
+    said = refusal(capsys, arguments(world))
+    assert said.startswith(
+        f"first: no row has pictures that can be read, 3 were tried, among them {world}/first/"
+        "train-00000-of-00001.jsonl:"
+    )
+    assert said.endswith(
+        "does not exist; expected the picture files beside the rows, as the data set has them"
+    )
+    assert not (world / "out" / ".build").exists()
+    pictures.rename(world / "first" / "pictures")
+    assert main(arguments(world)) == 0
+
+
+def test_one_picture_that_cannot_be_read_is_no_reason(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_source(world / "second", [*OTHERS, second(9, image=png(9)[:60])], "parquet")
+    assert main(arguments(world)) == 0
+    said = capsys.readouterr().out
+    assert "dropped: 1 with a picture that cannot be read (unreadable_picture)\n" in said
+    assert (
+        f"    {world}/second/train-00000-of-00001.parquet, row 4: the image is unreadable" in said
+    )
+
+
+def test_a_recipe_that_keeps_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(world / "first", [first(i, data_source="ai2") for i in range(3)], "jsonl")
+    write_source(world / "second", [second(i, pass_rate=0.75) for i in range(2)], "parquet")
+    assert refusal(capsys, arguments(world)) == (
+        "the recipe recipe keeps none of 5 rows: 3 of a sub-dataset that no tier lists, 2 solved "
+        "too often, for example 'ai2' (did you mean 'ai2d'?); expected a recipe that fits the data"
+    )
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def test_the_folder_of_another_recipe(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(world)) == 0
+    write_recipe(world / "other.yaml", seed=9)
+    digests = json.loads((world / "out" / "corpus.json").read_text())["recipe_sha256"][:12]
+    said = refusal(capsys, arguments(world, recipe=world / "other.yaml"))
+    assert said.startswith(
+        f"--out {world}/out: holds what another recipe made, recipe ({digests}…), and this is "
+        "other ("
+    )
+    assert said.endswith("…); expected an empty folder")
+    write_recipe(world / "recipe.yaml", seed=9)
+    assert "another recipe of the same name made" in refusal(capsys, arguments(world))
+
+
+def test_a_folder_with_other_things(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "out").mkdir()
+    (world / "out" / "thesis.tex").touch()
+    assert refusal(capsys, arguments(world)) == (
+        f"--out {world}/out: holds 'thesis.tex' and nothing of a corpus; expected an empty folder"
+    )
+    assert refusal(capsys, arguments(world, out=world / "recipe.yaml")) == (
+        f"--out {world}/recipe.yaml: is a file; expected a folder"
+    )
+
+
+def test_a_build_that_was_begun_with_other_data(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zppo.curation.ledger import Ledger
+
+    def stop(self: Ledger, texts: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "write", stop)
+        assert main(arguments(world)) == 130
+    assert capsys.readouterr().err.endswith(
+        f"stopped; what was done is kept in {world}/out: the same command goes on\n"
+    )
+    write_recipe(world / "other.yaml", seed=9)
+    other = refusal(capsys, arguments(world, recipe=world / "other.yaml"))
+    assert other.startswith(f"--out {world}/out: holds what another recipe made, recipe (")
+
+    file = world / "second" / "train-00000-of-00001.parquet"
+    old = file.read_bytes(), file.stat()
+    write_source(world / "second", OTHERS[:2], "parquet")
+    assert refusal(capsys, arguments(world)) == (
+        f"--out {world}/out: was begun with other files, the first that differs is {file.name!r} "
+        "of second; expected the same files, or an empty folder"
+    )
+
+    file.write_bytes(old[0])
+    os.utime(file, ns=(old[1].st_atime_ns, old[1].st_mtime_ns))
+    for picture in (world / "first" / "pictures").iterdir():
+        picture.write_bytes(png(777))
+    assert refusal(capsys, arguments(world)) == (
+        f"{world}/first/train-00000-of-00001.jsonl: has changed while the corpus was built, it or "
+        "a picture of it; expected the same data, or another --out to begin again"
+    )
+
+
+def test_a_folder_that_cannot_be_written(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is said, and the same command goes on once there is room."""
+    from zppo.curation.folder import Folder
+
+    def full(self: Folder, picture: object, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "keep", full)
+        assert main(arguments(world)) == 1
+    assert capsys.readouterr().err.endswith(
+        f"--out {world}/out: cannot be written ([Errno 28] No space left on device); what was done "
+        f"is kept in {world}/out: the same command goes on\n"
+    )
+    assert main(arguments(world)) == 0
+    assert capsys.readouterr().err.startswith(f"{world}/out: goes on behind 6 rows\n")

@@ -1,0 +1,1 @@
+"""A corpus of questions from raw data sets, by the rules of a recipe."""
