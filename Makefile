@@ -19,10 +19,12 @@ VLLM_LOG := $(VENV)/vllm-install.log
 # The peers that the kernels are compared with, in an environment that adds them to what $(VENV) holds.
 PEERS := $(VENV)/peers
 PEERS_LOG := $(VENV)/peers-install.log
+# The harnesses of `zppo evaluate --suite`, each in an environment of its own, where it looks for them.
+HARNESSES := $(VENV)/harnesses
 PEER_TESTS = $(PEERS)/bin/python -m pytest -m peers $$(grep -rl --include='*.py' pytest.mark.peers tests)
 must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with '$(BIN)/zppo report $(1)', or remove it" >&2; exit 2; fi
 
-.PHONY: quickstart smollm2 test peers lint check-python clean
+.PHONY: quickstart smollm2 test peers harnesses lint check-python clean
 
 quickstart: $(VENV)/.installed
 	$(call must_be_new,$(RUN))
@@ -57,6 +59,8 @@ test: $(VENV)/.installed-vllm $(VENV)/.installed-peers lint
 peers: $(VENV)/.installed-peers
 	@[ -d $(PEERS) ]
 	$(PEER_TESTS)
+
+harnesses: $(HARNESSES)/lm-eval/.installed $(HARNESSES)/lmms-eval/.installed
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -108,4 +112,12 @@ $(VENV)/.installed-peers: $(VENV)/.installed-vllm
 		> $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
 	@$(PIP) --python $(PEERS)/bin/python $(LOCKED) trl liger-kernel > $(PEERS_LOG) 2>&1 || { rm -rf $(PEERS); \
 		echo "tests against TRL and Liger will be skipped: they cannot be installed here, $(PEERS_LOG) says why"; }
+	@touch $@
+
+$(HARNESSES)/lm-eval/.installed: WANTED := 'lm-eval[api]==0.4.13'
+# lmms-eval 0.7.3 uses what filelock 4 does not have.
+$(HARNESSES)/lmms-eval/.installed: WANTED := 'lmms-eval==0.7.3' 'filelock<4'
+$(HARNESSES)/%/.installed: | $(VENV)/.installed
+	$(PYTHON) -m venv $(@D)
+	$(PIP) --python $(@D)/bin/python install $(WANTED)
 	@touch $@

@@ -120,6 +120,13 @@ ROOMS: dict[str, set[str]] = {
         "zppo.records",
         "zppo.report",
     },
+    "zppo.suites": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.records",
+        "zppo.report",
+        "zppo.scheduling",
+    },
     "zppo.launch": {
         "zppo.algorithm",
         "zppo.config",
@@ -136,6 +143,14 @@ ROOMS: dict[str, set[str]] = {
         "zppo.plan",
         "zppo.simulation",
     },
+    "zppo.evaluate_suite": {
+        "zppo.config",
+        "zppo.errors",
+        "zppo.evaluation",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.suites",
+    },
     "zppo.evaluate": {
         "zppo.config",
         "zppo.data",
@@ -143,6 +158,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.evaluation",
         "zppo.plan",
         "zppo.prompting",
+        "zppo.evaluate_suite",
     },
     "zppo.grade": {"zppo.config", "zppo.data", "zppo.errors", "zppo.grading"},
     "zppo.compare": {
@@ -268,6 +284,20 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.process",
         "zppo_protocol",
     },
+    "zppo_actors.suites": {
+        "zppo.data",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.records",
+        "zppo.report",
+        "zppo.signals",
+        "zppo.suites",
+        "zppo_actors.engines",
+        "zppo_actors.evaluator",
+        "zppo_protocol",
+    },
     "zppo_actors.supervisor": {
         "zppo.config",
         "zppo.errors",
@@ -289,6 +319,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.evaluator",
         "zppo_actors.nursery",
         "zppo_actors.process",
+        "zppo_actors.suites",
         "zppo_actors.supervisor",
     },
 }

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
+from zppo import evaluate_suite
 from zppo.config.options import data_settings, pair, positive, seconds
 from zppo.config.served import ServedModel
 from zppo.config.topology import (
@@ -50,7 +51,10 @@ from zppo.prompting.tokenization import load_tokenizer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the order and become the evaluating process. Returns 2 after a user error; else it does
-    not return."""
+    not return. With --suite it is `zppo.evaluate_suite` that does it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--suite" for argument in argv):
+        return evaluate_suite.main(argv)
     try:
         order = read_order(_parser().parse_args(argv))
         _check_out(order.out)

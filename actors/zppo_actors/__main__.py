@@ -1,5 +1,5 @@
 """`python -m zppo_actors ROLE …` starts one process: the supervisor or an actor of a run, an
-evaluation, an audit."""
+evaluation, a suite, an audit."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
         from zppo_actors.evaluator import process as evaluation
 
         return process.guarded(lambda: evaluation.main(argv[1:]))
+    if argv[:1] == ["suite"]:
+        from zppo_actors.suites import process as suite
+
+        return process.guarded(lambda: suite.main(argv[1:]))
     if argv[:1] == ["audit"]:
         from zppo_actors import audit
 

@@ -20,7 +20,6 @@ from msgspec import Struct
 from zppo.curation.examples import (
     RULES,
     Dropped,
-    Picture,
     canonical_name,
     identity,
     pictures_of,
@@ -193,18 +192,18 @@ def _lines(
 def _line(
     recipe: Recipe, chosen: Chosen, shard: Shard, row: dict[str, Any] | str, folder: Folder
 ) -> bytes:
-    pictures: list[Picture] = []
     try:
         if isinstance(row, str):
             raise Dropped("bad_row", row)
         words = words_of(row, canonical_name(row, shard, recipe), shard, recipe)
-        for picture, data in pictures_of(row, shard):
-            folder.keep(picture, data)
-            pictures.append(picture)
+        held = list(pictures_of(row, shard))
     except Dropped:
         raise _changed(shard) from None
-    if identity(words, tuple(pictures)) != chosen.identity:
+    pictures = tuple(picture for picture, _ in held)
+    if identity(words, pictures) != chosen.identity:
         raise _changed(shard)
+    for picture, data in held:
+        folder.keep(picture, data)
     line = {
         "id": f"{words.name}-{chosen.identity.hex()[:16]}",
         "question": words.question,

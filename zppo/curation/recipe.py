@@ -30,7 +30,7 @@ _SOURCE = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 C = TypeVar("C", bound=Config)
 Names: TypeAlias = str | list[str]
-"""One column, or several of which the first that a file has is read; nested ones by their path."""
+"""One column, or several of which a row's first that is not null counts; nested ones by path."""
 
 
 class ColumnsConfig(Config, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from zppo.data.sources.jsonl import jsonl_rows
 from zppo.data.sources.layouts import paths_of, value_of
 from zppo.data.sources.streams import PACKED
 from zppo.data.sources.tables import SUFFIXES, table_columns, table_rows
-from zppo.errors import UserError, nearest
+from zppo.errors import UserError, nearest, sendable
 
 LINES = (".jsonl", *(f".jsonl{packed}" for packed in PACKED))
 KINDS = (*SUFFIXES, *LINES)
@@ -29,18 +29,18 @@ FIRST_ROWS = 100
 
 
 class Shard(Struct, frozen=True, kw_only=True):
-    """One file. `columns` are those of the recipe that it has, field -> column."""
+    """One file. `columns` are those of the recipe that it may have, field -> columns."""
 
     source: str
     folder: Path
     """of the source; a picture's path may start here as well as beside the file"""
     file: Path
-    columns: Mapping[str, str]
+    columns: Mapping[str, list[str]]
 
     @property
     def name(self) -> str:
         """The path within the source."""
-        return self.file.relative_to(self.folder).as_posix()
+        return sendable(self.file.relative_to(self.folder).as_posix())
 
     @property
     def stamp(self) -> tuple[str, str, int, int]:
@@ -51,20 +51,20 @@ class Shard(Struct, frozen=True, kw_only=True):
     def place(self, number: int) -> str:
         """Where a row stands, for people."""
         lines = self.file.name.endswith(LINES)
-        return f"{self.file}:{number}" if lines else f"{self.file}, row {number}"
+        return sendable(f"{self.file}:{number}" if lines else f"{self.file}, row {number}")
 
     def rows(self, start: int = 0) -> Iterator[RawRow]:
         """Rows with a number above `start`: of a table from 1, of JSONL their lines. Raises
         UserError where the file is damaged."""
         if self.file.name.endswith(LINES):
             return ((number, row) for number, row in jsonl_rows(self.file) if number > start)
-        wanted = list(self.columns.values())
+        wanted = [column for columns in self.columns.values() for column in columns]
         return enumerate(table_rows(self.file, wanted, start), start=start + 1)
 
     def value(self, row: Mapping[str, Any], field: str) -> Any:
-        """What a row has in a field; None where the recipe names no column for it."""
-        column = self.columns.get(field)
-        return None if column is None else value_of(row, column)
+        """What a row has in the first column of a field that is not null; None without any."""
+        values = (value_of(row, column) for column in self.columns.get(field, ()))
+        return next((value for value in values if value is not None), None)
 
 
 def find_shards(source: str, config: SourceConfig, folder: Path) -> list[Shard]:
@@ -89,7 +89,8 @@ def find_shards(source: str, config: SourceConfig, folder: Path) -> list[Shard]:
 
 def _is_read(file: Path, folder: Path, config: SourceConfig) -> bool:
     inner = file.relative_to(folder)
-    if not file.name.endswith(KINDS) or any(part.startswith(".") for part in inner.parts):
+    hidden = any(part.startswith(".") for part in inner.parts)
+    if not file.name.endswith(KINDS) or hidden or not file.is_file():
         return False
     name = inner.as_posix()
     return any(fnmatchcase(name, pattern) for pattern in config.files) and not any(
@@ -97,10 +98,11 @@ def _is_read(file: Path, folder: Path, config: SourceConfig) -> bool:
     )
 
 
-def _columns(source: str, config: SourceConfig, file: Path) -> dict[str, str]:
-    """Field -> the first of its columns that the file has."""
-    present = _present(file)
-    found: dict[str, str] = {}
+def _columns(source: str, config: SourceConfig, file: Path) -> dict[str, list[str]]:
+    """Field -> its columns: of a table those that it has, of JSONL all, since each row has its own.
+    Raises UserError where none is there."""
+    present, lines = _present(file), file.name.endswith(LINES)
+    found: dict[str, list[str]] = {}
     for field, names in config.columns.named.items():
         there = [name for name in names if name in present]
         if not there:
@@ -112,7 +114,7 @@ def _columns(source: str, config: SourceConfig, file: Path) -> dict[str, str]:
                 f"sources.{source}.columns.{field} of the recipe{close}; it has "
                 f"{', '.join(present) or 'none'}"
             )
-        found[field] = there[0]
+        found[field] = names if lines else there
     return found
 
 

@@ -34,13 +34,13 @@ from zppo.curation.rules import (
 )
 from zppo.curation.shards import Shard
 from zppo.data.question import Question
-from zppo.errors import UserError, first_line
+from zppo.errors import UserError, first_line, sendable
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 
 SHOWN = 120
 """Characters of a question in the report."""
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "chat_template.*")
 
 
 class PromptLengths(Struct, frozen=True, kw_only=True):
@@ -155,12 +155,12 @@ class Sieve(Struct, frozen=True, kw_only=True):
         return place.to_bytes(2) + said
 
     def _drop(self, number: int, name: str, dropped: Dropped, shown: object) -> Drop:
-        question = " ".join(str(shown or "").split())[:SHOWN]
+        question = sendable(" ".join(str(shown or "").split()))[:SHOWN]
         return Drop(
             rule=dropped.rule,
             source=self.shard.source,
             name=name,
-            detail=dropped.detail,
+            detail=sendable(dropped.detail),
             place=self.shard.place(number),
             question=question,
             lot=_sha(str(self.recipe.seed), dropped.rule, name, question, dropped.detail),

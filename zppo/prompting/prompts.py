@@ -231,12 +231,11 @@ class PromptSet:
     def judge(self, question: Question, response: str) -> Prompt:
         """Ask the teacher to compare what the last box of a response holds with the reference
         (paper, Reward)."""
-        return self._about(
-            "judge.j2",
-            question,
-            gold=question.answer,
-            answer=neutral(last_boxed(response) or ""),
-        )
+        return self.compare(question, last_boxed(response) or "")
+
+    def compare(self, question: Question, answer: str) -> Prompt:
+        """Ask the teacher to compare an answer with the reference."""
+        return self._about("judge.j2", question, gold=question.answer, answer=neutral(answer))
 
     def rubric(self, question: Question, response: str, rubric: str) -> Prompt:
         """Ask the teacher how far a whole response meets a rubric."""

@@ -312,3 +312,37 @@ def test_a_folder_that_cannot_be_written(
     )
     assert main(arguments(world)) == 0
     assert capsys.readouterr().err.startswith(f"{world}/out: goes on behind 6 rows\n")
+
+
+def test_rows_that_no_file_could_hold_are_reported(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a surrogate pair, a NUL, marks that would move a cursor, a line that is no JSON."""
+    file = world / "first" / "train-00000-of-00001.jsonl"
+    bad = json.loads(file.read_text().splitlines()[0])
+    asked = ["a \\ud800 b", "a \\u0000 b", "\\u001b[2J"]
+    rows = [json.dumps(bad | {"extra_info": {"reward_type": "numeric", "question": "@"}})] * 3
+    lines = [row.replace('"@"', f'"{text}"') for row, text in zip(rows, asked, strict=True)]
+    file.write_text(file.read_text() + "".join(f"{line}\n" for line in [*lines, "{"]))
+    assert main(arguments(world)) == 0
+    said = capsys.readouterr().out
+    assert "dropped: 1 without a question that can be asked (question)\n" in said
+    assert "dropped: 2 no row that can be read (bad_row)\n" in said
+    assert "\x1b" not in said and "  first: 4 of 7 rows in 1 file\n" in said
+
+
+def test_columns_of_which_each_row_has_its_own(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In both layouts the first that is not null counts, whichever row comes first."""
+    rows = [first(1), first(2) | {"question": "Of 2?", "extra_info": None}, first(3)]
+    for row in rows:
+        row.setdefault("question", None)
+    found = []
+    for layout in ("jsonl", "parquet"):
+        for order in (rows, rows[::-1]):
+            place = world / f"{layout}-{len(found)}"
+            write_source(place, order, layout)
+            assert main(arguments(world, first=place, out=place / "out")) == 0
+            found.append((place / "out" / "train.jsonl").read_bytes())
+    assert len(set(found)) == 1 and b'"Of 2?"' in found[0]

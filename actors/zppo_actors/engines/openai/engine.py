@@ -161,14 +161,19 @@ class OpenAIEngine:
         finished: Callable[[int], None],
     ) -> Reply:
         body = request_body(task, messages, self._arguments, self._model, members)
-        await self._slots.take(len(members))
-        try:
-            reply = await self._request(body, len(members), task.sampling.max_new_tokens)
-        finally:
-            self._slots.give(len(members))
+        reply = await self.ask(body, len(members), task.sampling.max_new_tokens)
         self._note_shortfall(len(reply.choices), len(members))
         finished(len(reply.choices))
         return reply
+
+    async def ask(self, body: dict[str, Any], asked: int, tokens: int) -> Reply:
+        """A request whose body is made already, for `asked` choices of at most `tokens` each.
+        Raises EngineError."""
+        await self._slots.take(asked)
+        try:
+            return await self._request(body, asked, tokens)
+        finally:
+            self._slots.give(asked)
 
     async def _request(self, body: dict[str, Any], asked: int, tokens: int) -> Reply:
         """One request with its retries. Raises EngineError, for another try where that may help."""

@@ -1,0 +1,2 @@
+"""`zppo evaluate --suite`: a served model, a gateway before it, and harnesses that ask through
+it."""

@@ -1,0 +1,127 @@
+"""Averages that name what they lack, and paired differences, against NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zppo.errors import UserError
+from zppo.suites.results import (
+    Column,
+    RowResult,
+    Trouble,
+    average,
+    difference,
+    family_difference,
+    folder_name,
+    read_column,
+    read_result,
+    write_result,
+)
+from zppo.suites.table import Decoding, Row, Suite
+
+SCORES = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=30)
+
+
+def result(short: str, *scores: float) -> RowResult:
+    return RowResult(
+        short=short, settings={}, harness="lm-eval 0.4.13",
+        scores={f"q{i}": score for i, score in enumerate(scores)},
+        judged=0, unboxed=0, cut_off=0, refused=0, tokens=None, seconds=1.0, asked=len(scores),
+    )  # fmt: skip
+
+
+def rows(*shorts: str, family: str = "LLM") -> list[Row]:
+    return [
+        Row(short=short, family=family, harness="lm-eval", scoring="E+J", task=["t"])
+        for short in shorts
+    ]
+
+
+def column(*results: RowResult, label: str = "m") -> Column:
+    return Column(label=label, results={one.short: one for one in results}, missing={})
+
+
+def test_a_missing_row_is_named_and_is_in_no_average() -> None:
+    table = [*rows("A", "B", "C"), *rows("V", family="VLM")]
+    one = average("LLM", table, column(result("A", 1.0, 1.0), result("C", 0.0, 1.0)))
+    assert (one.value, one.have, one.of, one.missing) == (0.75, 2, 3, ["B"])
+    none = average("VLM", table, column())
+    assert (none.value, none.low, none.have, none.of) == (None, None, 0, 1)
+
+
+@given(SCORES, SCORES)
+def test_an_average_by_numpy(a: list[float], b: list[float]) -> None:
+    one = average("LLM", rows("A", "B"), column(result("A", *a), result("B", *b)))
+    error = np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)) / 2
+    mean = (np.mean(a) + np.mean(b)) / 2
+    assert one.value == pytest.approx(mean)
+    assert one.low == pytest.approx(max(0.0, mean - 1.96 * error))
+    assert one.high == pytest.approx(min(1.0, mean + 1.96 * error))
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2))
+def test_a_difference_is_paired_by_question(pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = result("A", *(a for a, _ in pairs)), result("A", *(b for _, b in pairs))
+    found = difference(ours, theirs)
+    gaps = np.array([a - b for a, b in pairs])
+    assert found is not None and found.questions == len(pairs)
+    assert found.value == pytest.approx(gaps.mean())
+    half = 1.96 * gaps.std(ddof=1) / np.sqrt(len(gaps))
+    assert (found.high - found.low) / 2 == pytest.approx(half, abs=1e-12)
+
+
+def test_the_interval_of_a_difference_covers() -> None:
+    """In 95 % of many made pairs the true difference lies within, unlike with unpaired ones."""
+    generator = np.random.default_rng(1)
+    inside = 0
+    for _ in range(400):
+        hard = generator.random(200)
+        one = (generator.random(200) < hard).astype(float)
+        other = (generator.random(200) < np.clip(hard - 0.1, 0, 1)).astype(float)
+        found = difference(result("A", *one), result("A", *other))
+        truth = 0.1 - 0.1**2 / 2  # E[h] - E[max(h - 0.1, 0)] for uniform h
+        assert found is not None
+        inside += found.low <= truth <= found.high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_only_questions_and_rows_of_both_are_compared() -> None:
+    ours, theirs = result("A", 1.0, 1.0, 1.0), result("A", 0.0, 1.0)
+    assert difference(ours, theirs) is not None
+    assert difference(ours, theirs).questions == 2  # type: ignore[union-attr]
+    table = rows("A", "B")
+    found = family_difference("LLM", table, column(ours, result("B", 1.0)), column(theirs))
+    assert found is not None and (found.benchmarks, found.value) == (1, 0.5)
+    assert family_difference("VLM", table, column(ours), column(theirs)) is None
+
+
+def test_a_result_takes_the_place_of_the_trouble(tmp_path: Path) -> None:
+    suite = Suite(name="s", folder="", decoding=Decoding(), rows=rows("A", "B"))
+    folder = tmp_path / "m" / "rows" / "A"
+    folder.mkdir(parents=True)
+    write_result(folder, Trouble(reason="it broke"))
+    assert read_column(tmp_path, "m", suite).missing == {"A": "it broke", "B": "not run yet"}
+    write_result(folder, result("A", 1.0))
+    again = read_column(tmp_path, "m", suite)
+    assert (again.results, again.missing) == ({"A": result("A", 1.0)}, {"B": "not run yet"})
+
+
+def test_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        read_result(tmp_path)
+    assert str(error.value) == (
+        f"--out: {str(tmp_path / 'result.json')!r} is no result of this version (Object missing "
+        "required field `short`); remove it"
+    )
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_a_label_is_one_folder_and_no_way_out(label: str) -> None:
+    name = folder_name(label)
+    assert name and "/" not in name and not name.startswith(".") and "\0" not in name

@@ -1,0 +1,201 @@
+"""What came of the rows of a suite, model beside model: scores with intervals, averages by family
+that name what they lack, and paired differences.
+
+The unit of sampling is the question. Benchmarks are taken as given: the interval of a family's
+average says how far it would move with other questions of the same benchmarks, not with other
+benchmarks. A benchmark without a result is in no average; every average says of how many it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from zppo.errors import UserError
+from zppo.records.atomic_file import written_whole
+from zppo.scheduling.heldout import Estimate, estimate, mean_and_half_width
+from zppo.suites.table import Row, Suite
+
+RESULT, TROUBLE = "result.json", "trouble.json"
+ROWS = "rows"
+
+
+class RowResult(Struct, frozen=True, kw_only=True):
+    """One benchmark of one model. `settings` is what must be the same for a result to be kept."""
+
+    short: str
+    settings: dict[str, Any]
+    harness: str
+    """With its version."""
+    scores: dict[str, float]
+    """Question -> score from 0 to 1."""
+    judged: int
+    """Answers that the judge decided."""
+    unboxed: int
+    """Answers without a box."""
+    cut_off: int
+    """Answers that ended at the limit of tokens."""
+    refused: int
+    """Questions that the server would not take; they count as wrong."""
+    tokens: int | None
+    """Of all answers; None where the server did not count them."""
+    seconds: float
+    """Of the attempt that finished the row."""
+    asked: int
+    """Answers of that attempt that the journal did not have."""
+
+    @property
+    def estimate(self) -> Estimate:
+        return estimate([*self.scores.values()])
+
+
+class Trouble(Struct, frozen=True, kw_only=True):
+    """Why a row has no result yet."""
+
+    reason: str
+
+
+class Column(Struct, frozen=True, kw_only=True):
+    """One model: its results and, for the other rows, the reasons why there are none."""
+
+    label: str
+    results: dict[str, RowResult]
+    missing: dict[str, str]
+
+
+class Average(Struct, frozen=True, kw_only=True):
+    """Mean over the benchmarks of a family that have a result."""
+
+    family: str
+    value: float | None
+    low: float | None
+    high: float | None
+    have: int
+    of: int
+    missing: list[str]
+
+
+class Difference(Struct, frozen=True, kw_only=True):
+    """Mean of paired differences to the baseline, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    questions: int
+    benchmarks: int = 1
+
+
+def average(family: str, rows: Sequence[Row], column: Column) -> Average:
+    """The average of a family's benchmarks."""
+    shorts = [row.short for row in rows if row.family == family]
+    have = [short for short in shorts if short in column.results]
+    value, half = _mean_of_means(
+        [mean_and_half_width([*column.results[short].scores.values()]) for short in have]
+    )
+    return Average(
+        family=family,
+        value=value,
+        low=None if value is None else max(0.0, value - half),
+        high=None if value is None else min(1.0, value + half),
+        have=len(have),
+        of=len(shorts),
+        missing=[short for short in shorts if short not in have],
+    )
+
+
+def difference(one: RowResult, baseline: RowResult) -> Difference | None:
+    """Over the questions that both were asked; None if there is none."""
+    shared = [id for id in baseline.scores if id in one.scores]
+    if not shared:
+        return None
+    mean, half = mean_and_half_width([one.scores[id] - baseline.scores[id] for id in shared])
+    return Difference(value=mean, low=mean - half, high=mean + half, questions=len(shared))
+
+
+def family_difference(
+    family: str, rows: Sequence[Row], one: Column, baseline: Column
+) -> Difference | None:
+    """Over the benchmarks for which both have a result; None if there is none."""
+    both = [
+        found
+        for row in rows
+        if row.family == family and row.short in one.results and row.short in baseline.results
+        if (found := difference(one.results[row.short], baseline.results[row.short])) is not None
+    ]
+    value, half = _mean_of_means([(d.value, d.high - d.value) for d in both])
+    if value is None:
+        return None
+    return Difference(
+        value=value,
+        low=value - half,
+        high=value + half,
+        questions=sum(d.questions for d in both),
+        benchmarks=len(both),
+    )
+
+
+def _mean_of_means(parts: Sequence[tuple[float, float]]) -> tuple[float | None, float]:
+    """Mean of independent means, and half the width of its interval from theirs."""
+    if not parts:
+        return None, 0.0
+    mean = sum(value for value, _ in parts) / len(parts)
+    return mean, math.sqrt(sum(half**2 for _, half in parts)) / len(parts)
+
+
+# ---- on disk -------------------------------------------------------------------------------------
+
+
+def row_folder(out: Path, label: str, short: str) -> Path:
+    return out / folder_name(label) / ROWS / short
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in label).lstrip(".") or "_"
+
+
+def write_result(folder: Path, result: RowResult | Trouble) -> None:
+    """Write a row's result, or why there is none; a result takes the trouble's place."""
+    name = RESULT if isinstance(result, RowResult) else TROUBLE
+    with written_whole(folder / name, synced=True) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    if name == RESULT:
+        (folder / TROUBLE).unlink(missing_ok=True)
+
+
+def read_result(folder: Path) -> RowResult | None:
+    """The result of a row, if it has one. Raises UserError for a file that is none."""
+    try:
+        return msgspec.json.decode((folder / RESULT).read_bytes(), type=RowResult)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(
+            f"--out: {str(folder / RESULT)!r} is no result of this version ({error}); remove it"
+        ) from None
+
+
+def read_column(out: Path, label: str, suite: Suite) -> Column:
+    """What there is of a model."""
+    results: dict[str, RowResult] = {}
+    missing: dict[str, str] = {}
+    for row in suite.rows:
+        folder = row_folder(out, label, row.short)
+        result = read_result(folder)
+        if result is not None:
+            results[row.short] = result
+        else:
+            missing[row.short] = _trouble(folder)
+    return Column(label=label, results=results, missing=missing)
+
+
+def _trouble(folder: Path) -> str:
+    try:
+        return msgspec.json.decode((folder / TROUBLE).read_bytes(), type=Trouble).reason
+    except (OSError, msgspec.MsgspecError):
+        return "not run yet"
