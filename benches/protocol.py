@@ -1,18 +1,21 @@
 """How much an answer costs on the wire: this codec against msgspec with the token streams as lists
-of numbers.
+of numbers, against pickle, and against bare ZeroMQ.
 
     python benches/protocol.py [--completions 64] [--tokens 16384] [--repeats 7] [--json FILE]
 
-The message is one `GenerateResult` of `--completions` completions of `--tokens` tokens each. Both
-sides end with numpy arrays that have passed the same checks, which is what a controller needs. The
-last row sends the frames through a real `ipc://` socket pair in one process. Times are processor
-times of all threads, the best of `--repeats`, in milliseconds.
+The message is one `GenerateResult` of `--completions` completions of `--tokens` tokens each. Codec
+and lists end with numpy arrays that have passed the same checks, which is what a controller needs;
+pickle (protocol 5, of the fields) checks nothing. The last rows send the message through a real
+`ipc://` socket pair in one process, and the same frames through bare sockets. Times are processor
+times of all threads, the best of `--repeats`, in milliseconds; each action is repeated until it
+takes 20 ms.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import platform
 import tempfile
 import time
@@ -22,6 +25,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import zmq
 
 from zppo_protocol.codec import decode, encode
 from zppo_protocol.limits import Limits
@@ -30,6 +34,8 @@ from zppo_protocol.samples import GroupSamples
 from zppo_protocol.sockets import Dealer, Router
 from zppo_protocol.values import Usage
 
+LEAST_SECONDS = 0.02
+WAYS = ("codec", "lists", "pickle")
 ARRAYS = {
     "prompt_ids": np.int32,
     "token_ids": np.int32,
@@ -91,12 +97,36 @@ def decode_lists(data: bytes) -> GenerateResult:
 
 def best_ms(action: Callable[[], Any], repeats: int) -> float:
     """Least processor time of one call, in milliseconds: the rest is noise of the machine."""
-    times = []
-    for _ in range(repeats):
+    action()
+    times, calls = [], 1
+    while len(times) < repeats:
         start = time.process_time()
-        action()
-        times.append(time.process_time() - start)
+        for _ in range(calls):
+            action()
+        seconds = time.process_time() - start
+        if seconds < LEAST_SECONDS and not times:
+            calls *= 2
+        else:
+            times.append(seconds / calls)
     return 1000 * min(times)
+
+
+def bare_ms(frames: list[Any], repeats: int) -> float:
+    """The same frames through bare sockets: no message, no checks."""
+    context = zmq.Context()
+    router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    with tempfile.TemporaryDirectory(prefix="zp-") as folder:
+        router.bind(f"ipc://{folder}/bench.sock")
+        dealer.connect(f"ipc://{folder}/bench.sock")
+
+        def trip() -> None:
+            dealer.send_multipart(frames, copy=False)
+            router.recv_multipart(copy=False)
+
+        try:
+            return best_ms(trip, repeats)
+        finally:
+            context.destroy(linger=0)
 
 
 def socket_ms(result: GenerateResult, repeats: int) -> float:
@@ -120,43 +150,48 @@ def socket_ms(result: GenerateResult, repeats: int) -> float:
 def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
     result, limits = make_result(completions, tokens), Limits(header_bytes=2**30)
     frames, data = encode(result, limits), encode_lists(result)
-    rows = {
+    fields = msgspec.structs.asdict(result.samples)
+    pickled = pickle.dumps(fields, protocol=5)
+    actions: dict[str, tuple[Callable[[], Any], ...]] = {
         "encode": (
-            best_ms(lambda: encode(result, limits), repeats),
-            best_ms(lambda: encode_lists(result), repeats),
+            lambda: encode(result, limits),
+            lambda: encode_lists(result),
+            lambda: pickle.dumps(fields, protocol=5),
         ),
         "decode": (
-            best_ms(lambda: decode(frames, limits), repeats),
-            best_ms(lambda: decode_lists(data), repeats),
+            lambda: decode(frames, limits),
+            lambda: decode_lists(data),
+            lambda: pickle.loads(pickled),
         ),
     }
-    rows["both"] = (rows["encode"][0] + rows["decode"][0], rows["encode"][1] + rows["decode"][1])
+    rows = {name: [best_ms(one, repeats) for one in ways] for name, ways in actions.items()}
+    rows["both"] = [sum(pair) for pair in zip(*rows.values(), strict=True)]
+    over_ipc, bare = socket_ms(result, repeats), bare_ms(frames, repeats)
     return {
         "completions": completions,
         "tokens": tokens,
         "cpu": platform.processor() or platform.machine(),
         "mib": {"codec": sum(map(len, frames)) / 2**20, "lists": len(data) / 2**20},
-        "milliseconds": {
-            name: {"codec": ours, "lists": theirs} for name, (ours, theirs) in rows.items()
+        "milliseconds": {name: dict(zip(WAYS, row, strict=True)) for name, row in rows.items()},
+        "ratio": {
+            name: {way: row[k] / row[0] for k, way in enumerate(WAYS)} for name, row in rows.items()
         },
-        "ratio": {name: theirs / ours for name, (ours, theirs) in rows.items()},
-        "socket_milliseconds": socket_ms(result, repeats),
+        "socket_milliseconds": over_ipc,
+        "bare_milliseconds": bare,
     }
 
 
 def table(measured: dict[str, Any]) -> str:
-    lines = [f"{'':18}{'codec':>10}{'lists':>10}{'ratio':>8}"]
+    lines = [f"{'':18}" + "".join(f"{way:>10}" for way in WAYS) + "   of ours"]
     for name, times in measured["milliseconds"].items():
-        ratio = measured["ratio"][name]
-        lines.append(
-            f"{name + ' (ms)':18}{times['codec']:10.2f}{times['lists']:10.2f}{ratio:7.1f}x"
-        )
+        row = "".join(f"{times[way]:10.3f}" for way in WAYS)
+        ratios = "".join(f"{measured['ratio'][name][way]:8.1f}x" for way in WAYS[1:])
+        lines.append(f"{name + ' (ms)':18}{row}{ratios}")
     size = measured["mib"]
-    lines.append(
-        f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}"
-        f"{size['lists'] / size['codec']:7.1f}x"
-    )
-    lines.append(f"{'over ipc (ms)':18}{measured['socket_milliseconds']:10.2f}")
+    lines.append(f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}")
+    whole, bare = measured["socket_milliseconds"], measured["bare_milliseconds"]
+    lines.append(f"{'over ipc (ms)':18}{whole:10.3f}")
+    lines.append(f"{'bare ZeroMQ (ms)':18}{bare:10.3f}{bare / whole:10.0%} of ours")
     return "\n".join(lines)
 
 

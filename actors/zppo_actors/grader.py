@@ -72,6 +72,8 @@ class GraderActor:
         self._in_hand: deque[_TaskInHand] = deque()
         self._membership = Membership(context.topology.transport.heartbeat_seconds)
         self._counts: Counter[str] = Counter()
+        self._owed = 0
+        """Credits of answered tasks that have not gone back yet."""
         self._open = False
         self._timeline = context.timeline
         self._since = self._timeline.began
@@ -162,11 +164,15 @@ class GraderActor:
             self._answer(GradeResult(task_id=current.task.task_id, grades=current.grades))
 
     def _answer(self, message: GradeResult | TaskFailed) -> None:
-        """Close the first task: send its answer and give its credit back."""
+        """Close the first task: send its answer. Credits go back several at once, early enough that
+        the next task is always at hand."""
         self._dealer.send(message)
         task = self._in_hand.popleft().task
         self._turn("grade", task.task_id, len(task.responses))
-        self._dealer.send(Credits(count=1))
+        self._owed += 1
+        if self._owed >= CAPACITY // 2 or not self._in_hand:
+            self._dealer.send(Credits(count=self._owed))
+            self._owed = 0
 
     def _turn(self, kind: str, what: str = "", size: int = 1) -> None:
         """Put on the timeline what has just ended; the next thing begins now."""

@@ -1,21 +1,22 @@
 """Messages to frames and back, and the same encoding in one blob for checkpoints.
 
-A message is one msgpack header, a map with the tag `type`, and at most one payload frame that holds
-every numpy array end to end, each padded to 8 bytes. In the header an array is `[dtype, shape,
-offset]`. Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes;
-`decode(encode(m))` equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows
-at its origin and never as a lost answer.
+A message is one msgpack header, a map with the tag `type`, and the payload: every numpy array end
+to end, each padded to 8 bytes. In the header an array is `[dtype, shape, offset]`. The payload is
+one frame, or several end to end: an array of at least `LARGE` bytes has one of its own, so that it
+is sent from where it lies; the padding behind the last array of a frame may be left out.
+Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes; `decode(encode(m))`
+equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows at its origin and
+never as a lost answer.
 
-Arrays that come out are read-only views into the payload and keep it alive; copy what is to be
-changed or kept long.
+Arrays that come out are read-only views into the payload and keep their frame alive; copy what is
+to be changed or kept long.
 """
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar, get_args
 
 import msgspec
@@ -30,44 +31,50 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 T = TypeVar("T")
 
 ALIGNMENT = 8
+LARGE = 2**17
+"""Bytes of an array that is worth a frame of its own."""
+MOST_LARGE = (MAX_FRAMES - 2) // 2
+"""So many have a frame of their own: before each, and behind the last, there may be another."""
 DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(f"<{code}") for code in ("i4", "i8", "f4", "u1")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOB = struct.Struct("<8sQ")
 BLOB_MAGIC = b"ZPPO\x00\x00\x00\x01"
 DEFAULT_LIMITS = Limits()
-WORD = np.dtype("<i8")
-NOTHING = np.zeros(0, WORD)
-KEPT_APART = (bytes, bytearray, memoryview)
-"""What would otherwise be sent as text, and is to be refused instead."""
+PADDINGS = [bytes(count) for count in range(ALIGNMENT)]
+REFUSALS = (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError)
+"""All that msgspec and the hooks raise; ValueError covers msgspec's own and UnicodeEncodeError."""
+BYTE, WORD = np.dtype("u1"), np.dtype("<i8")
+NOTHING = np.zeros(0, BYTE)
 SHAPES = {message: shape_of(message) for message in get_args(AnyMessage)}
 
 
-def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
-    """Return the one or two frames of `message`. Raises ProtocolError if `decode` would not accept
-    them."""
+def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
+    """Return the frames of `message`; large arrays of it are frames as they are. Raises
+    ProtocolError if `decode` would not accept them."""
     shape = SHAPES.get(type(message))
     if shape is None:
         raise ProtocolError(f"cannot be sent: {type(message).__name__} is no message")
     writer = _ArrayWriter()
-    with _as_refusals("cannot be sent"):
-        fields = msgspec.to_builtins(message, builtin_types=KEPT_APART, enc_hook=writer.reference)
+    try:
         # Arrays were checked when the message was built and cannot be written since; the types of
         # the other fields were not.
-        msgspec.convert(fields, shape)
-        header = msgspec.msgpack.encode(fields)
+        checked = msgspec.convert(message, shape, from_attributes=True)
+        header = msgspec.msgpack.Encoder(enc_hook=writer.reference).encode(checked)
+    except REFUSALS as error:
+        raise ProtocolError(f"cannot be sent: {error}") from error
     _check_size("header", len(header), limits.header_bytes)
     _check_size("payload", writer.size, limits.payload_bytes)
-    return [header, b"".join(writer.pieces)] if writer.size else [header]
+    return [header, *writer.frames()]
 
 
 def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMessage:
     """Return the message in `frames`; its arrays are read-only views of the payload. Raises
     ProtocolError only."""
     if not 1 <= len(frames) <= MAX_FRAMES:
-        raise ProtocolError(f"a message has one or two frames, got {len(frames)}")
-    header, payload = frames[0], frames[1] if len(frames) > 1 else b""
+        raise ProtocolError(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
+    header, *payload = frames
     _check_size("header", len(header), limits.header_bytes)
-    _check_size("payload", len(payload), limits.payload_bytes)
+    _check_size("payload", sum(map(len, payload)), limits.payload_bytes)
     message: AnyMessage = _unpack(header, payload, AnyMessage)
     return message
 
@@ -97,40 +104,33 @@ def loads(data: Buffer, type: type[T]) -> T:
         raise ProtocolError(
             f"the blob is cut off: its header needs {payload_start} bytes, got {len(view)}"
         )
-    value: T = _unpack(view[BLOB.size : BLOB.size + header_bytes], view[payload_start:], type)
+    value: T = _unpack(view[BLOB.size : BLOB.size + header_bytes], [view[payload_start:]], type)
     return value
 
 
 def _pack(value: Any) -> tuple[bytes, bytes]:
     writer = _ArrayWriter()
-    with _as_refusals("cannot be sent"):
+    try:
         header = msgspec.msgpack.Encoder(enc_hook=writer.reference).encode(value)
+    except REFUSALS as error:
+        raise ProtocolError(f"cannot be sent: {error}") from error
     return header, b"".join(writer.pieces)
 
 
-def _unpack(header: Buffer, payload: Buffer, type: Any) -> Any:
+def _unpack(header: Buffer, payload: Sequence[Buffer], type: Any) -> Any:
     reader = _READERS.by_type.get(type)
     if reader is None:
         reader = _READERS.by_type[type] = _Reader(type)
     return reader.read(header, payload)
 
 
-@contextlib.contextmanager
-def _as_refusals(what: str) -> Iterator[None]:
-    """Turn whatever msgspec and the hooks raise into ProtocolError."""
-    try:
-        yield
-    # ValueError covers DecodeError, ValidationError and UnicodeDecodeError.
-    except (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError) as error:
-        raise ProtocolError(f"{what}: {error}") from error
-
-
 class _ArrayWriter:
     """Collects the arrays met while a header is encoded; `pieces` joined are the payload."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes | memoryview] = []
+        self.pieces: list[Buffer] = []
         self.size = 0
+        self._large: list[int] = []
 
     def reference(self, value: Any) -> list[Any]:
         if not isinstance(value, np.ndarray):
@@ -142,11 +142,27 @@ class _ArrayWriter:
         if code is None or value.ndim > MAX_DIMENSIONS:
             raise ProtocolError(f"an array of {value.dtype.name} with shape {value.shape}")
         offset, size = self.size, value.nbytes
-        self.pieces.append(np.ascontiguousarray(value).data)
+        if size >= LARGE:
+            self._large.append(len(self.pieces))
+        if size:
+            self.pieces.append(np.ascontiguousarray(value).data.cast("B"))
         if padding := -size % ALIGNMENT:
-            self.pieces.append(bytes(padding))
+            self.pieces.append(PADDINGS[padding])
         self.size += size + padding
-        return [code, list(value.shape), offset]
+        return [code, value.shape, offset]
+
+    def frames(self) -> list[Buffer]:
+        """The payload: large arrays as they are, and what lies between them joined."""
+        frames: list[Buffer] = []
+        start = 0
+        for place in self._large[:MOST_LARGE]:
+            if start < place:
+                frames.append(b"".join(self.pieces[start:place]))
+            frames.append(self.pieces[place])
+            start = place + 1 + (len(self.pieces[place]) % ALIGNMENT > 0)  # without its padding
+        if start < len(self.pieces):
+            frames.append(b"".join(self.pieces[start:]))
+        return frames
 
 
 class _Reader:
@@ -156,19 +172,19 @@ class _Reader:
     def __init__(self, type: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(type, dec_hook=self._array)
 
-    def read(self, header: Buffer, payload: Buffer) -> Any:
-        self._words, self._end, self._cursor = _words_of(payload), len(payload), 0
+    def read(self, header: Buffer, payload: Sequence[Buffer]) -> Any:
+        self._left = list(reversed(payload))
+        self._bytes, self._begin, self._end, self._cursor = NOTHING, 0, 0, 0
         try:
             value = self._decoder.decode(header)
         except (ValueError, RecursionError) as error:
             # ValueError covers DecodeError and UnicodeDecodeError.
             raise ProtocolError(f"not a message: {error}") from error
         finally:
-            self._words = NOTHING  # the payload lives as long as its arrays, and no longer
-        if self._cursor != self._end:
-            raise ProtocolError(
-                f"the arrays of the header end at byte {self._cursor} of {self._end}"
-            )
+            self._bytes = NOTHING  # a frame lives as long as its arrays, and no longer
+        if self._cursor < self._end or any(map(len, self._left)):
+            end = self._end + sum(map(len, self._left))
+            raise ProtocolError(f"the arrays of the header end at byte {self._cursor} of {end}")
         return value
 
     def _array(self, type_: type, reference: Any) -> np.ndarray:
@@ -178,13 +194,16 @@ class _Reader:
         size = dtype.itemsize
         for length in shape:
             size *= length
+        if self._cursor >= self._end and size and self._left:
+            self._bytes = _bytes_of(self._left.pop())
+            self._begin, self._end = self._cursor, self._cursor + len(self._bytes)
         if offset != self._cursor or offset + size > self._end:
             raise ProtocolError(
                 f"an array of {size} bytes at {offset} does not lie in {self._end} bytes in order"
             )
-        self._cursor = offset + _aligned(size)
+        self._cursor = offset + size + -size % ALIGNMENT
         try:
-            return np.ndarray(shape, dtype, self._words, offset)
+            return np.ndarray(shape, dtype, self._bytes, offset - self._begin)
         except OverflowError as error:  # no elements, but a length beyond any machine's
             raise ProtocolError(f"an array of shape {shape}") from error
 
@@ -199,18 +218,14 @@ class _Readers(threading.local):
 _READERS = _Readers()
 
 
-def _words_of(payload: Buffer) -> np.ndarray:
-    """The payload as read-only, aligned words. Raises ProtocolError if it is not made of whole
-    ones."""
-    if not len(payload):
-        return NOTHING
-    if len(payload) % ALIGNMENT:
-        raise ProtocolError(f"a payload is a multiple of {ALIGNMENT} bytes, got {len(payload)}")
-    words = np.frombuffer(payload, WORD)
+def _bytes_of(frame: Buffer) -> np.ndarray:
+    """The frame as read-only bytes that begin at a multiple of 8."""
+    found = np.frombuffer(frame, BYTE)
     # The transport may place a small payload anywhere inside its receive buffer.
-    words = words if words.flags.aligned else words.copy()
-    words.flags.writeable = False
-    return words
+    if not np.frombuffer(frame, WORD, count=len(frame) // ALIGNMENT).flags.aligned:
+        found = found.copy()
+    found.flags.writeable = False
+    return found
 
 
 def _checked_reference(reference: Any) -> tuple[np.dtype[Any], list[int], int]:

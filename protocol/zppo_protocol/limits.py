@@ -12,7 +12,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 MIB = 2**20
-MAX_FRAMES = 2
+MAX_FRAMES = 64
 MAX_DIMENSIONS = 2
 MAX_IDENTITY_BYTES = 64
 MAX_IPC_PATH_BYTES = 107
@@ -22,7 +22,7 @@ MAX_IPC_PATH_BYTES = 107
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Bounds of one socket.
 
-    `header_bytes` and `payload_bytes` bound the two frames of a message. `queue` is the high-water
+    `header_bytes` and `payload_bytes` bound the two parts of a message. `queue` is the high-water
     mark, in messages, of each direction of each peer: with credits it is never reached by a peer
     that reads. `send_seconds` bounds how long a dealer waits for a controller that does not read,
     `linger_seconds` how long closing waits for unsent ones.
@@ -36,7 +36,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def frame_bytes(self) -> int:
-        """The larger of the two frames: what the transport refuses before it allocates."""
+        """The larger of the two parts: a frame above it is refused before it is allocated."""
         return max(self.header_bytes, self.payload_bytes)
 
 

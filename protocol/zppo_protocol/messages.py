@@ -43,7 +43,7 @@ from zppo_protocol.values import (
     Value,
 )
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):

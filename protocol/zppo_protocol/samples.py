@@ -12,11 +12,22 @@ end to end, S version spans, K most probable tokens of a teacher.
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
-from zppo_protocol.arrays import check_array, check_ids, check_offsets
+from zppo_protocol.arrays import (
+    FLOAT32,
+    INT32,
+    check_array,
+    check_ids,
+    check_offsets,
+    highest,
+    lowest,
+)
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.support import Support, check_holds
 from zppo_protocol.values import FROZEN, GroupKind, Name, Text, Usage, Value
@@ -74,6 +85,14 @@ class GroupSamples(Value, frozen=True):
             return int(self.prompt_ids.size)
         return next((use.prompt_tokens for use in self.usage if use.prompt_tokens is not None), 0)
 
+    def without_texts(self) -> GroupSamples:
+        """The same for a reader of tokens alone; what has been checked is not checked again."""
+        if self.text_only:
+            return structs.replace(self, texts=[])  # refused, since nothing would be left
+        copied = copy.copy(self)
+        structs.force_setattr(copied, "texts", [])
+        return copied
+
     def __post_init__(self) -> None:
         check_samples(self)
 
@@ -112,25 +131,26 @@ class TrainGroup(Value, frozen=True):
 def check_samples(samples: GroupSamples) -> None:
     """Check one group of completions; cost O(T) without copies. Raises ProtocolError naming the
     field."""
-    check_array("prompt_ids", samples.prompt_ids, np.int32)
-    check_array("token_ids", samples.token_ids, np.int32)
-    check_array("log_probs", samples.log_probs, np.float32)
-    check_array("offsets", samples.offsets, np.int32)
-    check_array("version_spans", samples.version_spans, np.int32, dimensions=2)
+    check_array("prompt_ids", samples.prompt_ids, INT32)
+    check_array("token_ids", samples.token_ids, INT32)
+    check_array("log_probs", samples.log_probs, FLOAT32)
+    check_array("offsets", samples.offsets, INT32)
+    check_array("version_spans", samples.version_spans, INT32, dimensions=2)
+    tokens, completions = len(samples.token_ids), len(samples.offsets) - 1
     check_ids("prompt_ids", samples.prompt_ids)
     check_ids("token_ids", samples.token_ids)
-    _check_log_probs(samples.log_probs, len(samples.token_ids))
-    _check_offsets(samples.offsets, len(samples.token_ids))
-    _check_spans(samples.version_spans, len(samples.token_ids))
+    _check_log_probs(samples.log_probs, tokens)
+    _check_offsets(samples.offsets, tokens)
+    _check_spans(samples.version_spans, tokens)
     if samples.support is not None:
         check_holds(samples.support, samples.token_ids, samples.versions_T == FROZEN)
-    _check_completions(samples, len(samples.offsets) - 1)
-    _check_text_only(samples, len(samples.offsets) - 1)
+    _check_completions(samples, completions)
+    _check_text_only(samples, completions)
 
 
 def check_train_group(group: TrainGroup) -> None:
     """Check that there is one finite reward per completion. Raises ProtocolError."""
-    check_array("rewards", group.rewards, np.float32)
+    check_array("rewards", group.rewards, FLOAT32)
     if group.samples.text_only:
         raise ProtocolError("samples must have token ids to be trained on, got texts only")
     completions = len(group.samples.offsets) - 1
@@ -151,7 +171,7 @@ def check_train_group(group: TrainGroup) -> None:
 
 def check_reward_parts(parts_NK: np.ndarray, completions: int) -> None:
     """Check that every completion has a finite value of every part. Raises ProtocolError."""
-    check_array("reward_parts", parts_NK, np.float32, dimensions=2)
+    check_array("reward_parts", parts_NK, FLOAT32, dimensions=2)
     if len(parts_NK) != completions:
         raise ProtocolError(
             f"reward_parts must have one row per completion ({completions}), got {len(parts_NK)}"
@@ -164,7 +184,7 @@ def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.n
     """Check that there is a prompt and that `offsets` cut the tokens into responses. Raises
     ProtocolError."""
     for name, value in (("prompt_ids", prompt_ids), ("token_ids", token_ids), ("offsets", offsets)):
-        check_array(name, value, np.int32)
+        check_array(name, value, INT32)
     if not len(prompt_ids):
         raise ProtocolError("prompt_ids must hold at least one token")
     check_ids("prompt_ids", prompt_ids)
@@ -175,8 +195,8 @@ def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.n
 def check_scores(scores: TokenScores) -> None:
     """Check that ids and log-probs belong together and no row sums to more than 1. Raises
     ProtocolError."""
-    check_array("token_ids", scores.token_ids, np.int32, dimensions=2)
-    check_array("log_probs", scores.log_probs, np.float32, dimensions=2)
+    check_array("token_ids", scores.token_ids, INT32, dimensions=2)
+    check_array("log_probs", scores.log_probs, FLOAT32, dimensions=2)
     if scores.token_ids.shape != scores.log_probs.shape:
         raise ProtocolError(
             f"log_probs must have the shape {scores.token_ids.shape}, got {scores.log_probs.shape}"
@@ -204,11 +224,8 @@ def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
         raise ProtocolError(
             f"log_probs must have one entry per token ({tokens}), got {len(log_probs_T)}"
         )
-    # min and max hand NaN on, and every comparison with NaN is false: two reductions find NaN, ±inf
-    # and positives.
-    if tokens and not (
-        np.minimum.reduce(log_probs_T) > -np.inf and np.maximum.reduce(log_probs_T) <= MAX_LOG_PROB
-    ):
+    # Every comparison with NaN is false: two looks find NaN, ±inf and positives.
+    if tokens and not (lowest(log_probs_T) > -math.inf and highest(log_probs_T) <= MAX_LOG_PROB):
         raise ProtocolError(f"log_probs must be finite and at most {MAX_LOG_PROB}")
 
 
@@ -223,13 +240,12 @@ def _check_offsets(offsets: np.ndarray, tokens: int) -> None:
 def _check_spans(spans_S2: np.ndarray, tokens: int) -> None:
     if spans_S2.shape[1] != 2:
         raise ProtocolError(f"version_spans must have shape [S, 2], got {spans_S2.shape}")
-    if len(spans_S2):
-        count, version = np.minimum.reduce(spans_S2).tolist()
-        if count < 1 or version < FROZEN:
-            raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
-    covered = np.add.reduce(spans_S2[:, 0], dtype=np.int64)
-    if covered != tokens:
-        raise ProtocolError(f"version_spans must cover {tokens} tokens, got {covered}")
+    # There are few spans: lists of numbers are faster than reductions.
+    counts, versions = spans_S2.T.tolist()
+    if counts and (min(counts) < 1 or min(versions) < FROZEN):
+        raise ProtocolError("version_spans must hold counts >= 1 and versions >= -1")
+    if sum(counts) != tokens:
+        raise ProtocolError(f"version_spans must cover {tokens} tokens, got {sum(counts)}")
 
 
 def _check_completions(samples: GroupSamples, completions: int) -> None:

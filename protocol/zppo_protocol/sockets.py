@@ -33,6 +33,8 @@ from zppo_protocol.messages import AnyMessage
 
 LOGGER = logging.getLogger(__name__)
 IDENTITY = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_IDENTITY_BYTES - 1}}}")
+COPIED = 2**19
+"""Bytes of a frame below which a copy costs less than to be told when the frame has gone."""
 RECONNECT_MILLISECONDS = (20, 1000)
 """First and longest pause between two attempts to reach the controller."""
 
@@ -230,6 +232,7 @@ def _set_bounds(socket: Any, limits: Limits) -> None:
     socket.set(zmq.MAXMSGSIZE, limits.frame_bytes)
     socket.set(zmq.LINGER, round(1000 * limits.linger_seconds))
     socket.set(zmq.SNDTIMEO, round(1000 * limits.send_seconds))
+    socket.copy_threshold = COPIED
 
 
 def _arrivals(socket: zmq.Socket[bytes], timeout_s: float) -> Iterator[None]:

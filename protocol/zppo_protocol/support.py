@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zppo_protocol.arrays import check_array, check_ids, check_offsets
+from zppo_protocol.arrays import INT32, check_array, check_ids, check_offsets
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.values import Value
 
@@ -78,8 +78,8 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 def check_support(support: Support) -> None:
     """Check one support; cost O(M). Raises ProtocolError naming the field."""
-    check_array("support.ids", support.ids, np.int32)
-    check_array("support.offsets", support.offsets, np.int32)
+    check_array("support.ids", support.ids, INT32)
+    check_array("support.offsets", support.offsets, INT32)
     check_ids("support.ids", support.ids)
     check_offsets("support.offsets", support.offsets, len(support.ids))
     starts = np.zeros(len(support.ids) + 1, dtype=np.bool_)

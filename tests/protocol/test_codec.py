@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from zppo_protocol import messages as m
-from zppo_protocol.codec import decode, dumps, encode, loads
+from zppo_protocol.codec import LARGE, decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.limits import Limits
+from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 from zppo_protocol.support import Support, support_of
+from zppo_protocol.values import Grade
 
 MESSAGE_TYPES = get_args(m.AnyMessage)
 TASK_FIELDS = inspect.type_info(m.GenerateTask).fields  # type: ignore[attr-defined]
@@ -210,6 +211,58 @@ def test_a_message_without_arrays_is_one_frame_and_with_arrays_two() -> None:
     assert b"\x07\x00\x00\x00" not in header, "numbers of arrays belong to the payload"
 
 
+def many(sizes: list[int]) -> m.TrainWindow:
+    """A window whose groups have so many tokens; every value of an array is another."""
+    groups = []
+    for index, size in enumerate(sizes):
+        samples = GroupSamples(
+            prompt_ids=np.arange(3, dtype=np.int32) + index,
+            token_ids=np.arange(size, dtype=np.int32) + index,
+            log_probs=-np.arange(size, dtype=np.float32) - index,
+            offsets=np.array([0, size], np.int32),
+            version_spans=np.array([[size, index]], np.int32),
+            texts=[],
+            finish_reasons=["stop"],
+        )
+        reward = np.array([index], np.float32)
+        groups.append(TrainGroup(f"g{index}", "q", "plain", samples, reward))
+    return m.TrainWindow(step=1, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frames"),
+    [
+        ([LARGE // 4 - 1], 2),
+        ([LARGE // 4], 5),
+        ([LARGE // 4 + 1, 5, LARGE // 4], 8),
+        ([LARGE // 4 + 1] * 40, 49),
+    ],
+    ids=["none large", "two large", "odd sizes", "more than have a frame"],
+)
+def test_large_arrays_are_frames_as_they_are(sizes: list[int], frames: int) -> None:
+    message = many(sizes)
+    header, *payload = encode(message)
+    assert 1 + len(payload) == frames <= MAX_FRAMES
+    large = [
+        group.samples.token_ids
+        for group in message.groups
+        if group.samples.token_ids.nbytes >= LARGE
+    ]
+    for array in large[:15]:
+        assert any(np.shares_memory(array, np.frombuffer(frame, np.uint8)) for frame in payload)
+    received = [header, *(bytes(frame) for frame in payload)]
+    assert plain(decode(received)) == plain(message)
+    for cut in range(1, len(received)):
+        with pytest.raises(ProtocolError):
+            decode(received[:cut])
+        with pytest.raises(ProtocolError):
+            decode([*received[:cut], received[cut][:-5], *received[cut + 1 :]])
+        with pytest.raises(ProtocolError):
+            decode([*received[:cut], received[cut] + bytes(8), *received[cut + 1 :]])
+        with pytest.raises(ProtocolError):
+            decode([*received[:cut], bytes(8), *received[cut:]][:MAX_FRAMES])
+
+
 def test_arrays_are_read_only_views_of_the_payload() -> None:
     header, payload = encode(example_result())
     samples = decode([header, payload]).samples
@@ -250,7 +303,8 @@ def test_arrays_need_not_be_contiguous_or_little_endian_to_be_written() -> None:
         (m.Goodbye(reason="\ud800"), "surrogates"),
         (m.Credits(count=-1), ">= 0"),
         (m.Credits(count="3"), "Expected `int`"),
-        (m.Credits(count=object()), "a value of type object"),
+        (m.Credits(count=object()), "Expected `int`, got `object`"),
+        (m.Goodbye(reason=b"bytes"), "Expected `str`, got `bytes`"),  # type: ignore[arg-type]
         (m.Credits(count=2**70), "cannot be sent"),
         ("hello", "str is no message"),
     ],
@@ -258,6 +312,19 @@ def test_arrays_need_not_be_contiguous_or_little_endian_to_be_written() -> None:
 def test_encode_refuses_what_decode_would_refuse(message: Any, sentence: str) -> None:
     with pytest.raises(ProtocolError, match=sentence):
         encode(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Heartbeat(progress=1),
+        m.GradeTask("t", "1", ["a"], "math"),
+        m.GradeTask("t", "1", ["a"], "math", question="What?"),
+        m.GradeResult("t", [Grade(1.0), Grade(0.0, answer="3", parts={"length": 0.5})]),
+    ],
+)
+def test_what_is_sent_is_what_msgspec_makes_of_the_message(message: m.AnyMessage) -> None:
+    assert encode(message) == [packed(message)]
 
 
 def test_what_was_checked_cannot_be_written_before_it_is_sent() -> None:
@@ -317,9 +384,9 @@ def refused_or_fine(frames: list[Any]) -> None:
     assert isinstance(message, m.Message)
 
 
-@pytest.mark.parametrize("count", [0, 3, 20_000])
+@pytest.mark.parametrize("count", [0, MAX_FRAMES + 1, 20_000])
 def test_wrong_number_of_frames(count: int) -> None:
-    with pytest.raises(ProtocolError, match=f"one or two frames, got {count}"):
+    with pytest.raises(ProtocolError, match=f"1 to {MAX_FRAMES} frames, got {count}"):
         decode([b"\x80"] * count)
 
 

@@ -115,18 +115,13 @@ def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = (
 
 def gathered(visit: Visit, composition: Composition) -> GroupSamples:
     """The members' token streams end to end, behind the prompt that the student read."""
-    groups = {group.id: group for group, _ in composition.members}
-    if len(groups) == 1:
-        [group] = groups.values()
-        whole = [index for _, index in composition.members] == list(
-            range(len(group.the_samples.offsets) - 1)
-        )
-        if whole and group is not visit.teacher:
-            return structs.replace(group.the_samples, texts=[])
+    asked, first = _asked(visit, composition), composition.members[0][0]
+    whole = [(first, index) for index in range(len(first.the_samples.offsets) - 1)]
+    if first is asked and composition.members == whole:
+        return first.the_samples.without_texts()
     parts = [_rollout(group.the_samples, index) for group, index in composition.members]
-    prompt = next((group for group in groups.values() if group is not visit.teacher), visit.plain)
     return GroupSamples(
-        prompt_ids=prompt.the_samples.prompt_ids,
+        prompt_ids=asked.the_samples.prompt_ids,
         token_ids=np.concatenate([ids_T for ids_T, _, _, _ in parts]),
         log_probs=np.concatenate([log_probs_T for _, log_probs_T, _, _ in parts]),
         offsets=np.cumsum([0, *(len(ids_T) for ids_T, _, _, _ in parts)]).astype(np.int32),
@@ -137,6 +132,23 @@ def gathered(visit: Visit, composition: Composition) -> GroupSamples:
         ],
         support=joined([(support, len(ids_T)) for ids_T, _, _, support in parts]),
     )
+
+
+def gathered_tokens(visit: Visit, composition: Composition) -> int:
+    """Prompt and response tokens of `gathered`."""
+    asked = _asked(visit, composition)
+    offsets = {group.id: group.the_samples.offsets.tolist() for group, _ in composition.members}
+    lengths = (
+        offsets[group.id][index + 1] - offsets[group.id][index]
+        for group, index in composition.members
+    )
+    return len(asked.the_samples.prompt_ids) + sum(lengths)
+
+
+def _asked(visit: Visit, composition: Composition) -> Group:
+    """The group whose prompt the student read."""
+    of_student = (group for group, _ in composition.members if group is not visit.teacher)
+    return next(of_student, visit.plain)
 
 
 def _whole(group: Group) -> Composition:

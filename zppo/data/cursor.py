@@ -4,6 +4,7 @@ order."""
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from msgspec import Struct, field
@@ -48,10 +49,10 @@ class CorpusCursor:
         for questions in flight.
         """
         taken: dict[str, int] = {}
-        waiting, self._deferred = self._deferred, []
+        waiting, self._deferred = deque(self._deferred), []
         blocked = False
         while len(taken) < count and (waiting or self._position < self._end):
-            place = waiting.pop(0) if waiting else self._advance()
+            place = waiting.popleft() if waiting else self._advance()
             question_id = self._at(place)[0].id
             blocked = blocked or question_id in in_flight
             if question_id in in_flight or question_id in taken:

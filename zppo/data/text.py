@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 from zppo.data.sources.jsonl import kind_of
 
 MAX_TEXT = 1_000_000
 """Characters of one question or answer; far above any real one, and below what a message may
 carry."""
+
+
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -42,6 +46,6 @@ def bounded(text: str, name: str) -> str:
 
 def clean(value: str, name: str) -> str:
     """Refuse what JSON allows but no tokenizer or message can carry."""
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    if _UNFIT.search(value):
         raise RowError(f"{name} holds a NUL or half a surrogate pair")
     return value

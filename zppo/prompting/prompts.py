@@ -141,6 +141,7 @@ class PromptSet:
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,
+            auto_reload=False,
         )
 
     @classmethod

@@ -19,7 +19,7 @@ from itertools import starmap
 
 from msgspec import Struct
 
-from zppo.algorithm.composition import Composition, gathered
+from zppo.algorithm.composition import Composition, gathered_tokens
 from zppo.algorithm.window import Group, Visit, Window
 from zppo.plan.model_folder import ModelFacts
 from zppo_protocol.samples import GroupSamples
@@ -60,9 +60,7 @@ def token_counts(
     proximal pass; `reference` whether the loss has a KL to a frozen student."""
     student = _samples(window.student_groups())
     teacher = _samples(group for visit in window.visits for group in visit.teacher_groups())
-    passed = sum(
-        len(samples.prompt_ids) + len(samples.token_ids) for samples in starmap(gathered, composed)
-    )
+    passed = sum(starmap(gathered_tokens, composed))
     return {
         "compute/student_read": sum(samples.read_tokens for samples in student),
         "compute/student_written": sum(samples.written_tokens for samples in student),

@@ -11,6 +11,7 @@ Shape legend: T response tokens of a group laid end to end, N completions of a g
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -216,9 +217,13 @@ def entry_name(accuracy: float) -> str:
 def version_ranges(samples: GroupSamples) -> list[tuple[int, int] | None]:
     """Lowest and highest version within each of the N completions; None for a completion without
     tokens."""
-    versions, offsets = samples.versions_T, samples.offsets
-    parts = (versions[start:end] for start, end in pairwise(offsets))
-    return [(int(part.min()), int(part.max())) if part.size else None for part in parts]
+    versions = samples.version_spans[:, 1].tolist()
+    ends = np.cumsum(samples.version_spans[:, 0]).tolist()
+    parts = [
+        versions[bisect_right(ends, start) : bisect_left(ends, end) + 1] if start < end else []
+        for start, end in pairwise(samples.offsets.tolist())
+    ]
+    return [(min(part), max(part)) if part else None for part in parts]
 
 
 def response_lengths(samples: GroupSamples) -> list[int | None]:
@@ -283,13 +288,13 @@ def staleness_metrics(groups: Iterable[Group], step: int) -> Scalars:
     """staleness/: step − version over tokens, split per rollout into versions missed while sampled
     and while queued."""
     samples = [group.samples for group in groups if group.samples is not None]
-    ages = step - np.concatenate([s.versions_T for s in samples] or [np.zeros(0, np.int32)])
     ranges = [r for s in samples for r in version_ranges(s) if r is not None]
     if not ranges:
         return {}
+    tokens, versions = np.concatenate([s.version_spans for s in samples]).astype(np.int64).T
     return {
-        "staleness/mean": float(ages.mean()),
-        "staleness/max": int(ages.max()),
+        "staleness/mean": float((step - versions) @ tokens / tokens.sum()),
+        "staleness/max": step - int(versions.min()),
         "staleness/in_flight": float(np.mean([high - low for low, high in ranges])),
         "staleness/in_queue": float(np.mean([step - high for _, high in ranges])),
     }

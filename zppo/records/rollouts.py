@@ -8,6 +8,7 @@ alone. Any Parquet tool opens the files; `read_step` gives rows back as Structs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,10 +16,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from zppo.algorithm.window import TEACHER, Candidate, Group, Visit, Window
+from zppo.algorithm.window import TEACHER, Group, Visit, Window
 from zppo.grading import shown_gold
 from zppo.records.atomic_file import SUFFIX, written_whole
 from zppo.records.metrics import prompt_length, response_lengths, version_ranges
+from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Prompt
 
 FILE_PATTERN = "step-[0-9]*.parquet"
@@ -103,15 +105,15 @@ def write_step(
     """
     import pyarrow.parquet as parquet
 
-    rows = [
-        row
+    parts = [
+        part
         for visit in window.visits
-        for row in _visit_rows(visit, step, window.index, outcome, trained)
+        for part in _visit_columns(visit, step, window.index, outcome, trained)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
     with written_whole(path, synced=True) as file:
-        parquet.write_table(_to_table(rows), file, compression="zstd")
+        parquet.write_table(_to_table(parts), file, compression="zstd")
     return path
 
 
@@ -146,21 +148,26 @@ def roll_back(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def _to_table(rows: Sequence[RolloutRow]) -> Any:
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+"""Fields of `RolloutRow` by name, of equally many rows."""
+
+
+def _to_table(parts: Sequence[Columns]) -> Any:
     import pyarrow
 
     names = RolloutRow.__struct_fields__
     types = {name: pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string")) for name in names}
     # Texts are repeated down a group; dictionary pages of Parquet store each once.
     columns = {
-        name: pyarrow.array([getattr(row, name) for row in rows], types[name]) for name in names
+        name: pyarrow.array(list(chain.from_iterable(part[name] for part in parts)), types[name])
+        for name in names
     }
     return pyarrow.table(columns)
 
 
-def _visit_rows(
+def _visit_columns(
     visit: Visit, step: int, window: int, outcome: Mapping[str, str], trained: Members
-) -> Iterator[RolloutRow]:
+) -> Iterator[Columns]:
     question = visit.question
     shared = {
         "step": step,
@@ -172,51 +179,59 @@ def _visit_rows(
         "outcome": outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
     }
-    yield from _group_rows(visit.plain, shared, trained, None)
-    for group in visit.teacher_groups():
-        yield from _group_rows(group, shared, trained, None)
+    for group in (visit.plain, *visit.teacher_groups()):
+        yield from _group_columns(group, shared, trained, None)
     for reformulation in visit.reformulations:
         if reformulation.group is not None:
-            yield from _group_rows(reformulation.group, shared, trained, reformulation.candidates)
+            shown = msgspec.json.encode(reformulation.candidates).decode()
+            yield from _group_columns(reformulation.group, shared, trained, shown)
 
 
-def _group_rows(
-    group: Group, shared: dict[str, Any], trained: Members, candidates: list[Candidate] | None
-) -> Iterator[RolloutRow]:
+def _group_columns(
+    group: Group, shared: Mapping[str, Any], trained: Members, candidates: str | None
+) -> Iterator[Columns]:
     """One row per completion that was sampled and graded; a group still without either has none."""
     if group.samples is None or group.grades is None:
         return
-    samples = group.samples
-    shown = None if candidates is None else msgspec.json.encode(candidates).decode()
-    prompt, ranges, lengths = (
-        prompt_text(group.prompt),
-        version_ranges(samples),
-        response_lengths(samples),
-    )
-    for i, grade in enumerate(group.grades):
-        start, end = int(samples.offsets[i]), int(samples.offsets[i + 1])
-        low, high = (ranges[i] if group.kind != TEACHER else None) or (None, None)
-        yield RolloutRow(
-            **shared,
-            group_id=group.id,
-            kind=group.kind,
-            trained=(group.id, i) in trained,
-            rollout=i,
-            prompt=prompt,
-            response=samples.texts[i],
-            answer=grade.answer,
-            reward=grade.reward,
-            note=grade.note,
-            finish_reason=samples.finish_reasons[i],
-            length=lengths[i],
-            prompt_length=prompt_length(samples),
-            version_min=low,
-            version_max=high,
-            log_prob_mean=float(np.mean(samples.log_probs[start:end])) if end > start else None,
-            candidates=shown,
-            correct=None if grade.failed else group.is_correct(grade),
-            reward_parts=msgspec.json.encode(grade.parts).decode() if grade.parts else None,
-        )
+    samples, grades, count = group.samples, group.grades, len(group.grades)
+    ranges = version_ranges(samples) if group.kind != TEACHER else [None] * count
+    of_group = {
+        **shared,
+        "group_id": group.id,
+        "kind": group.kind,
+        "prompt": prompt_text(group.prompt),
+        "prompt_length": prompt_length(samples),
+        "candidates": candidates,
+    }
+    yield {
+        **{name: [value] * count for name, value in of_group.items()},
+        "trained": [(group.id, i) in trained for i in range(count)],
+        "rollout": range(count),
+        "response": samples.texts,
+        "answer": [grade.answer for grade in grades],
+        "reward": [grade.reward for grade in grades],
+        "note": [grade.note for grade in grades],
+        "finish_reason": samples.finish_reasons,
+        "length": response_lengths(samples),
+        "version_min": [found[0] if found else None for found in ranges],
+        "version_max": [found[1] if found else None for found in ranges],
+        "log_prob_mean": _log_prob_means(samples),
+        "correct": [None if grade.failed else group.is_correct(grade) for grade in grades],
+        "reward_parts": [
+            msgspec.json.encode(grade.parts).decode() if grade.parts else None for grade in grades
+        ],
+    }
+
+
+def _log_prob_means(samples: GroupSamples) -> list[float | None]:
+    """Of each of the N completions; None for one without tokens."""
+    lengths = np.diff(samples.offsets)
+    filled = lengths > 0
+    means = np.full(len(lengths), np.nan)
+    if filled.any():
+        sums = np.add.reduceat(samples.log_probs, samples.offsets[:-1][filled], dtype=np.float64)
+        means[filled] = sums / lengths[filled]
+    return [mean if there else None for mean, there in zip(means.tolist(), filled, strict=True)]
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import Struct
 
 from zppo.scheduling.events import Answer, Graded, Sampled, Scored
+from zppo_protocol.arrays import highest
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
 from zppo_protocol.support import Support
@@ -96,9 +97,12 @@ def _count_problem(asked: int, got: int, what: str) -> str | None:
 
 
 def _ids_problem(token_ids: np.ndarray, bounds: Bounds) -> str | None:
-    if bounds.vocabulary is None or not token_ids.size or token_ids.max() < bounds.vocabulary:
+    if bounds.vocabulary is None or not token_ids.size:
         return None
-    return f"the token id {token_ids.max()}; expected ids below {bounds.vocabulary}, the vocabulary"
+    largest = highest(token_ids)
+    if largest < bounds.vocabulary:
+        return None
+    return f"the token id {largest}; expected ids below {bounds.vocabulary}, the vocabulary"
 
 
 def _versions_problem(spans_S2: np.ndarray, oldest: int, published: int) -> str | None:
@@ -111,7 +115,7 @@ def _versions_problem(spans_S2: np.ndarray, oldest: int, published: int) -> str 
 
 
 def _lengths_problem(task: GenerateTask, samples: GroupSamples, bounds: Bounds) -> str | None:
-    longest = int(np.diff(samples.offsets).max())
+    longest = int(highest(samples.offsets[1:] - samples.offsets[:-1]))
     if longest > task.sampling.max_new_tokens:
         return f"a response of {longest} tokens; expected at most {task.sampling.max_new_tokens}"
     total = len(samples.prompt_ids) + longest

@@ -8,6 +8,7 @@ logarithm.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from typing import TypeAlias
 
@@ -29,6 +30,8 @@ class FreeWorkers:
 
     def put(self, name: str, version: int, credit: int) -> None:
         """The worker is here, has loaded `version` and has `credit` to spend."""
+        if self._present.get(name) == (version, credit):
+            return
         self._present[name] = (version, credit)
         self._push(name, version, credit)
         if self._entries > 2 * len(self._present) + SLACK:
@@ -64,6 +67,7 @@ class FreeWorkers:
             self._push(name, version, credit)
 
 
+@functools.cache
 def _rank(name: str) -> tuple[int, ...]:
     """Sorts names from the last to the first; the end of a name sorts behind all characters."""
     return (*(-ord(character) for character in name), 1)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct, field
 
-from zppo.algorithm.composition import train_group
+from zppo.algorithm.composition import Composition, train_group
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.replay_buffer import BufferState, ReplayBuffer
 from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
@@ -139,6 +139,8 @@ class Scheduler:
         """What has been asked for, by task id."""
         self.missing: dict[int, set[str]] = {}
         """The part of it that each window waits for."""
+        self._composed: list[tuple[Visit, Composition]] = []
+        """What the trainer has been sent."""
         self._ready_since: dict[int, float] = {}
         self._step_seconds = 0.0
         self._bounds = bounds or {}
@@ -322,7 +324,7 @@ class Scheduler:
                 f"the trainer reports step {done.step}, but step {self.training} was shipped"
             )
         window = self.windows.pop(done.step)
-        composed = compose(window, self.recipe)
+        composed, self._composed = self._composed, []
         self.missing.pop(done.step)
         self.training = None
         self._step_seconds = done.seconds
@@ -341,9 +343,10 @@ class Scheduler:
         waited = now - idle_since if idle_since is not None else 0.0
         self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)
         self.training, self.trainer_idle_since = index, None
+        self._composed = compose(self.windows[index], self.recipe)
         groups = [
             train_group(visit, composition, self.recipe.part_names)
-            for visit, composition in compose(self.windows[index], self.recipe)
+            for visit, composition in self._composed
         ]
         return [TrainWindow(step=index, groups=groups)]
 

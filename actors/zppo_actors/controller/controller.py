@@ -94,8 +94,7 @@ class Controller:
         """Serve until the run has ended, then tell everybody and leave."""
         try:
             while self.verdict is None:
-                self._receive()
-                self._act(time.monotonic())
+                self.turn()
         except RunFailure as failure:
             self.verdict = messages.RunEnded(verdict=str(failure), exit_code=EXIT_FAILED)
         except FILE_ERRORS as error:
@@ -103,6 +102,11 @@ class Controller:
         return self._leave(self.verdict)
 
     # ---- loop ------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Take what has come, then act on it."""
+        self._receive()
+        self._act(time.monotonic())
 
     def _receive(self) -> None:
         """Take everything that has come, so that decisions see the newest state."""

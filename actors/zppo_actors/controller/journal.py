@@ -52,6 +52,10 @@ class Journal:
         if problem is not None:
             set_first_step(self._connection, start_step)
 
+    def together(self) -> _transaction:
+        """What is recorded in its block is recorded as a whole or not at all, and faster."""
+        return _transaction(self._connection)
+
     def record_dispatched(self, question_id: str, window: int, epoch: int = 0) -> None:
         """A new question (X_new) of pass `epoch` entered a window. Saying it again for the same
         window, as a resumed controller does for the windows it restored, changes nothing."""

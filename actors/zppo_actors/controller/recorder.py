@@ -110,9 +110,10 @@ class Recorder:
         self.totals[f"{SPENT_PREFIX}tokens/{kind}"] += tokens
 
     def opened(self, window: Window) -> None:
-        for visit in window.visits:
-            if visit.origin == "new":
-                self.journal.record_dispatched(visit.question.id, window.index, visit.epoch)
+        with self.journal.together():
+            for visit in window.visits:
+                if visit.origin == "new":
+                    self.journal.record_dispatched(visit.question.id, window.index, visit.epoch)
 
     def trained(
         self, trained: Trained, message: StepTrained, buffer: ReplayBuffer, waits: Scalars

@@ -1,7 +1,7 @@
 """The asyncio shell around one engine, shared by rollout and teacher actors.
 
-Invariant: of every task's n credits each is given back exactly once, one by one as its sequences
-end and the rest when the task is answered, and every task is answered exactly once, with its
+Invariant: of every task's n credits each is given back exactly once, as its sequences end and the
+rest when the task is answered, and every task is answered exactly once, with its
 samples or with a reason. Heartbeats list a task from its arrival until its answer is sent, whether
 its sequences run or wait.
 """
@@ -40,6 +40,10 @@ from zppo_protocol.sockets import AsyncDealer
 CLOSE_SECONDS = 5.0
 """How long a leaving actor waits for its engine; the decode thread does not keep the process
 alive."""
+
+CREDIT_SECONDS = 0.01
+"""Between two messages of credits, so that what they cost the controller does not grow with the
+sequences; a slot waits for its next sequence so much longer at most."""
 
 RATE_SECONDS = 10.0
 """`tokens_per_second` is averaged exponentially over about so long, since engines work in
@@ -176,8 +180,9 @@ class EngineActor:
     async def _give_back(self) -> None:
         """The credit loop.
 
-        Consumes: ended sequences. Produces: Credits, as many at once as have come together. Waits
-        for: an ended sequence, or the right to open. Is unblocked by: `_free`.
+        Consumes: ended sequences. Produces: Credits, all that have come together since the last
+        ones, which are `CREDIT_SECONDS` ago at least. Waits for: an ended sequence, or the right to
+        open. Is unblocked by: `_free`.
         """
         while True:
             await self._room.wait()
@@ -185,6 +190,7 @@ class EngineActor:
             count, self._returned = self._returned, 0
             if count:
                 await self._dealer.send(Credits(count=count))
+                await asyncio.sleep(CREDIT_SECONDS)
 
     async def _beat(self) -> None:
         """The heartbeat loop.

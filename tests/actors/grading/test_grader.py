@@ -108,6 +108,13 @@ class Controller:
         ]
         return next(result.grades for result in results if result.task_id == task_id)
 
+    def credits(self, least: int) -> int:
+        """Receive until at least so many were granted; how many were."""
+        found = self.until(Credits)
+        while (granted := sum(one.count for one in found if isinstance(one, Credits))) < least:
+            found = self.until(Credits, len(found) + 1)
+        return granted
+
     def worker(self) -> psutil.Process:
         (worker,) = psutil.Process(self.process.pid).children()
         return worker
@@ -192,14 +199,7 @@ def test_tasks_are_answered_in_order_whatever_becomes_of_them(controller: Contro
     (failed,) = controller.until(TaskFailed)
     assert isinstance(failed, TaskFailed) and (failed.task_id, failed.retryable) == ("bad", False)
     assert failed.reason == "data.grader: unknown grader 'maths' (did you mean 'math'?)"
-    credits = controller.until(Credits, 5)
-    assert [message.count for message in credits if isinstance(message, Credits)] == [
-        CAPACITY,
-        1,
-        1,
-        1,
-        1,
-    ]
+    assert controller.credits(CAPACITY + 4) == CAPACITY + 4
 
 
 @pytest.mark.parametrize("controller", [1.0], indirect=True)

@@ -34,6 +34,7 @@ from zppo.config.topology import (
     Topology,
 )
 from zppo_actors.engines.base import EngineError
+from zppo_actors.sampler.actor import CREDIT_SECONDS
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
@@ -228,8 +229,7 @@ async def serve(engine: Moody, line: Line, messages: list[AnyMessage], answers: 
     actor = start_actor(engine, line, messages, heartbeat_seconds=1000.0)
     while not actor.done() and len(line.all(GenerateResult)) + len(line.all(TaskFailed)) < answers:
         await asyncio.sleep(0)
-    for _ in range(5):  # lets the last credits go out
-        await asyncio.sleep(0)
+    await asyncio.sleep(2 * CREDIT_SECONDS)  # lets the last credits go out
     line.incoming.put_nowait(Shutdown(reason="done"))
     return await actor
 
