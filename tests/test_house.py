@@ -89,9 +89,19 @@ ROOMS: dict[str, set[str]] = {
         "zppo.algorithm",
         "zppo.config",
         "zppo.data",
+        "zppo.errors",
+        "zppo.plan",
         "zppo.prompting",
         "zppo.scheduling",
         "zppo_protocol",
+    },
+    "zppo.capacity": {
+        "zppo.algorithm",
+        "zppo.config",
+        "zppo.errors",
+        "zppo.plan",
+        "zppo.records",
+        "zppo.simulation",
     },
     "zppo.training": {
         "zppo.algorithm",
@@ -137,10 +147,12 @@ ROOMS: dict[str, set[str]] = {
         "zppo.records",
     },
     "zppo.plan_command": {
+        "zppo.capacity",
         "zppo.config",
         "zppo.errors",
         "zppo.launch",
         "zppo.plan",
+        "zppo.records",
         "zppo.simulation",
     },
     "zppo.evaluate_suite": {
@@ -327,9 +339,16 @@ ROOMS: dict[str, set[str]] = {
 PURE = ("algorithm", "scheduling", "simulation", "config", "prompting", "grading")
 """Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
 SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
-OUTSIDE = {"zppo/compare.py", "zppo/plan/server.py", "zppo/plan/sinks.py", "zppo/quickstart.py"}
+OUTSIDE = {
+    "zppo/compare.py",
+    "zppo/plan/server.py",
+    "zppo/plan/sinks.py",
+    "zppo/plan_command.py",
+    "zppo/quickstart.py",
+}
 """Files of `zppo` that look at the clock, at a port or start a process: one runs several runs, one
-waits for a server, one looks whether a port is free, one runs one run and reports on it."""
+waits for a server, one looks whether a port is free, one searches for a bounded time, one runs one
+run and reports on it."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",

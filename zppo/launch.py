@@ -145,12 +145,17 @@ def _resume(arguments: argparse.Namespace) -> int:
 def show_plan(plan: Plan, directory: Path, offline: bool) -> int:
     """What `--dry-run` and `zppo plan` print, after the servers of teachers were asked."""
     if not offline:
-        # Imported late: a run without such a teacher need not load an HTTP client.
-        from zppo.plan.server import check_teachers_servers
-
-        check_teachers_servers(plan.topology, DRY_RUN_SECONDS)
+        ask_servers(plan)
     show(plan, directory, Console())
     return 0
+
+
+def ask_servers(plan: Plan) -> None:
+    """Raises UserError where the server of a teacher does not answer as it should."""
+    # Imported late: a run without such a teacher need not load an HTTP client.
+    from zppo.plan.server import check_teachers_servers
+
+    check_teachers_servers(plan.topology, DRY_RUN_SECONDS)
 
 
 def become_supervisor(directory: Path) -> NoReturn:

@@ -1,49 +1,193 @@
-"""`zppo plan`: what a run would do and, on machines whose speeds are measured, how long it takes.
+"""`zppo plan`: what a run would do and, on machines whose speeds are known, how long it takes and
+what would be faster.
 
 The first part is the plan of `--dry-run`, by the same renderer. The second part is simulated: the
-real scheduler under a virtual clock (zppo.simulation). No speed is guessed.
+real scheduler under a virtual clock (zppo.simulation). No speed is guessed: it is read from a file
+or off a recorded run.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
-from msgspec import field
-from msgspec.structs import asdict
+from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
-from zppo.config.base import Config, Positive
+from zppo import launch
+from zppo.capacity.answer import Replay, Times, answer_of, times_of
+from zppo.capacity.calibration_file import check_writable, read_calibration, write_calibration
+from zppo.capacity.recorded import Recorded, read_recorded
+from zppo.capacity.search import MOST_STEPS, Search, search
+from zppo.capacity.settings import check_settings
+from zppo.capacity.view import show_times
 from zppo.config.load import load, run_folder
-from zppo.config.strict_yaml import parse
+from zppo.config.options import seconds
+from zppo.config.topology import Topology
 from zppo.config.typed import setting_typed
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
-from zppo.launch import check, show_plan
+from zppo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
+from zppo.plan.machine import measure_machine, wants_gpu
+from zppo.plan.make import make_plan
 from zppo.plan.plan import Plan
-from zppo.simulation import Accuracies, Lengths, Outcome, Speeds, World, simulate
+from zppo.plan.processes import cores
+from zppo.records import run_directory
+from zppo.simulation import Calibration, World, simulate
 
-BOUNDS = (0, 1, 2, 4, 8)
-"""Values of `scheduler.max_staleness` that are tried besides the topology's own."""
-MOST_STEPS = 24
-"""Steps simulated for each bound, where the run has as many."""
-WITHOUT = "how long a step takes is not said without --calibration FILE, the measured speeds"
+WITHOUT = (
+    "how long a step takes is not said without measured speeds: --from-run RUN or --calibration "
+    "FILE"
+)
+REPLAYS = 3
+SEARCH_SECONDS = 60.0
 
 
-class Calibration(Config, frozen=True, kw_only=True):
-    """What is measured of machines and questions: the fields of a World but for its topology."""
+class Source(Struct, frozen=True):
+    """Where speeds are from: `name` is said in messages."""
 
-    speeds: Speeds
-    lengths: Lengths
-    lengths_of: dict[str, Lengths] = field(default_factory=dict)
-    accuracies: Accuracies = Accuracies()
-    prompt_tokens: Positive = 1
+    name: str
+    calibration: Calibration
+    recorded: Recorded | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show the plan. Returns 0, or 2 after a user error."""
+    """Show the plan. Returns 0, 2 after a user error, or 130 when interrupted."""
+    try:
+        return _plan(_parser().parse_args(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("zppo plan: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _plan(asked: argparse.Namespace) -> int:
+    _check_options(asked)
+    topology = load(asked.file, asked.set)
+    # What was recorded or written by hand is read before the plan is made, which may take long.
+    source = _read_source(asked)
+    checked = launch.check(topology)
+    world = _world(checked, source) if source is not None else None
+    if source is not None and asked.write is not None:
+        write_calibration(asked.write, source.calibration, source.name)
+    directory, console = run_folder(topology), Console()
+    if asked.json and not asked.offline:
+        launch.ask_servers(checked.plan)
+    if not asked.json:
+        launch.show_plan(checked.plan, directory, asked.offline)
+    times = None
+    if source is not None and world is not None:
+        times = _times(checked, world, source, asked.seconds)
+    if asked.json:
+        answer = answer_of(checked.plan, str(directory), times)
+        print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
+    elif times is not None:
+        show_times(times, console)
+    else:
+        console.print(f"note: {WITHOUT}", markup=False, highlight=False)
+    return 0
+
+
+# ---- speeds --------------------------------------------------------------------------------------
+
+
+def _check_options(asked: argparse.Namespace) -> None:
+    given = [
+        option
+        for option, value in (
+            ("--calibration", asked.calibration),
+            ("--from-run", asked.from_run),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        raise UserError(f"zppo plan: {' and '.join(given)} are given; expected one of them")
+    if asked.write is not None:
+        if given != ["--from-run"]:
+            raise UserError("--write: there is nothing to write; expected --from-run RUN with it")
+        check_writable(asked.write)
+
+
+def _read_source(asked: argparse.Namespace) -> Source | None:
+    if asked.calibration is not None:
+        return Source(f"--calibration {asked.calibration}", read_calibration(asked.calibration))
+    if asked.from_run is not None:
+        recorded = read_recorded(asked.from_run)
+        return Source(f"--from-run {asked.from_run}", recorded.calibration, recorded)
+    return None
+
+
+def _world(checked: launch.Checked, source: Source) -> World:
+    """The planned run on the measured machines. Raises UserError if they are not those of the
+    topology, or a group finds no room in an engine."""
+    topology = checked.plan.topology
+    check_settings(source.calibration.settings, topology, source.name)
+    world = _world_of(topology, source.calibration, checked)
+    try:
+        world.check()
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from None
+    return world
+
+
+def _world_of(topology: Topology, calibration: Calibration, checked: launch.Checked) -> World:
+    questions, heldout = len(checked.corpus.questions), len(checked.heldout)
+    limit = topology.evaluation.limit
+    asked = heldout if limit is None else min(limit, heldout)
+    return World.of(topology, calibration, corpus=questions, heldout=asked)
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+def _times(checked: launch.Checked, world: World, source: Source, limit: float) -> Times:
+    plan = checked.plan
+
+    def fits(topology: Topology) -> bool:
+        try:
+            return bool(_plan_of(topology, checked))
+        except UserError:
+            return False
+
+    most = max(1, min(plan.windows.steps, MOST_STEPS))
+    found: Search = search(world, most, limit, time.monotonic, fits)
+    best = plan if found.best is found.given else _plan_of(found.best.topology, checked)
+    replay = _replay(source.recorded, checked) if source.recorded is not None else None
+    return times_of(found, (plan, best), source.name, replay)
+
+
+def _plan_of(topology: Topology, checked: launch.Checked) -> Plan:
+    """Raises UserError where it does not fit on this machine."""
+    base, directory = run_directory.runtime_base(), run_folder(topology)
+    machine = measure_machine(cores(), base, directory, wants_gpu(topology))
+    return make_plan(topology, len(checked.corpus.questions), machine)
+
+
+def _replay(recorded: Recorded, checked: launch.Checked) -> Replay:
+    """The recorded run in simulation, with the topology that it had: the mean over some seeds,
+    because a short run is a draw."""
+    world = _world_of(recorded.topology, recorded.calibration, checked)
+    runs = [
+        simulate(world, recorded.steps, seed, recorded.warm).seconds_per_step
+        for seed in range(REPLAYS)
+    ]
+    return Replay(
+        recorded=recorded.seconds_per_step,
+        simulated=fmean(runs),
+        first_step=recorded.warm,
+        last_step=recorded.steps - 1,
+    )
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="zppo plan", description="What a run would do and take.", settings=setting_typed
     )
@@ -51,86 +195,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change one setting"
     )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the measured speeds")
+    parser.add_argument(
+        "--from-run", type=Path, metavar="RUN", help="read the speeds off a recorded run"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="speeds written by hand or by --write"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the speeds to a file for --calibration"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=SEARCH_SECONDS,
+        metavar="SECONDS",
+        help=f"the most that the search for a faster split takes ({SEARCH_SECONDS:g})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
     parser.add_argument("--offline", action="store_true", help="do not ask the teacher's server")
-    try:
-        asked = parser.parse_args(argv)
-        topology = load(asked.file, asked.set)
-        measured = read_calibration(asked.calibration) if asked.calibration else None
-        plan, console = check(topology).plan, Console()
-        world = world_of(plan, measured, asked.calibration) if measured else None
-        show_plan(plan, run_folder(topology), asked.offline)
-        if world is None:
-            console.print(f"note: {WITHOUT}", markup=False, highlight=False)
-        else:
-            show_times(plan, world, console)
-        return 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
-
-
-def read_calibration(path: Path) -> Calibration:
-    """The measured speeds in a YAML or JSON file. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"--calibration: cannot read {str(path)!r}: {reason}") from error
-    try:
-        return msgspec.convert(parse(text, str(path)).data, Calibration)
-    except msgspec.ValidationError as error:
-        raise UserError(f"--calibration: {str(path)!r} is not a calibration: {error}") from error
-
-
-def world_of(plan: Plan, measured: Calibration, path: Path) -> World:
-    """The planned run on the measured machines. Raises UserError if its teachers are not among
-    them, or a group finds no room in an engine."""
-    if plan.teacher_work and not measured.speeds.teachers:
-        raise UserError(
-            f"--calibration: {str(path)!r} has no speeds.teachers; expected those of the "
-            "topology's teachers, because the method asks them"
-        )
-    method = plan.topology.method
-    pools = [("rollout", measured.speeds.rollout, "group_size")]
-    pools += [
-        (f"teachers[{index}]", engines, "teacher_group_size")
-        for index, engines in enumerate(measured.speeds.teachers if plan.teacher_work else ())
-    ]
-    for name, engines, setting in pools:
-        size = getattr(method, setting)
-        if engines.slots < size:
-            raise UserError(
-                f"--calibration: speeds.{name}.slots is {engines.slots} in {str(path)!r}; expected "
-                f"at least {size}, method.{setting}, because an engine samples a group at once"
-            )
-    return World(topology=plan.topology, **asdict(measured))
-
-
-def show_times(plan: Plan, world: World, console: Console) -> None:
-    """Print what the run would take, at its own bound on staleness and at others."""
-    own = plan.topology.scheduler.max_staleness
-    steps = min(plan.windows.steps, MOST_STEPS)
-    found = {n: simulate(world.with_bound(n), steps) for n in sorted({own, *BOUNDS})}
-    console.print(f"expected, from {steps} simulated steps", highlight=False)
-    table = Table()
-    for name in ("max_staleness", "s/step", "hours", "bottleneck", "busy", "staleness"):
-        table.add_column(name)
-    for bound, outcome in found.items():
-        table.add_row(*_row(bound, bound == own, outcome, plan.windows.steps))
-    console.print(table)
-
-
-def _row(bound: int, own: bool, outcome: Outcome, steps: int) -> list[str]:
-    seconds = outcome.seconds_per_step
-    return [
-        f"{bound} (this run)" if own else str(bound),
-        f"{seconds:.3g}",
-        f"{steps * seconds / 3600:.3g}",
-        outcome.bottleneck,
-        ", ".join(f"{pool} {share:.0%}" for pool, share in outcome.busy.items()),
-        f"{outcome.staleness_mean:.2f}, at most {outcome.staleness_max}",
-    ]
+    return parser
 
 
 if __name__ == "__main__":

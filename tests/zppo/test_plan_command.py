@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from msgspec import structs
+from recorded_worlds import Recording
 
 from zppo import launch, plan_command
+from zppo.capacity.calibration_file import read_calibration
+from zppo.config.load import load
+from zppo.simulation import Accuracies, World
 
 SPEEDS = """
 speeds:
@@ -33,7 +39,7 @@ def test_the_plan_is_that_of_a_dry_run_and_times_follow(
     own = next(line for line in out.splitlines() if "(this run)" in line)
     # Three steps of a trainer that takes two hours, and engines that take next to nothing.
     cells = [cell.strip() for cell in own.split("│")[1:-1]]
-    assert cells[1:4] == ["7.2e+03", "6", "trainer"]
+    assert cells[2:5] == ["7.2e+03", "6", "trainer"]
 
 
 @pytest.mark.parametrize(
@@ -42,23 +48,23 @@ def test_the_plan_is_that_of_a_dry_run_and_times_follow(
         (None, "--calibration: cannot read 'speeds.yaml': No such file or directory\n"),
         (
             SPEEDS.replace("  teachers: [{slots: 16, curve: {fixed: 0.01}}]\n", ""),
-            "--calibration: 'speeds.yaml' has no speeds.teachers; expected those of the topology's "
+            "--calibration speeds.yaml: speeds.teachers is missing; expected those of the topology's "
             "teachers, because the method asks them\n",
         ),
         (
             SPEEDS.replace("rollout: {slots: 16", "rollout: {slots: 4"),
-            "--calibration: speeds.rollout.slots is 4 in 'speeds.yaml'; expected at least 8, "
+            "--calibration speeds.yaml: speeds.rollout.slots is 4; expected at least 8, "
             "method.group_size, because an engine samples a group at once\n",
         ),
         (
             SPEEDS.replace("teachers: [{slots: 16", "teachers: [{slots: 1"),
-            "--calibration: speeds.teachers[0].slots is 1 in 'speeds.yaml'; expected at least 4, "
+            "--calibration speeds.yaml: speeds.teachers[0].slots is 1; expected at least 4, "
             "method.teacher_group_size, because an engine samples a group at once\n",
         ),
         (
             SPEEDS.replace("slots: 16, curve", "slot: 16, curve", 1),
             "--calibration: 'speeds.yaml' is not a calibration: Object contains unknown field "
-            "`slot` - at `$.speeds.rollout`\n",
+            "`slot` - at `$.speeds.rollout`; see docs/plan.md\n",
         ),
     ],
 )
@@ -69,3 +75,93 @@ def test_mistakes(
         (small / "speeds.yaml").write_text(text)
     assert plan_command.main(["topology.yaml", "--calibration", "speeds.yaml"]) == 2
     assert capsys.readouterr().err == sentence
+
+
+MEASURED = f"""
+settings: {{student.dtype: float16}}
+{SPEEDS}"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--calibration", "of_others.yaml"],
+            "--calibration of_others.yaml: was measured with student.dtype 'float16', and here it "
+            "is 'bfloat16'; name a run of this topology with --from-run\n",
+        ),
+        (
+            ["--calibration", "negative.yaml"],
+            "--calibration: 'negative.yaml' is not a calibration: Expected `float` > 0.0 - at "
+            "`$.speeds.trainer.tokens_per_second`; see docs/plan.md\n",
+        ),
+        (
+            ["--calibration", "speeds.yaml", "--from-run", "run"],
+            "zppo plan: --calibration and --from-run are given; expected one of them\n",
+        ),
+        (
+            ["--write", "new.yaml"],
+            "--write: there is nothing to write; expected --from-run RUN with it\n",
+        ),
+        (
+            ["--from-run", "run", "--write", "speeds.yaml"],
+            "--write: 'speeds.yaml' exists already; name another file, or remove it\n",
+        ),
+        (
+            ["--from-run", "run", "--write", "absent/new.yaml"],
+            "--write: there is no folder 'absent'; make it first\n",
+        ),
+        (["--from-run", "run"], "run: no such folder; expected the directory of a run\n"),
+        (
+            ["--seconds", "0"],
+            "zppo plan: argument --seconds: '0' is not a number of seconds above 0; see zppo plan "
+            "--help\n",
+        ),
+    ],
+)
+def test_mistakes_about_speeds(
+    arguments: list[str], sentence: str, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small / "speeds.yaml").write_text(SPEEDS)
+    (small / "of_others.yaml").write_text(MEASURED)
+    (small / "negative.yaml").write_text(SPEEDS.replace("1.0e+9", "-1.0"))
+    before = sorted(small.iterdir())
+    assert plan_command.main(["topology.yaml", *arguments]) == 2
+    assert capsys.readouterr() == ("", sentence)
+    assert sorted(small.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_recorded_run_is_read_written_and_planned_with(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers come from the run and from the file that was written from it."""
+    topology = load(small / "topology.yaml", [])
+    world = read_world(small)
+    recording = Recording(world, 8)
+    recording.run(4)
+    run = recording.write(small / "recorded", topology)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    order = ["topology.yaml", "--seconds", "1e5", "--json"]
+    assert plan_command.main([*order, "--from-run", str(run), "--write", "new.yaml"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert plan_command.main([*order, "--calibration", "new.yaml"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    times = first["times"]
+    assert times.pop("source") == f"--from-run {run}"
+    assert times["replay"]["simulated"] == pytest.approx(times["replay"]["recorded"], rel=0.3)
+    assert {**times, "replay": None, "source": "--calibration new.yaml"} == second["times"]
+    assert first["processes"][1]["name"] == "trainer" and first["steps"] == 3
+    given, best = times["given"], times["best"]["expected"]
+    assert given["engines"] == {"rollout": 1, "teacher": 1} and given["memory"]["host"] > 0
+    assert best["seconds_per_step"] <= given["seconds_per_step"] * 1.05
+    assert not times["ended_early"]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def read_world(folder: Path) -> World:
+    """Questions that are answered half of the time, on engines in which one of them has room."""
+    (folder / "known.yaml").write_text(SPEEDS.replace("7200.0", "0.5"))
+    known = read_calibration(folder / "known.yaml")
+    known = structs.replace(known, accuracies=Accuracies(values=(0.25, 0.75)))
+    return World.of(load(folder / "topology.yaml", []), known)

@@ -12,11 +12,14 @@ from zppo.simulation.world import Lengths, World
 
 Z_99 = 2.3263478740408408
 """The standard normal's 99th percentile."""
+ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 
 class Chance:
     def __init__(self, world: World, seed: int) -> None:
         self._world, self._seed = world, seed
+        laws = {"": world.lengths, **world.lengths_of}
+        self._values = {kind: sorted(law.values) for kind, law in laws.items()}
         self._questions: dict[str, tuple[float, float]] = {}
 
     def skill(self, question: str) -> float:
@@ -25,12 +28,17 @@ class Chance:
 
     def lengths(self, task_id: str, kind: str, n: int, limit: int) -> list[int]:
         """Lengths of the n responses of a task; one of `limit` tokens was cut off."""
-        law = self._world.lengths_of.get(kind, self._world.lengths)
+        law = self._world.lengths_of.get(kind)
+        law, kind = (self._world.lengths, "") if law is None else (law, kind)
         limit = min(limit, law.cap)
         rng = random.Random(f"{self._seed}/{task_id}/lengths")
-        if law.values:
-            return [min(limit, length) for length in rng.choices(law.values, k=n)]
-        middle, spread = self._lognormal(law, task_id.split("/")[1])
+        question = task_id.split("/")[1]
+        if values := self._values[kind]:
+            shared = math.sqrt(law.of_question) * self._question(question)[1]
+            own = math.sqrt(1.0 - law.of_question)
+            chosen = (_share_below(shared + own * rng.gauss(0.0, 1.0)) for _ in range(n))
+            return [min(limit, values[int(share * len(values))]) for share in chosen]
+        middle, spread = self._lognormal(law, question)
         return [
             min(limit, max(1, round(math.exp(middle + spread * rng.gauss(0.0, 1.0)))))
             for _ in range(n)
@@ -63,3 +71,8 @@ class Chance:
             skill = rng.choice(law.values) if law.values else rng.betavariate(law.alpha, law.beta)
             self._questions[question] = skill, rng.gauss(0.0, 1.0)
         return self._questions[question]
+
+
+def _share_below(z: float) -> float:
+    """The normal distribution's share below z, in [0, 1)."""
+    return min(0.5 * math.erfc(-z / math.sqrt(2.0)), ALMOST_ONE)

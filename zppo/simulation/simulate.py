@@ -25,6 +25,7 @@ from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment, Job
+from zppo.scheduling.heldout import EvaluationResult
 from zppo.scheduling.jobs import GRADER_POOL, ROLLOUT_POOL
 from zppo.scheduling.scheduler import Scheduler
 from zppo.scheduling.waiting import waiting
@@ -42,19 +43,37 @@ SCORE_STEPS = 1
 """Token steps that a teacher takes to read a response."""
 
 
-def simulate(world: World, steps: int, seed: int = 0, warm: int | None = None) -> Outcome:
+class OutOfTime(Exception):
+    """The caller has no more patience with a simulation."""
+
+
+def simulate(
+    world: World,
+    steps: int,
+    seed: int = 0,
+    warm: int | None = None,
+    *,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Outcome:
     """Run a world for so many steps. The same seed gives the same outcome; other seeds draw other
     questions, lengths and rewards.
 
     `warm`: steps left out of what is told of the run in all; None: a quarter, and at least as many
-    as the bound allows in flight where there are enough.
+    as the bound allows in flight where there are enough. `out_of_time` is asked whenever the
+    virtual clock moves.
 
-    Raises RunFailure where the scheduler does, RuntimeError if nothing can happen any more.
+    Raises UserError for a world in which a job finds no engine (World.check), RunFailure where the
+    scheduler does, OutOfTime, and RuntimeError if nothing can happen any more.
     """
+    world.check()
     if warm is None:
-        bound = world.topology.scheduler.max_staleness
-        warm = min(steps // 2, max(steps // 4, bound + 2))
-    return Simulation(world, steps, seed).run(warm)
+        warm = warm_steps(steps, world.topology.scheduler.max_staleness)
+    return Simulation(world, steps, seed).run(warm, out_of_time)
+
+
+def warm_steps(steps: int, max_staleness: int) -> int:
+    """How many of a run's first steps are left out of what is told of it in all."""
+    return min(steps // 2, max(steps // 4, max_staleness + 2))
 
 
 class Simulation:
@@ -88,9 +107,11 @@ class Simulation:
         self._busy: list[dict[str, float]] = []
         """Seconds in use until the end of each step, by pool."""
 
-    def run(self, warm: int) -> Outcome:
+    def run(self, warm: int, out_of_time: Callable[[], bool] = lambda: False) -> Outcome:
         self._begin()
         while len(self.steps) < self.wanted:
+            if out_of_time():
+                raise OutOfTime
             if not self._agenda:
                 raise RuntimeError(f"nothing happens any more: {waiting(self.scheduler)}")
             self.now = self._agenda[0][0]
@@ -119,6 +140,8 @@ class Simulation:
                     self._assigned(outcome.worker, outcome.job)
                 case TrainWindow():
                     self._train(outcome)
+                case EvaluationResult():
+                    self._at(self.now, lambda: None)  # windows that waited for it are opened
                 case events.Refused():
                     raise RuntimeError(f"{outcome.task_id}: {outcome.reason}")
 
@@ -295,7 +318,7 @@ class Simulation:
     def _corpus(self, topology: Topology) -> int:
         scheduler = topology.scheduler
         needed = (self.wanted + scheduler.max_staleness + 2) * scheduler.new_questions
-        return self.world.corpus or needed
+        return min(self.world.corpus or needed, needed)
 
 
 def _simulated(world: World, steps: int, seed: int) -> Topology:

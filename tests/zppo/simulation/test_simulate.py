@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import topology
 
+from zppo.errors import UserError
 from zppo.scheduling.dispatch import Job
 from zppo.simulation import (
     Accuracies,
@@ -16,11 +19,13 @@ from zppo.simulation import (
     Engines,
     Graders,
     Lengths,
+    OutOfTime,
     Speeds,
     TrainerSpeed,
     World,
     simulate,
 )
+from zppo.simulation.chance import Chance
 from zppo.simulation.machines import Engine
 from zppo_protocol.messages import GradeTask
 
@@ -93,6 +98,7 @@ def test_a_synchronous_step_takes_what_can_be_added_up() -> None:
             rollout=Engines(
                 slots=40, curve=Curve(fixed=0.01, per_sequence=0.001), load_seconds=0.25
             ),
+            teachers=(Engines(slots=40, curve=Curve(fixed=0.01)),),
             trainer=TrainerSpeed(fixed=0.5, tokens_per_second=6400.0, publish_seconds=0.125),
         ),
     )
@@ -139,3 +145,69 @@ def test_points_of_a_curve_are_joined() -> None:
     curve = Curve(points=((2, 1.0), (4, 2.0)))
     assert [curve.seconds(n) for n in (1, 2, 3, 4, 6)] == [1.0, 1.0, 1.5, 2.0, 3.0]
     assert curve.best_rate(4) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"rollout": Engines(slots=7, curve=Curve(fixed=1.0))},
+            "speeds.rollout.slots is 7; expected at least 8, method.group_size, because an engine "
+            "samples a group at once",
+        ),
+        (
+            {"teachers": (Engines(slots=3, curve=Curve(fixed=1.0)),)},
+            "speeds.teachers[0].slots is 3; expected at least 4, method.teacher_group_size, "
+            "because an engine samples a group at once",
+        ),
+        (
+            {"teachers": ()},
+            "speeds.teachers is missing; expected those of the topology's teachers, because the "
+            "method asks them",
+        ),
+    ],
+)
+def test_a_world_in_which_a_job_waits_for_ever_is_refused(
+    change: dict[str, Any], sentence: str
+) -> None:
+    made = world(1)
+    with pytest.raises(UserError) as told:
+        simulate(
+            msgspec.structs.replace(made, speeds=msgspec.structs.replace(made.speeds, **change)), 2
+        )
+    assert str(told.value) == sentence
+
+
+def test_an_evaluation_needs_room_for_its_samples_and_is_waited_for() -> None:
+    made = msgspec.structs.replace(world(1), heldout=4)
+    narrow = msgspec.structs.replace(made.speeds.rollout, slots=8)
+    topology = msgspec.structs.replace(
+        made.topology, evaluation=msgspec.structs.replace(made.topology.evaluation, samples=9)
+    )
+    speeds = msgspec.structs.replace(made.speeds, rollout=narrow)
+    with pytest.raises(UserError, match=r"at least 9, evaluation\.samples"):
+        simulate(msgspec.structs.replace(made, topology=topology, speeds=speeds), 2)
+    assert len(simulate(made, 2).steps) == 2
+
+
+@settings(max_examples=8, deadline=None)
+@given(share=st.floats(0.0, 1.0), seed=st.integers(0, 99))
+def test_values_are_drawn_as_they_are_and_together(share: float, seed: int) -> None:
+    """Each value is as probable as the other; all responses to a question are equal where the
+    length belongs to the question alone."""
+    values = tuple(range(1, 11))
+    law = Lengths(values=tuple(reversed(values)), of_question=share)
+    chance = Chance(world(0, lengths=law), seed)
+    groups = [chance.lengths(f"0/q{i}/plain", "plain", 4, 99) for i in range(1000)]
+    counts = np.bincount(np.concatenate(groups), minlength=11)[1:]
+    assert counts.sum() == 4000 and abs(counts - 400).max() < 180
+    if share == 1.0:
+        assert all(len(set(group)) == 1 for group in groups)
+    limited = chance.lengths("0/q0/plain", "plain", 4, 3)
+    assert limited == [min(3, length) for length in groups[0]]
+
+
+def test_patience_ends_a_simulation() -> None:
+    looks = iter([False] * 50)
+    with pytest.raises(OutOfTime):
+        simulate(world(1), 4, out_of_time=lambda: next(looks, True))

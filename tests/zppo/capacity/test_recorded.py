@@ -1,0 +1,192 @@
+"""A calibration read off a run whose speeds and questions are known, because it was simulated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+from recorded_worlds import Recording
+from worlds import topology
+
+from zppo.capacity.recorded import Recorded, read_recorded
+from zppo.errors import UserError
+from zppo.records.timeline import decoded, encoded, thinned
+from zppo.simulation import (
+    Accuracies,
+    Curve,
+    Engines,
+    Graders,
+    Lengths,
+    Speeds,
+    TrainerSpeed,
+    World,
+    simulate,
+)
+
+STEPS, WARM = 12, 4
+TOPOLOGY = topology(
+    scheduler={"max_staleness": 2, "new_questions": 12},
+    student={"model": "student", "sampling": {"max_new_tokens": 1000}},
+    actors={"rollout": {"count": 2}, "teacher": {"count": 1}, "grader": {"count": 2}},
+)
+WORLD = World(
+    topology=TOPOLOGY,
+    speeds=Speeds(
+        rollout=Engines(
+            slots=64,
+            curve=Curve(fixed=0.01, per_sequence=0.0005),
+            load_seconds=0.2,
+            prompt_steps=3.0,
+        ),
+        teachers=(
+            Engines(slots=32, curve=Curve(fixed=0.02, per_sequence=0.001), prompt_steps=5.0),
+        ),
+        trainer=TrainerSpeed(fixed=0.5, tokens_per_second=5e3, publish_seconds=0.1),
+        grader=Graders(seconds=0.01),
+    ),
+    lengths=Lengths(median=100.0, p99_ratio=8.0, cap=1000, of_question=0.5),
+    lengths_of={"compress": Lengths(values=(40,))},
+    accuracies=Accuracies(alpha=0.6, beta=1.2, teacher=0.8, reformulated=0.25),
+    prompt_tokens=50,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recording = Recording(WORLD, STEPS)
+    recording.run(WARM)
+    return recording.write(tmp_path_factory.mktemp("runs") / "run", TOPOLOGY)
+
+
+@pytest.fixture(scope="module")
+def recorded(run: Path) -> Recorded:
+    return read_recorded(run)
+
+
+def test_trainer_graders_and_loads_are_what_they_were(recorded: Recorded) -> None:
+    speeds = recorded.calibration.speeds
+    assert speeds.trainer.fixed == pytest.approx(0.5, abs=1e-3)
+    assert speeds.trainer.tokens_per_second == pytest.approx(5e3, rel=1e-3)
+    assert speeds.trainer.publish_seconds == pytest.approx(0.1, abs=1e-3)
+    assert speeds.grader.seconds == pytest.approx(0.01, abs=1e-4)
+    assert speeds.rollout.load_seconds == pytest.approx(0.2, abs=1e-3)
+    assert (speeds.rollout.slots, speeds.teachers[0].slots) == (64, 32)
+
+
+@pytest.mark.parametrize("pool", ["rollout", "teacher"])
+def test_the_curve_of_an_engine_is_found_within_a_fifth(recorded: Recorded, pool: str) -> None:
+    found, true = (
+        speeds.rollout if pool == "rollout" else speeds.teachers[0]
+        for speeds in (recorded.calibration.speeds, WORLD.speeds)
+    )
+    seconds = [seconds for _, seconds in found.curve.points]
+    assert seconds == sorted(seconds) and len(seconds) >= 4
+    for running in (true.slots // 8, true.slots // 4, true.slots // 2, true.slots):
+        assert found.curve.seconds(running) == pytest.approx(true.curve.seconds(running), rel=0.2)
+    assert found.prompt_steps == pytest.approx(true.prompt_steps, abs=10.0)
+
+
+def test_questions_are_like_those_of_the_run(recorded: Recorded) -> None:
+    calibration = recorded.calibration
+    law = calibration.lengths
+    assert np.median(law.values) == pytest.approx(100, rel=0.15)
+    assert law.of_question == pytest.approx(0.5, abs=0.12)
+    assert calibration.lengths_of["compress"].values == (40,)
+    assert {"bcq", "ncq", "teacher"} <= calibration.lengths_of.keys()
+    accuracies = calibration.accuracies
+    mean = accuracies.alpha / (accuracies.alpha + accuracies.beta)
+    assert mean == pytest.approx(1 / 3, abs=0.1)
+    assert accuracies.teacher == pytest.approx(0.8, abs=0.1)
+    assert accuracies.reformulated == pytest.approx(0.25, abs=0.1)
+    assert calibration.prompt_tokens == 50
+    assert calibration.settings["student.sampling.max_new_tokens"] == 1000
+
+
+@pytest.mark.slow
+def test_a_replay_takes_as_long_as_the_run(recorded: Recorded) -> None:
+    """Within 10 %, or what three seeds differ by: a short run with long responses is a draw."""
+    replay = World.of(recorded.topology, recorded.calibration)
+    replays, real = (
+        [simulate(one, STEPS, seed, WARM).seconds_per_step for seed in (1, 2, 3)]
+        for one in (replay, WORLD)
+    )
+    assert recorded.warm == WARM
+    assert abs(fmean(replays) - fmean(real)) < max(0.1 * fmean(real), max(real) - min(real))
+
+
+def test_what_was_merged_or_is_torn_is_left_out(run: Path, tmp_path: Path) -> None:
+    """A long timeline: its early spans are merged, its last line is half a line."""
+    copied = _copy(run, tmp_path)
+    for name in ("rollout-0", "rollout-1"):
+        file = copied / "timeline" / f"{name}.jsonl"
+        lines, _ = decoded(file.read_bytes())
+        file.write_bytes(encoded(thinned(lines)) + b'["sample",12')
+    found = read_recorded(copied).calibration.speeds.rollout.curve
+    for running in (8, 16, 32):
+        true = WORLD.speeds.rollout.curve.seconds(running)
+        assert found.seconds(running) == pytest.approx(true, rel=0.35)
+
+
+def _copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def _no_timeline(run: Path) -> None:
+    shutil.rmtree(run / "timeline")
+
+
+def _no_rollouts(run: Path) -> None:
+    shutil.rmtree(run / "rollouts")
+
+
+def _few_steps(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]))
+
+
+def _silent_teacher(run: Path) -> None:
+    (run / "timeline" / "teacher-0.jsonl").unlink()
+
+
+def _no_run(run: Path) -> None:
+    (run / "run.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            _no_timeline,
+            "--from-run: 'RUN' has no timeline (the folder timeline/ is missing or empty); "
+            "expected a run of a version that records one: repeat some steps of it",
+        ),
+        (
+            _no_rollouts,
+            "--from-run: 'RUN' has no rollouts with lengths; expected a run with sinks.rollouts: "
+            "true",
+        ),
+        (
+            _few_steps,
+            "--from-run: 'RUN' has 3 trained steps; expected at least 6, so launch it with a "
+            "larger run.steps",
+        ),
+        (
+            _silent_teacher,
+            "--from-run: the timeline of 'RUN' has no job of the pool 'teacher' whose lengths are "
+            "known; write its speeds by hand (docs/plan.md) and give them with --calibration",
+        ),
+        (_no_run, "RUN: is not the directory of a run (it has no run.json)"),
+    ],
+)
+def test_a_run_that_does_not_tell_enough(
+    damage: Callable[[Path], None], sentence: str, run: Path, tmp_path: Path
+) -> None:
+    copied = _copy(run, tmp_path)
+    damage(copied)
+    with pytest.raises(UserError) as told:
+        read_recorded(copied)
+    assert str(told.value).replace(str(copied), "RUN") == sentence

@@ -1,0 +1,79 @@
+"""How the engine processes of a topology can be shared out among the student and its teachers: the
+same processes on the same devices, each pool with at least one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
+from msgspec import structs
+
+from zppo.config.served import ServedModel, served_student
+from zppo.config.topology import OPENAI, ActorConfig, Topology
+from zppo.plan.processes import asked_teachers
+
+
+def split_of(topology: Topology) -> dict[str, int]:
+    """Pool -> engine processes. A teacher behind a server has none of these machines."""
+    return {one.pool: one.actor.count for one in _pools(topology)}
+
+
+def splits(topology: Topology) -> Iterator[Topology]:
+    """The topology with every way to share its engine processes out, the given one among them.
+    Where some run on a CPU and others on cards, none can do the work of another: only the given
+    one."""
+    pools, places = _pools(topology), _places(topology)
+    kinds = {device.partition(":")[0] for device in places}
+    if len(kinds) > 1 or len(pools) == 1:
+        yield topology
+        return
+    for cuts in combinations(range(1, len(places)), len(pools) - 1):
+        counts = [high - low for low, high in pairwise([0, *cuts, len(places)])]
+        yield _with_counts(topology, counts)
+
+
+def changes(before: Topology, after: Topology) -> list[str]:
+    """What to change to get from one to the other, as `setting=value`."""
+    found = []
+    for old, new in zip(_pools(before), _pools(after), strict=True):
+        if old.actor.count != new.actor.count:
+            found.append(f"{new.actor_path}.count={new.actor.count}")
+        if old.actor.devices != new.actor.devices:
+            found.append(f"{new.actor_path}.devices=[{', '.join(new.actor.devices)}]")
+    bounds = [one.scheduler.max_staleness for one in (before, after)]
+    if bounds[0] != bounds[1]:
+        found.append(f"scheduler.max_staleness={bounds[1]}")
+    return found
+
+
+def _pools(topology: Topology) -> list[ServedModel]:
+    asked = [one for one in asked_teachers(topology) if one.actor.engine != OPENAI]
+    return [served_student(topology), *asked]
+
+
+def _places(topology: Topology) -> list[str]:
+    """The device of each engine process, in the order of their pools."""
+    return [one.device(i) for one in _pools(topology) for i in range(one.actor.count)]
+
+
+def _with_counts(topology: Topology, counts: list[int]) -> Topology:
+    if counts == list(split_of(topology).values()):
+        return topology
+    places, actors = _places(topology), topology.actors
+    more = list(topology.more_teachers)
+    for one, count in zip(_pools(topology), counts, strict=True):
+        devices, places = places[:count], places[count:]
+        actor = _with_devices(one.actor, devices)
+        if one.role == "rollout":
+            actors = structs.replace(actors, rollout=actor)
+        elif one.index == 0:
+            actors = structs.replace(actors, teacher=actor)
+        else:
+            more[one.index - 1] = structs.replace(more[one.index - 1], actor=actor)
+    return structs.replace(topology, actors=actors, more_teachers=more)
+
+
+def _with_devices(actor: ActorConfig, devices: list[str]) -> ActorConfig:
+    """One process on each device; one that all share is named once."""
+    named = devices if len(set(devices)) > 1 else devices[:1]
+    return structs.replace(actor, count=len(devices), devices=named)
