@@ -87,6 +87,7 @@ def _command(child: psutil.Process) -> str:
 # ---- a small run on disk, for tests of the doors -------------------------------------------------
 
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": 8,
     "max_position_embeddings": 64,
     "num_attention_heads": 2,

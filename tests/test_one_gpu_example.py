@@ -10,6 +10,7 @@ import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,8 @@ from zppo.plan.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, PAGE = ROOT / "examples/one_gpu.yaml", ROOT / "docs/one_gpu.md"
-QWEN3 = {
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 151_936,
@@ -36,7 +38,7 @@ CARD_80, CARD_24 = 78 * GIB, 23 * GIB
 """What is free on cards that are sold as 80 and 24 GB."""
 
 
-def write_model(folder: Path, config: dict[str, int], parameters: int) -> None:
+def write_model(folder: Path, config: dict[str, Any], parameters: int) -> None:
     """A folder that tells the plan the size of a model, without its weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

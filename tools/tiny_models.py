@@ -115,6 +115,9 @@ SECTIONS = ("text_config", "decoder", "decoder_config")
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "mamba2": {"head_dim": 8, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 64},
     "zaya": {"num_experts_per_tok": 1},

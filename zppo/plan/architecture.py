@@ -35,7 +35,17 @@ LENGTH_DEPENDENT = ("longrope", "su")
 """Rotary embeddings that use other factors for every token as soon as one of a pass stands beyond
 the original context. (`dynamic` does so beyond `max_position_embeddings`, which bounds us
 anyway.)"""
-CARRIES_KEYS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+CARRIED = frozenset(
+    {
+        *("full_attention", "sliding_attention", "chunked_attention", "attention"),
+        *("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"),
+        *("moe", "mlp"),
+    }
+)
+"""Kinds of layers for which the slots of the engine 'transformers' hold what is carried from token
+to token: keys and values, the inputs of a convolution, a recurrent state, or nothing."""
+RECURRENT = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
+"""Those of them that read a row's tokens one after the other, whatever a mask of attention says."""
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 """Settings that say layer by layer, or in turn, what a layer is."""
 MASKED = frozenset(
@@ -49,6 +59,9 @@ MASKED = frozenset(
 """Families that transformers loads as causal models, but that see the whole text unless their
 configuration says `is_decoder`."""
 
+UNTRAINED = frozenset({"cpmant"})
+"""Families that the trainer's own check refuses in docs/models.md, though nothing in their
+configuration says why."""
 NO_SLOTS = frozenset(
     {
         *("bamba", "bloom", "codegen", "cpmant", "doge", "falcon", "falcon_h1"),
@@ -109,11 +122,21 @@ def window_of(text: Mapping[str, Any]) -> int | None:
 
 
 def other_state(text: Mapping[str, Any]) -> str | None:
-    """What a layer carries from token to token beside keys and values; None if the configuration
+    """What a layer carries from token to token that slots do not hold; None if the configuration
     names nothing."""
+    return ", ".join(sorted(layer_kinds(text) - CARRIED)) or None
+
+
+def listed_layers(text: Mapping[str, Any]) -> int | None:
+    """How many layers the configuration lists one by one; some families have no other number."""
+    lists = [text[name] for name in LAYER_LISTS[:2] if isinstance(text.get(name), list | tuple)]
+    return max(map(len, lists), default=0) or None
+
+
+def layer_kinds(text: Mapping[str, Any]) -> set[str]:
+    """What the configuration says that layers are; empty if it says nothing."""
     lists = [text[name] for name in LAYER_LISTS if isinstance(text.get(name), list | tuple)]
-    odd = sorted({str(kind) for kinds in lists for kind in kinds} - CARRIES_KEYS - {"attention"})
-    return ", ".join(odd) or None
+    return {str(kind) for kinds in lists for kind in kinds}
 
 
 def bounded(text: Mapping[str, Any]) -> bool:
@@ -144,6 +167,15 @@ def refuse_other_state(
         raise UserError(
             f"{where}: {str(folder)!r} ({family}) keeps other state than a key-value cache "
             f"({state}), which the engine 'transformers' does not serve"
+        )
+
+
+def refuse_untrained(family: str, folder: Path | str, where: str) -> None:
+    """Raise UserError for a family that the trainer would refuse once it is loaded."""
+    if family in UNTRAINED:
+        raise UserError(
+            f"{where}: {str(folder)!r} ({family}) lets a token see more than the tokens before it, "
+            "so it cannot be trained; expected a family that has a number in docs/models.md"
         )
 
 

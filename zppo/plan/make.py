@@ -11,17 +11,22 @@ import math
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.steps import Recipe
 from zppo.config.rewards import parts_of
-from zppo.config.served import ServedModel, served_models, served_student
+from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import TRANSFORMERS, VLLM, Topology
 from zppo.errors import UserError
 from zppo.grading.rewards import largest_sum
-from zppo.plan.architecture import refuse_other_state, refuse_without_slots
+from zppo.plan.architecture import (
+    refuse_other_state,
+    refuse_untrained,
+    refuse_without_slots,
+)
 from zppo.plan.checks import CHECKS
 from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.loss_checks import loss_notes
 from zppo.plan.machine import Machine, check_fits, idle_cards
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
+from zppo.plan.model_class import refuse_unknown
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan, Windows
 from zppo.plan.processes import asked_teachers, processes, trainer_scores, uses_teacher
@@ -81,13 +86,24 @@ def _check_served(topology: Topology, models: Models) -> None:
                 f"{one.section}.sampling.max_new_tokens is {most}; expected less than "
                 f"{_context(one, facts)}, the context of {one.model.model!r}"
             )
+    for one in _in_trainer(topology):
+        facts = models.by_pool[one.pool]
+        refuse_unknown(facts.opened_by, facts.family, one.model.model, one.model_path)
+        refuse_untrained(facts.family, one.model.model, one.model_path)
     for one in [served_student(topology), *asked_teachers(topology)]:
         if (facts := models.by_pool.get(one.pool)) is not None:
             _check_engine_of(one, facts)
 
 
+def _in_trainer(topology: Topology) -> list[ServedModel]:
+    """The student, and the teacher whose distribution the trainer computes."""
+    scores = trainer_scores(get_method(topology.method.name), topology.teacher)
+    return [served_student(topology), *(teachers(topology)[:1] if scores else [])]
+
+
 def _check_engine_of(one: ServedModel, facts: ModelFacts) -> None:
     if one.actor.engine == TRANSFORMERS:
+        refuse_unknown(facts.opened_by, facts.family, one.model.model, one.model_path)
         refuse_other_state(facts.state, facts.family, one.model.model, one.model_path)
         refuse_without_slots(facts.family, one.model.model, one.model_path)
     if one.actor.engine == VLLM:

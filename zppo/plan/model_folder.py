@@ -19,11 +19,13 @@ from zppo.errors import UserError, nearest
 from zppo.plan.architecture import (
     bounded,
     context_of,
+    listed_layers,
     other_state,
     refuse_no_decoder,
     setting,
     window_of,
 )
+from zppo.plan.model_class import AutoClass, auto_class
 
 MAX_HEADER_BYTES = 100 << 20
 TEXT_SECTION = "text_config"
@@ -34,7 +36,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     """Counts of a causal language model. `context` and `window` are in tokens, as
     `zppo.plan.architecture` has them; `parameters` counts tied weights once. `tied`: the input
     embedding is the head as well. `bounded`: the context ends before the model's positions do.
-    `state`: what layers carry beside keys and values."""
+    `state`: what layers carry that slots do not hold. `opened_by`: the class of transformers that
+    opens the folder, None if it has none."""
 
     parameters: int
     context: int
@@ -48,6 +51,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     window: int | None = None
     bounded: bool = False
     state: str | None = None
+    opened_by: AutoClass | None = None
 
     @property
     def slots_context(self) -> int:
@@ -76,8 +80,9 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
         window=window_of(text),
         bounded=bounded(text),
         state=other_state(text),
+        opened_by=auto_class(config),
         hidden=hidden,
-        layers=_number(text, "num_hidden_layers", folder, where),
+        layers=listed_layers(text) or _number(text, "num_hidden_layers", folder, where),
         kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
         vocabulary=_number(text, "vocab_size", folder, where),

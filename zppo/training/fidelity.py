@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from zppo.errors import UserError, first_line
-from zppo.plan.architecture import context_of, window_of
+from zppo.plan.architecture import context_of, layer_kinds, window_of
 from zppo.training import attention
 from zppo.training.layout import PAD_ID, PROMPT, SHARED_WIDTH, attention_mask
+from zppo.training.loading import is_recurrent
 
 log = logging.getLogger("zppo.trainer")
 
@@ -105,8 +106,10 @@ def _in_a_batch(model: Any, expected: list[Tensor]) -> float:
 def can_share_prompts(model: Any) -> bool:
     """Say whether two rollouts behind one prompt get the log-probs that they get one by one."""
     text = model.config.get_text_config().to_dict()
-    if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    if layer_kinds(text) - {"full_attention", "attention"}:
         return False  # their windows stand in masks that ours would replace
+    if is_recurrent(model):
+        return False  # a state goes on from one rollout of a row into the next
     if (window_of(text) or SHARED_WIDTH) < SHARED_WIDTH:
         return False
     if model.config._attn_implementation not in ("sdpa", EAGER, attention.NAME):

@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from msgspec import UNSET, Struct, UnsetType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from zppo.algorithm.methods import get_method
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
 from zppo.errors import UserError, first_line
-from zppo.plan.architecture import refuse_no_decoder
 from zppo.prompting.tokenization import check_same_vocabulary
 from zppo.records.checkpoint import MODEL, write_file
 from zppo.training.entropy import EntropyState, initial_entropy
+from zppo.training.loading import freeze_tower, load_folder
 from zppo.training.optimizer import DTYPES, AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.trainer import StepSettings, Trainer
@@ -114,22 +113,18 @@ def load_reference(topology: Topology) -> Policy | None:
 
 
 def load_model(source: str, dtype: str, device: str) -> Any:
-    """Load a student in `dtype` onto `device`."""
+    """Load a student in `dtype` onto `device`; its tower, if it has one, stays as it is."""
     if dtype not in DTYPES:
         raise UserError(
             f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(DTYPES)}"
         )
-    return _load(source, dtype, device, "student.model")
+    model = _load(source, dtype, device, "student.model")
+    freeze_tower(model)
+    return model
 
 
 def _load(source: str, dtype: str, device: str, where: str) -> Any:
-    try:
-        refuse_no_decoder(AutoConfig.from_pretrained(source).to_dict(), source, where)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot load {source!r}: {first_line(error)}") from error
+    model = load_folder(source, dtype, where)
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

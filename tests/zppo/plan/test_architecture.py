@@ -11,9 +11,17 @@ import pytest
 
 from zppo.config.load import load
 from zppo.errors import UserError
-from zppo.plan.architecture import NO_LIMIT, NO_SLOTS, context_of, other_state, window_of
+from zppo.plan.architecture import (
+    NO_LIMIT,
+    NO_SLOTS,
+    UNTRAINED,
+    context_of,
+    other_state,
+    window_of,
+)
 from zppo.plan.machine import Machine
 from zppo.plan.make import make_plan
+from zppo.plan.model_class import CAUSAL_TABLE, SEEING_TABLE, auto_class
 from zppo.plan.model_folder import inspect_model
 
 MACHINE = Machine(cores=4, memory=1 << 34, shared=1 << 34)
@@ -82,11 +90,12 @@ def test_window_is_how_far_the_shortest_sighted_layer_looks(
     assert window_of(config) == window
 
 
-def test_state_beside_keys_and_values() -> None:
+def test_state_that_slots_do_not_hold() -> None:
     assert other_state({}) is None
     assert other_state({"layer_types": ["full_attention", "sliding_attention"]}) is None
-    assert other_state({"layer_types": ["linear_attention", "full_attention"]}) == (
-        "linear_attention"
+    assert other_state({"layer_types": ["linear_attention", "full_attention", "conv"]}) is None
+    assert other_state({"layer_types": ["indexed_attention", "full_attention"]}) == (
+        "indexed_attention"
     )
     assert other_state({"block_types": ["recurrent", "recurrent", "attention"]}) == "recurrent"
 
@@ -120,6 +129,16 @@ def planned(*overrides: str) -> list[str]:
             "(recurrent), which the engine 'transformers' does not serve",
         ),
         (
+            {"model_type": "cpmant"},
+            "student.model: 'student' (cpmant) lets a token see more than the tokens before it, so "
+            "it cannot be trained; expected a family that has a number in docs/models.md",
+        ),
+        (
+            {"model_type": "vit"},
+            "student.model: 'student' (vit) is of no family that the installed transformers "
+            "generates text with; expected one of docs/models.md",
+        ),
+        (
             {"model_type": "falcon"},
             "student.model: 'student' (falcon) asks more of attention or of a cache than the "
             "engine 'transformers' has; expected a family that has a number in docs/models.md, or "
@@ -151,6 +170,55 @@ def test_families_without_slots_are_those_that_the_engine_refused() -> None:
         row[0].removeprefix("| ") for row in rows if len(row) == 3 and re.search(LATE, row[2])
     }
     assert found_late == NO_SLOTS
+
+
+def test_families_that_are_not_trained_are_those_that_the_trainer_refused() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines()]
+    found_late = {
+        row[0].removeprefix("| ")
+        for row in rows
+        if len(row) == 3 and "the trainer cannot use it" in row[1]
+    }
+    assert found_late == UNTRAINED
+
+
+@pytest.mark.parametrize(
+    ("config", "opened_by"),
+    [
+        ({"model_type": "llama"}, "AutoModelForCausalLM"),
+        ({"model_type": "qwen3_5"}, "AutoModelForImageTextToText"),
+        (
+            {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]},
+            "AutoModelForImageTextToText",
+        ),
+        (
+            {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForCausalLM"]},
+            "AutoModelForCausalLM",
+        ),
+        (
+            {"model_type": "idefics3", "architectures": ["Idefics3ForConditionalGeneration"]},
+            "AutoModelForImageTextToText",
+        ),
+        ({"model_type": "mllama_text_model"}, None),
+        ({}, None),
+    ],
+)
+def test_a_folder_is_opened_by_the_class_that_its_architectures_name(
+    config: dict[str, Any], opened_by: str | None
+) -> None:
+    assert auto_class(config) == opened_by
+
+
+def test_the_tables_of_classes_are_those_of_transformers() -> None:
+    from transformers.models.auto import modeling_auto
+
+    for name in (CAUSAL_TABLE, SEEING_TABLE):
+        for family, of_family in getattr(modeling_auto, name).items():
+            config = {"model_type": family, "architectures": [of_family]}
+            found = auto_class(config)
+            assert found is not None
+            table = CAUSAL_TABLE if found == "AutoModelForCausalLM" else SEEING_TABLE
+            assert getattr(modeling_auto, table)[family] == of_family
 
 
 def test_a_window_bounds_only_the_engine_that_knows_none(small: Path) -> None:

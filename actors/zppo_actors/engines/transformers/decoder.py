@@ -52,7 +52,7 @@ class Decoder:
         self._end_ids = np.asarray(sorted(end_ids), dtype=np.int64)
         self._max_rows = max_rows
         self._max_columns = _round_up(max_length + 1)
-        self._cache = SlotCache(model.config.get_text_config().num_hidden_layers)
+        self._cache = SlotCache(model.config.get_text_config())
         self._bias_RC = torch.zeros((0, 0), dtype=model.dtype, device=self._device)
         self._hidden = mask_value(model.dtype)
         self._ids_RC, self._log_probs_RC, self._uniforms_RC = self._empty_buffers()
@@ -61,6 +61,8 @@ class Decoder:
         self._left_R = np.zeros(max_rows, dtype=np.int64)
         self._tokens_B = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._changed = True
+        if self._cache.recurrent:
+            self._learn_shapes()
 
     @property
     def free(self) -> int:
@@ -82,7 +84,7 @@ class Decoder:
             first + sum(len(group) for group in groups),
             max((len(group[0].prompt_ids) for group in groups), default=0),
         )
-        for batch in _batches(groups):
+        for batch in _batches(groups, equal=self._cache.recurrent):
             self._prefill(batch)
         if groups:
             last_ids = [int(sequence.prompt_ids[-1]) for sequence in self.running[first:]]
@@ -222,8 +224,8 @@ class Decoder:
         prompt_of_row = torch.tensor(
             [m for m, group in enumerate(groups) for _ in group], device=self._device
         )
+        self._cache.at_prompts(first, prompt_of_row)
         if max(lengths) > 0:
-            self._cache.at_prompts(first, prompt_of_row)
             self._model(
                 input_ids=_padded([group[0].prompt_ids[:-1] for group in groups]).to(self._device),
                 position_ids=torch.arange(max(lengths), device=self._device)[None].expand(
@@ -233,6 +235,8 @@ class Decoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
+        else:
+            self._cache.clear_states()
         seen_R1 = torch.tensor(lengths, device=self._device)[prompt_of_row, None]
         columns_C = torch.arange(self._cache.cursor.columns, device=self._device)
         new_rows = slice(first, first + len(prompt_of_row))
@@ -242,6 +246,15 @@ class Decoder:
         for group in groups:
             for sequence in group:
                 self._start(sequence)
+
+    @torch.no_grad()
+    def _learn_shapes(self) -> None:
+        """Read one token for no row: a first prompt of one token would find no states to zero."""
+        self._cache.at_prompts(0, torch.zeros(0, dtype=torch.int64, device=self._device))
+        first_11 = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        self._model(
+            input_ids=first_11, position_ids=first_11, past_key_values=self._cache, use_cache=True
+        )
 
     def _start(self, sequence: Running) -> None:
         row = len(self.running)
@@ -326,12 +339,14 @@ class Decoder:
         return ids_RC, log_probs_RC, log_probs_RC.clone()
 
 
-def _batches(groups: list[list[Running]]) -> Iterator[list[list[Running]]]:
+def _batches(groups: list[list[Running]], *, equal: bool) -> Iterator[list[list[Running]]]:
     """Cut groups, longest prompt first, into passes of at most PREFILL_TOKENS padded tokens (or one
-    prompt)."""
+    prompt); with `equal`, of one length."""
     batch: list[list[Running]] = []
     for group in groups:
-        if batch and (len(batch) + 1) * len(batch[0][0].prompt_ids) > PREFILL_TOKENS:
+        longest = len(batch[0][0].prompt_ids) if batch else 0
+        full = (len(batch) + 1) * longest > PREFILL_TOKENS
+        if batch and (full or (equal and len(group[0].prompt_ids) < longest)):
             yield batch
             batch = []
         batch.append(group)

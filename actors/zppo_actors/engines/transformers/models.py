@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from zppo.errors import UserError, first_line
 from zppo.plan.architecture import (
     context_of,
     other_state,
-    refuse_no_decoder,
     refuse_other_state,
     window_of,
 )
 from zppo.training.fidelity import EAGER, FAULTS, LARGEST_DIFFERENCE
+from zppo.training.loading import load_folder, model_class
 from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.sequences import Completion, Running
 from zppo_actors.engines.transformers import attention
@@ -37,25 +37,19 @@ def load_model(spec: EngineSpec) -> Any:
     transformers_logging.disable_progress_bar()
     where, folder = spec.served.model_path, spec.served.model.model
     try:
-        refuse_unserved(AutoConfig.from_pretrained(folder), folder, where)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.served.model.dtype)
-        )
-    except UserError:
-        raise
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{where}: {folder!r} is no causal language model that can be loaded ({reason})"
-        ) from error
+        raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
+    refuse_unserved(config, folder, where)
+    model = load_folder(folder, spec.served.model.dtype, where)
     model.to(device=_device(spec))
     return model.eval().requires_grad_(False)
 
 
 def refuse_unserved(config: Any, folder: str, where: str) -> None:
-    """Raise UserError for an architecture that is no decoder, or carries more than keys and values
-    from token to token."""
-    refuse_no_decoder(config.to_dict(), folder, where)
+    """Raise UserError for an architecture that is no decoder, or carries from token to token what
+    slots do not hold."""
+    model_class(config, folder, where)
     text = config.get_text_config()
     refuse_other_state(other_state(text.to_dict()), config.model_type, folder, where)
     if not hasattr(text, "num_attention_heads"):

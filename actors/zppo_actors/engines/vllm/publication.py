@@ -18,9 +18,10 @@ import msgspec
 import torch
 from msgspec import Struct
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from zppo.errors import UserError, first_line
+from zppo.training.loading import model_class
 from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.values import PolicyManifest
 
@@ -69,7 +70,10 @@ def read_layout(folder: str, dtype: str, where: str) -> Layout:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            opened_by = model_class(config, folder, where)
+            model = opened_by.from_config(config, dtype=getattr(torch, dtype))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{where}: {folder!r} is no causal language model ({reason})") from error

@@ -1,0 +1,171 @@
+"""Models that carry a state from token to token, against unpadded forward passes of transformers,
+one sequence at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import (
+    completions,
+    forced_log_probs,
+    make_task,
+    make_tokenizer,
+    versions,
+    words,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrent_models import FAMILIES, make_recurrent, make_seeing, save_seeing
+from transformers import DynamicCache
+from transformers_helpers import build, run, sample
+
+from zppo_actors.engines.tokenization import PromptTokenizer
+from zppo_actors.engines.transformers import decoder
+from zppo_actors.engines.transformers.engine import TransformersEngine
+from zppo_actors.engines.transformers.models import adopt_slots
+from zppo_actors.weights import shared_memory
+from zppo_protocol.samples import GroupSamples
+
+ROUNDING = 1e-4
+LENGTHS = (1, 2, 19, 5, 40, 19)
+
+
+def adopted(model: Any) -> Any:
+    """A copy with our attention."""
+    copied = copy.deepcopy(model)
+    adopt_slots(copied, "a tiny model", "student.model")
+    return copied
+
+
+def serve(model: Any, folder: Path, max_sequences: int) -> TransformersEngine:
+    """An engine for a model of `adopted`."""
+    make_tokenizer().save_pretrained(folder)
+    tokenizer = PromptTokenizer(str(folder), "student.model")
+    return TransformersEngine(model, tokenizer, max_sequences, max_length=256)
+
+
+def difference(model: Any, found: list[GroupSamples]) -> float:
+    """Largest difference of a sampled token's log-prob from a plain forward pass."""
+    return max(
+        float(np.abs(forced_log_probs(model, group) - group.log_probs).max()) for group in found
+    )
+
+
+def tasks_of(lengths: tuple[int, ...] | list[int], n: int, tokens: int) -> list[Any]:
+    """Groups of `n`, the i-th with a prompt of `lengths[i]` tokens and other bounds of length."""
+    return [
+        make_task(
+            words(length, start=i), n=n, task_id=f"t{i}", seed=i, max_new_tokens=tokens + 3 * i
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_come_and_go_and_each_is_as_if_it_were_alone(family: str, tmp_path: Path) -> None:
+    """More sequences than slots, so that slots are used again, and groups are admitted in parts."""
+    model = make_recurrent(family)
+    engine = serve(adopted(model), tmp_path, max_sequences=5)
+    found = run(engine, sample(engine, *tasks_of(LENGTHS, 3, 6)))
+    assert difference(model, found) < ROUNDING
+    assert [len(completions(group)) for group in found] == [3] * len(LENGTHS)
+
+
+def test_a_model_with_a_tower_is_sampled_under_its_own_names(tmp_path: Path) -> None:
+    model = make_seeing()
+    engine = build(save_seeing(model, tmp_path), max_sequences=5)
+    assert type(engine._model) is type(model)
+    found = run(engine, sample(engine, *tasks_of(LENGTHS, 2, 6)))
+    assert difference(model, found) < ROUNDING
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A model, its copy in an engine, and a folder for the tokenizer."""
+    model = make_recurrent("qwen3_5_text")
+    return model, adopted(model), tmp_path_factory.mktemp("tokenizer")
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    n=st.integers(1, 3),
+    tokens=st.integers(1, 12),
+    slots=st.integers(1, 6),
+)
+def test_any_order_of_arrivals_gives_the_same_log_probs(
+    lengths: list[int], n: int, tokens: int, slots: int, both: tuple[Any, Any, Path]
+) -> None:
+    model, copied, folder = both
+    engine = serve(copied, folder, max_sequences=slots)
+    found = run(engine, sample(engine, *tasks_of(lengths, n, tokens)))
+    assert difference(model, found) < ROUNDING
+
+
+def test_padding_would_leave_its_trace_in_the_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of several lengths in one pass are what the tests above would notice."""
+    model = make_recurrent("qwen3_5_text")
+    engine = serve(adopted(model), tmp_path, max_sequences=18)
+    cut = decoder._batches
+    monkeypatch.setattr(decoder, "_batches", lambda groups, *, equal: cut(groups, equal=False))
+    found = run(engine, sample(engine, *tasks_of(LENGTHS, 3, 6)))
+    assert difference(model, found) > 100 * ROUNDING
+
+
+def continued_log_probs(old: Any, new: Any, group: GroupSamples) -> np.ndarray:
+    """Log-probs [T] where each sequence goes on under `new` with what `old` has left in the cache
+    of transformers itself."""
+    parts, before = [], np.array(versions(group))
+    for tokens, of_version in zip(
+        completions(group), np.split(before, group.offsets[1:-1]), strict=True
+    ):
+        cache = DynamicCache(config=old.config.get_text_config())
+        inputs = [*group.prompt_ids.tolist(), *tokens][:-1]
+        first, logits = len(group.prompt_ids) - 1, []
+        if first:
+            old(input_ids=torch.tensor([inputs[:first]]), past_key_values=cache, use_cache=True)
+        for token, version in zip(inputs[first:], of_version, strict=True):
+            model = new if version > 0 else old
+            output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            logits.append(output.logits[0, -1])
+        log_probs = torch.stack(logits).log_softmax(-1)
+        parts.append(log_probs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy())
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("make", [lambda seed: make_recurrent("qwen3_5_text", seed), make_seeing])
+def test_states_stay_where_they_are_when_new_weights_come(make: Any, tmp_path: Path) -> None:
+    old, new = make(0), make(1)
+    for model in (old, new):  # so that no sequence ends before the weights come
+        model.get_output_embeddings().weight[2] = 0.0
+    engine = serve(adopted(old), tmp_path / "tokenizer", max_sequences=8)
+    manifest = shared_memory.publish(new.state_dict(), 1, tmp_path)
+
+    async def updated() -> list[GroupSamples]:
+        running = asyncio.gather(
+            *(
+                engine.generate(make_task(words(length), n=2, seed=length, max_new_tokens=60))
+                for length in (1, 3, 17)
+            )
+        )
+        while engine.progress < 40:
+            await asyncio.sleep(0.001)
+        await engine.load_policy(manifest)
+        fresh = await engine.generate(make_task(words(9), n=2, max_new_tokens=20))
+        return [*await running, fresh]
+
+    *running, fresh = run(engine, updated())
+    assert set(versions(fresh)) == {1}
+    assert difference(new, [fresh]) < ROUNDING
+    assert {0, 1} == {version > 0 for group in running for version in versions(group)}
+    for group in running:
+        expected = continued_log_probs(old, new, group)
+        np.testing.assert_allclose(group.log_probs, expected, atol=ROUNDING)

@@ -1,0 +1,101 @@
+"""Tiny random models with recurrent layers, alone and behind a tower for pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from tiny_models import tiny_config
+
+CONTEXT = 2048
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "qwen3_next": {},
+    "granitemoehybrid": {},
+    "bamba": {},
+    "falcon_h1": {},
+    "lfm2_moe": {},
+}
+"""With a delta rule, with states of Mamba 2, with both beside attention in a layer, and with
+convolutions alone."""
+TOWER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 64,
+}
+SPECIAL = [
+    *("<pad>", "<bos>", "<eos>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
+TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+"""A token for every byte: AutoTokenizer reads the tokenizer of this family as one of bytes."""
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def make_recurrent(family: str, seed: int = 0) -> Any:
+    """A model in float32 on whose log-probs states and convolutions show."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, max_position_embeddings=CONTEXT)
+    return _lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def make_seeing(seed: int = 0) -> Any:
+    """A Qwen3.5 with a tower for pictures."""
+    torch.manual_seed(seed)
+    sizes = {"max_position_embeddings": CONTEXT, "vocab_size": len(TOKENS)}
+    text = tiny_config("qwen3_5_text", **sizes).to_dict()
+    names = ("vision_start", "vision_end", "image", "video")
+    marks = {f"{name}_token_id": i for i, name in enumerate(names, start=3)}
+    config = Qwen3_5Config(
+        text_config=text, vision_config=TOWER, tie_word_embeddings=False, **marks
+    )
+    return _lively(Qwen3_5ForConditionalGeneration(config))
+
+
+def save_seeing(model: Any, folder: Path) -> Path:
+    """Write a model of `make_seeing` as a Hugging Face folder, with all that lies in one."""
+    model.save_pretrained(folder)
+    bytes_alone = BPE({token: i for i, token in enumerate(TOKENS)}, merges=[], unk_token="<pad>")
+    tokenizer = Tokenizer(bytes_alone)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=SPECIAL[3:], **names
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2).save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text('{"video_processor_type": "none"}')
+    return folder
+
+
+@torch.no_grad()
+def _lively(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.get_output_embeddings().weight.mul_(4.0)
+    return model.eval().requires_grad_(False)

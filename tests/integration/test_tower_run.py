@@ -1,0 +1,112 @@
+"""A student with recurrent layers and a tower for pictures, trained on text by real processes,
+killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from recurrent_models import make_seeing, save_seeing
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from zppo.records import checkpoint
+from zppo.records.summary import read_lines, summarise
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+PATIENCE = 900.0
+REWARD = """
+import zlib
+
+def luck(question, response, row):
+    return zlib.crc32(response.encode()) % 5 / 2
+"""
+"""Bytes at random earn no answer's reward, so the groups would be all alike."""
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments: str, **settings: object) -> list[str]:
+    given = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    return [sys.executable, "-P", "-m", "zppo.launch", *arguments, *given]
+
+
+def launch_and_kill(arguments: list[str], directory: Path, step: int) -> None:
+    """Kill every process of the run once the checkpoint of `step` is there."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + PATIENCE
+    while not directory.exists() or checkpoint.find_latest(directory).step < step:
+        assert process.poll() is None and process.stderr, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    everybody = [
+        psutil.Process(process.pid),
+        *psutil.Process(process.pid).children(recursive=True),
+    ]
+    for one in everybody:
+        one.kill()
+    process.communicate()
+    psutil.wait_procs(everybody, timeout=30)
+
+
+def test_a_student_with_a_tower_is_trained_on_text_killed_and_resumed(tmp_path: Path) -> None:
+    student = save_seeing(make_seeing(), tmp_path / "student")
+    directory, reward = tmp_path / "run", tmp_path / "mine.py"
+    reward.write_text(REWARD)
+    settings = {
+        "run.directory": directory,
+        "run.steps": 100,
+        "method.name": "grpo",
+        "data.reward": json.dumps([{"use": f"{reward}:luck", "weight": 1.0}]),
+        "data.max_prompt_tokens": 512,
+        "data.heldout": "null",
+        "student.model": student,
+        "student.sampling.max_new_tokens": 10,
+        "scheduler.new_questions": 2,
+        "scheduler.max_staleness": 0,
+        "evaluation.every": "null",
+        "optimizer.learning_rate": 1e-2,
+        "actors.rollout.count": 1,
+        "actors.rollout.engine_args.max_sequences": 12,
+        "checkpoints.every": 1,
+        "sinks.tensorboard": "false",
+    }
+    launch_and_kill(command("--topology", str(QUICKSTART), **settings), directory, step=1)
+    reached = checkpoint.find_latest(directory).step
+    steps = reached + 2
+    resumed = subprocess.run(
+        command("--resume", str(directory), **{"run.steps": steps}),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    summary = summarise(directory)
+    assert (summary["steps"], summary["trained_twice"], summary["lost"]) == (steps, 0, 0)
+    for line in read_lines(directory / "metrics.jsonl"):
+        assert line["train/updates"] > 0
+        # Without staleness: what the engine says of its tokens is what the trainer says of them.
+        assert line["train/log_prob_gap_max"] < 1e-4
+    check_folder(checkpoint.final_folder(directory, steps) / "model", student)
+
+
+def check_folder(saved: Path, student: Path) -> None:
+    """It opens as what it was, with all that lay in it; what sees pictures is untouched."""
+    model = AutoModelForImageTextToText.from_pretrained(saved)
+    assert [type(model).__name__] == AutoConfig.from_pretrained(saved).architectures
+    beside = {path.name for path in student.iterdir()} - {"config.json", "model.safetensors"}
+    assert {"preprocessor_config.json", "video_preprocessor_config.json"} < beside
+    assert {path.name for path in saved.iterdir()} == beside | {"config.json", "model.safetensors"}
+    for name in beside:
+        assert (saved / name).read_bytes() == (student / name).read_bytes(), name
+    before, after = (load_file(folder / "model.safetensors") for folder in (student, saved))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("model.visual.")}

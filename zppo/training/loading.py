@@ -1,0 +1,70 @@
+"""Model folders in memory, opened as what they are: for the trainer and for engines that run
+transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from zppo.errors import UserError, first_line
+from zppo.plan.architecture import refuse_no_decoder
+from zppo.plan.model_class import auto_class, refuse_unknown
+
+MOST_NAMED = 3
+
+
+def load_folder(folder: str, dtype: str, where: str) -> Any:
+    """The model of `folder`, with its tower if it has one.
+
+    Raises UserError, naming the setting `where`, if it cannot be loaded, is no decoder, or lacks
+    weights, which transformers would make up.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model, report = model_class(config, folder, where).from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+        raise UserError(
+            f"{where}: {folder!r} lacks weights of its model: {', '.join(missing[:MOST_NAMED])}"
+            f"{more}; expected a folder as save_pretrained writes it"
+        )
+    return model
+
+
+def model_class(config: Any, folder: Path | str, where: str) -> Any:
+    """The class that opens a folder of this configuration. Raises UserError for what is no
+    decoder."""
+    entries = config.to_dict()
+    refuse_no_decoder(entries, folder, where)
+    name = auto_class(entries)
+    refuse_unknown(name, config.model_type, folder, where)
+    return getattr(transformers, str(name))
+
+
+def freeze_tower(model: Any) -> None:
+    """Leave the language model and its head trainable. Text gives no gradient to what sees
+    pictures, and what an engine has made of a picture stays valid."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(parameter) for part in parts if part for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether a layer carries a state from token to token, in the order of the row, whatever a mask
+    of attention says."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
