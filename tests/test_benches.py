@@ -12,6 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BENCHES = {
+    "ranks": [
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--vocabulary",
+        "128",
+        "--tokens",
+        "512",
+        "--repeats",
+        "1",
+    ],
     "protocol": ["--completions", "2", "--tokens", "64", "--repeats", "2"],
 }
 """Arguments of a bench's small form, by its name in `benches/`."""

@@ -51,7 +51,7 @@ from zppo.plan.view import show
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import check_same_vocabulary, run_no_models
 from zppo.records import binding, checkpoint, ledger, run_directory
-from zppo.records.binding import MAX_STALENESS, MadeWith
+from zppo.records.binding import MAX_STALENESS, RANKS, MadeWith
 from zppo.records.summary import read_lines, summarise
 
 DRY_RUN_SECONDS = 10.0
@@ -325,6 +325,14 @@ def _resumed_topology(
         raise UserError(
             f"--resume: {MAX_STALENESS} was {bound} and is now {topology.scheduler.max_staleness}; "
             "it cannot shrink, because windows in flight keep to the old bound"
+        )
+    before, ranks = old.get(RANKS, 1), new[RANKS]
+    exact = topology.scheduler.max_staleness == 0 and topology.method.correction == "none"
+    if exact and ranks != before:
+        raise UserError(
+            f"--resume: {RANKS} was {before} and is now {ranks}; with {MAX_STALENESS} 0 and "
+            "method.correction 'none' it cannot change, because sums over other ranks differ in "
+            "their last bits"
         )
     return topology
 

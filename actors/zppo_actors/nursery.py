@@ -36,6 +36,7 @@ MODULES = (
     "zppo_actors.sampler.teacher",
     "zppo_actors.engines.transformers.engine",
     "zppo_actors.trainer.actor",
+    "zppo_actors.trainer.rank",
 )
 READY = b"ready"
 LONGEST_MESSAGE = 1 << 18

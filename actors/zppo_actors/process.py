@@ -40,6 +40,7 @@ ROLES = {
     "teacher": "zppo_actors.sampler.teacher",
     "grader": "zppo_actors.grader",
     "trainer": "zppo_actors.trainer.actor",
+    "rank": "zppo_actors.trainer.rank",
 }
 """Role -> module with `main(context) -> int`; only the one that is started is imported."""
 

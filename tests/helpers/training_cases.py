@@ -27,6 +27,7 @@ from zppo.config.method import MethodConfig
 from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Topology
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
+from zppo.training.ranks import ALONE, Ranks
 from zppo.training.trainer import StepSettings, Trainer
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -148,19 +149,32 @@ def trainer_of(
     optimizer: OptimizerConfig = OPTIMIZER,
     teacher: Any = None,
     reference: Any = None,
+    recompute: bool = False,
+    ranks: Ranks = ALONE,
     **changes: Any,
 ) -> Trainer:
     policy = Policy(model)
+    if recompute:
+        policy.recompute_layers()
+    frozen = [
+        None if one is None else Policy(one.requires_grad_(False), "teacher.model")
+        for one in (teacher, reference)
+    ]
+    if ranks.count > 1:
+        for one in (policy, *frozen):
+            if one is not None:
+                one.shard(ranks)
     parameters = policy.parameters()
     steps = itertools.count()
     return Trainer(
         policy,
         AdamW(parameters, optimizer, seed=0),
-        Gradients(parameters),
+        Gradients(parameters, ranks),
         replace(SETTINGS, **changes),
         clock=lambda: float(next(steps)),
-        teacher=None if teacher is None else Policy(teacher.requires_grad_(False), "teacher.model"),
-        reference=None if reference is None else Policy(reference.requires_grad_(False)),
+        teacher=frozen[0],
+        reference=frozen[1],
+        ranks=ranks,
     )
 
 

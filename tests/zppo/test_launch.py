@@ -87,6 +87,30 @@ SETTING_MISTAKES = [
         "actors.rollout.devices is empty; expected at least one device, such as cpu or cuda:0",
     ),
     ("actors.rollout.hosts=[a]", "actors.rollout.hosts names 'a'; this version runs on one host, 'localhost'"),
+    (
+        "actors.trainer={ranks: 3, devices: [cuda:0, cuda:1]}",
+        "actors.trainer.ranks is 3, but actors.trainer.devices names 2; expected one for each "
+        "rank, or cpu alone for all",
+    ),
+    (
+        "actors.trainer={devices: [cuda:0, cpu]}",
+        "actors.trainer.devices names cuda:0, cpu; expected cards alone, or cpu alone, because "
+        "the ranks share one model",
+    ),
+    (
+        "actors.trainer={device: 'cuda:1', ranks: 2}",
+        "actors.trainer.devices has 'cuda:1' for 2 ranks; expected a card of its own for each, "
+        "such as cuda:0 and cuda:1",
+    ),
+    (
+        "actors.trainer={devices: [cuda, cuda:1]}",
+        "actors.trainer.devices names 'cuda' beside others; expected its number as well, such as "
+        "cuda:0",
+    ),
+    (
+        "actors.trainer={device: cuda, devices: [cuda:0, cuda:1]}",
+        "actors.trainer.device is 'cuda' beside actors.trainer.devices; expected one of the two",
+    ),
     ("actors.trainer.device=tpu", "actors.trainer.device names 'tpu'; expected cpu, cuda or cuda:N"),
     ("method.group_size=1", "method.group_size is 1; expected at least 2, because a group of one has no advantage"),
     ("evaluation.every=5", "evaluation.every is 5; expected null, or a file in data.heldout"),
@@ -694,6 +718,28 @@ def test_exit_code_of_the_real_command(small: Path) -> None:
 
 
 # ---- resuming ------------------------------------------------------------------------------------
+
+
+def test_resume_with_other_ranks(start: Launch, small: Path) -> None:
+    """Refused where a run is promised to go on bit for bit, and nowhere else."""
+    start("--topology", "topology.yaml")
+    path = small / "small-run"
+    finish(path, 2)
+    assert start("--resume", "small-run", "--set", "actors.trainer.ranks=2") == (None, "")
+    finish(path, 3)
+    assert start("--resume", "small-run", "--set", "actors.trainer.ranks=1") == (None, "")
+
+
+def test_exact_resume_with_other_ranks_is_refused(start: Launch, small: Path) -> None:
+    exact = ("--set", "scheduler.max_staleness=0", "--set", "method.correction=none")
+    start("--topology", "topology.yaml", *exact)
+    finish(small / "small-run", 2)
+    sentence = (
+        "--resume: actors.trainer.ranks was 1 and is now 2; with scheduler.max_staleness 0 and "
+        "method.correction 'none' it cannot change, because sums over other ranks differ in their "
+        "last bits\n"
+    )
+    assert start("--resume", "small-run", "--set", "actors.trainer.ranks=2") == (2, sentence)
 
 
 @pytest.fixture

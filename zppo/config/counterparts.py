@@ -206,6 +206,13 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
     Counterpart("actors.rollout.devices", "", "trainer.n_gpus_per_node", typed="gpus"),
     Counterpart("actors.trainer.device", "", "trainer.device"),
     Counterpart(
+        "actors.trainer.ranks",
+        "fsdp",
+        f"{ACTOR}.fsdp_config.fsdp_size {ACTOR}.strategy",
+        note="processes of FSDP2 on this host, one on each of actors.trainer.devices",
+        typed="world_size num_gpus fsdp_config",
+    ),
+    Counterpart(
         "actors.trainer.micro_batch_tokens",
         "gradient_accumulation_steps",
         f"{ACTOR}.ppo_max_token_len_per_gpu {ACTOR}.ppo_micro_batch_size_per_gpu",
@@ -245,9 +252,8 @@ ABSENT: dict[str, str] = {
         "lr_scheduler_type lr_scheduler warmup_steps warmup_ratio lr_warmup_steps "
         "lr_warmup_steps_ratio warmup_style scheduler_type"
     ),
-    "the trainer is one process on one device": (
-        "deepspeed fsdp fsdp_config nnodes world_size num_gpus "
-        "ulysses_sequence_parallel_size strategy megatron"
+    "the trainer's ranks are those of FSDP2 on one host (actors.trainer.ranks)": (
+        "deepspeed nnodes ulysses_sequence_parallel_size megatron"
     ),
     "a response is trained on once, in one of the method.updates_per_step updates": (
         "num_iterations ppo_epochs"

@@ -269,15 +269,28 @@ class GraderConfig(Config, frozen=True, kw_only=True):
 
 class TrainerConfig(Config, frozen=True, kw_only=True):
     device: str = "cpu"
-    """cpu, cuda, cuda:1, …"""
+    """cpu, cuda, cuda:1, …; the short form of devices"""
+    devices: list[str] = field(default_factory=list)
+    """one for each rank, e.g. [cuda:0, cuda:1]"""
+    ranks: Positive | None = None
+    """processes that share the student's weights and the work (docs/clusters.md); null: as many as
+    devices"""
+    collective_seconds: PositiveFloat = 1800.0
+    """longest that ranks wait for one another before the trainer ends"""
     threads: Positive | None = None
-    """CPU threads; null: the cores are shared out evenly"""
+    """CPU threads of each rank; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384
     """padded tokens in one forward-backward pass"""
     measured_rollouts: Literal["all", "trained"] = "all"
     """`all`, or `trained`: no pass that only measures rollouts with advantage 0"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
+
+    @property
+    def rank_devices(self) -> list[str]:
+        """The device of each rank; `ranks` many, where the plan has not refused the settings."""
+        named = self.devices or [self.device]
+        return named * (self.ranks or 1) if len(named) == 1 else named
 
 
 class ActorsConfig(Config, frozen=True, kw_only=True):

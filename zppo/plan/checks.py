@@ -164,6 +164,42 @@ def _check_hosts(topology: Topology, method: Method) -> None:
             )
 
 
+def _check_ranks(topology: Topology, method: Method) -> None:
+    """Every rank of the trainer has a device, and a card of its own."""
+    trainer = topology.actors.trainer
+    ranks, devices = trainer.ranks, trainer.rank_devices
+    if trainer.devices and trainer.device != "cpu":
+        raise UserError(
+            f"actors.trainer.device is {trainer.device!r} beside actors.trainer.devices; expected "
+            "one of the two"
+        )
+    if ranks is not None and len(devices) != ranks:
+        raise UserError(
+            f"actors.trainer.ranks is {ranks}, but actors.trainer.devices names {len(devices)}; "
+            "expected one for each rank, or cpu alone for all"
+        )
+    if len(devices) == 1:
+        return
+    if len({device.partition(":")[0] for device in devices}) > 1:
+        raise UserError(
+            f"actors.trainer.devices names {', '.join(dict.fromkeys(devices))}; expected cards "
+            "alone, or cpu alone, because the ranks share one model"
+        )
+    if devices[0] == "cpu":
+        return
+    for device in devices:
+        if devices.count(device) > 1:
+            raise UserError(
+                f"actors.trainer.devices has {device!r} for {devices.count(device)} ranks; "
+                "expected a card of its own for each, such as cuda:0 and cuda:1"
+            )
+        if ":" not in device:
+            raise UserError(
+                f"actors.trainer.devices names {device!r} beside others; expected its number as "
+                "well, such as cuda:0"
+            )
+
+
 def _check_recipe(topology: Topology, method: Method) -> None:
     config, scheduler = topology.method, topology.scheduler
     if config.group_size < 2:
@@ -258,6 +294,7 @@ CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_names,
     _check_teacher,
     _check_hosts,
+    _check_ranks,
     _check_engines,
     _check_recipe,
     check_loss,

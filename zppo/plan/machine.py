@@ -11,7 +11,7 @@ import psutil
 from msgspec import Struct
 
 from zppo.config.served import served_models
-from zppo.config.topology import VLLM, ActorConfig, Topology
+from zppo.config.topology import VLLM, ActorConfig, Topology, TrainerConfig
 from zppo.errors import UserError
 from zppo.plan.plan import Plan
 from zppo.plan.processes import ProcessEntry
@@ -82,7 +82,7 @@ def _control_group_free() -> int:
 def wants_gpu(topology: Topology) -> bool:
     """Whether any setting names a device other than the CPU."""
     served = [device for one in served_models(topology) for device in one.actor.devices]
-    return any(device != "cpu" for device in [topology.actors.trainer.device, *served])
+    return any(device != "cpu" for device in [*topology.actors.trainer.rank_devices, *served])
 
 
 def idle_cards(topology: Topology) -> int:
@@ -93,7 +93,7 @@ def idle_cards(topology: Topology) -> int:
 def check_fits(plan: Plan, machine: Machine) -> None:
     """Raise UserError for a device that is not there, and where memory is short."""
     for entry in plan.processes:
-        _check_device(entry, machine)
+        _check_device(entry, plan.topology.actors.trainer, machine)
     if plan.host_bytes > machine.memory:
         name, size = max(
             zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host
@@ -130,22 +130,25 @@ def _idle(topology: Topology) -> str:
     return f"; no setting names a GPU, see {where}" if idle_cards(topology) else ""
 
 
-def _check_device(entry: ProcessEntry, machine: Machine) -> None:
+def _check_device(entry: ProcessEntry, trainer: TrainerConfig, machine: Machine) -> None:
     kind, _, index = entry.device.partition(":")
     if not entry.device or entry.device == "cpu":
         return
     if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(f"{_setting(entry)} names {entry.device!r}; expected cpu, cuda or cuda:N")
+        where = _setting(entry, trainer)
+        raise UserError(f"{where} names {entry.device!r}; expected cpu, cuda or cuda:N")
     if int(index or 0) >= len(machine.gpus):
         raise UserError(
-            f"{_setting(entry)} names {entry.device!r}; this machine has "
+            f"{_setting(entry, trainer)} names {entry.device!r}; this machine has "
             f"{len(machine.gpus)} CUDA devices"
         )
 
 
-def _setting(entry: ProcessEntry) -> str:
+def _setting(entry: ProcessEntry, trainer: TrainerConfig) -> str:
     """The setting that gives the process its device."""
-    return "actors.trainer.device" if entry.served is None else f"{entry.served.actor_path}.devices"
+    if entry.served is not None:
+        return f"{entry.served.actor_path}.devices"
+    return "actors.trainer.devices" if trainer.devices else "actors.trainer.device"
 
 
 def _placed(index: int, free: int, plan: Plan) -> list[Placed]:
@@ -178,7 +181,7 @@ def _check_card(index: int, free: int, placed: Sequence[Placed]) -> None:
     if needed > free:
         largest, size = max(placed, key=lambda pair: pair[1])
         way = "actors.trainer.gradient_checkpointing or a smaller actors.trainer.micro_batch_tokens"
-        if largest.role != "trainer":
+        if largest.pool != "trainer":
             way = "fewer or shorter sequences, and with vLLM a smaller gpu_memory_utilization"
         raise UserError(
             f"the plan needs {gib(needed)} on cuda:{index} but {gib(free)} are free; "

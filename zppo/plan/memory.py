@@ -7,6 +7,10 @@ Legend of the terms, all in bytes: weights = parameters · width; gradients = we
 key-value cache = sequences · length · layers · 2 · heads · head width. A frozen model in the
 trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations and
 its logits.
+
+Of N ranks each has an N-th of weights, gradients, optimizer and frozen models, and beside it what a
+pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients in
+float32. While it loads, a rank has each model whole, once.
 """
 
 from __future__ import annotations
@@ -94,14 +98,18 @@ def inspect_models(topology: Topology) -> Models:
 def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
     """Memory of one process."""
     method, trainer = get_method(topology.method.name), topology.actors.trainer
-    if entry.role == "trainer":
-        size = _trainer_bytes(trainer, topology.student, topology.optimizer, models.student)
+    if entry.role in ("trainer", "rank"):
+        student = topology.student
+        size = _trainer_bytes(trainer, student, topology.optimizer, models.student)
+        loading = models.student.parameters * DTYPE_BYTES[student.dtype]
         if topology.method.kl_coefficient > 0:
-            size += _frozen_bytes(topology.student, trainer.micro_batch_tokens, models.student)
+            size += _frozen_bytes(trainer, student, models.student)
+            loading *= 2
         teacher = topology.teacher
         if teacher is not None and models.teacher is not None and trainer_scores(method, teacher):
-            size += _frozen_bytes(teacher, trainer.micro_batch_tokens, models.teacher)
-        return _on(entry.device, size)
+            size += _frozen_bytes(trainer, teacher, models.teacher)
+            loading += models.teacher.parameters * DTYPE_BYTES[teacher.dtype]
+        return _on(entry.device, max(size, loading))
     if entry.served is None:
         return Need(device=0, host=LIBRARIES[entry.role])
     if entry.served.actor.engine == OPENAI:
@@ -127,9 +135,12 @@ def _on(device: str, size: int) -> Need:
 def _trainer_bytes(
     trainer: TrainerConfig, student: ModelConfig, adamw: OptimizerConfig, facts: ModelFacts
 ) -> int:
-    width = DTYPE_BYTES[student.dtype]
-    weights_and_gradients = facts.parameters * (width + DTYPE_BYTES["float32"])
-    optimizer = 2 * facts.parameters * DTYPE_BYTES[adamw.state_dtype]
+    width, ranks = DTYPE_BYTES[student.dtype], len(trainer.rank_devices)
+    weights_and_gradients = width + DTYPE_BYTES["float32"]
+    optimizer = 2 * DTYPE_BYTES[adamw.state_dtype]
+    state = facts.parameters * (weights_and_gradients + optimizer) // ranks
+    if ranks > 1:
+        state += _gathered(facts) * weights_and_gradients
     per_layer = trainer.micro_batch_tokens * facts.hidden * width
     stored = 34 * per_layer // 2
     activations = (
@@ -138,16 +149,25 @@ def _trainer_bytes(
         else facts.layers * stored
     )
     logits = 2 * LOGITS_ROWS * facts.vocabulary * 4
-    return math.ceil(RETAINED * (weights_and_gradients + optimizer + activations + logits))
+    return math.ceil(RETAINED * (state + activations + logits))
 
 
-def _frozen_bytes(model: ModelConfig, micro_batch_tokens: int, facts: ModelFacts) -> int:
+def _frozen_bytes(trainer: TrainerConfig, model: ModelConfig, facts: ModelFacts) -> int:
     """A frozen model beside the student, a teacher or the reference of the KL: nothing is kept for
     a backward pass, so one layer is alive at a time."""
-    width = DTYPE_BYTES[model.dtype]
-    activations = 34 * micro_batch_tokens * facts.hidden * width // 2
+    width, ranks = DTYPE_BYTES[model.dtype], len(trainer.rank_devices)
+    weights = facts.parameters // ranks + (_gathered(facts) if ranks > 1 else 0)
+    activations = 34 * trainer.micro_batch_tokens * facts.hidden * width // 2
     logits = LOGITS_ROWS * facts.vocabulary * 4
-    return math.ceil(RETAINED * (facts.parameters * width + activations + logits))
+    return math.ceil(RETAINED * (weights * width + activations + logits))
+
+
+def _gathered(facts: ModelFacts) -> int:
+    """Parameters that a pass of one of several ranks has whole at once: the embedding and head, a
+    layer, and the next one on its way."""
+    matrices = facts.vocabulary * facts.hidden * (1 if facts.tied else 2)
+    layers = max(0, facts.parameters - matrices) // max(1, facts.layers)
+    return min(facts.parameters, matrices + 2 * layers)
 
 
 def _engine_bytes(

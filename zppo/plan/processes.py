@@ -39,15 +39,19 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessEntry]:
     """
     trainer, asked = topology.actors.trainer, asked_teachers(topology)
     loaded = sum(one.actor.count for one in asked if one.actor.engine != OPENAI)
-    share = max(1, available_cores // (topology.actors.rollout.count + loaded + 1))
+    devices = trainer.rank_devices
+    share = max(1, available_cores // (topology.actors.rollout.count + loaded + len(devices)))
     return [
         ProcessEntry(name="controller", role="controller", pool="controller"),
-        ProcessEntry(
-            name="trainer",
-            role="trainer",
-            pool="trainer",
-            device=trainer.device,
-            threads=trainer.threads or share,
+        *(
+            ProcessEntry(
+                name=f"trainer-{rank}" if rank else "trainer",
+                role="rank" if rank else "trainer",
+                pool="trainer",
+                device=device,
+                threads=trainer.threads or share,
+            )
+            for rank, device in enumerate(devices)
         ),
         *(
             process

@@ -23,6 +23,7 @@ from zppo.plan.fingerprint import fingerprint
 
 STUDENT = "student.model"
 MAX_STALENESS = "scheduler.max_staleness"
+RANKS = "actors.trainer.ranks"
 FIXED = {
     "method": "the trained steps were made by another recipe",
     "data.reward": "the trained steps were earned by other rewards",
@@ -35,7 +36,8 @@ FIXED = {
 
 
 class MadeWith(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """`settings`: value of each fixed setting by its dotted name, and `scheduler.max_staleness`.
+    """`settings`: value of each fixed setting by its dotted name, `scheduler.max_staleness`, and
+    the number of `actors.trainer.ranks`.
     `corpus`: digest of the training questions. `models`: fingerprint of each model folder.
     `extensions`: identity of the user's own code, by its name in the topology."""
 
@@ -77,7 +79,8 @@ def fixed_settings(topology: Topology) -> dict[str, Any]:
     """Dotted name -> value, as JSON has it."""
     leaves = dict(_leaves(topology, ""))
     kept = {name: value for name, value in leaves.items() if _reason(name) is not None}
-    return kept | {MAX_STALENESS: leaves[MAX_STALENESS]}
+    ranks = len(topology.actors.trainer.rank_devices)
+    return kept | {MAX_STALENESS: leaves[MAX_STALENESS], RANKS: ranks}
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zppo.errors import UserError
+from zppo.training.ranks import whole
 
 PROBE_TOKENS = 8
 LARGE_LOGIT = 120.0
@@ -33,12 +34,24 @@ HyperCLOVA X multiplies with it, so both ways are tried."""
 @dataclass(frozen=True)
 class Head:
     """Logits are `cap(logit_scale * (hidden @ weight_VH.T + bias_V))` with
-    cap(x) = soft_cap * tanh(x / soft_cap), or x where `soft_cap` is None."""
+    cap(x) = soft_cap * tanh(x / soft_cap), or x where `soft_cap` is None.
 
-    weight_VH: Tensor
-    bias_V: Tensor | None
+    The weights are read from the model's own layer each time: of a sharded model it holds whole
+    ones within a pass, and shares outside, which are gathered.
+    """
+
+    layer: Any
     soft_cap: float | None = None
     logit_scale: float = 1.0
+
+    @property
+    def weight_VH(self) -> Tensor:
+        return whole(self.layer.weight)
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        bias_V = getattr(self.layer, "bias", None)
+        return None if bias_V is None else whole(bias_V)
 
     @property
     def map(self) -> dict[str, Any]:
@@ -88,12 +101,12 @@ def probe_head(model: Any, where: str) -> Head | None:
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None or hidden.shape[-1] != weight_VH.shape[1]:
         return None
-    heads = _candidates(model, weight_VH, getattr(embedding, "bias", None))
+    heads = _candidates(model, embedding)
     found = (head for head in heads if _fits(head, hidden, logits))
     return next((head for head in found if _fits_large(head, model, ids_BL, hidden)), None)
 
 
-def _candidates(model: Any, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[Head]:
+def _candidates(model: Any, layer: Any) -> Iterator[Head]:
     """The heads that the configuration may speak of, the plain one first."""
     config = model.config.get_text_config()
     soft_cap = getattr(config, "final_logit_softcapping", None) or None
@@ -103,7 +116,7 @@ def _candidates(model: Any, weight_VH: Tensor, bias_V: Tensor | None) -> Iterato
         if isinstance(factor, (int, float)) and factor > 0 and factor != 1:
             scales += [float(factor), 1.0 / factor]
     for scale in scales:
-        yield Head(weight_VH, bias_V, None if soft_cap is None else float(soft_cap), scale)
+        yield Head(layer, None if soft_cap is None else float(soft_cap), scale)
 
 
 def _fits(head: Head, hidden_BLH: Tensor, logits_BLV: Tensor) -> bool:
@@ -117,7 +130,7 @@ def _fits(head: Head, hidden_BLH: Tensor, logits_BLV: Tensor) -> bool:
 
 def _fits_large(head: Head, model: Any, ids_BL: Tensor, hidden_BLH: Tensor) -> bool:
     """The same for larger hidden states, where a soft cap shows."""
-    linear = Head(head.weight_VH, head.bias_V, None, head.logit_scale)
+    linear = Head(head.layer, None, head.logit_scale)
     largest = float(linear.logits(hidden_BLH).abs().max())
     factor = max(LARGE_LOGIT, 4 * (head.soft_cap or 0.0)) / max(largest, 1e-6)
     with _scaled_output(trunk(model), factor):

@@ -8,8 +8,11 @@ they would be alone; the prompt is computed once instead of n times, which pays 
 long against answers (BCQ and NCQ above all). Padding stands on the right, where no real token can
 see it.
 
+Several ranks deal the rows out among themselves, so that each gets about as many positions, and
+make equally many passes.
+
 Invariant: each response token of the sequences handed in has exactly one entry in exactly one
-micro-batch.
+micro-batch of one rank, those of weight 0 aside.
 
 Shape legend: B rows, L padded positions, R response tokens and S sequences of a micro-batch, K ids
 of its longest support; T tokens of the window.
@@ -17,6 +20,7 @@ of its longest support; T tokens of the window.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +47,7 @@ class MicroBatch:
     sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window. positions_BL
     and segments_BL: only when some row holds several rollouts, else None. support_RK: the tokens
     that could have been sampled, -1 behind them (`zppo.training.supports`); None: all could.
+    weight: 0 for a pass that counts elsewhere, and is made here because others make one.
     """
 
     input_ids_BL: Tensor
@@ -53,6 +58,15 @@ class MicroBatch:
     positions_BL: Tensor | None = None
     segments_BL: Tensor | None = None
     support_RK: Tensor | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The passes of one rank, equally many on all of them, and how many over all ranks count."""
+
+    batches: list[MicroBatch]
+    total: int
 
 
 @dataclass
@@ -68,21 +82,59 @@ class _Row:
 def micro_batches(
     rollouts: Rollouts, sequences: np.ndarray, max_tokens: int, *, share: bool
 ) -> list[MicroBatch]:
-    """Lay `sequences` into rows, sort these by length, longest first, and cut where B*L would pass
-    `max_tokens`.
+    """The passes of a rank that is alone."""
+    return deal_passes(rollouts, sequences, max_tokens, share=share, rank=0, ranks=1).batches
+
+
+def deal_passes(
+    rollouts: Rollouts,
+    sequences: np.ndarray,
+    max_tokens: int,
+    *,
+    share: bool,
+    rank: int,
+    ranks: int,
+) -> Deal:
+    """Lay `sequences` into rows, sort these by length, longest first, deal them out among `ranks`,
+    and cut each rank's where B*L would pass `max_tokens`.
 
     Sequences without response tokens are left out; a row that is longer than `max_tokens` goes
     alone. `share` allows several rollouts behind one prompt, as far as the row stays within
-    `max_tokens` and `SHARED_WIDTH`.
+    `max_tokens` and `SHARED_WIDTH`. A rank with fewer passes than another repeats its last one,
+    or, if it has none, another rank's, with weight 0.
     """
     limit = min(SHARED_WIDTH, max_tokens) if share else 0
     rows = sorted(_rows(rollouts, sequences, limit), key=lambda row: -row.width)
-    batches, start = [], 0
+    dealt = deal_rows([row.width for row in rows], ranks)
+    passes = [_cut([rows[index] for index in own], max_tokens) for own in dealt]
+    batches = [_collate(rollouts, part) for part in passes[rank]]
+    spare = max(len(own) for own in passes) - len(batches)
+    if spare:
+        last = batches[-1] if batches else _collate(rollouts, passes[0][-1])
+        batches += [replace(last, weight=0.0)] * spare
+    return Deal(batches, sum(len(own) for own in passes))
+
+
+def deal_rows(widths: list[int], ranks: int) -> list[list[int]]:
+    """The rows, by their index, of each rank: one after the other to whoever has the fewest
+    positions. Two ranks then differ by at most the longest row."""
+    loads = [(0, rank) for rank in range(ranks)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for index, width in enumerate(widths):
+        load, rank = loads[0]
+        dealt[rank].append(index)
+        heapq.heapreplace(loads, (load + width, rank))
+    return dealt
+
+
+def _cut(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
+    """Rows, longest first, as micro-batches of at most `max_tokens` padded positions."""
+    parts, start = [], 0
     while start < len(rows):
         count = max(1, max_tokens // rows[start].width)
-        batches.append(_collate(rollouts, rows[start : start + count]))
+        parts.append(rows[start : start + count])
         start += count
-    return batches
+    return parts
 
 
 def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:

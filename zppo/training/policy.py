@@ -11,24 +11,29 @@ A head that is more than a matrix, a bias, a scale and a soft cap goes through t
 logits instead (`zppo.training.head`): right for every model, at the price of logits for all
 positions.
 
+The weights of a sharded model are whole within a pass only (`Policy.within`).
+
 Shape legend: B rows, L padded positions, R response tokens of a micro-batch, H hidden size, V
 vocabulary, K most probable tokens of a teacher.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zppo.errors import UserError, first_line
 from zppo.plan.architecture import context_of
 from zppo.training import attention
 from zppo.training.batch import Reach
 from zppo.training.fidelity import can_share_prompts, hold_to_eager, refusals
 from zppo.training.head import Head, hidden_states, probe_head
 from zppo.training.layout import MicroBatch, attention_mask
+from zppo.training.ranks import Ranks, Root, whole
 from zppo_kernels import (
     JsdLossOutput,
     PolicyLossOutput,
@@ -41,6 +46,8 @@ from zppo_kernels import (
     token_log_probs,
     token_log_probs_from_logits,
 )
+
+T = TypeVar("T")
 
 
 class Policy:
@@ -59,6 +66,7 @@ class Policy:
             self.head: Head | None = probe_head(model, where)
             hold_to_eager(model, where)
             self.shares_prompts = can_share_prompts(model)
+        self._root: Root | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -99,16 +107,48 @@ class Policy:
                 if isinstance(getattr(layer, "dropout", None), float):
                     setattr(layer, "dropout", 0.0)  # noqa: B010 - typed as a module, which it is not
 
+    def shard(self, ranks: Ranks) -> None:
+        """Cut the weights over several ranks, in place; `parameters` are other ones from here on.
+
+        Raises UserError for a model that cannot be cut.
+        """
+        try:
+            self._root = ranks.shard(self.model)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"actors.trainer.ranks is {ranks.count}; expected 1, because "
+                f"{self.model.name_or_path!r} cannot be sharded: {first_line(error)}"
+            ) from error
+
+    def within(self, work: Callable[[], T]) -> T:
+        """Do `work`, a pass and what is computed from its outputs and the head. All ranks must, and
+        as often."""
+        if self._root is None:
+            return work()
+        done: T = self._root(work)
+        return done
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors of the state dict, tied ones once, gathered one at a time; all
+        ranks must take all of them."""
+        met = set[int]()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in met:
+                met.add(id(tensor))
+                yield name, whole(tensor.detach())
+
     @torch.no_grad()
     def log_probs(
         self, batch: MicroBatch, target_ids_R: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, float32 [R] each."""
-        return self.log_probs_of(
-            self.outputs(batch),
-            target_ids_R,
-            temperature=temperature,
-            support_ids_TK=batch.support_RK,
+        return self.within(
+            lambda: self.log_probs_of(
+                self.outputs(batch),
+                target_ids_R,
+                temperature=temperature,
+                support_ids_TK=batch.support_RK,
+            )
         )
 
     def outputs(self, batch: MicroBatch) -> Tensor:
@@ -157,10 +197,10 @@ class Policy:
         """
         if self.head is None or teacher.head is None:
             with torch.no_grad():
-                teacher_logits_RW = teacher.logits(batch)
+                teacher_logits_RW = teacher.within(lambda: teacher.logits(batch))
             return jsd_loss_from_logits(self.logits(batch), teacher_logits_RW, **arguments)
         with torch.no_grad():
-            teacher_hidden_RG = teacher.hidden(batch)
+            teacher_hidden_RG = teacher.within(lambda: teacher.hidden(batch))
         return jsd_loss_from_hidden(
             self.hidden(batch),
             self.head.weight_VH,

@@ -2,24 +2,26 @@
 
 The share is a `model/` folder that any Hugging Face tool opens (weights, configuration, and what
 lay beside them in the student's folder, byte by byte: a tokenizer or a generation configuration
-that can be loaded cannot always be written again),
-`trainer.safetensors` with the moments of AdamW, and `trainer.json` with the step, the count of
-updates and the entropy coefficient if it moves. There is no generator state: everything random in
-the trainer derives from the run's seed, the step and the count of updates, so these files continue
-a run bit for bit (on one device, with deterministic kernels and a fixed number of threads).
+that can be loaded cannot always be written again), `trainer.safetensors` with the moments of AdamW,
+and `trainer.json` with the step, the count of updates and the entropy coefficient if it moves. All
+tensors are whole, so any number of ranks continues from what any other wrote. There is no generator
+state: everything random in the trainer derives from the run's seed, the step and the count of
+updates, so these files continue a run bit for bit (on one device, with deterministic kernels and a
+fixed number of threads).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GenerationConfig
 
 from zppo.algorithm.methods import get_method
@@ -28,10 +30,13 @@ from zppo.config.topology import Topology
 from zppo.errors import UserError, first_line
 from zppo.prompting.tokenization import check_same_vocabulary
 from zppo.records.checkpoint import MODEL, write_file
+from zppo.training import tensor_file
 from zppo.training.entropy import EntropyState, initial_entropy
 from zppo.training.loading import freeze_tower, load_folder
 from zppo.training.optimizer import DTYPES, AdamW, Gradients
 from zppo.training.policy import Policy
+from zppo.training.ranks import ALONE, Ranks, whole
+from zppo.training.tensor_file import kind_of
 from zppo.training.trainer import StepSettings, Trainer
 
 MOMENTS, RECORD = "trainer.safetensors", "trainer.json"
@@ -52,20 +57,29 @@ class TrainerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def build_trainer(
-    topology: Topology, clock: Callable[[], float], checkpoint: Path | None = None
+    topology: Topology,
+    clock: Callable[[], float],
+    checkpoint: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Load the student from `student.model`, or everything from a checkpoint folder; and the frozen
-    models: a teacher that is colocated, the reference of a KL.
+    models: a teacher that is colocated, the reference of a KL. Of several ranks each keeps its
+    share of them; the checkpoint may be of any number of ranks.
 
     Raises UserError if a model cannot be loaded, the student's dtype cannot be trained, the teacher
     has another vocabulary, or the checkpoint does not fit.
     """
     settings = StepSettings.of(topology)
     source = str(checkpoint / MODEL) if checkpoint is not None else topology.student.model
-    model = load_model(source, topology.student.dtype, topology.actors.trainer.device)
-    policy = Policy(model)
+    device = topology.actors.trainer.rank_devices[ranks.rank]
+    policy = Policy(load_model(source, topology.student.dtype, device))
     if topology.actors.trainer.gradient_checkpointing:
         policy.recompute_layers()
+    teacher, reference = load_teacher(topology, device), load_reference(topology, device)
+    if ranks.count > 1:
+        for one in (policy, teacher, reference):
+            if one is not None:
+                one.shard(ranks)
     parameters = policy.parameters()
     optimizer = AdamW(parameters, topology.optimizer, seed=topology.run.seed)
     entropy = initial_entropy(topology.method)
@@ -75,19 +89,19 @@ def build_trainer(
     return Trainer(
         policy,
         optimizer,
-        Gradients(parameters),
+        Gradients(parameters, ranks),
         settings,
         clock,
-        teacher=load_teacher(topology),
-        reference=load_reference(topology),
+        teacher=teacher,
+        reference=reference,
         entropy=entropy,
         files=read_files(Path(source)),
+        ranks=ranks,
     )
 
 
-def load_teacher(topology: Topology) -> Policy | None:
-    """The frozen teacher that a distillation compares the student with, on the trainer's device;
-    None without one."""
+def load_teacher(topology: Topology, device: str) -> Policy | None:
+    """The frozen teacher that a distillation compares the student with; None without one."""
     method, teacher = get_method(topology.method.name), topology.teacher
     if not method.needs_scores:
         return None
@@ -98,17 +112,17 @@ def load_teacher(topology: Topology) -> Policy | None:
     if teacher.scoring == "remote":
         return None
     check_same_vocabulary(served_student(topology), teachers(topology)[0])
-    model = _load(teacher.model, teacher.dtype, topology.actors.trainer.device, "teacher.model")
+    model = _load(teacher.model, teacher.dtype, device, "teacher.model")
     return Policy(model.requires_grad_(False), "teacher.model")
 
 
-def load_reference(topology: Topology) -> Policy | None:
+def load_reference(topology: Topology, device: str) -> Policy | None:
     """The student as the run began, frozen, whatever a checkpoint holds; None without a KL to
     it."""
     if topology.method.kl_coefficient == 0:
         return None
     student = topology.student
-    model = load_model(student.model, student.dtype, topology.actors.trainer.device)
+    model = load_model(student.model, student.dtype, device)
     return Policy(model.requires_grad_(False))
 
 
@@ -175,11 +189,43 @@ def try_saving(trainer: Trainer, base: Path, source: str) -> None:
             ) from error
 
 
-def save_share(trainer: Trainer, folder: Path, *, step: int) -> None:
+def save_share(
+    trainer: Trainer, folder: Path, *, step: int, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the trainer's share of the checkpoint of `step` into `folder`; `checkpoint.commit`
-    syncs the files."""
-    save_model(trainer, folder / MODEL)
-    save_file(dict(trainer.optimizer.tensors()), folder / MOMENTS)
+    syncs the files.
+
+    The first of several ranks does, and hands in the `weights` that it has published; the others
+    must take part in `gather_moments`, which this does to its end whatever becomes of the files.
+    """
+    moments = gather_moments(trainer)
+    try:
+        _write_share(trainer, folder, moments, step=step, weights=weights)
+    finally:
+        exhaust(moments)
+
+
+def gather_moments(trainer: Trainer) -> Iterator[Tensor]:
+    """The moments of the optimizer, whole, one at a time."""
+    return (whole(tensor) for _, tensor in trainer.optimizer.tensors())
+
+
+def exhaust(gathered: Iterable[object]) -> None:
+    """Take part in what is still to be gathered, and let it go."""
+    deque(gathered, maxlen=0)
+
+
+def _write_share(
+    trainer: Trainer,
+    folder: Path,
+    moments: Iterable[Tensor],
+    *,
+    step: int,
+    weights: Mapping[str, Tensor] | None,
+) -> None:
+    save_model(trainer, folder / MODEL, state_dict=None if weights is None else dict(weights))
+    kinds = {name: kind_of(tensor) for name, tensor in trainer.optimizer.tensors()}
+    tensor_file.write(folder / MOMENTS, kinds, moments)
     record = TrainerRecord(
         step=step, updates=trainer.optimizer.updates, entropy=trainer.entropy or UNSET
     )
@@ -191,7 +237,8 @@ def load_optimizer(optimizer: AdamW, folder: Path) -> TrainerRecord:
     fit the model or the topology."""
     try:
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=TrainerRecord)
-        optimizer.load(load_file(folder / MOMENTS), updates=record.updates)
+        with tensor_file.opened(folder / MOMENTS) as saved:
+            optimizer.load(saved, updates=record.updates)
         return record
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(

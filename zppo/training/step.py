@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,21 +107,24 @@ def update(
     """One optimizer update on one mini-batch: sum gradients over its micro-batches, check, clip,
     step."""
     trainer.gradients.clear()
-    batches = trainer.micro_batches(rollouts, objective.live(sequences))
-    counts = Counts(int(rollouts.lengths_S[sequences].sum()), len(sequences), len(batches))
+    dealt = trainer.deal(rollouts, objective.live(sequences))
+    counts = Counts(int(rollouts.lengths_S[sequences].sum()), len(sequences), dealt.total)
     loss, parts = torch.zeros((), device=rollouts.device), []
-    for batch in batches:
-        part_loss, part_metrics = objective.loss(batch, counts, first=first)
+    for batch in dealt.batches:
+        work = partial(objective.loss, batch, counts, first=first)
+        part_loss, part_metrics = trainer.policy.within(work)
+        part_loss = part_loss * batch.weight
         part_loss.backward()
         loss += part_loss.detach()
         parts.append(part_metrics)
         trainer.tick()
-    norm = trainer.gradients.norm()
+    loss, norm = trainer.ranks.sum(loss), trainer.gradients.norm()
     if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
         tally.skipped += 1
         return
     trainer.gradients.clip(norm, trainer.settings.gradient_clip)
     trainer.optimizer.step(trainer.gradients.tensors())
+    parts = trainer.ranks.metrics(parts, [batch.weight for batch in dealt.batches])
     objective.applied(parts)
     tally.losses.append(float(loss))
     tally.norms.append(float(norm))

@@ -39,7 +39,8 @@ from zppo_kernels import (
 
 class PolicyLoss:
     """An `Objective`. `proximal_T` and `entropy_T` are filled by `prepare`, and by `loss` for the
-    rollouts of the first update."""
+    rollouts of the first update: those in this rank's micro-batches, which `_kept_T` marks, until
+    `metrics` joins them."""
 
     def __init__(self, trainer: Trainer, rollouts: Rollouts, batches: list[np.ndarray]) -> None:
         settings, method = trainer.settings, trainer.settings.method
@@ -52,6 +53,7 @@ class PolicyLoss:
         self._measured = everyone if measures_all else self.live(everyone)
         self._sampled = not bool(rollouts.frozen_T.any())
         self.proximal_T = self.entropy_T = torch.zeros_like(rollouts.behaviour_T)
+        self._kept_T = torch.zeros_like(rollouts.frozen_T)
         self._advantages_T: Tensor | None = None
         self._reference_T: Tensor | None = None
         self._seconds_proximal = 0.0
@@ -81,14 +83,14 @@ class PolicyLoss:
         outputs = policy.outputs(batch)
         own = first and self._sampled
         if first and not own and not self._selects:
-            self._keep(tokens_R, *policy.log_probs_of(
+            self._keep(batch, *policy.log_probs_of(
                 outputs, self._rollouts.token_ids_T[tokens_R],
                 temperature=self._trainer.settings.loss.temperature,
                 support_ids_TK=batch.support_RK,
             ))  # fmt: skip
         output = self._loss_of(outputs, batch, counts, own=own)
         if own and not self._selects:
-            self._keep(tokens_R, output.log_probs_T, output.entropy_T)
+            self._keep(batch, output.log_probs_T, output.entropy_T)
         return output.loss, output.metrics
 
     def applied(self, parts: list[dict[str, Tensor]]) -> None:
@@ -98,10 +100,11 @@ class PolicyLoss:
             trainer.entropy = moved(trainer.settings.method, trainer.entropy, entropy)
 
     def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        ranks = self._trainer.ranks
+        proximal_T = ranks.joined(self.proximal_T, self._kept_T)
+        entropy_T = ranks.joined(self.entropy_T, self._kept_T)
         return (
-            metrics.proximal_metrics(
-                self._rollouts, self._measured, self.proximal_T, self.entropy_T
-            )
+            metrics.proximal_metrics(self._rollouts, self._measured, proximal_T, entropy_T)
             | {"seconds_proximal": self._seconds_proximal}
             | metrics.advantage_metrics(self._advantages_S)
             | metrics.update_metrics(parts)
@@ -168,9 +171,10 @@ class PolicyLoss:
         advantages_T = self._advantages_S.repeat_interleave(lengths_S)
         return advantages_T.masked_fill_(torch.from_numpy(~kept_T), 0.0).to(device)
 
-    def _keep(self, tokens_R: Tensor, log_probs_R: Tensor, entropy_R: Tensor) -> None:
-        self.proximal_T[tokens_R] = log_probs_R
-        self.entropy_T[tokens_R] = entropy_R
+    def _keep(self, batch: MicroBatch, log_probs_R: Tensor, entropy_R: Tensor) -> None:
+        self.proximal_T[batch.tokens_R] = log_probs_R
+        self.entropy_T[batch.tokens_R] = entropy_R
+        self._kept_T[batch.tokens_R] = batch.weight > 0
 
 
 def log_prob_pass(
@@ -182,14 +186,16 @@ def log_prob_pass(
         torch.zeros_like(rollouts.behaviour_T),
         torch.zeros_like(rollouts.behaviour_T),
     )
-    temperature = trainer.settings.loss.temperature
+    temperature, read_T = trainer.settings.loss.temperature, torch.zeros_like(rollouts.frozen_T)
     for batch in trainer.micro_batches(rollouts, sequences):
         targets_R = rollouts.token_ids_T[batch.tokens_R]
-        log_probs_T[batch.tokens_R], entropy_T[batch.tokens_R] = policy.log_probs(
-            batch, targets_R, temperature=temperature
-        )
+        found = policy.log_probs(batch, targets_R, temperature=temperature)
+        if batch.weight:
+            log_probs_T[batch.tokens_R], entropy_T[batch.tokens_R] = found
+            read_T[batch.tokens_R] = True
         trainer.tick()
-    return log_probs_T, entropy_T
+    ranks = trainer.ranks
+    return ranks.joined(log_probs_T, read_T), ranks.joined(entropy_T, read_T)
 
 
 def step_advantages(

@@ -21,10 +21,11 @@ from zppo.config.rewards import parts_of
 from zppo.config.topology import Topology
 from zppo.training.batch import Reach, Rollouts
 from zppo.training.entropy import EntropyState
-from zppo.training.layout import MicroBatch, micro_batches
+from zppo.training.layout import Deal, MicroBatch, deal_passes
 from zppo.training.loss_settings import loss_settings
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
+from zppo.training.ranks import ALONE, Ranks
 from zppo_kernels import PolicyLossSettings
 
 
@@ -92,6 +93,7 @@ class Trainer:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What lies in the student's folder beside configuration and weights, by name; checkpoints
     hold it as it was read."""
+    ranks: Ranks = ALONE
 
     @property
     def reach(self) -> Reach:
@@ -103,15 +105,27 @@ class Trainer:
         )
 
     def micro_batches(self, rollouts: Rollouts, sequences: np.ndarray) -> list[MicroBatch]:
-        """Forward passes over these rollouts, laid out so that every model that reads them can."""
+        """This rank's forward passes over these rollouts."""
+        return self.deal(rollouts, sequences).batches
+
+    def deal(self, rollouts: Rollouts, sequences: np.ndarray) -> Deal:
+        """The same, and how many passes all ranks make; laid out so that every model that reads
+        them can."""
         share = self.policy.shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
-        return micro_batches(rollouts, sequences, self.settings.micro_batch_tokens, share=share)
+        return deal_passes(
+            rollouts,
+            sequences,
+            self.settings.micro_batch_tokens,
+            share=share,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+        )
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a mini-batch is made of: response tokens, rollouts, and the micro-batches that its
-    rollouts with a gradient are laid out in."""
+    """What a mini-batch is made of, over all ranks: response tokens, rollouts, and the
+    micro-batches that its rollouts with a gradient are laid out in."""
 
     tokens: int
     sequences: int
@@ -132,11 +146,13 @@ class Objective(Protocol):
     def loss(
         self, batch: MicroBatch, counts: Counts, *, first: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part of the loss of a mini-batch of these counts, and its metrics.
-        `first`: it belongs to the rollouts that `prepare` left out."""
+        """The micro-batch's part of the loss of a mini-batch of these counts, and its metrics,
+        both without the micro-batch's weight. `first`: it belongs to the rollouts that `prepare`
+        left out."""
 
     def applied(self, parts: list[dict[str, Tensor]]) -> None:
         """The optimizer has made the update whose micro-batches gave these metrics."""
 
     def metrics(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """What it measured, after the updates; `parts` are the metrics of the applied ones."""
+        """What it measured, after the updates; `parts` are the metrics of the applied ones. All
+        ranks must ask."""

@@ -33,7 +33,7 @@ def forked(table: Collection[ProcessEntry]) -> list[str]:
     names = [
         entry.name
         for entry in table
-        if entry.role == "trainer"
+        if entry.role in ("trainer", "rank")
         or (entry.served is not None and entry.served.actor.engine == "transformers")
     ]
     return names if sys.platform == "linux" and len(names) >= FEWEST else []

@@ -51,7 +51,8 @@ TICK_SECONDS = 0.1
 LEAVE_SECONDS = 10.0
 LAST_WORDS_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 10.0
-IRREPLACEABLE = ("controller", "trainer")
+TRAINERS = ("trainer", "rank")
+IRREPLACEABLE = ("controller", *TRAINERS)
 FINAL = {EXIT_USER_ERROR: EXIT_USER_ERROR, EXIT_FATAL: EXIT_FAILED}
 """Exit codes of an actor that no restart would mend, and the exit code of the run that they end."""
 
@@ -376,7 +377,7 @@ class RunAttempt:
 
     def _window_of(self, child: Child) -> int | None:
         """The window that a dead trainer was at work on."""
-        return runtime.step_in_training(self._resources.folder) if child.role == "trainer" else None
+        return runtime.step_in_training(self._resources.folder) if child.role in TRAINERS else None
 
     def _restart(self, child: Child, verdict: str) -> None:
         pause = backoff_seconds(child.incarnation)

@@ -17,6 +17,8 @@ from zppo_actors.supervisor.vitals import Vitals
 from zppo_protocol.messages import Status
 
 CONTROLLER = "controller"
+UNHEARD = "rank"
+"""Greets nobody; when it stands still, so does the trainer, which is heard."""
 LOOK_SECONDS = 2.0
 STOPPING_SECONDS = 120.0
 """A controller that was asked to stop and is as if dead is not waited for any longer than this."""
@@ -72,6 +74,8 @@ class Watchdog:
                 return f"it said and did nothing for {patience:g} s"
             if silent >= self._no_progress_seconds:
                 return f"it said nothing for {self._no_progress_seconds:g} s"
+            return ""
+        if child.role == UNHEARD:
             return ""
         if child.role != CONTROLLER and self._heard is None:
             return ""  # nobody can greet a controller that is itself still loading

@@ -4,6 +4,9 @@ Invariant: version t + 1 is announced once, after step t, and holds only updates
 gradient were finite. The trainer keeps nothing that must not be lost: a run continues from its last
 checkpoint, of which the trainer writes the model, the optimizer state and the counters, and the
 controller the rest.
+
+This is the first rank, and mostly the only one. Others (`zppo_actors.trainer.rank`) are told each
+order before it is obeyed here, and take their part in it.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from zppo.errors import EXIT_FATAL, UserError
@@ -25,6 +28,8 @@ from zppo.training.trainer import Trainer
 from zppo_actors import runtime
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
+from zppo_actors.trainer.checkpoint import starting_checkpoint
+from zppo_actors.trainer.meeting import Meeting, is_loss, meet
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
@@ -36,10 +41,12 @@ from zppo_protocol.messages import (
     PolicyPublished,
     ReleasePolicy,
     SaveCheckpoint,
+    Shutdown,
     StepTrained,
     TrainWindow,
 )
 from zppo_protocol.sockets import Dealer
+from zppo_protocol.values import PolicyManifest
 
 CAPACITY = 1
 """Windows held at once: windows are trained in order, and a second one would only age here."""
@@ -53,11 +60,16 @@ def main(context: ActorContext) -> int:
     """
     disable_progress_bar()
     dealer = Dealer(context.address, context.actor, context.limits)
+    actor = TrainerActor(context, dealer)
     try:
-        return TrainerActor(context, dealer).run()
+        return actor.run()
     except StalenessError as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_FATAL
+    except Exception as error:
+        if is_loss(error):
+            return actor.meeting.lost()
+        raise
     finally:
         dealer.close()
 
@@ -78,6 +90,8 @@ class TrainerActor:
         self.version = context.start_version
         self.orders: deque[TrainWindow | SaveCheckpoint] = deque()
         self.timeline = context.timeline
+        self.meeting = Meeting()
+        self.published: PolicyManifest | None = None
 
     def run(self) -> int:
         """Greet, load the student, publish it, then train windows until told to leave.
@@ -98,6 +112,7 @@ class TrainerActor:
             while True:
                 self._obey(trainer, self._next_order())
         except Leave as leave:
+            self.meeting.leave()
             self.dealer.send(leave.goodbye())
             return leave.exit_code
         except (UserError, StalenessError) as error:
@@ -105,11 +120,12 @@ class TrainerActor:
             raise
 
     def _load(self) -> Trainer:
-        trainer = build_trainer(
-            self.context.topology, time.perf_counter, starting_checkpoint(self.context)
-        )
+        self.meeting = meet(self.context)
+        checkpoint = starting_checkpoint(self.context)
+        topology, ranks = self.context.topology, self.meeting.ranks
+        trainer = build_trainer(topology, time.perf_counter, checkpoint, ranks)
         # In the runtime folder, which goes with the attempt whatever becomes of this process.
-        try_saving(trainer, self.context.runtime, self.context.topology.student.model)
+        try_saving(trainer, self.context.runtime, topology.student.model)
         trainer.tick = self._tick
         return trainer
 
@@ -122,14 +138,22 @@ class TrainerActor:
             self._receive(self.membership.seconds)
 
     def _next_order(self) -> TrainWindow | SaveCheckpoint:
-        """consumes, waits for: an order. produces: Heartbeat. is unblocked by: an order, Shutdown,
-        Rejected."""
+        """consumes, waits for: an order. produces: Heartbeat, and a word to other ranks with each.
+        is unblocked by: an order, Shutdown, Rejected."""
         if not self.orders:
             with self.timeline.during("wait", step=self.version):
-                while not self.orders:
-                    self._receive(self.membership.rest(time.monotonic()))
-                    self._beat()
+                self._wait()
         return self.orders.popleft()
+
+    def _wait(self) -> None:
+        try:
+            while not self.orders:
+                self._receive(self.membership.rest(time.monotonic()))
+                if self._beat():
+                    self.meeting.tell(None)
+        except Leave as leave:
+            self.meeting.tell(Shutdown(reason=leave.reason))
+            raise
 
     def _tick(self) -> None:
         """After each micro-batch: count it, report when it is time, and hear what has come
@@ -164,7 +188,7 @@ class TrainerActor:
 
     def _obey(self, trainer: Trainer, order: TrainWindow | SaveCheckpoint) -> None:
         if isinstance(order, SaveCheckpoint):
-            self._save(trainer, order.step)
+            self._save(trainer, order)
         else:
             self._train(trainer, order)
             self.dealer.send(Credits(count=CAPACITY))
@@ -177,6 +201,7 @@ class TrainerActor:
                 f"a window of step {window.step} came, but the weights are of step {self.version}"
             )
         runtime.mark_training(self.context.runtime, window.step)
+        self.meeting.tell(window)
         begin = self.timeline.now()
         metrics = train_step(trainer, window)
         tokens, end = metrics["tokens_trained"], self.timeline.now()
@@ -207,14 +232,15 @@ class TrainerActor:
     def _publish(self, trainer: Trainer) -> None:
         """Write the present weights into shared memory and announce them."""
         with self.timeline.during("publish", step=self.version):
-            manifest = shared_memory.publish(
-                trainer.policy.model.state_dict(), self.version, self.context.runtime
+            self.published = shared_memory.publish_each(
+                trainer.policy.weights(), self.version, self.context.runtime
             )
-            self.dealer.send(PolicyPublished(manifest=manifest))
+            self.dealer.send(PolicyPublished(manifest=self.published))
 
-    def _save(self, trainer: Trainer, step: int) -> None:
-        """Write the trainer's share of the checkpoint of `step`; the controller adds its own and
+    def _save(self, trainer: Trainer, order: SaveCheckpoint) -> None:
+        """Write the trainer's share of the checkpoint of a step; the controller adds its own and
         commits."""
+        step = order.step
         if step != self.version:
             raise RuntimeError(
                 f"a checkpoint of step {step} was asked for, but the weights are of step "
@@ -223,24 +249,19 @@ class TrainerActor:
         try:
             with self.timeline.during("save", step=step):
                 folder = checkpoint.begin(self.context.run_dir, step)
-                save_share(trainer, folder, step=step)
+                weights = self._whole_weights()
+                self.meeting.tell(order)
+                save_share(trainer, folder, step=step, weights=weights)
         except (OSError, SafetensorError) as error:
             checkpoint.discard(self.context.run_dir, step)
             self.dealer.send(CheckpointFailed(step=step, reason=str(error)[:LONGEST_REASON]))
             return
         self.dealer.send(CheckpointSaved(step=step))
 
-
-def starting_checkpoint(context: ActorContext) -> Path | None:
-    """Folder of the checkpoint that this attempt at the run begins from; None for a fresh student.
-
-    Raises UserError if it is missing. Its bytes were verified when the run was resumed.
-    """
-    if context.start_version == 0:
-        return None
-    folder = checkpoint.final_folder(context.run_dir, context.start_version)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: the checkpoint that the run should continue from does not exist"
-        )
-    return folder
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights of several ranks as they were published, which is where they are together;
+        None where one rank has them all."""
+        if self.meeting.ranks.count == 1:
+            return None
+        assert self.published is not None
+        return shared_memory.open_policy(self.published)

@@ -66,10 +66,21 @@ def publish(
     way, for a trainer that keeps wider masters. Raises OSError if the folder is full (nothing is
     left behind), TypeError for an odd dtype.
     """
+    return publish_each(untied(tensors), version, folder, dtype)
+
+
+def publish_each(
+    tensors: Iterable[tuple[str, Tensor]],
+    version: int,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> PolicyManifest:
+    """The same for tensors that come one at a time, none of them twice, such as those that several
+    ranks gather."""
     path = weight_path(folder, version)
     with written_whole(path) as file:
         # One tensor after the other, so that the host never holds a second model.
-        entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in untied(tensors)]
+        entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in tensors]
         _pad(file)
     return PolicyManifest(
         version=version, path=str(path), tensors=entries, digest=whole_digest(entries)

@@ -18,6 +18,7 @@ from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
     DataConfig,
+    OptimizerConfig,
     StudentConfig,
     TeacherConfig,
     Topology,
@@ -27,8 +28,14 @@ from zppo.errors import UserError
 from zppo.plan.checks import ENGINE_ARGUMENTS
 from zppo.plan.machine import GIB, Machine, measure_machine
 from zppo.plan.make import make_plan
-from zppo.plan.memory import MODEL_LIBRARIES, inspect_models, need, shared_bytes
-from zppo.plan.model_folder import inspect_model
+from zppo.plan.memory import (
+    MODEL_LIBRARIES,
+    _trainer_bytes,
+    inspect_models,
+    need,
+    shared_bytes,
+)
+from zppo.plan.model_folder import ModelFacts, inspect_model
 from zppo.plan.processes import ProcessEntry, processes
 from zppo_actors.engines import ENGINES
 
@@ -223,6 +230,29 @@ REFUSALS = [
         "length and all tokens a support of 4000 ids (student.sampling.support_limit)",
     ),
 ]
+
+
+def test_ranks_are_processes_with_a_device_and_a_share_of_the_memory(small: Path) -> None:
+    cards = replace(MACHINE, gpus=[GIB, GIB])
+    ranks = "actors.trainer={devices: ['cuda:0', 'cuda:1'], micro_batch_tokens: 64}"
+    plan = make_plan(topology_of(small, ranks), 6, cards)
+    found = [(entry.name, entry.role, entry.device) for entry in plan.processes[1:3]]
+    assert found == [("trainer", "trainer", "cuda:0"), ("trainer-1", "rank", "cuda:1")]
+    first, second = plan.needs[1:3]
+    assert first == second and first.device > 0
+
+
+def test_a_rank_needs_less_than_the_whole_and_more_than_its_share() -> None:
+    """Of a model of 8B parameters with states in bfloat16, 10 bytes a parameter, on 8 ranks."""
+    student = StudentConfig(model="x")
+    alone, eight = TrainerConfig(micro_batch_tokens=1), TrainerConfig(micro_batch_tokens=1, ranks=8)
+    facts = ModelFacts(
+        parameters=8_000_000_000, context=4096, hidden=4096, layers=32, kv_heads=8, head_dim=128,
+        vocabulary=150_000, tied=False,
+    )  # fmt: skip
+    whole, share = (_trainer_bytes(t, student, OptimizerConfig(), facts) for t in (alone, eight))
+    gathered = 2 * 150_000 * 4096 + 2 * (8_000_000_000 - 2 * 150_000 * 4096) // 32
+    assert whole - share == pytest.approx(1.25 * (80e9 * 7 / 8 - 6 * gathered), rel=1e-6)
 
 
 @pytest.mark.parametrize(("overrides", "machine", "sentence"), REFUSALS)

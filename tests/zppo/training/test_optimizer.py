@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zppo.config.topology import OptimizerConfig
 from zppo.training import optimizer as module
-from zppo.training.optimizer import AdamW, Gradients, round_stochastically
+from zppo.training import tensor_file
+from zppo.training.optimizer import (
+    AdamW,
+    Gradients,
+    round_stochastically,
+    rounding_bits,
+    rounding_stream,
+)
+from zppo.training.tensor_file import Kind, kind_of
 
 SHAPES = {"matrix": (7, 5), "vector": (5,), "scalar": ()}
+CPU = torch.device("cpu")
+
+
+class Saved(dict[str, Tensor]):
+    """Tensors in memory, as a file of them is read."""
+
+    def kinds(self) -> dict[str, Kind]:
+        return {name: kind_of(tensor) for name, tensor in self.items()}
+
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        tensor = self[name]
+        return tensor[start : start + count] if tensor.dim() else tensor
 
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -67,9 +90,10 @@ def test_fp32_is_torch_adamw(
         torch.testing.assert_close(own[name], theirs[name], rtol=1e-6, atol=1e-7)
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = OptimizerConfig(learning_rate=0.1, state_dtype="float32")
-    whole, cut = parameters(), parameters()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    config = OptimizerConfig(learning_rate=0.1, state_dtype="bfloat16")
+    whole, cut = parameters(dtype), parameters(dtype)
     AdamW(whole, config, seed=0).step(gradients(0))
     monkeypatch.setattr(module, "CHUNK", 4)
     AdamW(cut, config, seed=0).step(gradients(0))
@@ -138,7 +162,7 @@ def test_the_second_moment_does_not_stand_still_in_bf16() -> None:
 )
 def test_rounding_goes_to_a_neighbour_and_keeps_the_expectation(value: float, sign: float) -> None:
     values = torch.full((20_000,), sign * value)
-    rounded = round_stochastically(values, torch.Generator().manual_seed(0))
+    rounded = round_stochastically(values, rounding_bits(7, 0, len(values), CPU))
     bits = values[:1].view(torch.int32)
     below, above = (
         (bits & -65536).view(torch.float32),
@@ -151,8 +175,43 @@ def test_rounding_goes_to_a_neighbour_and_keeps_the_expectation(value: float, si
 
 def test_rounding_leaves_exact_and_non_finite_values_alone() -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, float("inf"), float("-inf"), float("nan")])
-    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float()
+    rounded = round_stochastically(values, rounding_bits(7, 0, len(values), CPU)).float()
     torch.testing.assert_close(rounded, values, rtol=0, atol=0, equal_nan=True)
+
+
+def splitmix64(state: int) -> int:
+    """The generator of Steele et al. 2014 as it is published, in whole numbers."""
+    mask = (1 << 64) - 1
+    z = state & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return z ^ (z >> 31)
+
+
+@given(stream=st.integers(-(2**63), 2**63 - 1), place=st.integers(0, 2**40))
+def test_the_bits_of_an_element_are_those_of_splitmix64(stream: int, place: int) -> None:
+    found = rounding_bits(stream, place, 3, CPU).tolist()
+    wanted = [splitmix64(stream + 0x9E3779B97F4A7C15 * (place + i + 1)) for i in range(3)]
+    assert [bits % 2**64 for bits in found] == wanted
+
+
+def test_streams_of_seeds_updates_and_tensors_are_apart() -> None:
+    keys = {
+        rounding_stream(seed, update, name)
+        for seed in range(10)
+        for update in range(10)
+        for name in ("a", "b", "first.a")
+    }
+    assert len(keys) == 300
+
+
+def test_weight_and_moments_of_an_element_are_rounded_apart() -> None:
+    """The three 16-bit numbers of an element are uncorrelated, and so are those of neighbours."""
+    bits = rounding_bits(rounding_stream(0, 1, "w"), 0, 200_000, CPU)
+    parts = torch.stack([((bits >> shift) & 0xFFFF).double() for shift in (0, 16, 32)])
+    rows = torch.cat([parts[:, 1:], parts[:, :-1]])
+    assert float((torch.corrcoef(rows) - torch.eye(6)).abs().max()) < 0.012  # 5 of 1 / sqrt(N)
+    assert float((parts.mean(1) / 65535 - 0.5).abs().max()) < 0.0033  # 5 standard errors
 
 
 def test_saved_moments_continue_bit_for_bit() -> None:
@@ -161,7 +220,7 @@ def test_saved_moments_continue_bit_for_bit() -> None:
     first = AdamW(straight, config, seed=3)
     for step in range(3):
         first.step(gradients(step))
-    saved = {name: tensor.clone() for name, tensor in first.tensors()}
+    saved = Saved((name, tensor.clone()) for name, tensor in first.tensors())
     for name in SHAPES:
         resumed[name].data.copy_(straight[name].data)
     second = AdamW(resumed, config, seed=3)
@@ -177,15 +236,33 @@ def test_saved_moments_continue_bit_for_bit() -> None:
 
 def test_foreign_moments_are_refused_before_anything_changes() -> None:
     ours = AdamW(parameters(), OptimizerConfig(), seed=0)
-    saved = {name: torch.ones_like(tensor) for name, tensor in ours.tensors()}
-    short = {name: tensor for name, tensor in saved.items() if name != "second.vector"}
+    saved = Saved((name, torch.ones_like(tensor)) for name, tensor in ours.tensors())
+    short = Saved((name, tensor) for name, tensor in saved.items() if name != "second.vector")
     with pytest.raises(ValueError, match=r"differ in 1 tensors, e.g. 'second.vector'"):
         ours.load(short, updates=1)
-    wide = saved | {"second.vector": torch.ones(5)}
+    wide = Saved(saved | {"second.vector": torch.ones(5)})
     message = r"optimizer state 'second.vector' was saved as torch.float32 \[5\], the run needs torch.bfloat16 \[5\]"
     with pytest.raises(ValueError, match=message):
         ours.load(wide, updates=1)
     assert ours.updates == 0 and all(not tensor.any() for _, tensor in ours.tensors())
+
+
+def test_moments_are_written_one_by_one_as_safetensors_reads_them(tmp_path: Path) -> None:
+    ours = AdamW(parameters(torch.bfloat16), OptimizerConfig(), seed=0)
+    ours.step(gradients(0))
+    moments = dict(ours.tensors())
+    kinds = {name: kind_of(tensor) for name, tensor in moments.items()}
+    tensor_file.write(tmp_path / "moments", kinds, iter(moments.values()))
+    theirs = load_file(tmp_path / "moments")
+    assert theirs.keys() == moments.keys()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in moments.items())
+    with tensor_file.opened(tmp_path / "moments") as saved:
+        assert saved.kinds() == kinds
+        assert torch.equal(saved.rows("first.matrix", 2, 3), moments["first.matrix"][2:5])
+        assert saved.rows("first.matrix", 7, 0).shape == (0, 5)
+        again = AdamW(parameters(torch.bfloat16), OptimizerConfig(), seed=0)
+        again.load(saved, updates=1)
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in again.tensors())
 
 
 def test_half_precision_weights_are_refused() -> None:

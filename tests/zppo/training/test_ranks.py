@@ -1,0 +1,178 @@
+"""Ranks of a trainer: how passes are dealt out, and several ranks against one, in processes of
+their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from trainer_ranks import Case, Nest, Outcome
+from training_cases import CPU, group, mixed_window, window
+
+from zppo.config.method import MethodConfig
+from zppo.training.batch import assemble
+from zppo.training.layout import deal_passes, deal_rows
+from zppo.training.ranks import ALONE, cut_like, first_row, local, whole
+
+LOW = MethodConfig(updates_per_step=4)
+"""Four updates of each window, so that three windows make twelve."""
+
+
+# ---- dealing -------------------------------------------------------------------------------------
+
+
+@given(widths=st.lists(st.integers(1, 5000), max_size=60), ranks=st.integers(1, 9))
+def test_rows_are_dealt_once_and_evenly(widths: list[int], ranks: int) -> None:
+    widths.sort(reverse=True)
+    dealt = deal_rows(widths, ranks)
+    assert sorted(index for own in dealt for index in own) == list(range(len(widths)))
+    loads = [sum(widths[index] for index in own) for own in dealt]
+    assert max(loads) - min(loads) <= max(widths, default=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=8),
+    ranks=st.integers(1, 4),
+    max_tokens=st.integers(4, 80),
+    share=st.booleans(),
+)
+def test_every_token_is_in_one_pass_that_counts_and_all_ranks_make_as_many(
+    sizes: list[list[int]], ranks: int, max_tokens: int, share: bool
+) -> None:
+    groups = [
+        group(f"g{i}", [float(j % 2) for j in range(len(lengths))], lengths=lengths)
+        for i, lengths in enumerate(sizes)
+    ]
+    rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
+    everyone = np.arange(rollouts.sequences)
+    dealt = [
+        deal_passes(rollouts, everyone, max_tokens, share=share, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    passes = [batch for own in dealt for batch in own.batches]
+    counting = [batch for batch in passes if batch.weight]
+    tokens = [token for batch in counting for token in batch.tokens_R.tolist()]
+    assert sorted(tokens) == list(range(rollouts.tokens))
+    assert len({len(own.batches) for own in dealt}) == 1
+    assert {own.total for own in dealt} == {len(counting)}
+    real = {tuple(batch.tokens_R.tolist()) for batch in counting}
+    assert all(tuple(batch.tokens_R.tolist()) in real for batch in passes)
+
+
+def test_one_rank_sums_and_cuts_nothing() -> None:
+    value = torch.tensor([1.0, 2.0])
+    assert ALONE.sum(value) is value and whole(value) is value and local(value) is value
+    assert ALONE.joined(value, torch.tensor([True, False])) is value
+    assert cut_like(value, value) is value and first_row(value) == 0 and ALONE.count == 1
+
+
+# ---- several ranks against one -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nest() -> Iterator[Nest]:
+    with Nest() as nest:
+        yield nest
+
+
+def difference(one: dict[str, Tensor], many: dict[str, Tensor]) -> float:
+    """Largest difference of an element, over the tensors of the first."""
+    return max(float((one[name].float() - many[name].float()).abs().max()) for name in one)
+
+
+def check_metrics(one: Outcome, many: Outcome) -> None:
+    for alone, together in zip(one.metrics, many.metrics, strict=True):
+        assert alone.keys() == together.keys()
+        for name in alone:
+            if not name.startswith("seconds"):
+                assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_path: Path) -> None:
+    """12 updates on one rank, on two, and on two, one and two in turn, through saved moments."""
+    case = Case(method=LOW, groups=20)
+    one = nest.trained(tmp_path / "one", 1, case)
+    assert sum(metrics["updates"] for metrics in one.metrics) == 12
+    two = nest.trained(tmp_path / "two", 2, case)
+    check_metrics(one, two)
+    assert one.tensors.keys() == two.tensors.keys()
+    assert difference(one.tensors, two.tensors) <= 1e-6
+
+    for step, count in enumerate((2, 1, 2)):
+        turn = msgspec.structs.replace(
+            case,
+            first=step,
+            last=step + 1,
+            begin=str(tmp_path / f"state{step}") if step else None,
+            end=None if step == 2 else str(tmp_path / f"state{step + 1}"),
+        )
+        resumed = nest.trained(tmp_path / f"turn{step}", count, turn)
+    assert difference(one.tensors, resumed.tensors) <= 2e-6
+    # It has moved by far more than it differs.
+    start = nest.trained(tmp_path / "start", 1, msgspec.structs.replace(case, last=0))
+    assert difference(start.tensors, one.tensors) > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "case", "bound"),
+    [
+        (3, Case(method=LOW, groups=20), 1e-6),
+        (2, Case(method=LOW, model="llama", recompute=True), 2e-6),
+        (2, Case(model="moe"), 2e-6),
+        (2, Case(teacher=True), 1e-6),
+        (2, Case(method=MethodConfig(kl_coefficient=0.1, entropy_coefficient=0.01)), 5e-6),
+    ],
+    ids=["three, uneven", "untied head, recomputed layers", "experts", "teacher", "reference"],
+)
+def test_more_of_the_same(nest: Nest, tmp_path: Path, count: int, case: Case, bound: float) -> None:
+    """Three ranks cut 31 rows of an embedding in 11, 11 and 9, and 2 rows of a bias in 1, 1, 0."""
+    one, many = (
+        nest.trained(tmp_path / "one", 1, case),
+        nest.trained(tmp_path / "many", count, case),
+    )
+    check_metrics(one, many)
+    assert difference(one.tensors, many.tensors) <= bound
+
+
+def test_a_number_that_is_none_on_one_rank_skips_the_update_on_all(
+    nest: Nest, tmp_path: Path
+) -> None:
+    """The second rank finds it; the first would have made the update on its own."""
+    case = Case(method=LOW, last=1, groups=20, poison=1, micro_batch_tokens=200)
+    spoiled = nest.trained(tmp_path / "spoiled", 2, case)
+    (metrics,) = spoiled.metrics
+    assert (metrics["updates"], metrics["updates_skipped"]) == (3.0, 1.0)
+    assert all(bool(tensor.isfinite().all()) for tensor in spoiled.tensors.values())
+
+
+def test_stochastic_rounding_is_that_of_one_rank(nest: Nest, tmp_path: Path) -> None:
+    """Equal gradients give equal bits, weights and moments, however many ranks there are."""
+    case = Case(dtype="bfloat16", state_dtype="bfloat16", given=5)
+    one, many = nest.trained(tmp_path / "one", 1, case), nest.trained(tmp_path / "many", 3, case)
+    assert one.tensors.keys() == many.tensors.keys()
+    assert all(torch.equal(tensor, many.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_the_window_is_large_enough_for_spare_passes() -> None:
+    """What the comparisons above rest on: some updates have passes of weight 0."""
+    rollouts = assemble(mixed_window(step=0, count=10), max_staleness=100, device=CPU)
+    everyone = np.arange(rollouts.sequences)
+    spare = [
+        sum(
+            batch.weight == 0.0
+            for rank in range(count)
+            for batch in deal_passes(rollouts, part, 24, share=True, rank=rank, ranks=count).batches
+        )
+        for count in (2, 3)
+        for part in np.array_split(everyone, 4)
+    ]
+    assert any(spare)
