@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BENCHES = {
+    "controller": ["--steps", "2", "--questions", "8", "--tokens", "16", "--method", "zppo"],
+    "dispatch": ["4", "28"],
+    "engine": ["--slots", "4", "--sequences", "8", "--tokens", "8", "--repeats", "1"],
     "ranks": [
         "--layers",
         "1",

@@ -101,6 +101,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.errors",
         "zppo.plan",
         "zppo.records",
+        "zppo.signals",
         "zppo.simulation",
     },
     "zppo.training": {
@@ -235,19 +236,19 @@ ROOMS: dict[str, set[str]] = {
         "zppo.config",
         "zppo.errors",
         "zppo.grading",
+        "zppo.records",
         "zppo_actors.grading",
         "zppo_actors.membership",
         "zppo_actors.process",
-        "zppo_actors.timeline",
         "zppo_protocol",
     },
     "zppo_actors.sampler": {
         "zppo.config",
         "zppo.errors",
+        "zppo.records",
         "zppo_actors.engines",
         "zppo_actors.membership",
         "zppo_actors.process",
-        "zppo_actors.timeline",
         "zppo_actors.weights",
         "zppo_protocol",
     },
@@ -310,6 +311,23 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.evaluator",
         "zppo_protocol",
     },
+    "zppo_actors.calibrator": {
+        "zppo.algorithm",
+        "zppo.capacity",
+        "zppo.config",
+        "zppo.data",
+        "zppo.errors",
+        "zppo.grading",
+        "zppo.plan",
+        "zppo.prompting",
+        "zppo.records",
+        "zppo.simulation",
+        "zppo.training",
+        "zppo_actors.engines",
+        "zppo_actors.process",
+        "zppo_actors.weights",
+        "zppo_protocol",
+    },
     "zppo_actors.supervisor": {
         "zppo.config",
         "zppo.errors",
@@ -328,6 +346,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "zppo_actors.__main__": {
         "zppo_actors.audit",
+        "zppo_actors.calibrator",
         "zppo_actors.evaluator",
         "zppo_actors.nursery",
         "zppo_actors.process",
@@ -340,15 +359,16 @@ PURE = ("algorithm", "scheduling", "simulation", "config", "prompting", "grading
 """Rooms of `zppo` without sockets, clocks, threads, processes or files; time is an argument there."""
 SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asyncio", "time"}
 OUTSIDE = {
+    "zppo/capacity/measuring.py",
     "zppo/compare.py",
     "zppo/plan/server.py",
     "zppo/plan/sinks.py",
     "zppo/plan_command.py",
     "zppo/quickstart.py",
 }
-"""Files of `zppo` that look at the clock, at a port or start a process: one runs several runs, one
-waits for a server, one looks whether a port is free, one searches for a bounded time, one runs one
-run and reports on it."""
+"""Files of `zppo` that look at the clock, at a port or start a process: one has a process measure,
+one runs several runs, one waits for a server, one looks whether a port is free, one searches for a
+bounded time, one runs one run and reports on it."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",

@@ -314,6 +314,15 @@ where the model allows it, shared prompts; for the engine `transformers` over gr
 batch. Where there is no number, the model is refused with the sentence. vLLM (docs/vllm.md) serves
 families of its own.
 
+The engine holds recurrent states and the inputs of convolutions in its slots beside keys and
+values: it reads prompts of such models in passes of one length, because padding would stay in the
+states, and the trainer gives them one rollout a row, padded on the right. The largest numbers of
+the delta rule (Qwen3.5, Qwen3-Next) are rounding: its chunks and its steps differ as much in
+transformers' own cache.
+
+A folder with a tower for pictures (`architectures` in its config.json says so) is opened whole by
+trainer and engine. The tower is not trained by text, and saved as it was read.
+
 {held} of {built} families hold in both, and {trained} can be trained.
 
 | family | trainer | engine `transformers` |

@@ -21,9 +21,10 @@ usage: zppo COMMAND …
   zppo data DATA                   what a source of questions holds, and what a model would see of it
   zppo build-data --recipe RECIPE  a corpus from raw data sets, by the rules of a recipe (zppo77k: the paper's)
   zppo launch FILE                 start a run; add --dry-run to see the plan, --resume to continue a run
-  zppo plan FILE                   the plan of a run; with --from-run RUN or --calibration FILE how long it takes and
-                                   what would be faster
+  zppo plan FILE                   the plan of a run; with --from-run RUN, --calibrate or --calibration FILE how long it
+                                   takes and what would be faster
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
+  zppo evaluate FOLDER --suite S   a suite of benchmarks (paper, llm, vlm, video, or a table of yours) over lm-eval and lmms-eval
   zppo compare --topology FILE     run several --methods with several --seeds and report what they show
   zppo grade --audit SOURCE        how often the grader of a source errs, on completions whose truth is known
   zppo report RUN_DIR              write the report of a run as one HTML page; --json prints its summary

@@ -261,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="zppo evaluate",
         description="Accuracy of a model on a set of questions, with its 95 % interval.",
+        epilog="Suites of benchmarks: zppo evaluate --suite paper --help (docs/suites.md)",
     )
     _add_model_options(parser.add_argument_group("model"))
     _add_question_options(parser.add_argument_group("questions"))

@@ -2,8 +2,8 @@
 what would be faster.
 
 The first part is the plan of `--dry-run`, by the same renderer. The second part is simulated: the
-real scheduler under a virtual clock (zppo.simulation). No speed is guessed: it is read from a file
-or off a recorded run.
+real scheduler under a virtual clock (zppo.simulation). No speed is guessed: it is read from a file,
+off a recorded run, or measured here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from zppo import launch
 from zppo.capacity.answer import Replay, Times, answer_of, times_of
 from zppo.capacity.calibration_file import check_writable, read_calibration, write_calibration
+from zppo.capacity.measuring import measured
 from zppo.capacity.recorded import Recorded, read_recorded
 from zppo.capacity.search import MOST_STEPS, Search, search
 from zppo.capacity.settings import check_settings
@@ -39,11 +40,12 @@ from zppo.records import run_directory
 from zppo.simulation import Calibration, World, simulate
 
 WITHOUT = (
-    "how long a step takes is not said without measured speeds: --from-run RUN or --calibration "
-    "FILE"
+    "how long a step takes is not said without measured speeds: --from-run RUN, --calibrate or "
+    "--calibration FILE"
 )
 REPLAYS = 3
 SEARCH_SECONDS = 60.0
+CALIBRATE_SECONDS = 120.0
 
 
 class Source(Struct, frozen=True):
@@ -72,6 +74,8 @@ def _plan(asked: argparse.Namespace) -> int:
     # What was recorded or written by hand is read before the plan is made, which may take long.
     source = _read_source(asked)
     checked = launch.check(topology)
+    if asked.calibrate:
+        source = _measure(checked, asked.within)
     world = _world(checked, source) if source is not None else None
     if source is not None and asked.write is not None:
         write_calibration(asked.write, source.calibration, source.name)
@@ -102,14 +106,17 @@ def _check_options(asked: argparse.Namespace) -> None:
         for option, value in (
             ("--calibration", asked.calibration),
             ("--from-run", asked.from_run),
+            ("--calibrate", asked.calibrate),
         )
         if value
     ]
     if len(given) > 1:
         raise UserError(f"zppo plan: {' and '.join(given)} are given; expected one of them")
     if asked.write is not None:
-        if given != ["--from-run"]:
-            raise UserError("--write: there is nothing to write; expected --from-run RUN with it")
+        if given not in (["--from-run"], ["--calibrate"]):
+            raise UserError(
+                "--write: there is nothing to write; expected --from-run RUN or --calibrate with it"
+            )
         check_writable(asked.write)
 
 
@@ -120,6 +127,13 @@ def _read_source(asked: argparse.Namespace) -> Source | None:
         recorded = read_recorded(asked.from_run)
         return Source(f"--from-run {asked.from_run}", recorded.calibration, recorded)
     return None
+
+
+def _measure(checked: launch.Checked, within: float) -> Source:
+    found = measured(checked.plan, within)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return Source("--calibrate, measured here", found.calibration)
 
 
 def _world(checked: launch.Checked, source: Source) -> World:
@@ -197,6 +211,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--from-run", type=Path, metavar="RUN", help="read the speeds off a recorded run"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="measure the speeds here and now")
+    parser.add_argument(
+        "--within",
+        type=seconds,
+        default=CALIBRATE_SECONDS,
+        metavar="SECONDS",
+        help=f"the most that --calibrate takes, loading included ({CALIBRATE_SECONDS:g})",
     )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="speeds written by hand or by --write"

@@ -57,3 +57,10 @@ def take_orphans() -> None:
     """Ask the kernel to make every descendant whose own parent has ended a child of this process.
     Linux only."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def keep_exit_codes() -> None:
+    """Let the kernel keep the exit codes of children until they are asked for. It does so by
+    default, but whoever started this process may have had it ignore them (`SIGCHLD`), and that is
+    inherited."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,5 +1,5 @@
 """`python -m zppo_actors ROLE …` starts one process: the supervisor or an actor of a run, an
-evaluation, a suite, an audit."""
+evaluation, a suite, a calibration, an audit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def main(argv: list[str]) -> int:
         from zppo_actors.suites import process as suite
 
         return process.guarded(lambda: suite.main(argv[1:]))
+    if argv[:1] == ["calibrate"]:
+        from zppo_actors.calibrator import process as calibration
+
+        return process.guarded(lambda: calibration.main(argv[1:]))
     if argv[:1] == ["audit"]:
         from zppo_actors import audit
 

@@ -18,11 +18,11 @@ from msgspec import Struct
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, rule_of
 from zppo.errors import UserError
 from zppo.grading import quick_grade
+from zppo.records.timeline import GRADE, START, WAIT
 from zppo_actors.grading.handle import GradeWorker, with_answer, worker_command
 from zppo_actors.grading.own import OwnOrder
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
-from zppo_actors.timeline import window_of
 from zppo_protocol.messages import (
     Credits,
     GradeResult,
@@ -109,7 +109,7 @@ class GraderActor:
         message = self._dealer.receive(self._membership.rest(time.monotonic()) if idle else 0.0)
         if isinstance(message, GradeTask):
             if not self._in_hand:
-                self._turn("wait")
+                self._turn(WAIT)
             self._in_hand.append(_TaskInHand(message, []))
         elif message is not None:
             self._membership.obey(message)
@@ -125,7 +125,7 @@ class GraderActor:
                 self._record(self._in_hand[0], grades)
         if self._worker.ready and not self._open:
             self._open = True
-            self._turn("start")
+            self._turn(START)
             self._dealer.send(Credits(count=CAPACITY))
 
     def _begin(self, current: _TaskInHand) -> None:
@@ -168,14 +168,15 @@ class GraderActor:
         the next task is always at hand."""
         self._dealer.send(message)
         task = self._in_hand.popleft().task
-        self._turn("grade", task.task_id, len(task.responses))
+        self._timeline.task(GRADE, task.task_id, self._since, len(task.responses))
+        self._since = self._timeline.now()
         self._owed += 1
         if self._owed >= CAPACITY // 2 or not self._in_hand:
             self._dealer.send(Credits(count=self._owed))
             self._owed = 0
 
-    def _turn(self, kind: str, what: str = "", size: int = 1) -> None:
+    def _turn(self, kind: str) -> None:
         """Put on the timeline what has just ended; the next thing begins now."""
         now = self._timeline.now()
-        self._timeline.span(kind, self._since, now, step=window_of(what), what=what, size=size)
+        self._timeline.span(kind, self._since, now)
         self._since = now

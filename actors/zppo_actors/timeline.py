@@ -23,6 +23,8 @@ from zppo.records.timeline import (
     LONGEST_NAME,
     MAX_BYTES,
     MICRO,
+    OF_TASKS,
+    SAMPLE,
     Life,
     Room,
     Span,
@@ -30,6 +32,7 @@ from zppo.records.timeline import (
     encoded,
     merged,
     thinned,
+    window_of,
 )
 
 FLUSH_SECONDS = 1.0
@@ -38,8 +41,6 @@ MOST_SPANS = 64
 """of one flush, or one of each kind; at about 70 bytes each, 4.5 kB/s at the very most"""
 MOST_WAITING = 65_536
 """Spans that wait for a disk that does not answer; later ones are dropped."""
-EVALUATE = "evaluate"
-"""How the id of a held-out group ends."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger("zppo.timeline")
@@ -52,13 +53,6 @@ def begin_life(run_id: str, actor: str, incarnation: int) -> Life:
     except OSError:  # not Linux: the host's name is the next best
         boot = os.uname().nodename
     return Life(run_id, actor, incarnation, os.getpid(), boot, time.monotonic(), time.time())
-
-
-def window_of(task_id: str) -> int:
-    """The window that a task belongs to, which its id begins with; -1 for held-out questions."""
-    window, *rest = task_id.split("/")
-    # A held-out group is asked for at a step, which is no window, and so are its grades.
-    return int(window) if window.isdigit() and EVALUATE not in rest[-2:] else -1
 
 
 class Timeline:
@@ -111,6 +105,11 @@ class Timeline:
         name = what[:LONGEST_NAME]
         self._waiting.append(Span(kind, low, high, step, name, size, 1, high - low))
 
+    def task(self, kind: str, task_id: str, begin: float, size: int) -> None:
+        """A task was in hand from `begin` until now; `size` in sequences or responses."""
+        name = OF_TASKS.get(kind, SAMPLE)
+        self.span(name, begin, step=window_of(task_id), what=task_id, size=size)
+
     @contextmanager
     def during(
         self, kind: str, *, step: int = -1, what: str = "", size: float = 1
@@ -133,7 +132,7 @@ class Timeline:
         if self._thread is not None:
             self._thread.join(FLUSH_SECONDS)
             if self.lost:
-                log.warning("%s: %d spans are lost", self._path, self.lost)
+                log.warning("%s: spans lost: %d", self._path, self.lost)
 
     # ---- the thread ------------------------------------------------------------------------------
 

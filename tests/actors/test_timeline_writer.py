@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zppo.records.timeline import Life, Span, decoded, read_timeline
-from zppo_actors.timeline import MOST_SPANS, Timeline, begin_life, window_of
+from zppo_actors.timeline import MOST_SPANS, Timeline, begin_life
 
 KILLED = """
 import os, pathlib, signal, sys, time
@@ -86,10 +86,5 @@ def test_a_full_disk_costs_spans_and_nothing_else(
     path = tmp_path / "trainer.jsonl"
     assert caplog.messages == [
         f"{path}: cannot be written (No space left on device)",
-        f"{path}: 1 spans are lost",
+        f"{path}: spans lost: 1",
     ]
-
-
-def test_a_task_says_its_window() -> None:
-    names = ("12/q/plain", "12/q/plain/grade", "3/q/evaluate", "3/q/evaluate/grade", "")
-    assert [window_of(name) for name in names] == [12, 12, -1, -1, -1]

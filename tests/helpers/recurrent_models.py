@@ -25,9 +25,12 @@ CONTEXT = 2048
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "qwen3_next": {},
-    "granitemoehybrid": {},
-    "bamba": {},
-    "falcon_h1": {},
+    "granitemoehybrid": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "falcon_h1": {"num_hidden_layers": 2},
     "lfm2_moe": {},
 }
 """With a delta rule, with states of Mamba 2, with both beside attention in a layer, and with
@@ -55,7 +58,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 def make_recurrent(family: str, seed: int = 0) -> Any:
     """A model in float32 on whose log-probs states and convolutions show."""
     torch.manual_seed(seed)
-    config = tiny_config(family, max_position_embeddings=CONTEXT)
+    config = tiny_config(family, max_position_embeddings=CONTEXT, **FAMILIES[family])
     return _lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 

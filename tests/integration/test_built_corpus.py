@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from zppo.config.topology import DataConfig
+from zppo.data.corpus import load_questions
 from zppo.records.rollouts import read_step, step_files
 from zppo.records.summary import summarise
 
@@ -69,16 +72,15 @@ def test_built_trained_on_and_evaluated(tmp_path: Path) -> None:
     assert (report["rows"], report["kept"]) == (44, 40)
     assert [(rule["rule"], rule["rows"]) for rule in report["dropped"]] == [("duplicate", 4)]
 
-    look = zppo("data", out, "--model", quickstart / "student", "--json")
-    found = json.loads(look)
-    assert found["graders"] == {"math": 29, "exact": 11}
-    assert (found["questions"], found["bad_rows"]) == (40, [])
+    corpus = load_questions(str(out), DataConfig(train=str(out)), Path())
+    graders = Counter(question.grader for question in corpus.questions)
+    assert (graders, corpus.bad_rows) == ({"math": 29, "exact": 11}, [])
 
     given = {
         "run.directory": run,
         "run.steps": 2,
         "data.train": out,
-        "scheduler.new_questions": 12,
+        "scheduler.new_questions": 8,
         "scheduler.max_staleness": 1,
         "data.heldout": "null",
         "evaluation.every": "null",
@@ -91,8 +93,8 @@ def test_built_trained_on_and_evaluated(tmp_path: Path) -> None:
     assert (summary["steps"], summary["trained_twice"], summary["lost"]) == (2, 0, 0)
     built = {json.loads(line)["id"] for line in (out / "train.jsonl").read_text().splitlines()}
     rows = [row for path in step_files(run / "rollouts") for row in read_step(path)]
-    assert len({row["question_id"] for row in rows}) >= 24
+    assert len({row["question_id"] for row in rows}) >= 16
     assert {row["question_id"] for row in rows} <= built
 
-    scored = json.loads(zppo("evaluate", "--model", run, "--data", out, "--json"))
-    assert scored["questions"] == 40
+    order = ("--model", run, "--data", out, "--limit", 8, "--samples", 1, "--json")
+    assert json.loads(zppo("evaluate", *order))["questions"] == 8

@@ -18,7 +18,9 @@ from typing import IO, Any
 import psutil
 import pytest
 
+from zppo.capacity.recorded import read_recorded
 from zppo.records import checkpoint
+from zppo.simulation import World, simulate
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.yaml"
@@ -140,6 +142,12 @@ def test_a_killed_rollout_actor_costs_nothing(tmp_path: Path) -> None:
     assert summary["max_staleness_seen"] <= 2
     assert summary["heldout_before"] is not None and summary["heldout_after"] is not None
     assert "rollout-1 was killed" in output
+    # What a real run leaves is enough to read its speeds off, and to replay it.
+    recorded = read_recorded(run.directory)
+    world = World.of(recorded.topology, recorded.calibration)
+    replayed = simulate(world, recorded.steps, warm=recorded.warm).seconds_per_step
+    assert recorded.calibration.speeds.rollout.slots == 32
+    assert 0.05 < replayed / recorded.seconds_per_step < 5.0
 
 
 def test_the_run_continues_after_the_trainer_was_killed(tmp_path: Path) -> None:

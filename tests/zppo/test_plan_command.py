@@ -33,7 +33,8 @@ def test_the_plan_is_that_of_a_dry_run_and_times_follow(
     assert plan_command.main(["topology.yaml"]) == 0
     assert capsys.readouterr().out == dry + f"note: {plan_command.WITHOUT}\n"
     (small / "speeds.yaml").write_text(SPEEDS)
-    assert plan_command.main(["topology.yaml", "--calibration", "speeds.yaml"]) == 0
+    order = ["topology.yaml", "--calibration", "speeds.yaml", "--seconds", "1"]
+    assert plan_command.main(order) == 0
     out = capsys.readouterr().out
     assert out.startswith(dry)
     own = next(line for line in out.splitlines() if "(this run)" in line)
@@ -88,7 +89,8 @@ settings: {{student.dtype: float16}}
         (
             ["--calibration", "of_others.yaml"],
             "--calibration of_others.yaml: was measured with student.dtype 'float16', and here it "
-            "is 'bfloat16'; name a run of this topology with --from-run\n",
+            "is 'bfloat16'; measure again with --calibrate, or name a run of this topology with "
+            "--from-run\n",
         ),
         (
             ["--calibration", "negative.yaml"],
@@ -101,7 +103,7 @@ settings: {{student.dtype: float16}}
         ),
         (
             ["--write", "new.yaml"],
-            "--write: there is nothing to write; expected --from-run RUN with it\n",
+            "--write: there is nothing to write; expected --from-run RUN or --calibrate with it\n",
         ),
         (
             ["--from-run", "run", "--write", "speeds.yaml"],

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -44,3 +45,20 @@ def test_a_tied_child_ends_with_its_parent() -> None:
     assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
     parent.kill()
     assert parent.communicate(timeout=TIMEOUT_SECONDS)[0] == b""
+
+
+CHILD_OF_THE_CARELESS = """
+import subprocess, sys
+from zppo.signals import keep_exit_codes
+keep_exit_codes()
+sys.exit(subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]).wait())
+"""
+
+
+def test_exit_codes_are_kept_also_where_the_parent_had_them_ignored() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", CHILD_OF_THE_CARELESS],
+        preexec_fn=partial(signal.signal, signal.SIGCHLD, signal.SIG_IGN),
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert ended.returncode == 3

@@ -1,4 +1,5 @@
-"""Distributions of lengths and accuracies from samples: what the simulator draws from.
+"""Distributions of lengths and accuracies from samples, what the simulator draws from; and the line
+through a trainer's steps.
 
 Shape legend: R responses.
 """
@@ -10,12 +11,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-from zppo.simulation import Accuracies, Lengths
+from zppo.simulation import Accuracies, Lengths, TrainerSpeed
 
 VALUES = 100
 """Lengths that a distribution is kept as, at most: its quantiles of equal distance."""
 LEAST_CORRELATION, MOST_CORRELATION = 1e-3, 1.0 - 1e-3
 """of the answers to one question; a Beta distribution has no others"""
+LEAST_SLOPE = 1e-3
+"""Least share of a step's time that is laid to its tokens: a trainer has a finite speed."""
 
 
 def lengths_law(questions_R: Sequence[str], lengths_R: Sequence[int]) -> Lengths:
@@ -69,6 +72,23 @@ def skill_after(law: Accuracies, correct: float, size: int) -> float:
     if law.values:
         return law.values[0]
     return (law.alpha + correct) / (law.alpha + law.beta + size)
+
+
+def trainer_speed(
+    tokens: Sequence[float], seconds: Sequence[float], publish_seconds: float
+) -> TrainerSpeed:
+    """The straight line of least squares through the times of steps by their tokens, neither part
+    of it negative. At least one step has tokens."""
+    x, y = np.asarray(tokens, float), np.asarray(seconds, float)
+    spread = x - x.mean()
+    slope = float((spread * y).sum() / max(float((spread**2).sum()), 1e-9))
+    highest = float(y.mean() / x.mean())
+    slope = min(max(slope, LEAST_SLOPE * highest), highest)
+    return TrainerSpeed(
+        fixed=round(max(0.0, float(y.mean()) - slope * float(x.mean())), 6),
+        tokens_per_second=round(1.0 / slope, 3),
+        publish_seconds=round(publish_seconds, 6),
+    )
 
 
 def _normal_scores(values_R: np.ndarray) -> np.ndarray:

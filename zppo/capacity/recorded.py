@@ -8,7 +8,7 @@ long a job took. The first steps are left out of the trainer's time, because it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from zppo.algorithm.window import PLAIN, TEACHER
 from zppo.capacity.engine_curve import EngineRecord, Job, engines_of
-from zppo.capacity.laws import accuracy_law, lengths_law, skill_after
+from zppo.capacity.laws import accuracy_law, lengths_law, skill_after, trainer_speed
 from zppo.capacity.settings import speed_settings
 from zppo.config.served import served_student
 from zppo.config.topology import Topology
@@ -29,6 +29,7 @@ from zppo.records.rollouts import read_step, step_files
 from zppo.records.summary import read_lines, require_run
 from zppo.records.timeline import JOBS, MICRO, TIMELINE, TRAIN, Span, Timeline, Track, read_timeline
 from zppo.simulation import (
+    Accuracies,
     Calibration,
     Engines,
     Graders,
@@ -37,7 +38,6 @@ from zppo.simulation import (
     TrainerSpeed,
     warm_steps,
 )
-from zppo.simulation.world import Accuracies
 
 LEAST_STEPS = 6
 """so that some are left when the first ones are taken away"""
@@ -54,8 +54,6 @@ OTHERS = ("compress", "hint", "judge")
 """Kinds of spans of a teacher that rewrites or judges; their lengths are known in sum alone."""
 WRITTEN_KINDS = ("compress", "write_hint", "judge")
 """The same as kinds of tasks."""
-SLOWEST_SLOPE = 1e-3
-"""Least share of a step's time that is laid to its tokens: a trainer has a finite speed."""
 
 
 class Recorded(Struct, frozen=True, kw_only=True):
@@ -104,7 +102,7 @@ def read_recorded(run_dir: Path) -> Recorded:
             "sinks.rollouts: true"
         )
     warm = warm_steps(len(lines), topology.scheduler.max_staleness)
-    accuracies = _accuracies(groups.values(), topology)
+    accuracies = _accuracies(groups.values())
     calibration = Calibration(
         settings=speed_settings(topology),
         speeds=_speeds(topology, timeline, lines, groups, run_dir),
@@ -166,15 +164,16 @@ def _other_laws(
     return found
 
 
-def _accuracies(groups: Any, topology: Topology) -> Accuracies:
+def _accuracies(groups: Iterable[Group]) -> Accuracies:
     """Of new questions, which are a fair sample of the corpus; what teachers and other prompts add
     is seen in all groups."""
-    groups = [group for group in groups if group.correct]
-    fair = [group for group in groups if group.kind == PLAIN and group.new]
-    law = accuracy_law([sum(g.correct) for g in fair], [len(g.correct) for g in fair])
-    plain = {g.question: g for g in groups if g.kind == PLAIN}
-    teacher = [right for g in groups if g.kind.startswith(TEACHER) for right in g.correct]
-    others = [g for g in groups if g.kind != PLAIN and not g.kind.startswith(TEACHER)]
+    graded = [group for group in groups if group.correct]
+    fair = [group for group in graded if group.kind == PLAIN and group.new]
+    rights, sizes = [sum(g.correct) for g in fair], [len(g.correct) for g in fair]
+    law = accuracy_law(rights, sizes) if fair else Accuracies()
+    plain = {g.question: g for g in graded if g.kind == PLAIN}
+    teacher = [right for g in graded if g.kind.startswith(TEACHER) for right in g.correct]
+    others = [g for g in graded if g.kind != PLAIN and not g.kind.startswith(TEACHER)]
     others = [g for g in others if g.question in plain]
     skills = [
         skill_after(law, sum(plain[g.question].correct), len(plain[g.question].correct))
@@ -256,28 +255,19 @@ def _jobs(track: Track, groups: Mapping[str, Group]) -> Iterator[Job]:
 def _trainer(
     tracks: Sequence[Track], lines: Sequence[Mapping[str, Any]], topology: Topology
 ) -> TrainerSpeed:
-    """A straight line through the steps' times by their tokens, neither part of it negative."""
     spans = [span for track in tracks for span in track.spans]
     last = {span.step: span for span in spans if span.kind == TRAIN and span.count == 1}
     warm = warm_steps(len(lines), topology.scheduler.max_staleness)
     measured = [line for line in lines[warm:] if line["step"] in last]
-    tokens = np.array([float(line.get("compute/trained", 0)) for line in measured])
-    seconds = np.array([last[line["step"]].busy / MICRO for line in measured])
-    if not len(seconds) or not tokens.sum():
+    tokens = [float(line.get("compute/trained", 0)) for line in measured]
+    seconds = [last[line["step"]].busy / MICRO for line in measured]
+    if not sum(tokens):
         raise UserError(
             "--from-run: the timeline has no training step that metrics.jsonl counts the tokens "
             "of; expected a run of this version with at least "
             f"{LEAST_STEPS} steps in one attempt"
         )
-    spread = tokens - tokens.mean()
-    slope = float((spread * seconds).sum() / max((spread**2).sum(), 1e-9))
-    highest = float(seconds.mean() / tokens.mean())
-    slope = min(max(slope, SLOWEST_SLOPE * highest), highest)
-    return TrainerSpeed(
-        fixed=round(max(0.0, float(seconds.mean()) - slope * float(tokens.mean())), 6),
-        tokens_per_second=round(1.0 / slope, 3),
-        publish_seconds=round(_after_training(spans, last), 6),
-    )
+    return trainer_speed(tokens, seconds, _after_training(spans, last))
 
 
 def _after_training(spans: Sequence[Span], last: Mapping[int, Span]) -> float:

@@ -23,6 +23,8 @@ BOUNDS = (0, 1, 2, 4, 8)
 """Values of `scheduler.max_staleness` that are tried besides the topology's own."""
 MOST_STEPS = 24
 """Steps of a simulation, where the run has as many; at a large bound more, to fill its windows."""
+BOUNDS_SHARE = 0.4
+"""Part of the time in which other bounds are tried with the given split."""
 TIMES = 12
 """A simulation takes at most so small a part of the search, unless it has too few steps then."""
 CLOSE = 0.03
@@ -75,7 +77,8 @@ class _Searcher:
     def __init__(
         self, world: World, most_steps: int, seconds: float, clock: Callable[[], float]
     ) -> None:
-        self._world, self._clock, self._end = world, clock, clock() + seconds
+        self._world, self._clock = world, clock
+        self._until = self._end = clock() + seconds
         self.simulations, self.ended_early = 0, False
         first = self._least_steps(world.topology)
         begin = clock()
@@ -97,21 +100,27 @@ class _Searcher:
         self.ended_early = True
         return None
 
-    def with_bounds(self, found: Candidate) -> list[Candidate]:
-        """The same split with other bounds, as far as the time is enough."""
+    def with_bounds(self, found: Candidate, share: float = 1.0) -> list[Candidate]:
+        """The same split with other bounds, as far as this share of the time that is left is
+        enough."""
+        now = self._clock()
+        self._until = now + share * (self._end - now)
         own = self._world.topology.scheduler.max_staleness
         tried = [self.tried(with_bound(found.topology, bound)) for bound in BOUNDS if bound != own]
         return sorted((one for one in [found, *tried] if one), key=lambda one: one.bound)
 
     def best_split(self, fits: Callable[[Topology], bool]) -> Candidate:
         """The fastest split at the given bound."""
-        best = self.given
+        self._until, best = self._end, self.given
         waiting = [(self._least_pace(one), one) for one in splits(self._world.topology)]
         for least, topology in sorted(waiting, key=lambda pair: pair[0]):
-            if least * (1.0 + CLOSE) >= best.pace or self.ended_early:
+            if least * (1.0 + CLOSE) >= best.pace:
                 break
             if topology == self._world.topology or not fits(topology):
                 continue
+            if self._over():
+                self.ended_early = True
+                break
             found = self.tried(topology)
             if found is not None and found.beats(best):
                 best = found
@@ -133,7 +142,7 @@ class _Searcher:
         return 2 * (topology.scheduler.max_staleness + 2)
 
     def _over(self) -> bool:
-        return self._clock() > self._end
+        return self._clock() > self._until
 
 
 def search(
@@ -147,7 +156,7 @@ def search(
     given world itself. `fits` says whether a topology has room on its machines. Raises what
     `simulate` raises."""
     searcher = _Searcher(world, most_steps, seconds, clock)
-    bounds = searcher.with_bounds(searcher.given)
+    bounds = searcher.with_bounds(searcher.given, BOUNDS_SHARE)
     split = searcher.best_split(fits)
     tried = bounds if split is searcher.given else searcher.with_bounds(split)
     fitting = [one for one in tried if one is split or fits(one.topology)]

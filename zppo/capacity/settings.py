@@ -40,6 +40,6 @@ def check_settings(measured: Mapping[str, Any], topology: Topology, source: str)
         before = measured.get(name, value)
         if before != value:
             raise UserError(
-                f"{source}: was measured with {name} {before!r}, and here it is {value!r}; name "
-                "a run of this topology with --from-run"
+                f"{source}: was measured with {name} {before!r}, and here it is {value!r}; measure "
+                "again with --calibrate, or name a run of this topology with --from-run"
             )

@@ -7,7 +7,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from zppo.capacity.answer import Best, Expected, Replay, Times
+from zppo.capacity.answer import Expected, Replay, Times
 from zppo.plan.machine import gib
 
 
@@ -22,7 +22,7 @@ def show_times(times: Times, console: Console) -> None:
         line(_replayed(times.replay))
     console.print(_expectations(times))
     console.print(_memory(times))
-    line(_advice(times.best))
+    line(_advice(times))
     if times.ended_early:
         line(
             f"note: the search ended after {times.simulations} simulations, before all was tried; "
@@ -77,7 +77,8 @@ def _memory(times: Times) -> Table:
     return table
 
 
-def _advice(best: Best) -> str:
+def _advice(times: Times) -> str:
+    best = times.best
     if not best.changes:
         return "nothing faster was found for these processes and bounds"
     pairs = [change for change in best.changes if not change.startswith("more_teachers")]
@@ -85,4 +86,6 @@ def _advice(best: Best) -> str:
     said = " ".join(f"--set {shlex.quote(pair)}" for pair in pairs)
     said += f" and, in the file, {', '.join(inside)}" if inside else ""
     faster = f"{best.gain:.2f} times the tokens of this run in the same time"
+    if best.expected.max_staleness < times.given.max_staleness:
+        faster += ", with less staleness"
     return f"best found, {faster}: {said}"

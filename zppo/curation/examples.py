@@ -7,8 +7,10 @@ What cannot be made of a row is a `Dropped`, which names the rule (`RULES`) and 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
@@ -203,7 +205,10 @@ def _bytes(entry: object, shard: Shard) -> bytes:
         )
     try:
         places = [place / path for place in (shard.file.parent, shard.folder)]
-        file = next((place for place in places if place.is_file()), places[0])
+        inside = [place for place in places if _lies_in(place, shard.folder)]
+        if not inside:  # a data set must not pick from the other files of a machine
+            raise Dropped("unreadable_picture", f"the image {path[:80]!r} lies outside the source")
+        file = next((place for place in inside if place.is_file()), inside[0])
         problem = size_problem(file)
         if problem:
             raise Dropped("unreadable_picture", f"the image {path[:80]!r} {problem}")
@@ -211,6 +216,11 @@ def _bytes(entry: object, shard: Shard) -> bytes:
     except (OSError, ValueError) as error:  # a path too long, with a NUL, or not ours to read
         why = f"the image {path[:80]!r} cannot be read ({first_line(error)})"
         raise Dropped("unreadable_picture", why) from None
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    """By their names: where the Hub's client keeps data sets, files are links to others outside."""
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
 
 
 def _named(entry: object) -> str:

@@ -88,7 +88,13 @@ class Folder:
         """The ledger of a build, begun or gone on with; when the block ends without an exception
         the work is removed. Raises UserError for a folder that holds something else."""
         self._refuse_other_files()
-        self._work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out {self.out}: cannot be made ({error.strerror}); expected a folder that can "
+                "be written"
+            ) from None
         with (self._work / "lock").open("w") as lock:
             self._lock(lock.fileno())
             ledger = Ledger(self._work / "ledger.sqlite")

@@ -127,13 +127,14 @@ class _CorpusBuilder:
 
     def _claim(self, question: Question, line: int) -> None:
         earlier = self.line_of_id.get(question.id)
-        same = self.line_of_text.get(_identity(question))
+        identity = _identity(question)
+        same = self.line_of_text.get(identity)
         if same is not None:
             raise _Repeated(f"asks the same as {self.source.unit} {same}")
         if earlier is not None:
             raise RowError(f"the id {question.id!r} was used on {self.source.unit} {earlier}")
         self.line_of_id[question.id] = line
-        self.line_of_text[_identity(question)] = line
+        self.line_of_text[identity] = line
 
 
 def _identity(question: Question) -> tuple[object, ...]:

@@ -44,8 +44,6 @@ CARRIED = frozenset(
 )
 """Kinds of layers for which the slots of the engine 'transformers' hold what is carried from token
 to token: keys and values, the inputs of a convolution, a recurrent state, or nothing."""
-RECURRENT = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
-"""Those of them that read a row's tokens one after the other, whatever a mask of attention says."""
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 """Settings that say layer by layer, or in turn, what a layer is."""
 MASKED = frozenset(
@@ -64,17 +62,9 @@ UNTRAINED = frozenset({"cpmant"})
 configuration says why."""
 NO_SLOTS = frozenset(
     {
-        *("bamba", "bloom", "codegen", "cpmant", "doge", "falcon", "falcon_h1"),
-        *(
-            "git",
-            "gpt_neo",
-            "gpt_neox_japanese",
-            "gpt_oss",
-            "gptj",
-            "granite_swa",
-            "granitemoe_swa",
-        ),
-        *("jamba", "mamba2", "mimo_v2_flash", "mpt", "openai-gpt", "xglm", "xlstm"),
+        *("bloom", "codegen", "cpmant", "doge", "falcon", "git", "gpt_neo", "gpt_neox_japanese"),
+        *("gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "inkling_text", "mamba2"),
+        *("mimo_v2_flash", "minimax", "mpt", "nemotron_h", "openai-gpt", "xglm", "xlstm"),
     }
 )
 """Families that ask more of attention or of a cache than the engine 'transformers' has, though

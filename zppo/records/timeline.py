@@ -23,6 +23,9 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from zppo.algorithm.window import COMPRESS, EVALUATE, SCORE, TEACHER, WRITE_HINT
+from zppo.config.topology import JUDGE
+
 TIMELINE = "timeline"
 MAX_BYTES = 1 << 20
 """of one actor's file"""
@@ -32,8 +35,18 @@ MICRO = 1_000_000
 """Spans are in microseconds."""
 
 TRAIN, WAIT, START = "train", "wait", "start"
-JOBS = ("sample", "evaluate", "draw", "compress", "hint", "judge", "score", "grade")
-"""Kinds that the controller asks for. `draw` is a teacher's answer to a question."""
+SAMPLE, DRAW, GRADE = "sample", "draw", "grade"
+OF_TASKS = {
+    TEACHER: DRAW,
+    WRITE_HINT: "hint",
+    **{kind: kind for kind in (EVALUATE, COMPRESS, JUDGE, SCORE, GRADE)},
+}
+"""What a task is called here, by its kind; `draw` is a teacher's answer to a question. Every other
+kind is a prompt of the student's, a `sample`."""
+JOBS = (SAMPLE, *OF_TASKS.values())
+"""Kinds that the controller asks for."""
+GRADING = f"/{GRADE}"
+"""How the id of a grading task ends; before it stands the id of the group."""
 PARTS = ("proximal", "update")
 """Kinds that lie inside of a `train`."""
 KINDS = (START, WAIT, "load", *JOBS, TRAIN, *PARTS, "publish", "save")
@@ -112,6 +125,13 @@ class Timeline:
     @property
     def seconds(self) -> float:
         return (self.end - self.begin) / MICRO
+
+
+def window_of(task_id: str) -> int:
+    """The window that a task belongs to, which its id begins with; -1 for held-out questions."""
+    window, *rest = task_id.split("/")
+    # A held-out group is asked for at a step, which is no window, and so are its grades.
+    return int(window) if window.isdigit() and EVALUATE not in rest[-2:] else -1
 
 
 # ---- a file --------------------------------------------------------------------------------------

@@ -13,19 +13,31 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zppo.records.timeline import JOBS, PARTS, TRAIN, Span, Timeline, Track
+from zppo.algorithm.window import EVALUATE
+from zppo.records.timeline import (
+    DRAW,
+    GRADE,
+    GRADING,
+    JOBS,
+    PARTS,
+    SAMPLE,
+    START,
+    TRAIN,
+    WAIT,
+    Span,
+    Timeline,
+    Track,
+)
 
 Event = dict[str, Any]
 LANES_OF_ONE = 1000
 """Threads are numbered from a multiple of this, by what lies in them."""
 ROWS: dict[str, tuple[str, ...]] = {
-    "state": ("start", "wait", TRAIN, "publish", "save"),
+    "state": (START, WAIT, TRAIN, "publish", "save"),
     "parts of the step": PARTS,
     "weights": ("load",),
     "jobs": JOBS,
 }
-GRADING = "/grade"
-"""How the id of a grading task ends; before it stands the id of the group."""
 
 
 def chrome_trace(
@@ -129,13 +141,13 @@ def _arrows(placed: Sequence[tuple[Span, Event]]) -> Iterator[Event]:
     trained: dict[int, Event] = {}
     alone = [(span, event) for span, event in placed if span.count == 1]
     for span, event in alone:
-        if span.kind in ("sample", "evaluate", "draw"):
+        if span.kind in (SAMPLE, EVALUATE, DRAW):
             sampled[span.what] = event
         elif span.kind == TRAIN:
             trained[span.step] = event
     number = 0
     for span, event in alone:
-        if span.kind != "grade":
+        if span.kind != GRADE:
             continue
         source = sampled.get(span.what.removesuffix(GRADING))
         if source is not None and _end(source) <= event["ts"]:

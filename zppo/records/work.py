@@ -124,7 +124,8 @@ def _pools(timeline: Timeline) -> list[PoolWork]:
 def _lived(track: Track, timeline: Timeline) -> int:
     """Microseconds in which the actor was loaded and there, from the end of each start to the last
     sign of that life."""
-    starts = [at for at, _ in track.lives]
+    # A life after a reboot lies before the others if the wall clock was set back meanwhile.
+    starts = sorted(at for at, _ in track.lives)
     total = 0
     for at, until in zip(starts, [*starts[1:], timeline.end + 1], strict=True):
         own = [span for span in track.spans if at <= span.begin < until and span.kind != START]

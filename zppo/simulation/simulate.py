@@ -20,7 +20,7 @@ from msgspec import structs
 
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.window import PLAIN
-from zppo.config.topology import Topology
+from zppo.config.topology import TeacherBudget, Topology
 from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling import events
@@ -322,9 +322,11 @@ class Simulation:
 
 
 def _simulated(world: World, steps: int, seed: int) -> Topology:
-    """The topology as the scheduler sees it: it lasts, and no supports are sent, which take part
-    in nothing here."""
-    topology, student = world.topology, world.topology.student
+    """The topology as the scheduler sees it: it lasts, teachers have no budget that may end it, and
+    no supports are sent, which take part in nothing here."""
+    topology, student, teacher = world.topology, world.topology.student, world.topology.teacher
+    if teacher is not None:
+        teacher = structs.replace(teacher, budget=TeacherBudget())
     epochs = topology.run.epochs
     if world.corpus is not None:
         new = topology.scheduler.new_questions
@@ -336,6 +338,7 @@ def _simulated(world: World, steps: int, seed: int) -> Topology:
             topology.run, seed=seed, steps=steps if world.ends else None, epochs=epochs
         ),
         student=structs.replace(student, sampling=sampling),
+        teacher=teacher,
     )
 
 

@@ -185,7 +185,9 @@ def _read(row: Row, task: str, path: Path) -> Iterator[Sample]:
             told = json.loads(line)
             id = f"{task}/{told['doc_id']}/{str(told['doc_hash'])[:8]}"
             response = _first(told.get("resps", told["filtered_resps"]))
-            gold = told["target"] if isinstance(told["target"], list) else [told["target"]]
+            # Of a text like "[1, 2]" lm-eval makes a list, which is one answer all the same.
+            several = isinstance(told["target"], list) and row.source is None
+            gold = told["target"] if several else [told["target"]]
             if not _belongs(told, row.part):
                 continue
             question = _question(told)

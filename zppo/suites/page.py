@@ -1,5 +1,5 @@
 """The page and the JSON file of a suite, in the layout of the paper's Tables 1 and 2: a table for
-each family, benchmarks down, models across, averages below."""
+each family, models down, benchmarks across, the average at the end."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from zppo.suites.results import (
 )
 from zppo.suites.table import OWN_JUDGE, Row
 
+STYLE = ".wide { overflow-x: auto; } .wide th { white-space: nowrap; }"
+"""Besides the report's: a table of 16 benchmarks is wider than a page."""
 LABELS = "models.json"
 """The models of the folder, in the order in which they came."""
 
@@ -116,7 +118,7 @@ def _model(rows: Sequence[Row], column: Column, baseline: Column) -> dict[str, A
 
 def render_page(order: SuiteOrder, columns: Sequence[Column], baseline: Column) -> str:
     """The page as text; it fetches nothing."""
-    style = (ASSETS / "page.css").read_text("utf-8")
+    style = (ASSETS / "page.css").read_text("utf-8") + STYLE
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -63,7 +63,7 @@ def plan_lines(order: SuiteOrder, missing: Mapping[str, str], speed: float | Non
         if row.short in missing:
             lines.append(f"  {row.short:<{width}}  missing: {missing[row.short]}")
             continue
-        asked, tokens = _questions(row, order), _most_tokens(row, order)
+        asked, tokens = questions_of(row, order), _most_tokens(row, order)
         many = "questions unknown" if asked is None else f"{asked:,} questions"
         most = "" if tokens is None else f", at most {tokens:,} tokens"
         lines.append(f"  {row.short:<{width}}  {row.harness}, {many}{most}")
@@ -73,7 +73,7 @@ def plan_lines(order: SuiteOrder, missing: Mapping[str, str], speed: float | Non
     ]
 
 
-def _questions(row: Row, order: SuiteOrder) -> int | None:
+def questions_of(row: Row, order: SuiteOrder) -> int | None:
     """How many are asked; --limit holds for each task of the row."""
     if order.limit is None or row.questions is None:
         return row.questions
@@ -82,7 +82,7 @@ def _questions(row: Row, order: SuiteOrder) -> int | None:
 
 
 def _most_tokens(row: Row, order: SuiteOrder) -> int | None:
-    asked = _questions(row, order)
+    asked = questions_of(row, order)
     return None if asked is None else asked * decoding_of(row, order.suite).max_new_tokens
 
 
@@ -104,7 +104,7 @@ def _of_model(
     line += f", {' and '.join(sizes)}"
     expected = sum(counted)
     if length is not None:
-        expected = round(length * sum(_questions(row, order) or 0 for row in left))
+        expected = round(length * sum(questions_of(row, order) or 0 for row in left))
         line += f"; about {expected:,} at the {length:.0f} per answer so far"
     speed = speed or measured
     if speed is None or not expected:

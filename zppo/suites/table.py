@@ -53,7 +53,7 @@ class Source(Config, frozen=True, kw_only=True):
     files: list[str] = field(default_factory=list)
     """local JSON Lines files, relative to the table"""
     question: str
-    """Jinja over the columns of a row"""
+    """a column, or Jinja over the columns of a row"""
     answer: str
     """likewise, the gold answer"""
 

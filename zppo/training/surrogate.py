@@ -174,7 +174,8 @@ class PolicyLoss:
     def _keep(self, batch: MicroBatch, log_probs_R: Tensor, entropy_R: Tensor) -> None:
         self.proximal_T[batch.tokens_R] = log_probs_R
         self.entropy_T[batch.tokens_R] = entropy_R
-        self._kept_T[batch.tokens_R] = batch.weight > 0
+        if batch.weight:
+            self._kept_T[batch.tokens_R] = True
 
 
 def log_prob_pass(

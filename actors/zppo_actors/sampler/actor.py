@@ -17,10 +17,10 @@ from typing import Literal
 from zppo.config.served import ServedModel
 from zppo.config.topology import ENGINE_NAMES, Topology
 from zppo.errors import EXIT_FAILED, UserError
+from zppo.records.timeline import START, WAIT
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
-from zppo_actors.timeline import window_of
 from zppo_actors.weights import PublicationRefused
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import (
@@ -48,14 +48,6 @@ sequences; a slot waits for its next sequence so much longer at most."""
 RATE_SECONDS = 10.0
 """`tokens_per_second` is averaged exponentially over about so long, since engines work in
 bursts."""
-
-SPANS = {
-    "teacher": "draw",
-    "write_hint": "hint",
-    **{kind: kind for kind in ("evaluate", "compress", "judge", "score")},
-}
-"""What a task is called on the timeline, by its kind; every other kind is a prompt of the
-student's."""
 
 log = logging.getLogger("zppo.engine_actor")
 
@@ -140,7 +132,7 @@ class EngineActor:
         failure of a task.
         """
         self._timeline.room(self._engine.capacity)
-        self._timeline.span("start", self._timeline.began)
+        self._timeline.span(START, self._timeline.began)
         await self._dealer.send(self._context.hello(self._role, self._engine.capacity))
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -166,7 +158,7 @@ class EngineActor:
             match message:
                 case GenerateTask() | ScoreTask():
                     if not self._running:
-                        self._timeline.span("wait", self._idle_since)
+                        self._timeline.span(WAIT, self._idle_since)
                     self._running.append(work := Work(message, self._timeline.now()))
                     tasks.create_task(self._do(work))
                 case LoadPolicy():
@@ -251,11 +243,7 @@ class EngineActor:
     def _note(self, work: Work) -> None:
         """Put an answered task on the timeline."""
         kind = "score" if isinstance(work.task, ScoreTask) else work.task.kind
-        name = SPANS.get(kind, "sample")
-        task_id = work.task.task_id
-        self._timeline.span(
-            name, work.since, step=window_of(task_id), what=task_id, size=work.task.n
-        )
+        self._timeline.task(kind, work.task.task_id, work.since, work.task.n)
         if not self._running:
             self._idle_since = self._timeline.now()
 

@@ -150,7 +150,12 @@ async def serving(
     log.unlink(missing_ok=True)
     async with started(command, os.environ, log) as child:
         await _until_ready(child, url, served, startup_seconds, log)
-        yield url
+        try:
+            yield url
+        except ModelGone:
+            if child.returncode is None:
+                raise
+            raise ModelGone(_ended(child, served, log)) from None
 
 
 def _option(name: str, value: str) -> list[str]:
@@ -165,10 +170,7 @@ async def _until_ready(
     arguments = OpenAIArguments(base_url=url, api_key_env=None)
     while True:
         if child.returncode is not None:
-            raise ModelGone(
-                f"the server of {served.label} ended with code {child.returncode} (log: {log}): "
-                f"{last_lines(log)}"
-            )
+            raise ModelGone(_ended(child, served, log))
         try:
             return await asyncio.to_thread(check_model, arguments, served.model, served.label, 0.0)
         except UserError:
@@ -178,6 +180,11 @@ async def _until_ready(
                     f"{log}): {last_lines(log)}"
                 ) from None
         await asyncio.sleep(1.0)
+
+
+def _ended(child: asyncio.subprocess.Process, served: Served, log: Path) -> str:
+    said = f"the server of {served.label} ended with code {child.returncode} (log: {log})"
+    return f"{said}: {last_lines(log)}"
 
 
 def _free_port() -> int:

@@ -34,7 +34,7 @@ from zppo.suites import harness as harnesses
 from zppo.suites.harness import HARNESSES, Asking, SamplesError, shows_final_answer
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.page import write_page
-from zppo.suites.plan import known_missing, settings_of
+from zppo.suites.plan import known_missing, questions_of, settings_of
 from zppo.suites.results import (
     RowResult,
     Trouble,
@@ -57,6 +57,9 @@ from zppo_actors.suites.gateway import JUDGE, BadRequest, Gateway, Rewriter
 from zppo_actors.suites.journal import Journal
 from zppo_actors.suites.scoring import Scoring
 
+NAME = "zppo-suite"
+"""What a harness calls the model. Its own name might hold a comma, or one that lmms-eval asks
+otherwise (`o1`)."""
 GRADER_SECONDS = 5.0
 """Processor time of one grading."""
 
@@ -72,26 +75,32 @@ def main(arguments: list[str]) -> int:
     lock = run_directory.hold(out)
     if lock is None:
         raise UserError(f"--out {order.out!r}: is in use by a suite that has not ended")
-    session = Session(order)
     try:
-        session.check()
-        asyncio.run(session.run())
+        return _carry_out(order)
     except KeyboardInterrupt:
         print(f"stopped; {_goes_on(order)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ModelGone as error:
-        print(f"{error}; {_goes_on(order)}", file=sys.stderr)
-        return EXIT_FAILED
     finally:
         os.close(lock)
+
+
+def _carry_out(order: SuiteOrder) -> int:
+    """The session and its page. Returns the exit code. Raises UserError."""
+    session = Session(order)
+    session.check()
+    write_page(order)  # also refuses a baseline that is not there
+    trouble = ""
+    try:
+        asyncio.run(session.run())
+    except ModelGone as error:
+        trouble = str(error)
     for path in write_page(order):
         print(f"wrote {path}")
-    if session.failed:
-        print(
-            f"{len(session.failed)} rows failed ({', '.join(session.failed)}); {_goes_on(order)}",
-            file=sys.stderr,
-        )
-    return EXIT_FAILED if session.failed else 0
+    if session.failed and not trouble:
+        trouble = f"rows without a result: {', '.join(session.failed)}"
+    if trouble:
+        print(f"{trouble}; {_goes_on(order)}", file=sys.stderr)
+    return EXIT_FAILED if trouble else 0
 
 
 def _goes_on(order: SuiteOrder) -> str:
@@ -175,15 +184,12 @@ class Session:
         begun = time.monotonic()
         try:
             result = await self._ask_and_score(model, url, row, folder)
-        except* (ChildFailed, SamplesError, BadRequest) as errors:
-            reason = _first(errors)
-            write_result(folder, Trouble(reason=reason))
+        except (ChildFailed, SamplesError, BadRequest, ModelGone) as error:
+            write_result(folder, Trouble(reason=str(error)))
+            if isinstance(error, ModelGone):
+                raise
             self.failed.append(row.short)
-            print(f"{model.label}  {row.short}: {reason}", flush=True)
-        except* ModelGone as errors:
-            reason = _first(errors)
-            write_result(folder, Trouble(reason=reason))
-            raise ModelGone(reason) from None
+            print(f"{model.label}  {row.short}: {error}", flush=True)
         else:
             took = msgspec.structs.replace(result, seconds=time.monotonic() - begun)
             write_result(folder, took)
@@ -242,11 +248,11 @@ class Session:
             (samples / "tasks").mkdir(parents=True, exist_ok=True)
             (samples / "tasks" / name).write_bytes(content)
         rewriter = Rewriter(self._prompts, row.directives, shows_final_answer(row))
-        with _progress(f"{model.label} {row.short}", order.limit or row.questions) as advance:
+        with _progress(f"{model.label} {row.short}", questions_of(row, order)) as advance:
             async with Gateway(asked, judge, rewriter, advance) as gateway:
                 asking = Asking(
                     url=f"{gateway.address}/v1",
-                    model=model.model,
+                    model=NAME,
                     folder=str(samples),
                     concurrent=order.concurrent,
                     limit=order.limit,
@@ -293,14 +299,6 @@ async def _run(command: list[str], environment: dict[str, str], log: Path, gatew
 
 
 # ---- words ---------------------------------------------------------------------------------------
-
-
-def _first(errors: BaseExceptionGroup[Exception]) -> str:
-    """What the first of them says."""
-    first: BaseException = errors
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return str(first)
 
 
 def _line(result: RowResult) -> str:

@@ -42,9 +42,14 @@ class Scoring:
             raise SamplesError(f"{row.harness}'s samples hold no number at {row.metric!r}")
         if row.scoring in (METRIC, OWN_JUDGE):
             return {one.id: Scored(_lawful(one, row)) for one in samples if one.score is not None}
-        async with asyncio.TaskGroup() as group:
-            tasks = {sample.id: group.create_task(self._decide(sample)) for sample in samples}
-        return {id: task.result() for id, task in tasks.items()}
+        tasks = [asyncio.create_task(self._decide(sample)) for sample in samples]
+        try:
+            scored = await asyncio.gather(*tasks)
+        finally:  # the first failure ends the others
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return {sample.id: one for sample, one in zip(samples, scored, strict=True)}
 
     async def _decide(self, sample: Sample) -> Scored:
         if await self._right(sample):

@@ -21,7 +21,7 @@ from msgspec import structs
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from zppo.records import checkpoint
 from zppo.records.run_directory import count_death, hold, read, renew
-from zppo.signals import Interrupts
+from zppo.signals import Interrupts, keep_exit_codes
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.run_attempt import (
@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     if hold(run_dir) is None:
         raise UserError(f"run.directory: {str(run_dir)!r} is in use by another run")
     _start_log(run_dir)
+    keep_exit_codes()
     for folder in runtime.sweep():
         log.info("removed %s, which a dead run had left", folder)
     interrupts = Interrupts()

@@ -108,8 +108,8 @@ def test_a_harness_that_fails_is_named_and_the_next_row_is_run(
     out, err = capfd.readouterr()
     assert f"student  Bad: {reason}\n" in out
     assert err == (
-        f"1 rows failed (Bad); what is done is in {order.out}, and the same command goes on from "
-        "there\n"
+        f"rows without a result: Bad; what is done is in {order.out}, and the same command goes "
+        "on from there\n"
     )
     [model] = summary(order)["models"]
     assert model["missing"] == {"Bad": reason}
@@ -158,6 +158,7 @@ def test_a_model_that_goes_away_stops_the_suite_and_a_rerun_goes_on(
         f"what is done is in {order.out}, and the same command goes on from there\n"
     )
     assert [*result(order, "A")["scores"].values()] == [1.0] * 4
+    assert summary(order)["models"][0]["missing"]["B"].startswith("the model 'student' at ")
     server.default, server.requests = right, []
     assert run(order) == 0
     assert len(server.requests) == 2  # the first two of B are in the journal
@@ -245,8 +246,9 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path, server: Server)
 
 
 @pytest.mark.slow
-def test_kill_and_resume(tmp_path: Path, server: Server) -> None:
-    """kill -9 while the second row waits for its third answer: the harness dies too, and the same
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
+def test_kill_and_resume(tmp_path: Path, server: Server, number: int, code: int) -> None:
+    """Killed while the second row waits for its third answer: the harness dies too, and the same
     order asks only for what is left."""
     right = knows(boxed())
     hold = asyncio.Event()
@@ -259,12 +261,12 @@ def test_kill_and_resume(tmp_path: Path, server: Server) -> None:
     order = replace(order_of(tmp_path, server, "A", "B"), concurrent=1)
     command = [sys.executable, "-P", "-m", "zppo_actors", "suite"]
     child = subprocess.Popen([*command, msgspec.json.encode(order).decode()])
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while len(server.requests) < 7 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(server.requests) == 7
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child.send_signal(number)
+    assert child.wait() == code
     while children_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.05)
     assert children_of(tmp_path) == []

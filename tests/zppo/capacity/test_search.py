@@ -15,7 +15,7 @@ from zppo.simulation import Accuracies, Curve, Engines, Lengths, Speeds, Trainer
 
 def made(rollout: int, teacher: int, **actors: object) -> Topology:
     return topology(
-        scheduler={"max_staleness": 1, "new_questions": 8},
+        scheduler={"max_staleness": 1, "new_questions": 4},
         actors={
             "rollout": {"count": rollout, **actors},
             "teacher": {"count": teacher},

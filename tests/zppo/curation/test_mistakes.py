@@ -221,6 +221,29 @@ def test_one_picture_that_cannot_be_read_is_no_reason(
     )
 
 
+def test_pictures_from_outside_the_source_are_not_taken(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path within it may be absolute, and a file in it may be a link, as the Hub's client makes
+    them."""
+    outside = world / "outside.png"
+    outside.write_bytes(png(50))
+    inner = world / "first" / "inner.png"
+    inner.symlink_to(outside)
+    write_source(world / "first", [*ROWS, *(first(i) for i in (50, 51, 52))], "jsonl")
+    file = world / "first" / "train-00000-of-00001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    paths = [str(inner), "../outside.png", str(outside)]
+    for row, path in zip(rows[3:], paths, strict=True):
+        row["images"] = [path]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(world)) == 0
+    said = capsys.readouterr().out
+    assert "  first: 4 of 6 rows in 1 file\n" in said
+    for path in paths[1:]:
+        assert f": the image {path!r} lies outside the source · " in said
+
+
 def test_a_recipe_that_keeps_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_source(world / "first", [first(i, data_source="ai2") for i in range(3)], "jsonl")
     write_source(world / "second", [second(i, pass_rate=0.75) for i in range(2)], "parquet")
@@ -252,6 +275,10 @@ def test_a_folder_with_other_things(world: Path, capsys: pytest.CaptureFixture[s
     (world / "out" / "thesis.tex").touch()
     assert refusal(capsys, arguments(world)) == (
         f"--out {world}/out: holds 'thesis.tex' and nothing of a corpus; expected an empty folder"
+    )
+    assert refusal(capsys, arguments(world, out="/proc/corpus")) == (
+        "--out /proc/corpus: cannot be made (No such file or directory); expected a folder that can "
+        "be written"
     )
     assert refusal(capsys, arguments(world, out=world / "recipe.yaml")) == (
         f"--out {world}/recipe.yaml: is a file; expected a folder"

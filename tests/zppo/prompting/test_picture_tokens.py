@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from zppo.prompting.picture_tokens import PictureTokens, picture_tokens, resized
 
@@ -16,7 +17,7 @@ LIMITS = st.sampled_from(
 
 @pytest.mark.slow
 def test_the_resize_of_transformers() -> None:
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     @settings(max_examples=3000, deadline=None, database=None)
     @given(SIDES, SIDES, st.sampled_from([14, 16]), LIMITS)
@@ -33,6 +34,20 @@ def test_the_resize_of_transformers() -> None:
         assert picture_tokens(width, height, ours) == grid // 2**2 + 2
 
     same()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (1, 150), (333, 1000), (900, 31)])
+def test_the_tokens_of_the_processor_itself(width: int, height: int) -> None:
+    """Which does resize, and cuts into patches."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    limits = {"shortest_edge": 65_536, "longest_edge": 262_144}
+    processor = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, size=limits)
+    picture = Image.new("RGB", (width, height))
+    (grid,) = processor(picture, return_tensors="np")["image_grid_thw"]
+    ours = PictureTokens(min_pixels=65_536, max_pixels=262_144)
+    assert picture_tokens(width, height, ours) == grid.prod() // 2**2 + 2
 
 
 def test_sizes_by_hand() -> None:

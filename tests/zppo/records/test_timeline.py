@@ -12,8 +12,14 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import questions
 
+from zppo.algorithm.window import EVALUATE, PLAIN, TEACHER, Group
+from zppo.config.topology import JUDGE
 from zppo.records.timeline import (
+    GRADE,
+    GRADING,
+    OF_TASKS,
     Life,
     Room,
     Span,
@@ -25,10 +31,13 @@ from zppo.records.timeline import (
     merged,
     read_timeline,
     thinned,
+    window_of,
 )
 from zppo.records.trace import chrome_trace
 from zppo.records.work import sentence_of, shares_of, work_of
+from zppo.scheduling.targets import GradeTarget, JudgeTarget, SampleTarget
 from zppo.timeline import main
+from zppo_protocol.values import Prompt
 
 SECOND = 1_000_000
 
@@ -185,6 +194,16 @@ def test_each_moment_of_waiting_is_laid_to_the_oldest_window(tmp_path: Path) -> 
     assert end is not None and end.parts == pytest.approx({"trainer": 0.8, "controller": 0.2})
 
 
+def test_a_clock_that_was_set_back_over_a_reboot_changes_no_share(tmp_path: Path) -> None:
+    """Two lives of ten seconds, of which six were waited; the second seems to come first."""
+    for told in (life(), life(wall=4970.0, boot="c")):
+        write(tmp_path, "trainer", told, span("wait", 0, 6), span("train", 6, 10, 0))
+    timeline = read_timeline(tmp_path)
+    work = work_of(timeline) if timeline is not None else None
+    assert work is not None and work.seconds == 20
+    assert work.parts == pytest.approx({"trainer": 0.4, "controller": 0.6})
+
+
 class Reader:
     """The rules of the trace event format, as an importer applies them."""
 
@@ -287,3 +306,18 @@ def test_a_run_without_a_timeline_is_one_sentence(
 
 def test_a_line_that_is_no_line_is_counted() -> None:
     assert decoded(b'[1]\n{"type":"life"}\n\xff\n\n') == ([], 3)
+
+
+def test_the_ids_of_tasks_are_read_as_the_scheduler_makes_them() -> None:
+    question = questions(1)[0]
+    for kind, window in ((PLAIN, 12), (TEACHER, 12), (EVALUATE, -1)):
+        group = Group(id=f"12/{question.id}/{kind}", kind=kind, prompt=Prompt(messages=[]))
+        asked = {"group": group, "question": question}
+        sampled, graded = SampleTarget(**asked), GradeTarget(**asked)
+        judged = JudgeTarget(**asked, response=3)
+        for target in (sampled, graded, judged):
+            assert window_of(target.task_id) == window
+        assert graded.task_id.removesuffix(GRADING) == sampled.task_id != graded.task_id
+        assert (graded.kind, judged.kind) == (GRADE, OF_TASKS[JUDGE])
+        assert (sampled.kind in OF_TASKS) == (kind != PLAIN)
+    assert window_of("") == -1

@@ -211,3 +211,14 @@ def test_patience_ends_a_simulation() -> None:
     looks = iter([False] * 50)
     with pytest.raises(OutOfTime):
         simulate(world(1), 4, out_of_time=lambda: next(looks, True))
+
+
+def test_a_budget_does_not_end_a_simulation() -> None:
+    made = world(1)
+    limited = topology(
+        scheduler={"max_staleness": 1, "new_questions": 8},
+        teacher={"model": "teacher", "budget": {"requests": 3}},
+        actors={"rollout": {"count": 2}, "teacher": {"count": 1}, "grader": {"count": 2}},
+    )
+    spent = simulate(msgspec.structs.replace(made, topology=limited), 3)
+    assert spent.seconds_per_step == simulate(made, 3).seconds_per_step

@@ -101,6 +101,13 @@ def test_a_choices_number_is_its_letter(tmp_path: Path) -> None:
     assert read_samples(row(), folder)[0].gold == ["2"]
 
 
+def test_a_list_is_several_answers_of_a_task_and_one_of_a_source(tmp_path: Path) -> None:
+    folder = left_behind(tmp_path, "samples_t_1.jsonl", {**LM_EVAL, "target": [1, 2]})
+    assert read_samples(row(), folder)[0].gold == ["1", "2"]
+    source = Source(path="p", question="q", answer="a")
+    assert read_samples(row(task=[], source=source), folder)[0].gold == ["[1, 2]"]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -4,25 +4,34 @@ their own."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from trainer_ranks import Case, Nest, Outcome
-from training_cases import CPU, group, mixed_window, window
+from training_cases import CPU, SETTINGS, group, llama, mixed_window, settings_of, window
 
 from zppo.config.method import MethodConfig
+from zppo.errors import UserError
 from zppo.training.batch import assemble
 from zppo.training.layout import deal_passes, deal_rows
-from zppo.training.ranks import ALONE, cut_like, first_row, local, whole
+from zppo.training.policy import Policy
+from zppo.training.ranks import ALONE, Ranks, cut_like, first_row, local, whole
+from zppo.training.step import split
+from zppo.training.surrogate import step_advantages
 
 LOW = MethodConfig(updates_per_step=4)
 """Four updates of each window, so that three windows make twelve."""
+SPARE = Case(method=MethodConfig(updates_per_step=2), groups=20, last=1)
+"""Its first update, which measures the proximal log-probs, has a spare pass on the second rank."""
 
 
 # ---- dealing -------------------------------------------------------------------------------------
@@ -127,14 +136,19 @@ def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_pat
     [
         (3, Case(method=LOW, groups=20), 1e-6),
         (2, Case(method=LOW, model="llama", recompute=True), 2e-6),
-        (2, Case(model="moe"), 2e-6),
+        (5, Case(model="moe"), 2e-6),
+        (2, SPARE, 1e-6),
         (2, Case(teacher=True), 1e-6),
         (2, Case(method=MethodConfig(kl_coefficient=0.1, entropy_coefficient=0.01)), 5e-6),
     ],
-    ids=["three, uneven", "untied head, recomputed layers", "experts", "teacher", "reference"],
+    ids=[
+        *("three, uneven", "untied head, recomputed layers", "experts, empty shares"),
+        *("spare pass", "teacher", "reference"),
+    ],
 )
 def test_more_of_the_same(nest: Nest, tmp_path: Path, count: int, case: Case, bound: float) -> None:
-    """Three ranks cut 31 rows of an embedding in 11, 11 and 9, and 2 rows of a bias in 1, 1, 0."""
+    """Three ranks cut the 31 rows of an embedding in 11, 11 and 9; of 4 experts, five ranks have one
+    each and none."""
     one, many = (
         nest.trained(tmp_path / "one", 1, case),
         nest.trained(tmp_path / "many", count, case),
@@ -162,17 +176,34 @@ def test_stochastic_rounding_is_that_of_one_rank(nest: Nest, tmp_path: Path) -> 
     assert all(torch.equal(tensor, many.tensors[name]) for name, tensor in one.tensors.items())
 
 
-def test_the_window_is_large_enough_for_spare_passes() -> None:
-    """What the comparisons above rest on: some updates have passes of weight 0."""
-    rollouts = assemble(mixed_window(step=0, count=10), max_staleness=100, device=CPU)
-    everyone = np.arange(rollouts.sequences)
-    spare = [
-        sum(
-            batch.weight == 0.0
-            for rank in range(count)
-            for batch in deal_passes(rollouts, part, 24, share=True, rank=rank, ranks=count).batches
-        )
-        for count in (2, 3)
-        for part in np.array_split(everyone, 4)
+def test_the_spare_pass_is_there() -> None:
+    task, device = mixed_window(step=0, count=SPARE.groups), CPU
+    rollouts = assemble(task, max_staleness=0, device=device)
+    trainer_settings = replace(SETTINGS, **settings_of(SPARE.method))
+    batches = split(rollouts, trainer_settings)
+    advantages_S = step_advantages(rollouts, batches, trainer_settings.method).numpy()
+    live = batches[0][(advantages_S[batches[0]] != 0) & (rollouts.lengths_S[batches[0]] > 0)]
+    passes = [
+        deal_passes(rollouts, live, SPARE.micro_batch_tokens, share=True, rank=rank, ranks=2)
+        for rank in range(2)
     ]
-    assert any(spare)
+    assert [[batch.weight for batch in own.batches] for own in passes] == [[1, 1], [1, 0]]
+
+
+def test_a_model_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.model.register_parameter("gate", nn.Parameter(torch.tensor(1.0)))
+    policy = Policy(model)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        assert dist.group.WORLD is not None
+        with pytest.raises(UserError) as caught:
+            policy.shard(Ranks(0, DeviceMesh.from_group(dist.group.WORLD, "cpu")))
+    finally:
+        dist.destroy_process_group()
+    assert str(caught.value) == (
+        "actors.trainer.ranks is 1; expected 1, because '' cannot be sharded: fully_shard doesn't "
+        "support scalar parameters. Change gate to a 1D tensor with numel equal to 1."
+    )

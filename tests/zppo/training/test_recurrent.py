@@ -22,6 +22,8 @@ from zppo.training.batch import assemble
 from zppo.training.loading import freeze_tower, load_folder
 from zppo.training.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, Callable[[], Any]] = {
     **{family: partial(make_recurrent, family) for family in FAMILIES},
     "qwen3_5": make_seeing,

@@ -11,8 +11,8 @@ cache. Three rules are kept here:
   pauses it; running sequences are kept, and every token carries the version that sampled it;
 - cached keys and values of a prompt are shared only among requests that came in under the same
   policy version;
-- pictures go to frozen models alone: what a policy's encoder made of them would outlive that policy
-  in vLLM's caches.
+- new weights leave what sees pictures as it was (`zppo.training.loading.freeze_tower`), so what it
+  has made of a picture stays right in vLLM's caches.
 
 When the engine core is gone, or a load failed half-way, the engine is broken for good and its actor
 must leave.
@@ -74,14 +74,12 @@ def create(spec: EngineSpec) -> VllmEngine:
     """Start vLLM for the model of `spec`. Raises UserError for arguments or a model that it cannot
     take."""
     arguments = arguments_of(spec)
-    pictures = takes_pictures(spec.served.model.model)
-    tokenizer = (PictureTokenizer if pictures else PromptTokenizer)(
-        spec.served.model.model, spec.served.model_path
-    )
+    folder, where = spec.served.model.model, spec.served.model_path
+    tokenizer = (PictureTokenizer if takes_pictures(folder) else PromptTokenizer)(folder, where)
     layout = (
-        None
-        if pictures
-        else read_layout(spec.served.model.model, spec.served.model.dtype, spec.served.model_path)
+        read_layout(folder, spec.served.model.dtype, where)
+        if spec.served.role == "rollout"
+        else None
     )
     llm = start(arguments, spec, counter := TokenCounter())
     return VllmEngine(
@@ -177,7 +175,7 @@ class VllmEngine:
         """Verify in a helper thread while sampling goes on, then pause, load and resume; running
         sequences are kept."""
         if self._layout is None:
-            raise PublicationRefused(manifest, "a model that takes pictures keeps its weights")
+            raise PublicationRefused(manifest, "a teacher keeps its weights")
         async with self._loading:
             clock = [time.perf_counter()]
             update = await asyncio.to_thread(verify, self._layout, manifest)
@@ -221,7 +219,7 @@ class VllmEngine:
         shown or read."""
         if not task.prompt.media:
             return {}
-        if self._layout is not None:
+        if not isinstance(self._tokenizer, PictureTokenizer):
             raise EngineError(TEXT_ONLY, retryable=False)
         return {
             "multi_modal_data": {"image": await asyncio.to_thread(open_pictures, task.prompt.media)}

@@ -32,6 +32,8 @@ from zppo_actors.engines.transformers.models import adopt_slots
 from zppo_actors.weights import shared_memory
 from zppo_protocol.samples import GroupSamples
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 1e-4
 LENGTHS = (1, 2, 19, 5, 40, 19)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from engine_helpers import completions, make_model, make_task, save
+from engine_helpers import completions, make_model, make_task, save, versions
 from vision_helpers import (
     IMAGE_ID,
     PICTURE_TOKENS,
@@ -34,7 +34,7 @@ from zppo_actors.engines.vllm.media import (
     open_pictures,
     takes_pictures,
 )
-from zppo_actors.weights import PublicationRefused, shared_memory
+from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
@@ -245,10 +245,28 @@ def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(
         with pytest.raises(EngineError, match=reason) as caught:
             seeing.sample(media, text)
         assert not caught.value.retryable, caught.value
-    with pytest.raises(PublicationRefused, match="a model that takes pictures keeps its weights"):
-        seeing.run(
-            seeing.engine.load_policy(
-                shared_memory.publish(make_seeing(1).state_dict(), 1, tmp_path)
-            )
-        )
     check_agreement(seeing, seeing.sample(one, temperature=0.0), PROMPT, one)
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_new_weights_come_under_the_names_of_the_folder(seeing: Seeing, tmp_path: Path) -> None:
+    """The tower stays, so what it has made of a picture before is right afterwards as well."""
+    media = [picture(tmp_path, 7)]
+    check_agreement(seeing, seeing.sample(media, temperature=0.0), PROMPT, media)
+    new, old = make_seeing(1), seeing.model
+    tower = {
+        name: tensor
+        for name, tensor in old.state_dict().items()
+        if not name.startswith(("model.text_model.", "lm_head."))
+    }
+    assert tower
+    new.load_state_dict(tower, strict=False)
+    manifest = shared_memory.publish(new.state_dict(), 1, tmp_path)
+    seeing.run(seeing.engine.load_policy(manifest))
+    seeing.model = new
+    for shown in (media, [], [picture(tmp_path, 8)]):
+        samples = seeing.sample(shown, temperature=0.0)
+        assert set(versions(samples)) == {1}
+        check_agreement(seeing, samples, PROMPT if shown else PROMPT.replace("<image> ", ""), shown)
