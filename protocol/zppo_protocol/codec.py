@@ -181,9 +181,10 @@ class _Reader:
             # ValueError covers DecodeError and UnicodeDecodeError.
             raise ProtocolError(f"not a message: {error}") from error
         finally:
-            self._bytes = NOTHING  # a frame lives as long as its arrays, and no longer
-        if self._cursor < self._end or any(map(len, self._left)):
-            end = self._end + sum(map(len, self._left))
+            # A frame lives as long as its arrays, and no longer.
+            self._bytes, left, self._left = NOTHING, self._left, []
+        if self._cursor < self._end or any(map(len, left)):
+            end = self._end + sum(map(len, left))
             raise ProtocolError(f"the arrays of the header end at byte {self._cursor} of {end}")
         return value
 

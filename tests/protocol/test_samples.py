@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from zppo_protocol import messages as m
+from zppo_protocol.arrays import SHORT
 from zppo_protocol.codec import decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
@@ -53,6 +54,7 @@ BAD_SAMPLES = [
     ({"offsets": int32(1, 2, 5)}, "offsets must run from 0 to 5, got 1 to 5"),
     ({"offsets": int32(0, 6, 5)}, "offsets must not fall"),
     ({"offsets": int32(0, -1, 5)}, "offsets must not fall"),
+    ({"offsets": int32(0, 2**31 - 1, -(2**31), -1, 5)}, "offsets must not fall"),
     ({"version_spans": int32([5, 7, 1])}, "version_spans must have shape [S, 2], got (1, 3)"),
     ({"version_spans": int32(5, 7)}, "version_spans must have 2 dimension(s), got shape (2,)"),
     ({"version_spans": int32([4, 7])}, "version_spans must cover 5 tokens, got 4"),
@@ -151,6 +153,34 @@ def test_empty_completions_and_an_empty_group_axis_are_fine() -> None:
     nothing = {"token_ids": int32(), "log_probs": float32(), "offsets": int32(0, 0, 0)}
     samples = GroupSamples(**{**GOOD, **nothing, "version_spans": np.zeros((0, 2), np.int32)})
     assert len(samples.token_ids) == 0
+
+
+def test_samples_without_texts_share_their_arrays_and_leave_the_texts_where_they_were() -> None:
+    whole = GroupSamples(**GOOD)
+    bare = whole.without_texts()
+    assert bare.texts == [] and whole.texts == GOOD["texts"]
+    fields = [name for name in GroupSamples.__struct_fields__ if name != "texts"]
+    assert all(getattr(bare, name) is getattr(whole, name) for name in fields)
+    text_only = GroupSamples(**TEXTS)
+    with pytest.raises(ProtocolError, match="texts must have"):
+        text_only.without_texts()
+
+
+@pytest.mark.parametrize("place", [0, SHORT, SHORT + 6])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 0.002])
+def test_a_wrong_log_prob_of_many_is_found_wherever_it_is(place: int, value: float) -> None:
+    tokens = SHORT + 7
+    many = {
+        "token_ids": np.zeros(tokens, np.int32),
+        "log_probs": np.full(tokens, -1.0, np.float32),
+        "offsets": int32(0, 2, tokens),
+        "version_spans": int32([tokens, 7]),
+    }
+    GroupSamples(**{**GOOD, **many})
+    many["log_probs"] = np.full(tokens, -1.0, np.float32)
+    many["log_probs"][place] = value
+    with pytest.raises(ProtocolError, match="log_probs must be finite"):
+        GroupSamples(**{**GOOD, **many})
 
 
 def test_texts_may_be_left_out_for_the_trainer_but_not_in_an_answer() -> None:

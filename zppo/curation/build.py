@@ -128,7 +128,7 @@ def _refuse_unreadable(source: str, ledger: Ledger) -> None:
     }
     unreadable = looked["unreadable_picture"]
     if unreadable and sum(looked.values()) + ledger.candidates(source) == unreadable:
-        place, _, _, detail = next(one for one in ledger.samples("unreadable_picture") if one[0])
+        place, _, _, detail = ledger.samples("unreadable_picture", source)[0]
         raise Hopeless(
             f"{source}: no row has pictures that can be read, {unreadable} were tried, among them "
             f"{place}: {detail}; expected the picture files beside the rows, as the data set has "

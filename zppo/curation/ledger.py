@@ -21,7 +21,7 @@ from msgspec import Struct
 from zppo.curation.examples import RULES
 
 SAMPLES = 5
-"""Dropped rows that are remembered of each rule."""
+"""Dropped rows that are remembered of each rule and source."""
 PAGE = 500
 """Rows that are fetched at once."""
 _UNLISTED = ("bad_row", "not_listed", "earlier_source")
@@ -34,8 +34,8 @@ CREATE TABLE IF NOT EXISTS names (source TEXT, name TEXT, PRIMARY KEY (source, n
 CREATE TABLE IF NOT EXISTS drops
   (rule TEXT, source TEXT, name TEXT, rows INTEGER, PRIMARY KEY (rule, source, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samples
-  (rule TEXT, lot BLOB, place TEXT, name TEXT, question TEXT, detail TEXT,
-   PRIMARY KEY (rule, lot, place)) WITHOUT ROWID;
+  (rule TEXT, source TEXT, lot BLOB, place TEXT, name TEXT, question TEXT, detail TEXT,
+   PRIMARY KEY (rule, source, lot, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS candidates
   (identity BLOB PRIMARY KEY, rank BLOB, lot BLOB, source TEXT, name TEXT, shard INTEGER,
    row INTEGER, place TEXT)
@@ -146,7 +146,7 @@ class Ledger:
             wins = new.rank < old[0]
             loser = old[1:] if wins else (new.source, new.name, new.place)
             self._count("duplicate", *loser[:2])
-            self._sample("duplicate", new.lot, loser[2], loser[1])
+            self._sample("duplicate", loser[0], new.lot, loser[2], loser[1], "", "")
             if not wins:
                 return
         self._db.execute(
@@ -159,15 +159,14 @@ class Ledger:
 
     def _drop(self, drop: Drop) -> None:
         self._count(drop.rule, drop.source, drop.name)
-        self._sample(drop.rule, drop.lot, drop.place, drop.name, drop.question, drop.detail)
-
-    def _sample(
-        self, rule: str, lot: bytes, place: str, name: str, question: str = "", detail: str = ""
-    ) -> None:
-        self._db.execute(
-            "INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)",
-            (rule, lot, place, name, question, detail),
+        self._sample(
+            *(drop.rule, drop.source, drop.lot, drop.place),
+            *(drop.name, drop.question, drop.detail),
         )
+
+    def _sample(self, *values: str | bytes) -> None:
+        """A row of the table, in the order of its columns."""
+        self._db.execute("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def _count(self, rule: str, source: str, name: str) -> None:
         self._db.execute(
@@ -180,8 +179,10 @@ class Ledger:
         """Leave the samples of the lowest lots, which no order of rows can change."""
         for rule in rules:
             self._db.execute(
-                "DELETE FROM samples WHERE rule = ?1 AND (lot, place) NOT IN "
-                "(SELECT lot, place FROM samples WHERE rule = ?1 ORDER BY lot, place LIMIT ?2)",
+                "DELETE FROM samples WHERE rule = ?1 AND (source, lot, place) IN "
+                "(SELECT source, lot, place FROM (SELECT source, lot, place, row_number() OVER "
+                "(PARTITION BY source ORDER BY lot, place) AS turn FROM samples WHERE rule = ?1) "
+                "WHERE turn > ?2)",
                 (rule, SAMPLES),
             )
 
@@ -205,8 +206,9 @@ class Ledger:
                 "GROUP BY source, name"
             )
             self._db.execute(
-                f"INSERT INTO samples SELECT 'cap', lot, place, name, '', '' {_CAPPED} "
-                "ORDER BY lot LIMIT ?",
+                "INSERT INTO samples SELECT 'cap', source, lot, place, name, '', '' FROM "
+                "(SELECT *, row_number() OVER (PARTITION BY source ORDER BY lot) AS turn "
+                f"{_CAPPED}) WHERE turn <= ?",
                 (SAMPLES,),
             )
             self.note("chosen", "yes")
@@ -262,11 +264,12 @@ class Ledger:
         found = self._all("SELECT * FROM drops ORDER BY source, name")
         return sorted(found, key=lambda drop: order.index(drop[0]))
 
-    def samples(self, rule: str) -> list[tuple[str, str, str, str]]:
-        """(place, name, question, detail) of some rows that a rule dropped."""
+    def samples(self, rule: str, source: str) -> list[tuple[str, str, str, str]]:
+        """(place, name, question, detail) of some rows of a source that a rule dropped."""
         return self._all(
-            "SELECT place, name, question, detail FROM samples WHERE rule = ? ORDER BY lot, place",
-            rule,
+            "SELECT place, name, question, detail FROM samples WHERE rule = ? AND source = ? "
+            "ORDER BY lot, place",
+            *(rule, source),
         )
 
     def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:

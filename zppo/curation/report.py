@@ -85,7 +85,7 @@ def make_report(name: str, recipe: Recipe, ledger: Ledger, shards: Sequence[Shar
             Kept(source=source, sub_dataset=sub, rows=rows, cap=recipe.caps.get((source, sub)))
             for source, sub, rows in kept
         ],
-        dropped=[rule for rule in (_rule(one, ledger) for one in RULES) if rule.rows],
+        dropped=[rule for rule in (_rule(one, recipe, ledger) for one in RULES) if rule.rows],
     )
 
 
@@ -94,7 +94,7 @@ def _source(source: str, ledger: Ledger, shards: Sequence[Shard], kept: int) -> 
     return SourceCount(source=source, files=len(own), rows=ledger.rows(own), kept=kept)
 
 
-def _rule(rule: str, ledger: Ledger) -> Rule:
+def _rule(rule: str, recipe: Recipe, ledger: Ledger) -> Rule:
     counts = [
         DropCount(source=source, sub_dataset=name, rows=rows)
         for found, source, name, rows in ledger.drops()
@@ -107,7 +107,8 @@ def _rule(rule: str, ledger: Ledger) -> Rule:
         sub_datasets=sorted(counts, key=lambda count: -count.rows)[:MAX_NAMES],
         samples=[
             Sample(place=place, sub_dataset=name, question=question, detail=detail)
-            for place, name, question, detail in ledger.samples(rule)
+            for source in recipe.sources
+            for place, name, question, detail in ledger.samples(rule, source)
         ],
     )
 

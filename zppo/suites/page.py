@@ -51,9 +51,12 @@ def write_page(order: SuiteOrder) -> list[Path]:
 
 
 def add_labels(out: Path, labels: Sequence[str]) -> list[str]:
-    """All models that the folder has seen, these included."""
+    """All models that the folder has seen, these included. Raises UserError."""
     path = out / LABELS
-    known = msgspec.json.decode(path.read_bytes(), type=list[str]) if path.is_file() else []
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=list[str]) if path.is_file() else []
+    except msgspec.MsgspecError:
+        raise UserError(f"--out: {str(path)!r} is no list of models; remove it") from None
     every = list(dict.fromkeys([*known, *labels]))
     if every != known:
         with written_whole(path) as file:

@@ -71,8 +71,11 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.default_int_handler)
     logging.getLogger("zppo").setLevel(logging.ERROR)  # a last failure is a sentence of its own
     out = Path(order.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = run_directory.hold(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = run_directory.hold(out)
+    except OSError as error:
+        raise UserError(f"--out: {order.out!r} cannot be written ({error.strerror})") from None
     if lock is None:
         raise UserError(f"--out {order.out!r}: is in use by a suite that has not ended")
     try:

@@ -221,6 +221,20 @@ def test_one_picture_that_cannot_be_read_is_no_reason(
     )
 
 
+def test_the_source_without_readable_pictures_is_the_one_that_is_shown(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though more rows of another have such pictures too."""
+    write_source(world / "first", [*ROWS, *(first(i, images=[b"x"]) for i in range(99))], "jsonl")
+    write_source(world / "second", [second(0, image=b"torn")], "parquet")
+    assert refusal(capsys, arguments(world)) == (
+        "second: no row has pictures that can be read, 1 were tried, among them "
+        f"{world}/second/train-00000-of-00001.parquet, row 1: the image is not a picture; expected "
+        "one of PNG, JPEG, WEBP, GIF, BMP, TIFF; expected the picture files beside the rows, as the "
+        "data set has them"
+    )
+
+
 def test_pictures_from_outside_the_source_are_not_taken(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,15 @@ def test_reasons_stand_in_the_list_of_what_is_missing(tmp_path: Path) -> None:
     assert "<script" not in page and "Judged by a prompt of their own: HLE, MultiCh." in page
 
 
+def test_a_list_of_models_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "models.json").write_text("[1]")
+    with pytest.raises(UserError) as error:
+        write_page(order(tmp_path, "base"))
+    assert str(error.value) == (
+        f"--out: {str(tmp_path / 'models.json')!r} is no list of models; remove it"
+    )
+
+
 def test_a_baseline_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         write_page(replace(order(tmp_path, "base"), baseline="bsae"))

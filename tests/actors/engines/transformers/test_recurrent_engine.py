@@ -25,12 +25,15 @@ from recurrent_models import FAMILIES, make_recurrent, make_seeing, save_seeing
 from transformers import DynamicCache
 from transformers_helpers import build, run, sample
 
+from zppo_actors.engines.sequences import Running
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers import decoder
 from zppo_actors.engines.transformers.engine import TransformersEngine
 from zppo_actors.engines.transformers.models import adopt_slots
+from zppo_actors.engines.uniforms import UniformStream
 from zppo_actors.weights import shared_memory
 from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +111,36 @@ def test_any_order_of_arrivals_gives_the_same_log_probs(
     engine = serve(copied, folder, max_sequences=slots)
     found = run(engine, sample(engine, *tasks_of(lengths, n, tokens)))
     assert difference(model, found) < ROUNDING
+
+
+@torch.inference_mode()
+def test_after_a_failure_nothing_of_the_old_states_is_left(both: tuple[Any, Any, Path]) -> None:
+    """Prompts of one token read nothing, so their states must be zeroed, not filled."""
+    model, copied, _ = both
+    decoding = decoder.Decoder(copied, frozenset({-1}), max_rows=4, max_length=64)
+
+    def group(length: int) -> list[Running]:
+        prompt = np.arange(3, 3 + length, dtype=np.int32)
+        sampling = Sampling(max_new_tokens=8)
+        return [Running(prompt, sampling, 8, i, UniformStream(length, i)) for i in range(2)]
+
+    decoding.admit([group(9), group(4)])
+    for _ in range(3):
+        decoding.step()
+    decoding.reset()
+    decoding.admit([group(1)])
+    decoding.step()
+    decoding.drop(lambda sequence: sequence.index == 0)
+    decoding.admit([group(1)])
+    ended = []
+    while decoding.running:
+        ended += decoding.step()
+    assert len(ended) == 3
+    for sequence, completion in ended:
+        ids = torch.tensor([[*sequence.prompt_ids, *completion.token_ids]], dtype=torch.int64)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+        expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(completion.log_probs, expected.numpy(), atol=ROUNDING)
 
 
 def test_padding_would_leave_its_trace_in_the_states(
