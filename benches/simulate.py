@@ -1,10 +1,13 @@
 """What a setting would take, by the bound on staleness: the real scheduler under a virtual clock.
 
     python -P benches/simulate.py [benches/setting_p.yaml benches/setting_n.yaml]
-        [--bounds 0,1,2,4,8,16] [--steps 40] [--seeds 2] [--small]
+        [--bounds 0,1,2,4,8,16] [--steps 40] [--seeds 2] [--batches windows,filled] [--by-step]
+        [--small | --share 0.25]
 
 Each row is a mean over seeds, each run's warm-up left out. *Over the bound* is the time of a step
-over the time that it would take if the busiest machines were always busy at their best batch.
+over the time that it would take if the busiest machines were always busy at their best batch. At
+bound 0 steps train windows, whatever is asked for. `--by-step` shows what each step trained, so
+that a bias of filled batches to short or easy questions would be seen.
 """
 
 from __future__ import annotations
@@ -18,13 +21,18 @@ import msgspec
 from msgspec import structs
 
 from zppo.config.strict_yaml import parse
-from zppo.simulation import Outcome, World, simulate
+from zppo.config.topology import Batches
+from zppo.simulation import Engines, Outcome, World, simulate
 
 HERE = Path(__file__).parent
 SETTINGS = [HERE / "setting_p.yaml", HERE / "setting_n.yaml"]
 HEADER = (
-    "| bound | s/step | work bound | over it | range | bottleneck | trainer waits | staleness "
-    "mean / max | lead at the end |\n|---:|---:|---:|---:|---|---|---:|---|---:|"
+    "| bound | batches | s/step | work bound | over it | range | bottleneck | trainer waits "
+    "| staleness mean / max | lead at the end |\n|---:|---|---:|---:|---:|---|---|---:|---|---:|"
+)
+BY_STEP = (
+    "| step | batches | groups | tokens | tokens a plain response | skill |\n"
+    "|---:|---|---:|---:|---:|---:|"
 )
 
 
@@ -48,17 +56,65 @@ def small(world: World) -> World:
     )
 
 
-def table(world: World, bounds: Sequence[int], steps: int, seeds: int) -> Iterator[str]:
-    yield HEADER
+def part(world: World, share: float) -> World:
+    """So many of the questions and slots, on machines that are slower by as much, so that a step
+    takes as long; fewer questions make chance weigh more."""
+    topology, speeds = world.topology, world.speeds
+
+    def fewer(engines: Engines) -> Engines:
+        curve = structs.replace(engines.curve, per_sequence=engines.curve.per_sequence / share)
+        return structs.replace(engines, slots=round(engines.slots * share), curve=curve)
+
+    new = round(topology.scheduler.new_questions * share)
+    scheduler = structs.replace(topology.scheduler, new_questions=new)
+    rate = speeds.trainer.tokens_per_second * share
+    return structs.replace(
+        world,
+        topology=structs.replace(topology, scheduler=scheduler),
+        speeds=structs.replace(
+            speeds,
+            rollout=fewer(speeds.rollout),
+            teachers=tuple(fewer(engines) for engines in speeds.teachers),
+            trainer=structs.replace(speeds.trainer, tokens_per_second=rate),
+        ),
+    )
+
+
+def filled_by(world: World, batches: Batches) -> World:
+    """The same with steps that train windows, or what has finished."""
+    scheduler = structs.replace(world.topology.scheduler, batches=batches)
+    return structs.replace(world, topology=structs.replace(world.topology, scheduler=scheduler))
+
+
+def tables(
+    world: World, bounds: Sequence[int], kinds: Sequence[Batches], steps: int, seeds: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Each row of the table, and those of its steps."""
     for bound in bounds:
-        runs = [simulate(world.with_bound(bound), steps, seed) for seed in range(seeds)]
-        yield row(bound, runs)
+        for batches in kinds:
+            one = filled_by(world, batches).with_bound(bound)
+            runs = [simulate(one, steps, seed) for seed in range(seeds)]
+            yield row(bound, batches, runs), list(by_step(batches, runs))
 
 
-def row(bound: int, runs: list[Outcome]) -> str:
+def by_step(batches: Batches, runs: list[Outcome]) -> Iterator[str]:
+    for steps in zip(*(run.steps for run in runs), strict=True):
+        cells = [
+            str(steps[0].step),
+            batches,
+            f"{mean(sum(step.groups.values()) for step in steps):.0f}",
+            f"{mean(step.tokens for step in steps):.3g}",
+            f"{mean(step.mean_length_plain for step in steps):.0f}",
+            f"{mean(step.skill for step in steps):.3f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def row(bound: int, batches: Batches, runs: list[Outcome]) -> str:
     ratios = [run.over_bound for run in runs]
     cells = [
         str(bound),
+        batches,
         f"{mean(run.seconds_per_step for run in runs):.1f}",
         f"{mean(run.work_bound for run in runs):.1f}",
         f"{mean(ratios):.2f}",
@@ -77,16 +133,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bounds", default="0,1,2,4,8,16")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batches", default="windows", help="windows, filled or both")
+    parser.add_argument("--by-step", action="store_true", help="what each step trained, too")
     parser.add_argument("--small", action="store_true", help="a sixteenth of each setting")
+    parser.add_argument("--share", type=float, help="this share of the questions and slots")
     options = parser.parse_args(arguments)
     bounds = [int(bound) for bound in options.bounds.split(",")]
+    kinds = msgspec.convert(options.batches.split(","), list[Batches])
     for path in options.settings:
         world = read_world(path)
-        print(f"\n### {path.stem}\n")
-        for line in table(
-            small(world) if options.small else world, bounds, options.steps, options.seeds
-        ):
+        if options.small:
+            world = small(world)
+        elif options.share is not None:
+            world = part(world, options.share)
+        print(f"\n### {path.stem}\n\n{HEADER}")
+        steps = []
+        for line, trained in tables(world, bounds, kinds, options.steps, options.seeds):
             print(line, flush=True)
+            steps.append(trained)
+        for trained in steps if options.by_step else ():
+            print("", BY_STEP, *trained, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def test_the_bench_prints_a_row_for_every_bound() -> None:
         [
             *(sys.executable, "-P", "benches/simulate.py", "benches/setting_p.yaml"),
             *("--small", "--bounds", "0,2", "--steps", "8", "--seeds", "1"),
+            *("--batches", "windows,filled", "--by-step"),
         ],
         capture_output=True,
         text=True,
@@ -25,5 +26,13 @@ def test_the_bench_prints_a_row_for_every_bound() -> None:
         check=True,
     )
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| bound", "| 0", "| 2"]
-    assert float(rows[2][1]) < float(rows[1][1])
+    assert [row[:2] for row in rows[:5]] == [
+        ["| bound", "batches"],
+        ["| 0", "windows"],
+        ["| 0", "filled"],
+        ["| 2", "windows"],
+        ["| 2", "filled"],
+    ]
+    seconds = [float(row[2]) for row in rows[1:5]]
+    assert seconds[0] == seconds[1] > seconds[2] > 1.3 * seconds[3]
+    assert sum(row[0] == "| 7" for row in rows) == 4, "what each step trained"

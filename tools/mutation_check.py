@@ -411,7 +411,7 @@ MUTANTS = (
     ),
     Mutant(
         "actors/zppo_actors/controller/recorder.py",
-        "if visit.question.id not in composed]",
+        "if visit.plain.id not in composed]",
         "if False]",
     ),
 )

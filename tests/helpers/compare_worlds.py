@@ -84,7 +84,7 @@ class MadeUpRun:
         self.sinks.close()
         journal = Journal(self.directory)
         for step in range(steps):
-            journal.record_trained(step, step, [(f"{step}/q", "q", "bcq", "replay")])
+            journal.record_trained(step, [(step, f"{step}/q", "q", "bcq", "replay")], [step])
         done = f"finished: {steps} of {self.total} steps" if steps == self.total else "interrupted"
         journal.record_event(1.0, "controller", "run_ended", verdict or done)
         journal.close()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, TypeVar
 
 from worlds import World, questions, topology
 
 from zppo.algorithm.methods import get_method
-from zppo.config.topology import Topology
+from zppo.config.topology import Batches, Topology
+
+AnyWorld = TypeVar("AnyWorld", bound=World)
 
 
-def random_topology(rng: random.Random, method: str, max_staleness: int, **run: Any) -> Topology:
+def random_topology(
+    rng: random.Random,
+    method: str,
+    max_staleness: int,
+    batches: Batches = "windows",
+    **run: Any,
+) -> Topology:
     """A lawful topology of the method with few questions in a window; keyword arguments go to the
     section `run`."""
     scoring = rng.choice(["colocated", "remote"])
     return topology(
         method=_method(rng, method),
-        scheduler=_scheduler(rng, max_staleness),
+        scheduler={**_scheduler(rng, max_staleness), "batches": batches},
         run={"seed": rng.randint(0, 99), **run},
         teacher={"compression": rng.choice(["teacher", "rule"]), "scoring": scoring},
         more_teachers=[]
@@ -55,8 +63,13 @@ def _scheduler(rng: random.Random, max_staleness: int) -> dict[str, Any]:
 
 
 def random_world(
-    rng: random.Random, config: Topology, most_questions: int, seed: int, **rates: float
-) -> World:
+    rng: random.Random,
+    config: Topology,
+    most_questions: int,
+    seed: int,
+    kind: type[AnyWorld] = World,
+    **rates: float,
+) -> AnyWorld:
     """A world of 1 to `most_questions` questions; where the method allows it, some teachers give
     text alone."""
     method = get_method(config.method.name)
@@ -68,4 +81,4 @@ def random_world(
     )
     corpus = questions(rng.randint(1, most_questions))
     heldout = questions(rng.choice([0, 3]), "h") if rates else []
-    return World(config, corpus, seed=seed, heldout=heldout, text_only_teachers=text_only, **rates)
+    return kind(config, corpus, seed=seed, heldout=heldout, text_only_teachers=text_only, **rates)

@@ -20,7 +20,8 @@ from zppo.prompting.prompts import PromptSet
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
 from zppo.scheduling.heldout import EvaluationResult
-from zppo.scheduling.scheduler import Scheduler, SchedulerState
+from zppo.scheduling.scheduler import Scheduler
+from zppo.scheduling.state import SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask, GradeTask, ScoreTask, TrainWindow
@@ -249,7 +250,8 @@ class World:
                     self.take_window(outcome)
                 case EvaluationResult():
                     self.evaluations.append(outcome)
-        flying = [v.question.id for w in self.scheduler.windows.values() for v in w.visits]
+        windows = self.scheduler.windows.values()
+        flying = [v.question.id for w in windows for v in w.visits if not v.late]
         assert len(flying) == len(set(flying)), "a question is in flight twice"
         self.watch()
         if self.rng.random() < self.crash_rate:

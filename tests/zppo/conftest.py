@@ -233,11 +233,11 @@ class FakeRun:
                 visit.teacher, visit.reformulations = None, []
         fates = refresh_buffer(self.buffer, window, self.recipe)
         rows = [
-            (g.id, v.question.id, g.kind, v.origin)
+            (window.index, g.id, v.question.id, g.kind, v.origin)
             for v in window.visits
             for g in v.student_groups()
         ]
-        journal.record_trained(step, window.index, rows)
+        journal.record_trained(step, rows, [window.index])
         entries = Counter(entry.entry_accuracy for entry in self.buffer.entries())
         waits = {
             "time/trainer_wait": 0.1 * self.rng.random(),

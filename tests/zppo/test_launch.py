@@ -842,7 +842,9 @@ def finish(path: Path, step: int) -> None:
     """The run has trained up to a checkpoint of `step`."""
     journal = Journal(path)
     for trained in range(step):
-        journal.record_trained(trained, trained, [(f"{trained}/q/plain", "q", "plain", "replay")])
+        journal.record_trained(
+            trained, [(trained, f"{trained}/q/plain", "q", "plain", "replay")], [trained]
+        )
     journal.close()
     record = run_directory.read(path)
     checkpoint.write_file(checkpoint.begin(path, step) / "weights", b"1234")

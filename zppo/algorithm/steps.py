@@ -257,7 +257,7 @@ def refresh_buffer(buffer: ReplayBuffer, window: Window, recipe: Recipe) -> list
     """Admit, graduate and evict, from plain rollouts only; reformulated rollouts never count."""
     if not recipe.method.replay:
         return []
-    fates = [_refresh(buffer, visit, recipe, window.index) for visit in window.visits]
+    fates = [_refresh(buffer, visit, recipe, window.index) for visit in window.plain_visits]
     for entry in buffer.evict():
         fates.append(
             Fate(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 import numpy as np
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 from zppo.data.question import Question
 from zppo_protocol.samples import GroupSamples, TokenScores
@@ -25,6 +25,7 @@ BCQ, NCQ, HINT, PREFIX = "bcq", "ncq", "hint", "prefix"
 COMPRESS, WRITE_HINT, SCORE = "compress", "write_hint", "score"
 
 Phase: TypeAlias = Literal["plain", "selected", "reformulated", "composed"]
+Progress: TypeAlias = Literal["nothing", "plain", "all"]
 
 
 class Group(Struct, kw_only=True, omit_defaults=True):
@@ -145,18 +146,36 @@ class Visit(Struct, kw_only=True):
     reformulations: list[Reformulation] = field(default_factory=list)
     scores: dict[str, TokenScores] = field(default_factory=dict)
     """The remote teacher's scores by the id of the composed group."""
+    trained: Progress = "nothing"
+    """What earlier steps have trained of it. Of a visit whose plain group they have trained only
+    what was made of it is still to come."""
 
     @property
     def accuracy(self) -> float:
         return self.plain.accuracy
+
+    @property
+    def window(self) -> int:
+        """Index of the window that it was opened in."""
+        return int(self.plain.id.partition("/")[0])
+
+    @property
+    def late(self) -> bool:
+        """Whether its plain group was trained in an earlier step."""
+        return self.trained != "nothing"
 
     def teacher_groups(self) -> list[Group]:
         """The groups of all teachers that were asked, in their order."""
         return [*self.failed_teachers, *([self.teacher] if self.teacher is not None else [])]
 
     def student_groups(self) -> list[Group]:
-        """The groups the student sampled: plain first, then the reformulated ones."""
-        return [self.plain, *(r.group for r in self.reformulations if r.group is not None)]
+        """The groups the student sampled, but for a plain one that was trained before: plain
+        first, then the reformulated ones."""
+        return [*([] if self.late else [self.plain]), *self.reformulated_groups()]
+
+    def reformulated_groups(self) -> list[Group]:
+        """The groups of the rewritten prompts, as far as these are built."""
+        return [r.group for r in self.reformulations if r.group is not None]
 
 
 class Window(Struct, kw_only=True):
@@ -178,6 +197,11 @@ class Window(Struct, kw_only=True):
         """|X_new|."""
         return sum(visit.origin == "new" for visit in self.visits)
 
+    @property
+    def plain_visits(self) -> list[Visit]:
+        """The visits without those that are here only for what was made of their plain group."""
+        return [visit for visit in self.visits if not visit.late]
+
     def spend(self, samples: GroupSamples) -> None:
         """Add what a job cost whose samples are not kept with the window (a compression, a verdict
         of the judge)."""
@@ -194,19 +218,39 @@ class Window(Struct, kw_only=True):
 
 
 def unsampled(window: Window) -> Window:
-    """The same questions with nothing sampled yet."""
-    visits = [
-        Visit(
+    """The same questions with nothing sampled that is not trained.
+
+    Where plain groups of the window are trained its caps may be decided. Then they stay: a question
+    that is answered again is rewritten no more if they are.
+    """
+    visits = [_unsampled(visit) for visit in window.visits]
+    if not any(visit.late for visit in visits):
+        return Window(index=window.index, visits=visits)
+    return structs.replace(window, visits=visits)
+
+
+def _unsampled(visit: Visit) -> Visit:
+    if visit.trained == "all":
+        return visit
+    if not visit.late:
+        return Visit(
             question=visit.question,
             origin=visit.origin,
             epoch=visit.epoch,
-            plain=Group(
-                id=visit.plain.id,
-                kind=visit.plain.kind,
-                prompt=visit.plain.prompt,
-                correct_reward=visit.plain.correct_reward,
-            ),
+            plain=_fresh(visit.plain),
         )
-        for visit in window.visits
+    again = [
+        structs.replace(r, group=None if r.group is None else _fresh(r.group))
+        for r in visit.reformulations
     ]
-    return Window(index=window.index, visits=visits)
+    return structs.replace(visit, reformulations=again)
+
+
+def _fresh(group: Group) -> Group:
+    """The same prompt, asked anew."""
+    return Group(
+        id=group.id,
+        kind=group.kind,
+        prompt=group.prompt,
+        correct_reward=group.correct_reward,
+    )

@@ -200,11 +200,17 @@ class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
     """what all teachers may cost, over all attempts; the run is saved and ends when it is spent"""
 
 
+Batches: TypeAlias = Literal["windows", "filled"]
+
+
 class SchedulerConfig(Config, frozen=True, kw_only=True):
     """Windows, replay and the bound on staleness (policy versions)."""
 
     max_staleness: NonNegative = 1
     """a token may be at most this many policy versions old when trained; 0: synchronous"""
+    batches: Batches | None = None
+    """what a step trains: windows (each whole, in order) or filled (groups of any window as they
+    finish, docs/filled.md); null: windows, as always at max_staleness 0"""
     new_questions: Positive = 384
     """|X_new|, questions from the corpus in each step"""
     rho_replay: Share = 0.25

@@ -142,7 +142,10 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     recipe = Recipe.of(topology, method)
     replayed = recipe.replayed(new)
     reformulated = recipe.reformulated(new, new + replayed) if method.reformulations else 0
-    responses = (new + replayed + reformulated) * topology.method.group_size
+    others = replayed + reformulated
+    if scheduler.batches == "filled":  # those that are due come on top
+        others *= scheduler.max_staleness + 1
+    responses = (new + others) * topology.method.group_size
     per_token = BYTES_PER_TOKEN
     teacher = topology.teacher
     if method.needs_scores and teacher is not None and not trainer_scores(method, teacher):

@@ -22,7 +22,7 @@ from zppo.plan.extensions import identities
 from zppo.plan.fingerprint import fingerprint
 
 STUDENT = "student.model"
-MAX_STALENESS = "scheduler.max_staleness"
+MAX_STALENESS, BATCHES = "scheduler.max_staleness", "scheduler.batches"
 RANKS = "actors.trainer.ranks"
 FIXED = {
     "method": "the trained steps were made by another recipe",
@@ -31,6 +31,7 @@ FIXED = {
     "student": "the checkpoint holds another student",
     "run.seed": "the order of the corpus would change in the middle",
     "optimizer.state_dtype": "the checkpoint holds optimizer states of another kind",
+    BATCHES: "what is in flight was begun for the other",
 }
 """Settings that a resumed run must keep, and why."""
 
@@ -79,8 +80,13 @@ def fixed_settings(topology: Topology) -> dict[str, Any]:
     """Dotted name -> value, as JSON has it."""
     leaves = dict(_leaves(topology, ""))
     kept = {name: value for name, value in leaves.items() if _reason(name) is not None}
-    ranks = len(topology.actors.trainer.rank_devices)
-    return kept | {MAX_STALENESS: leaves[MAX_STALENESS], RANKS: ranks}
+    counts = {
+        MAX_STALENESS: leaves[MAX_STALENESS],
+        # What is not set is what runs have begun with since before there was a choice.
+        BATCHES: leaves[BATCHES] or "windows",
+        RANKS: len(topology.actors.trainer.rank_devices),
+    }
+    return kept | counts
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference | None:

@@ -58,7 +58,7 @@ def audit(window: Window) -> Shares:
         for reformulation in visit.reformulations:
             if reformulation.group is not None and reformulation.group.done:
                 shown.setdefault(reformulation.kind, []).append((visit, reformulation))
-    shares = _outcomes(PLAIN, [visit.plain for visit in window.visits if visit.plain.done])
+    shares = _outcomes(PLAIN, [visit.plain for visit in window.plain_visits if visit.plain.done])
     for kind, pairs in shown.items():
         groups = [_graded(reformulation) for _, reformulation in pairs]
         shares |= _outcomes(kind, groups)

@@ -27,6 +27,7 @@ CREATE INDEX IF NOT EXISTS trained_by_question ON trained (question_id, window);
 CREATE TABLE IF NOT EXISTS dispatched (
     question_id TEXT NOT NULL, window INTEGER NOT NULL, epoch INTEGER NOT NULL,
     PRIMARY KEY (question_id, window)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS settled (window INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     wall_time REAL NOT NULL, actor TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS spent (
@@ -34,7 +35,9 @@ CREATE TABLE IF NOT EXISTS spent (
 """
 """`trained` has no uniqueness on purpose: a group that is trained twice must show up twice. A
 question of a trained window that had nothing to train (no correct teacher response to learn from,
-say) has one row of kind `none`, so every trained step has a row."""
+say) has one row of kind `none`, so every trained step has a row. `window` is the one that the
+question was opened in. `settled` are the windows of which the scheduler says that nothing is left
+to train, with the step that trained the last of it."""
 
 _GROUPS_TRAINED_TWICE = """
 SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
@@ -48,13 +51,16 @@ SELECT COUNT(*) FROM (
     GROUP BY question_id, COALESCE(epoch, 0) HAVING COUNT(DISTINCT window) > 1)
 """
 _LOST = """
-SELECT COUNT(*) FROM dispatched WHERE window <= (SELECT MAX(window) FROM trained) AND NOT EXISTS (
+SELECT COUNT(*) FROM dispatched WHERE {over} AND NOT EXISTS (
     SELECT 1 FROM trained
     WHERE trained.question_id = dispatched.question_id AND trained.window = dispatched.window)
 """
+_SETTLED = "window IN (SELECT window FROM settled)"
+_SETTLED_IN_ORDER = "window <= (SELECT MAX(window) FROM trained)"
+"""The same in a journal that has no table of them: there each step trained one window."""
 _LAST_WORD = "SELECT detail FROM events WHERE event = 'run_ended' ORDER BY rowid DESC LIMIT 1"
 _SPENT = "SELECT kind, requests, tokens FROM spent ORDER BY kind"
-_HAS_SPENT = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'spent'"
+_HAS_TABLE = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
 _WRONG_CONTENT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")
 """Errors that the bytes of the file are to blame for; the others (locked, no permission) pass."""
 
@@ -88,7 +94,19 @@ def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
     def one(query: str) -> int:
         return int(connection.execute(query).fetchone()[0])
 
-    return JournalCounts(one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE), one(_LOST))
+    over = _SETTLED if has_table(connection, "settled") else _SETTLED_IN_ORDER
+    twice = one(_GROUPS_TRAINED_TWICE) + one(_QUESTIONS_TRAINED_TWICE)
+    return JournalCounts(twice, one(_LOST.format(over=over)))
+
+
+def has_table(connection: sqlite3.Connection, name: str) -> bool:
+    """False in the journal of a version that did not know of it."""
+    return connection.execute(_HAS_TABLE, (name,)).fetchone() is not None
+
+
+def settle_in_order(connection: sqlite3.Connection) -> None:
+    """Fill the table of settled windows from what was trained while each step trained one."""
+    connection.execute("INSERT INTO settled SELECT window, MAX(step) FROM trained GROUP BY window")
 
 
 class Spending(NamedTuple):
@@ -100,7 +118,7 @@ class Spending(NamedTuple):
 
 def spent(connection: sqlite3.Connection) -> dict[str, Spending]:
     """What teachers have cost since the journal began, by kind of work, in lost attempts too."""
-    if connection.execute(_HAS_SPENT).fetchone() is None:  # a run of an earlier version
+    if not has_table(connection, "spent"):
         return {}
     return {str(kind): Spending(int(n), int(t)) for kind, n, t in connection.execute(_SPENT)}
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from zppo.algorithm.steps import Fate
-from zppo.algorithm.window import HINT, PLAIN, Group, Visit, Window
+from zppo.algorithm.window import HINT, Group, Visit, Window
 from zppo.grading import NO_BOX
 from zppo.records.candidate_audit import AUDIT_METRICS, audit
 from zppo_protocol.samples import GroupSamples
@@ -335,8 +335,8 @@ def trainer_metrics(metrics: Mapping[str, float]) -> Scalars:
 
 
 def _composition(window: Window) -> Scalars:
-    origins = Counter(visit.origin for visit in window.visits)
-    kinds = Counter(group.kind for visit in window.visits for group in visit.student_groups()[1:])
+    origins = Counter(visit.origin for visit in window.plain_visits)
+    kinds = Counter(g.kind for visit in window.visits for g in visit.reformulated_groups())
     return {
         "window/new": origins["new"],
         "window/replayed": origins["replay"],
@@ -360,7 +360,7 @@ def _rewards(window: Window) -> Scalars:
     if not any(grade.parts or grade.failed for grade in grades):
         return {}
     means = {f"reward/{f}": mean_reward(groups) for f, groups in _families(window.visits).items()}
-    plain = [grade for visit in window.visits for grade in visit.plain.grades or ()]
+    plain = [grade for visit in window.plain_visits for grade in visit.plain.grades or ()]
     known = [grade.parts for grade in plain if not grade.failed]
     names = dict.fromkeys(name for parts in known for name in parts)
     return {
@@ -377,15 +377,14 @@ def _mean_part(known: Sequence[Mapping[str, float]], name: str) -> float:
 
 def _families(visits: Sequence[Visit]) -> dict[str, list[Group]]:
     """Groups by kind, the plain ones by origin as well."""
+    plain = [visit for visit in visits if not visit.late]
     families = {
-        "plain": [visit.plain for visit in visits],
-        "new": [visit.plain for visit in visits if visit.origin == "new"],
-        "replay": [visit.plain for visit in visits if visit.origin == "replay"],
+        "plain": [visit.plain for visit in plain],
+        "new": [visit.plain for visit in plain if visit.origin == "new"],
+        "replay": [visit.plain for visit in plain if visit.origin == "replay"],
         "teacher": [group for visit in visits for group in visit.teacher_groups()],
     }
-    for group in (
-        group for visit in visits for group in visit.student_groups() if group.kind != PLAIN
-    ):
+    for group in (group for visit in visits for group in visit.reformulated_groups()):
         families.setdefault(group.kind, []).append(group)
     return families
 

@@ -179,7 +179,9 @@ def _visit_columns(
         "outcome": outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
     }
-    for group in (visit.plain, *visit.teacher_groups()):
+    if not visit.late:
+        yield from _group_columns(visit.plain, shared, trained, None)
+    for group in visit.teacher_groups():
         yield from _group_columns(group, shared, trained, None)
     for reformulation in visit.reformulations:
         if reformulation.group is not None:

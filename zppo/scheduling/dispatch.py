@@ -53,11 +53,14 @@ class Worker(Struct, kw_only=True):
 
 
 class Dispatcher:
-    """`admits` has the last word on a job that could be handed out now: what it refuses stays where
-    it is, at the head of its queue."""
+    """`current` gives a job at the head of its queue as it is to be handed out now. `admits` has
+    the last word on a job that could be: what it refuses stays where it is."""
 
     def __init__(
-        self, lease_seconds: float, admits: Callable[[Job], bool] = lambda job: True
+        self,
+        lease_seconds: float,
+        admits: Callable[[Job], bool] = lambda job: True,
+        current: Callable[[Job], Job] = lambda job: job,
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self.reissued = 0
@@ -67,18 +70,18 @@ class Dispatcher:
         self._queues: dict[str, list[tuple[tuple[int, ...], int, str]]] = {}
         self._queued: dict[str, Job] = {}
         self._sequence = itertools.count()
-        self._admits = admits
+        self._admits, self._current = admits, current
 
     # ---- workers ---------------------------------------------------------------------------------
 
-    def join(self, name: str, pool: str, incarnation: int, version: int = FROZEN) -> None:
+    def join(self, name: str, pool: str, incarnation: int, version: int = FROZEN) -> list[str]:
         """A worker greets. An earlier incarnation of the same name is gone, and its jobs are queued
-        again."""
-        if name in self.workers:
-            self.leave(name)
+        again. Returns their ids."""
+        lost = self.leave(name) if name in self.workers else []
         self.workers[name] = Worker(name=name, pool=pool, incarnation=incarnation, version=version)
         self._free.setdefault(pool, FreeWorkers())
         self._changed(name)
+        return lost
 
     def leave(self, name: str) -> list[str]:
         """A worker is gone; its jobs are queued again. Returns their ids."""
@@ -204,7 +207,7 @@ class Dispatcher:
         assignments = []
         queue = self._queues[pool]
         while queue:
-            job = self._queued[queue[0][2]]
+            job = self._current(self._queued[queue[0][2]])
             worker = self._choose(job)
             if worker is None or not self._admits(job):
                 break

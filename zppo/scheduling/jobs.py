@@ -3,7 +3,7 @@ seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from msgspec import structs
 
@@ -31,12 +31,12 @@ ROLLOUT_POOL, TEACHER_POOL, GRADER_POOL = "rollout", teacher_pool(0), "grader"
 
 
 class JobFactory:
-    """Turns targets into jobs, by the settings of the topology. `redraws` says how often the
+    """Turns targets into jobs, by the settings of the topology. `redrawn` says how often the
     samples of a window have been thrown away."""
 
-    def __init__(self, topology: Topology, redraws: Mapping[int, int] | None = None) -> None:
+    def __init__(self, topology: Topology, redrawn: Callable[[int], int] = lambda _: 0) -> None:
         self._topology = topology
-        self._redraws = redraws or {}
+        self._redrawn = redrawn
         self._student = topology.student.sampling
         self._teacher = topology.teacher
         self._rubric = next(
@@ -181,7 +181,7 @@ class JobFactory:
     def _drawn(self, task_id: str, kind: str) -> str:
         """Where the seed of a task is used; a window that is drawn again is another place."""
         window, _, _ = task_id.partition("/")
-        again = 0 if kind == EVALUATE else self._redraws.get(int(window), 0)
+        again = 0 if kind == EVALUATE else self._redrawn(int(window))
         return f"{task_id}/redraw-{again}" if again else task_id
 
 

@@ -6,8 +6,9 @@ It runs Algorithm 1 as a pipeline of windows. What happens inside a window is in
 `zppo.scheduling.pacing` allows.
 
 Invariants (held by the property tests): a window is opened and every job assigned within the
-staleness bound; windows ship in order; each question of the corpus is X_new exactly once per pass;
-|X_replay| and the BCQ + NCQ count obey ρ_replay and ρ_aug; nothing is discarded for being slow.
+staleness bound; windows ship in order, or in batches filled with what has finished
+(`zppo.scheduling.filling`); each question of the corpus is X_new exactly once per pass; |X_replay|
+and the BCQ + NCQ count obey ρ_replay and ρ_aug; nothing is discarded for being slow.
 
 `handle` takes one event in and returns what came of it (`zppo.scheduling.events`); nothing else
 moves a scheduler, so a log of its events can be replayed.
@@ -17,16 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from msgspec import Struct, field
-
 from zppo.algorithm.composition import Composition, train_group
 from zppo.algorithm.methods.base import Method
-from zppo.algorithm.replay_buffer import BufferState, ReplayBuffer
+from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
-from zppo.algorithm.window import EVALUATE, PLAIN, Visit, Window, unsampled
+from zppo.algorithm.window import EVALUATE, Visit, Window, unsampled
 from zppo.config.served import teachers
 from zppo.config.topology import TeacherBudget, Topology
-from zppo.data.cursor import CorpusCursor, CursorState
+from zppo.data.cursor import CorpusCursor
 from zppo.data.question import Question
 from zppo.prompting.prompts import PromptSet
 from zppo.scheduling.admission import Bounds, problem
@@ -58,41 +57,19 @@ from zppo.scheduling.events import (
     TrainerFree,
     WorkerStuck,
 )
+from zppo.scheduling.filling import Filled, Filling, InOrder, oldest_version, whole
 from zppo.scheduling.heldout import Evaluation, EvaluationResult
-from zppo.scheduling.jobs import JobFactory
-from zppo.scheduling.pacing import Pacer, PacerState
+from zppo.scheduling.jobs import ROLLOUT_POOL, JobFactory
+from zppo.scheduling.pacing import Pacer
+from zppo.scheduling.redraws import Redraws
 from zppo.scheduling.stages import CannotGoOn, Stages, missing_of_group
-from zppo.scheduling.targets import GroupTarget, Place, Target
+from zppo.scheduling.state import SchedulerState, batches_of
+from zppo.scheduling.targets import GroupTarget, Place, SampleTarget, Target
 from zppo_protocol.messages import TrainWindow
 
 
 class RunFailure(RuntimeError):
     """The run cannot go on; the text is the verdict the user reads."""
-
-
-class SchedulerState(Struct, kw_only=True):
-    """Everything that must not be lost, at the moment a step was trained. Leases and credits are
-    not part of it: after a restore, windows ask again for what they miss."""
-
-    trained: int
-    next_window: int
-    cursor: CursorState
-    buffer: BufferState
-    windows: list[Window]
-    pacer: PacerState
-    evaluated: list[int] = field(default_factory=list)
-
-    @classmethod
-    def fresh(cls, max_staleness: int) -> SchedulerState:
-        """That of a run of which nothing is done."""
-        return cls(
-            trained=0,
-            next_window=0,
-            cursor=CursorState(),
-            buffer=BufferState(entries=[], available=[]),
-            windows=[],
-            pacer=PacerState.fresh(max_staleness),
-        )
 
 
 class Scheduler:
@@ -110,16 +87,22 @@ class Scheduler:
         spent: Mapping[str, Spent] | None = None,
     ) -> None:
         """`bounds`: what holds for the answers of a pool. `redraws`: how often the samples of a
-        window have been thrown away. `spent`: what the teachers have cost so far, by kind."""
+        step have been thrown away. `spent`: what the teachers have cost so far, by kind."""
         config = topology.scheduler
-        state = state or SchedulerState.fresh(config.max_staleness)
+        state = state or SchedulerState.fresh(config)
         self.topology, self.prompts = topology, prompts
         self.recipe = Recipe.of(topology, method)
-        self.jobs = JobFactory(topology, redraws)
+        self.batches = batches_of(config, state.batches)
+        redrawn = Redraws(redraws or {}, self.batches)
+        self.jobs = JobFactory(topology, redrawn.times)
         self.stages = Stages(self.recipe, prompts, self.jobs)
         limits = topology.teacher.budget if topology.teacher else TeacherBudget()
         self.budget = Budget(limits, (one.pool for one in teachers(topology)), spent)
-        self.dispatcher = Dispatcher(config.lease_seconds, self.budget.admits)
+        self.dispatcher = Dispatcher(
+            config.lease_seconds,
+            self.budget.admits,
+            lambda job: self.filling.current(job, self.published),
+        )
         self.cursor = CorpusCursor(questions, topology.run.seed, topology.run.epochs, state.cursor)
         self.buffer = ReplayBuffer(config.buffer_capacity)
         self.buffer.restore(state.buffer)
@@ -132,8 +115,8 @@ class Scheduler:
         self.evaluation: Evaluation | None = None
         self.evaluated = list(state.evaluated)
         self.stopping = False
-        self.training: int | None = None
-        """The step that is in the trainer now."""
+        self.in_trainer: Window | None = None
+        """What is trained now."""
         self.trainer_idle_since: float | None = None
         self.targets: dict[str, Target] = {}
         """What has been asked for, by task id."""
@@ -141,15 +124,24 @@ class Scheduler:
         """The part of it that each window waits for."""
         self._composed: list[tuple[Visit, Composition]] = []
         """What the trainer has been sent."""
-        self._ready_since: dict[int, float] = {}
+        self.filling: Filling = InOrder(self.windows, self.missing)
+        if self.batches == "filled":
+            scored = method.needs_scores and self.jobs.scores_remotely
+            self.filling = Filled(
+                self.windows, self.missing, self.recipe, config.max_staleness, scored=scored
+            )
         self._step_seconds = 0.0
         self._bounds = bounds or {}
         for window in state.windows:
-            # What killed the trainer more than once is not trained again.
-            again = redraws is not None and window.index in redraws
+            again = redrawn.concern(window.index, self.trained)
             self._track(unsampled(window) if again else window, now)
 
     # ---- what a caller may ask -------------------------------------------------------------------
+
+    @property
+    def training(self) -> int | None:
+        """The step that is in the trainer now."""
+        return self.in_trainer.index if self.in_trainer is not None else None
 
     @property
     def horizon(self) -> int:
@@ -171,6 +163,15 @@ class Scheduler:
             and self.evaluation is None
         )
 
+    @property
+    def drains(self) -> bool:
+        """Whether no window follows that of the next step: it is the last one, or the questions
+        left are in flight. Such a step trains all that is open."""
+        behind = self.trained + 1
+        if self.next_index != behind:
+            return False
+        return behind >= self.total_steps or self.pacer.may_open(behind, self.horizon)
+
     def state(self) -> SchedulerState:
         """A snapshot that `Scheduler(..., state=…)` continues from."""
         return SchedulerState(
@@ -181,15 +182,12 @@ class Scheduler:
             windows=[self.windows[index] for index in sorted(self.windows)],
             pacer=self.pacer.state,
             evaluated=list(self.evaluated),
+            batches=self.batches,
         )
 
     def ready(self, index: int) -> bool:
         """Whether a window has all its graded groups."""
-        return (
-            index in self.windows
-            and self.windows[index].phase == "composed"
-            and not self.missing[index]
-        )
+        return index in self.windows and whole(self.windows[index], self.missing)
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -223,7 +221,8 @@ class Scheduler:
             case StepTrained():
                 return [self._step_trained(event)]
             case ActorJoined():
-                self.dispatcher.join(event.actor, event.pool, event.incarnation)
+                lost = self.dispatcher.join(event.actor, event.pool, event.incarnation)
+                self._queued_again(lost)
             case ActorLeft():
                 self._left(event.actor)
             case LeaseCheck():
@@ -235,12 +234,15 @@ class Scheduler:
     # ---- workers ---------------------------------------------------------------------------------
 
     def _left(self, actor: str) -> None:
-        for task_id in self.dispatcher.leave(actor):
+        lost = self.dispatcher.leave(actor)
+        self._queued_again(lost)
+        for task_id in lost:
             self._check_attempts(task_id, f"its worker was lost each time, last {actor}")
 
     def _without_progress(self, now: float) -> list[Outcome]:
         late = self.dispatcher.expire(now)
         for actor, task_ids in late.items():
+            self._queued_again(task_ids)
             for task_id in task_ids:
                 self._check_attempts(task_id, f"its worker made no progress, last {actor}")
         reason = f"it made no progress for {self.topology.scheduler.lease_seconds:g} s"
@@ -250,12 +252,17 @@ class Scheduler:
 
     def _heard(self, event: Heard) -> list[Outcome]:
         lost = self.dispatcher.forgotten(event.actor, event.tasks, event.now)
+        self._queued_again(lost)
         for task_id in lost:
             self._check_attempts(task_id, f"{event.actor} lost it")
         if not lost:
             return []
         reason = f"it lost {len(lost)} of its tasks, first {lost[0]}"
         return [WorkerStuck(actor=event.actor, tasks=lost, reason=reason)]
+
+    def _queued_again(self, task_ids: Iterable[str]) -> None:
+        for task_id in task_ids:
+            self.filling.lost(task_id)
 
     def _check_attempts(self, task_id: str, reason: str) -> None:
         attempts = self.dispatcher.attempts(task_id)
@@ -280,6 +287,7 @@ class Scheduler:
         target = self.targets.pop(answer.task_id)
         _count(target, f"answered/{job.pool}")
         self.stages.received(target, answer)
+        self._began(target, job.pool)
         self._completed(target, answer.now)
         return [Accepted(answer.task_id)]
 
@@ -288,6 +296,7 @@ class Scheduler:
         job = self.dispatcher.give_back(failed.task_id, failed.actor, failed.incarnation)
         if job is None:
             return
+        self._queued_again([failed.task_id])
         target = self.targets[failed.task_id]
         _count(target, f"failed/{target.kind}/{failed.actor}")
         attempts = self.dispatcher.attempts(failed.task_id)
@@ -301,7 +310,14 @@ class Scheduler:
             self.stages.give_up(target, failed.reason)
         except CannotGoOn as error:
             raise RunFailure(str(error)) from None
+        self._forget(target)
         self._completed(target, failed.now)
+
+    def _forget(self, target: Target) -> None:
+        """A rewritten prompt that was given up is not waited for."""
+        groups = target.place.visit.student_groups() if target.place is not None else []
+        if isinstance(target, GroupTarget) and not any(target.group is one for one in groups):
+            self.filling.lost(target.group.id)
 
     def _completed(self, target: Target, now: float) -> None:
         """The result of a target is stored: go on with its visit, or with its evaluation group."""
@@ -310,6 +326,7 @@ class Scheduler:
             self.missing[window.index].discard(target.task_id)
             self.stages.advance_visit(window, visit)
             self._ask(self.stages.missing_of_visit(target.place))
+            self.filling.visit_moved(window, visit, now)
             self._settle(window, now)
         elif isinstance(target, GroupTarget):
             self.stages.advance_group(target.group, target.question)
@@ -318,37 +335,37 @@ class Scheduler:
     # ---- the trainer -----------------------------------------------------------------------------
 
     def _step_trained(self, done: StepTrained) -> Trained:
-        """The buffer is refreshed, in window order."""
-        if done.step != self.training or done.step != self.trained:
+        """The buffer is refreshed, in the order of the steps."""
+        window = self.in_trainer
+        if window is None or done.step != window.index:
             raise RunFailure(
                 f"the trainer reports step {done.step}, but step {self.training} was shipped"
             )
-        window = self.windows.pop(done.step)
         composed, self._composed = self._composed, []
-        self.missing.pop(done.step)
-        self.training = None
+        settled = self.filling.trained(window)
+        self.in_trainer = None
         self._step_seconds = done.seconds
         self.trained = done.step + 1
-        return Trained(
-            window=window, composed=composed, fates=refresh_buffer(self.buffer, window, self.recipe)
-        )
+        fates = refresh_buffer(self.buffer, window, self.recipe)
+        return Trained(window=window, composed=composed, fates=fates, settled=settled)
 
     def _next_window(self, now: float) -> list[TrainWindow]:
-        """What to train next, once; nothing while the trainer is busy or the window is not
-        ready."""
-        index, idle_since = self.trained, self.trainer_idle_since
-        blocked = self.stopping or self.training is not None or idle_since is None
-        if blocked or index >= self.total_steps or not self.ready(index):
+        """What to train next, once; nothing while the trainer is busy or that is not known."""
+        step, idle_since = self.trained, self.trainer_idle_since
+        blocked = self.stopping or self.in_trainer is not None
+        if blocked or idle_since is None or step >= self.total_steps:
             return []
-        waited = now - idle_since if idle_since is not None else 0.0
-        self.pacer.shipped(waited, now - self._ready_since.pop(index, now), self._step_seconds)
-        self.training, self.trainer_idle_since = index, None
-        self._composed = compose(self.windows[index], self.recipe)
+        batch = self.filling.batch(step, drains=self.drains)
+        if batch is None:
+            return []
+        self.pacer.shipped(now - idle_since, now - batch.since, self._step_seconds)
+        self.in_trainer, self.trainer_idle_since = batch.window, None
+        self._composed = compose(batch.window, self.recipe)
         groups = [
             train_group(visit, composition, self.recipe.part_names)
             for visit, composition in self._composed
         ]
-        return [TrainWindow(step=index, groups=groups)]
+        return [TrainWindow(step=step, groups=groups)]
 
     # ---- acting ----------------------------------------------------------------------------------
 
@@ -357,8 +374,12 @@ class Scheduler:
         if not self.stopping:
             self._open_evaluation()
             opened = self._open_windows(now)
+        assigned = self.dispatcher.assign(now)
+        for assignment in assigned:
+            job = assignment.job
+            self._began(self.targets[job.id], job.pool, job.min_version)
         return [
-            *self.dispatcher.assign(now),
+            *assigned,
             *opened,
             *self._next_window(now),
             *self._evaluation_result(),
@@ -376,20 +397,7 @@ class Scheduler:
             replayed = draw_replayed(
                 [question for question, _ in new], self.buffer, self.recipe, index
             )
-            visits = [
-                Visit(
-                    question=question,
-                    origin="new",
-                    epoch=epoch,
-                    plain=self.stages.group(index, question, PLAIN),
-                )
-                for question, epoch in new
-            ]
-            visits += [
-                Visit(question=q, origin="replay", plain=self.stages.group(index, q, PLAIN))
-                for q in replayed
-            ]
-            window = Window(index=index, visits=visits)
+            window = self.stages.window(index, new, replayed)
             self.next_index += 1
             self._track(window, now)
             opened.append(Opened(window))
@@ -405,24 +413,29 @@ class Scheduler:
         return self.pacer.may_open(self.next_index, self.horizon)
 
     def _in_flight(self) -> set[str]:
-        return {visit.question.id for window in self.windows.values() for visit in window.visits}
+        """Questions whose plain group is not trained yet."""
+        visits = (visit for window in self.windows.values() for visit in window.visits)
+        return {visit.question.id for visit in visits if not visit.late}
 
     def _track(self, window: Window, now: float) -> None:
         """Take charge of a window, new or restored: ask for everything it misses."""
         self.windows[window.index] = window
         self.missing[window.index] = set()
+        self.filling.opened(window)
         self.stages.advance(window)
         self._ask(self.stages.missing(window))
         self._settle(window, now)
+        self.filling.window_moved(window, now)
 
     def _settle(self, window: Window, now: float) -> None:
         """While nothing is missing, go on to the next phase; after the last one the window is
         ready."""
+        if self.missing[window.index]:
+            return
         while not self.missing[window.index] and window.phase != "composed":
             self.stages.proceed(window)
             self._ask(self.stages.missing(window))
-        if not self.missing[window.index]:
-            self._ready_since[window.index] = now
+        self.filling.window_moved(window, now)
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -470,6 +483,12 @@ class Scheduler:
                     self.missing[place.window.index].add(name)
                 job = self.jobs.job(target, self._min_version(place), self.prompts)
                 self.dispatcher.submit(job)
+
+    def _began(self, target: Target, pool: str, version: int | None = None) -> None:
+        """A group of the student is under way from this version on; None: its samples are there."""
+        if isinstance(target, SampleTarget) and target.place and pool == ROLLOUT_POOL:
+            version = oldest_version(target.group) if version is None else version
+            self.filling.began(target.place.visit, target.group, version)
 
     def _min_version(self, place: Place | None) -> int:
         """The oldest policy version that may sample for a window, or for the evaluation."""

@@ -11,7 +11,7 @@ restored window misses exactly what it had not got.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from msgspec import structs
@@ -28,6 +28,7 @@ from zppo.algorithm.steps import (
     wants_teacher,
 )
 from zppo.algorithm.window import (
+    PLAIN,
     TEACHER,
     WRITE_HINT,
     Candidate,
@@ -86,6 +87,25 @@ class Stages:
             prompt=prompt,
             correct_reward=self._recipe.correct_reward,
         )
+
+    def window(
+        self, index: int, new: Iterable[tuple[Question, int]], replayed: Iterable[Question]
+    ) -> Window:
+        """X = X_new, each with its pass over the corpus, ∪ X_replay, of which nothing is sampled
+        yet."""
+        visits = [
+            Visit(
+                question=question,
+                origin="new",
+                epoch=epoch,
+                plain=self.group(index, question, PLAIN),
+            )
+            for question, epoch in new
+        ]
+        visits += [
+            Visit(question=q, origin="replay", plain=self.group(index, q, PLAIN)) for q in replayed
+        ]
+        return Window(index=index, visits=visits)
 
     # ---- what has become possible ----------------------------------------------------------------
 

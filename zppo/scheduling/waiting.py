@@ -58,9 +58,8 @@ def _trainer(scheduler: Scheduler) -> list[str]:
         return [f"step {scheduler.training} is in the trainer"]
     if scheduler.trainer_idle_since is None:
         return ["the trainer has not asked for a window yet"]
-    if step in scheduler.windows and not scheduler.ready(step):
-        return [f"the trainer waits for window {step}"]
-    return []
+    waits = scheduler.filling.waits(step, drains=scheduler.drains)
+    return [f"the trainer waits for {waits}"] if waits is not None else []
 
 
 def _evaluation(scheduler: Scheduler) -> list[str]:

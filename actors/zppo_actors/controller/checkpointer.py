@@ -16,7 +16,8 @@ import logging
 
 from zppo.records import checkpoint
 from zppo.records.binding import MadeWith
-from zppo.scheduling.scheduler import RunFailure, SchedulerState
+from zppo.scheduling.scheduler import RunFailure
+from zppo.scheduling.state import SchedulerState
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.recorder import Recorder
 from zppo_actors.process import ActorContext

@@ -22,13 +22,15 @@ from zppo.records.ledger import (
     begins_anew,
     find_problem,
     first_step,
+    has_table,
     journal_counts,
     set_first_step,
+    settle_in_order,
     spent,
 )
 
-TrainedRow = tuple[str, str, str, str]
-"""(group_id, question_id, kind, origin)"""
+TrainedRow = tuple[int, str, str, str, str]
+"""(window, group_id, question_id, kind, origin)"""
 
 
 class Journal:
@@ -48,7 +50,12 @@ class Journal:
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = NORMAL")
+        before = has_table(self._connection, "trained") and not has_table(
+            self._connection, "settled"
+        )
         self._connection.executescript(JOURNAL_SCHEMA)
+        if before:
+            settle_in_order(self._connection)
         if problem is not None:
             set_first_step(self._connection, start_step)
 
@@ -63,12 +70,16 @@ class Journal:
             "INSERT OR IGNORE INTO dispatched VALUES (?, ?, ?)", (question_id, window, epoch)
         )
 
-    def record_trained(self, step: int, window_index: int, rows: Iterable[TrainedRow]) -> None:
-        """The groups that entered the loss of one step; all of them or none are recorded."""
+    def record_trained(self, step: int, rows: Iterable[TrainedRow], settled: Iterable[int]) -> None:
+        """The groups that entered the loss of one step, and the windows of which nothing is left;
+        all of them or none are recorded."""
         with _transaction(self._connection):
             self._connection.executemany(
-                "INSERT INTO trained VALUES (?, ?, ?, ?, ?, ?)",
-                ((step, window_index, *row) for row in rows),
+                "INSERT INTO trained VALUES (?, ?, ?, ?, ?, ?)", ((step, *row) for row in rows)
+            )
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO settled VALUES (?, ?)",
+                ((window, step) for window in settled),
             )
 
     def record_event(self, wall_time: float, actor: str, event: str, detail: str = "") -> None:
@@ -98,6 +109,7 @@ class Journal:
         was asked for."""
         with _transaction(self._connection):
             self._connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
+            self._connection.execute("DELETE FROM settled WHERE step >= ?", (step,))
             self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
             set_first_step(self._connection, min(step, first_step(self._connection)))
 

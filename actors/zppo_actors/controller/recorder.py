@@ -121,9 +121,8 @@ class Recorder:
         """One finished step: the journal gets what the trainer says it trained, not what it was
         sent. Returns the step's line of metrics.jsonl."""
         window, fates = trained.window, trained.fates
-        self.journal.record_trained(
-            message.step, window.index, journal_rows(trained, message.group_ids)
-        )
+        rows = journal_rows(trained, message.group_ids)
+        self.journal.record_trained(message.step, rows, trained.settled)
         lasting = [fate for fate in fates if fate.fate in LASTING_FATES]
         metrics = {
             **window_metrics(window, message.step),
@@ -229,12 +228,17 @@ class Recorder:
 def journal_rows(trained: Trained, group_ids: list[str]) -> list[TrainedRow]:
     """What the trainer says it trained, and one row of kind `none` for each question that had
     nothing to train."""
-    known = {c.id: (visit.question.id, c.kind, visit.origin) for visit, c in trained.composed}
-    rows = [(group_id, *known.get(group_id, ("?", "?", "?"))) for group_id in group_ids]
-    composed = {visit.question.id for visit, _ in trained.composed}
-    idle = [visit for visit in trained.window.visits if visit.question.id not in composed]
+    known = {
+        c.id: (visit.window, c.id, visit.question.id, c.kind, visit.origin)
+        for visit, c in trained.composed
+    }
+    nobody = trained.window.index
+    rows = [known.get(group_id, (nobody, group_id, "?", "?", "?")) for group_id in group_ids]
+    composed = {visit.plain.id for visit, _ in trained.composed}
+    idle = [visit for visit in trained.window.plain_visits if visit.plain.id not in composed]
     return rows + [
-        (f"{visit.plain.id}/none", visit.question.id, "none", visit.origin) for visit in idle
+        (visit.window, f"{visit.plain.id}/none", visit.question.id, "none", visit.origin)
+        for visit in idle
     ]
 
 

@@ -21,7 +21,8 @@ from zppo.records.ledger import Spending
 from zppo.records.run_directory import RunRecord
 from zppo.scheduling.admission import Bounds
 from zppo.scheduling.budget import Spent
-from zppo.scheduling.scheduler import Scheduler, SchedulerState
+from zppo.scheduling.scheduler import Scheduler
+from zppo.scheduling.state import SchedulerState
 from zppo_actors.process import ActorContext
 from zppo_protocol import codec
 
@@ -106,6 +107,6 @@ def bound_to(context: ActorContext, corpus: str) -> MadeWith:
 
 def load_state(context: ActorContext) -> SchedulerState:
     if context.start_version == 0:
-        return SchedulerState.fresh(context.topology.scheduler.max_staleness)
+        return SchedulerState.fresh(context.topology.scheduler)
     folder = checkpoint.final_folder(context.run_dir, context.start_version)
     return codec.loads((folder / checkpoint.SCHEDULER).read_bytes(), SchedulerState)

@@ -25,7 +25,8 @@ from zppo.errors import UserError
 from zppo.records.metrics import window_metrics
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
-from zppo.scheduling.scheduler import RunFailure, SchedulerState
+from zppo.scheduling.scheduler import RunFailure
+from zppo.scheduling.state import SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask, ScoreTask

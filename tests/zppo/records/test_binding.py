@@ -31,7 +31,7 @@ def test_every_fixed_setting_is_there_and_no_other() -> None:
         "method", "data", "student", "run", "optimizer", "scheduler",
     }  # fmt: skip
     assert {n for n in names if n.startswith(("run.", "optimizer.", "scheduler."))} == {
-        "run.seed", "optimizer.state_dtype", "scheduler.max_staleness",
+        "run.seed", "optimizer.state_dtype", "scheduler.max_staleness", "scheduler.batches",
     }  # fmt: skip
 
 
@@ -45,6 +45,18 @@ def test_the_first_difference_is_named_with_its_reason() -> None:
     wider = fixed_settings(topology(scheduler={"max_staleness": 4}, run={"steps": 9}))
     assert first_difference(old, wider) is None, "these may change"
     assert first_difference({**old, "method.of_old": 1}, {**new, **old, "method.new": 2}) is None
+
+
+def test_batches_that_are_not_set_are_windows() -> None:
+    old = fixed_settings(topology())
+    before = {name: value for name, value in old.items() if name != "scheduler.batches"}
+    windows = fixed_settings(topology(scheduler={"batches": "windows"}))
+    filled = fixed_settings(topology(scheduler={"batches": "filled"}))
+    assert first_difference(old, windows) is None and first_difference(windows, old) is None
+    assert first_difference(before, filled) is None, "a run of before there was a choice"
+    assert first_difference(old, filled) == (
+        "scheduler.batches", "windows", "filled", "what is in flight was begun for the other",
+    )  # fmt: skip
 
 
 def test_a_manifest_keeps_it_and_those_without_it_are_read(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ def journal_of(folder: Path, steps: int) -> Path:
     journal = Journal(folder)
     for step in range(steps):
         journal.record_dispatched(f"q{step}", step)
-        journal.record_trained(
-            step, step, [(f"{step}/q{step}/{i}", f"q{step}", f"kind-{i}", "new") for i in range(50)]
-        )
+        rows = [(step, f"{step}/q{step}/{i}", f"q{step}", f"kind-{i}", "new") for i in range(50)]
+        journal.record_trained(step, rows, [step])
     journal.record_event(0.0, "controller", "run_ended", "finished")
     journal.close()
     return folder / "journal.sqlite"
@@ -115,7 +114,7 @@ def test_a_damaged_journal_is_set_aside_and_the_new_one_knows_where_it_begins(
         journal = Journal(tmp_path, 3)
         assert journal.renewed == sentence
         assert (tmp_path / f"journal.damaged-{number}.sqlite").read_bytes() == kept
-        journal.record_trained(3, 3, [("3/q/plain", "q", "plain", "new")])
+        journal.record_trained(3, [(3, "3/q/plain", "q", "plain", "new")], [3])
         journal.close()
         assert read_ledger(tmp_path, 4) == Ledger(trained_twice=0, lost=0, from_step=3)
         path.write_bytes(kept)

@@ -143,7 +143,7 @@ def test_the_journal_gives_counts_and_the_verdict(run_dir: Path) -> None:
     journal = Journal(run_dir)
     journal.record_dispatched("q-1", 0)
     journal.record_dispatched("q-2", 0)
-    journal.record_trained(0, 0, [("0/q-1/plain", "q-1", "plain", "new")] * 2)
+    journal.record_trained(0, [(0, "0/q-1/plain", "q-1", "plain", "new")] * 2, [0])
     journal.record_event(1.0, "controller", "run_ended", "gave up")
     journal.close()
     summary = summarise(run_dir)
@@ -161,7 +161,7 @@ def trained_window(index: int, name: str, *, correct: dict[str, bool]) -> Traine
     recipe = Recipe.of(
         topology(method={"name": name, "dynamic_sampling": name == "zppo"}), get_method(name)
     )
-    return Trained(window=window, composed=compose(window, recipe), fates=[])
+    return Trained(window=window, composed=compose(window, recipe), fates=[], settled=[index])
 
 
 def graded(name: str, kind: str) -> Group:
@@ -172,19 +172,20 @@ def test_a_question_with_nothing_to_train_has_a_row_of_its_own() -> None:
     trained = trained_window(3, "off_distill", correct={"q0": True, "q1": False})
     rows = journal_rows(trained, ["3/q0/teacher"])
     assert rows == [
-        ("3/q0/teacher", "q0", "teacher", "new"),
-        ("3/q1/plain/none", "q1", "none", "new"),
+        (3, "3/q0/teacher", "q0", "teacher", "new"),
+        (3, "3/q1/plain/none", "q1", "none", "new"),
     ]
 
 
 def test_a_question_that_dynamic_sampling_drops_has_a_row_of_its_own() -> None:
     trained = trained_window(0, "zppo", correct={"q0": False})
-    assert journal_rows(trained, []) == [("0/q0/plain/none", "q0", "none", "new")]
+    assert journal_rows(trained, []) == [(0, "0/q0/plain/none", "q0", "none", "new")]
 
 
 def test_a_group_that_nobody_sent_is_written_as_unknown() -> None:
     trained = trained_window(0, "off_distill", correct={"q0": True})
-    assert journal_rows(trained, ["0/q0/teacher", "9/q9/plain"])[1] == ("9/q9/plain", "?", "?", "?")
+    rows = journal_rows(trained, ["0/q0/teacher", "9/q9/plain"])
+    assert rows[1] == (0, "9/q9/plain", "?", "?", "?")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_lost_and_twice_are_counted_where_the_teacher_is_trained(
     for question in ("q0", "q1"):
         journal.record_dispatched(question, 0)
     trained = trained_window(0, "off_distill", correct={"q0": True, "q1": False})
-    journal.record_trained(0, 0, journal_rows(trained, reported))
+    journal.record_trained(0, journal_rows(trained, reported), [0])
     journal.close()
     summary = summarise(run_dir)
     assert (summary["trained_twice"], summary["lost"]) == counts
@@ -213,7 +214,7 @@ def test_a_question_with_nothing_to_train_twice_is_trained_twice(run_dir: Path) 
     for window in (0, 1):
         journal.record_dispatched("q0", window)
         trained = trained_window(window, "off_distill", correct={"q0": False})
-        journal.record_trained(window, window, journal_rows(trained, []))
+        journal.record_trained(window, journal_rows(trained, []), [window])
     journal.close()
     assert summarise(run_dir)["trained_twice"] == 1
 

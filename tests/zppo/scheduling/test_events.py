@@ -14,8 +14,10 @@ from random_worlds import random_topology, random_world
 from worlds import World, questions, topology
 
 from zppo.algorithm.methods import method_names
+from zppo.config.topology import Batches
 from zppo.scheduling import events
-from zppo.scheduling.scheduler import Scheduler, SchedulerState
+from zppo.scheduling.scheduler import Scheduler
+from zppo.scheduling.state import SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.values import Grade
@@ -72,15 +74,21 @@ def replayed(world: World, life: Life, check: Callable[[int, bytes], None]) -> S
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**9), method=st.sampled_from(method_names()))
-def test_a_log_of_events_replays_to_the_same_state_and_outcomes(seed: int, method: str) -> None:
+@given(
+    seed=st.integers(0, 10**9),
+    method=st.sampled_from(method_names()),
+    batches=st.sampled_from(["windows", "filled"]),
+)
+def test_a_log_of_events_replays_to_the_same_state_and_outcomes(
+    seed: int, method: str, batches: Batches
+) -> None:
     rng = random.Random(seed)
     rates = {
         "crash_rate": rng.choice([0.0, 0.05]),
         "failure_rate": rng.choice([0.0, 0.1]),
         "hang_rate": rng.choice([0.0, 0.02]),
     }
-    config = random_topology(rng, method, rng.randint(0, 3))
+    config = random_topology(rng, method, rng.randint(0, 3), batches)
     world = random_world(rng, config, most_questions=12, seed=seed, **rates)
     lives = record(world)
     for _ in range(rng.choice([100, 100_000])):

@@ -13,7 +13,7 @@ import msgspec
 from worlds import World, questions, scripted_rewards, topology
 
 from zppo.data.question import Question
-from zppo.scheduling.scheduler import SchedulerState
+from zppo.scheduling.state import SchedulerState
 from zppo_protocol import codec
 
 SAVED = Path(__file__).with_name("saved_state.bin").read_bytes()
@@ -62,6 +62,6 @@ def test_a_saved_state_goes_on_where_it_was() -> None:
 
 def test_a_fresh_state_is_that_of_a_scheduler_that_was_told_nothing() -> None:
     world = World(CONFIG, corpus(), seed=1)
-    fresh = SchedulerState.fresh(CONFIG.scheduler.max_staleness)
+    fresh = SchedulerState.fresh(CONFIG.scheduler)
     assert codec.dumps(world.build(None).state()) == codec.dumps(fresh)
     assert codec.loads(codec.dumps(fresh), SchedulerState) == fresh

@@ -13,9 +13,11 @@ from random_worlds import random_topology, random_world
 from worlds import PROMPTS, World, questions, samples, scripted_rewards, topology
 
 from zppo.algorithm.methods import method_names
+from zppo.config.topology import Batches
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
-from zppo.scheduling.scheduler import RunFailure, Scheduler, SchedulerState
+from zppo.scheduling.scheduler import RunFailure, Scheduler
+from zppo.scheduling.state import SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
 from zppo_protocol.messages import GenerateTask
@@ -452,12 +454,16 @@ def test_waiting_names_who_waits_for_whom() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**9), method=st.sampled_from(method_names()))
-def test_exactly_what_is_missing_is_asked_for(seed: int, method: str) -> None:
+@given(
+    seed=st.integers(0, 10**9),
+    method=st.sampled_from(method_names()),
+    batches=st.sampled_from(["windows", "filled"]),
+)
+def test_exactly_what_is_missing_is_asked_for(seed: int, method: str, batches: Batches) -> None:
     """At every moment of a run, and whoever asks how often."""
     rng = random.Random(seed)
     rates = {"crash_rate": 0.02, "failure_rate": rng.choice([0.0, 0.1])}
-    config = random_topology(rng, method, rng.randint(0, 3))
+    config = random_topology(rng, method, rng.randint(0, 3), batches)
     world = random_world(rng, config, most_questions=8, seed=seed, **rates)
     if rng.random() < 0.5:
         world.corpus[::2] = [
