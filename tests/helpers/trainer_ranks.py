@@ -31,7 +31,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from zppo.config.method import MethodConfig
 from zppo.training import tensor_file
 from zppo.training.ranks import ALONE, Ranks, first_row, local
-from zppo.training.state import exhaust, gather_moments
+from zppo.training.state import MOMENTS, exhaust, gather_moments, save_share
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
 
@@ -41,7 +41,8 @@ PATIENCE = 600.0
 class Case(Struct, kw_only=True):
     """Windows `first` to `last` of `groups` groups each. `begin`, `end`: folders that state is read
     from and left in. `poison`: the rank that finds a number that is none in its second pass.
-    `given`: so many updates of random gradients in place of windows."""
+    `given`: so many updates of random gradients in place of windows. `full`: a checkpoint is tried
+    on a full disk, in this folder, and one more window is trained."""
 
     dtype: str = "float32"
     state_dtype: str = "float32"
@@ -57,6 +58,7 @@ class Case(Struct, kw_only=True):
     end: str | None = None
     poison: int | None = None
     given: int = 0
+    full: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -152,6 +154,9 @@ def _work(case: Case, ranks: Ranks) -> Outcome:
         trainer.optimizer.step(_random_gradients(trainer, update))
     windows = range(0) if case.given else range(case.first, case.last)
     metrics = [train_step(trainer, mixed_window(step=step, count=case.groups)) for step in windows]
+    if case.full is not None:
+        _save_in_vain(trainer, Path(case.full))
+        metrics.append(train_step(trainer, mixed_window(step=case.last, count=case.groups)))
     weights = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
     kinds = {name: tensor_file.kind_of(tensor) for name, tensor in trainer.optimizer.tensors()}
     moments = gather_moments(trainer)
@@ -165,6 +170,21 @@ def _work(case: Case, ranks: Ranks) -> Outcome:
     tensors = weights | {name: tensor for name, tensor in zip(kinds, moments, strict=False)}
     exhaust(moments)
     return Outcome(metrics, tensors)
+
+
+def _save_in_vain(trainer: Trainer, folder: Path) -> None:
+    """What the first rank and the others do for a checkpoint; the disk has no room for moments."""
+    weights = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    if trainer.ranks.rank > 0:
+        exhaust(gather_moments(trainer))
+        return
+    folder.mkdir()
+    (folder / MOMENTS).symlink_to("/dev/full")
+    try:
+        save_share(trainer, folder, step=1, weights=weights)
+    except OSError:
+        return
+    raise AssertionError("the disk was not full")
 
 
 def _random_gradients(trainer: Trainer, update: int) -> dict[str, Tensor]:

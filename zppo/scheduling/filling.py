@@ -160,9 +160,6 @@ class _Counted:
     def up_to(self, version: int) -> int:
         return sum(count for one, count in self._counts.items() if one <= version)
 
-    def __len__(self) -> int:
-        return len(self._versions)
-
 
 class Filled:
     """See the module docstring."""
@@ -187,7 +184,8 @@ class Filled:
         """|X_new| of each window in flight."""
         self._finished: dict[str, _Finished] = {}
         """By the id of the plain group."""
-        self._new_finished = _Counted()
+        self._new_finished: set[str] = set()
+        """Those of them that are new questions."""
         self._new_begun = _Counted()
         """Plain groups of new questions that no step could train yet."""
         self._others_begun = _Counted()
@@ -242,7 +240,7 @@ class Filled:
             oldest = min(map(oldest_version, ready), default=NEVER)
             self._finished[name] = _Finished(new, oldest, now)
             if new:
-                self._new_finished.put(name, oldest)
+                self._new_finished.add(name)
 
     def _complete(self, window: Window, visit: Visit) -> bool:
         """Whether all of a visit has come that will."""
@@ -267,7 +265,7 @@ class Filled:
         parts, since = [], []
         for window, visit in chosen:
             finished = self._finished.pop(visit.plain.id)
-            self._new_finished.drop(visit.plain.id)
+            self._new_finished.discard(visit.plain.id)
             complete = self._complete(window, visit)
             self._in_trainer[visit.plain.id] = window, visit, complete
             parts.append(structs.replace(visit) if complete else plain_part(visit))
@@ -334,13 +332,11 @@ class Filled:
         return f"{due} groups that would be too old later" if due > 0 else None
 
     def _surplus(self, step: int, by: int) -> int:
-        """By how many the new questions that have begun, are due by step `by` and would be left
-        over by `step` are more than the steps between can train; 0 or less: by none."""
-        wanted = self._sizes[step]
+        """By how many the new questions that are due by step `by` and under way now are more than
+        the steps behind `step` can train until then; 0 or less: by none. Finished ones need not be
+        counted: the oldest are trained first, and all that are due by then fit into these steps."""
         begun = self._new_begun.up_to(by - self._bound)
-        finished = self._new_finished.up_to(by - self._bound)
-        room = sum(self._sizes.get(later, 0) for later in range(step + 1, by + 1))
-        return begun + max(0, finished - wanted) - room
+        return begun - sum(self._sizes.get(later, 0) for later in range(step + 1, by + 1))
 
     def trained(self, batch: Window) -> list[int]:
         moved, self._in_trainer = self._in_trainer, {}

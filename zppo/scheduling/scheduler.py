@@ -116,14 +116,13 @@ class Scheduler:
         self.evaluated = list(state.evaluated)
         self.stopping = False
         self.in_trainer: Window | None = None
-        """What is trained now."""
+        self._composed: list[tuple[Visit, Composition]] = []
+        """What is trained now, and what of it the trainer has been sent."""
         self.trainer_idle_since: float | None = None
         self.targets: dict[str, Target] = {}
         """What has been asked for, by task id."""
         self.missing: dict[int, set[str]] = {}
         """The part of it that each window waits for."""
-        self._composed: list[tuple[Visit, Composition]] = []
-        """What the trainer has been sent."""
         self.filling: Filling = InOrder(self.windows, self.missing)
         if self.batches == "filled":
             scored = method.needs_scores and self.jobs.scores_remotely
@@ -361,10 +360,8 @@ class Scheduler:
         self.pacer.shipped(now - idle_since, now - batch.since, self._step_seconds)
         self.in_trainer, self.trainer_idle_since = batch.window, None
         self._composed = compose(batch.window, self.recipe)
-        groups = [
-            train_group(visit, composition, self.recipe.part_names)
-            for visit, composition in self._composed
-        ]
+        names = self.recipe.part_names
+        groups = [train_group(visit, composition, names) for visit, composition in self._composed]
         return [TrainWindow(step=step, groups=groups)]
 
     # ---- acting ----------------------------------------------------------------------------------

@@ -28,10 +28,12 @@ def test_every_fixed_setting_is_there_and_no_other() -> None:
         section, _, name = path.partition(".")
         assert ({path} if name else {f"{section}.{key}" for key in raw[section]}) & names
     assert {name.partition(".")[0] for name in names} == {
-        "method", "data", "student", "run", "optimizer", "scheduler",
+        "actors", "method", "data", "student", "run", "optimizer", "scheduler",
     }  # fmt: skip
-    assert {n for n in names if n.startswith(("run.", "optimizer.", "scheduler."))} == {
+    some = ("run.", "optimizer.", "scheduler.", "actors.")
+    assert {name for name in names if name.startswith(some)} == {
         "run.seed", "optimizer.state_dtype", "scheduler.max_staleness", "scheduler.batches",
+        "actors.trainer.ranks",
     }  # fmt: skip
 
 

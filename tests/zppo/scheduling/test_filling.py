@@ -77,7 +77,10 @@ class Witness(World):
         outcomes = super().feed(event)
         for outcome in outcomes:
             if isinstance(outcome, Assignment):
-                self.given[outcome.job.id] = outcome.job.min_version
+                job = outcome.job
+                self.given[job.id] = job.min_version
+                trains = job.pool == "rollout" and not job.id.endswith("/evaluate")
+                assert not trains or job.min_version == self.scheduler.published, "the newest"
             if isinstance(outcome, events.Opened):
                 self.opened[outcome.window.index] = outcome.window
             if isinstance(outcome, events.Trained):

@@ -176,6 +176,15 @@ def test_stochastic_rounding_is_that_of_one_rank(nest: Nest, tmp_path: Path) -> 
     assert all(torch.equal(tensor, many.tensors[name]) for name, tensor in one.tensors.items())
 
 
+def test_a_full_disk_does_not_part_the_ranks(nest: Nest, tmp_path: Path) -> None:
+    """The first rank cannot write the moments, the others know nothing of it, and all go on."""
+    whole_run = nest.trained(tmp_path / "one", 1, Case(last=2))
+    case = Case(last=1, full=str(tmp_path / "full"))
+    many = nest.trained(tmp_path / "many", 2, case)
+    check_metrics(whole_run, many)
+    assert difference(whole_run.tensors, many.tensors) <= 1e-6
+
+
 def test_the_spare_pass_is_there() -> None:
     task, device = mixed_window(step=0, count=SPARE.groups), CPU
     rollouts = assemble(task, max_staleness=0, device=device)
