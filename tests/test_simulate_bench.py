@@ -16,7 +16,7 @@ def test_the_bench_prints_a_row_for_every_bound() -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-P", "benches/simulate.py", "benches/setting_p.yaml"),
-            *("--small", "--bounds", "0,2", "--steps", "8", "--seeds", "1"),
+            *("--small", "--bounds", "0,2", "--steps", "12", "--seeds", "1"),
             *("--batches", "windows,filled", "--by-step"),
         ],
         capture_output=True,
@@ -35,4 +35,4 @@ def test_the_bench_prints_a_row_for_every_bound() -> None:
     ]
     seconds = [float(row[2]) for row in rows[1:5]]
     assert seconds[0] == seconds[1] > seconds[2] > 1.3 * seconds[3]
-    assert sum(row[0] == "| 7" for row in rows) == 4, "what each step trained"
+    assert sum(row[0] == "| 11" for row in rows) == 4, "what each step trained"

@@ -67,7 +67,9 @@ class Pacer:
 
     def shipped(self, trainer_waited: float, window_waited: float, step_seconds: float) -> None:
         """Learn from one shipped window: how long the trainer waited for it, how long it waited for
-        the trainer, and how long the step before took."""
+        the trainer, and how long the step before took (0: this process has trained none yet)."""
+        if not step_seconds:
+            return  # no lead would have spared the trainer its wait for the first window
         state, keep = self.state, 1.0 - 1.0 / MEMORY
         state.waited = keep * state.waited + trainer_waited
         state.trained = keep * state.trained + step_seconds

@@ -40,6 +40,14 @@ def test_a_starving_trainer_raises_the_lead_to_the_bound() -> None:
         assert pacer.lead == expected
 
 
+def test_the_wait_for_the_first_window_teaches_nothing() -> None:
+    pacer = Pacer(8, PacerState.fresh(8))
+    pacer.shipped(trainer_waited=300.0, window_waited=0.0, step_seconds=0.0)
+    for _ in range(20):
+        pacer.shipped(trainer_waited=0.0, window_waited=5.0, step_seconds=20.0)
+        assert pacer.lead == 1
+
+
 def test_windows_queued_behind_a_slow_one_are_no_calm() -> None:
     """Every fifth window is slow; the four behind it lie about."""
     pacer = Pacer(16, PacerState.fresh(16))
