@@ -26,7 +26,6 @@ from zppo.config.topology import (
     OPENAI,
     TRANSFORMERS,
     VLLM,
-    ActorConfig,
     ModelConfig,
     OptimizerConfig,
     TeacherConfig,
@@ -118,6 +117,8 @@ def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
     if facts is None:
         return Need(device=0, host=MODEL_LIBRARIES)
     longest, scores = topology.data.max_prompt_tokens, method.needs_scores
+    if entry.served.actor.engine == VLLM:
+        return _on(entry.device, _vllm_bytes(entry.served, facts, entry.device))
     return _on(entry.device, _engine_bytes(entry.served, facts, longest, scores=scores))
 
 
@@ -175,8 +176,6 @@ def _engine_bytes(
 ) -> int:
     """`scores`: the method asks a remote teacher for its distribution."""
     model, actor = served.model, served.actor
-    if actor.engine == VLLM:
-        return _vllm_bytes(actor, model, facts)
     if actor.engine != TRANSFORMERS:  # simulated, or of the user's own, of which nothing is known
         return 0
     width = DTYPE_BYTES[model.dtype]
@@ -198,10 +197,11 @@ def _scoring_bytes(model: ModelConfig, facts: ModelFacts) -> int:
     )
 
 
-def _vllm_bytes(actor: ActorConfig, model: ModelConfig, facts: ModelFacts) -> int:
-    """The least that vLLM must have: it fits its cache to what is free, from one full sequence
-    on."""
-    cache = actor.engine_args.get("kv_cache_memory_bytes") or sequence_bytes(
-        actor.engine_args, facts, model.dtype
-    )
-    return 2 * facts.parameters * DTYPE_BYTES[model.dtype] + int(cache) + VLLM_LIBRARIES
+def _vllm_bytes(served: ServedModel, facts: ModelFacts, device: str) -> int:
+    """The least that vLLM must have: it fits its cache to what is free, from one full sequence on.
+    On a CPU it packs the weights into a second copy."""
+    arguments, dtype = served.actor.engine_args, served.model.dtype
+    cache = arguments.get("kv_cache_memory_bytes") or sequence_bytes(arguments, facts, dtype)
+    weights = facts.quantised_bytes or facts.parameters * DTYPE_BYTES[dtype]
+    copies = 2 if device == "cpu" else 1
+    return copies * weights + int(cache) + VLLM_LIBRARIES

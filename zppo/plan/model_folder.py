@@ -34,10 +34,11 @@ TEXT_SECTION = "text_config"
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """Counts of a causal language model. `context` and `window` are in tokens, as
-    `zppo.plan.architecture` has them; `parameters` counts tied weights once. `tied`: the input
-    embedding is the head as well. `bounded`: the context ends before the model's positions do.
-    `state`: what layers carry that slots do not hold. `opened_by`: the class of transformers that
-    opens the folder, None if it has none."""
+    `zppo.plan.architecture` has them; `parameters` counts tied weights once. `quantised_bytes`:
+    what the weights take as they are stored, where an engine keeps them so; None where it casts
+    them. `tied`: the input embedding is the head as well. `bounded`: the context ends before the
+    model's positions do. `state`: what layers carry that slots do not hold. `opened_by`: the class
+    of transformers that opens the folder, None if it has none."""
 
     parameters: int
     context: int
@@ -46,6 +47,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     kv_heads: int
     head_dim: int
     vocabulary: int
+    quantised_bytes: int | None = None
     tied: bool = True
     family: str = ""
     window: int | None = None
@@ -73,8 +75,10 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
         _number(text, "num_attention_heads", folder, where),
         _number(text, "hidden_size", folder, where),
     )
+    sizes = [_sizes(file, where) for file in _weight_files(folder, where)]
     facts = ModelFacts(
-        parameters=_count_parameters(folder, where),
+        parameters=sum(elements for elements, _ in sizes),
+        quantised_bytes=sum(stored for _, stored in sizes) if _quantised(config) else None,
         context=context_of(text),
         family=str(text.get("model_type", "")),
         window=window_of(text),
@@ -130,17 +134,22 @@ def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
     return value
 
 
-def _count_parameters(folder: Path, where: str) -> int:
+def _quantised(config: dict[str, Any]) -> bool:
+    """Whether the weights are stored as an engine computes with them: FP8, AWQ and the like."""
+    return any(config.get(key) for key in ("quantization_config", "compression_config"))
+
+
+def _weight_files(folder: Path, where: str) -> list[Path]:
     files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise UserError(
             f"{where}: {str(folder)!r} is not a model folder: it has no weights (*.safetensors)"
         )
-    return sum(_elements(file, where) for file in files)
+    return files
 
 
-def _elements(file: Path, where: str) -> int:
-    """Number of elements of all tensors of a safetensors file, from its header."""
+def _sizes(file: Path, where: str) -> tuple[int, int]:
+    """Elements and bytes of all tensors of a safetensors file, from its header."""
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -163,7 +172,7 @@ def _elements(file: Path, where: str) -> int:
         raise UserError(f"{where}: {str(file)!r} is not a safetensors file: {error}") from None
     if not whole:
         raise UserError(f"{where}: {str(file)!r} is cut short; expected {8 + size + end} bytes")
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(math.prod(shape) for shape in shapes), end
 
 
 def _check_tokenizer(folder: Path, where: str) -> None:

@@ -1,5 +1,5 @@
-"""The example for one GPU as far as it can be checked without one: its settings, and room for it in
-the plan."""
+"""The examples for GPUs as far as they can be checked without one: their settings, and room for
+them in the plan."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from zppo.plan.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, PAGE = ROOT / "examples/one_gpu.yaml", ROOT / "docs/one_gpu.md"
+EIGHT = ROOT / "examples/eight_gpus.yaml"
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
     "num_key_value_heads": 8,
@@ -32,22 +33,26 @@ QWEN3: dict[str, Any] = {
     "max_position_embeddings": 40_960,
 }
 QWEN3_4B = {**QWEN3, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN3_8B = {**QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN3_32B = {**QWEN3, "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64}
 QWEN3_SMALL = {**QWEN3, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16}
 QWEN3_2B = {**QWEN3_SMALL, "hidden_size": 2048}
 CARD_80, CARD_24 = 78 * GIB, 23 * GIB
 """What is free on cards that are sold as 80 and 24 GB."""
 
 
-def write_model(folder: Path, config: dict[str, Any], parameters: int) -> None:
-    """A folder that tells the plan the size of a model, without its weights."""
+def write_model(folder: Path, config: dict[str, Any], parameters: int, dtype: str = "BF16") -> None:
+    """A folder that tells the plan the size of a model; its weights are a hole in a file."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    header = json.dumps(
-        {"w": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 0]}}
-    ).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    size = parameters * {"BF16": 2, "F8_E4M3": 1}[dtype]
+    tensor = {"dtype": dtype, "shape": [parameters], "data_offsets": [0, size]}
+    header = json.dumps({"w": tensor}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
 
 
 @pytest.fixture
@@ -102,10 +107,29 @@ def test_a_smaller_student_fits_a_card_of_24_gb(copied: Path) -> None:
         plan_of(copied, [CARD_24], *overrides, "student.model=models/medium")
 
 
-def test_eight_cards_are_used_as_the_page_says(copied: Path) -> None:
-    plan = plan_of(copied, [CARD_80] * 8, *overrides_of("Eight GPUs"))
-    engines = [entry.device for entry in plan.processes if entry.role == "rollout"]
-    assert engines == [f"cuda:{i}" for i in range(1, 6)]
+def test_eight_cards_of_80_gb_hold_ranks_engines_and_a_teacher_in_fp8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo.plan.checks.check_vllm_arguments", lambda *given: None)
+    write_model(tmp_path / "models/student", QWEN3_8B, 8_190_735_360)
+    fp8 = {**QWEN3_32B, "quantization_config": {"quant_method": "fp8"}}
+    write_model(tmp_path / "models/teacher", fp8, 32_762_123_264, "F8_E4M3")
+    write_model(tmp_path / "models/whole", QWEN3_32B, 32_762_123_264)
+    file = Path(shutil.copy(EIGHT, tmp_path / "eight_gpus.yaml"))
+    machine = Machine(cores=64, memory=128 * GIB, shared=64 * GIB, gpus=[CARD_80] * 8)
+
+    plan = make_plan(topologies.load(file, []), 50_000, machine)
+    needs = zip(plan.processes, plan.needs, strict=True)
+    cards = [(one.device, one.role, round(need.device / GIB)) for one, need in needs if need.device]
+    assert cards == [
+        ("cuda:0", "trainer", 42),
+        *((f"cuda:{i}", "rank", 42) for i in (1, 2, 3)),
+        *((f"cuda:{i}", "rollout", 20) for i in (4, 5, 6)),
+        ("cuda:7", "teacher", 36),
+    ]
+
+    wider = make_plan(topologies.load(file, ["teacher.model=models/whole"]), 50_000, machine)
+    assert round(max(need.device for need in wider.needs) / GIB) == 67, "the same in bfloat16"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
