@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from typing import BinaryIO
 
@@ -24,11 +25,12 @@ from zppo.errors import EXIT_USER_ERROR, UserError
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers
 from zppo.records.run_directory import runtime_base
-from zppo.signals import die_with_parent
+from zppo.signals import Interrupts, die_with_parent
 from zppo.simulation import Calibration
 
 AT = "calibrate: "
 """How lines begin in which the measuring process says what it is doing."""
+LOOK_SECONDS = 0.1
 MEASURED_SHARE = 0.8
 """Part of the time that the measuring process plans with; it is ended after all of it."""
 
@@ -76,24 +78,24 @@ def measured(plan: Plan, within: float) -> MeasuredHere:
 
 def _answer(order: Order, within: float, log: BinaryIO) -> MeasuredHere:
     command = [sys.executable, "-P", "-m", "zppo_actors", "calibrate"]
-    process = subprocess.Popen(
-        [*command, msgspec.json.encode(order).decode()],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        start_new_session=True,
-        preexec_fn=partial(die_with_parent, signal.SIGKILL),
-    )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        out, _ = process.communicate(timeout=within)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"--calibrate: was not done within {within:g} s, while {_doing(log)}; give it more "
-            "with --within"
-        ) from None
-    finally:
-        _end(process)
-        signal.signal(signal.SIGTERM, before)
+    stop = Interrupts()
+    with stop.listening():
+        process = subprocess.Popen(
+            [*command, msgspec.json.encode(order).decode()],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, signal.SIGKILL),
+        )
+        try:
+            out = _output(process, time.monotonic() + within, stop)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"--calibrate: was not done within {within:g} s, while {_doing(log)}; give it more "
+                "with --within"
+            ) from None
+        finally:
+            _end(process)
     if process.returncode == EXIT_USER_ERROR:
         raise UserError(_lines(log)[-1])
     if process.returncode != 0:
@@ -102,6 +104,19 @@ def _answer(order: Order, within: float, log: BinaryIO) -> MeasuredHere:
             "zppo plan without --calibrate says what the run needs"
         )
     return msgspec.json.decode(out, type=MeasuredHere)
+
+
+def _output(process: subprocess.Popen[bytes], deadline: float, stop: Interrupts) -> bytes:
+    """What it prints. Raises KeyboardInterrupt when this process is told to end, TimeoutExpired."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, _ = process.communicate(timeout=LOOK_SECONDS)
+            if not stop.count:
+                return out
+        if stop.count:
+            raise KeyboardInterrupt
+        if time.monotonic() >= deadline:
+            raise subprocess.TimeoutExpired(process.args, deadline)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
