@@ -3,7 +3,8 @@
 A message is one msgpack header, a map with the tag `type`, and the payload: every numpy array end
 to end, each padded to 8 bytes. In the header an array is `[dtype, shape, offset]`. The payload is
 one frame, or several end to end: an array of at least `LARGE` bytes has one of its own, so that it
-is sent from where it lies; the padding behind the last array of a frame may be left out.
+is sent from where it lies (a copy of it where somebody else may write there); the padding behind
+the last array of a frame may be left out.
 Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes; `decode(encode(m))`
 equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows at its origin and
 never as a lost answer.
@@ -44,13 +45,13 @@ PADDINGS = [bytes(count) for count in range(ALIGNMENT)]
 REFUSALS = (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError)
 """All that msgspec and the hooks raise; ValueError covers msgspec's own and UnicodeEncodeError."""
 BYTE, WORD = np.dtype("u1"), np.dtype("<i8")
-NOTHING = np.zeros(0, BYTE)
+NOTHING = np.frombuffer(b"", BYTE)
 SHAPES = {message: shape_of(message) for message in get_args(AnyMessage)}
 
 
 def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
-    """Return the frames of `message`; large arrays of it are frames as they are. Raises
-    ProtocolError if `decode` would not accept them."""
+    """Return the frames of `message`; large arrays of it are frames as they are, unless somebody
+    could write them. Raises ProtocolError if `decode` would not accept them."""
     shape = SHAPES.get(type(message))
     if shape is None:
         raise ProtocolError(f"cannot be sent: {type(message).__name__} is no message")
@@ -158,8 +159,9 @@ class _ArrayWriter:
         for place in self._large[:MOST_LARGE]:
             if start < place:
                 frames.append(b"".join(self.pieces[start:place]))
-            frames.append(self.pieces[place])
-            start = place + 1 + (len(self.pieces[place]) % ALIGNMENT > 0)  # without its padding
+            piece = self.pieces[place]
+            frames.append(piece if _is_fixed(piece) else bytes(piece))
+            start = place + 1 + (len(piece) % ALIGNMENT > 0)  # without its padding
         if start < len(self.pieces):
             frames.append(b"".join(self.pieces[start:]))
         return frames
@@ -198,12 +200,15 @@ class _Reader:
         if self._cursor >= self._end and size and self._left:
             self._bytes = _bytes_of(self._left.pop())
             self._begin, self._end = self._cursor, self._cursor + len(self._bytes)
-        if offset != self._cursor or offset + size > self._end:
+        # One without bytes lies nowhere: the frame before may end without the padding of its last.
+        if offset != self._cursor or (size and offset + size > self._end):
             raise ProtocolError(
                 f"an array of {size} bytes at {offset} does not lie in {self._end} bytes in order"
             )
         self._cursor = offset + size + -size % ALIGNMENT
         try:
+            if not size:
+                return np.ndarray(shape, dtype, NOTHING)
             return np.ndarray(shape, dtype, self._bytes, offset - self._begin)
         except OverflowError as error:  # no elements, but a length beyond any machine's
             raise ProtocolError(f"an array of shape {shape}") from error
@@ -217,6 +222,17 @@ class _Readers(threading.local):
 
 
 _READERS = _Readers()
+
+
+def _is_fixed(piece: Buffer) -> bool:
+    """Whether nobody can write these bytes while they are on their way: an array may be a view of
+    another that is not read-only."""
+    owner: Any = piece.obj if isinstance(piece, memoryview) else piece
+    while isinstance(owner, np.ndarray):
+        if owner.flags.writeable:
+            return False
+        owner = owner.base
+    return owner is None or isinstance(owner, bytes | memoryview)
 
 
 def _bytes_of(frame: Buffer) -> np.ndarray:

@@ -21,6 +21,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from msgspec import Struct
+from recurrent_models import make_seeing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +30,8 @@ from training_cases import OPTIMIZER, llama, mixed_window, qwen3, settings_of, t
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from zppo.config.method import MethodConfig
-from zppo.training import tensor_file
+from zppo.training import policy, tensor_file
+from zppo.training.loading import freeze_tower
 from zppo.training.ranks import ALONE, Ranks, first_row, local
 from zppo.training.state import MOMENTS, exhaust, gather_moments, save_share
 from zppo.training.step import train_step
@@ -40,7 +42,7 @@ PATIENCE = 600.0
 
 class Case(Struct, kw_only=True):
     """Windows `first` to `last` of `groups` groups each. `begin`, `end`: folders that state is read
-    from and left in. `poison`: the rank that finds a number that is none in its second pass.
+    from and left in. `poison`: the rank that finds a number that is none in its second pass. `apart`: the one that finds that prompts cannot be shared.
     `given`: so many updates of random gradients in place of windows. `full`: a checkpoint is tried
     on a full disk, in this folder, and one more window is trained."""
 
@@ -57,6 +59,7 @@ class Case(Struct, kw_only=True):
     begin: str | None = None
     end: str | None = None
     poison: int | None = None
+    apart: int | None = None
     given: int = 0
     full: str | None = None
 
@@ -78,7 +81,14 @@ def moe() -> Any:
     return Qwen3MoeForCausalLM(config)
 
 
-MODELS = {"qwen3": qwen3, "llama": llama, "moe": moe}
+def seeing() -> Any:
+    """A Qwen3.5 with recurrent layers behind a frozen tower."""
+    model = make_seeing().requires_grad_(True)
+    freeze_tower(model)
+    return model
+
+
+MODELS = {"qwen3": qwen3, "llama": llama, "moe": moe, "seeing": seeing}
 
 
 class Nest:
@@ -86,7 +96,7 @@ class Nest:
 
     def __enter__(self) -> Nest:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, __file__],  # without -P: it finds the helpers beside it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -147,6 +157,8 @@ def _restore(trainer: Trainer, folder: Path) -> None:
 
 
 def _work(case: Case, ranks: Ranks) -> Outcome:
+    if case.apart == ranks.rank:
+        policy.can_share_prompts = lambda model: False
     trainer = _trainer(case, ranks)
     if case.poison == ranks.rank:
         _poison(trainer)

@@ -263,6 +263,40 @@ def test_large_arrays_are_frames_as_they_are(sizes: list[int], frames: int) -> N
             decode([*received[:cut], bytes(8), *received[cut:]][:MAX_FRAMES])
 
 
+def test_a_large_view_of_what_can_be_written_is_copied() -> None:
+    """Frames wait in a queue: what an engine writes meanwhile must not be sent."""
+    size = LARGE // 4
+    base = np.ones(2 * size, np.int32)
+    whole = many([size]).groups[0].samples
+    samples = msgspec.structs.replace(whole, token_ids=base[:size], texts=["a"])
+    message = m.GenerateResult(task_id="t", samples=samples)
+    frames = encode(message)
+    before = plain(decode([bytes(frame) for frame in frames]))
+    base[:] = 7
+    assert plain(decode(frames)) == before
+    sent, forwarded = (
+        [np.frombuffer(frame, np.uint8) for frame in one]
+        for one in (frames, encode(decode(frames)))
+    )
+    assert any(np.shares_memory(sent[2], frame) for frame in forwarded)
+
+
+@pytest.mark.parametrize("size", [LARGE // 4, LARGE // 4 + 1])
+def test_arrays_without_elements_may_stand_behind_a_large_one(size: int) -> None:
+    """As with a long prompt whose responses are all empty."""
+    samples = GroupSamples(
+        prompt_ids=np.zeros(size, np.int32),
+        token_ids=np.zeros(0, np.int32),
+        log_probs=np.zeros(0, np.float32),
+        offsets=np.zeros(2, np.int32),
+        version_spans=np.zeros((0, 2), np.int32),
+        texts=[""],
+        finish_reasons=["stop"],
+    )
+    message = m.GenerateResult(task_id="t", samples=samples)
+    assert plain(decode(encode(message))) == plain(message)
+
+
 def test_arrays_are_read_only_views_of_the_payload() -> None:
     header, payload = encode(example_result())
     samples = decode([header, payload]).samples

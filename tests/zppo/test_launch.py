@@ -111,6 +111,11 @@ SETTING_MISTAKES = [
         "actors.trainer={device: cuda, devices: [cuda:0, cuda:1]}",
         "actors.trainer.device is 'cuda' beside actors.trainer.devices; expected one of the two",
     ),
+    (
+        "actors.trainer={ranks: 2, collective_seconds: 2}",
+        "actors.trainer.collective_seconds is 2; expected more than 2, two of "
+        "transport.heartbeat_seconds",
+    ),
     ("actors.trainer.device=tpu", "actors.trainer.device names 'tpu'; expected cpu, cuda or cuda:N"),
     ("method.group_size=1", "method.group_size is 1; expected at least 2, because a group of one has no advantage"),
     ("evaluation.every=5", "evaluation.every is 5; expected null, or a file in data.heldout"),

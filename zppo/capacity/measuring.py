@@ -56,6 +56,12 @@ class MeasuredHere(Struct, frozen=True, kw_only=True):
 def measured(plan: Plan, within: float) -> MeasuredHere:
     """Load and measure what the plan runs, in at most `within` seconds. Raises UserError where that
     fails, KeyboardInterrupt when it was ended from outside."""
+    ranks = len(plan.topology.actors.trainer.rank_devices)
+    if ranks > 1:
+        raise UserError(
+            f"--calibrate: measures a trainer of one rank, and here it has {ranks}; write its "
+            "speed by hand (docs/plan.md), or use --from-run"
+        )
     for one in asked_teachers(plan.topology):
         if one.actor.engine == OPENAI:
             raise UserError(

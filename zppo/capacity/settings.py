@@ -13,12 +13,13 @@ from zppo.plan.processes import asked_teachers
 
 
 def speed_settings(topology: Topology) -> dict[str, Any]:
-    """Setting -> its value. How many processes there are is none of them."""
+    """Setting -> its value. How many engines and graders there are is none of them; how many ranks
+    the trainer has is."""
     trainer, method = topology.actors.trainer, topology.method
     found: dict[str, Any] = {
         "method.name": method.name,
         "method.updates_per_step": method.updates_per_step,
-        "actors.trainer.device": trainer.device,
+        "actors.trainer.devices": trainer.rank_devices,
         "actors.trainer.micro_batch_tokens": trainer.micro_batch_tokens,
         "actors.trainer.gradient_checkpointing": trainer.gradient_checkpointing,
     }

@@ -180,6 +180,13 @@ def _check_ranks(topology: Topology, method: Method) -> None:
         )
     if len(devices) == 1:
         return
+    # Ranks hear from the first at every heartbeat, whether there is work or not.
+    beats = 2 * topology.transport.heartbeat_seconds
+    if trainer.collective_seconds <= beats:
+        raise UserError(
+            f"actors.trainer.collective_seconds is {trainer.collective_seconds:g}; expected more "
+            f"than {beats:g}, two of transport.heartbeat_seconds"
+        )
     if len({device.partition(":")[0] for device in devices}) > 1:
         raise UserError(
             f"actors.trainer.devices names {', '.join(dict.fromkeys(devices))}; expected cards "

@@ -119,6 +119,9 @@ class Policy:
                 f"actors.trainer.ranks is {ranks.count}; expected 1, because "
                 f"{self.model.name_or_path!r} cannot be sharded: {first_line(error)}"
             ) from error
+        # Each has asked its own kernels, but rows must lie alike on all of them.
+        able = ranks.sum(torch.tensor(float(self.shares_prompts), device=self.device))
+        self.shares_prompts = float(able) == ranks.count
 
     def within(self, work: Callable[[], T]) -> T:
         """Do `work`, a pass and what is computed from its outputs and the head. All ranks must, and

@@ -91,8 +91,10 @@ class Ranks:
         """Cut the parameters of `model` over the ranks, layer by layer; losses of ranks add up.
 
         Even the root is cut again after its pass: then every parameter outside of a pass is a
-        shard, and no pass meets values that an update has overtaken.
+        shard, and no pass meets values that an update has overtaken. Raises ValueError or
+        NotImplementedError for a model that cannot be cut.
         """
+        _check_one_dtype(model)
         root = Root(model)
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -139,6 +141,17 @@ def cut_like(share: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def _check_one_dtype(model: nn.Module) -> None:
+    """The trained parameters of a layer are one tensor while they travel, which FSDP2 finds out in
+    the first pass only. Families that keep a few of them in float32 have two."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"its weights are {' and '.join(sorted(dtypes))}; with student.dtype float32 they are "
+            "of one dtype, as shards must be"
+        )
 
 
 def _is_maximum(name: str) -> bool:

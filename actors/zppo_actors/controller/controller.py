@@ -208,8 +208,9 @@ class Controller:
 
     def _is_loading(self, name: str) -> bool:
         """Whether a process may be silent and work all the same: an actor that has not greeted yet,
-        or the trainer, which reads the student before and writes checkpoints after."""
-        if name == TRAINER:
+        or the trainer with its ranks, which reads the student before and writes checkpoints
+        after."""
+        if self.pools.get(name) == TRAINER:
             return self.board.latest is None or self.checkpointer.waiting_for is not None
         return name != CONTROLLER and name not in self.peers
 

@@ -2,8 +2,8 @@
 
 They meet by a file in the runtime folder, which is the user's own (mode 0700), and talk by torch's
 collectives over the loopback interface, on cards by NCCL. An order is a message of the protocol,
-in its own encoding: two lengths, then the bytes. Nothing is ever unpickled, so none of torch's
-object collectives are used.
+in its own encoding: the lengths of its frames, then the frames. Nothing is ever unpickled, so none
+of torch's object collectives are used.
 
 Invariant: every collective ends, with its result or with an error: `collective_seconds` bounds it,
 and the end of any rank breaks it on all others.
@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zppo.training.ranks import ALONE, Ranks
 from zppo_actors.process import ActorContext
 from zppo_protocol.codec import DEFAULT_LIMITS, decode, encode
-from zppo_protocol.limits import Limits
+from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.messages import AnyMessage
 
 STORE = "ranks"
@@ -54,14 +54,14 @@ class Meeting:
         if self._store is None:
             return
         frames = [] if message is None else encode(message, self._limits)
-        lengths = [len(frame) for frame in frames] + [0] * (2 - len(frames))
+        lengths = [len(frame) for frame in frames] + [0] * (MAX_FRAMES - len(frames))
         _broadcast(torch.tensor(lengths))
         for frame in frames:
             _broadcast(torch.from_numpy(np.frombuffer(bytearray(frame), np.uint8)))
 
     def hear(self) -> AnyMessage | None:
         """The next order of the first rank."""
-        lengths = torch.zeros(2, dtype=torch.int64)
+        lengths = torch.zeros(MAX_FRAMES, dtype=torch.int64)
         _broadcast(lengths)
         frames = [torch.empty(size, dtype=torch.uint8) for size in lengths.tolist() if size]
         for frame in frames:

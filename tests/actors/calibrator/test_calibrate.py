@@ -68,6 +68,11 @@ def test_engines_and_trainer_are_measured_and_planned_with(
             "--calibrate: teacher is behind a server, which is not asked for a measurement; write "
             "its speeds by hand (docs/plan.md), or use --from-run\n",
         ),
+        (
+            ["--calibrate", "--set", "actors.trainer.ranks=2"],
+            "--calibrate: measures a trainer of one rank, and here it has 2; write its speed by hand "
+            "(docs/plan.md), or use --from-run\n",
+        ),
     ],
 )
 def test_what_cannot_be_measured(

@@ -438,6 +438,17 @@ def test_only_those_that_load_may_move_without_a_word(stage: Stage) -> None:
     assert not controller._moving(["controller", "rollout-0"], 4.0)
 
 
+def test_a_rank_that_spins_does_not_move_the_run(settings: Topology, tmp_path: Path) -> None:
+    """It never greets, and uses the processor while it waits for the others."""
+    trainer = msgspec.structs.replace(settings.actors.trainer, ranks=2)
+    actors = msgspec.structs.replace(settings.actors, trainer=trainer)
+    stage = Stage(tmp_path / "run", msgspec.structs.replace(settings, actors=actors))
+    assert stage.controller._moving(["trainer-1"], 1.0)
+    stage.everybody()
+    stage.turn()
+    assert not stage.controller._moving(["trainer", "trainer-1"], 2.0)
+
+
 @pytest.mark.parametrize("on_advice", ["warn", "stop"])
 def test_a_run_that_learns_nothing_does_not_just_finish(
     tmp_path: Path, settings: Topology, on_advice: str

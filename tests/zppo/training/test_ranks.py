@@ -3,9 +3,10 @@ their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -137,12 +138,14 @@ def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_pat
         (3, Case(method=LOW, groups=20), 1e-6),
         (2, Case(method=LOW, model="llama", recompute=True), 2e-6),
         (5, Case(model="moe"), 2e-6),
+        (2, Case(model="seeing", last=1), 2e-4),  # as far apart as two micro-batches of one rank
         (2, SPARE, 1e-6),
         (2, Case(teacher=True), 1e-6),
         (2, Case(method=MethodConfig(kl_coefficient=0.1, entropy_coefficient=0.01)), 5e-6),
     ],
     ids=[
         *("three, uneven", "untied head, recomputed layers", "experts, empty shares"),
+        "recurrent layers behind a frozen tower",
         *("spare pass", "teacher", "reference"),
     ],
 )
@@ -166,6 +169,17 @@ def test_a_number_that_is_none_on_one_rank_skips_the_update_on_all(
     (metrics,) = spoiled.metrics
     assert (metrics["updates"], metrics["updates_skipped"]) == (3.0, 1.0)
     assert all(bool(tensor.isfinite().all()) for tensor in spoiled.tensors.values())
+
+
+def test_ranks_lay_rows_out_alike_though_one_of_them_cannot_share_prompts(
+    nest: Nest, tmp_path: Path
+) -> None:
+    """What decides the number of passes is the same on all ranks, even if their kernels differ."""
+    case = Case(last=1, micro_batch_tokens=200)
+    one = nest.trained(tmp_path / "one", 1, case)
+    two = nest.trained(tmp_path / "two", 2, msgspec.structs.replace(case, apart=1))
+    check_metrics(one, two)
+    assert difference(one.tensors, two.tensors) <= 1e-6
 
 
 def test_stochastic_rounding_is_that_of_one_rank(nest: Nest, tmp_path: Path) -> None:
@@ -199,10 +213,38 @@ def test_the_spare_pass_is_there() -> None:
     assert [[batch.weight for batch in own.batches] for own in passes] == [[1, 1], [1, 0]]
 
 
-def test_a_model_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+def with_a_scalar() -> Any:
     model = llama()
     model.model.register_parameter("gate", nn.Parameter(torch.tensor(1.0)))
-    policy = Policy(model)
+    return model
+
+
+def with_a_wide_weight() -> Any:
+    """As families have it whose routers stay in float32."""
+    model = llama(dtype=torch.bfloat16)
+    model.model.register_parameter("router", nn.Parameter(torch.ones(2)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            with_a_scalar,
+            "fully_shard doesn't support scalar parameters. Change gate to a 1D tensor with numel "
+            "equal to 1.",
+        ),
+        (
+            with_a_wide_weight,
+            "its weights are bfloat16 and float32; with student.dtype float32 they are of one "
+            "dtype, as shards must be",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_cut_is_refused(
+    tmp_path: Path, make: Callable[[], Any], reason: str
+) -> None:
+    policy = Policy(make())
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
@@ -213,6 +255,5 @@ def test_a_model_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
     assert str(caught.value) == (
-        "actors.trainer.ranks is 1; expected 1, because '' cannot be sharded: fully_shard doesn't "
-        "support scalar parameters. Change gate to a 1D tensor with numel equal to 1."
+        f"actors.trainer.ranks is 1; expected 1, because '' cannot be sharded: {reason}"
     )
