@@ -12,6 +12,7 @@ from recorded_worlds import Recording
 from zppo import launch, plan_command
 from zppo.capacity.calibration_file import read_calibration
 from zppo.config.load import load
+from zppo.errors import UserError
 from zppo.simulation import Accuracies, World
 
 SPEEDS = """
@@ -78,9 +79,40 @@ def test_mistakes(
     assert capsys.readouterr().err == sentence
 
 
+NO_CURVE = (
+    "a curve needs points: [[running sequences, seconds], …], or fixed and per_sequence, of which "
+    "one is above 0; not both"
+)
+DISORDER = (
+    "points: {} is followed by {}; list each number of running sequences once, in ascending order"
+)
 MEASURED = f"""
 settings: {{student.dtype: float16}}
 {SPEEDS}"""
+
+
+@pytest.mark.parametrize(
+    ("curve", "reason"),
+    [
+        ("{points: []}", NO_CURVE),
+        ("{}", NO_CURVE),
+        ("{points: [[1, 0.1]], fixed: 0.1}", NO_CURVE),
+        ("{points: [[1, 0.1], [1, 0.2]]}", DISORDER.format(1, 1)),
+        ("{points: [[1, 0.1], [8, 0.2], [4, 0.3]]}", DISORDER.format(8, 4)),
+    ],
+)
+def test_a_curve_that_is_none_is_refused(curve: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "speeds.yaml"
+    file.write_text(
+        f"speeds: {{rollout: {{slots: 8, curve: {curve}}}, trainer: {{tokens_per_second: 9.0}}}}\n"
+        "lengths: {median: 10.0}\n"
+    )
+    with pytest.raises(UserError) as told:
+        read_calibration(file)
+    assert str(told.value) == (
+        f"--calibration: {str(file)!r} is not a calibration: {reason} - at "
+        "`$.speeds.rollout.curve`; see docs/plan.md"
+    )
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,13 @@ def unsampled(window: Window) -> Window:
     """The same questions with nothing sampled that is not trained.
 
     Where plain groups of the window are trained its caps may be decided. Then they stay: a question
-    that is answered again is rewritten no more if they are.
+    that is answered again is rewritten no more if they are. But the window is composed anew.
     """
     visits = [_unsampled(visit) for visit in window.visits]
     if not any(visit.late for visit in visits):
         return Window(index=window.index, visits=visits)
-    return structs.replace(window, visits=visits)
+    phase: Phase = "reformulated" if window.phase == "composed" else window.phase
+    return structs.replace(window, visits=visits, phase=phase)
 
 
 def _unsampled(visit: Visit) -> Visit:

@@ -68,7 +68,7 @@ class _Trace(NamedTuple):
 
 
 def engines_of(records: Sequence[EngineRecord], slots: int, load_seconds: float) -> Engines | None:
-    """What the engines of a pool are like; None where no job tells lengths."""
+    """What the engines of a pool are like; None where no job of known lengths was seen to run."""
     if not any(job.lengths for record in records for job in record.jobs):
         return None
     traces: list[_Trace | None] = [None] * len(records)
@@ -79,10 +79,12 @@ def engines_of(records: Sequence[EngineRecord], slots: int, load_seconds: float)
         jobs = _Equations(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         rates_K, prompt_steps = _solved(jobs)
         traces = [_placed(trace, running_K, rates_K) for trace in found]
-    weights_K = jobs.seconds_JK.sum(axis=0)
+    points = _rising(running_K, rates_K, jobs.seconds_JK.sum(axis=0))
+    if not points:
+        return None
     return Engines(
         slots=slots,
-        curve=Curve(points=_rising(running_K, rates_K, weights_K)),
+        curve=Curve(points=points),
         load_seconds=round(load_seconds, 6),
         prompt_steps=round(prompt_steps, 3),
     )

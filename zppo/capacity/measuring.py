@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -24,7 +27,7 @@ from zppo.config.topology import OPENAI, Topology
 from zppo.errors import EXIT_USER_ERROR, UserError
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers
-from zppo.records.run_directory import runtime_base
+from zppo.records.run_directory import hold, new_run_id, runtime_base, runtime_folder
 from zppo.signals import Interrupts, die_with_parent
 from zppo.simulation import Calibration
 
@@ -68,18 +71,37 @@ def measured(plan: Plan, within: float) -> MeasuredHere:
                 f"--calibrate: {one.section} is behind a server, which is not asked for a "
                 "measurement; write its speeds by hand (docs/plan.md), or use --from-run"
             )
-    with (
-        tempfile.TemporaryDirectory(prefix="zppo-calibrate-", dir=runtime_base()) as folder,
-        tempfile.TemporaryFile() as log,
-    ):
+    with calibration_folder() as folder, tempfile.TemporaryFile() as log:
         order = Order(
             topology=plan.topology,
             seconds=within * MEASURED_SHARE,
             groups=plan.windows.groups,
             threads={entry.pool: entry.threads for entry in plan.processes},
-            folder=folder,
+            folder=str(folder),
         )
         return _answer(order, within, log)
+
+
+@contextlib.contextmanager
+def calibration_folder() -> Iterator[Path]:
+    """A folder in shared memory for published weights. It is named and locked as that of a run, so
+    if this process is killed the next run takes it away. Raises UserError."""
+    base = runtime_base()
+    folder = runtime_folder(f"calibrate-{new_run_id()}", base)
+    try:
+        unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
+        lock = hold(unlocked)
+        unlocked.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"--calibrate: cannot make the runtime folder {str(folder)!r}: {error.strerror}"
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _answer(order: Order, within: float, log: BinaryIO) -> MeasuredHere:

@@ -10,12 +10,12 @@ slower, so the best found is the smallest one that is within `CLOSE` of the fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from msgspec import Struct, structs
 
-from zppo.capacity.splits import split_of, splits
+from zppo.capacity.splits import split_of, splits, with_split
 from zppo.config.topology import Topology
 from zppo.simulation import Outcome, OutOfTime, World, simulate
 
@@ -97,38 +97,51 @@ class _Searcher:
             outcome = simulate(world, steps, out_of_time=self._over)
             self.simulations += 1
             return Candidate(topology, outcome)
-        self.ended_early = True
         return None
 
-    def with_bounds(self, found: Candidate, share: float = 1.0) -> list[Candidate]:
-        """The same split with other bounds, as far as this share of the time that is left is
-        enough."""
+    def with_bounds(self, found: Sequence[Candidate], share: float = 1.0) -> list[Candidate]:
+        """The found ones, all of one split, and those of the other bounds as far as this share of
+        the time that is left is enough."""
         now = self._clock()
         self._until = now + share * (self._end - now)
-        own = self._world.topology.scheduler.max_staleness
-        tried = [self.tried(with_bound(found.topology, bound)) for bound in BOUNDS if bound != own]
-        return sorted((one for one in [found, *tried] if one), key=lambda one: one.bound)
+        rest = [bound for bound in BOUNDS if all(one.bound != bound for one in found)]
+        tried = [self.tried(with_bound(found[0].topology, bound)) for bound in rest]
+        return sorted((one for one in [*found, *tried] if one), key=lambda one: one.bound)
 
     def best_split(self, fits: Callable[[Topology], bool]) -> Candidate:
         """The fastest split at the given bound."""
         self._until, best = self._end, self.given
-        waiting = [(self._least_pace(one), one) for one in splits(self._world.topology)]
-        for least, topology in sorted(waiting, key=lambda pair: pair[0]):
+        for least, split in sorted(self._promising(), key=lambda pair: pair[0]):
             if least * (1.0 + CLOSE) >= best.pace:
                 break
-            if topology == self._world.topology or not fits(topology):
-                continue
             if self._over():
                 self.ended_early = True
                 break
+            topology = with_split(self._world.topology, split)
+            if not fits(topology):
+                continue
             found = self.tried(topology)
-            if found is not None and found.beats(best):
+            if found is None:
+                self.ended_early = True
+                break
+            if found.beats(best):
                 best = found
         return best
 
-    def _least_pace(self, topology: Topology) -> float:
+    def _promising(self) -> Iterator[tuple[float, dict[str, int]]]:
+        """Other splits that the work does not forbid to be faster, with what it allows. There may
+        be millions to go through."""
+        given = split_of(self._world.topology)
+        for split in splits(self._world.topology):
+            if self._over():
+                self.ended_early = True
+                return
+            least = self._least_pace(given, split)
+            if split != given and least * (1.0 + CLOSE) < self.given.pace:
+                yield least, split
+
+    def _least_pace(self, before: Mapping[str, int], after: Mapping[str, int]) -> float:
         """What the work allows, laid to other numbers of engines."""
-        before, after = split_of(self._world.topology), split_of(topology)
         outcome = self.given.outcome
         least = max(
             seconds * before[pool] / after[pool] if pool in before else seconds
@@ -156,9 +169,13 @@ def search(
     given world itself. `fits` says whether a topology has room on its machines. Raises what
     `simulate` raises."""
     searcher = _Searcher(world, most_steps, seconds, clock)
-    bounds = searcher.with_bounds(searcher.given, BOUNDS_SHARE)
+    bounds = searcher.with_bounds([searcher.given], BOUNDS_SHARE)
     split = searcher.best_split(fits)
-    tried = bounds if split is searcher.given else searcher.with_bounds(split)
+    if split is searcher.given:  # time that no split has taken is for the bounds that are left
+        bounds = tried = searcher.with_bounds(bounds)
+    else:
+        tried = searcher.with_bounds([split])
+    wanted = len({*BOUNDS, split.bound})
     fitting = [one for one in tried if one is split or fits(one.topology)]
     return Search(
         given=searcher.given,
@@ -166,7 +183,7 @@ def search(
         best=_best(fitting),
         simulations=searcher.simulations,
         steps=searcher.steps,
-        ended_early=searcher.ended_early,
+        ended_early=searcher.ended_early or min(len(bounds), len(tried)) < wanted,
     )
 
 

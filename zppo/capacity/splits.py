@@ -3,7 +3,7 @@ same processes on the same devices, each pool with at least one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations, pairwise
 
 from msgspec import structs
@@ -18,18 +18,35 @@ def split_of(topology: Topology) -> dict[str, int]:
     return {one.pool: one.actor.count for one in _pools(topology)}
 
 
-def splits(topology: Topology) -> Iterator[Topology]:
-    """The topology with every way to share its engine processes out, the given one among them.
+def splits(topology: Topology) -> Iterator[dict[str, int]]:
+    """Every way to share its engine processes out, as `split_of` has it, the given one among them.
     Where some run on a CPU and others on cards, none can do the work of another: only the given
     one."""
-    pools, places = _pools(topology), _places(topology)
+    given, places = split_of(topology), _places(topology)
     kinds = {device.partition(":")[0] for device in places}
-    if len(kinds) > 1 or len(pools) == 1:
-        yield topology
+    if len(kinds) > 1 or len(given) == 1:
+        yield given
         return
-    for cuts in combinations(range(1, len(places)), len(pools) - 1):
-        counts = [high - low for low, high in pairwise([0, *cuts, len(places)])]
-        yield _with_counts(topology, counts)
+    for cuts in combinations(range(1, len(places)), len(given) - 1):
+        counts = (high - low for low, high in pairwise([0, *cuts, len(places)]))
+        yield dict(zip(given, counts, strict=True))
+
+
+def with_split(topology: Topology, split: Mapping[str, int]) -> Topology:
+    """The topology with its engine processes shared out so."""
+    places, actors = _places(topology), topology.actors
+    more = list(topology.more_teachers)
+    for one in _pools(topology):
+        count = split[one.pool]
+        devices, places = places[:count], places[count:]
+        actor = _with_devices(one.actor, devices)
+        if one.role == "rollout":
+            actors = structs.replace(actors, rollout=actor)
+        elif one.index == 0:
+            actors = structs.replace(actors, teacher=actor)
+        else:
+            more[one.index - 1] = structs.replace(more[one.index - 1], actor=actor)
+    return structs.replace(topology, actors=actors, more_teachers=more)
 
 
 def changes(before: Topology, after: Topology) -> list[str]:
@@ -54,23 +71,6 @@ def _pools(topology: Topology) -> list[ServedModel]:
 def _places(topology: Topology) -> list[str]:
     """The device of each engine process, in the order of their pools."""
     return [one.device(i) for one in _pools(topology) for i in range(one.actor.count)]
-
-
-def _with_counts(topology: Topology, counts: list[int]) -> Topology:
-    if counts == list(split_of(topology).values()):
-        return topology
-    places, actors = _places(topology), topology.actors
-    more = list(topology.more_teachers)
-    for one, count in zip(_pools(topology), counts, strict=True):
-        devices, places = places[:count], places[count:]
-        actor = _with_devices(one.actor, devices)
-        if one.role == "rollout":
-            actors = structs.replace(actors, rollout=actor)
-        elif one.index == 0:
-            actors = structs.replace(actors, teacher=actor)
-        else:
-            more[one.index - 1] = structs.replace(more[one.index - 1], actor=actor)
-    return structs.replace(topology, actors=actors, more_teachers=more)
 
 
 def _with_devices(actor: ActorConfig, devices: list[str]) -> ActorConfig:

@@ -201,6 +201,9 @@ class TeacherConfig(ModelConfig, frozen=True, kw_only=True):
 
 
 Batches: TypeAlias = Literal["windows", "filled"]
+LAG = 2
+"""What is made of a plain group may be trained so many times the steps later that tokens may be
+old."""
 
 
 class SchedulerConfig(Config, frozen=True, kw_only=True):
@@ -225,6 +228,11 @@ class SchedulerConfig(Config, frozen=True, kw_only=True):
     """a task goes to another actor when its holder made no progress for so long"""
     max_attempts: Positive = 5
     """tries of one task before the run stops"""
+
+    @property
+    def lag(self) -> int:
+        """With filled batches: so many steps after its own a window is settled at the latest."""
+        return LAG * (self.max_staleness + 1)
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):

@@ -143,8 +143,8 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
     replayed = recipe.replayed(new)
     reformulated = recipe.reformulated(new, new + replayed) if method.reformulations else 0
     others = replayed + reformulated
-    if scheduler.batches == "filled":  # those that are due come on top
-        others *= scheduler.max_staleness + 1
+    if scheduler.batches == "filled" and scheduler.max_staleness > 0:
+        others *= scheduler.lag + 1  # those of all windows that are not settled may be due at once
     responses = (new + others) * topology.method.group_size
     per_token = BYTES_PER_TOKEN
     teacher = topology.teacher

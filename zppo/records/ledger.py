@@ -39,6 +39,9 @@ say) has one row of kind `none`, so every trained step has a row. `window` is th
 question was opened in. `settled` are the windows of which the scheduler says that nothing is left
 to train, with the step that trained the last of it."""
 
+SETTLED_IN_ORDER = "INSERT INTO settled SELECT window, MAX(step) FROM trained GROUP BY window;"
+"""Fills the table from what was trained while each step trained one window."""
+
 _GROUPS_TRAINED_TWICE = """
 SELECT COUNT(*) FROM (SELECT 1 FROM trained GROUP BY question_id, window, kind HAVING COUNT(*) > 1)
 """
@@ -102,11 +105,6 @@ def journal_counts(connection: sqlite3.Connection) -> JournalCounts:
 def has_table(connection: sqlite3.Connection, name: str) -> bool:
     """False in the journal of a version that did not know of it."""
     return connection.execute(_HAS_TABLE, (name,)).fetchone() is not None
-
-
-def settle_in_order(connection: sqlite3.Connection) -> None:
-    """Fill the table of settled windows from what was trained while each step trained one."""
-    connection.execute("INSERT INTO settled SELECT window, MAX(step) FROM trained GROUP BY window")
 
 
 class Spending(NamedTuple):

@@ -36,6 +36,8 @@ class RolloutRow(Struct, kw_only=True):
 
     step: int
     window: int
+    """That in which its question was visited; a filled batch holds groups of several, and what was
+    made of a plain group may stand in a later step than that."""
     question_id: str
     question: str
     gold: str
@@ -43,7 +45,7 @@ class RolloutRow(Struct, kw_only=True):
     """`new` from the corpus or `replay` from the buffer."""
     outcome: str
     """What the buffer did with the question after this visit: `admitted`, `kept`, `graduated` or
-    `none`."""
+    `none`; in the step that trained its plain group, `none` in a later one."""
     question_accuracy: float
     """r̄ of the plain group of this visit."""
     group_id: str
@@ -106,9 +108,7 @@ def write_step(
     import pyarrow.parquet as parquet
 
     parts = [
-        part
-        for visit in window.visits
-        for part in _visit_columns(visit, step, window.index, outcome, trained)
+        part for visit in window.visits for part in _visit_columns(visit, step, outcome, trained)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
@@ -166,17 +166,17 @@ def _to_table(parts: Sequence[Columns]) -> Any:
 
 
 def _visit_columns(
-    visit: Visit, step: int, window: int, outcome: Mapping[str, str], trained: Members
+    visit: Visit, step: int, outcome: Mapping[str, str], trained: Members
 ) -> Iterator[Columns]:
     question = visit.question
     shared = {
         "step": step,
-        "window": window,
+        "window": visit.window,
         "question_id": question.id,
         "question": question.text,
         "gold": shown_gold(question.answer, question.grader),
         "origin": visit.origin,
-        "outcome": outcome.get(question.id, "none"),
+        "outcome": "none" if visit.late else outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
     }
     if not visit.late:

@@ -74,16 +74,17 @@
     const facts = ` step ${visit.step} · ${ORIGINS[visit.origin] || visit.origin} · plain ${score(plain(visit))}`;
     const outcome = ` · ${OUTCOMES[visit.outcome] || visit.outcome}`;
     const summary = make("summary", "", `Visit ${index + 1} `, make("span", "", facts + outcome));
-    const node = make("details", "visit", null, summary, make("div", "body", null, ...visit.groups.map(groupView)));
+    const node = make("details", "visit", null, summary, make("div", "body", null, ...visit.groups.map((group) => groupView(group, visit))));
     node.open = true;
     return node;
   }
 
   const TITLES = { plain: "The student, on the plain prompt", teacher: "The teacher" };
 
-  function groupView(group) {
+  function groupView(group, visit) {
     const name = TITLES[group.kind] || `${group.kind.toUpperCase()} prompt, as the student saw it`;
-    const node = make("div", "", null, make("h4", "", name, make("span", "", ` · ${score(group)} right`)));
+    const later = group.step === visit.step ? "" : ` · with step ${group.step}`;
+    const node = make("div", "", null, make("h4", "", name, make("span", "", ` · ${score(group)} right${later}`)));
     if (group.kind === "plain" || group.kind === "teacher") {
       const prompt = make("details", "fold", null, make("summary", "", "the prompt"), make("pre", "", group.prompt));
       node.append(answers(group), prompt);

@@ -43,12 +43,16 @@ class Rollout(Struct, kw_only=True):
 
 class GroupView(Struct, kw_only=True):
     kind: str
+    step: int
     prompt: str
     candidates: list[dict[str, Any]]
     rollouts: list[Rollout] = field(default_factory=list)
 
 
 class VisitView(Struct, kw_only=True):
+    """`step` trained its plain group."""
+
+    window: int
     step: int
     origin: str
     outcome: str
@@ -162,7 +166,8 @@ def _collect(
 def _add_row(
     views: dict[str, QuestionView], row: Mapping[str, Any], fates: Mapping[str, tuple[str, str]]
 ) -> None:
-    """Rows come in step order and, within a step, group by group."""
+    """Rows come in step order and, within a step, group by group; those of a visit that are trained
+    in a later step than its plain group join it."""
     name = row["question_id"]
     if name not in views:
         fate, entry = fates.get(name, ("never admitted", None))
@@ -170,13 +175,18 @@ def _add_row(
             id=name, text=cut(row["question"]), gold=cut(row["gold"]), fate=fate, entry=entry
         )
     visits = views[name].visits
-    if not visits or visits[-1].step != row["step"]:
-        visits.append(_visit(row))
-    groups = visits[-1].groups
+    visit = next((one for one in reversed(visits) if one.window == row["window"]), None)
+    if visit is None:
+        if row["kind"] != "plain":
+            return  # somebody removed the file that its plain group was in
+        visit = _visit(row)
+        visits.append(visit)
+    groups = visit.groups
     if not groups or groups[-1].kind != row["kind"]:
         groups.append(
             GroupView(
                 kind=row["kind"],
+                step=row["step"],
                 prompt=cut(row["prompt"]),
                 candidates=_candidates(row["candidates"]),
             )
@@ -187,7 +197,11 @@ def _add_row(
 def _visit(row: Mapping[str, Any]) -> VisitView:
     accuracy = round(row["question_accuracy"], 4)
     return VisitView(
-        step=row["step"], origin=row["origin"], outcome=row["outcome"], accuracy=accuracy
+        window=row["window"],
+        step=row["step"],
+        origin=row["origin"],
+        outcome=row["outcome"],
+        accuracy=accuracy,
     )
 
 

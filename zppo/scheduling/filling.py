@@ -15,7 +15,7 @@ But a step takes finished groups of any window. The invariants:
 - a visit is trained once, whole, or its plain group first and what was made of it in a later step.
   Where its groups only count together (dynamic sampling, a composer that looks at all of them, the
   teacher's scores) it is trained whole;
-- a window is settled at most `LAG` · (max_staleness + 1) steps after its own: that step waits for
+- a window is settled at most 2 · (max_staleness + 1) steps after its own: that step waits for
   the rest of it. Where the teacher cannot keep up, so many steps of plain groups run ahead of it;
 - a step behind which no window is open takes all that is left, and waits for it: the last one, or
   one before a window whose questions are still in flight.
@@ -37,13 +37,11 @@ from msgspec import Struct, structs
 from zppo.algorithm.composition import student_groups
 from zppo.algorithm.steps import Recipe, is_hard
 from zppo.algorithm.window import EVALUATE, PLAIN, Group, Visit, Window
+from zppo.config.topology import SchedulerConfig
 from zppo.scheduling.dispatch import Job
 from zppo.scheduling.jobs import ROLLOUT_POOL
 from zppo_protocol.messages import GenerateTask
 
-LAG = 2
-"""What is made of a plain group may be trained so many times the steps later that tokens may be
-old."""
 NEVER = int(np.iinfo(np.int32).max)
 """The version of what has no tokens: it is never stale."""
 
@@ -169,15 +167,14 @@ class Filled:
         windows: dict[int, Window],
         missing: dict[int, set[str]],
         recipe: Recipe,
-        max_staleness: int,
+        config: SchedulerConfig,
         *,
         scored: bool,
     ) -> None:
         """`scored`: the teacher's scores are needed, which are asked for once a window is
         composed."""
         self._windows, self._missing, self._recipe = windows, missing, recipe
-        self._bound, self._scored = max_staleness, scored
-        self._lag = LAG * (max_staleness + 1)
+        self._bound, self._lag, self._scored = config.max_staleness, config.lag, scored
         composer = recipe.method.composer
         self._together = scored or recipe.dynamic_sampling or composer is not student_groups
         self._sizes: dict[int, int] = {}
@@ -246,13 +243,19 @@ class Filled:
         """Whether all of a visit has come that will."""
         if self._scored and not whole(window, self._missing):
             return False
-        undecided = window.phase in ("plain", "selected") and self._recipe.method.reformulations
-        if not visit.plain.done or (undecided and is_hard(visit, self._recipe)):
+        if not visit.plain.done or (self._undecided(window) and is_hard(visit, self._recipe)):
             return False
         rewritten = (reformulation.group for reformulation in visit.reformulations)
         return all(group.done for group in visit.teacher_groups()) and all(
             group is not None and group.done for group in rewritten
         )
+
+    def _undecided(self, window: Window) -> bool:
+        """Whether more may still be made of the window's hard questions."""
+        method = self._recipe.method
+        if window.phase == "plain" and method.teacher_draws == "selected":
+            return True
+        return window.phase in ("plain", "selected") and bool(method.reformulations)
 
     # ---- the next batch --------------------------------------------------------------------------
 

@@ -126,9 +126,7 @@ class Scheduler:
         self.filling: Filling = InOrder(self.windows, self.missing)
         if self.batches == "filled":
             scored = method.needs_scores and self.jobs.scores_remotely
-            self.filling = Filled(
-                self.windows, self.missing, self.recipe, config.max_staleness, scored=scored
-            )
+            self.filling = Filled(self.windows, self.missing, self.recipe, config, scored=scored)
         self._step_seconds = 0.0
         self._bounds = bounds or {}
         for window in state.windows:

@@ -6,6 +6,7 @@ All times are in seconds of the virtual clock, all lengths in tokens.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 from msgspec import Meta, field, structs
@@ -36,23 +37,38 @@ class Curve(Measured, frozen=True, kw_only=True):
     by one token: `fixed` + `per_sequence` · n.
 
     Measured `points` (n, seconds), in ascending n, take the place of the line: between them it is
-    straight, before the first it is flat, after the last it goes on as between the last two.
+    straight, before the first it is flat, after the last it goes on as between the last two, but
+    does not fall.
     """
 
     fixed: NonNegativeFloat = 0.0
     per_sequence: NonNegativeFloat = 0.0
     points: tuple[tuple[Positive, PositiveFloat], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a curve that is none."""
+        line = self.fixed + self.per_sequence
+        if bool(self.points) == (line > 0.0):
+            raise ValueError(
+                "a curve needs points: [[running sequences, seconds], …], or fixed and "
+                "per_sequence, of which one is above 0; not both"
+            )
+        for (low, _), (high, _) in pairwise(self.points):
+            if low >= high:
+                raise ValueError(
+                    f"points: {low} is followed by {high}; list each number of running sequences "
+                    "once, in ascending order"
+                )
+
     def seconds(self, running: int) -> float:
         if not self.points:
             return self.fixed + self.per_sequence * running
         if running <= self.points[0][0] or len(self.points) == 1:
             return self.points[0][1]
-        for (low, before), (high, after) in zip(self.points, self.points[1:], strict=False):
-            slope = (after - before) / (high - low)
+        for (low, before), (high, after) in pairwise(self.points):
             if running <= high:
-                break
-        return before + slope * (running - low)
+                return before + (after - before) / (high - low) * (running - low)
+        return after + max(0.0, after - before) / (high - low) * (running - high)
 
     def best_rate(self, slots: int) -> float:
         """Most tokens a second with up to `slots` sequences."""

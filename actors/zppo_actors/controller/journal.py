@@ -16,6 +16,7 @@ from pathlib import Path
 from zppo.records.ledger import (
     JOURNAL,
     JOURNAL_SCHEMA,
+    SETTLED_IN_ORDER,
     JournalCounts,
     Spending,
     aside_of,
@@ -25,7 +26,6 @@ from zppo.records.ledger import (
     has_table,
     journal_counts,
     set_first_step,
-    settle_in_order,
     spent,
 )
 
@@ -53,9 +53,9 @@ class Journal:
         before = has_table(self._connection, "trained") and not has_table(
             self._connection, "settled"
         )
-        self._connection.executescript(JOURNAL_SCHEMA)
-        if before:
-            settle_in_order(self._connection)
+        # As a whole: a table of settled windows that is not filled would vouch for nothing.
+        filled = SETTLED_IN_ORDER if before else ""
+        self._connection.executescript(f"BEGIN IMMEDIATE; {JOURNAL_SCHEMA} {filled} COMMIT;")
         if problem is not None:
             set_first_step(self._connection, start_step)
 
@@ -106,11 +106,16 @@ class Journal:
 
     def roll_back(self, step: int) -> None:
         """On resume from the checkpoint before `step`: forget what the lost policy had trained and
-        was asked for."""
+        was asked for; not of a window of which a part is trained before."""
         with _transaction(self._connection):
             self._connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
             self._connection.execute("DELETE FROM settled WHERE step >= ?", (step,))
-            self._connection.execute("DELETE FROM dispatched WHERE window >= ?", (step,))
+            self._connection.execute(
+                "DELETE FROM dispatched WHERE window >= ? AND NOT EXISTS (SELECT 1 FROM trained "
+                "WHERE trained.question_id = dispatched.question_id "
+                "AND trained.window = dispatched.window)",
+                (step,),
+            )
             set_first_step(self._connection, min(step, first_step(self._connection)))
 
     def count(self, event: str) -> int:

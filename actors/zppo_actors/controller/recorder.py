@@ -110,8 +110,10 @@ class Recorder:
         self.totals[f"{SPENT_PREFIX}tokens/{kind}"] += tokens
 
     def opened(self, window: Window) -> None:
+        """A new window, or a restored one. What is trained of it is in the journal, or was before
+        this one began."""
         with self.journal.together():
-            for visit in window.visits:
+            for visit in window.plain_visits:
                 if visit.origin == "new":
                     self.journal.record_dispatched(visit.question.id, window.index, visit.epoch)
 

@@ -17,8 +17,10 @@ from worlds import topology
 
 from zppo import plan_command
 from zppo.capacity.calibration_file import read_calibration
+from zppo.capacity.measuring import calibration_folder
 from zppo.config.topology import Topology
 from zppo.simulation import Accuracies
+from zppo_actors import runtime
 from zppo_actors.calibrator.training import Windows
 
 ROOT = Path(__file__).parents[3]
@@ -110,7 +112,23 @@ def test_ctrl_c_ends_everything(runtime_base: Path, tmp_path: Path) -> None:
     assert (process.returncode, out, error) == (130, "", "zppo plan: stopped\n")
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive and not os.listdir(tmp_path)
-    assert not list(runtime_base.glob("zppo-calibrate-*"))
+    assert not list(runtime_base.glob("*zppo-*"))
+
+
+def test_the_weights_of_a_killed_calibration_are_taken_away_by_the_next_run(
+    runtime_base: Path,
+) -> None:
+    with calibration_folder() as folder:
+        assert runtime.sweep() == [] and folder.is_dir()
+    assert not list(runtime_base.iterdir())
+    code = (
+        "import os, signal; from zppo.capacity.measuring import calibration_folder\n"
+        "with calibration_folder() as folder:\n"
+        "    (folder / 'weights').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == -signal.SIGKILL
+    [left] = runtime_base.iterdir()
+    assert runtime.sweep() == [left] and not list(runtime_base.iterdir())
 
 
 def made(**sections: object) -> Topology:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,8 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo.algorithm.window import Group, Visit, Window
+from zppo.data.question import Question
 from zppo.records.ledger import read_ledger
 from zppo_actors.controller.journal import Journal, TrainedRow
+from zppo_actors.controller.recorder import Recorder
+from zppo_protocol.values import ChatMessage, Prompt
+
+prompt = Prompt(messages=[ChatMessage(role="user", content="what?")])
 
 
 def row(question: str, kind: str = "plain", origin: str = "new", window: int = 0) -> TrainedRow:
@@ -107,6 +114,28 @@ def test_a_journal_of_before_windows_were_settled_one_by_one_counts_on(tmp_path:
     journal.close()
 
 
+def test_a_journal_is_brought_up_to_date_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the disk is full when half of it is done; what is on it then is the copy."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    journal = Journal(run)
+    journal.record_trained(0, [row("a")], [0])
+    journal.close()
+    with sqlite3.connect(run / "journal.sqlite") as connection:
+        connection.execute("DROP TABLE settled")
+    with monkeypatch.context() as patch:
+        patch.setattr("zppo_actors.controller.journal.SETTLED_IN_ORDER", "INSERT INTO full;")
+        with pytest.raises(sqlite3.OperationalError):
+            Journal(run)
+    shutil.copytree(run, copy)
+    journal = Journal(copy)
+    with sqlite3.connect(copy / "journal.sqlite") as connection:
+        assert connection.execute("SELECT * FROM settled").fetchall() == [(0, 0)]
+    journal.close()
+
+
 def test_roll_back_forgets_later_steps_and_dispatches(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for window in range(3):
@@ -118,6 +147,45 @@ def test_roll_back_forgets_later_steps_and_dispatches(tmp_path: Path) -> None:
     journal.record_trained(1, [row("q1", window=1)], [1])
     assert journal.counts() == (0, 0)
     journal.close()
+
+
+def test_a_window_of_which_a_part_is_trained_is_opened_again(tmp_path: Path) -> None:
+    """By a resumed controller with its journal, and with one that had to be begun anew."""
+    visits = [
+        Visit(
+            question=q,
+            origin="new",
+            epoch=1,
+            plain=Group(id=f"5/{q.id}/plain", kind="plain", prompt=prompt),
+        )
+        for q in [Question(id=name, text="what?", answer="0") for name in ("q0", "q1")]
+    ]
+    window = Window(index=5, visits=visits)
+    journal = Journal(tmp_path)
+    opened(journal, window)
+    journal.record_trained(1, [row("q0", window=2)], [])
+    journal.record_dispatched("q0", 2, epoch=0)
+    journal.record_trained(3, [row("q0", window=5)], [])
+    journal.roll_back(4)
+    visits[0].trained = "plain"
+    opened(journal, window)
+    journal.record_trained(4, [row("q0", "bcq", window=5), row("q1", window=5)], [5])
+    assert journal.counts() == (0, 0), "q0 is new once in each pass"
+    journal.close()
+    (tmp_path / "journal.sqlite").unlink()
+    journal = Journal(tmp_path, start_step=4)
+    journal.roll_back(4)
+    opened(journal, window)
+    journal.record_trained(4, [row("q1", window=5)], [5])
+    assert journal.counts() == (0, 0), "q0 was trained before this journal"
+    journal.close()
+
+
+def opened(journal: Journal, window: Window) -> None:
+    """As a controller does it."""
+    recorder = object.__new__(Recorder)
+    recorder.journal = journal
+    recorder.opened(window)
 
 
 def test_events_are_kept_in_order_across_openings(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from recorded_worlds import Recording
 from worlds import topology
 
+from zppo.capacity.engine_curve import EngineRecord, Job, engines_of
 from zppo.capacity.recorded import Recorded, read_recorded
 from zppo.errors import UserError
 from zppo.records.timeline import decoded, encoded, thinned
@@ -190,3 +191,15 @@ def test_a_run_that_does_not_tell_enough(
     with pytest.raises(UserError) as told:
         read_recorded(copied)
     assert str(told.value).replace(str(copied), "RUN") == sentence
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        EngineRecord([Job(0.0, 1.0, 2, (3, 4))], [(0.0, 1.0)]),
+        EngineRecord([Job(0.0, 1.0, 2, (0, 0))], []),
+    ],
+    ids=["while weights were loaded", "empty responses"],
+)
+def test_an_engine_that_was_never_seen_to_run_has_no_speed(record: EngineRecord) -> None:
+    assert engines_of([record], 8, 0.0) is None

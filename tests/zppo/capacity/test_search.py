@@ -8,7 +8,7 @@ import pytest
 from worlds import topology
 
 from zppo.capacity.search import search
-from zppo.capacity.splits import changes, split_of, splits
+from zppo.capacity.splits import changes, split_of, splits, with_split
 from zppo.config.topology import Topology
 from zppo.simulation import Accuracies, Curve, Engines, Lengths, Speeds, TrainerSpeed, World
 
@@ -40,6 +40,16 @@ def world(one: Topology, student_step: float, teacher_step: float) -> World:
 def clock_of(step: float):  # type: ignore[no-untyped-def]
     ticks = count()
     return lambda: next(ticks) * step
+
+
+class Looks:
+    """A clock on which a second passes with every look at it."""
+
+    count = 0
+
+    def __call__(self) -> float:
+        self.count += 1
+        return float(self.count)
 
 
 @pytest.mark.slow
@@ -80,6 +90,27 @@ def test_when_its_time_is_over_the_given_plan_is_there_all_the_same() -> None:
     assert [candidate.bound for candidate in found.bounds] == [1]
 
 
+def test_time_that_other_splits_do_not_need_is_for_the_bounds_that_are_left() -> None:
+    """Two engines, so there is no other split."""
+    one, looks = made(1, 1), Looks()
+    whole = search(world(one, 0.1, 0.001), 6, 1e9, looks)
+    found = search(world(one, 0.1, 0.001), 6, 1.5 * looks.count, Looks())
+    assert [candidate.bound for candidate in found.bounds] == [0, 1, 2, 4, 8]
+    assert not found.ended_early and found.simulations == whole.simulations
+
+
+def test_millions_of_splits_do_not_outlast_the_time() -> None:
+    """More of them than could be looked at: each look at the clock is a second."""
+    many = topology(
+        scheduler={"max_staleness": 0, "new_questions": 4},
+        actors={"rollout": {"count": 150}, "teacher": {"count": 1}, "grader": {"count": 1}},
+        more_teachers=[{"model": f"t{i}", "actor": {"count": 1}} for i in range(4)],
+    )
+    looks = Looks()
+    found = search(world(many, 0.001, 0.1), 1, 1000.0, looks)
+    assert found.ended_early and looks.count < 1010
+
+
 def test_splits_keep_every_process_on_its_device() -> None:
     cards = made(2, 2, devices=["cuda:0", "cuda:1"])
     devices = {"teacher": ["cuda:2", "cuda:3"]}
@@ -90,13 +121,14 @@ def test_splits_keep_every_process_on_its_device() -> None:
         }
     )
     found = list(splits(cards))
-    assert [split_of(one) for one in found] == [
+    assert found == [
         {"rollout": 1, "teacher": 3},
         {"rollout": 2, "teacher": 2},
         {"rollout": 3, "teacher": 1},
     ]
-    assert found[1] is cards
-    assert changes(cards, found[2]) == [
+    assert found[1] == split_of(cards) and changes(cards, with_split(cards, found[1])) == []
+    assert [split_of(with_split(cards, one)) for one in found] == found
+    assert changes(cards, with_split(cards, found[2])) == [
         "actors.rollout.count=3",
         "actors.rollout.devices=[cuda:0, cuda:1, cuda:2]",
         "actors.teacher.count=1",
@@ -106,7 +138,7 @@ def test_splits_keep_every_process_on_its_device() -> None:
 
 def test_a_cpu_engine_does_not_do_the_work_of_a_card() -> None:
     mixed = made(2, 2, devices=["cuda:0", "cuda:1"])
-    assert list(splits(mixed)) == [mixed]
+    assert list(splits(mixed)) == [{"rollout": 2, "teacher": 2}]
 
 
 def test_a_teacher_behind_a_server_has_no_share_of_the_machines() -> None:
@@ -117,4 +149,4 @@ def test_a_teacher_behind_a_server_has_no_share_of_the_machines() -> None:
             "teacher": {"engine": "openai", "engine_args": {"base_url": "http://t/v1"}},
         },
     )
-    assert list(splits(served)) == [served] and split_of(served) == {"rollout": 3}
+    assert list(splits(served)) == [{"rollout": 3}] == [split_of(served)]

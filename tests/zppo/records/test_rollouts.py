@@ -96,6 +96,18 @@ def test_outcomes_default_to_none(window: Window, tmp_path: Path) -> None:
     }
 
 
+def test_a_late_part_has_the_window_of_its_visit_and_no_outcome(
+    window: Window, tmp_path: Path
+) -> None:
+    late = window.visits[0]
+    late.trained = "plain"
+    batch = Window(index=9, visits=[late])
+    path = rollouts.write_step(tmp_path, 9, batch, {late.question.id: "kept"}, set())
+    rows = [msgspec.convert(row, RolloutRow) for row in rollouts.read_step(path)]
+    assert {row.kind for row in rows} == {"teacher", "bcq", "ncq"}
+    assert {(row.step, row.window, row.outcome) for row in rows} == {(9, window.index, "none")}
+
+
 def test_a_reformulation_cut_by_the_cap_has_no_rows(window: Window, tmp_path: Path) -> None:
     window.visits[0].reformulations[1].group = None
     assert "ncq" not in {row.kind for row in rows_of(window, tmp_path)}

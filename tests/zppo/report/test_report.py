@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html.parser
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
 from zppo.report.page import digest, render_page
+from zppo.scheduling.filling import plain_part
 from zppo_protocol.values import Grade
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 & \\boxed{7}"
@@ -250,9 +252,42 @@ def test_visits_of_a_question_are_gathered_in_step_order(
 ) -> None:
     run_dir = fake_run(steps=0)
     for step in (9, 2, 11):
-        write_window(run_dir, window, step)
+        write_window(run_dir, _moved(window, step), step)
     data = browser.browser_data(load.load_run(run_dir))
     assert [visit.step for visit in data.questions[0].visits] == [2, 9, 11]
+
+
+def test_what_is_trained_later_is_shown_with_its_visit(
+    fake_run: Callable[..., Path], window: Window
+) -> None:
+    """A filled batch holds the rewritten prompts of one visit of a question beside another visit of
+    the same question; and somebody has removed the file with the plain group of a third."""
+    run_dir, first = fake_run(steps=0), _moved(window, 3)
+    early, late = plain_part(first.visits[0]), first.visits[0]
+    late.trained = "plain"
+    again, orphan = _moved(window, 5).visits[0], _moved(window, 1).visits[0]
+    again.origin, orphan.trained = "replay", "plain"
+    write_window(run_dir, Window(index=4, visits=[early]), 4)
+    write_window(run_dir, Window(index=6, visits=[orphan, late, again]), 6)
+    [question] = browser.browser_data(load.load_run(run_dir)).questions
+    assert [
+        (visit.step, visit.origin, visit.outcome, [(g.kind, g.step) for g in visit.groups])
+        for visit in question.visits
+    ] == [
+        (4, "new", "admitted", [("plain", 4), ("teacher", 6), ("bcq", 6), ("ncq", 6)]),
+        (6, "replay", "admitted", [("plain", 6), ("teacher", 6), ("bcq", 6), ("ncq", 6)]),
+    ]
+    assert {len(g.rollouts) for visit in question.visits for g in visit.groups} == {8, 4}
+
+
+def _moved(window: Window, index: int) -> Window:
+    """The same as another window of the run."""
+    moved = copy.deepcopy(window)
+    moved.index = index
+    for visit in moved.visits:
+        for group in (*visit.student_groups(), *visit.teacher_groups()):
+            group.id = f"{index}/{group.id.partition('/')[2]}"
+    return moved
 
 
 @pytest.mark.slow

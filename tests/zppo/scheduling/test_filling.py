@@ -22,7 +22,9 @@ from random_worlds import random_topology, random_world
 from reference import METHODS
 from worlds import PROMPTS, World, questions, topology
 
+from zppo.algorithm.composition import with_teacher_response
 from zppo.algorithm.methods import get_method, method_names
+from zppo.algorithm.methods.base import Method
 from zppo.algorithm.window import Group, Visit, Window
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
@@ -367,6 +369,52 @@ def test_after_a_redraw_nothing_is_left_of_what_was_not_trained() -> None:
         assert isinstance(message, GenerateTask)
         assert message.seed != seed_of(config.run.seed, message.task_id)
     run_to_its_end(world)
+
+
+def test_a_window_whose_scores_were_there_is_scored_anew_after_a_redraw() -> None:
+    """One of its questions is trained; the trainer died twice on another."""
+    config = topology(
+        method={"name": "on_distill", "group_size": 2},
+        teacher={"model": "teacher", "scoring": "remote"},
+        scheduler={"new_questions": 3, "max_staleness": 1, "batches": "filled"},
+    )
+    world = World(config, questions(12), seed=4)
+    while not world.scheduler.ready(0):
+        world.turn()
+    state = codec.loads(codec.dumps(world.scheduler.state()), SchedulerState)
+    [window] = [window for window in state.windows if window.index == 0]
+    window.visits[0].trained = "all"
+    method = get_method("on_distill")
+    again = Scheduler(config, method, world.corpus, [], PROMPTS, state, redraws={0: 1})
+    assert again.missing[0] == {visit.plain.id for visit in window.visits[1:]}
+    assert again.windows[0].visits[0].scores and not again.windows[0].visits[1].scores
+    world.scheduler, world.shipped = again, None
+    world.join_all()
+    while not again.ready(0):
+        world.turn()
+    assert all(visit.scores for visit in again.windows[0].visits)
+
+
+def test_a_hard_question_waits_for_the_choice_of_those_that_the_teacher_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A method of a user's that asks the teacher about the hardest and rewrites nothing."""
+    method = Method(
+        name="chosen",
+        title="Chosen",
+        summary="The teacher's response to the hardest questions.",
+        teacher_draws="selected",
+        composer=with_teacher_response,
+        teacher_tokens=True,
+    )
+    monkeypatch.setattr("worlds.get_method", lambda name: method)
+    config = topology(
+        method={"group_size": 2, "teacher_group_size": 4, "hard_threshold": 1.0},
+        scheduler={"new_questions": 3, "max_staleness": 2, "batches": "filled", "rho_aug": 1.0},
+    )
+    world = World(config, questions(30), seed=4, rewards=lambda name, n: [0.0] * n).run()
+    visits = [visit for step in world.steps for visit in step.window.visits]
+    assert len(visits) == 30 and all(visit.selected and visit.teacher for visit in visits)
 
 
 def test_waiting_says_what_for() -> None:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import topology
 
+from zppo.algorithm.methods import get_method
 from zppo.errors import UserError
+from zppo.plan import make
 from zppo.scheduling.dispatch import Job
 from zppo.simulation import (
     Accuracies,
@@ -147,6 +149,12 @@ def test_points_of_a_curve_are_joined() -> None:
     assert curve.best_rate(4) == pytest.approx(2.0)
 
 
+def test_a_curve_does_not_fall_past_its_last_point() -> None:
+    curve = Curve(points=((1, 3.0), (8, 1.0)))
+    assert [curve.seconds(n) for n in (1, 8, 64)] == [3.0, 1.0, 1.0]
+    assert curve.best_rate(64) == 64.0
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -211,6 +219,34 @@ def test_patience_ends_a_simulation() -> None:
     looks = iter([False] * 50)
     with pytest.raises(OutOfTime):
         simulate(world(1), 4, out_of_time=lambda: next(looks, True))
+
+
+def test_no_filled_batch_is_larger_than_planned() -> None:
+    """The teacher is so slow that all that it was asked for is left for the last step."""
+    one = topology(
+        method={"group_size": 2, "teacher_group_size": 2},
+        scheduler={
+            **{"new_questions": 4, "max_staleness": 1, "batches": "filled"},
+            **{"rho_aug": 1.0, "rho_replay": 0.0},
+        },
+    )
+    world = World(
+        topology=one,
+        speeds=Speeds(
+            rollout=Engines(slots=64, curve=Curve(fixed=0.01)),
+            teachers=(Engines(slots=2, curve=Curve(fixed=1.0)),),
+            trainer=TrainerSpeed(fixed=0.1, tokens_per_second=1e5),
+        ),
+        lengths=Lengths(values=(20,)),
+        accuracies=Accuracies(values=(0.2,)),
+        corpus=4 * 12,
+        ends=True,
+    )
+    steps = simulate(world, 12).steps
+    planned = make._windows(one, get_method("zppo"), 4 * 12)
+    bytes_of_a_group = 2 * one.student.sampling.max_new_tokens * make.BYTES_PER_TOKEN
+    largest = max(sum(step.groups.values()) for step in steps)
+    assert largest > 4 * 5 and largest * bytes_of_a_group <= planned.largest_bytes
 
 
 def test_a_budget_does_not_end_a_simulation() -> None:
