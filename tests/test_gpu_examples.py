@@ -122,8 +122,8 @@ def test_eight_cards_of_80_gb_hold_ranks_engines_and_a_teacher_in_fp8(
     needs = zip(plan.processes, plan.needs, strict=True)
     cards = [(one.device, one.role, round(need.device / GIB)) for one, need in needs if need.device]
     assert cards == [
-        ("cuda:0", "trainer", 42),
-        *((f"cuda:{i}", "rank", 42) for i in (1, 2, 3)),
+        ("cuda:0", "trainer", 46),
+        *((f"cuda:{i}", "rank", 46) for i in (1, 2, 3)),
         *((f"cuda:{i}", "rollout", 20) for i in (4, 5, 6)),
         ("cuda:7", "teacher", 36),
     ]

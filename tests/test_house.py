@@ -345,6 +345,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo_actors.process",
     },
     "zppo_actors.__main__": {
+        "zppo.errors",
         "zppo_actors.audit",
         "zppo_actors.calibrator",
         "zppo_actors.evaluator",

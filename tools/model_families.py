@@ -321,7 +321,10 @@ the delta rule (Qwen3.5, Qwen3-Next) are rounding: its chunks and its steps diff
 transformers' own cache.
 
 A folder with a tower for pictures (`architectures` in its config.json says so) is opened whole by
-trainer and engine. The tower is not trained by text, and saved as it was read.
+trainer and engine. The tower is not trained by text, and saved as it was read. The rows are of what
+`AutoModelForCausalLM` makes of a family: of Qwen3.5, Llama 4, Emu3 and Mllama it is the text half
+alone. Families that it does not know, such as Qwen3-VL, Mistral 3, InternVL and LLaVA, have no row:
+trainer and engine examine them when they are loaded, as they do every model.
 
 {held} of {built} families hold in both, and {trained} can be trained.
 
@@ -329,7 +332,7 @@ trainer and engine. The tower is not trained by text, and saved as it was read.
 |---|---|---|
 """
 REST = """
-Not built tiny, and so not examined: transformers or this tool cannot make a small one here.
+Not examined: transformers or this tool cannot make a small one here, or not in time.
 
 | family | why |
 |---|---|

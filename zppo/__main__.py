@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from zppo.cli import main
+from zppo.cli import console
 
-sys.exit(main())
+sys.exit(console())

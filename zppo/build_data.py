@@ -87,7 +87,7 @@ def read_order(name: str, recipe: Recipe, arguments: argparse.Namespace) -> Orde
 
 def _read(argv: Sequence[str]) -> tuple[str, Recipe, argparse.Namespace]:
     """The recipe first, because its sources are options. Raises UserError."""
-    early = Parser(prog="zppo build-data", add_help=False)
+    early = Parser(prog="zppo build-data", add_help=False, allow_abbrev=False)
     early.add_argument("--recipe")
     name = early.parse_known_args(argv)[0].recipe
     if name is None:
@@ -99,6 +99,7 @@ def _read(argv: Sequence[str]) -> tuple[str, Recipe, argparse.Namespace]:
 def _parser(sources: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="zppo build-data",
+        allow_abbrev=False,  # a source may be called `rec`
         description="A corpus of questions from raw data sets, by the rules of a recipe.",
         epilog="exit codes: 0 whole, 1 not written, 2 user error, 130 stopped (docs/corpus.md)",
     )

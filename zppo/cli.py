@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, nearest
+from zppo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError, nearest
 
 USAGE = """\
 usage: zppo COMMAND …
@@ -47,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console() -> int:
-    """The console script: one command, in a process of its own."""
-    if sys.argv[1:2] in (["launch"], ["data"]):
-        # Imported late: most commands read no tokenizer.
-        from zppo.prompting.tokenization import run_no_models
+    """The console script: one command, in a process of its own. Ctrl-C that no command takes, as
+    while its modules are still imported, ends it with one line."""
+    try:
+        if sys.argv[1:2] in (["launch"], ["data"], ["build-data"]):
+            # Imported late: most commands read no tokenizer.
+            from zppo.prompting.tokenization import run_no_models
 
-        run_no_models()
-    return main()
+            run_no_models()
+        return main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _init(arguments: list[str]) -> int:
@@ -92,6 +97,9 @@ def _door(module: str) -> Callable[[list[str]], int]:
 
 
 def _version(arguments: list[str]) -> int:
+    # Imported late: until `console` runs, Ctrl-C prints a traceback.
+    from importlib import metadata
+
     print(f"zppo {metadata.version('zppo')}")
     return 0
 

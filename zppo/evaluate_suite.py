@@ -18,15 +18,16 @@ from pathlib import Path
 import msgspec
 
 from zppo.config.options import positive, seconds
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, nearest
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, first_line, nearest
 from zppo.evaluation.order import locate_model
 from zppo.plan.engines.openai import read_openai_arguments
+from zppo.plan.fingerprint import fingerprint
 from zppo.plan.model_folder import inspect_model
 from zppo.prompting.prompts import PromptSet
 from zppo.suites.harness import HARNESSES
 from zppo.suites.order import Judge, Served, SuiteOrder
+from zppo.suites.page import check_labels
 from zppo.suites.plan import known_missing, plan_lines
-from zppo.suites.results import folder_name
 from zppo.suites.table import load_suite
 
 OWNED = {
@@ -63,9 +64,11 @@ def read_order(arguments: argparse.Namespace) -> SuiteOrder:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"--out: {str(arguments.out)!r} is no folder")
     only = [name for text in arguments.only for name in text.split(",")]
+    suite, models = load_suite(arguments.suite, only), _models(arguments)
+    check_labels([model.label for model in models])
     return SuiteOrder(
-        suite=load_suite(arguments.suite, only),
-        models=_models(arguments),
+        suite=suite,
+        models=models,
         judge=_judge(arguments),
         harness_pythons=_pythons(arguments.harness_python),
         out=str(arguments.out.absolute()),
@@ -116,13 +119,22 @@ def _checkpoints(folders: Sequence[Path], labels: Sequence[str]) -> list[Served]
         folder = locate_model(path).folder
         inspect_model(folder, "zppo evaluate --suite")
         label = labels[i] if labels else str(path).strip("./")
-        models.append(Served(label=label, model=label, folder=str(folder.absolute())))
-    seen: dict[str, str] = {}
-    for model in models:
-        other = seen.setdefault(folder_name(model.label), model.label)
-        if other != model.label or [one.label for one in models].count(model.label) > 1:
-            raise UserError(f"--label: two models are called {model.label!r}; name them apart")
+        served = Served(
+            label=label,
+            model=label,
+            folder=str(folder.absolute()),
+            fingerprint=_fingerprint(folder),
+        )
+        models.append(served)
     return models
+
+
+def _fingerprint(folder: Path) -> str:
+    """Raises UserError."""
+    try:
+        return fingerprint(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from None
 
 
 def _judge(arguments: argparse.Namespace) -> Judge | None:

@@ -5,11 +5,22 @@ from __future__ import annotations
 
 import sys
 
-from zppo_actors import process
+from zppo.errors import EXIT_INTERRUPTED
 
 
 def main(argv: list[str]) -> int:
-    """Hand over to the supervisor or to the named role."""
+    """Hand over to the supervisor or to the named role. Ctrl-C that the role does not take, as
+    while its modules are still imported, ends it with one line."""
+    try:
+        return _role(argv)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _role(argv: list[str]) -> int:
+    from zppo_actors import process
+
     if argv[:1] == ["supervisor"]:
         # Imported here because an actor needs neither the terminal view nor the process table.
         from zppo_actors.supervisor import supervisor

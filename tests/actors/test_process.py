@@ -111,3 +111,23 @@ def test_run_record_survives_and_damage_is_named(tmp_path: Path) -> None:
         UserError, match=r"is not the record of a run: Expected `str`, got `int` - at `\$.run_id`"
     ):
         run_directory.read(tmp_path / "run")
+
+
+INTERRUPTED = """\
+import os, signal, sys
+from zppo_actors.__main__ import main
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "zppo_actors.suites":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.exit(main(["suite", "{}"]))
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

@@ -2,7 +2,7 @@
 task files and the command line of the real one, asks the same way, and leaves the same lines.
 
 `python stub_harness.py FOLDER VERSION` makes its environment; `misbehave` in a question makes it
-end in the middle.
+end in the middle, `skip` makes it answer that question itself, with nothing.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def sample(number: int, doc: dict[str, str], model: dict[str, object]) -> str:
     if "misbehave" in doc["question"]:
         print("Traceback: the data set is broken", file=sys.stderr, flush=True)
         os._exit(3)
+    if "skip" in doc["question"]:
+        return line_of(number, doc, [], "")
     chat = [{"role": "user", "content": doc["question"]}]
     body = {"model": model["model"], "messages": chat, "temperature": 0, "max_tokens": 256}
     request = urllib.request.Request(
@@ -65,11 +67,20 @@ def sample(number: int, doc: dict[str, str], model: dict[str, object]) -> str:
     )
     with urllib.request.urlopen(request) as response:
         text = json.load(response)["choices"][0]["message"]["content"]
+    return line_of(number, doc, chat, text)
+
+
+def line_of(number: int, doc: dict[str, str], chat: list[dict[str, str]], text: str) -> str:
     line = {
         "doc_id": number,
         "doc": doc,
         "target": doc["answer"],
-        "arguments": {"gen_args_0": {"arg_0": [json.dumps(chat)], "arg_1": {"until": []}}},
+        "arguments": {
+            "gen_args_0": {
+                "arg_0": [json.dumps(chat or [{"content": "?"}])],
+                "arg_1": {"until": []},
+            }
+        },
         "resps": [[text]],
         "filtered_resps": [text],
         "doc_hash": f"{number:08d}{doc['question']}",

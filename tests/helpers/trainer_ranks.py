@@ -42,7 +42,8 @@ PATIENCE = 600.0
 
 class Case(Struct, kw_only=True):
     """Windows `first` to `last` of `groups` groups each. `begin`, `end`: folders that state is read
-    from and left in. `poison`: the rank that finds a number that is none in its second pass. `apart`: the one that finds that prompts cannot be shared.
+    from and left in. `poison`: the rank that finds a number that is none in its second pass.
+    `apart`: the one that finds that prompts cannot be shared.
     `given`: so many updates of random gradients in place of windows. `full`: a checkpoint is tried
     on a full disk, in this folder, and one more window is trained."""
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -98,6 +99,27 @@ def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> N
             "of 12288"
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None, "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "float64", "text_config": {}}, "float32"),
+    ],
+)
+def test_the_dtype_is_that_of_the_model_or_of_its_text_half(
+    changes: dict[str, Any], dtype: str, start: Start, small: Path
+) -> None:
+    path = small / "student/config.json"
+    config = json.loads(path.read_text())
+    if "text_config" in changes:
+        changes = {**changes, "text_config": config | {"dtype": None} | changes["text_config"]}
+    path.write_text(json.dumps(config | changes))
+    order, said = start("--model", "student", "--data", "train.jsonl")
+    assert order is not None, said
+    assert order.served.model.dtype == dtype
 
 
 def test_options_change_the_decoding(start: Start) -> None:

@@ -47,6 +47,11 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert said(capsys, *paper, *out, *SERVER, "--label", "a", "--label", "b") == (
         "--label is given 2 times; expected once for each of the 1 models"
     )
+    assert said(capsys, *paper, *out, *SERVER, "--label", "suite.html") == (
+        "--label: 'suite.html' cannot be the name of a folder in --out; expected another, of at "
+        "most 200 bytes"
+    )
+    assert said(capsys, *paper, *out, *SERVER, "--label", "é" * 101).startswith("--label: 'éé")
     assert said(capsys, "--suite", "video2", *out, *SERVER) == (
         "--suite is 'video2'; expected paper, llm, vlm, video or a YAML file (did you mean "
         "'video'?)"

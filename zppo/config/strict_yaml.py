@@ -46,7 +46,11 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+    value = int(loader.construct_scalar(node))
+    if not -(2**63) <= value < 2**63:  # no file and no message of ours could hold it
+        problem = f"the whole number {value} does not fit into 64 bits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return value
 
 
 def _construct_float(loader: Loader, node: yaml.ScalarNode) -> float:

@@ -32,6 +32,7 @@ from zppo.curation.report import Report, make_report
 from zppo.curation.shards import Shard, find_shards
 from zppo.curation.sieve import PromptLengths, Sieve
 from zppo.data.sources.built import MEDIA, Manifest
+from zppo.data.survey import printable
 from zppo.errors import UserError, nearest
 
 BATCH = 256
@@ -62,6 +63,8 @@ class Order(Struct, frozen=True, kw_only=True):
 def build(order: Order, say: Say) -> Report:
     """Build, or go on with what is in the folder. Raises UserError; what was done is then kept,
     unless nothing could come of it."""
+    _refuse_within(order)
+    say = _printing(say)
     folder = Folder(order.out)
     manifest = folder.manifest(order.name, order.recipe.digest, order.prompt_digest)
     if manifest is not None:
@@ -80,6 +83,21 @@ def build(order: Order, say: Say) -> Report:
             ledger.choose(order.recipe.caps)
         _write(order, ledger, shards, folder, say)
         return _finish(order, ledger, shards, folder)
+
+
+def _printing(say: Say) -> Say:
+    """Names of files are whatever a data set's maker wrote, marks that move a cursor included."""
+    return lambda line: say(printable(line))
+
+
+def _refuse_within(order: Order) -> None:
+    """What is written must not be read as rows of a source."""
+    for source, folder in order.folders.items():
+        if order.out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--out {order.out}: lies in {folder}, the source {source}, and would be read as "
+                "rows of it; expected a folder elsewhere"
+            )
 
 
 # ---- the first pass ------------------------------------------------------------------------------

@@ -88,11 +88,11 @@ class Picture(Struct, frozen=True, kw_only=True):
 
 
 def canonical_name(row: Mapping[str, Any], shard: Shard, recipe: Recipe) -> str:
-    """Of the row's sub-dataset; the source's name where the recipe names no column for it."""
-    if "sub_dataset" not in shard.columns:
-        return shard.source
+    """Of the row's sub-dataset; the source's name where the recipe names no column for it, or the
+    row has no name there."""
     value = shard.value(row, "sub_dataset")
-    return recipe.names.canonical(value) if isinstance(value, str) else ""
+    named = recipe.names.canonical(str(value)) if isinstance(value, str | int) else ""
+    return named or shard.source
 
 
 def words_of(row: Mapping[str, Any], name: str, shard: Shard, recipe: Recipe) -> Words:

@@ -29,6 +29,9 @@ from zppo.data.sources.built import MANIFEST, MEDIA, ROWS, Manifest, read_manife
 from zppo.errors import UserError
 
 REPORT, TEXT = "report.json", "report.txt"
+LOCK, LEDGER, ASIDE = "lock", "ledger.sqlite", "aside"
+_AT_WORK = {LOCK, ASIDE, LEDGER, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+"""All that `.build` may hold: it is removed in the end, and other programs call folders so, too."""
 
 
 class Hopeless(UserError):
@@ -60,7 +63,7 @@ class Folder:
         file = self.out / REPORT
         try:
             return msgspec.json.decode(file.read_bytes(), type=Report)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({error}); build the corpus again in another --out"
             ) from None
@@ -95,9 +98,9 @@ class Folder:
                 f"--out {self.out}: cannot be made ({error.strerror}); expected a folder that can "
                 "be written"
             ) from None
-        with (self._work / "lock").open("w") as lock:
+        with (self._work / LOCK).open("w") as lock:
             self._lock(lock.fileno())
-            ledger = Ledger(self._work / "ledger.sqlite")
+            ledger = Ledger(self._work / LEDGER)
             try:
                 self._bind(ledger, (recipe, recipe_digest, prompt_digest), shards)
                 yield ledger
@@ -112,11 +115,15 @@ class Folder:
     def _refuse_other_files(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: is a file; expected a folder")
-        others = [one.name for one in self.out.iterdir()] if self.out.is_dir() else []
-        if others and not self._work.is_dir():
+        if self._work.is_dir():
+            found = {one.name for one in self._work.iterdir()}
+            others = [f".build/{name}" for name in found - _AT_WORK]
+        else:
+            others = [one.name for one in self.out.iterdir()] if self.out.is_dir() else []
+        if others:
             raise UserError(
-                f"--out {self.out}: holds {sorted(others)[0]!r} and nothing of a corpus; expected "
-                "an empty folder"
+                f"--out {self.out}: holds {min(others)!r} and nothing of a corpus; expected an "
+                "empty folder"
             )
 
     def _lock(self, file: int) -> None:
@@ -183,7 +190,7 @@ class Folder:
         self._put(self.out / MANIFEST, [_pretty(manifest)], sync=True)
 
     def _put(self, file: Path, parts: Iterable[bytes], sync: bool = False) -> None:
-        aside = self._work / "aside"
+        aside = self._work / ASIDE
         with aside.open("wb") as stream:
             stream.writelines(parts)
             if sync:

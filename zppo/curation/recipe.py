@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import field
+from msgspec import Meta, field
 
 from zppo.config.base import Config, NonNegative, Positive, Share
 from zppo.config.explain import explain
@@ -29,7 +29,8 @@ OPTIONS = ("recipe", "show-recipe", "tokenizer", "templates", "out", "help", "js
 _SOURCE = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 C = TypeVar("C", bound=Config)
-Names: TypeAlias = str | list[str]
+Column: TypeAlias = Annotated[str, Meta(min_length=1)]
+Names: TypeAlias = Column | Annotated[list[Column], Meta(min_length=1)]
 """One column, or several of which a row's first that is not null counts; nested ones by path."""
 
 
@@ -86,7 +87,7 @@ class NamesConfig(Config, frozen=True, kw_only=True):
 
     def canonical(self, name: str) -> str:
         """`FineVision-ai2d_merged` -> `ai2d`."""
-        text = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        text = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
         for prefix in self.prefixes:
             text = text.removeprefix(f"{prefix}_")
         for suffix in self.suffixes:
@@ -189,6 +190,12 @@ def read_recipe(name: str) -> Recipe:
     recipe = _converted(name, document, data, Recipe)
     _check_sources(name, recipe)
     _check_tiers(name, recipe)
+    tokens = recipe.picture_tokens
+    if tokens.min_pixels > tokens.max_pixels:
+        raise UserError(
+            f"{name}: picture_tokens.min_pixels is {tokens.min_pixels}; expected at most "
+            f"{tokens.max_pixels}, the max_pixels"
+        )
     return recipe
 
 

@@ -68,8 +68,8 @@ class Shard(Struct, frozen=True, kw_only=True):
 
 
 def find_shards(source: str, config: SourceConfig, folder: Path) -> list[Shard]:
-    """The files of a source in order of their names. Raises UserError for a folder without any, and
-    for a file without a column that the recipe names."""
+    """The files of a source in order of their names. Raises UserError for a folder without any, for
+    a link to nothing, and for a file without a column that the recipe names."""
     if not folder.is_dir():
         raise UserError(
             f"--{source.replace('_', '-')} {folder}: is no folder; expected the data set"
@@ -90,12 +90,17 @@ def find_shards(source: str, config: SourceConfig, folder: Path) -> list[Shard]:
 def _is_read(file: Path, folder: Path, config: SourceConfig) -> bool:
     inner = file.relative_to(folder)
     hidden = any(part.startswith(".") for part in inner.parts)
-    if not file.name.endswith(KINDS) or hidden or not file.is_file():
-        return False
     name = inner.as_posix()
-    return any(fnmatchcase(name, pattern) for pattern in config.files) and not any(
+    wanted = any(fnmatchcase(name, pattern) for pattern in config.files) and not any(
         fnmatchcase(name, pattern) for pattern in config.leave_out
     )
+    if not file.name.endswith(KINDS) or hidden or not wanted:
+        return False
+    if file.is_symlink() and not file.exists():  # its rows would be missing without a word
+        raise UserError(
+            f"{file}: is a link to a file that is not there; expected the whole data set"
+        )
+    return file.is_file()
 
 
 def _columns(source: str, config: SourceConfig, file: Path) -> dict[str, list[str]]:

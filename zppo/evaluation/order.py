@@ -24,7 +24,7 @@ from zppo.config.topology import (
     Topology,
 )
 from zppo.errors import UserError
-from zppo.plan.model_folder import inspect_model
+from zppo.plan.model_folder import TEXT_SECTION, inspect_model
 from zppo.records import checkpoint, run_directory
 from zppo_protocol.values import TemplateValue
 
@@ -122,7 +122,12 @@ def served_folder(
 
 
 def _own_dtype(folder: Path) -> str:
-    """The dtype that `config.json` names; float32 if it names none that we serve."""
+    """The dtype that `config.json` names, of the model or of its text half; float32 if it names
+    none that we serve."""
     config = msgspec.json.decode((folder / "config.json").read_bytes())
-    named = config.get("dtype") or config.get("torch_dtype")
-    return named if named in DTYPES else "float32"
+    named = [
+        part.get(name)
+        for part in (config, config.get(TEXT_SECTION, {}))
+        for name in ("dtype", "torch_dtype")
+    ]
+    return next((one for one in named if one in DTYPES), "float32")

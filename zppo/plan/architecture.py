@@ -44,6 +44,10 @@ CARRIED = frozenset(
 )
 """Kinds of layers for which the slots of the engine 'transformers' hold what is carried from token
 to token: keys and values, the inputs of a convolution, a recurrent state, or nothing."""
+WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp"})
+"""Kinds of layers that keep no keys and values."""
+CARRYING = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
+"""Kinds of layers that keep a state, the inputs of a convolution, or both."""
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 """Settings that say layer by layer, or in turn, what a layer is."""
 MASKED = frozenset(
@@ -123,6 +127,54 @@ def listed_layers(text: Mapping[str, Any]) -> int | None:
     return max(map(len, lists), default=0) or None
 
 
+def attending_layers(text: Mapping[str, Any], layers: int) -> int:
+    """How many of the `layers` keep keys and values; all of them where nothing says otherwise."""
+    if kinds := _kinds_in_order(text):
+        return sum(kind not in WITHOUT_KEYS for kind in kinds)
+    if interval := text.get("full_attention_interval"):
+        return layers // int(interval)
+    if isinstance(places := text.get("attn_layer_indices"), list):
+        return len(places)
+    if period := text.get("attn_layer_period"):
+        return len(range(int(text.get("attn_layer_offset") or 0), layers, int(period)))
+    return layers
+
+
+def state_numbers(text: Mapping[str, Any], layers: int) -> int:
+    """Numbers that one sequence carries in recurrent states and inputs of convolutions, at most.
+
+    Of a gated delta rule (Qwen3.5, Qwen3-Next, OLMo Hybrid), of Mamba (Granite 4 H, Bamba,
+    Falcon-H1, Jamba) or of a short convolution (LFM2); 0 for a family with other settings.
+    """
+    attending = attending_layers(text, layers)
+    if kinds := _kinds_in_order(text):
+        carrying = sum(kind in CARRYING for kind in kinds)
+    else:  # a family that does not say which: in all, beside attention
+        carrying = layers - attending if attending < layers else layers
+    return carrying * _state_of_a_layer(text)
+
+
+def _state_of_a_layer(text: Mapping[str, Any]) -> int:
+    def number(name: str) -> int:
+        return int(setting(text, name) or 0)
+
+    if heads := number("linear_num_value_heads"):
+        width, values = number("linear_key_head_dim"), heads * number("linear_value_head_dim")
+        channels = 2 * number("linear_num_key_heads") * width + values
+        return values * width + channels * number("linear_conv_kernel_dim")
+    if states := number("mamba_d_state"):
+        inner = number("mamba_d_ssm") or number("mamba_expand") * number("hidden_size")
+        channels = inner + 2 * number("mamba_n_groups") * states
+        return inner * states + channels * number("mamba_d_conv")
+    return number("hidden_size") * number("conv_L_cache")
+
+
+def _kinds_in_order(text: Mapping[str, Any]) -> list[str]:
+    """What each layer is; empty where the configuration does not list them one by one."""
+    lists = (text.get(name) for name in LAYER_LISTS[:2])
+    return next((list(map(str, one)) for one in lists if isinstance(one, list | tuple)), [])
+
+
 def layer_kinds(text: Mapping[str, Any]) -> set[str]:
     """What the configuration says that layers are; empty if it says nothing."""
     lists = [text[name] for name in LAYER_LISTS if isinstance(text.get(name), list | tuple)]
@@ -166,6 +218,15 @@ def refuse_untrained(family: str, folder: Path | str, where: str) -> None:
         raise UserError(
             f"{where}: {str(folder)!r} ({family}) lets a token see more than the tokens before it, "
             "so it cannot be trained; expected a family that has a number in docs/models.md"
+        )
+
+
+def refuse_quantised(quantised: bool, folder: Path | str, where: str) -> None:
+    """Raise UserError for a model whose weights no gradient can move as they lie."""
+    if quantised:
+        raise UserError(
+            f"{where}: the weights of {str(folder)!r} are quantised and cannot be trained; "
+            "expected a folder in float32 or bfloat16"
         )
 
 

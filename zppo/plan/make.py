@@ -17,6 +17,7 @@ from zppo.errors import UserError
 from zppo.grading.rewards import largest_sum
 from zppo.plan.architecture import (
     refuse_other_state,
+    refuse_quantised,
     refuse_untrained,
     refuse_without_slots,
 )
@@ -90,6 +91,8 @@ def _check_served(topology: Topology, models: Models) -> None:
         facts = models.by_pool[one.pool]
         refuse_unknown(facts.opened_by, facts.family, one.model.model, one.model_path)
         refuse_untrained(facts.family, one.model.model, one.model_path)
+    quantised = models.student.quantised_bytes is not None
+    refuse_quantised(quantised, topology.student.model, "student.model")
     for one in [served_student(topology), *asked_teachers(topology)]:
         if (facts := models.by_pool.get(one.pool)) is not None:
             _check_engine_of(one, facts)

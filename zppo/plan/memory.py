@@ -4,7 +4,8 @@ starts.
 Legend of the terms, all in bytes: weights = parameters · width; gradients = weights; optimizer = 2
 · parameters · state width; activations ≈ 34 · tokens · hidden · layers at two bytes a number
 (Korthikanti et al. 2022, §4, without the part of the attention that fused attention never stores);
-key-value cache = sequences · length · layers · 2 · heads · head width. A frozen model in the
+key-value cache = sequences · length · layers with attention · 2 · heads · head width; recurrent
+states = sequences · their numbers · 4, whatever the dtype. A frozen model in the
 trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations and
 its logits.
 
@@ -182,7 +183,9 @@ def _engine_bytes(
     sequences = int(actor.engine_args.get("max_sequences", DEFAULT_SEQUENCES))
     longest = max_prompt_tokens + model.sampling.max_new_tokens
     length = min(facts.slots_context, int(actor.engine_args.get("max_length") or longest))
-    cache = sequences * length * facts.layers * 2 * facts.kv_heads * facts.head_dim * width
+    attending = facts.layers - facts.without_keys
+    keys_and_values = length * attending * 2 * facts.kv_heads * facts.head_dim * width
+    cache = sequences * (keys_and_values + facts.states * DTYPE_BYTES["float32"])
     scoring = _scoring_bytes(model, facts) if scores else 0
     return facts.parameters * width + cache + sequences * facts.vocabulary * 4 + scoring
 

@@ -8,14 +8,13 @@ because importing it takes longer than a plan may take to be checked.
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from zppo.errors import UserError
+from zppo.plan.model_defaults import tables
 
 AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
 CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
@@ -24,11 +23,12 @@ SEEING_TABLE = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
 
 def auto_class(config: Mapping[str, Any]) -> AutoClass | None:
     """The class for this config.json; None for a family of which transformers has no model that
-    generates text."""
-    family, named = str(config.get("model_type")), config.get("architectures") or ()
-    tables = _tables()
-    causal, seeing = tables[CAUSAL_TABLE].get(family), tables[SEEING_TABLE].get(family)
-    if seeing is not None and causal not in named:
+    generates text. Of several `architectures` the first one that is known decides."""
+    family, named, known = str(config.get("model_type")), config.get("architectures"), _tables()
+    causal, seeing = known[CAUSAL_TABLE].get(family), known[SEEING_TABLE].get(family)
+    listed = named if isinstance(named, list) else []
+    first = next((one for one in listed if one in (causal, seeing)), None)
+    if seeing is not None and (first is None or first != causal):
         return "AutoModelForImageTextToText"
     return None if causal is None else "AutoModelForCausalLM"
 
@@ -45,13 +45,4 @@ def refuse_unknown(found: AutoClass | None, family: str, folder: Path | str, whe
 @functools.cache
 def _tables() -> dict[str, dict[str, str]]:
     """Class names by model type."""
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0]) / "models/auto/modeling_auto.py"
-    return {
-        target.id: dict(ast.literal_eval(statement.value.args[0]))
-        for statement in ast.parse(source.read_text(encoding="utf-8")).body
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)
-        for target in statement.targets
-        if isinstance(target, ast.Name) and target.id in (CAUSAL_TABLE, SEEING_TABLE)
-    }
+    return tables("modeling_auto.py", CAUSAL_TABLE, SEEING_TABLE)

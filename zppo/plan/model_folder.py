@@ -9,25 +9,30 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from zppo.errors import UserError, nearest
+from zppo.errors import UserError, first_line, nearest
 from zppo.plan.architecture import (
+    attending_layers,
     bounded,
     context_of,
     listed_layers,
     other_state,
     refuse_no_decoder,
     setting,
+    state_numbers,
     window_of,
 )
 from zppo.plan.model_class import AutoClass, auto_class
+from zppo.plan.model_defaults import completed
 
 MAX_HEADER_BYTES = 100 << 20
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXT_SECTION = "text_config"
 """Models that also see pictures keep the numbers of their language part in this section."""
 
@@ -38,7 +43,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     what the weights take as they are stored, where an engine keeps them so; None where it casts
     them. `tied`: the input embedding is the head as well. `bounded`: the context ends before the
     model's positions do. `state`: what layers carry that slots do not hold. `opened_by`: the class
-    of transformers that opens the folder, None if it has none."""
+    of transformers that opens the folder, None if it has none. `states`: numbers that a sequence
+    carries in recurrent states; `without_keys`: layers that keep no keys and values."""
 
     parameters: int
     context: int
@@ -54,6 +60,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     bounded: bool = False
     state: str | None = None
     opened_by: AutoClass | None = None
+    states: int = 0
+    without_keys: int = 0
 
     @property
     def slots_context(self) -> int:
@@ -69,16 +77,31 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
             f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
         )
     config = _read_json(folder / "config.json", where)
-    refuse_no_decoder(config, folder, where)
-    text = config.get(TEXT_SECTION, config)
+    try:
+        refuse_no_decoder(config, folder, where)
+        facts = _facts(config, folder, where)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{where}: {str(folder / 'config.json')!r} has a setting that is not of its kind "
+            f"({first_line(error)}); expected a file as save_pretrained writes it"
+        ) from None
+    _check_tokenizer(folder, where)
+    return facts
+
+
+def _facts(config: dict[str, Any], folder: Path, where: str) -> ModelFacts:
+    text = completed(config.get(TEXT_SECTION, config))
     heads, hidden = (
         _number(text, "num_attention_heads", folder, where),
         _number(text, "hidden_size", folder, where),
     )
-    sizes = [_sizes(file, where) for file in _weight_files(folder, where)]
-    facts = ModelFacts(
+    layers = listed_layers(text) or _number(text, "num_hidden_layers", folder, where)
+    sizes = _sizes(folder, where)
+    return ModelFacts(
         parameters=sum(elements for elements, _ in sizes),
-        quantised_bytes=sum(stored for _, stored in sizes) if _quantised(config) else None,
+        quantised_bytes=sum(stored for _, stored in sizes) if _quantised(config, text) else None,
         context=context_of(text),
         family=str(text.get("model_type", "")),
         window=window_of(text),
@@ -86,14 +109,14 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
         state=other_state(text),
         opened_by=auto_class(config),
         hidden=hidden,
-        layers=listed_layers(text) or _number(text, "num_hidden_layers", folder, where),
+        layers=layers,
+        states=state_numbers(text, layers),
+        without_keys=layers - attending_layers(text, layers),
         kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
         vocabulary=_number(text, "vocab_size", folder, where),
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
     )
-    _check_tokenizer(folder, where)
-    return facts
 
 
 def _nearest_folder(folder: Path) -> str:
@@ -134,31 +157,57 @@ def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
     return value
 
 
-def _quantised(config: dict[str, Any]) -> bool:
+def _quantised(*sections: Mapping[str, Any]) -> bool:
     """Whether the weights are stored as an engine computes with them: FP8, AWQ and the like."""
-    return any(config.get(key) for key in ("quantization_config", "compression_config"))
+    keys = ("quantization_config", "compression_config")
+    return any(section.get(key) for section in sections for key in keys)
 
 
-def _weight_files(folder: Path, where: str) -> list[Path]:
-    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+def _sizes(folder: Path, where: str) -> list[tuple[int, int]]:
+    """Elements and bytes of each file that transformers would read: one, or those of an index,
+    which must all be there. Some folders hold the same weights in other files as well."""
+    if (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        files = _indexed(folder, where)
+    else:
+        files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise UserError(
             f"{where}: {str(folder)!r} is not a model folder: it has no weights (*.safetensors)"
         )
+    found = [_tensors(file, where) for file in files]
+    return [(sum(elements.values()), stored) for elements, stored in found]
+
+
+def _indexed(folder: Path, where: str) -> list[Path]:
+    """The files of the index, each with the tensors that it should have."""
+    places = _read_json(folder / INDEX, where).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
+        raise UserError(f"{where}: {str(folder / INDEX)!r} has no weight_map")
+    files = [folder / name for name in sorted(set(places.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{where}: {str(folder)!r} is not whole: {file.name} is missing, which {INDEX} "
+                "names"
+            )
+        elements, _ = _tensors(file, where)
+        here = (tensor for tensor, name in places.items() if folder / name == file)
+        if lacking := next((tensor for tensor in here if tensor not in elements), None):
+            raise UserError(f"{where}: {str(file)!r} lacks {lacking}, which {INDEX} names")
     return files
 
 
-def _sizes(file: Path, where: str) -> tuple[int, int]:
-    """Elements and bytes of all tensors of a safetensors file, from its header."""
+def _tensors(file: Path, where: str) -> tuple[dict[str, int], int]:
+    """Elements of each tensor of a safetensors file, and the bytes of all, from its header."""
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = msgspec.json.decode(stream.read(size if size <= MAX_HEADER_BYTES else 0))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
-            default=0,
-        )
+        header.pop("__metadata__", None)
+        elements = {name: math.prod(entry["shape"]) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         whole = file.stat().st_size == 8 + size + end
     except (
         OSError,
@@ -172,7 +221,7 @@ def _sizes(file: Path, where: str) -> tuple[int, int]:
         raise UserError(f"{where}: {str(file)!r} is not a safetensors file: {error}") from None
     if not whole:
         raise UserError(f"{where}: {str(file)!r} is cut short; expected {8 + size + end} bytes")
-    return sum(math.prod(shape) for shape in shapes), end
+    return elements, end
 
 
 def _check_tokenizer(folder: Path, where: str) -> None:

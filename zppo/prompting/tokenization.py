@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from zppo.config.served import ServedModel
@@ -49,12 +50,17 @@ def _torch_hidden() -> Iterator[None]:
 
 def load_tokenizer(folder: str, where: str) -> Any:
     """The tokenizer of a model folder. Raises UserError, naming the setting `where`, if it cannot
-    be loaded."""
+    be loaded; a name that is no folder is not looked for on the Hub."""
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{where}: there is no model folder {folder!r}; expected one as save_pretrained or `hf "
+            "download` writes it"
+        )
     with _torch_hidden():  # and imported here, because most commands need no tokenizer
         from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # damaged files raise whatever the library's parsers can
         raise UserError(
             f"{where}: {folder!r} has no tokenizer that can be loaded ({first_line(error)})"

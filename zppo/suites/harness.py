@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from zppo.suites.table import METRIC, PARSER_OR_JUDGE, Row, Suite
+from zppo.suites.table import METRIC, PARSER_OR_JUDGE, Row, Suite, tasks_of
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Where both harnesses look for the key."""
@@ -75,14 +75,6 @@ def shows_final_answer(row: Row) -> bool:
 
 
 # ---- what it is told -----------------------------------------------------------------------------
-
-
-def tasks_of(row: Row) -> list[str]:
-    """Names of the tasks of a row."""
-    if row.source is None:
-        return row.task
-    names = row.source.names or [""]
-    return [f"zppo_{row.short}_{name}".rstrip("_").replace(" ", "_") for name in names]
 
 
 def task_files(row: Row, table_folder: Path) -> dict[str, bytes]:
@@ -170,6 +162,11 @@ def read_samples(row: Row, folder: Path) -> list[Sample]:
     distinct = {sample.id: sample for sample in samples}  # lm-eval: a line for each of its filters
     if not distinct:
         raise SamplesError(f"{row.harness} asked no question")
+    if len(newest) < len(tasks_of(row)):  # of a group there are more
+        raise SamplesError(
+            f"{row.harness} left samples of {', '.join(sorted(newest))} alone; expected "
+            f"{', '.join(tasks_of(row))}"
+        )
     return list(distinct.values())
 
 
@@ -184,25 +181,25 @@ def _read(row: Row, task: str, path: Path) -> Iterator[Sample]:
         try:
             told = json.loads(line)
             id = f"{task}/{told['doc_id']}/{str(told['doc_hash'])[:8]}"
-            response = _first(told.get("resps", told["filtered_resps"]))
+            response = _first(told["resps"] if "resps" in told else told["filtered_resps"])
             # Of a text like "[1, 2]" lm-eval makes a list, which is one answer all the same.
             several = isinstance(told["target"], list) and row.source is None
             gold = told["target"] if several else [told["target"]]
             if not _belongs(told, row.part):
                 continue
-            question = _question(told)
-        except (ValueError, KeyError, TypeError) as error:
+            sample = Sample(
+                id=id,
+                question=_question(told),
+                gold=[_gold(str(one), row) for one in gold],
+                response=response,
+                score=score_at(told, row.metric) if row.metric else None,
+            )
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise SamplesError(
                 f"{path.name}:{number}: {row.harness} writes samples in another form than "
                 f"expected ({type(error).__name__}: {error})"
             ) from None
-        yield Sample(
-            id=id,
-            question=question,
-            gold=[_gold(str(one), row) for one in gold],
-            response=response,
-            score=score_at(told, row.metric) if row.metric else None,
-        )
+        yield sample
 
 
 def _belongs(told: dict[str, Any], part: str | None) -> bool:
@@ -215,7 +212,7 @@ def _belongs(told: dict[str, Any], part: str | None) -> bool:
 
 def _gold(gold: str, row: Row) -> str:
     """A choice's number, counted from 0, as its letter."""
-    is_number = row.grader == "choice" and gold.isdigit() and int(gold) < 26
+    is_number = row.grader == "choice" and re.fullmatch("[0-9]{1,2}", gold) and int(gold) < 26
     return chr(ord("A") + int(gold)) if is_number else gold
 
 

@@ -17,6 +17,13 @@ class Served(Struct, frozen=True, kw_only=True):
     """Its name at the server."""
     base_url: str = ""
     folder: str | None = None
+    fingerprint: str = ""
+    """Of what lies in `folder` (`zppo.plan.fingerprint`)."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other models, whatever their labels."""
+        return self.fingerprint or self.model
 
 
 class Judge(Struct, frozen=True, kw_only=True):

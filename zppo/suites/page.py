@@ -24,6 +24,7 @@ from zppo.suites.results import (
     average,
     difference,
     family_difference,
+    folder_name,
     read_column,
 )
 from zppo.suites.table import OWN_JUDGE, Row
@@ -32,6 +33,10 @@ STYLE = ".wide { overflow-x: auto; } .wide th { white-space: nowrap; }"
 """Besides the report's: a table of 16 benchmarks is wider than a page."""
 LABELS = "models.json"
 """The models of the folder, in the order in which they came."""
+DATA, PAGE = "suite.json", "suite.html"
+LOCK = "lock"
+MAX_NAME = 200
+"""Bytes of a folder's name; file systems take 255."""
 
 
 def write_page(order: SuiteOrder) -> list[Path]:
@@ -41,8 +46,8 @@ def write_page(order: SuiteOrder) -> list[Path]:
     columns = [read_column(out, label, suite) for label in labels]
     baseline = _baseline(columns, order.baseline)
     files = {
-        "suite.json": msgspec.json.format(msgspec.json.encode(_data(order, columns, baseline))),
-        "suite.html": render_page(order, columns, baseline).encode(),
+        DATA: msgspec.json.format(msgspec.json.encode(_data(order, columns, baseline))),
+        PAGE: render_page(order, columns, baseline).encode(),
     }
     for name, content in files.items():
         with written_whole(out / name) as file:
@@ -52,16 +57,38 @@ def write_page(order: SuiteOrder) -> list[Path]:
 
 def add_labels(out: Path, labels: Sequence[str]) -> list[str]:
     """All models that the folder has seen, these included. Raises UserError."""
-    path = out / LABELS
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=list[str]) if path.is_file() else []
-    except msgspec.MsgspecError:
-        raise UserError(f"--out: {str(path)!r} is no list of models; remove it") from None
+    known = known_labels(out)
     every = list(dict.fromkeys([*known, *labels]))
+    check_labels(every)
     if every != known:
-        with written_whole(path) as file:
+        with written_whole(out / LABELS) as file:
             file.write(msgspec.json.encode(every))
     return every
+
+
+def known_labels(out: Path) -> list[str]:
+    """All models that the folder has seen. Raises UserError."""
+    path = out / LABELS
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[str]) if path.is_file() else []
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        raise UserError(f"--out: {str(path)!r} is no list of models; remove it") from None
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Each model has a folder of its own. Raises UserError."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        name = folder_name(label)
+        if name in (DATA, PAGE, LABELS, LOCK) or len(name.encode()) > MAX_NAME:
+            raise UserError(
+                f"--label: {label[:80]!r} cannot be the name of a folder in --out; expected "
+                f"another, of at most {MAX_NAME} bytes"
+            )
+        if name in seen:
+            twice = "are called" if seen[name] == label else f"share a folder, {seen[name]!r} and"
+            raise UserError(f"--label: two models {twice} {label!r}; name them apart")
+        seen[name] = label
 
 
 def _baseline(columns: Sequence[Column], label: str | None) -> Column:

@@ -3,17 +3,32 @@ had, and the settings that a result hangs on."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from zppo.suites.harness import tasks_of
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.results import Column, RowResult, read_column
-from zppo.suites.table import OWN_JUDGE, Row, Suite, decoding_of
+from zppo.suites.table import OWN_JUDGE, Row, Suite, decoding_of, tasks_of
 
+CAPACITY = (
+    "cpu-offload-gb",
+    "data-parallel-size",
+    "enable-chunked-prefill",
+    "enforce-eager",
+    "gpu-memory-utilization",
+    "max-num-batched-tokens",
+    "max-num-seqs",
+    "no-enable-chunked-prefill",
+    "pipeline-parallel-size",
+    "tensor-parallel-size",
+)
+"""Options of the server that say how much it works at once, and not what it answers."""
+OF_MODEL = ("model", "server_args")
+"""Settings in which the models of one folder differ."""
 TOKEN_FILE = Path("~/.cache/huggingface/token")
 
 
@@ -41,14 +56,26 @@ def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
     for words in ("questions", "data", "note", "benchmark", "missing", "gated"):
         settings.pop(words)
     decoding: dict[str, Any] = msgspec.to_builtins(decoding_of(row, order.suite))
+    args = {} if model.folder is None else order.server_args
     return settings | {
         "decoding": decoding,
-        "model": model.folder or model.model,
+        "model": model.identity,
+        "server_args": {name: args[name] for name in sorted(args) if name not in CAPACITY},
         "judge": order.judge.model if order.judge is not None else None,
         "limit": order.limit,
         "seed": order.seed,
-        "templates": order.templates,
+        "templates": _content(order.templates),
     }
+
+
+def _content(templates: str | None) -> str | None:
+    """SHA-256 (hex) of a folder's templates."""
+    if templates is None:
+        return None
+    sha = hashlib.sha256()
+    for file in sorted(Path(templates).glob("*.j2")):
+        sha.update(hashlib.sha256(file.name.encode() + b"\0" + file.read_bytes()).digest())
+    return sha.hexdigest()
 
 
 def plan_lines(order: SuiteOrder, missing: Mapping[str, str], speed: float | None) -> list[str]:

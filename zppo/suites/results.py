@@ -41,7 +41,7 @@ class RowResult(Struct, frozen=True, kw_only=True):
     cut_off: int
     """Answers that ended at the limit of tokens."""
     refused: int
-    """Questions that the server would not take; they count as wrong."""
+    """Questions that the server, or that of the judge, would not take; they count as wrong."""
     tokens: int | None
     """Of all answers; None where the server did not count them."""
     seconds: float
@@ -155,7 +155,7 @@ def row_folder(out: Path, label: str, short: str) -> Path:
 
 
 def folder_name(label: str) -> str:
-    """A label as the name of a folder."""
+    """A label as the name of a folder; two labels may have one."""
     return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in label).lstrip(".") or "_"
 
 
@@ -174,7 +174,7 @@ def read_result(folder: Path) -> RowResult | None:
         return msgspec.json.decode((folder / RESULT).read_bytes(), type=RowResult)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(
             f"--out: {str(folder / RESULT)!r} is no result of this version ({error}); remove it"
         ) from None
@@ -197,5 +197,5 @@ def read_column(out: Path, label: str, suite: Suite) -> Column:
 def _trouble(folder: Path) -> str:
     try:
         return msgspec.json.decode((folder / TROUBLE).read_bytes(), type=Trouble).reason
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return "not run yet"

@@ -130,11 +130,14 @@ def load_suite(name: str, only: list[str]) -> Suite:
             raise UserError(
                 f"--only: the suite {name!r} has no benchmark {short!r}{nearest(short, shorts)}"
             )
+    chosen = [row for row in rows if not only or row.short in only]
+    for row in chosen:
+        _check_files(row, path.absolute().parent, f"{path}: {row.short}")
     return Suite(
         name=table.name or path.stem if family is None else name,
         folder=str(path.absolute().parent),
         decoding=table.decoding,
-        rows=[row for row in rows if not only or row.short in only],
+        rows=chosen,
     )
 
 
@@ -158,9 +161,29 @@ def read_table(path: Path) -> Table:
     return table
 
 
+def tasks_of(row: Row) -> list[str]:
+    """Names of the tasks of a row."""
+    if row.source is None:
+        return row.task
+    names = row.source.names or [""]
+    # A task's name is a word of a list, and names files.
+    return [re.sub(r"[^\w.-]", "_", f"zppo_{row.short}_{name}".rstrip("_")) for name in names]
+
+
 def decoding_of(row: Row, suite: Suite) -> Decoding:
     """The decoding of a row: the table's, and what the row changes."""
     return structs.replace(suite.decoding, **row.decoding)
+
+
+def _check_files(row: Row, folder: Path, where: str) -> None:
+    """Raises UserError."""
+    for file in row.source.files if row.source is not None else []:
+        if not (folder / file).is_file():
+            raise UserError(f"{where}: source.files has {file!r}; there is no file {folder / file}")
+    if row.include is not None and not (folder / row.include).is_dir():
+        raise UserError(
+            f"{where}: include is {row.include!r}; there is no folder {folder / row.include}"
+        )
 
 
 def _check_row(row: Row, where: str, decoding: Decoding) -> None:
@@ -170,11 +193,16 @@ def _check_row(row: Row, where: str, decoding: Decoding) -> None:
     except msgspec.ValidationError as error:
         sentence = explain(str(error), both, Decoding, "decoding").sentence
         raise UserError(f"{where}: {sentence}") from None
-    for pattern in [*row.directives, *([row.part] if row.part is not None else [])]:
+    path, tilde, part = (row.part or "").partition("~")
+    if row.part is not None and not (path.strip() and tilde):
+        raise UserError(f"{where}: part is {row.part!r}; expected PATH ~ REGEX")
+    for pattern in [*row.directives, part.strip()]:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"{where}: {pattern[:80]!r} is no regular expression ({error})"
+            ) from None
     if row.missing is not None:
         return
     if bool(row.task) == (row.source is not None):
@@ -183,5 +211,11 @@ def _check_row(row: Row, where: str, decoding: Decoding) -> None:
         raise UserError(f"{where}: a source needs harness: lm-eval; expected task")
     if row.source is not None and row.scoring != RULE_OR_JUDGE:
         raise UserError(f"{where}: scoring is {row.scoring}; expected E+J, because it has a source")
-    if row.scoring != RULE_OR_JUDGE and not row.metric:
+    tasks = tasks_of(row)
+    if len(set(tasks)) < len(tasks) or not all(re.fullmatch(r"[^\s,]+", one) for one in tasks):
+        raise UserError(
+            f"{where}: the tasks are {', '.join(map(repr, tasks))}; expected names without spaces "
+            "or commas, each once"
+        )
+    if row.scoring != RULE_OR_JUDGE and not row.metric.strip():
         raise UserError(f"{where}: metric is missing; {row.scoring} reads the harness's score")

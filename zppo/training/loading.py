@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -17,6 +18,12 @@ from zppo.plan.architecture import refuse_no_decoder
 from zppo.plan.model_class import auto_class, refuse_unknown
 
 MOST_NAMED = 3
+FAULTS = (
+    *(OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises of a folder whose settings or weights are not of their kind, or need a
+library that is not here."""
 
 
 def load_folder(folder: str, dtype: str, where: str) -> Any:
@@ -25,14 +32,14 @@ def load_folder(folder: str, dtype: str, where: str) -> Any:
     Raises UserError, naming the setting `where`, if it cannot be loaded, is no decoder, or lacks
     weights, which transformers would make up.
     """
+    opened_by = model_class(read_config(folder, where), folder, where)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        model, report = model_class(config, folder, where).from_pretrained(
+        model, report = opened_by.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True
         )
-    except UserError:
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except FAULTS as error:
         raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
@@ -41,6 +48,14 @@ def load_folder(folder: str, dtype: str, where: str) -> Any:
             f"{more}; expected a folder as save_pretrained writes it"
         )
     return model
+
+
+def read_config(folder: str, where: str) -> Any:
+    """The configuration of `folder` as transformers completes it. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except FAULTS as error:
+        raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
 
 
 def model_class(config: Any, folder: Path | str, where: str) -> Any:
@@ -55,7 +70,13 @@ def model_class(config: Any, folder: Path | str, where: str) -> Any:
 
 def freeze_tower(model: Any) -> None:
     """Leave the language model and its head trainable. Text gives no gradient to what sees
-    pictures, and what an engine has made of a picture stays valid."""
+    pictures, and what an engine has made of a picture stays valid.
+
+    A model of text alone has no tower, and what transformers calls its decoder may be no more than
+    its head.
+    """
+    if model.config.get_text_config() is model.config:
+        return
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     trained = {id(parameter) for part in parts if part for parameter in part.parameters()}
     for parameter in model.parameters():

@@ -48,7 +48,8 @@ class Counts(Struct, kw_only=True):
 
 
 class AskedModel:
-    """`who` is how sentences name it, `model` its name at the server."""
+    """`who` is how sentences name it, `model` its name at the server; `identity` tells it from
+    other models of that name, whose answers may lie in the same journal."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class AskedModel:
         decoding: Decoding,
         seed: int,
         journal: Journal,
+        identity: str = "",
     ) -> None:
         key = read_key(arguments, who)
         self.who = who
@@ -66,6 +68,7 @@ class AskedModel:
         self._url = arguments.base_url
         self._decoding = decoding
         self._seed = seed
+        self._identity = identity or model
         self._journal = journal
         self._engine = OpenAIEngine(arguments, model, key)
         self._asked: Counter[str] = Counter()
@@ -79,7 +82,8 @@ class AskedModel:
         """The answer to a conversation; the n-th time that the same is asked, the n-th answer.
         Raises ModelGone."""
         body = {"model": self.model, "messages": messages, **_fields(self._decoding)}
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+        asked = [self._identity, self._seed, body]
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
         key = f"{digest}/{self._asked[digest]}"
         self._asked[digest] += 1
         answer = self._journal.get(key)

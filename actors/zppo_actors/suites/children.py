@@ -84,8 +84,12 @@ def last_lines(log: Path) -> str:
 
 
 def foreign_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment for another interpreter."""
-    return {name: value for name, value in os.environ.items() if name not in OURS} | dict(added)
+    """This process's environment for another interpreter; what it sends to this machine goes past
+    all proxies."""
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    for name in ("NO_PROXY", "no_proxy"):
+        kept[name] = ",".join([*filter(None, [kept.get(name)]), "127.0.0.1"])
+    return kept | dict(added)
 
 
 def check_harness(harness: Harness, python: str) -> str:
@@ -148,7 +152,9 @@ async def serving(
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [served.folder, *(x for name, value in given.items() for x in _option(name, value))]
     log.unlink(missing_ok=True)
-    async with started(command, os.environ, log) as child:
+    # With a key in its environment it would ask us for one.
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+    async with started(command, environment, log) as child:
         await _until_ready(child, url, served, startup_seconds, log)
         try:
             yield url

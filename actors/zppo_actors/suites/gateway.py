@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -22,7 +22,7 @@ from zppo.data.question import Question
 from zppo.grading.boxes import last_boxed
 from zppo.prompting.prompts import PromptSet
 from zppo.suites.harness import without_directives
-from zppo_actors.suites.asked import AskedModel, ModelGone
+from zppo_actors.suites.asked import AskedModel
 
 CHAT = "/v1/chat/completions"
 JUDGE = "/judge"
@@ -121,10 +121,17 @@ class Gateway:
         assert task is not None
         self._connections.add(task)
         try:
-            while (request := await _read(reader)) is not None:
-                status, body = await self._answer(*request)
-                writer.write(_response(status, body))
+            while (head := await _head(reader)) is not None:
+                path, headers = head
+                known = self._knows(headers.get("authorization", "").strip())
+                # A stranger gets no byte of a body into memory.
+                body = await _body(reader, headers) if known else b""
+                writer.write(
+                    _response(*(await self._answer(path, body) if known else (401, b"{}")))
+                )
                 await writer.drain()
+                if not known:
+                    break
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
             pass  # the harness went away, or sent no HTTP
         except asyncio.CancelledError:
@@ -133,10 +140,11 @@ class Gateway:
             writer.close()
             self._connections.discard(task)
 
-    async def _answer(self, path: str, key: str, body: bytes) -> tuple[int, bytes]:
+    def _knows(self, authorization: str) -> bool:
+        return hmac.compare_digest(authorization.encode(), f"Bearer {self.key}".encode())
+
+    async def _answer(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Status and body of the response."""
-        if not hmac.compare_digest(key.encode(), f"Bearer {self.key}".encode()):
-            return 401, b"{}"
         judging = path.startswith(JUDGE)
         if path.removeprefix(JUDGE) != CHAT:
             return 404, b"{}"
@@ -144,7 +152,7 @@ class Gateway:
             return 400, b'{"error": {"message": "nothing answers here"}}'
         try:
             text = await (self._ask_judge(body) if judging else self._ask_model(body))
-        except (ModelGone, BadRequest) as error:
+        except Exception as error:  # a full disk, too; who asked can do nothing about it
             if not self.trouble.done():
                 self.trouble.set_result(error)
             return 400, msgspec.json.encode({"error": {"message": str(error)}})
@@ -181,8 +189,8 @@ def _completion(text: str) -> dict[str, Any]:
     }
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[str, str, bytes] | None:
-    """Path, authorization and body of the next request; None at the end. Raises ValueError."""
+async def _head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]] | None:
+    """Path and headers of the next request; None at the end. Raises ValueError."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.IncompleteReadError:
@@ -190,10 +198,15 @@ async def _read(reader: asyncio.StreamReader) -> tuple[str, str, bytes] | None:
     first, *lines = head.rstrip().split("\r\n")
     _, path, _ = first.split(" ")
     headers = {name.strip().lower(): value for name, _, value in (x.partition(":") for x in lines)}
+    return path, headers
+
+
+async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
+    """Raises ValueError."""
     size = int(headers.get("content-length", "0"))
     if not 0 <= size <= MAX_BODY:
         raise ValueError("the body is too large")
-    return path, headers.get("authorization", "").strip(), await reader.readexactly(size)
+    return await reader.readexactly(size)
 
 
 def _response(status: int, body: bytes) -> bytes:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """`key` stands for everything that was asked: words, pictures and decoding."""
+    """`key` stands for everything that was asked: model, seed, words, pictures and decoding."""
 
     key: str
     text: str
@@ -53,7 +53,7 @@ class Journal:
         for line in self._file.readlines():
             try:
                 answer = msgspec.json.decode(line, type=Answer)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):  # damaged by more than a kill
                 break
             if not line.endswith(b"\n"):
                 break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -25,7 +26,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, first_line
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.prompting.prompts import PromptSet
 from zppo.records import run_directory
@@ -33,8 +34,8 @@ from zppo.report.page import flatten
 from zppo.suites import harness as harnesses
 from zppo.suites.harness import HARNESSES, Asking, SamplesError, shows_final_answer
 from zppo.suites.order import Served, SuiteOrder
-from zppo.suites.page import write_page
-from zppo.suites.plan import known_missing, questions_of, settings_of
+from zppo.suites.page import check_labels, known_labels, write_page
+from zppo.suites.plan import OF_MODEL, known_missing, questions_of, settings_of
 from zppo.suites.results import (
     RowResult,
     Trouble,
@@ -42,7 +43,7 @@ from zppo.suites.results import (
     row_folder,
     write_result,
 )
-from zppo.suites.table import Row, decoding_of
+from zppo.suites.table import Row, decoding_of, tasks_of
 from zppo_actors.evaluator.evaluator import Grading
 from zppo_actors.suites.asked import JUDGE_DECODING, AskedModel, ModelGone, check_model
 from zppo_actors.suites.children import (
@@ -83,6 +84,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; {_goes_on(order)}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except OSError as error:  # a full disk
+        print(f"stopped: {first_line(error)}; {_goes_on(order)}", file=sys.stderr)
+        return EXIT_FAILED
     finally:
         os.close(lock)
 
@@ -124,7 +128,10 @@ class Session:
     def check(self) -> None:
         """Everything that can be known before a model is asked. Raises UserError."""
         order = self._order
+        labels = [model.label for model in order.models]
         self._prompts.validate()
+        check_labels(list(dict.fromkeys([*known_labels(self._out), *labels])))
+        self._check_others()
         pending = {model.label: self._pending(model) for model in order.models}
         for name in sorted({row.harness for rows in pending.values() for row in rows}):
             python = order.harness_pythons[name]
@@ -162,15 +169,25 @@ class Session:
         for row in self._order.suite.rows:
             folder = row_folder(self._out, model.label, row.short)
             result = read_result(folder)
-            if result is not None and result.settings != settings_of(row, model, self._order):
-                raise UserError(
-                    f"--out: {str(folder)!r} holds a result of other settings "
-                    f"({_differs(result.settings, settings_of(row, model, self._order))}); name "
-                    "another folder or remove it"
-                )
+            if result is not None:
+                _refuse_other(folder, result.settings, settings_of(row, model, self._order))
             if result is None and row.short not in self._missing:
                 pending.append(row)
         return pending
+
+    def _check_others(self) -> None:
+        """The page holds models of earlier calls as well; whatever may differ between two models,
+        how they were asked and judged may not. Raises UserError."""
+        order = self._order
+        own = [model.label for model in order.models]
+        for label in known_labels(self._out):
+            for row in [] if label in own else order.suite.rows:
+                folder = row_folder(self._out, label, row.short)
+                result = read_result(folder)
+                if result is not None:
+                    now = settings_of(row, order.models[0], order)
+                    now |= {name: result.settings.get(name) for name in OF_MODEL}
+                    _refuse_other(folder, result.settings, now)
 
     def _write_missing(self, model: Served) -> None:
         """Keep the reasons of the rows that cannot be run here, for the page."""
@@ -200,8 +217,9 @@ class Session:
 
     async def _ask_and_score(self, model: Served, url: str, row: Row, folder: Path) -> RowResult:
         order = self._order
+        settings = settings_of(row, model, order)
         # By its tasks, because two rows may be parts of one.
-        key = hashlib.sha256("\n".join(harnesses.tasks_of(row)).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(tasks_of(row)).encode()).hexdigest()[:16]
         asked = AskedModel(
             f"the model {model.label!r}",
             model.model,
@@ -209,6 +227,7 @@ class Session:
             decoding_of(row, order.suite),
             order.seed,
             Journal(folder.parent / "answers" / f"{key}.jsonl"),
+            identity=json.dumps([model.identity, settings["server_args"]]),
         )
         judge = None
         if order.judge is not None:
@@ -220,6 +239,12 @@ class Session:
         try:
             await self._harness(row, folder, model, asked, judge)
             samples = harnesses.read_samples(row, folder / "samples")
+            # Where it cannot make a request of a question, lmms-eval goes on with an empty answer.
+            if asked.counts.answers < len(samples):
+                raise SamplesError(
+                    f"{row.harness} asked {asked.counts.answers} of {len(samples)} questions (log: "
+                    f"{folder / 'harness.log'}): {last_lines(folder / 'harness.log')}"
+                )
             with Grading(GRADER_SECONDS, "") as grading:
                 scored = await Scoring(row, self._prompts, grading, judge).score(samples)
         finally:
@@ -229,13 +254,13 @@ class Session:
         counts = asked.counts
         return RowResult(
             short=row.short,
-            settings=settings_of(row, model, order),
+            settings=settings,
             harness=f"{row.harness} {self._versions[row.harness]}",
             scores={id: one.score for id, one in scored.items()},
             judged=sum(one.judged for one in scored.values()),
             unboxed=counts.unboxed,
             cut_off=counts.cut_off,
-            refused=counts.refused,
+            refused=counts.refused + (judge.counts.refused if judge is not None else 0),
             tokens=counts.tokens if counts.counted == counts.answers else None,
             seconds=0.0,
             asked=counts.answers - counts.replayed,
@@ -311,6 +336,15 @@ def _line(result: RowResult) -> str:
         f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f}), "
         f"{len(result.scores)} questions, {result.judged} judged{refused}, {result.seconds:.0f} s"
     )
+
+
+def _refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError for a result of other settings."""
+    if before != now:
+        raise UserError(
+            f"--out: {str(folder)!r} holds a result of other settings ({_differs(before, now)}); "
+            "name another folder or remove it"
+        )
 
 
 def _differs(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -152,3 +152,31 @@ def test_the_first_trouble_is_kept_and_ends_everything(tmp_path: Path) -> None:
         codes, said = through(tmp_path, ask, server)
         assert (codes, said) == ([400, 400], "the harness asked an empty question")
         assert server.requests == []
+
+
+def test_a_stranger_is_sent_away_before_a_body_is_read(tmp_path: Path) -> None:
+    async def ask(gateway: Gateway, http: httpx2.AsyncClient) -> bytes:
+        host, _, port = gateway.address.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n")
+        try:
+            return await asyncio.wait_for(reader.read(), 60)
+        finally:
+            writer.close()
+
+    with running(Server(models=("student",))) as server:
+        assert through(tmp_path, ask, server).startswith(b"HTTP/1.1 401 ")
+
+
+def test_what_goes_wrong_here_is_not_taken_for_the_harness_going_away(tmp_path: Path) -> None:
+    body = {"messages": [user("1+1")]}
+
+    async def ask(gateway: Gateway, http: httpx2.AsyncClient) -> tuple[int, Exception]:
+        gateway._model._journal.close()  # what a disk does that is full: nothing can be written
+        code = await post(gateway, http, gateway.key, "/v1/chat/completions", body)
+        return code, gateway.trouble.result()
+
+    with running(Server(models=("student",))) as server:
+        server.default = knows({"1+1": "\\boxed{2}"})
+        code, error = through(tmp_path, ask, server)
+        assert (code, str(error)) == (400, "write to closed file")

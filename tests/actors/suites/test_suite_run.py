@@ -243,6 +243,61 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path, server: Server)
         f"--out: {str(folder)!r} holds a result of other settings (decoding.max_new_tokens was "
         "'9', now '12288'); name another folder or remove it"
     )
+    # Nor beside those of another model, on one page.
+    label = replace(order.models[0], label="other")
+    judged = replace(
+        order, models=[label], judge=Judge(model="judge", base_url=server.base_url), limit=2
+    )
+    assert refused(judged) == (
+        f"--out: {str(folder)!r} holds a result of other settings (judge was '–', now 'judge'); "
+        "name another folder or remove it"
+    )
+    clash = replace(order.models[0], label="a/b")
+    assert run(replace(order, models=[clash])) == 0
+    assert refused(replace(order, models=[replace(clash, label="a b")])) == (
+        "--label: two models share a folder, 'a/b' and 'a b'; name them apart"
+    )
+
+
+@pytest.mark.slow
+def test_a_question_that_the_harness_did_not_ask_is_not_wrong(
+    tmp_path: Path, server: Server
+) -> None:
+    order = order_of(tmp_path, server, "Sums")
+    break_question(tmp_path, "Sums", "3+3", "3+3 skip")
+    assert run(order) == 1
+    log = Path(order.out) / "student/rows/Sums/harness.log"
+    assert summary(order)["models"][0]["missing"] == {
+        "Sums": f"lm-eval asked 3 of 4 questions (log: {log}): "
+    }
+
+
+@pytest.mark.slow
+def test_no_proxy_stands_between_harness_and_gateway(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert run(order_of(tmp_path, server, "Sums")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["weights", "seed"])
+def test_answers_of_other_weights_or_seeds_are_not_taken(
+    tmp_path: Path, server: Server, other: str
+) -> None:
+    """An interrupted row has no result yet that could be refused, but its answers lie there."""
+    right, down = knows(boxed()), status(503, "overloaded")
+    order = replace(order_of(tmp_path, server, "Sums"), concurrent=1)
+    before = replace(order.models[0], fingerprint="a")
+    server.answers, server.default = [right] * 3, down
+    assert run(replace(order, models=[before])) == 1
+    server.default, server.requests = right, []
+    after = replace(before, fingerprint="b" if other == "weights" else "a")
+    if other == "seed":
+        order = replace(order, seed=1)
+    assert run(replace(order, models=[after])) == 0
+    assert len(server.requests) == 4
 
 
 @pytest.mark.slow

@@ -76,6 +76,17 @@ def test_options_that_are_missing_or_unknown(
         assert said.replace(str(world / "recipe.yaml"), "recipe") == sentence
 
 
+def test_a_source_may_be_called_like_the_beginning_of_an_option(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "rec").mkdir()
+    (world / "rec" / "a.jsonl").write_text(json.dumps({"q": "1 + 1?", "a": "2"}))
+    (world / "mine.yaml").write_text("sources: {rec: {columns: {question: q, answer: a}}}")
+    options = [f"--recipe={world}/mine.yaml", f"--rec={world}/rec", f"--out={world}/out"]
+    assert main(options) == 0
+    assert "mine: 1 of 1 rows kept" in capsys.readouterr().out
+
+
 def test_a_limit_on_prompts_needs_a_tokenizer(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +94,11 @@ def test_a_limit_on_prompts_needs_a_tokenizer(
     assert said == (
         "zppo build-data: the recipe zppo77k takes prompts of up to 4096 tokens; expected "
         "--tokenizer FOLDER, the model folder whose tokens they are"
+    )
+    given = ["--recipe=zppo77k", "--vero=a", "--mmfinereason=b", "--out=c", "--tokenizer=models/x"]
+    assert refusal(capsys, given) == (
+        "--tokenizer: there is no model folder 'models/x'; expected one as save_pretrained or `hf "
+        "download` writes it"
     )
 
 
@@ -141,6 +157,18 @@ def test_the_recipe_that_ships_can_be_a_start(
         (
             "sources: {a: {columns: {question: q, answer: a}}}\ntiers: [{cap: 1, sub_datasets: {a: [x]}}, {cap: 2, sub_datasets: {a: [x]}}]",
             "tiers[1].sub_datasets.a has 'x' a second time; expected each name in one tier",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\ntiers: [{cap: 99999999999999999999, sub_datasets: {}}]",
+            "not YAML: the whole number 99999999999999999999 does not fit into 64 bits",
+        ),
+        (
+            "sources: {a: {columns: {question: [], answer: a}}}",
+            "sources.a.columns.question is []; expected a text, or a list, each item a text",
+        ),
+        (
+            "sources: {a: {columns: {question: q, answer: a}}}\npicture_tokens: {max_pixels: 9}",
+            "picture_tokens.min_pixels is 65536; expected at most 9, the max_pixels",
         ),
     ],
 )
@@ -297,6 +325,29 @@ def test_a_folder_with_other_things(world: Path, capsys: pytest.CaptureFixture[s
     assert refusal(capsys, arguments(world, out=world / "recipe.yaml")) == (
         f"--out {world}/recipe.yaml: is a file; expected a folder"
     )
+    theirs = world / "swift" / ".build" / "theirs.o"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    assert refusal(capsys, arguments(world, out=world / "swift")) == (
+        f"--out {world}/swift: holds '.build/theirs.o' and nothing of a corpus; expected an empty "
+        "folder"
+    )
+    assert theirs.exists()
+
+
+def test_a_corpus_within_a_source(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, arguments(world, out=world / "first" / "out")) == (
+        f"--out {world}/first/out: lies in {world}/first, the source first, and would be read as "
+        "rows of it; expected a folder elsewhere"
+    )
+
+
+def test_a_file_that_is_a_link_to_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = world / "first" / "more.jsonl"
+    link.symlink_to(world / "blob")
+    assert refusal(capsys, arguments(world)) == (
+        f"{link}: is a link to a file that is not there; expected the whole data set"
+    )
 
 
 def test_a_build_that_was_begun_with_other_data(
@@ -384,6 +435,7 @@ def test_columns_of_which_each_row_has_its_own(
         for order in (rows, rows[::-1]):
             place = world / f"{layout}-{len(found)}"
             write_source(place, order, layout)
-            assert main(arguments(world, first=place, out=place / "out")) == 0
-            found.append((place / "out" / "train.jsonl").read_bytes())
+            out = world / f"out-{place.name}"
+            assert main(arguments(world, first=place, out=out)) == 0
+            found.append((out / "train.jsonl").read_bytes())
     assert len(set(found)) == 1 and b'"Of 2?"' in found[0]

@@ -283,6 +283,18 @@ def test_the_papers_recipe_has_the_papers_tiers() -> None:
 
 def test_names_of_none() -> None:
     assert NamesConfig().canonical("A b--C") == "a_b_c"
+    assert NamesConfig().canonical("数学-Ω") == "数学_ω"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_without_a_name_are_of_their_source(tmp_path: Path, layout: str) -> None:
+    """And not of one sub-dataset without a name, of which the first source would have all."""
+    rows = [first(1, data_source=None), first(2, data_source="数学")]
+    others = [second(3, source=None), second(4, source="物理")]
+    report = made(tmp_path, rows, others, layout, tiers=[])
+    assert [(one.source, one.sub_dataset) for one in report.sub_datasets] == [
+        ("first", "first"), ("first", "数学"), ("second", "second"), ("second", "物理"),
+    ]  # fmt: skip
 
 
 PAGE = (Path(__file__).parents[3] / "docs" / "corpus.md").read_text(encoding="utf-8")

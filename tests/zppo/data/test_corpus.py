@@ -228,9 +228,9 @@ def test_readable_pictures_pass(tmp_path: Path, name: str) -> None:
     assert picture_problem(picture(tmp_path, name)) is None
 
 
-@pytest.mark.parametrize("name", ["square.png", "square.jpg"])
-def test_truncated_pictures_do_not(tmp_path: Path, name: str) -> None:
-    path = picture(tmp_path, name)
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+def test_truncated_pictures_do_not(tmp_path: Path, kind: str) -> None:
+    path = picture(tmp_path, f"square.{kind}")
     path.write_bytes(path.read_bytes()[:-40])
     assert str(picture_problem(path)).startswith("is unreadable")
 

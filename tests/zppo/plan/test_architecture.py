@@ -17,11 +17,13 @@ from zppo.plan.architecture import (
     UNTRAINED,
     context_of,
     other_state,
+    setting,
     window_of,
 )
 from zppo.plan.machine import Machine
 from zppo.plan.make import make_plan
 from zppo.plan.model_class import CAUSAL_TABLE, SEEING_TABLE, auto_class
+from zppo.plan.model_defaults import completed
 from zppo.plan.model_folder import inspect_model
 
 MACHINE = Machine(cores=4, memory=1 << 34, shared=1 << 34)
@@ -145,6 +147,11 @@ def planned(*overrides: str) -> list[str]:
             "the engine 'vllm'",
         ),
         (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "student.model: the weights of 'student' are quantised and cannot be trained; expected "
+            "a folder in float32 or bfloat16",
+        ),
+        (
             {"sliding_window": 8},
             "student.sampling.max_new_tokens is 8; expected less than 8, the context of 'student'",
         ),
@@ -161,6 +168,61 @@ def test_what_cannot_be_right_is_refused_before_anything_starts(
     with pytest.raises(UserError) as caught:
         planned()
     assert str(caught.value) == sentence.replace("'student'", repr(str(small / "student")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": ["llama"]}, "unhashable type: 'list'"),
+        ({"text_config": None}, "argument of type 'NoneType' is not iterable"),
+        (
+            {"max_position_embeddings": "many"},
+            "invalid literal for int() with base 10: 'many'",
+        ),
+    ],
+)
+def test_settings_that_are_not_of_their_kind_are_one_sentence(
+    small: Path, changes: dict[str, Any], reason: str
+) -> None:
+    configure(small / "student", **changes)
+    with pytest.raises(UserError) as caught:
+        planned()
+    assert str(caught.value) == (
+        f"student.model: {str(small / 'student/config.json')!r} has a setting that is not of its "
+        f"kind ({reason}); expected a file as save_pretrained writes it"
+    )
+
+
+def test_files_of_weights_that_are_not_there_are_missed(small: Path) -> None:
+    folder = small / "student"
+    whole = inspect_model(folder, "student.model").parameters
+    one = folder / "model.safetensors"
+    (folder / "consolidated.safetensors").write_bytes(one.read_bytes())  # the same weights twice
+    assert inspect_model(folder, "student.model").parameters == whole
+    header = one.read_bytes()[8:]
+    names = json.loads(header[: int.from_bytes(one.read_bytes()[:8], "little")])
+    names.pop("__metadata__", None)
+    shard = one.rename(folder / "model-00001-of-00002.safetensors")
+
+    def index(**more: str) -> None:
+        places = dict.fromkeys(names, shard.name) | more
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    index()
+    assert inspect_model(folder, "student.model").parameters == whole
+    index(head="model-00002-of-00002.safetensors")
+    with pytest.raises(UserError) as caught:
+        planned()
+    assert str(caught.value) == (
+        f"student.model: {str(folder)!r} is not whole: model-00002-of-00002.safetensors is "
+        "missing, which model.safetensors.index.json names"
+    )
+    index(head=shard.name)
+    with pytest.raises(UserError) as caught:
+        planned()
+    assert str(caught.value) == (
+        f"student.model: {str(shard)!r} lacks head, which model.safetensors.index.json names"
+    )
 
 
 def test_families_without_slots_are_those_that_the_engine_refused() -> None:
@@ -196,6 +258,18 @@ def test_families_that_are_not_trained_are_those_that_the_trainer_refused() -> N
             "AutoModelForCausalLM",
         ),
         (
+            {
+                "model_type": "qwen3_5",
+                "architectures": ["Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"],
+            },
+            "AutoModelForImageTextToText",
+        ),
+        (
+            {"model_type": "qwen3_5", "architectures": ["Mine", "Qwen3_5ForCausalLM"]},
+            "AutoModelForCausalLM",
+        ),
+        ({"model_type": "qwen3_5", "architectures": 3}, "AutoModelForImageTextToText"),
+        (
             {"model_type": "idefics3", "architectures": ["Idefics3ForConditionalGeneration"]},
             "AutoModelForImageTextToText",
         ),
@@ -219,6 +293,53 @@ def test_the_tables_of_classes_are_those_of_transformers() -> None:
             assert found is not None
             table = CAUSAL_TABLE if found == "AutoModelForCausalLM" else SEEING_TABLE
             assert getattr(modeling_auto, table)[family] == of_family
+
+
+GEMMA = {"model_type": "gemma3_text", "hidden_size": 2560, "sliding_window": 1024}
+"""Much of what Gemma 3 4B has on the hub; heads and vocabulary are not in the file."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GEMMA,
+        {"model_type": "llama", "vocab_size": 32064},
+        {"model_type": "qwen3_5_text", "num_hidden_layers": 24, "head_dim": 64},
+        {"model_type": "gpt2", "n_embd": 1024},
+        {"model_type": "llama4_text"},
+        {"model_type": "mistral", "sliding_window": None},
+    ],
+)
+def test_what_a_configuration_leaves_out_is_what_transformers_has(text: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    whole, found = AutoConfig.for_model(**text).to_dict(), completed(text)
+    for name, value in found.items():
+        if value is not None:
+            assert whole[name] == value, name
+    assert setting(found, "num_attention_heads") and setting(found, "hidden_size")
+
+
+def test_an_older_name_that_is_given_beats_a_default() -> None:
+    assert setting(completed({"model_type": "opt", "d_model": 5}), "hidden_size") == 5
+    assert completed({"model_type": "mine", "n_embd": 5}) == {"model_type": "mine", "n_embd": 5}
+
+
+def test_a_tower_folder_without_the_defaults_is_planned(small: Path) -> None:
+    path = small / "student" / "config.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model_type": "gemma3",
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "text_config": GEMMA | {"num_hidden_layers": 34},
+                "vision_config": {"model_type": "siglip_vision_model"},
+            }
+        )
+    )
+    facts = inspect_model(small / "student", "student.model")
+    assert (facts.hidden, facts.layers, facts.kv_heads, facts.head_dim) == (2560, 34, 4, 256)
+    assert (facts.vocabulary, facts.context, facts.window) == (262208, 131072, 1024)
 
 
 def test_a_window_bounds_only_the_engine_that_knows_none(small: Path) -> None:

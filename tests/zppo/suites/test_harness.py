@@ -17,9 +17,8 @@ from zppo.suites.harness import (
     read_samples,
     score_at,
     task_files,
-    tasks_of,
 )
-from zppo.suites.table import Decoding, Row, Source, Suite
+from zppo.suites.table import Decoding, Row, Source, Suite, tasks_of
 
 LM_EVAL = {
     "doc_id": 0, "doc": {"question": "What is 1+1?", "answer": "2"}, "target": "2",
@@ -163,3 +162,34 @@ def test_lmms_eval_is_told_no_comma() -> None:
     told = dict(pair.split("=") for pair in words[words.index("--model_args") + 1].split(","))
     assert (told["base_url"], told["model_version"]) == ("http://127.0.0.1:5/v1", "m")
     assert words[words.index("--include_path") + 1] == "/table/defs"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"acc": 10**400}, "OverflowError: int too large to convert to float"),
+        ({"resps": None}, "TypeError: a response is NoneType"),
+        ({"arguments": []}, "TypeError: list indices must be integers or slices, not str"),
+    ],
+)
+def test_lines_with_other_values(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    left_behind(tmp_path, "samples_t_2026-01-01.jsonl", LM_EVAL | change)
+    with pytest.raises(SamplesError) as error:
+        read_samples(row(scoring="Det", metric="acc"), tmp_path)
+    assert str(error.value) == (
+        "samples_t_2026-01-01.jsonl:1: lm-eval writes samples in another form than expected "
+        f"({said})"
+    )
+
+
+def test_a_gold_that_only_looks_like_a_number(tmp_path: Path) -> None:
+    left_behind(tmp_path, "samples_t_2026-01-01.jsonl", LM_EVAL | {"target": "\N{SUPERSCRIPT TWO}"})
+    [sample] = read_samples(row(grader="choice"), tmp_path)
+    assert sample.gold == ["\N{SUPERSCRIPT TWO}"]
+
+
+def test_a_task_without_samples(tmp_path: Path) -> None:
+    left_behind(tmp_path, "samples_t_2026-01-01.jsonl", LM_EVAL)
+    with pytest.raises(SamplesError) as error:
+        read_samples(row(task=["t", "u"]), tmp_path)
+    assert str(error.value) == "lm-eval left samples of t alone; expected t, u"

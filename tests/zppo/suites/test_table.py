@@ -93,6 +93,10 @@ def test_unknown_names_are_said_with_the_nearest() -> None:
         (ROW.replace(", task: [a]", ""), "A: expected either task or source"),
         (ROW.replace("E+J", "Det"), "A: metric is missing; Det reads the harness's score"),
         (ROW.replace("task", "decoding: {top_p: 2}, task"), "A: decoding.top_p is 2; expected a number of at least 0.0 and at most 1.0"),
+        (ROW.replace("task", "part: acc.kind, task"), "A: part is 'acc.kind'; expected PATH ~ REGEX"),
+        (ROW.replace("[a]", "['a,b']"), "A: the tasks are 'a,b'; expected names without spaces or commas, each once"),
+        (ROW.replace("task: [a]", "source: {path: p, names: [a b, a_b], question: q, answer: a}"), "A: the tasks are 'zppo_A_a_b', 'zppo_A_a_b'; expected names without spaces or commas, each once"),
+        (ROW.replace("task", "directives: ['a{99999999999}'], task"), "A: 'a{99999999999}' is no regular expression (the repetition number is too large)"),
         (ROW.replace("task", "directives: ['(']  , task"), "A: '(' is no regular expression (missing ), unterminated subpattern at position 0)"),
         (ROW.replace("lm-eval", "lmms-eval").replace("task: [a]", "source: {path: p, question: q, answer: a}"), "A: a source needs harness: lm-eval; expected task"),
     ],
@@ -100,6 +104,16 @@ def test_unknown_names_are_said_with_the_nearest() -> None:
 def test_mistakes_in_a_table(tmp_path: Path, row: str, said: str) -> None:
     path = write(tmp_path, row)
     assert refusal(path) == f"{path}: {said}"
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    source = "source: {path: json, files: [no.jsonl], question: q, answer: a}"
+    path = write(tmp_path, ROW.replace("task: [a]", source))
+    assert refusal(path) == (
+        f"{path}: A: source.files has 'no.jsonl'; there is no file {tmp_path}/no.jsonl"
+    )
+    path = write(tmp_path, ROW.replace("task", "include: tasks, task"))
+    assert refusal(path) == f"{path}: A: include is 'tasks'; there is no folder {tmp_path}/tasks"
 
 
 def test_two_rows_of_one_name(tmp_path: Path) -> None:

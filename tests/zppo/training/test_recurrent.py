@@ -4,6 +4,8 @@ transformers' eager pass over each sequence alone; and towers, which text does n
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from recurrent_models import FAMILIES, make_recurrent, make_seeing, save_seeing
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 from training_cases import CPU, group, longhand_log_probs, trainer_of, window
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -87,6 +90,14 @@ def test_text_leaves_the_tower_without_gradient_and_moments() -> None:
     assert all(parameter.requires_grad for parameter in text.parameters())
 
 
+def test_all_of_a_model_without_tower_is_trained() -> None:
+    """What transformers calls the decoder of this family is its head."""
+    config = tiny_config("modernbert-decoder")
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(True)
+    freeze_tower(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_folder_is_opened_as_what_it_says_it_is(tmp_path: Path) -> None:
     model = make_seeing()
     opened = load_folder(str(save_seeing(model, tmp_path)), "float32", "student.model")
@@ -94,6 +105,26 @@ def test_a_folder_is_opened_as_what_it_says_it_is(tmp_path: Path) -> None:
     assert type(opened) is type(AutoModelForImageTextToText.from_pretrained(tmp_path))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, opened.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r".*AWQ.*"),
+        ({"vocab_size": 9}, r".*mismatch.*"),
+        ({"hidden_size": "wide"}, r".*hidden_size.*"),
+    ],
+)
+def test_a_folder_that_transformers_cannot_open_is_one_sentence(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    make_recurrent("lfm2_moe").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as caught:
+        load_folder(str(tmp_path), "float32", "student.model")
+    sentence = f"student.model: cannot load {re.escape(repr(str(tmp_path)))}: {reason}"
+    assert re.fullmatch(sentence, str(caught.value)), caught.value
 
 
 def test_weights_that_a_folder_lacks_are_named_and_not_made_up(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from zppo.errors import UserError, first_line
@@ -18,7 +18,7 @@ from zppo.plan.architecture import (
     window_of,
 )
 from zppo.training.fidelity import EAGER, FAULTS, LARGEST_DIFFERENCE
-from zppo.training.loading import load_folder, model_class
+from zppo.training.loading import load_folder, model_class, read_config
 from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.sequences import Completion, Running
 from zppo_actors.engines.transformers import attention
@@ -36,11 +36,7 @@ def load_model(spec: EngineSpec) -> Any:
     cannot be served."""
     transformers_logging.disable_progress_bar()
     where, folder = spec.served.model_path, spec.served.model.model
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
-    refuse_unserved(config, folder, where)
+    refuse_unserved(read_config(folder, where), folder, where)
     model = load_folder(folder, spec.served.model.dtype, where)
     model.to(device=_device(spec))
     return model.eval().requires_grad_(False)

@@ -18,10 +18,9 @@ import msgspec
 import torch
 from msgspec import Struct
 from torch import Tensor
-from transformers import AutoConfig
 
 from zppo.errors import UserError, first_line
-from zppo.training.loading import model_class
+from zppo.training.loading import FAULTS, model_class, read_config
 from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.values import PolicyManifest
 
@@ -57,7 +56,8 @@ class Update(Struct, frozen=True):
 
 class Layout(Struct, frozen=True):
     """Shape of every tensor of a model by name, and the other names of tied ones with the name they
-    come under."""
+    come under. `dtype`: of the tensors, but for those that transformers keeps in float32 (the
+    biases of some routers)."""
 
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
@@ -67,14 +67,12 @@ class Layout(Struct, frozen=True):
 def read_layout(folder: str, dtype: str, where: str) -> Layout:
     """The layout of the model in `folder`, without its weights. Raises UserError if it is no causal
     language model."""
+    config = read_config(folder, where)
+    opened_by = model_class(config, folder, where)
     try:
-        config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            opened_by = model_class(config, folder, where)
             model = opened_by.from_config(config, dtype=getattr(torch, dtype))
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         reason = first_line(error)
         raise UserError(f"{where}: {folder!r} is no causal language model ({reason})") from error
     first: dict[int, str] = {}
@@ -128,6 +126,6 @@ def _misfit(layout: Layout, name: str, tensor: Tensor) -> str | None:
             f"tensor {name!r} has shape {list(tensor.shape)}, the model wants "
             f"{list(layout.shapes[name])}"
         )
-    if tensor.is_floating_point() and tensor.dtype != layout.dtype:
+    if tensor.is_floating_point() and tensor.dtype not in (layout.dtype, torch.float32):
         return f"tensor {name!r} has dtype {tensor.dtype}, the model wants {layout.dtype}"
     return None

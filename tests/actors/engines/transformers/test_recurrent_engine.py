@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from engine_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_models import FAMILIES, make_recurrent, make_seeing, save_seeing
-from transformers import DynamicCache
+from tiny_models import tiny_config
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers_helpers import build, run, sample
 
+from zppo.plan.architecture import attending_layers, state_numbers
 from zppo_actors.engines.sequences import Running
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers import decoder
 from zppo_actors.engines.transformers.engine import TransformersEngine
 from zppo_actors.engines.transformers.models import adopt_slots
+from zppo_actors.engines.transformers.slots import SlotLayer
 from zppo_actors.engines.uniforms import UniformStream
 from zppo_actors.weights import shared_memory
 from zppo_protocol.samples import GroupSamples
@@ -80,6 +84,24 @@ def test_sequences_come_and_go_and_each_is_as_if_it_were_alone(family: str, tmp_
     found = run(engine, sample(engine, *tasks_of(LENGTHS, 3, 6)))
     assert difference(model, found) < ROUNDING
     assert [len(completions(group)) for group in found] == [3] * len(LENGTHS)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo_hybrid", "jamba", "lfm2", "llama"])
+def test_the_plan_counts_what_a_row_holds(family: str) -> None:
+    """What is read from the configuration alone, against the buffers themselves."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    text, layers = model.config.to_dict(), model.config.num_hidden_layers
+    cache = decoder.Decoder(model, frozenset({-1}), max_rows=1, max_length=8)._cache
+    buffers = [
+        buffer
+        for layer in cache.state_layers
+        for of_kind in (layer._inputs, layer._states)
+        for buffer in of_kind.values()
+    ]
+    held = sum(math.prod(buffer.shape[1:]) for buffer in buffers)
+    assert state_numbers(text, layers) == held
+    attending = sum(isinstance(layer, SlotLayer) for layer in cache.slot_layers)
+    assert attending_layers(text, layers) == attending
 
 
 def test_a_model_with_a_tower_is_sampled_under_its_own_names(tmp_path: Path) -> None:

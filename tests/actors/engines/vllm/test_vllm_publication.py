@@ -134,6 +134,13 @@ def test_misfit_is_refused_with_the_reason(
     assert str(caught.value) == f"policy version 4 ({manifest.path}) is refused: {reason}"
 
 
+def test_what_transformers_keeps_in_float32_is_let_pass(tied: Path, tmp_path: Path) -> None:
+    found = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    found["model.norm.weight"] = found["model.norm.weight"].float()
+    manifest = shared_memory.publish(found, 4, tmp_path)
+    verify(read_layout(str(tied), "bfloat16", "student.model"), manifest)
+
+
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
