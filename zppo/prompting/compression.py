@@ -55,7 +55,8 @@ def by_rule(text: str, max_lines: int, max_tokens: int) -> str:
     box = _box_line(neutral(text))
     steps, lead = _steps_and_lead(neutral(visible(text)), box)
     budget = max_tokens * CHARACTERS_PER_TOKEN
-    final = f"{_tail(lead, budget - len(box))} {box}".strip()
+    beside = f" {box}" if box else ""
+    final = (_tail(lead, budget - len(beside)) + beside).strip()
     kept = [final] if final else []
     room = budget - len(final)
     for line in reversed([step for step in steps if not _EXPLORATION.match(step)]):

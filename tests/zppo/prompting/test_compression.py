@@ -120,6 +120,7 @@ def test_a_text_without_a_box_keeps_its_end() -> None:
 
 @given(texts, st.integers(1, 6), st.integers(1, 40))
 @example("\\boxed{\nwait {\n}", 5, 40)
+@example("\\boxed{\\boxed{\\boxed{}", 1, 5)
 def test_the_rule_keeps_the_answer_and_the_limits(
     text: str, max_lines: int, max_tokens: int
 ) -> None:
