@@ -92,7 +92,9 @@ class _Cut:
         self.width = width
         self.index_K = torch.tensor(rows, dtype=torch.int64, device=device)
         self._top_k_K1 = _column([setting.top_k or 2**31 for setting in settings], device)
-        self._top_p_K1 = _column([setting.top_p for setting in settings], device)
+        # A sum of float32 reaches 1 before the last tokens, which a share of 1 does not leave out.
+        shares = [setting.top_p if setting.top_p < 1 else torch.inf for setting in settings]
+        self._top_p_K1 = _column(shares, device)
         self._min_p_K1 = _column([setting.min_p for setting in settings], device)
 
     def __call__(self, log_probs_KV: Tensor, uniforms_K1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,6 +107,14 @@ def test_every_row_has_its_own_support_and_the_lower_of_equal_ids_comes_first(
         assert again[0] == tokens[row] and again[1] == log_probs[row]
 
 
+def test_a_share_of_one_leaves_out_no_token_however_small() -> None:
+    """The sum of the others is 1 in float32."""
+    logits = torch.tensor([[0.0, 0.0, -20.0, -21.0, -22.0]])
+    sampler = Sampler([Sampling(1, top_k=4)], torch.device("cpu"), support_limits=[4])
+    sampler(logits, torch.tensor([0.5]))
+    assert [ids_KW.tolist() for _, ids_KW in sampler.supports] == [[[0, 1, 2, 3]]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
