@@ -109,7 +109,7 @@ def test_the_page_sorts_what_holds_from_what_is_refused_and_what_was_not_built()
             tool.Verdict("absent", failed="cannot be built tiny: KeyError: 'x'"),
         ]
     )
-    built, rest = text.split("\nNot built tiny")
+    built, rest = text.split("\nNot examined")
     assert "1 of 3 families hold in both, and 2 can be trained." in built
     assert built.splitlines()[-3:] == [
         "| good | 2e-06 | 3e-06 |",

@@ -159,7 +159,8 @@ def test_a_build_that_is_stopped_goes_on(tmp_path: Path) -> None:
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
         if number == signal.SIGINT:
             assert said.endswith(f"what was done is kept in {out}: the same command goes on\n")
-    assert stopped >= 3 and begun == {f"{out}: begun\n", f"{out}: goes on"}
+    # The last of them may come when all is done, and only the process not ended yet.
+    assert stopped >= 3 and begun >= {f"{out}: begun\n", f"{out}: goes on"}
     assert bytes_of(out, report=True) == bytes_of(folder / "whole", report=True)
 
 
