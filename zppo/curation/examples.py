@@ -42,6 +42,7 @@ RULES = {
     "cap": "above the cap of their sub-dataset",
 }
 """Every reason for which a row is dropped, in the order in which they are looked for."""
+LONGEST_PATH = 80
 SUFFIXES = {
     "PNG": ".png",
     "JPEG": ".jpg",
@@ -224,5 +225,8 @@ def _lies_in(file: Path, folder: Path) -> bool:
 
 
 def _named(entry: object) -> str:
+    """A picture by its path, of which a long one keeps its end."""
     path = entry.get("path") if isinstance(entry, dict) else entry
-    return f" {path[:80]!r}" if isinstance(path, str) else ""
+    if not isinstance(path, str):
+        return ""
+    return f" {path!r}" if len(path) <= LONGEST_PATH else f" {'…' + path[-LONGEST_PATH:]!r}"

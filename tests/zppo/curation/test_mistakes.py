@@ -283,7 +283,7 @@ def test_pictures_from_outside_the_source_are_not_taken(
     said = capsys.readouterr().out
     assert "  first: 4 of 6 rows in 1 file\n" in said
     for path in paths[1:]:
-        assert f": the image {path!r} lies outside the source · " in said
+        assert f"{path[-60:]}' lies outside the source · " in said
 
 
 def test_a_recipe_that_keeps_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
