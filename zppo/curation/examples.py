@@ -208,14 +208,14 @@ def _bytes(entry: object, shard: Shard) -> bytes:
         places = [place / path for place in (shard.file.parent, shard.folder)]
         inside = [place for place in places if _lies_in(place, shard.folder)]
         if not inside:  # a data set must not pick from the other files of a machine
-            raise Dropped("unreadable_picture", f"the image {path[:80]!r} lies outside the source")
+            raise Dropped("unreadable_picture", f"the image{_named(path)} lies outside the source")
         file = next((place for place in inside if place.is_file()), inside[0])
         problem = size_problem(file)
         if problem:
-            raise Dropped("unreadable_picture", f"the image {path[:80]!r} {problem}")
+            raise Dropped("unreadable_picture", f"the image{_named(path)} {problem}")
         return file.read_bytes()
     except (OSError, ValueError) as error:  # a path too long, with a NUL, or not ours to read
-        why = f"the image {path[:80]!r} cannot be read ({first_line(error)})"
+        why = f"the image{_named(path)} cannot be read ({first_line(error)})"
         raise Dropped("unreadable_picture", why) from None
 
 
