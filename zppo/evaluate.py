@@ -134,7 +134,7 @@ def _served(
         model = ModelConfig(
             model=arguments.served_model, sampling=sampling, chat_template_kwargs=variables
         )
-        return _server(arguments.server, model, engine_args, "--server"), []
+        return _server(arguments.server, model, _allowed(arguments) | engine_args, "--server"), []
     engine = arguments.engine or "transformers"
     dtype = arguments.dtype or (run.student.dtype if run else None)
     model, notes = served_folder(located, sampling, dtype, engine, "--model", variables)
@@ -158,6 +158,10 @@ def _server(url: str, model: ModelConfig, engine_args: dict[str, Any], option: s
     return served_as(option, model, ActorConfig(engine=OPENAI, engine_args=engine_args))
 
 
+def _allowed(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"allow_insecure": True} if arguments.allow_insecure else {}
+
+
 def _judge(arguments: argparse.Namespace) -> ServedModel | None:
     if arguments.judge is not None and arguments.judge_server is not None:
         raise UserError("zppo evaluate: expected --judge FOLDER or --judge-server URL, not both")
@@ -168,7 +172,7 @@ def _judge(arguments: argparse.Namespace) -> ServedModel | None:
                 "judge"
             )
         model = ModelConfig(model=arguments.judge_model, sampling=JUDGE_SAMPLING)
-        return _server(arguments.judge_server, model, {}, "--judge-server")
+        return _server(arguments.judge_server, model, _allowed(arguments), "--judge-server")
     if arguments.judge is None:
         return None
     located = locate_model(arguments.judge)
@@ -309,6 +313,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--judge-server", metavar="URL", help="server of such a model")
     group.add_argument("--judge-model", metavar="NAME", help="name of the judge at --judge-server")
+    group.add_argument(
+        "--allow-insecure", action="store_true", help="allow http to servers on other machines"
+    )
 
 
 def _add_question_options(group: argparse._ArgumentGroup) -> None:

@@ -101,7 +101,7 @@ def _models(arguments: argparse.Namespace) -> list[Served]:
             raise UserError(
                 "--served-model is missing; expected the name under which --server serves the model"
             )
-        read_openai_arguments({"base_url": arguments.server}, "--server")
+        _check_url(arguments.server, "--server", arguments)
         label = (labels or [arguments.served_model])[0]
         return [Served(label=label, model=arguments.served_model, base_url=arguments.server)]
     return _checkpoints(folders, labels)
@@ -145,8 +145,13 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
             "--judge-model is missing; expected the name under which --judge-server serves the "
             "judge"
         )
-    read_openai_arguments({"base_url": arguments.judge_server}, "--judge-server")
+    _check_url(arguments.judge_server, "--judge-server", arguments)
     return Judge(model=arguments.judge_model, base_url=arguments.judge_server)
+
+
+def _check_url(url: str, option: str, arguments: argparse.Namespace) -> None:
+    given = {"base_url": url, "allow_insecure": arguments.allow_insecure}
+    read_openai_arguments(given, option)
 
 
 def _pythons(given: Sequence[str]) -> dict[str, str]:
@@ -213,6 +218,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--served-model", metavar="NAME", help="name of the model at --server")
     group.add_argument("--judge-server", metavar="URL", help="server of the judge")
     group.add_argument("--judge-model", metavar="NAME", help="name of the judge there")
+    group.add_argument(
+        "--allow-insecure", action="store_true", help="allow http to servers on other machines"
+    )
     group.add_argument(
         "--harness-python", action="append", default=[], metavar="NAME=PYTHON",
         help="interpreter of the environment of lm-eval or lmms-eval",

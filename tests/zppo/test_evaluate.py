@@ -274,6 +274,11 @@ def test_a_judge_is_another_model(start: Start) -> None:
             "--server.engine_args.base_url is 'ftp://x'; expected",
         ),
         (
+            "--server http://there.example/v1 --served-model m --data train.jsonl",
+            "--server.engine_args.base_url is 'http://there.example/v1', which sends prompts and "
+            "the key in the clear; expected https, or --allow-insecure\n",
+        ),
+        (
             "--server http://127.0.0.1:1 --served-model m --engine vllm --data train.jsonl",
             "--engine is 'vllm'; expected none, because --server has its own",
         ),
@@ -290,6 +295,15 @@ def test_mistakes_are_one_sentence_and_start_nothing(
     order, said = start(*arguments.split())
     assert order is None
     assert said.startswith(sentence) and said.count("\n") == 1
+
+
+def test_servers_on_other_machines_over_http_where_it_is_allowed(start: Start) -> None:
+    arguments = "--server http://there.example/v1 --served-model m --data train.jsonl --grader judge"
+    judge = "--judge-server http://judge.example/v1 --judge-model j --allow-insecure"
+    order, _ = start(*arguments.split(), *judge.split())
+    assert order is not None and order.judge is not None
+    for one in (order.served, order.judge):
+        assert one.actor.engine_args["allow_insecure"] is True
 
 
 def test_a_run_without_checkpoint_is_refused(start: Start, small: Path) -> None:

@@ -38,6 +38,13 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert said(capsys, *paper, *out, *SERVER, "--judge-server", "http://127.0.0.1:1/v1") == (
         "--judge-model is missing; expected the name under which --judge-server serves the judge"
     )
+    judge = ["--judge-server", "http://judge.example/v1", "--judge-model", "j"]
+    assert said(capsys, *paper, *out, *SERVER, *judge) == (
+        "--judge-server.engine_args.base_url is 'http://judge.example/v1', which sends prompts and "
+        "the key in the clear; expected https, or --allow-insecure"
+    )
+    assert evaluate.main([*paper, *out, *SERVER, *judge, "--allow-insecure", "--dry-run"]) == 0
+    capsys.readouterr()
     assert said(capsys, *paper, *out, *SERVER, "--harness-python", "lmeval=x") == (
         "--harness-python lmeval=x: expected NAME=PYTHON (did you mean 'lm-eval'?)"
     )

@@ -155,9 +155,10 @@ def _check_url(arguments: OpenAIArguments, where: str) -> None:
         and not _is_loopback(parts.hostname or "")
         and not arguments.allow_insecure
     ):
+        allowed = "--allow-insecure" if where.startswith("--") else "allow_insecure: true"
         raise UserError(
             f"{where}.base_url is {arguments.base_url!r}, which sends prompts and the key in the "
-            "clear; expected https, or allow_insecure: true"
+            f"clear; expected https, or {allowed}"
         )
 
 
