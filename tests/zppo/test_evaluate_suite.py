@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from zppo import evaluate
 from zppo.suites.order import Served, SuiteOrder
@@ -117,9 +118,11 @@ def test_rows_that_are_done_measure_the_rest(tmp_path: Path) -> None:
 
 
 def test_without_a_speed_the_time_is_not_known(tmp_path: Path) -> None:
-    assert plan_lines(order(tmp_path), {}, None)[-1] == (
-        "  how long that takes is not known: give --tokens-per-second and questions"
-    )
+    known, said = order(tmp_path), "  how long that takes is not known: "
+    assert plan_lines(known, {}, None)[-1] == said + "give --tokens-per-second"
+    rows = [replace(row, questions=None) for row in known.suite.rows]
+    unknown = replace(known, suite=replace(known.suite, rows=rows))
+    assert plan_lines(unknown, {}, 100.0)[-1] == said + "the table counts no questions"
 
 
 def test_an_order_travels_as_json(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def _of_model(
         line += f"; about {expected:,} at the {length:.0f} per answer so far"
     speed = speed or measured
     if speed is None or not expected:
-        return [line, "  how long that takes is not known: give --tokens-per-second and questions"]
+        why = "the table counts no questions" if speed else "give --tokens-per-second"
+        return [line, f"  how long that takes is not known: {why}"]
     bound = "about" if length is not None else "at most"
     return [line, f"  {bound} {expected / speed / 3600:.1f} hours at {speed:,.0f} tokens a second"]
 
