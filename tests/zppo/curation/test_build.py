@@ -153,14 +153,13 @@ def test_a_build_that_is_stopped_goes_on(tmp_path: Path) -> None:
         number = (signal.SIGINT, signal.SIGKILL)[attempt % 2]
         process.send_signal(number)
         _, said = process.communicate(timeout=300)
-        if process.returncode == 0:
+        if (out / "corpus.json").exists():  # stopped, if at all, when all was done
             break
         stopped += 1
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
         if number == signal.SIGINT:
             assert said.endswith(f"what was done is kept in {out}: the same command goes on\n")
-    # The last of them may come when all is done, and only the process not ended yet.
-    assert stopped >= 3 and begun >= {f"{out}: begun\n", f"{out}: goes on"}
+    assert stopped >= 3 and begun == {f"{out}: begun\n", f"{out}: goes on"}
     assert bytes_of(out, report=True) == bytes_of(folder / "whole", report=True)
 
 
