@@ -128,7 +128,14 @@ def many(count: int) -> tuple[list[Row], list[Row]]:
 
 def start(folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-m", "zppo", "build-data", *arguments(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background hand it on as ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.slow
