@@ -198,7 +198,7 @@ ROOMS: dict[str, set[str]] = {
     "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
     "zppo.cli": {"zppo.config", "zppo.errors", "zppo.prompting"},
     "zppo.__main__": {"zppo.cli"},
-    "zppo_actors.runtime": {"zppo.errors", "zppo.records"},
+    "zppo_actors.runtime": {"zppo.records"},
     "zppo_actors.membership": {"zppo.errors", "zppo_protocol"},
     "zppo_actors.timeline": {"zppo.records"},
     "zppo_actors.process": {

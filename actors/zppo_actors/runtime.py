@@ -2,8 +2,7 @@
 is such a file system.
 
 Invariant: a runtime folder whose lock nobody holds belongs to a dead supervisor and may be removed
-by anyone of the same user. The supervisor makes the folder under another name, locks it, and only
-then gives it its name, so a sweep never meets a fresh folder without its lock.
+by anyone of the same user. None is without its lock from the moment it has its name.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
-from zppo.errors import UserError
 from zppo.records.atomic_file import written_whole
 from zppo.records.run_directory import (
     SOCKET_NAME,
     hold,
+    make_runtime_folder,
     runtime_base,
-    runtime_folder,
     runtime_prefix,
 )
 
@@ -33,19 +30,7 @@ def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
 
     Raises UserError if the folder cannot be made or its socket path is too long for the system.
     """
-    base = base if base is not None else runtime_base()
-    folder = runtime_folder(run_id, base)
-    try:
-        unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
-        lock = hold(unlocked)
-        unlocked.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the runtime folder {str(folder)!r}: {error.strerror}"
-        ) from None
-    if lock is None:
-        raise UserError(f"the runtime folder {str(folder)!r} is held by another process")
-    return folder, lock
+    return make_runtime_folder(run_id, base if base is not None else runtime_base())
 
 
 def remove(folder: Path) -> None:

@@ -62,6 +62,15 @@ def _scheduler(rng: random.Random, max_staleness: int) -> dict[str, Any]:
     }
 
 
+def random_rates(rng: random.Random, crash: float) -> dict[str, float]:
+    """How often things go wrong in a `random_world`."""
+    return {
+        "crash_rate": crash,
+        "failure_rate": rng.choice([0.0, 0.1]),
+        "hang_rate": rng.choice([0.0, 0.02]),
+    }
+
+
 def random_world(
     rng: random.Random,
     config: Topology,

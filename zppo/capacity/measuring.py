@@ -27,7 +27,7 @@ from zppo.config.topology import OPENAI, Topology
 from zppo.errors import EXIT_USER_ERROR, UserError
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers
-from zppo.records.run_directory import hold, new_run_id, runtime_base, runtime_folder
+from zppo.records.run_directory import make_runtime_folder, new_run_id, runtime_base
 from zppo.signals import Interrupts, die_with_parent
 from zppo.simulation import Calibration
 
@@ -86,22 +86,15 @@ def measured(plan: Plan, within: float) -> MeasuredHere:
 def calibration_folder() -> Iterator[Path]:
     """A folder in shared memory for published weights. It is named and locked as that of a run, so
     if this process is killed the next run takes it away. Raises UserError."""
-    base = runtime_base()
-    folder = runtime_folder(f"calibrate-{new_run_id()}", base)
     try:
-        unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
-        lock = hold(unlocked)
-        unlocked.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"--calibrate: cannot make the runtime folder {str(folder)!r}: {error.strerror}"
-        ) from None
+        folder, lock = make_runtime_folder(f"calibrate-{new_run_id()}", runtime_base())
+    except UserError as error:
+        raise UserError(f"--calibrate: {error}") from None
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
 
 
 def _answer(order: Order, within: float, log: BinaryIO) -> MeasuredHere:

@@ -249,6 +249,26 @@ def runtime_folder(run_id: str, base: Path) -> Path:
     return folder
 
 
+def make_runtime_folder(run_id: str, base: Path) -> tuple[Path, int]:
+    """Make and lock the runtime folder (mode 0700). Returns it and the descriptor of its lock.
+
+    It is made under another name, locked, and only then given its own, so that a sweep never meets
+    a fresh folder without its lock. Raises UserError if it cannot be made.
+    """
+    folder = runtime_folder(run_id, base)
+    try:
+        unlocked = Path(tempfile.mkdtemp(prefix=".zppo-", dir=base))
+        lock = hold(unlocked)
+        unlocked.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the runtime folder {str(folder)!r}: {error.strerror}"
+        ) from None
+    if lock is None:
+        raise UserError(f"the runtime folder {str(folder)!r} is held by another process")
+    return folder, lock
+
+
 def runtime_prefix() -> str:
     """How the names of all runtime folders of this user begin."""
     return f"zppo-{os.getuid()}-"

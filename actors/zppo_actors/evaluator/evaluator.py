@@ -106,7 +106,7 @@ class Evaluator:
         start = time.monotonic()
         at_once = max(2, 2 * self._engine.capacity // self._order.samples)
         queue = iter(questions)
-        with _progress_bar() as bar:
+        with progress_bar() as bar:
             task = bar.add_task(self._order.label, total=len(questions))
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(at_once, len(questions))):
@@ -252,7 +252,7 @@ def _result(
     )
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
     """On stderr, and only where somebody can see it move."""
     console = Console(stderr=True)
     columns = (

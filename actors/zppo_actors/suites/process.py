@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, first_line
 from zppo.plan.engines.openai import OpenAIArguments
@@ -44,7 +42,7 @@ from zppo.suites.results import (
     write_result,
 )
 from zppo.suites.table import Row, decoding_of, tasks_of
-from zppo_actors.evaluator.evaluator import Grading
+from zppo_actors.evaluator.evaluator import Grading, progress_bar
 from zppo_actors.suites.asked import JUDGE_DECODING, AskedModel, ModelGone, check_model
 from zppo_actors.suites.children import (
     ChildFailed,
@@ -359,13 +357,6 @@ def _differs(before: dict[str, Any], now: dict[str, Any]) -> str:
 @contextmanager
 def _progress(name: str, total: int | None) -> Iterator[Callable[[], None]]:
     """A bar on stderr, where somebody can see it move; yields what moves it by one answer."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         task = bar.add_task(name, total=total)
         yield lambda: bar.advance(task)

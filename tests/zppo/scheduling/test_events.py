@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_worlds import random_topology, random_world
+from random_worlds import random_rates, random_topology, random_world
 from worlds import World, questions, topology
 
 from zppo.algorithm.methods import method_names
@@ -83,11 +83,7 @@ def test_a_log_of_events_replays_to_the_same_state_and_outcomes(
     seed: int, method: str, batches: Batches
 ) -> None:
     rng = random.Random(seed)
-    rates = {
-        "crash_rate": rng.choice([0.0, 0.05]),
-        "failure_rate": rng.choice([0.0, 0.1]),
-        "hang_rate": rng.choice([0.0, 0.02]),
-    }
+    rates = random_rates(rng, rng.choice([0.0, 0.05]))
     config = random_topology(rng, method, rng.randint(0, 3), batches)
     world = random_world(rng, config, most_questions=12, seed=seed, **rates)
     lives = record(world)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from naive_windows import members, naive_run, oracle
-from random_worlds import random_topology, random_world
+from random_worlds import random_rates, random_topology, random_world
 from reference import METHODS
 from worlds import PROMPTS, World, questions, topology
 
@@ -249,11 +249,7 @@ def test_promises_are_kept_under_disorder_crashes_and_restores(
     method: str, seed: int, bound: int, crash: float
 ) -> None:
     rng = random.Random(seed)
-    rates = {
-        "crash_rate": crash,
-        "failure_rate": rng.choice([0.0, 0.1]),
-        "hang_rate": rng.choice([0.0, 0.02]),
-    }
+    rates = random_rates(rng, crash)
     run_to_its_end(filled_world(rng, seed, method, bound, **rates))
 
 

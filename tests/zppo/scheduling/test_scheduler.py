@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_worlds import random_topology, random_world
+from random_worlds import random_rates, random_topology, random_world
 from worlds import PROMPTS, World, questions, samples, scripted_rewards, topology
 
 from zppo.algorithm.methods import method_names
@@ -55,11 +55,7 @@ def test_invariants_hold_under_disorder_crashes_and_restores(
     method: str, seed: int, bound: int, crash: float
 ) -> None:
     rng = random.Random(seed)
-    rates = {
-        "crash_rate": crash,
-        "failure_rate": rng.choice([0.0, 0.1]),
-        "hang_rate": rng.choice([0.0, 0.02]),
-    }
+    rates = random_rates(rng, crash)
     world = random_world(
         rng, random_topology(rng, method, bound), most_questions=20, seed=seed, **rates
     )
