@@ -20,8 +20,8 @@ CASE = make_case(30, rows=24, hidden=12, vocabulary=40)
 
 def head() -> tuple[Tensor, Tensor]:
     """Hidden states and a bf16 weight as a leaf."""
-    weight_VH = CASE.weight_VH.bfloat16().requires_grad_()
-    return CASE.hidden_TH.bfloat16(), weight_VH
+    hidden_TH, weight_VH, _ = CASE.leaves(torch.bfloat16)
+    return hidden_TH.detach(), weight_VH
 
 
 def test_main_grad_is_not_rounded_at_every_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +99,8 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_makes_no_second_float32_gradient(dtype: torch.dtype) -> None:
     """Scaled in its own memory where the graph is not kept, or rounded once on the way out."""
-    weight_VH = CASE.weight_VH.to(dtype).requires_grad_()
-    hidden_TH = CASE.hidden_TH.to(dtype)
+    hidden_TH, weight_VH, _ = CASE.leaves(dtype)
+    hidden_TH = hidden_TH.detach()
 
     def loss() -> Tensor:
         return (
