@@ -51,15 +51,22 @@ def _build(order: Order, as_json: bool) -> int:
         print(f"stopped; {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (OSError, sqlite3.Error) as error:
-        print(
-            f"--out {order.out}: cannot be written ({first_line(error)}); {kept}", file=sys.stderr
-        )
+        print(f"{_culprit(order, error)} ({first_line(error)}); {kept}", file=sys.stderr)
         return EXIT_FAILED
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
         print(report_text(report), end="")
     return 0
+
+
+def _culprit(order: Order, error: Exception) -> str:
+    """What could not be done: a source may vanish, or become unreadable, while it is read."""
+    path = Path(str(getattr(error, "filename", None) or order.out)).absolute()
+    for source, folder in order.folders.items():
+        if path.is_relative_to(folder.absolute()):
+            return f"{_option(source)} {folder}: {path.name} cannot be read"
+    return f"--out {order.out}: cannot be written"
 
 
 def read_order(name: str, recipe: Recipe, arguments: argparse.Namespace) -> Order:

@@ -406,6 +406,26 @@ def test_a_folder_that_cannot_be_written(
     assert capsys.readouterr().err.startswith(f"{world}/out: goes on behind 6 rows\n")
 
 
+def test_a_source_that_vanishes(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the folder of the corpus that is to blame."""
+    from zppo.curation import build as room
+
+    file = world / "first" / "train-00000-of-00001.jsonl"
+
+    def vanish(*arguments: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_write", vanish)
+        assert main(arguments(world)) == 1
+    assert capsys.readouterr().err.endswith(
+        f"--first {world}/first: {file.name} cannot be read ([Errno 2] No such file or directory: "
+        f"'{file}'); what was done is kept in {world}/out: the same command goes on\n"
+    )
+
+
 def test_rows_that_no_file_could_hold_are_reported(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
