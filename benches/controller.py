@@ -61,6 +61,7 @@ class Wire:
         self.inbox: deque[tuple[str, list[bytes]]] = deque()
         self.sent: list[tuple[str, list[bytes]]] = []
         self.received: Counter[str] = Counter()
+        self.roles: dict[str, str] = {}
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         if not self.inbox:
@@ -215,6 +216,8 @@ def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> tuple[floa
             incarnation=0, topology=settings, run_id="bench", start_version=0,
         )  # fmt: skip
         wire = Wire()
+        table = processes(settings, cores())
+        wire.roles = {entry.name: entry.role for entry in table} | {"supervisor": "supervisor"}
         controller = Controller(context, wire)  # type: ignore[arg-type]
         script = Script(wire, context.run_dir, options.tokens, options.single_credits)
         script.greet(settings)

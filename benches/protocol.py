@@ -28,6 +28,7 @@ import numpy as np
 import zmq
 
 from zppo_protocol.codec import decode, encode
+from zppo_protocol.keys import issue
 from zppo_protocol.limits import Limits
 from zppo_protocol.messages import GenerateResult
 from zppo_protocol.samples import GroupSamples
@@ -133,8 +134,8 @@ def socket_ms(result: GenerateResult, repeats: int) -> float:
     """Encode, send, receive and decode through a Unix socket, one message at a time."""
     limits = Limits(header_bytes=2**30)
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        address = f"ipc://{folder}/bench.sock"
-        router, dealer = Router(address, limits), Dealer(address, "rollout-0", limits)
+        access, credentials = issue(f"ipc://{folder}/bench.sock", {"rollout-0": "rollout"})
+        router, dealer = Router(access, limits), Dealer(credentials["rollout-0"], limits)
 
         def trip() -> None:
             dealer.send(result)

@@ -36,8 +36,10 @@ from zppo.data.question import Question, digest
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
 from zppo.plan.extensions import changed
 from zppo.plan.machine import measure_machine, wants_gpu
+from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
+from zppo.plan.placement import refuse_unbuilt
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
 from zppo.plan.prompt_checks import (
@@ -78,7 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.topology = _one_topology(arguments)
         if arguments.offline and not arguments.dry_run:
             raise UserError("--offline: expected --dry-run with it; a run asks its teacher")
-        if arguments.resume is not None:
+        resumes = arguments.resume is not None
+        if arguments.machines is not None and (not arguments.dry_run or resumes):
+            raise UserError(
+                "--machines: expected --dry-run with it, and no --resume; a run is checked against "
+                "the machines that it has"
+            )
+        if resumes:
             return _resume(arguments)
         return _launch(arguments)
     except UserError as error:
@@ -94,11 +102,15 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     topology = load(arguments.topology, arguments.set)
     directory = run_folder(topology)
+    if arguments.machines is not None:
+        described = Described.of(topology, arguments.machines, arguments.topology.parent)
+        return show_plan(described.plan(), directory, offline=True)
     if directory.exists() and not run_directory.untrained(directory):
         raise UserError(run_directory.in_the_way(directory))
     checked = check(topology)
     if arguments.dry_run:
         return show_plan(checked.plan, directory, arguments.offline)
+    refuse_unbuilt(topology)
     corpus = checked.corpus
     run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
     for note in checked.plan.notes:
@@ -138,6 +150,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         notes = [*checked.plan.notes, *_cost_so_far(directory, found.step)]
         return show_plan(replace(checked.plan, notes=notes), directory, arguments.offline)
+    refuse_unbuilt(topology)
     run_directory.renew(directory, found.step, topology)
     become_supervisor(directory)
 
@@ -447,6 +460,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--offline", action="store_true", help="with --dry-run: do not ask the teacher's server"
+    )
+    parser.add_argument(
+        "--machines",
+        type=Path,
+        metavar="FILE",
+        help="with --dry-run: plan for the machines and models that FILE describes",
     )
     return parser
 

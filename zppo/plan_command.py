@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -33,6 +33,7 @@ from zppo.config.topology import Topology
 from zppo.config.typed import setting_typed
 from zppo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
 from zppo.plan.machine import measure_machine, wants_gpu
+from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.plan import Plan
 from zppo.plan.processes import cores
@@ -46,6 +47,15 @@ WITHOUT = (
 REPLAYS = 3
 SEARCH_SECONDS = 60.0
 CALIBRATE_SECONDS = 120.0
+
+
+class Planned(Struct, frozen=True):
+    """A plan, what its corpus has, and how a variant of it is planned for the same machines."""
+
+    plan: Plan
+    questions: int
+    heldout: int
+    variant: Callable[[Topology], Plan]
 
 
 class Source(Struct, frozen=True):
@@ -73,28 +83,45 @@ def _plan(asked: argparse.Namespace) -> int:
     topology = load(asked.file, asked.set)
     # What was recorded or written by hand is read before the plan is made, which may take long.
     source = _read_source(asked)
-    checked = launch.check(topology)
+    planned = _planned(topology, asked)
     if asked.calibrate:
-        source = _measure(checked, asked.within)
-    world = _world(checked, source) if source is not None else None
+        source = _measure(planned, asked.within)
+    world = _world(planned, source) if source is not None else None
     if source is not None and asked.write is not None:
         write_calibration(asked.write, source.calibration, source.name)
+    offline = asked.offline or asked.machines is not None
     directory, console = run_folder(topology), Console()
-    if asked.json and not asked.offline:
-        launch.ask_servers(checked.plan)
+    if asked.json and not offline:
+        launch.ask_servers(planned.plan)
     if not asked.json:
-        launch.show_plan(checked.plan, directory, asked.offline)
+        launch.show_plan(planned.plan, directory, offline)
     times = None
     if source is not None and world is not None:
-        times = _times(checked, world, source, asked.seconds)
+        times = _times(planned, world, source, asked.seconds)
     if asked.json:
-        answer = answer_of(checked.plan, str(directory), times)
+        answer = answer_of(planned.plan, str(directory), times)
         print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
     elif times is not None:
         show_times(times, console)
     else:
         console.print(f"note: {WITHOUT}", markup=False, highlight=False)
     return 0
+
+
+def _planned(topology: Topology, asked: argparse.Namespace) -> Planned:
+    if asked.machines is not None:
+        described = Described.of(topology, asked.machines, asked.file.parent)
+        machines = described.machines
+        return Planned(described.plan(), machines.questions, machines.heldout, described.plan)
+    checked = launch.check(topology)
+    questions = len(checked.corpus.questions)
+
+    def variant(changed: Topology) -> Plan:
+        base, directory = run_directory.runtime_base(), run_folder(changed)
+        machine = measure_machine(cores(), base, directory, wants_gpu(changed))
+        return make_plan(changed, questions, machine)
+
+    return Planned(checked.plan, questions, len(checked.heldout), variant)
 
 
 # ---- speeds --------------------------------------------------------------------------------------
@@ -112,6 +139,11 @@ def _check_options(asked: argparse.Namespace) -> None:
     ]
     if len(given) > 1:
         raise UserError(f"zppo plan: {' and '.join(given)} are given; expected one of them")
+    if asked.machines is not None and asked.calibrate:
+        raise UserError(
+            "--calibrate: measures this machine, and --machines describes others; expected "
+            "--calibration FILE or --from-run RUN with --machines"
+        )
     if asked.write is not None:
         if given not in (["--from-run"], ["--calibrate"]):
             raise UserError(
@@ -129,19 +161,19 @@ def _read_source(asked: argparse.Namespace) -> Source | None:
     return None
 
 
-def _measure(checked: launch.Checked, within: float) -> Source:
-    found = measured(checked.plan, within)
+def _measure(planned: Planned, within: float) -> Source:
+    found = measured(planned.plan, within)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     return Source("--calibrate, measured here", found.calibration)
 
 
-def _world(checked: launch.Checked, source: Source) -> World:
+def _world(planned: Planned, source: Source) -> World:
     """The planned run on the measured machines. Raises UserError if they are not those of the
     topology, or a group finds no room in an engine."""
-    topology = checked.plan.topology
+    topology = planned.plan.topology
     check_settings(source.calibration.settings, topology, source.name)
-    world = _world_of(topology, source.calibration, checked)
+    world = _world_of(topology, source.calibration, planned)
     try:
         world.check()
     except UserError as error:
@@ -149,8 +181,8 @@ def _world(checked: launch.Checked, source: Source) -> World:
     return world
 
 
-def _world_of(topology: Topology, calibration: Calibration, checked: launch.Checked) -> World:
-    questions, heldout = len(checked.corpus.questions), len(checked.heldout)
+def _world_of(topology: Topology, calibration: Calibration, planned: Planned) -> World:
+    questions, heldout = planned.questions, planned.heldout
     limit = topology.evaluation.limit
     asked = heldout if limit is None else min(limit, heldout)
     return World.of(topology, calibration, corpus=questions, heldout=asked)
@@ -159,33 +191,26 @@ def _world_of(topology: Topology, calibration: Calibration, checked: launch.Chec
 # ---- times ---------------------------------------------------------------------------------------
 
 
-def _times(checked: launch.Checked, world: World, source: Source, limit: float) -> Times:
-    plan = checked.plan
+def _times(planned: Planned, world: World, source: Source, limit: float) -> Times:
+    plan = planned.plan
 
     def fits(topology: Topology) -> bool:
         try:
-            return bool(_plan_of(topology, checked))
+            return bool(planned.variant(topology))
         except UserError:
             return False
 
     most = max(1, min(plan.windows.steps, MOST_STEPS))
     found: Search = search(world, most, limit, time.monotonic, fits)
-    best = plan if found.best is found.given else _plan_of(found.best.topology, checked)
-    replay = _replay(source.recorded, checked) if source.recorded is not None else None
+    best = plan if found.best is found.given else planned.variant(found.best.topology)
+    replay = _replay(source.recorded, planned) if source.recorded is not None else None
     return times_of(found, (plan, best), source.name, replay)
 
 
-def _plan_of(topology: Topology, checked: launch.Checked) -> Plan:
-    """Raises UserError where it does not fit on this machine."""
-    base, directory = run_directory.runtime_base(), run_folder(topology)
-    machine = measure_machine(cores(), base, directory, wants_gpu(topology))
-    return make_plan(topology, len(checked.corpus.questions), machine)
-
-
-def _replay(recorded: Recorded, checked: launch.Checked) -> Replay:
+def _replay(recorded: Recorded, planned: Planned) -> Replay:
     """The recorded run in simulation, with the topology that it had: the mean over some seeds,
     because a short run is a draw."""
-    world = _world_of(recorded.topology, recorded.calibration, checked)
+    world = _world_of(recorded.topology, recorded.calibration, planned)
     runs = [
         simulate(world, recorded.steps, seed, recorded.warm).seconds_per_step
         for seed in range(REPLAYS)
@@ -232,6 +257,9 @@ def _parser() -> argparse.ArgumentParser:
         default=SEARCH_SECONDS,
         metavar="SECONDS",
         help=f"the most that the search for a faster split takes ({SEARCH_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--machines", type=Path, metavar="FILE", help="plan for what FILE describes, not for here"
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     parser.add_argument("--offline", action="store_true", help="do not ask the teacher's server")

@@ -47,7 +47,7 @@ def main(context: ActorContext) -> int:
     own = OwnOrder(entries=entries, identities=context.extensions) if entries else None
     command = worker_command(topology.data.train, topology.data.heldout, rewards=own)
     worker = GradeWorker(topology.actors.grader.timeout_seconds, command)
-    dealer = Dealer(context.address, context.actor, context.limits)
+    dealer = Dealer(context.credentials, context.limits)
     try:
         return GraderActor(context, dealer, worker).run()
     finally:

@@ -30,6 +30,8 @@ from zppo.records.timeline import TIMELINE
 from zppo.signals import die_with_parent
 from zppo_actors import runtime
 from zppo_actors.timeline import Timeline, begin_life
+from zppo_protocol.errors import AccessError
+from zppo_protocol.keys import Credentials
 from zppo_protocol.limits import Limits, limits_for
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello
 from zppo_protocol.values import Role
@@ -66,9 +68,9 @@ class ActorContext:
     """Where this process says what it did when."""
 
     @property
-    def address(self) -> str:
-        """Address of the controller's socket."""
-        return runtime.controller_address(self.runtime)
+    def credentials(self) -> Credentials:
+        """With which this actor is let in by the controller. Raises AccessError."""
+        return runtime.credentials(self.runtime, self.actor)
 
     @property
     def limits(self) -> Limits:
@@ -108,11 +110,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def guarded(body: Callable[[], int]) -> int:
-    """Run `body`; a UserError becomes one sentence on stderr and exit code 2, anything else a
-    traceback and 1."""
+    """Run `body`; a UserError or AccessError becomes one sentence on stderr and exit code 2,
+    anything else a traceback and 1."""
     try:
         return body()
-    except UserError as error:
+    except (UserError, AccessError) as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except Exception:

@@ -1,5 +1,5 @@
-"""The runtime folder: the sockets and shared weights of one attempt at a run, on memory where there
-is such a file system.
+"""The runtime folder: the socket, keys and shared weights of one attempt at a run, on memory where
+there is such a file system.
 
 Invariant: a runtime folder whose lock nobody holds belongs to a dead supervisor and may be removed
 by anyone of the same user. None is without its lock from the moment it has its name.
@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from zppo.records.atomic_file import written_whole
 from zppo.records.run_directory import (
@@ -20,8 +22,12 @@ from zppo.records.run_directory import (
     runtime_base,
     runtime_prefix,
 )
+from zppo_protocol import keys
+from zppo_protocol.keys import Access, Credentials
+from zppo_protocol.values import SUPERVISOR, Role
 
 TRAINING_NAME = "training"
+KEYS_NAME = "keys"
 
 
 def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:
@@ -48,9 +54,35 @@ def sweep(base: Path | None = None) -> list[Path]:
     ]
 
 
-def controller_address(folder: Path) -> str:
-    """The address that the controller binds and everyone else connects to."""
-    return f"ipc://{folder / SOCKET_NAME}"
+def issue_keys(
+    folder: Path,
+    roles: Mapping[str, str],
+    address: str | None = None,
+    reached_at: str | None = None,
+) -> Access:
+    """Make the keys of this attempt and write them into the folder: one for the controller, one
+    for the supervisor, one for each process in `roles`, name → role, that speaks to the controller.
+    It listens at `address`, or at the folder's own socket, and is reached at `reached_at`, if that
+    is another."""
+    speak = {name: role for name, role in roles.items() if role in get_args(Role)}
+    access, credentials = keys.issue(
+        address or f"ipc://{folder / SOCKET_NAME}",
+        {SUPERVISOR: SUPERVISOR, **speak},
+        reached_at=reached_at,
+    )
+    keys.write_all(folder / KEYS_NAME, access, credentials)
+    return access
+
+
+def access(folder: Path) -> Access:
+    """Where the controller listens, and whom it lets in. Raises AccessError if its key file cannot
+    be used."""
+    return keys.read_access(keys.key_file(folder / KEYS_NAME, keys.ACCESS_NAME))
+
+
+def credentials(folder: Path, actor: str) -> Credentials:
+    """What `actor` needs to be let in. Raises AccessError if its key file cannot be used."""
+    return keys.read_credentials(keys.key_file(folder / KEYS_NAME, actor))
 
 
 def mark_training(folder: Path, step: int | None) -> None:

@@ -14,9 +14,14 @@ from msgspec import Meta, Struct
 MIB = 2**20
 MAX_FRAMES = 64
 MAX_DIMENSIONS = 2
-MAX_IDENTITY_BYTES = 64
+MAX_KEY_FILE_BYTES = 4 * MIB
 MAX_IPC_PATH_BYTES = 107
 """`sun_path` of a Unix socket holds 108 bytes with its final zero."""
+PIECE_BYTES = MIB
+"""Largest piece of a frame on `tcp`. A stranger can make ZeroMQ hold one such piece for each of its
+connections before its key is asked for."""
+HANDSHAKE_SECONDS = 10.0
+"""A connection that has not shown a key by then is closed."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -25,7 +30,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `header_bytes` and `payload_bytes` bound the two parts of a message. `queue` is the high-water
     mark, in messages, of each direction of each peer: with credits it is never reached by a peer
     that reads. `send_seconds` bounds how long a dealer waits for a controller that does not read,
-    `linger_seconds` how long closing waits for unsent ones.
+    `linger_seconds` how long closing waits for unsent ones. On `tcp`, a connection over which
+    nothing has come for `silence_seconds`, not even ZeroMQ's own heartbeat, is given up and made
+    anew; one that is cut for less goes on where it stopped.
     """
 
     header_bytes: Annotated[int, Meta(ge=1)] = 64 * MIB
@@ -33,6 +40,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     queue: Annotated[int, Meta(ge=1)] = 1000
     send_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
     linger_seconds: Annotated[float, Meta(ge=0.0, le=60.0)] = 1.0
+    silence_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 60.0
 
     @property
     def frame_bytes(self) -> int:

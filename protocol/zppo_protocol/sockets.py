@@ -1,85 +1,122 @@
-"""Router and dealers: messages over ZeroMQ. The only file that imports zmq.
+"""Router and dealers: messages over ZeroMQ.
 
-One router (the controller) is bound, every other process is a dealer whose identity is its actor
-name; there is no other socket. Invariants: nothing a peer sends makes a socket raise (it is logged,
-counted in `rejected` and dropped), nothing a peer fails to read makes the router wait, and no wait
-is unbounded. Delivery is not promised: a message counts as delivered when its answer arrives, which
-is why tasks are leased.
+One router (the controller) is bound, every other process is a dealer; there is no other socket.
+Invariants: nothing a peer sends makes a socket raise (it is logged, counted in `rejected` and
+dropped), nothing a peer fails to read makes the router wait, and no wait is unbounded. Delivery is
+not promised: a message counts as delivered when its answer arrives, which is why tasks are leased.
 
-This version speaks `ipc://` only: a Unix socket in a folder that no other user may enter. A newer
-connection takes over the identity of an older one (handover), so a restarted actor is heard at
-once.
+Who a message is from is not said by the message: it is the name that belongs to the key with which
+its connection was let in (`doors`). Of several connections with one key the newest that has spoken
+counts, so a restarted actor is heard at once, and one that only connects mutes nobody.
+
+`ipc://` is a Unix socket in a folder that no other user may enter; `tcp://` is encrypted by CURVE.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import re
 import stat
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from zppo_protocol.codec import DEFAULT_LIMITS, decode, encode
-from zppo_protocol.errors import ProtocolError
-from zppo_protocol.limits import MAX_FRAMES, MAX_IDENTITY_BYTES, MAX_IPC_PATH_BYTES, Limits
+from zppo_protocol.addresses import TCP, check_private, ipc_path, scheme_of
+from zppo_protocol.codec import DEFAULT_LIMITS, Buffer, decode, encode
+from zppo_protocol.doors import Doorkeeper, Doorstep, guard, monitor, show
+from zppo_protocol.errors import AccessError, ProtocolError
+from zppo_protocol.keys import Access, Credentials
+from zppo_protocol.limits import MAX_FRAMES, PIECE_BYTES, Limits
 from zppo_protocol.messages import AnyMessage
+from zppo_protocol.pieces import cut, join, most_pieces
 
 LOGGER = logging.getLogger(__name__)
-IDENTITY = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_IDENTITY_BYTES - 1}}}")
 COPIED = 2**19
 """Bytes of a frame below which a copy costs less than to be told when the frame has gone."""
 RECONNECT_MILLISECONDS = (20, 1000)
 """First and longest pause between two attempts to reach the controller."""
+OVERHEAD = 1024
+"""Bytes that CURVE may add to a piece; it adds 33."""
+ROUTE_BYTES = 5
+"""A zero and a number that rises with each connection: how ZeroMQ names one that gave no name."""
+HEARTBEATS = 6
+"""ZeroMQ's own heartbeats in the silence after which a connection is given up."""
+LOOK_SECONDS = 0.2
+"""A dealer that has not been let in yet looks so often at whether it has been refused."""
 
 
 class Router:
     """The controller's end: receives from all actors, sends to each by name. One thread only."""
 
-    def __init__(self, address: str, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Bind `address`, an `ipc://` path in an existing private folder. Raises ValueError for any
-        other address."""
-        path = ipc_path(address)
-        _check_private(path.parent)
+    def __init__(self, access: Access, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Bind `access.address` and let in whoever has a key of `access`. Raises ValueError for an
+        `ipc` address outside a private folder, AccessError where the address cannot be bound."""
         self.limits = limits
         self.rejected = 0
+        self.roles = access.roles
+        """Role by name, of all that may be let in."""
+        self._routes: dict[str, bytes] = {}
+        ipc = scheme_of(access.address) != TCP
+        if ipc:
+            check_private(ipc_path(access.address).parent)
+        self._frames = _Frames(access.address, limits)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._close = _close_when_dropped(self, self._socket, self._context)
-        _set_bounds(self._socket, limits)
+        _set_bounds(self._socket, access.address, limits)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        self._socket.set(zmq.ROUTER_HANDOVER, 1)
-        self._socket.bind(address)
-        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)
+        guard(self._socket, access)
+        self._keeper = Doorkeeper(self._context, self._socket, access)
+        self._close = _close_when_dropped(self, self._socket, self._context, self._keeper.thread)
+        try:
+            self._socket.bind(access.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise AccessError(f"cannot listen at {access.address}: {error.strerror}") from None
+        if ipc:
+            os.chmod(ipc_path(access.address), stat.S_IRUSR | stat.S_IWUSR)
+
+    @property
+    def refused(self) -> int:
+        """How many connections were not let in."""
+        return self._keeper.refused
+
+    @property
+    def refusal(self) -> str:
+        """Why the last of them was not."""
+        return self._keeper.reason
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         """Return the next (peer, message), or None after `timeout_s` seconds. Malformed messages
-        are skipped."""
+        are skipped. The peer is the name of the key that it came with."""
         for _ in _arrivals(self._socket, timeout_s):
-            peer_frame, *frames = _read_frames(self._socket, 1 + MAX_FRAMES)
+            route, *frames = _read_frames(self._socket, 1 + self._frames.most)
+            peer = str(route.get("User-Id"))
             try:
-                peer = _peer_name(bytes(peer_frame))
-                return peer, decode(frames, self.limits)
+                self._follow(peer, route.bytes)
+                return peer, self._frames.read(frames)
             except ProtocolError as error:
                 self.rejected += 1
-                _log_rejection(self.rejected, repr(bytes(peer_frame)), error)
+                _log_rejection(self.rejected, peer, error)
         return None
 
     def send(self, peer: str, message: AnyMessage) -> bool:
-        """Queue `message` for `peer`; False if it is not connected or its queue is full. Never
-        waits.
+        """Queue `message` for `peer`; False if it is not connected, has said nothing yet, or its
+        queue is full. Never waits.
 
         Raises ProtocolError if `message` is not one the peer would accept.
         """
-        frames = encode(message, self.limits)
+        frames = self._frames.write(message)
+        route = self._routes.get(peer)
+        if route is None:
+            return False
         try:
-            self._socket.send_multipart([peer.encode(), *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -92,26 +129,45 @@ class Router:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
         self._close()
 
+    def _follow(self, peer: str, route: bytes) -> None:
+        """Answer `peer` on the newest connection on which it has spoken."""
+        known = self._routes.get(peer)
+        if route == known:
+            return
+        if len(route) != ROUTE_BYTES or route[0]:
+            raise ProtocolError("the peer has chosen a name for its connection")
+        if known is not None and not _is_newer(route, known):
+            raise ProtocolError("it came over an older connection of this actor")
+        self._routes[peer] = route
+
 
 class Dealer:
     """An actor's end of the line to the controller. One thread only. The controller may start
     later."""
 
-    def __init__(self, address: str, identity: str, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Connect to `address` as `identity`. Raises ValueError for an address or a name that
-        cannot be used."""
+    def __init__(self, credentials: Credentials, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Connect to `credentials.address`. Raises ValueError for an address that cannot be
+        used."""
         self.limits = limits
         self.rejected = 0
+        self._frames = _Frames(credentials.address, limits)
+        self._doorstep = Doorstep(credentials.name, credentials.address)
         self._context = zmq.Context()
-        self._socket = _connected(self._context, address, identity, limits)
-        self._close = _close_when_dropped(self, self._socket, self._context)
+        self._socket, self._ear = _connected(self._context, credentials, limits)
+        self._close = _close_when_dropped(self, self._socket, self._context, None, self._ear)
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the controller has let this dealer in."""
+        self._listen_at_the_door()
+        return self._doorstep.admitted
 
     def receive(self, timeout_s: float) -> AnyMessage | None:
         """Return the next message, or None after `timeout_s` seconds. Malformed messages are
-        skipped."""
-        for _ in _arrivals(self._socket, timeout_s):
+        skipped. Raises AccessError, one sentence, if the controller will not let this dealer in."""
+        for _ in _arrivals(self._socket, timeout_s, self._listen_at_the_door):
             try:
-                return decode(_read_frames(self._socket, MAX_FRAMES), self.limits)
+                return self._frames.read(_read_frames(self._socket, self._frames.most))
             except ProtocolError as error:
                 self.rejected += 1
                 _log_rejection(self.rejected, "the controller", error)
@@ -121,33 +177,49 @@ class Dealer:
         """Queue `message`. Raises TimeoutError if the queue stays full for `send_seconds`,
         ProtocolError if unfit."""
         try:
-            self._socket.send_multipart(encode(message, self.limits), copy=False)
+            self._socket.send_multipart(self._frames.write(message), copy=False)
         except zmq.Again as error:
+            self._listen_at_the_door()
             raise _stalled(self.limits) from error
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
         self._close()
 
+    def _listen_at_the_door(self) -> float:
+        """How long to wait before the door is to be listened at again, in seconds."""
+        while self._ear.poll(0):
+            self._doorstep.hear(self._ear.recv_multipart())
+        return float("inf") if self._doorstep.admitted else LOOK_SECONDS
+
 
 class AsyncDealer:
     """`Dealer` for one asyncio loop. Keep one task in `receive` rather than cancelling it for a
     timeout."""
 
-    def __init__(self, address: str, identity: str, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, credentials: Credentials, limits: Limits = DEFAULT_LIMITS) -> None:
         """As for `Dealer`; call it inside the running loop."""
         self.limits = limits
         self.rejected = 0
+        self._frames = _Frames(credentials.address, limits)
+        self._doorstep = Doorstep(credentials.name, credentials.address)
         self._context = zmq.asyncio.Context()
-        self._socket = _connected(self._context, address, identity, limits)
-        self._close = _close_when_dropped(self, self._socket, self._context)
+        self._socket, self._ear = _connected(self._context, credentials, limits)
+        self._next: asyncio.Future[Any] | None = None
+        self._refusal: AccessError | None = None
+        self._close = _close_when_dropped(self, self._socket, self._context, None, self._ear)
+        self._listener = asyncio.create_task(_listen(weakref.ref(self), self._ear))
 
     async def receive(self) -> AnyMessage:
-        """Return the next message. Malformed messages are skipped."""
+        """Return the next message. Malformed messages are skipped. Raises AccessError as
+        `Dealer.receive` does."""
         while True:
-            frames = await self._socket.recv_multipart(copy=False)
+            if self._refusal is not None:
+                raise self._refusal
+            self._next = self._socket.recv_multipart(copy=False)
+            frames = await self._next
             try:
-                return decode([frame.buffer for frame in frames], self.limits)
+                return self._frames.read(frames)
             except ProtocolError as error:
                 self.rejected += 1
                 _log_rejection(self.rejected, "the controller", error)
@@ -155,111 +227,150 @@ class AsyncDealer:
     async def send(self, message: AnyMessage) -> None:
         """Queue `message`; see `Dealer.send`."""
         try:
-            await self._socket.send_multipart(encode(message, self.limits), copy=False)
+            await self._socket.send_multipart(self._frames.write(message), copy=False)
         except zmq.Again as error:
-            raise _stalled(self.limits) from error
+            raise self._refusal or _stalled(self.limits) from error
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
+        self._listener.cancel()
         self._close()
 
+    def hear_at_the_door(self, message: list[bytes]) -> None:
+        """Take what the monitor says; a refusal ends the wait for a message."""
+        try:
+            self._doorstep.hear(message)
+        except AccessError as refusal:
+            self._refusal = refusal
+            if self._next is not None and not self._next.done():
+                self._next.set_exception(refusal)
 
-def _close_when_dropped(owner: object, socket: Any, context: Any) -> Callable[[], object]:
+
+async def _listen(dealer: weakref.ref[AsyncDealer], ear: Any) -> None:
+    """Consumes: what the monitor of a dealer says. Waits for: its next word. Is unblocked by: the
+    end of the dealer, which this must not keep."""
+    while True:
+        message = await ear.recv_multipart()
+        listening = dealer()
+        if listening is None:
+            return
+        listening.hear_at_the_door(message)
+        del listening
+
+
+class _Frames:
+    """Messages as the frames of one transport: whole on `ipc`, in pieces on `tcp`."""
+
+    def __init__(self, address: str, limits: Limits) -> None:
+        self._limits = limits
+        self._in_pieces = scheme_of(address) == TCP
+        self.most = most_pieces(limits) if self._in_pieces else MAX_FRAMES
+        """The most that a message may have."""
+
+    def write(self, message: AnyMessage) -> Sequence[Buffer]:
+        """The frames of a message. Raises ProtocolError if it is not fit to be sent."""
+        frames = encode(message, self._limits)
+        return cut(frames) if self._in_pieces else frames
+
+    def read(self, found: Sequence[zmq.Frame]) -> AnyMessage:
+        """The message in these frames. Raises ProtocolError for anything else."""
+        frames = [frame.buffer for frame in found]
+        if self._in_pieces:
+            if not 1 < len(frames) <= self.most:
+                raise ProtocolError(f"a message has 2 to {self.most} pieces, got {len(frames)}")
+            frames = join(frames, self._limits)
+        return decode(frames, self._limits)
+
+
+def _close_when_dropped(
+    owner: object,
+    socket: Any,
+    context: Any,
+    keeper: threading.Thread | None,
+    ear: Any = None,
+) -> Callable[[], object]:
     """Close when called or when `owner` is collected, whichever comes first, and only once.
 
     Left to itself, the collector may end the context while the socket is open, and that waits for
     ever.
     """
-    closing = weakref.finalize(owner, _close, socket, context)
+    closing = weakref.finalize(owner, _close, socket, context, keeper, ear)
     closing.atexit = False
     return closing
 
 
-def _close(socket: Any, context: Any) -> None:
+def _close(socket: Any, context: Any, keeper: threading.Thread | None, ear: Any) -> None:
+    if ear is not None:
+        socket.disable_monitor()
+        ear.close(0)
     socket.close()
-    context.term()
+    if keeper is threading.current_thread():
+        # The collector may run anywhere; the context waits for the keeper's own sockets.
+        threading.Thread(target=context.term, name="closing").start()
+    else:
+        context.term()
 
 
-def ipc_path(address: str) -> Path:
-    """Return the socket's path in an `ipc://` address. Raises ValueError saying what is wrong with
-    any other."""
-    scheme, separator, path = address.partition("://")
-    if scheme != "ipc" or not separator:
-        raise ValueError(
-            f"address {address!r} must start with ipc:// (other transports come with multi-host "
-            "runs)"
-        )
-    if not path.startswith("/"):
-        raise ValueError(f"address {address!r} must name an absolute path after ipc://")
-    if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
-        raise ValueError(
-            f"address {address!r} is longer than the {MAX_IPC_PATH_BYTES} bytes of a Unix socket's "
-            "path"
-        )
-    return Path(path)
-
-
-def _check_private(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"the socket's folder {str(folder)!r} does not exist")
-    mode = stat.S_IMODE(folder.stat().st_mode)
-    if mode & 0o077 or folder.stat().st_uid != os.getuid():
-        raise ValueError(
-            f"the socket's folder {str(folder)!r} must be mine alone (mode 0700), its mode is "
-            f"{mode:04o}"
-        )
-
-
-def _connected(context: Any, address: str, identity: str, limits: Limits) -> Any:
-    ipc_path(address)
-    if not IDENTITY.fullmatch(identity):
-        raise ValueError(
-            f"identity {identity!r} must be 1 to {MAX_IDENTITY_BYTES} letters, digits, '.', '_' or "
-            "'-'"
-        )
+def _connected(context: Any, credentials: Credentials, limits: Limits) -> tuple[Any, Any]:
+    """The dealer's socket and its monitor."""
+    scheme_of(credentials.address)
     socket = context.socket(zmq.DEALER)
-    _set_bounds(socket, limits)
-    socket.set(zmq.IDENTITY, identity.encode())
+    _set_bounds(socket, credentials.address, limits)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS[0])
     socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MILLISECONDS[1])
-    socket.connect(address)
-    return socket
+    show(socket, credentials)
+    ear = monitor(context, socket, Doorstep.EVENTS)
+    socket.connect(credentials.address)
+    return socket, ear
 
 
-def _set_bounds(socket: Any, limits: Limits) -> None:
+def _set_bounds(socket: Any, address: str, limits: Limits) -> None:
     socket.set(zmq.SNDHWM, limits.queue)
     socket.set(zmq.RCVHWM, limits.queue)
-    socket.set(zmq.MAXMSGSIZE, limits.frame_bytes)
     socket.set(zmq.LINGER, round(1000 * limits.linger_seconds))
     socket.set(zmq.SNDTIMEO, round(1000 * limits.send_seconds))
     socket.copy_threshold = COPIED
+    if scheme_of(address) == TCP:
+        silence = round(1000 * limits.silence_seconds)
+        socket.set(zmq.MAXMSGSIZE, PIECE_BYTES + OVERHEAD)
+        socket.set(zmq.IPV6, "[" in address)
+        socket.set(zmq.HEARTBEAT_IVL, max(1, silence // HEARTBEATS))
+        socket.set(zmq.HEARTBEAT_TIMEOUT, silence)
+    else:
+        socket.set(zmq.MAXMSGSIZE, limits.frame_bytes)
 
 
-def _arrivals(socket: zmq.Socket[bytes], timeout_s: float) -> Iterator[None]:
+def _arrivals(
+    socket: zmq.Socket[bytes], timeout_s: float, look: Callable[[], float] | None = None
+) -> Iterator[None]:
     """Yield whenever a message is there, until time is up, so that a flood of rubbish cannot keep
-    the reader."""
+    the reader. `look` is called before each wait and says how long that may be, in seconds."""
     deadline = time.monotonic() + timeout_s
-    while socket.poll(max(0, round(1000 * (deadline - time.monotonic())))):
-        yield
-        if time.monotonic() >= deadline:
+    while True:
+        left = deadline - time.monotonic()
+        wait = left if look is None or left <= 0.0 else min(left, look())
+        if socket.poll(max(0, round(1000 * wait))):
+            yield
+            if time.monotonic() >= deadline:
+                return
+        elif wait >= left:
             return
 
 
-def _read_frames(socket: zmq.Socket[bytes], most: int) -> list[memoryview]:
+def _read_frames(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
     """Read one message that is there already; of one with too many frames keep `most + 1`, enough
     to refuse it."""
     frames = [socket.recv(zmq.NOBLOCK, copy=False)]
     while frames[-1].more:
         frame = socket.recv(zmq.NOBLOCK, copy=False)
         frames[most:] = [frame]
-    return [frame.buffer for frame in frames]
+    return frames
 
 
-def _peer_name(identity: bytes) -> str:
-    name = identity.decode("ascii", errors="replace")
-    if not IDENTITY.fullmatch(name):
-        raise ProtocolError("the peer has no actor name")
-    return name
+def _is_newer(route: bytes, known: bytes) -> bool:
+    """Whether a connection was made after another; ZeroMQ counts them, modulo 2^32."""
+    steps = int.from_bytes(route[1:], "big") - int.from_bytes(known[1:], "big")
+    return steps % 2**32 < 2**31
 
 
 def _log_rejection(count: int, peer: str, error: ProtocolError) -> None:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
+ACTOR_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What an actor may be called: fit for a file name, a log and a wire alike."""
+ActorName: TypeAlias = Annotated[str, Meta(pattern=rf"^{ACTOR_NAME}\Z")]
 Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=20_000)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Finite: TypeAlias = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor"]
+SUPERVISOR: Final = "supervisor"
+"""The one speaker that is no actor of the process table, by its name and its role."""
 GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
 NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
 TemplateValue: TypeAlias = bool | int | float | str | None

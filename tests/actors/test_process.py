@@ -13,6 +13,7 @@ import pytest
 from zppo.config.topology import DataConfig, StudentConfig, Topology
 from zppo.errors import UserError
 from zppo.records import run_directory
+from zppo_actors import runtime
 from zppo_actors.process import ActorContext, guarded
 
 pytestmark = pytest.mark.slow
@@ -49,10 +50,13 @@ def start_tied(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
     return process, write_end
 
 
-def test_context_knows_its_number_and_address(tmp_path: Path) -> None:
+def test_context_knows_its_number_and_its_key(tmp_path: Path) -> None:
     context = make_context(tmp_path, "rollout-3")
     assert context.index == 3
-    assert context.address == f"ipc://{tmp_path}/rt/controller.sock"
+    (tmp_path / "rt").mkdir(mode=0o700)
+    access = runtime.issue_keys(tmp_path / "rt", {"rollout-3": "rollout"})
+    assert access.address == f"ipc://{tmp_path}/rt/controller.sock"
+    assert access.names[context.credentials.secret.public] == "rollout-3"
     assert make_context(tmp_path, "trainer").index == 0
 
 

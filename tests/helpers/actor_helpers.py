@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from zppo.config.cluster import TransportConfig
 from zppo.config.topology import (
     DataConfig,
     StudentConfig,
     Topology,
-    TransportConfig,
 )
 from zppo.records import run_directory
 from zppo_actors import runtime
@@ -46,7 +46,8 @@ class Stage:
         self.run = tmp_path / "run"
         self.record = run_directory.create(self.run, topology)
         self.folder, self._lock = runtime.create(self.record.run_id)
-        self.router = Router(runtime.controller_address(self.folder))
+        roles = {f"{role}-0": role for role in ("rollout", "teacher", "grader")}
+        self.router = Router(runtime.issue_keys(self.folder, roles))
         self.process: subprocess.Popen[bytes] | None = None
         self._pipe: int | None = None
         self.name = ""

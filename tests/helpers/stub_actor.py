@@ -27,8 +27,7 @@ from msgspec import structs
 from zppo.errors import EXIT_FATAL, UserError
 from zppo.plan.processes import processes
 from zppo.records.run_directory import read
-from zppo_actors import process
-from zppo_actors.runtime import controller_address
+from zppo_actors import process, runtime
 from zppo_protocol.messages import (
     ActorExited,
     ActorStatus,
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> int:
 def act(word: str, arguments: object, folder: Path) -> int:
     if word == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
-    dealer = Dealer(controller_address(folder), arguments.actor)
+    dealer = Dealer(runtime.credentials(folder, arguments.actor))
     dealer.send(hello(arguments))
     try:
         if word == "die":
@@ -110,7 +109,7 @@ def hello(arguments: object) -> Hello:
 
 class Controller:
     def __init__(self, folder: Path, run_dir: Path, words: list[str]) -> None:
-        self.router = Router(controller_address(folder))
+        self.router = Router(runtime.access(folder))
         self.run_dir, self.words = run_dir, words
         self.peers: set[str] = set()
         self.greeted: dict[str, int] = {}

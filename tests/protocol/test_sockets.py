@@ -9,31 +9,41 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zmq
+from wires import Wire, free_port
 
 import zppo_protocol
 from zppo_protocol import messages as m
+from zppo_protocol.addresses import ipc_path, tcp_endpoint
 from zppo_protocol.codec import encode
-from zppo_protocol.errors import ProtocolError
+from zppo_protocol.errors import AccessError, ProtocolError
+from zppo_protocol.keys import Credentials, issue, pack_credentials
 from zppo_protocol.limits import MAX_FRAMES, MIB, Limits, limits_for
 from zppo_protocol.samples import GroupSamples, TrainGroup
-from zppo_protocol.sockets import AsyncDealer, Dealer, Router, ipc_path
+from zppo_protocol.sockets import AsyncDealer, Dealer, Router
 
 PATIENCE = 20.0
 PEER = Path(__file__).with_name("socket_peer.py")
 
 
-@pytest.fixture
-def address() -> Iterator[str]:
+@pytest.fixture(params=["ipc", "tcp"])
+def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        yield f"ipc://{folder}/controller.sock"
+        yield Wire.of(request.param, Path(folder))
+
+
+@pytest.fixture
+def unix() -> Iterator[Wire]:
+    with tempfile.TemporaryDirectory(prefix="zp-") as folder:
+        yield Wire.of("ipc", Path(folder))
 
 
 @pytest.fixture
@@ -54,12 +64,13 @@ def opened() -> Iterator[Callable[[Any], Any]]:
 class Peer:
     """A dealer process."""
 
-    def __init__(
-        self, address: str, identity: str, incarnation: int = 0, then: str = "echo"
-    ) -> None:
+    def __init__(self, credentials: Credentials, incarnation: int = 0, then: str = "echo") -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(zppo_protocol.__file__).parents[1])}
-        command = [sys.executable, str(PEER), address, identity, str(incarnation), then]
-        self.process = subprocess.Popen(command, env=environment)
+        command = [sys.executable, str(PEER), str(incarnation), then]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(pack_credentials(credentials))
+        self.process.stdin.close()
 
     def close(self) -> None:
         self.process.kill()
@@ -85,42 +96,32 @@ def result(tokens: int) -> m.GenerateResult:
     return m.GenerateResult(task_id="t", samples=samples)
 
 
-def raw_dealer(address: str, identity: bytes | None) -> zmq.Socket[bytes]:
-    """A peer without our manners."""
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    if identity is not None:
-        socket.set(zmq.IDENTITY, identity)
-    socket.set(zmq.LINGER, 0)
-    socket.connect(address)
-    return socket
-
-
 # ---- plain talk ----------------------------------------------------------------------------------
 
 
-def test_a_question_and_its_answer(address: str, opened: Any) -> None:
-    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+def test_a_question_and_its_answer(wire: Wire, opened: Any) -> None:
+    router, dealer = opened(Router(wire.access)), opened(Dealer(wire["rollout-0"]))
     dealer.send(m.Credits(count=4))
     assert heard(router) == ("rollout-0", m.Credits(count=4))
     assert router.send("rollout-0", m.Welcome(heartbeat_seconds=1.0))
     assert dealer.receive(PATIENCE) == m.Welcome(heartbeat_seconds=1.0)
 
 
-def test_receive_returns_none_when_time_is_up(address: str, opened: Any) -> None:
-    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+def test_receive_returns_none_when_time_is_up(wire: Wire, opened: Any) -> None:
+    router, dealer = opened(Router(wire.access)), opened(Dealer(wire["rollout-0"]))
     assert router.receive(0.0) is None and router.receive(0.01) is None
     assert dealer.receive(0.0) is None and dealer.receive(0.01) is None
 
 
-def test_many_messages_keep_their_order(address: str, opened: Any) -> None:
-    router, dealer = opened(Router(address)), opened(Dealer(address, "trainer"))
+def test_many_messages_keep_their_order(wire: Wire, opened: Any) -> None:
+    router, dealer = opened(Router(wire.access)), opened(Dealer(wire["trainer"]))
     for i in range(300):
         dealer.send(m.Heartbeat(progress=i))
     assert [heard(router)[1].progress for _ in range(300)] == list(range(300))
 
 
-def test_a_large_answer_outlives_its_socket(address: str, opened: Any) -> None:
-    router, dealer = Router(address), opened(Dealer(address, "rollout-0"))
+def test_a_large_answer_outlives_its_socket(wire: Wire, opened: Any) -> None:
+    router, dealer = Router(wire.access), opened(Dealer(wire["rollout-0"]))
     dealer.send(result(1_000_000))
     samples = heard(router)[1].samples
     router.close()
@@ -131,19 +132,19 @@ def test_a_large_answer_outlives_its_socket(address: str, opened: Any) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 100, 1000, 4000])
-def test_small_answers_come_out_aligned(address: str, opened: Any, tokens: int) -> None:
-    router, dealer = opened(Router(address)), opened(Dealer(address, "rollout-0"))
+def test_small_answers_come_out_aligned(wire: Wire, opened: Any, tokens: int) -> None:
+    router, dealer = opened(Router(wire.access)), opened(Dealer(wire["rollout-0"]))
     dealer.send(result(tokens))
     samples = heard(router)[1].samples
     assert samples.token_ids.flags.aligned and samples.log_probs.flags.aligned
     assert np.array_equal(samples.token_ids, np.arange(tokens))
 
 
-def test_async_dealer_speaks_the_same(address: str, opened: Any) -> None:
-    router = opened(Router(address))
+def test_async_dealer_speaks_the_same(wire: Wire, opened: Any) -> None:
+    router = opened(Router(wire.access))
 
     async def talk() -> Any:
-        dealer = AsyncDealer(address, "rollout-0")
+        dealer = AsyncDealer(wire["rollout-0"])
         try:
             await dealer.send(m.Credits(count=2))
             assert await asyncio.to_thread(heard, router) == ("rollout-0", m.Credits(count=2))
@@ -158,29 +159,29 @@ def test_async_dealer_speaks_the_same(address: str, opened: Any) -> None:
 # ---- coming and going ----------------------------------------------------------------------------
 
 
-def test_dealers_may_start_before_the_router(address: str, opened: Any) -> None:
-    dealer = opened(Dealer(address, "rollout-0"))
+def test_dealers_may_start_before_the_router(wire: Wire, opened: Any) -> None:
+    dealer = opened(Dealer(wire["rollout-0"]))
     dealer.send(m.Credits(count=4))
     assert dealer.receive(0.05) is None
-    assert heard(opened(Router(address))) == ("rollout-0", m.Credits(count=4))
+    assert heard(opened(Router(wire.access))) == ("rollout-0", m.Credits(count=4))
 
 
-def test_a_dealer_finds_a_router_that_was_started_anew(address: str, opened: Any) -> None:
-    router, dealer = Router(address), opened(Dealer(address, "rollout-0"))
+def test_a_dealer_finds_a_router_that_was_started_anew(wire: Wire, opened: Any) -> None:
+    router, dealer = Router(wire.access), opened(Dealer(wire["rollout-0"]))
     dealer.send(m.Credits(count=1))
     heard(router)
     router.close()
-    second = opened(Router(address))
+    second = opened(Router(wire.access))
     dealer.send(m.Credits(count=2))
     assert heard(second) == ("rollout-0", m.Credits(count=2))
 
 
-def test_the_newer_of_two_with_one_name_is_the_one_that_counts(address: str, opened: Any) -> None:
-    router = opened(Router(address))
-    old, new = opened(Dealer(address, "rollout-0")), None
+def test_the_newer_of_two_with_one_name_is_the_one_that_counts(wire: Wire, opened: Any) -> None:
+    router = opened(Router(wire.access))
+    old, new = opened(Dealer(wire["rollout-0"])), None
     old.send(m.Heartbeat(progress=1))
     heard(router)
-    new = opened(Dealer(address, "rollout-0"))
+    new = opened(Dealer(wire["rollout-0"]))
     new.send(m.Heartbeat(progress=2))
     assert heard(router) == ("rollout-0", m.Heartbeat(progress=2))
     for version in range(50):
@@ -193,23 +194,23 @@ def test_the_newer_of_two_with_one_name_is_the_one_that_counts(address: str, ope
 
 @pytest.mark.slow
 def test_a_killed_process_is_gone_and_its_next_incarnation_is_heard(
-    address: str, opened: Any
+    wire: Wire, opened: Any
 ) -> None:
-    router = opened(Router(address))
-    first = opened(Peer(address, "rollout-0", incarnation=0))
+    router = opened(Router(wire.access))
+    first = opened(Peer(wire["rollout-0"], incarnation=0))
     assert heard(router)[1].incarnation == 0
     first.process.send_signal(signal.SIGKILL)
     first.process.wait(PATIENCE)
-    opened(Peer(address, "rollout-0", incarnation=1))
+    opened(Peer(wire["rollout-0"], incarnation=1))
     assert heard(router)[1].incarnation == 1
     assert router.send("rollout-0", m.ReleasePolicy(version=7))
     assert heard(router) == ("rollout-0", m.ReleasePolicy(version=7))
 
 
-def test_nobody_is_there_to_send_to(address: str, opened: Any) -> None:
-    router = opened(Router(address))
+def test_nobody_is_there_to_send_to(wire: Wire, opened: Any) -> None:
+    router = opened(Router(wire.access))
     assert router.send("rollout-9", m.Shutdown(reason="done")) is False
-    dealer = Dealer(address, "rollout-0")
+    dealer = Dealer(wire["rollout-0"])
     dealer.send(m.Goodbye())
     heard(router)
     dealer.close()
@@ -219,8 +220,8 @@ def test_nobody_is_there_to_send_to(address: str, opened: Any) -> None:
         router.receive(0.01)
 
 
-def test_goodbye_is_sent_even_when_the_dealer_closes_at_once(address: str, opened: Any) -> None:
-    router, dealer = opened(Router(address)), Dealer(address, "rollout-0")
+def test_goodbye_is_sent_even_when_the_dealer_closes_at_once(wire: Wire, opened: Any) -> None:
+    router, dealer = opened(Router(wire.access)), Dealer(wire["rollout-0"])
     dealer.send(m.Goodbye(reason="told to"))
     dealer.close()
     dealer.close()
@@ -238,14 +239,12 @@ def fill(router: Router, peer: str, message: m.AnyMessage, most: int) -> int:
     raise AssertionError(f"the router took {most} messages for a peer that does not read")
 
 
-def test_a_peer_that_never_reads_is_refused_and_others_are_served(
-    address: str, opened: Any
-) -> None:
+def test_a_peer_that_never_reads_is_refused_and_others_are_served(wire: Wire, opened: Any) -> None:
     limits = Limits(queue=4)
-    router = opened(Router(address, limits))
+    router = opened(Router(wire.access, limits))
     stuck, lively = (
-        opened(Dealer(address, "rollout-0", limits)),
-        opened(Dealer(address, "rollout-1", limits)),
+        opened(Dealer(wire["rollout-0"], limits)),
+        opened(Dealer(wire["rollout-1"], limits)),
     )
     for dealer in (stuck, lively):
         dealer.send(m.Credits(count=1))
@@ -260,10 +259,10 @@ def test_a_peer_that_never_reads_is_refused_and_others_are_served(
 
 
 @pytest.mark.slow
-def test_a_stopped_process_holds_up_nobody(address: str, opened: Any) -> None:
+def test_a_stopped_process_holds_up_nobody(wire: Wire, opened: Any) -> None:
     limits = Limits(queue=4)
-    router = opened(Router(address, limits))
-    peer = opened(Peer(address, "rollout-0"))
+    router = opened(Router(wire.access, limits))
+    peer = opened(Peer(wire["rollout-0"]))
     heard(router)
     peer.process.send_signal(signal.SIGSTOP)
     taken = fill(router, "rollout-0", m.Shutdown(reason="x" * 20_000), most=1000)
@@ -273,20 +272,20 @@ def test_a_stopped_process_holds_up_nobody(address: str, opened: Any) -> None:
     )
 
 
-def test_a_dealer_says_so_when_the_controller_reads_nothing(address: str, opened: Any) -> None:
+def test_a_dealer_says_so_when_the_controller_reads_nothing(wire: Wire, opened: Any) -> None:
     limits = Limits(queue=2, send_seconds=0.1, linger_seconds=0.0)
-    opened(Router(address, limits))
-    dealer = opened(Dealer(address, "rollout-0", limits))
+    opened(Router(wire.access, limits))
+    dealer = opened(Dealer(wire["rollout-0"], limits))
     with pytest.raises(TimeoutError, match=r"the controller has read nothing for 0\.1 seconds"):
         for _ in range(200):
             dealer.send(result(100_000))
 
 
-def test_an_async_dealer_says_so_too(address: str) -> None:
+def test_an_async_dealer_says_so_too(wire: Wire) -> None:
     limits = Limits(queue=2, send_seconds=0.1, linger_seconds=0.0)
 
     async def talk() -> None:
-        dealer = AsyncDealer(address, "rollout-0", limits)
+        dealer = AsyncDealer(wire["rollout-0"], limits)
         try:
             for _ in range(4):
                 await dealer.send(m.Credits(count=1))
@@ -320,8 +319,8 @@ RUDE = {
 
 
 @pytest.mark.parametrize("name", RUDE)
-def test_malformed_messages_are_counted_and_dropped(address: str, opened: Any, name: str) -> None:
-    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+def test_malformed_messages_are_counted_and_dropped(unix: Wire, opened: Any, name: str) -> None:
+    router, rude = opened(Router(unix.access)), opened(unix.raw_dealer("rollout-0"))
     rude.send_multipart(RUDE[name])
     rude.send_multipart(encode(m.Credits(count=1)))
     assert heard(router) == ("rollout-0", m.Credits(count=1))
@@ -329,9 +328,9 @@ def test_malformed_messages_are_counted_and_dropped(address: str, opened: Any, n
 
 
 def test_of_many_frames_only_one_too_many_is_kept(
-    address: str, opened: Any, caplog: pytest.LogCaptureFixture
+    unix: Wire, opened: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    router, rude = opened(Router(unix.access)), opened(unix.raw_dealer("rollout-0"))
     rude.send_multipart([b"a"] * 20_000)
     rude.send_multipart(encode(m.Credits(count=1)))
     heard(router)
@@ -339,22 +338,22 @@ def test_of_many_frames_only_one_too_many_is_kept(
 
 
 @pytest.mark.parametrize(
-    "identity", [None, b"\xff\xfe", b"a b", b"../up", b"x" * 65, b"-x", b"a\n"]
+    "identity", [b"rollout-0", b"trainer", b"\xff\xfe", b"\x00abc", b"x" * 255]
 )
-def test_peers_without_an_actor_name_are_not_heard(
-    address: str, opened: Any, identity: bytes | None
+def test_who_names_its_own_connection_is_not_heard(
+    unix: Wire, opened: Any, identity: bytes
 ) -> None:
-    router, rude = opened(Router(address)), opened(raw_dealer(address, identity))
+    router, rude = opened(Router(unix.access)), opened(unix.raw_dealer("rollout-1", identity))
     rude.send_multipart(encode(m.Credits(count=1)))
-    good = opened(Dealer(address, "rollout-0"))
+    good = opened(Dealer(unix["rollout-0"]))
     while router.rejected == 0:
         assert router.receive(0.05) is None
     good.send(m.Credits(count=2))
     assert heard(router) == ("rollout-0", m.Credits(count=2))
 
 
-def test_a_flood_of_rubbish_does_not_keep_the_router(address: str, opened: Any) -> None:
-    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+def test_a_flood_of_rubbish_does_not_keep_the_router(unix: Wire, opened: Any) -> None:
+    router, rude = opened(Router(unix.access)), opened(unix.raw_dealer("rollout-0"))
     for _ in range(500):
         rude.send(b"rubbish")
     calls = 0
@@ -365,9 +364,9 @@ def test_a_flood_of_rubbish_does_not_keep_the_router(address: str, opened: Any) 
 
 
 def test_rejections_are_logged_ever_more_rarely(
-    address: str, opened: Any, caplog: pytest.LogCaptureFixture
+    unix: Wire, opened: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    router, rude = opened(Router(address)), opened(raw_dealer(address, b"rollout-0"))
+    router, rude = opened(Router(unix.access)), opened(unix.raw_dealer("rollout-0"))
     for _ in range(100):
         rude.send(b"rubbish")
     rude.send_multipart(encode(m.Credits(count=1)))
@@ -375,27 +374,25 @@ def test_rejections_are_logged_ever_more_rarely(
         heard(router)
     assert router.rejected == 100
     assert [record.args[0] for record in caplog.records] == [1, 2, 4, 8, 16, 32, 64]
-    assert "rejected message 1, from b'rollout-0': not a message" in caplog.text
+    assert "rejected message 1, from rollout-0: not a message" in caplog.text
 
 
-def test_a_dealer_skips_what_it_cannot_read(address: str, opened: Any) -> None:
+def test_a_dealer_skips_what_it_cannot_read(wire: Wire, opened: Any) -> None:
     """A router of another version, say, must not bring an actor down."""
-    rude = opened(zmq.Context.instance().socket(zmq.ROUTER))
-    rude.bind(address)
-    dealer = opened(Dealer(address, "rollout-0"))
+    router, dealer = opened(Router(wire.access)), opened(Dealer(wire["rollout-0"]))
     dealer.send(m.Credits(count=1))
-    rude.recv_multipart()
-    rude.send_multipart([b"rollout-0", b"rubbish"])
-    rude.send_multipart([b"rollout-0", *encode(m.Shutdown(reason="done"))])
+    heard(router)
+    router._socket.send_multipart([router._routes["rollout-0"], b"rubbish"])
+    assert router.send("rollout-0", m.Shutdown(reason="done"))
     assert dealer.receive(PATIENCE) == m.Shutdown(reason="done")
     assert dealer.rejected == 1
 
 
-def test_an_oversize_frame_never_reaches_the_router(address: str, opened: Any) -> None:
+def test_an_oversize_frame_never_reaches_the_router(unix: Wire, opened: Any) -> None:
     limits = Limits(header_bytes=10_000, payload_bytes=100_000)
-    router, rude = opened(Router(address, limits)), opened(raw_dealer(address, b"rollout-0"))
+    router, rude = opened(Router(unix.access, limits)), opened(unix.raw_dealer("rollout-0"))
     rude.send(b"x" * 200_000)
-    good = opened(Dealer(address, "rollout-1", limits))
+    good = opened(Dealer(unix["rollout-1"], limits))
     good.send(m.Credits(count=1))
     assert heard(router) == ("rollout-1", m.Credits(count=1))
     assert router.rejected == 0, "the transport has dropped the connection before reading the frame"
@@ -403,18 +400,18 @@ def test_an_oversize_frame_never_reaches_the_router(address: str, opened: Any) -
     assert heard(router) == ("rollout-0", m.Credits(count=2)), "the peer connects anew"
 
 
-def test_an_oversize_header_below_the_frame_limit_is_rejected(address: str, opened: Any) -> None:
+def test_an_oversize_header_below_the_frame_limit_is_rejected(wire: Wire, opened: Any) -> None:
     limits = Limits(header_bytes=1_000, payload_bytes=100_000)
-    router, peer = opened(Router(address, limits)), opened(Dealer(address, "rollout-0"))
+    router, peer = opened(Router(wire.access, limits)), opened(Dealer(wire["rollout-0"]))
     peer.send(m.Goodbye(reason="x" * 2_000))
     peer.send(m.Goodbye())
     assert heard(router) == ("rollout-0", m.Goodbye())
     assert router.rejected == 1
 
 
-def test_what_is_too_large_is_refused_where_it_is_sent(address: str, opened: Any) -> None:
+def test_what_is_too_large_is_refused_where_it_is_sent(wire: Wire, opened: Any) -> None:
     limits = limits_for(1)
-    router, dealer = opened(Router(address, limits)), opened(Dealer(address, "rollout-0", limits))
+    router, dealer = opened(Router(wire.access, limits)), opened(Dealer(wire["rollout-0"], limits))
     with pytest.raises(ProtocolError, match=f"over the limit of {MIB}"):
         dealer.send(result(200_000))
     dealer.send(result(100_000))
@@ -427,48 +424,83 @@ def test_what_is_too_large_is_refused_where_it_is_sent(address: str, opened: Any
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("tcp://*:5555", r"address 'tcp://\*:5555' must start with ipc://"),
-        ("tcp://127.0.0.1:5555", "must start with ipc://"),
-        ("inproc://x", "must start with ipc://"),
-        ("/tmp/x.sock", "must start with ipc://"),
+        ("inproc://x", r"address 'inproc://x' must start with ipc:// or tcp://"),
+        ("/tmp/x.sock", "must start with ipc:// or tcp://"),
         ("ipc://x.sock", "must name an absolute path"),
         ("ipc://@abstract", "must name an absolute path"),
         ("ipc://*", "must name an absolute path"),
         ("ipc:///" + "x" * 107, "longer than the 107 bytes"),
+        ("tcp://127.0.0.1", r"must be tcp://HOST:PORT, an IPv6 host in brackets"),
+        ("tcp://:5555", "must be tcp://HOST:PORT"),
+        ("tcp://::1:5555", "an IPv6 host in brackets"),
+        ("tcp://a b:5555", "must be tcp://HOST:PORT"),
+        ("tcp://eth0;127.0.0.1:5555", "must be tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:0", "must end with a port from 1 to 65535"),
+        ("tcp://127.0.0.1:*", "must end with a port from 1 to 65535"),
+        ("tcp://127.0.0.1:65536", "must end with a port from 1 to 65535"),
     ],
 )
-def test_only_ipc_paths_are_addresses(address: str, sentence: str) -> None:
-    for make in (Router, lambda a: Dealer(a, "rollout-0")):
-        with pytest.raises(ValueError, match=sentence):
-            make(address)
+def test_what_is_no_address_is_refused(address: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        issue(address, {"rollout-0": "rollout"})
+    with pytest.raises(ValueError, match=sentence):
+        Dealer(replace(Wire("ipc:///x/y")["rollout-0"], address=address))
 
 
 def test_the_longest_path_is_fine() -> None:
     assert ipc_path("ipc:///" + "x" * 106) == Path("/" + "x" * 106)
 
 
-@pytest.mark.parametrize("identity", ["", "a b", "../up", "x" * 65, "ü", ".hidden"])
-def test_names_that_are_no_actor_names(address: str, identity: str) -> None:
+def test_ipv6_has_brackets() -> None:
+    assert tcp_endpoint("tcp://[::1]:5555") == ("[::1]", 5555)
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0", "[::]"])
+def test_an_address_for_everybody_is_said(
+    host: str, opened: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"tcp://{host}:{free_port()}"
+    opened(Router(Wire(address).access))
+    assert f"{address} is open on every interface of this host, to holders of a key" in caplog.text
+
+
+def test_loopback_is_for_nobody_else(opened: Any, caplog: pytest.LogCaptureFixture) -> None:
+    opened(Router(Wire(f"tcp://127.0.0.1:{free_port()}").access))
+    assert caplog.text == ""
+
+
+def test_a_port_that_is_taken_is_named(opened: Any) -> None:
+    wire = Wire(f"tcp://127.0.0.1:{free_port()}")
+    opened(Router(wire.access))
+    with pytest.raises(AccessError, match=f"^cannot listen at {wire.address}: Address already in"):
+        Router(wire.access)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a b", "../up", "x" * 65, "ü", ".hidden", "a\n", "controller"]
+)
+def test_names_that_are_no_actor_names(name: str) -> None:
     with pytest.raises(ValueError, match="must be 1 to 64 letters, digits"):
-        Dealer(address, identity)
+        issue("ipc:///x/y", {name: "rollout"})
 
 
-def test_a_folder_that_others_may_enter_is_refused(address: str) -> None:
-    folder = ipc_path(address).parent
+def test_a_folder_that_others_may_enter_is_refused(unix: Wire) -> None:
+    folder = ipc_path(unix.address).parent
     folder.chmod(0o755)
     with pytest.raises(ValueError, match=r"must be mine alone \(mode 0700\), its mode is 0755"):
-        Router(address)
+        Router(unix.access)
     with pytest.raises(ValueError, match="does not exist"):
-        Router(f"ipc://{folder}/missing/controller.sock")
+        Router(Wire(f"ipc://{folder}/missing/controller.sock").access)
 
 
-def test_the_socket_is_private_and_everything_is_given_back(address: str) -> None:
+def test_the_socket_is_private_and_everything_is_given_back(wire: Wire) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
     def talk() -> None:
-        router, dealer = Router(address), Dealer(address, "rollout-0")
-        assert ipc_path(address).stat().st_mode & 0o077 == 0
+        router, dealer = Router(wire.access), Dealer(wire["rollout-0"])
+        if wire.address.startswith("ipc"):
+            assert ipc_path(wire.address).stat().st_mode & 0o077 == 0
         dealer.send(m.Credits(count=1))
         heard(router)
         dealer.close()
@@ -476,18 +508,20 @@ def test_the_socket_is_private_and_everything_is_given_back(address: str) -> Non
         router.close()
 
     talk()
-    before = descriptors()
+    before, threads = descriptors(), threading.active_count()
     for _ in range(5):
         talk()
-    assert descriptors() == before
+    assert (descriptors(), threading.active_count()) == (before, threads)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["Router({0!r})", "Dealer({0!r}, 'rollout-0')"])
-def test_end_dropped_in_a_cycle_does_not_hang_the_collector(address: str, end: str) -> None:
+@pytest.mark.parametrize("end", ["Router(access)", "Dealer(credentials['rollout-0'])"])
+def test_end_dropped_in_a_cycle_does_not_hang_the_collector(wire: Wire, end: str) -> None:
     program = (
-        "import gc; from zppo_protocol.sockets import Dealer, Router\n"
-        f"cycle = [{end.format(address)}]; cycle.append(cycle); del cycle; gc.collect()"
+        "import gc; from zppo_protocol.keys import issue; "
+        "from zppo_protocol.sockets import Dealer, Router\n"
+        f"access, credentials = issue({wire.address!r}, {{'rollout-0': 'rollout'}})\n"
+        f"cycle = [{end}]; cycle.append(cycle); del cycle; gc.collect()"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60

@@ -298,7 +298,9 @@ def test_mistakes_are_one_sentence_and_start_nothing(
 
 
 def test_servers_on_other_machines_over_http_where_it_is_allowed(start: Start) -> None:
-    arguments = "--server http://there.example/v1 --served-model m --data train.jsonl --grader judge"
+    arguments = (
+        "--server http://there.example/v1 --served-model m --data train.jsonl --grader judge"
+    )
     judge = "--judge-server http://judge.example/v1 --judge-model j --allow-insecure"
     order, _ = start(*arguments.split(), *judge.split())
     assert order is not None and order.judge is not None

@@ -86,7 +86,7 @@ SETTING_MISTAKES = [
         "actors.rollout.devices=[]",
         "actors.rollout.devices is empty; expected at least one device, such as cpu or cuda:0",
     ),
-    ("actors.rollout.hosts=[a]", "actors.rollout.hosts names 'a'; this version runs on one host, 'localhost'"),
+    ("actors.rollout.hosts=[a]", "actors.rollout.hosts names 'a'; expected localhost or a host of cluster.hosts (there is none: cluster.hosts is empty)"),
     (
         "actors.trainer={ranks: 3, devices: [cuda:0, cuda:1]}",
         "actors.trainer.ranks is 3, but actors.trainer.devices names 2; expected one for each "

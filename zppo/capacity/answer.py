@@ -3,8 +3,6 @@ as it is."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 from msgspec import Struct
 
 from zppo.capacity.search import Candidate, Search
@@ -15,9 +13,10 @@ HOST = "host"
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """One process of the plan; memory in bytes, the most that it needs."""
+    """One process of the plan; memory in bytes, the most that it needs, on each of its devices."""
 
     name: str
+    host: str
     device: str
     engine: str
     threads: int
@@ -98,6 +97,7 @@ def answer_of(plan: Plan, directory: str, times: Times | None) -> Answer:
         processes=[
             Process(
                 name=entry.name,
+                host=entry.host,
                 device=entry.device,
                 engine=entry.served.actor.engine if entry.served is not None else "",
                 threads=entry.threads,
@@ -133,12 +133,15 @@ def times_of(found: Search, plans: tuple[Plan, Plan], source: str, replay: Repla
 
 
 def memory_by_device(plan: Plan) -> dict[str, int]:
-    """The most that all processes need, published weights included."""
-    found = Counter[str]()
-    for entry, size in zip(plan.processes, plan.needs, strict=True):
-        if size.device:
-            found[entry.device] += size.device
-    return {**dict(sorted(found.items())), HOST: plan.host_bytes}
+    """The most that all processes need, published weights included; devices and memory of several
+    hosts are named with them."""
+    several = len(plan.hosts) > 1
+    found: dict[str, int] = {}
+    for host in plan.hosts:
+        before = f"{host.name} " if several else ""
+        found |= {f"{before}{card}": size for card, size in host.cards.items()}
+        found[f"{before}memory" if several else HOST] = host.memory
+    return found
 
 
 def _expected(one: Candidate, steps: int, memory: dict[str, int]) -> Expected:

@@ -1,5 +1,5 @@
 """How the engine processes of a topology can be shared out among the student and its teachers: the
-same processes on the same devices, each pool with at least one."""
+same processes on the same devices, each pool with at least one, on every host the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import structs
 
 from zppo.config.served import ServedModel, served_student
 from zppo.config.topology import OPENAI, ActorConfig, Topology
-from zppo.plan.processes import asked_teachers
+from zppo.plan.processes import asked_teachers, processes
 
 
 def split_of(topology: Topology) -> dict[str, int]:
@@ -20,16 +20,19 @@ def split_of(topology: Topology) -> dict[str, int]:
 
 def splits(topology: Topology) -> Iterator[dict[str, int]]:
     """Every way to share its engine processes out, as `split_of` has it, the given one among them.
-    Where some run on a CPU and others on cards, none can do the work of another: only the given
-    one."""
+    Where some run on a CPU and others on cards, on other hosts, or over several cards, none can do
+    the work of another: only the given one."""
     given, places = split_of(topology), _places(topology)
     kinds = {device.partition(":")[0] for device in places}
-    if len(kinds) > 1 or len(given) == 1:
+    hosts = {tuple(one.actor.hosts) for one in _pools(topology)}
+    spread = any(len(entry.cards) > 1 for entry in processes(topology, 1))
+    if len(kinds) > 1 or len(hosts) > 1 or spread or len(given) == 1:
         yield given
         return
     for cuts in combinations(range(1, len(places)), len(given) - 1):
         counts = (high - low for low, high in pairwise([0, *cuts, len(places)]))
-        yield dict(zip(given, counts, strict=True))
+        each = len(next(iter(hosts)))
+        yield {pool: each * count for pool, count in zip(given, counts, strict=True)}
 
 
 def with_split(topology: Topology, split: Mapping[str, int]) -> Topology:
@@ -37,7 +40,7 @@ def with_split(topology: Topology, split: Mapping[str, int]) -> Topology:
     places, actors = _places(topology), topology.actors
     more = list(topology.more_teachers)
     for one in _pools(topology):
-        count = split[one.pool]
+        count = split[one.pool] // len(one.actor.hosts)
         devices, places = places[:count], places[count:]
         actor = _with_devices(one.actor, devices)
         if one.role == "rollout":
@@ -69,11 +72,15 @@ def _pools(topology: Topology) -> list[ServedModel]:
 
 
 def _places(topology: Topology) -> list[str]:
-    """The device of each engine process, in the order of their pools."""
-    return [one.device(i) for one in _pools(topology) for i in range(one.actor.count)]
+    """The device of each engine process of a host, in the order of their pools."""
+    return [
+        one.device(i)
+        for one in _pools(topology)
+        for i in range(one.actor.count // len(one.actor.hosts))
+    ]
 
 
 def _with_devices(actor: ActorConfig, devices: list[str]) -> ActorConfig:
-    """One process on each device; one that all share is named once."""
+    """One process on each device of every host; one that all share is named once."""
     named = devices if len(set(devices)) > 1 else devices[:1]
-    return structs.replace(actor, count=len(devices), devices=named)
+    return structs.replace(actor, count=len(devices) * len(actor.hosts), devices=named)

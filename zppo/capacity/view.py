@@ -71,9 +71,13 @@ def _memory(times: Times) -> Table:
     table = Table(title="memory, at most", title_justify="left")
     for name in ("device", "this run", *(["best found"] if times.best.changes else [])):
         table.add_column(name)
+    alike: dict[tuple[str, ...], list[str]] = {}
     for device in dict.fromkeys([*given, *best]):
         sizes = [given, best] if times.best.changes else [given]
-        table.add_row(device, *(gib(size.get(device, 0)) for size in sizes))
+        alike.setdefault(tuple(gib(size.get(device, 0)) for size in sizes), []).append(device)
+    for shown, devices in alike.items():
+        others = f" and {len(devices) - 2} more" if len(devices) > 3 else ""
+        table.add_row(", ".join(devices[:2] if others else devices) + others, *shown)
     return table
 
 

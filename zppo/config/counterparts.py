@@ -209,7 +209,7 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
         "actors.trainer.ranks",
         "fsdp",
         f"{ACTOR}.fsdp_config.fsdp_size {ACTOR}.strategy",
-        note="processes of FSDP2 on this host, one on each of actors.trainer.devices",
+        note="processes of FSDP2, one on each of actors.trainer.devices",
         typed="world_size num_gpus fsdp_config",
     ),
     Counterpart(
@@ -224,6 +224,9 @@ COUNTERPARTS: tuple[Counterpart, ...] = (
         "gradient_checkpointing",
         "actor_rollout_ref.model.enable_gradient_checkpointing",
         (True, True),
+    ),
+    Counterpart(
+        "cluster.hosts", "", "trainer.nnodes", note="named, with what they have", typed="num_nodes"
     ),
     Counterpart("checkpoints.every", "save_steps", "trainer.save_freq", (500, KEPT)),
     Counterpart("checkpoints.keep", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
@@ -252,8 +255,8 @@ ABSENT: dict[str, str] = {
         "lr_scheduler_type lr_scheduler warmup_steps warmup_ratio lr_warmup_steps "
         "lr_warmup_steps_ratio warmup_style scheduler_type"
     ),
-    "the trainer's ranks are those of FSDP2 on one host (actors.trainer.ranks)": (
-        "deepspeed nnodes ulysses_sequence_parallel_size megatron"
+    "the trainer's ranks are those of FSDP2 (actors.trainer.ranks)": (
+        "deepspeed ulysses_sequence_parallel_size megatron"
     ),
     "a response is trained on once, in one of the method.updates_per_step updates": (
         "num_iterations ppo_epochs"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from msgspec import Struct
 from msgspec import inspect as shape
 
@@ -38,8 +39,8 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     `path` does not.
     """
     problem, _, where = message.partition(" - at `")
-    keys = _keys(where.removesuffix("`"))
     root = shape.type_info(struct)
+    keys, found = _place(where.removesuffix("`"), data, root)
     node = _type_at(root, keys)
     name = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if name is not None:
@@ -60,12 +61,31 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     hint = nearest(value, _literals(node)) if isinstance(value, str) and _literals(node) else ""
     shown = _joined(prefix, dotted(keys)) or "the whole"
     expected = _expectation(node)
-    if where.endswith("[...]`"):  # of a mapping, msgspec does not say which value
+    if not found:
         values = [
             choice.value_type for choice in choices(node) if isinstance(choice, shape.DictType)
         ]
         expected = f"each value to be {_expectation(values[0] if values else None)}"
     return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {expected}{hint}")
+
+
+def _place(where: str, data: Any, root: shape.Type) -> tuple[list[Key], bool]:
+    """The keys of `$.cluster.hosts[...].cards`, that of the host among them, and whether all are
+    known: msgspec does not say in which value of a mapping a mistake is, so the first section there
+    that does not fit is looked for."""
+    before, within_mapping, after = where.partition("[...]")
+    keys = _keys(before)
+    if not within_mapping:
+        return keys, True
+    values = [choice for choice in choices(_type_at(root, keys)) if type(choice) is shape.DictType]
+    struct = values[0].value_type if values else None
+    if isinstance(struct, shape.StructType):
+        for name, value in _value_at(data, keys).items():
+            try:
+                msgspec.convert(value, struct.cls)
+            except msgspec.ValidationError:
+                return [*keys, name, *_keys(after)], True
+    return keys, False
 
 
 def _keys(where: str) -> list[Key]:

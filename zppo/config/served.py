@@ -48,8 +48,18 @@ class ServedModel(Struct, frozen=True, kw_only=True):
         return Path(self.model.model)
 
     def device(self, number: int) -> str:
-        """The device of process `number` of its pool; they are given out in turn."""
-        return self.actor.devices[number % len(self.actor.devices)]
+        """The device of process `number` of its pool; each host gives out its own in turn."""
+        return self.actor.devices[number % self._on_each_host % len(self.actor.devices)]
+
+    def host(self, number: int) -> str:
+        """The host of process `number` of its pool, as the settings name it: hosts have equal
+        blocks."""
+        hosts = self.actor.hosts
+        return hosts[min(number // self._on_each_host, len(hosts) - 1)]
+
+    @property
+    def _on_each_host(self) -> int:
+        return max(1, self.actor.count // len(self.actor.hosts))
 
 
 def served_student(topology: Topology) -> ServedModel:

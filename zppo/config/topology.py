@@ -22,6 +22,7 @@ from zppo.config.base import (
     PositiveFloat,
     Share,
 )
+from zppo.config.cluster import LOCALHOST, ClusterConfig, TransportConfig
 from zppo.config.method import MethodConfig
 from zppo.config.rewards import RewardConfig
 from zppo.config.sinks import SinksConfig
@@ -267,9 +268,9 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     """arguments of the engine, e.g. {max_sequences: 64, max_length: 4096}; {base_url:
     'http://127.0.0.1:8000/v1'} for openai"""
     devices: list[str] = field(default_factory=lambda: ["cpu"])
-    """given out in turn: cpu, cuda, cuda:1, …"""
-    hosts: list[str] = field(default_factory=lambda: ["localhost"])
-    """only localhost in this version"""
+    """given out in turn on each host: cpu, cuda, cuda:1, …"""
+    hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
+    """names of cluster.hosts; each runs an equal part of the processes, in this order"""
     threads: Positive | None = None
     """CPU threads of each process; null: the cores are shared out evenly"""
 
@@ -279,16 +280,20 @@ class GraderConfig(Config, frozen=True, kw_only=True):
     """number of processes"""
     timeout_seconds: PositiveFloat = 5.0
     """processor time that scoring a response may take before it counts as wrong"""
+    hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
+    """names of cluster.hosts; each runs an equal part of the processes"""
 
 
 class TrainerConfig(Config, frozen=True, kw_only=True):
     device: str = "cpu"
     """cpu, cuda, cuda:1, …; the short form of devices"""
     devices: list[str] = field(default_factory=list)
-    """one for each rank, e.g. [cuda:0, cuda:1]"""
+    """one for each rank of a host, e.g. [cuda:0, cuda:1]"""
+    hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
+    """names of cluster.hosts, beginning with the first one; each runs the same number of ranks"""
     ranks: Positive | None = None
     """processes that share the student's weights and the work (docs/clusters.md); null: as many as
-    devices"""
+    devices, on each host"""
     collective_seconds: PositiveFloat = 1800.0
     """longest that ranks wait for one another before the trainer ends"""
     threads: Positive | None = None
@@ -301,10 +306,21 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     """compute activations twice to save memory"""
 
     @property
+    def host_devices(self) -> list[str]:
+        """The devices of the ranks on each host."""
+        named, hosts = self.devices or [self.device], max(1, len(self.hosts))
+        return named * max(1, (self.ranks or 1) // hosts) if len(named) == 1 else named
+
+    @property
     def rank_devices(self) -> list[str]:
-        """The device of each rank; `ranks` many, where the plan has not refused the settings."""
-        named = self.devices or [self.device]
-        return named * (self.ranks or 1) if len(named) == 1 else named
+        """The device of each rank, host by host; `ranks` many, where the plan has not refused the
+        settings."""
+        return self.host_devices * len(self.hosts)
+
+    @property
+    def rank_hosts(self) -> list[str]:
+        """The host of each rank, as `hosts` names it."""
+        return [host for host in self.hosts for _ in self.host_devices]
 
 
 class ActorsConfig(Config, frozen=True, kw_only=True):
@@ -320,18 +336,6 @@ class ActorsConfig(Config, frozen=True, kw_only=True):
     """an actor that starts and neither computes nor reads for so long is started again"""
     max_restarts: NonNegative = 10
     """restarts of one actor before the run gives up"""
-
-
-class TransportConfig(Config, frozen=True, kw_only=True):
-    """`ipc` on one host. `tcp` needs CURVE keys and an allow-list and comes with multi-host
-    runs."""
-
-    kind: Literal["ipc"] = "ipc"
-    """ipc: Unix sockets on this host"""
-    heartbeat_seconds: PositiveFloat = 1.0
-    """how often actors report progress"""
-    max_message_mib: Positive = 1024
-    """largest message, in MiB; a whole window must fit"""
 
 
 class CheckpointConfig(Config, frozen=True, kw_only=True):
@@ -382,6 +386,8 @@ class Topology(Config, frozen=True, kw_only=True):
     """AdamW with a constant learning rate (Table 8)"""
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     """Processes: how many of each role, where, and with which engine"""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The hosts of the run (docs/clusters.md)"""
     transport: TransportConfig = field(default_factory=TransportConfig)
     """How the processes talk"""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -28,6 +28,7 @@ from zppo.plan.engines.own import (
 )
 from zppo.plan.engines.vllm import check_vllm_arguments
 from zppo.plan.loss_checks import check_loss
+from zppo.plan.placement import check_placement
 from zppo.plan.processes import asked_teachers, trainer_scores
 from zppo.plan.sinks import check_sinks
 from zppo.prompting.chat_template import check_template_variables
@@ -77,21 +78,24 @@ def _check_teacher(topology: Topology, method: Method) -> None:
         )
 
 
-def _check_engines(topology: Topology, method: Method) -> None:
+def check_engines(topology: Topology, method: Method, *, installed: bool = True) -> None:
+    """Raise UserError for engines that cannot do what is asked of them. What an engine that runs
+    elsewhere takes is not looked up where it need not be `installed`."""
     student, group = served_student(topology), topology.method.group_size
     if student.actor.count == 0:
         raise UserError("actors.rollout.count is 0; expected at least 1")
-    _check_engine(student, group, "method.group_size")
+    _check_engine(student, group, "method.group_size", installed)
     if topology.data.heldout is not None:
-        _check_engine(student, topology.evaluation.samples, "evaluation.samples")
+        _check_engine(student, topology.evaluation.samples, "evaluation.samples", installed)
+    size = topology.method.teacher_group_size
     for one in asked_teachers(topology):
-        _check_engine(one, topology.method.teacher_group_size, "method.teacher_group_size")
+        _check_engine(one, size, "method.teacher_group_size", installed)
         check_openai(one, topology.scheduler, topology.run)
     if method.needs_same_vocabulary:
-        _check_token_level_teacher(topology, method)
+        _check_token_level_teacher(topology, method, installed)
 
 
-def _check_token_level_teacher(topology: Topology, method: Method) -> None:
+def _check_token_level_teacher(topology: Topology, method: Method, installed: bool) -> None:
     """Training on a teacher's tokens, or towards its distribution, needs an engine that knows
     tokens."""
     in_the_trainer = trainer_scores(method, topology.teacher)
@@ -109,7 +113,7 @@ def _check_token_level_teacher(topology: Topology, method: Method) -> None:
     if not method.needs_scores or in_the_trainer:
         return
     first = teachers(topology)[0]
-    _check_engine(first, topology.method.group_size, "method.group_size")
+    _check_engine(first, topology.method.group_size, "method.group_size", installed)
     temperature = topology.student.sampling.temperature
     if first.actor.engine == VLLM and temperature != 1.0:
         raise UserError(
@@ -119,7 +123,7 @@ def _check_token_level_teacher(topology: Topology, method: Method) -> None:
         )
 
 
-def _check_engine(served: ServedModel, group: int, group_setting: str) -> None:
+def _check_engine(served: ServedModel, group: int, group_setting: str, installed: bool) -> None:
     actor, where = served.actor, served.actor_path
     if actor.engine not in ENGINE_NAMES:
         own = extensions.load(f"{where}.engine", actor.engine, "engine", ENGINE_NAMES).value
@@ -127,7 +131,7 @@ def _check_engine(served: ServedModel, group: int, group_setting: str) -> None:
         return  # what it takes, and how many sequences, it says itself
     refuse_rollout(served)
     capacity = CAPACITY_ARGUMENTS.get(actor.engine, "max_sequences")
-    sequences = _checked_arguments(served).get(capacity, DEFAULT_SEQUENCES)
+    sequences = _checked_arguments(served, installed).get(capacity, DEFAULT_SEQUENCES)
     if not isinstance(sequences, int) or isinstance(sequences, bool):
         raise UserError(
             f"{where}.engine_args.{capacity} is {sequences!r}; expected a whole number of at least "
@@ -140,71 +144,14 @@ def _check_engine(served: ServedModel, group: int, group_setting: str) -> None:
         )
 
 
-def _checked_arguments(served: ServedModel) -> Mapping[str, Any]:
+def _checked_arguments(served: ServedModel, installed: bool) -> Mapping[str, Any]:
     """The arguments of an engine, defaults of ours included."""
     given, engine = served.actor.engine_args, served.actor.engine
     if engine == VLLM:
-        check_vllm_arguments(served)
+        if installed:
+            check_vllm_arguments(served)
         return given
     return structs.asdict(convert_arguments(given, ENGINE_ARGUMENTS[engine], served.actor_path))
-
-
-def _check_hosts(topology: Topology, method: Method) -> None:
-    for one in served_models(topology):
-        for host in one.actor.hosts:
-            if host != "localhost":
-                raise UserError(
-                    f"{one.actor_path}.hosts names {host!r}; this version runs on one host, "
-                    "'localhost'"
-                )
-        if not one.actor.devices:
-            raise UserError(
-                f"{one.actor_path}.devices is empty; expected at least one device, such as cpu or "
-                "cuda:0"
-            )
-
-
-def _check_ranks(topology: Topology, method: Method) -> None:
-    """Every rank of the trainer has a device, and a card of its own."""
-    trainer = topology.actors.trainer
-    ranks, devices = trainer.ranks, trainer.rank_devices
-    if trainer.devices and trainer.device != "cpu":
-        raise UserError(
-            f"actors.trainer.device is {trainer.device!r} beside actors.trainer.devices; expected "
-            "one of the two"
-        )
-    if ranks is not None and len(devices) != ranks:
-        raise UserError(
-            f"actors.trainer.ranks is {ranks}, but actors.trainer.devices names {len(devices)}; "
-            "expected one for each rank, or cpu alone for all"
-        )
-    if len(devices) == 1:
-        return
-    # Ranks hear from the first at every heartbeat, whether there is work or not.
-    beats = 2 * topology.transport.heartbeat_seconds
-    if trainer.collective_seconds <= beats:
-        raise UserError(
-            f"actors.trainer.collective_seconds is {trainer.collective_seconds:g}; expected more "
-            f"than {beats:g}, two of transport.heartbeat_seconds"
-        )
-    if len({device.partition(":")[0] for device in devices}) > 1:
-        raise UserError(
-            f"actors.trainer.devices names {', '.join(dict.fromkeys(devices))}; expected cards "
-            "alone, or cpu alone, because the ranks share one model"
-        )
-    if devices[0] == "cpu":
-        return
-    for device in devices:
-        if devices.count(device) > 1:
-            raise UserError(
-                f"actors.trainer.devices has {device!r} for {devices.count(device)} ranks; "
-                "expected a card of its own for each, such as cuda:0 and cuda:1"
-            )
-        if ":" not in device:
-            raise UserError(
-                f"actors.trainer.devices names {device!r} beside others; expected its number as "
-                "well, such as cuda:0"
-            )
 
 
 def _check_recipe(topology: Topology, method: Method) -> None:
@@ -300,9 +247,7 @@ def _check_templates(topology: Topology, method: Method) -> None:
 CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_names,
     _check_teacher,
-    _check_hosts,
-    _check_ranks,
-    _check_engines,
+    check_placement,
     _check_recipe,
     check_loss,
     _check_sampling,

@@ -1,4 +1,4 @@
-"""What the machine can give, and whether the processes of a plan fit on it."""
+"""What machines can give, and whether the processes of a plan fit on them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import psutil
 from msgspec import Struct
 
+from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Topology, TrainerConfig
 from zppo.errors import UserError
-from zppo.plan.plan import Plan
-from zppo.plan.processes import ProcessEntry
+from zppo.plan.plan import HostNeed, Plan
+from zppo.plan.processes import ProcessEntry, host_name
 
 GIB = 1 << 30
 NO_LIMIT = 1 << 62
@@ -28,13 +29,29 @@ Placed = tuple[ProcessEntry, int]
 
 class Machine(Struct, frozen=True, kw_only=True):
     """What the machine can give: cores, free bytes in memory, in the runtime folder, on the disk of
-    the run directory, and of each CUDA device."""
+    the run directory, and of each CUDA device. `gpus` is None where nobody has said; `cards` counts
+    those that are there, whether they were looked at or not."""
 
     cores: int
-    memory: int
-    shared: int
+    memory: int = NO_LIMIT
+    shared: int = NO_LIMIT
     disk: int = NO_LIMIT
-    gpus: list[int] = []
+    gpus: list[int] | None = []
+    cards: int = 0
+
+
+def described(facts: HostConfig) -> Machine:
+    """What a host that is not looked at has; what is not said is taken as enough."""
+    memory = NO_LIMIT if facts.memory_gib is None else int(facts.memory_gib * GIB)
+    cards = None if facts.cards is None else [int((facts.card_gib or 0) * GIB)] * facts.cards
+    return Machine(
+        cores=facts.cores or 1,
+        memory=memory,
+        shared=int(facts.shared_gib * GIB) if facts.shared_gib is not None else memory // 2,
+        disk=NO_LIMIT if facts.disk_gib is None else int(facts.disk_gib * GIB),
+        gpus=cards,
+        cards=len(cards or ()),
+    )
 
 
 def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bool) -> Machine:
@@ -51,6 +68,7 @@ def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bo
         shared=shutil.disk_usage(runtime_base).free,
         disk=_disk_free(run_dir),
         gpus=gpus,
+        cards=len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0,
     )
 
 
@@ -85,29 +103,24 @@ def wants_gpu(topology: Topology) -> bool:
     return any(device != "cpu" for device in [*topology.actors.trainer.rank_devices, *served])
 
 
-def idle_cards(topology: Topology) -> int:
+def idle_cards(topology: Topology, machine: Machine) -> int:
     """How many cards are here though no setting names one."""
-    return 0 if wants_gpu(topology) or not NVIDIA.is_dir() else len(list(NVIDIA.iterdir()))
+    return 0 if wants_gpu(topology) else machine.cards
+
+
+def machines_of(topology: Topology, first: Machine) -> dict[str, Machine]:
+    """Each host of the plan and what it has: the `first` one was looked at, the others are as
+    `cluster.hosts` says."""
+    known = {name: described(facts) for name, facts in topology.cluster.hosts.items()}
+    return known | {host_name(topology, LOCALHOST): first}
 
 
 def check_fits(plan: Plan, machine: Machine) -> None:
-    """Raise UserError for a device that is not there, and where memory is short."""
-    for entry in plan.processes:
-        _check_device(entry, plan.topology.actors.trainer, machine)
-    if plan.host_bytes > machine.memory:
-        name, size = max(
-            zip(plan.processes, plan.needs, strict=True), key=lambda pair: pair[1].host
-        )
-        raise UserError(
-            f"the plan needs {gib(plan.host_bytes)} of memory but {gib(machine.memory)} are free; "
-            f"the largest part is {name.name} with {gib(size.host)}{_idle(plan.topology)}"
-        )
-    if plan.shared > machine.shared:
-        raise UserError(
-            f"the plan keeps weights of {gib(plan.shared)} in the runtime folder but "
-            f"{gib(machine.shared)} are free "
-            "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
-        )
+    """Raise UserError for a device that is not there, and where memory is short, on the first host,
+    which is `machine`, or on another one."""
+    machines = machines_of(plan.topology, machine)
+    for host in plan.hosts:
+        _check_host(host, machines[host.name], plan)
     if plan.disk.total > machine.disk:
         disk = plan.disk
         raise UserError(
@@ -116,8 +129,29 @@ def check_fits(plan: Plan, machine: Machine) -> None:
             f"{gib(machine.disk)} are free there; lower checkpoints.keep, set sinks.rollouts to "
             "false, or name a run.directory on a larger disk"
         )
-    for index, free in enumerate(machine.gpus):
-        _check_card(index, free, _placed(index, free, plan))
+
+
+def _check_host(host: HostNeed, machine: Machine, plan: Plan) -> None:
+    where = "" if host.name == LOCALHOST else f"{host.name}: "
+    for entry in host.processes:
+        _check_device(entry, plan.topology.actors.trainer, machine)
+    if host.memory > machine.memory:
+        name, size = max(
+            zip(host.processes, host.needs, strict=True), key=lambda pair: pair[1].host
+        )
+        raise UserError(
+            f"{where}the plan needs {gib(host.memory)} of memory but {gib(machine.memory)} are "
+            f"free; the largest part is {name.name} with {gib(size.host)}"
+            f"{_idle(plan.topology, machine)}"
+        )
+    if host.shared > machine.shared:
+        raise UserError(
+            f"{where}the plan keeps weights of {gib(host.shared)} in the runtime folder but "
+            f"{gib(machine.shared)} are free "
+            "there; lower scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder"
+        )
+    for index, free in enumerate(machine.gpus or ()):
+        _check_card(where, index, free, _placed(index, free, host))
 
 
 def gib(size: int) -> str:
@@ -125,21 +159,19 @@ def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def _idle(topology: Topology) -> str:
+def _idle(topology: Topology, machine: Machine) -> str:
     where = "actors.trainer.device and actors.rollout.devices"
-    return f"; no setting names a GPU, see {where}" if idle_cards(topology) else ""
+    return f"; no setting names a GPU, see {where}" if idle_cards(topology, machine) else ""
 
 
 def _check_device(entry: ProcessEntry, trainer: TrainerConfig, machine: Machine) -> None:
-    kind, _, index = entry.device.partition(":")
-    if not entry.device or entry.device == "cpu":
+    if machine.gpus is None or not entry.cards:
         return
-    if kind != "cuda" or (index and not index.isdigit()):
-        where = _setting(entry, trainer)
-        raise UserError(f"{where} names {entry.device!r}; expected cpu, cuda or cuda:N")
-    if int(index or 0) >= len(machine.gpus):
+    if int(entry.cards[-1].removeprefix("cuda:")) >= len(machine.gpus):
+        here = "this machine" if entry.host == LOCALHOST else f"{entry.host!r}"
+        many = "" if len(entry.cards) == 1 else f", and {len(entry.cards)} cards from it on"
         raise UserError(
-            f"{_setting(entry, trainer)} names {entry.device!r}; this machine has "
+            f"{_setting(entry, trainer)} names {entry.device!r}{many}; {here} has "
             f"{len(machine.gpus)} CUDA devices"
         )
 
@@ -151,13 +183,12 @@ def _setting(entry: ProcessEntry, trainer: TrainerConfig) -> str:
     return "actors.trainer.devices" if trainer.devices else "actors.trainer.device"
 
 
-def _placed(index: int, free: int, plan: Plan) -> list[Placed]:
+def _placed(index: int, free: int, host: HostNeed) -> list[Placed]:
     """The processes on one card. At its start vLLM takes a share of it, unless the size of its
     cache is given."""
-    names = (f"cuda:{index}", "cuda") if index == 0 else (f"cuda:{index}",)
     placed = []
-    for entry, need in zip(plan.processes, plan.needs, strict=True):
-        if entry.device in names:
+    for entry, need in zip(host.processes, host.needs, strict=True):
+        if f"cuda:{index}" in entry.cards:
             share = 0.0 if entry.served is None else _vllm_share(entry.served.actor)
             placed.append((entry, max(need.device, int(share * free))))
     return placed
@@ -176,7 +207,7 @@ def _vllm_share(actor: ActorConfig) -> float:
     )
 
 
-def _check_card(index: int, free: int, placed: Sequence[Placed]) -> None:
+def _check_card(where: str, index: int, free: int, placed: Sequence[Placed]) -> None:
     needed = sum(size for _, size in placed)
     if needed > free:
         largest, size = max(placed, key=lambda pair: pair[1])
@@ -184,6 +215,6 @@ def _check_card(index: int, free: int, placed: Sequence[Placed]) -> None:
         if largest.pool != "trainer":
             way = "fewer or shorter sequences, and with vLLM a smaller gpu_memory_utilization"
         raise UserError(
-            f"the plan needs {gib(needed)} on cuda:{index} but {gib(free)} are free; "
+            f"{where}the plan needs {gib(needed)} on cuda:{index} but {gib(free)} are free; "
             f"the largest part is {largest.name} with {gib(size)}; try {way}"
         )

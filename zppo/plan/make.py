@@ -21,16 +21,22 @@ from zppo.plan.architecture import (
     refuse_untrained,
     refuse_without_slots,
 )
-from zppo.plan.checks import CHECKS
+from zppo.plan.checks import CHECKS, check_engines
 from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.loss_checks import loss_notes
-from zppo.plan.machine import Machine, check_fits, idle_cards
+from zppo.plan.machine import Machine, check_fits, idle_cards, machines_of
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
 from zppo.plan.model_class import refuse_unknown
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan, Windows
-from zppo.plan.processes import asked_teachers, processes, trainer_scores, uses_teacher
+from zppo.plan.processes import (
+    ProcessEntry,
+    asked_teachers,
+    processes,
+    trainer_scores,
+    uses_teacher,
+)
 from zppo.plan.teacher_work import teacher_work
 from zppo_protocol.values import share_of
 
@@ -43,13 +49,17 @@ LARGE_LEARNING_RATE = 1e-2
 deviation at initialisation): with more, one or two updates replace the model."""
 
 
-def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
-    """Check the topology for a corpus of `questions` against `machine` and lay out the run. Raises
-    UserError."""
+def make_plan(
+    topology: Topology, questions: int, machine: Machine, models: Models | None = None
+) -> Plan:
+    """Check the topology for a corpus of `questions` against its hosts, of which `machine` is the
+    first, and lay out the run. With `models`, which are then only described, nothing is looked at
+    on this machine. Raises UserError."""
     method = get_method(topology.method.name)
     for check in CHECKS:
         check(topology, method)
-    models = inspect_models(topology)
+    check_engines(topology, method, installed=models is None)
+    models = models or inspect_models(topology)
     table = processes(topology, machine.cores)
     windows = _windows(topology, method, questions)
     per_window = windows.groups * topology.method.group_size
@@ -62,7 +72,10 @@ def make_plan(topology: Topology, questions: int, machine: Machine) -> Plan:
         disk=disk_need(topology, models.student, windows.steps * per_window),
         windows=windows,
         teacher_work=teacher_work(topology, method, windows),
-        notes=_notes(topology, method, models, windows),
+        notes=[
+            *_notes(topology, method, models, windows),
+            *_host_notes(topology, table, machine),
+        ],
     )
     _check_served(topology, models)
     _check_message_size(plan)
@@ -176,6 +189,31 @@ def _reward_notes(topology: Topology) -> list[str]:
     ]
 
 
+def _host_notes(topology: Topology, table: list[ProcessEntry], machine: Machine) -> list[str]:
+    """What hosts have that no process uses, and what is not known of them."""
+    notes, used = [], {entry.host for entry in table}
+    if cards := idle_cards(topology, machine):
+        notes.append(
+            f"every device is cpu, though this machine has {cards} GPU{'s' if cards > 1 else ''}: "
+            "see "
+            "actors.trainer.device and actors.rollout.devices"
+        )
+    if unused := [name for name in topology.cluster.hosts if name not in used]:
+        notes.append(f"no process runs on {', '.join(unused)} of cluster.hosts")
+    further = list(machines_of(topology, machine).items())[1:]
+    unknown = [name for name, one in further if name in used and one.gpus is None]
+    if unknown:
+        notes.append(
+            f"cluster.hosts does not say what {', '.join(unknown)} {_has(unknown)}: cards and "
+            "memory there are not checked before the run"
+        )
+    return notes
+
+
+def _has(names: list[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
 def _notes(topology: Topology, method: Method, models: Models, windows: Windows) -> list[str]:
     """What works but may surprise."""
     notes = []
@@ -185,12 +223,6 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
             f"run.steps is {topology.run.steps}, but the corpus ends after {windows.steps} "
             "(run.epochs is "
             f"{topology.run.epochs}): the run ends there"
-        )
-    if cards := idle_cards(topology):
-        notes.append(
-            f"every device is cpu, though this machine has {cards} GPU{'s' if cards > 1 else ''}: "
-            "see "
-            "actors.trainer.device and actors.rollout.devices"
         )
     compresses = any(one.preparation == "compress" for one in method.reformulations)
     if compresses and topology.teacher is None:

@@ -17,6 +17,8 @@ float32. While it loads, a rank has each model whole, once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -60,7 +62,8 @@ written."""
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """Bytes one process needs on its device and on the host."""
+    """Bytes one process needs on its device, on each of them where there are several, and on the
+    host."""
 
     device: int
     host: int
@@ -82,14 +85,17 @@ class Models(Struct, frozen=True, kw_only=True):
         return self.by_pool.get(teacher_pool(0))
 
 
-def inspect_models(topology: Topology) -> Models:
-    """Read the model folders that the run will load. Raises UserError."""
+def inspect_models(
+    topology: Topology, inspect: Callable[[Path, str], ModelFacts] = inspect_model
+) -> Models:
+    """Read the model folders that the run will load; `inspect` says what there is of a folder that
+    a setting names. Raises UserError."""
     read = [one for one in asked_teachers(topology) if one.actor.engine not in WITHOUT_FOLDER]
     if not read and trainer_scores(get_method(topology.method.name), topology.teacher):
         read = teachers(topology)[:1]
     return Models(
         by_pool={
-            one.pool: inspect_model(one.folder, one.model_path)
+            one.pool: inspect(one.folder, one.model_path)
             for one in [served_student(topology), *read]
         }
     )
@@ -119,7 +125,7 @@ def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
         return Need(device=0, host=MODEL_LIBRARIES)
     longest, scores = topology.data.max_prompt_tokens, method.needs_scores
     if entry.served.actor.engine == VLLM:
-        return _on(entry.device, _vllm_bytes(entry.served, facts, entry.device))
+        return _on(entry.device, _vllm_bytes(entry, entry.served, facts))
     return _on(entry.device, _engine_bytes(entry.served, facts, longest, scores=scores))
 
 
@@ -200,11 +206,15 @@ def _scoring_bytes(model: ModelConfig, facts: ModelFacts) -> int:
     )
 
 
-def _vllm_bytes(served: ServedModel, facts: ModelFacts, device: str) -> int:
-    """The least that vLLM must have: it fits its cache to what is free, from one full sequence on.
-    On a CPU it packs the weights into a second copy."""
+def _vllm_bytes(entry: ProcessEntry, served: ServedModel, facts: ModelFacts) -> int:
+    """The least that vLLM must have on each of its cards: it fits its cache to what is free, from
+    one full sequence on. Cards share weights and keys and values. On a CPU it packs the weights
+    into a second copy."""
     arguments, dtype = served.actor.engine_args, served.model.dtype
-    cache = arguments.get("kv_cache_memory_bytes") or sequence_bytes(arguments, facts, dtype)
+    cache = arguments.get("kv_cache_memory_bytes")  # of each card
+    if not cache:
+        cache = sequence_bytes(arguments, facts, dtype) // max(1, len(entry.cards))
     weights = facts.quantised_bytes or facts.parameters * DTYPE_BYTES[dtype]
-    copies = 2 if device == "cpu" else 1
-    return copies * weights + int(cache) + VLLM_LIBRARIES
+    if entry.device == "cpu":
+        return 2 * weights + int(cache) + VLLM_LIBRARIES
+    return weights // len(entry.cards) + int(cache) + VLLM_LIBRARIES

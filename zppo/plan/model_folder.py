@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,21 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
         raise UserError(
             f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
         )
-    config = _read_json(folder / "config.json", where)
-    try:
+    config = read_json(folder / "config.json", where)
+    with settings_of_their_kind(folder, where):
         refuse_no_decoder(config, folder, where)
-        facts = _facts(config, folder, where)
+        sizes = _sizes(folder, where)
+        parameters = sum(elements for elements, _ in sizes)
+        facts = facts_of(config, parameters, sum(stored for _, stored in sizes), folder, where)
+    _check_tokenizer(folder, where)
+    return facts
+
+
+@contextmanager
+def settings_of_their_kind(folder: Path, where: str) -> Iterator[None]:
+    """Raises UserError for what a setting of another kind in config.json leads to."""
+    try:
+        yield
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -87,21 +99,22 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
             f"{where}: {str(folder / 'config.json')!r} has a setting that is not of its kind "
             f"({first_line(error)}); expected a file as save_pretrained writes it"
         ) from None
-    _check_tokenizer(folder, where)
-    return facts
 
 
-def _facts(config: dict[str, Any], folder: Path, where: str) -> ModelFacts:
+def facts_of(
+    config: dict[str, Any], parameters: int, stored: int, folder: Path, where: str
+) -> ModelFacts:
+    """Facts of a model with this config.json, so many parameters, and weights of `stored` bytes.
+    Raises UserError, and what a setting of another kind leads to."""
     text = completed(config.get(TEXT_SECTION, config))
     heads, hidden = (
         _number(text, "num_attention_heads", folder, where),
         _number(text, "hidden_size", folder, where),
     )
     layers = listed_layers(text) or _number(text, "num_hidden_layers", folder, where)
-    sizes = _sizes(folder, where)
     return ModelFacts(
-        parameters=sum(elements for elements, _ in sizes),
-        quantised_bytes=sum(stored for _, stored in sizes) if _quantised(config, text) else None,
+        parameters=parameters,
+        quantised_bytes=stored if _quantised(config, text) else None,
         context=context_of(text),
         family=str(text.get("model_type", "")),
         window=window_of(text),
@@ -133,7 +146,8 @@ def _nearest_folder(folder: Path) -> str:
     )
 
 
-def _read_json(path: Path, where: str) -> dict[str, Any]:
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises UserError."""
     if not path.is_file():  # a named pipe would be waited for
         raise UserError(
             f"{where}: {str(path.parent)!r} is not a model folder: it has no {path.name}"
@@ -182,7 +196,7 @@ def _sizes(folder: Path, where: str) -> list[tuple[int, int]]:
 
 def _indexed(folder: Path, where: str) -> list[Path]:
     """The files of the index, each with the tensors that it should have."""
-    places = _read_json(folder / INDEX, where).get("weight_map")
+    places = read_json(folder / INDEX, where).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
         raise UserError(f"{where}: {str(folder / INDEX)!r} has no weight_map")
     files = [folder / name for name in sorted(set(places.values()))]
@@ -230,9 +244,9 @@ def _check_tokenizer(folder: Path, where: str) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{where}: {str(folder)!r} has no tokenizer: {name} is missing")
-    configs = [_read_json(folder / "tokenizer_config.json", where)]
+    configs = [read_json(folder / "tokenizer_config.json", where)]
     if (folder / "special_tokens_map.json").is_file():
-        configs.append(_read_json(folder / "special_tokens_map.json", where))
+        configs.append(read_json(folder / "special_tokens_map.json", where))
     if not any(config.get("eos_token") for config in configs):
         raise UserError(
             f"{where}: the tokenizer of {str(folder)!r} has no end token, so no response would "

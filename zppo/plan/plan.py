@@ -1,6 +1,8 @@
-"""The plan of a run: what `--dry-run` shows, and what is checked against the machine."""
+"""The plan of a run: what `--dry-run` shows, and what is checked against the machines."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from msgspec import Struct
 
@@ -35,8 +37,31 @@ class Work(Struct, frozen=True, kw_only=True):
     tokens: int
 
 
+class HostNeed(Struct, frozen=True, kw_only=True):
+    """What one host runs and needs, in bytes: `memory` with the published weights, which are
+    `shared`; `cards` by name."""
+
+    name: str
+    processes: list[ProcessEntry]
+    needs: list[Need]
+    shared: int
+
+    @property
+    def memory(self) -> int:
+        return sum(need.host for need in self.needs) + self.shared
+
+    @property
+    def cards(self) -> dict[str, int]:
+        found = Counter[str]()
+        for entry, need in zip(self.processes, self.needs, strict=True):
+            for card in entry.cards:
+                found[card] += need.device
+        return dict(sorted(found.items(), key=lambda pair: int(pair[0].removeprefix("cuda:"))))
+
+
 class Plan(Struct, frozen=True, kw_only=True):
-    """Everything `--dry-run` shows."""
+    """Everything `--dry-run` shows. `shared`: bytes of the published weights on a host that has
+    them."""
 
     topology: Topology
     method: Method
@@ -49,6 +74,19 @@ class Plan(Struct, frozen=True, kw_only=True):
     notes: list[str]
 
     @property
-    def host_bytes(self) -> int:
-        """Memory of the host, published policies included."""
-        return sum(entry.host for entry in self.needs) + self.shared
+    def hosts(self) -> list[HostNeed]:
+        """By host, the controller's first. Weights are published by the first rank, and copied once
+        to each host that has an engine of the student."""
+        names = dict.fromkeys(entry.host for entry in self.processes)
+        return [self._host(name) for name in names]
+
+    def _host(self, name: str) -> HostNeed:
+        placed = zip(self.processes, self.needs, strict=True)
+        here = [(entry, need) for entry, need in placed if entry.host == name]
+        holds = any(entry.role in ("trainer", "rollout") for entry, _ in here)
+        return HostNeed(
+            name=name,
+            processes=[entry for entry, _ in here],
+            needs=[need for _, need in here],
+            shared=self.shared if holds else 0,
+        )

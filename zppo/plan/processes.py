@@ -1,28 +1,54 @@
-"""The process table of a run: which actors there are, on which devices, with how many CPU threads
-each."""
+"""The process table of a run: which actors there are, on which hosts and devices, with how many CPU
+threads each. What cannot be laid out is refused in `zppo.plan.placement`."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from zppo.algorithm.methods import Method, get_method
+from zppo.config.cluster import LOCALHOST
 from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_student, teachers
-from zppo.config.topology import JUDGE, OPENAI, TeacherConfig, Topology
+from zppo.config.topology import (
+    JUDGE,
+    OPENAI,
+    VLLM,
+    GraderConfig,
+    TeacherConfig,
+    Topology,
+    TrainerConfig,
+)
+
+SHARED = 0
+"""Threads of an entry that gets a share of its host's cores."""
 
 
 class ProcessEntry(Struct, frozen=True, kw_only=True):
-    """One actor process. `device` is empty where no model is run. Processes of one `pool` can do
-    each other's work. `served` is the model behind a rollout or teacher actor."""
+    """One actor process on a host of the cluster (`localhost` where none is named). `device` is
+    empty where no model is run. Processes of one `pool` can do each other's work. `served` is the
+    model behind a rollout or teacher actor."""
 
     name: str
     role: str
     pool: str
+    host: str = LOCALHOST
     device: str = ""
     threads: int = 1
     served: ServedModel | None = None
+
+    @property
+    def cards(self) -> list[str]:
+        """The cards of its host that it uses, as `cuda:N`: those from its device on that an engine
+        is spread over."""
+        kind, _, index = self.device.partition(":")
+        if kind != "cuda":
+            return []
+        count = 1 if self.served is None else _spread(self.served)
+        return [f"cuda:{int(index or 0) + i}" for i in range(count)]
 
 
 def cores() -> int:
@@ -30,39 +56,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def host_name(topology: Topology, host: str) -> str:
+    """The name that a host has in `cluster.hosts`; `localhost` is the first one, if there is
+    any."""
+    return next(iter(topology.cluster.hosts), LOCALHOST) if host == LOCALHOST else host
+
+
 def processes(topology: Topology, available_cores: int) -> list[ProcessEntry]:
     """All actor processes in the order in which they start; the controller comes first.
 
-    Threads that the topology leaves open are shared out evenly among the processes that run a
-    model; the controller, the graders and teachers behind a server take one each, which is not
-    counted, because they mostly wait.
+    Threads that the topology leaves open are shared out evenly among the processes of a host that
+    run a model; the controller, the graders and teachers behind a server take one each, which is
+    not counted, because they mostly wait. A host has `available_cores` unless `cluster.hosts` says
+    how many.
     """
-    trainer, asked = topology.actors.trainer, asked_teachers(topology)
-    loaded = sum(one.actor.count for one in asked if one.actor.engine != OPENAI)
-    devices = trainer.rank_devices
-    share = max(1, available_cores // (topology.actors.rollout.count + loaded + len(devices)))
-    return [
+    table = [
         ProcessEntry(name="controller", role="controller", pool="controller"),
-        *(
-            ProcessEntry(
-                name=f"trainer-{rank}" if rank else "trainer",
-                role="rank" if rank else "trainer",
-                pool="trainer",
-                device=device,
-                threads=trainer.threads or share,
-            )
-            for rank, device in enumerate(devices)
-        ),
+        *_ranks(topology.actors.trainer),
         *(
             process
-            for one in [served_student(topology), *asked]
-            for process in _engines(one, share)
+            for one in [served_student(topology), *asked_teachers(topology)]
+            for process in _engines(one)
         ),
-        *(
-            ProcessEntry(name=f"grader-{i}", role="grader", pool="grader")
-            for i in range(topology.actors.grader.count)
-        ),
+        *_graders(topology.actors.grader),
     ]
+    table = [replace(entry, host=host_name(topology, entry.host)) for entry in table]
+    return _with_threads(table, topology, available_cores)
 
 
 def asked_teachers(topology: Topology) -> list[ServedModel]:
@@ -94,7 +113,23 @@ def trainer_scores(method: Method, teacher: TeacherConfig | None) -> bool:
     return method.needs_scores and teacher is not None and teacher.scoring == "colocated"
 
 
-def _engines(served: ServedModel, share: int) -> list[ProcessEntry]:
+def _ranks(trainer: TrainerConfig) -> list[ProcessEntry]:
+    return [
+        ProcessEntry(
+            name=f"trainer-{rank}" if rank else "trainer",
+            role="rank" if rank else "trainer",
+            pool="trainer",
+            host=host,
+            device=device,
+            threads=trainer.threads or SHARED,
+        )
+        for rank, (host, device) in enumerate(
+            zip(trainer.rank_hosts, trainer.rank_devices, strict=True)
+        )
+    ]
+
+
+def _engines(served: ServedModel) -> list[ProcessEntry]:
     """The processes of one engine; those behind a server run no model here, so they get no device
     and one thread."""
     remote = served.actor.engine == OPENAI
@@ -103,9 +138,47 @@ def _engines(served: ServedModel, share: int) -> list[ProcessEntry]:
             name=f"{served.pool}-{i}",
             role=served.role,
             pool=served.pool,
+            host=served.host(i),
             device="" if remote else served.device(i),
-            threads=1 if remote else served.actor.threads or share,
+            threads=1 if remote else served.actor.threads or SHARED,
             served=served,
         )
         for i in range(served.actor.count)
     ]
+
+
+def _graders(grader: GraderConfig) -> list[ProcessEntry]:
+    each = max(1, grader.count // len(grader.hosts))
+    return [
+        ProcessEntry(
+            name=f"grader-{i}",
+            role="grader",
+            pool="grader",
+            host=grader.hosts[min(i // each, len(grader.hosts) - 1)],
+        )
+        for i in range(grader.count)
+    ]
+
+
+def _with_threads(
+    table: list[ProcessEntry], topology: Topology, available_cores: int
+) -> list[ProcessEntry]:
+    """The same table with the cores of each host shared out among the processes that run a
+    model."""
+    sharing = Counter(entry.host for entry in table if entry.device)
+    hosts = topology.cluster.hosts
+    shares = {
+        host: max(1, ((host in hosts and hosts[host].cores) or available_cores) // count)
+        for host, count in sharing.items()
+    }
+    return [
+        replace(entry, threads=shares[entry.host]) if entry.threads == SHARED else entry
+        for entry in table
+    ]
+
+
+def _spread(served: ServedModel) -> int:
+    """How many cards an engine is spread over; vLLM says what is wrong with another value."""
+    size = served.actor.engine_args.get("tensor_parallel_size", 1)
+    is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    return size if served.actor.engine == VLLM and is_count else 1

@@ -3,11 +3,13 @@ staleness is allowed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from zppo.plan.cluster_view import host_rows, processes_by_host
 from zppo.plan.loss_checks import preset_values
 from zppo.plan.machine import gib
 from zppo.plan.plan import Plan
@@ -17,7 +19,7 @@ from zppo.plan.teacher_work import covered_steps
 def show(plan: Plan, run_dir: Path, console: Console) -> None:
     """Print the plan."""
     console.print(_facts(plan, run_dir))
-    console.print(_processes(plan))
+    console.print(processes_by_host(plan) if len(plan.hosts) > 1 else _processes(plan))
     for note in plan.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
@@ -55,17 +57,17 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
                 f"{gib(plan.disk.checkpoint)} among it"
             ),
         ),
-        (
-            "memory",
-            (
-                f"{gib(plan.host_bytes)} at most on the host, {gib(plan.shared)} of it published "
-                "weights"
-            ),
-        ),
+        *(host_rows(plan) if len(plan.hosts) > 1 else _memory(plan)),
     ]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
+    (host,) = plan.hosts
+    size, shared = gib(host.memory), gib(host.shared)
+    yield "memory", f"{size} at most on the host, {shared} of it published weights"
 
 
 def _work(plan: Plan) -> str:

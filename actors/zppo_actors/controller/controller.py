@@ -23,11 +23,12 @@ from zppo.scheduling.dispatch import Assignment
 from zppo.scheduling.heldout import EvaluationResult
 from zppo.scheduling.scheduler import RunFailure
 from zppo.scheduling.waiting import waiting
+from zppo_actors import runtime
 from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
-from zppo_actors.controller.peers import SUPERVISOR, TRAINER, Peer, Peers
+from zppo_actors.controller.peers import TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
 from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, file_trouble
 from zppo_actors.controller.restore import bound_to, load_scheduler
@@ -38,7 +39,7 @@ from zppo_protocol import messages
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import AnyMessage
 from zppo_protocol.sockets import Router
-from zppo_protocol.values import PolicyManifest
+from zppo_protocol.values import SUPERVISOR, PolicyManifest
 
 TICK_SECONDS = 0.05
 STATUS_SECONDS = 0.5
@@ -52,7 +53,7 @@ log = logging.getLogger("zppo.controller")
 
 def main(context: ActorContext) -> int:
     """Run the controller to the end of the run; returns the run's exit code."""
-    router = Router(context.address, context.limits)
+    router = Router(runtime.access(context.runtime), context.limits)
     try:
         return Controller(context, router).run()
     finally:
@@ -73,7 +74,7 @@ class Controller:
         self.checkpointer = Checkpointer(context, self.recorder, self.background, made_with)
         self.board = PolicyBoard()
         table = processes(context.topology, cores())
-        self.peers = Peers(context.run_id, {entry.name: entry.role for entry in table})
+        self.peers = Peers(context.run_id, router.roles)
         self.pools = {entry.name: entry.pool for entry in table}
         self.clock = StepClock(now)
         self.verdict: messages.RunEnded | None = None

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from msgspec import Struct, field
 
 from zppo_protocol.messages import PROTOCOL_VERSION, Hello
-from zppo_protocol.values import FROZEN, Role
+from zppo_protocol.values import FROZEN, SUPERVISOR, Role
 
 TRAINER = "trainer"
-SUPERVISOR = "supervisor"
 
 
 class Peer(Struct, kw_only=True):
@@ -28,11 +27,11 @@ class Peer(Struct, kw_only=True):
 
 
 class Peers:
-    """`roles` is the process table of the run: no other name may greet, and none in another's
-    role."""
+    """`roles`, name → role, are those of the keys of this life: no other name may greet, and none
+    in another's role."""
 
     def __init__(self, run_id: str, roles: Mapping[str, str]) -> None:
-        self._run_id, self._roles = run_id, {**roles, SUPERVISOR: SUPERVISOR}
+        self._run_id, self._roles = run_id, roles
         self._peers: dict[str, Peer] = {}
         self._newest: dict[str, int] = {}
 

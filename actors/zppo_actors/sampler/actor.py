@@ -79,7 +79,7 @@ def check_capacity(capacity: int, served: ServedModel, topology: Topology) -> No
 
 
 async def _serve(context: ActorContext, engine: Engine, role: Literal["rollout", "teacher"]) -> int:
-    dealer = AsyncDealer(context.address, context.actor, context.limits)
+    dealer = AsyncDealer(context.credentials, context.limits)
     try:
         return await EngineActor(context, engine, dealer, role).run()
     finally:

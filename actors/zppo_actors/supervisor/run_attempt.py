@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -31,9 +31,10 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor import nursery as nurseries
 from zppo_actors.supervisor.children import Birth, Child
+from zppo_actors.supervisor.listening import listening
 from zppo_actors.supervisor.nursery import Nursery
 from zppo_actors.supervisor.watchdog import Watchdog
-from zppo_protocol.limits import Limits, limits_for
+from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
     ActorExited,
@@ -46,6 +47,7 @@ from zppo_protocol.messages import (
     StopRequested,
 )
 from zppo_protocol.sockets import Dealer
+from zppo_protocol.values import SUPERVISOR
 
 TICK_SECONDS = 0.1
 LEAVE_SECONDS = 10.0
@@ -111,18 +113,24 @@ class Resources(Struct, frozen=True):
 
 
 @contextmanager
-def resources(run_id: str, limits: Limits) -> Iterator[Resources]:
-    """Make the resources of one attempt and take them away again, in the order that leaves nothing
-    behind."""
-    folder, lock = runtime.create(run_id)
+def resources(record: RunRecord, roles: Mapping[str, str]) -> Iterator[Resources]:
+    """Make the resources of one attempt, with the keys of `roles`, and take them away again, in the
+    order that leaves nothing behind. Raises UserError if the controller cannot listen where it is
+    to."""
+    folder, lock = runtime.create(record.run_id)
     # Only the reading end is ever handed on: the end of this process, however it comes, is the end
     # of the file for all others.
     read_end, write_end = os.pipe()
-    dealer = Dealer(runtime.controller_address(folder), "supervisor", limits)
+    dealer = None
     try:
+        bound, reached = listening(record.topology, folder)
+        runtime.issue_keys(folder, roles, bound, reached)
+        limits = limits_for(record.topology.transport.max_message_mib)
+        dealer = Dealer(runtime.credentials(folder, SUPERVISOR), limits)
         yield Resources(folder, read_end, dealer)
     finally:
-        dealer.close()
+        if dealer is not None:
+            dealer.close()
         runtime.remove(folder)
         # The lock after the folder, so that no sweep of another run meets it half removed.
         for descriptor in (read_end, write_end, lock):
@@ -159,8 +167,8 @@ class RunAttempt:
 
     def run(self) -> End:
         """Start everything, watch until the run has ended, and clear everything away."""
-        limits = limits_for(self._record.topology.transport.max_message_mib)
-        with resources(self._record.run_id, limits) as self._resources:
+        roles = {entry.name: entry.role for entry in self._table.values()}
+        with resources(self._record, roles) as self._resources:
             try:
                 self._resources.dealer.send(self._hello())
                 if self._forked:
@@ -208,8 +216,8 @@ class RunAttempt:
         return Hello(
             protocol_version=PROTOCOL_VERSION,
             run_id=self._record.run_id,
-            actor="supervisor",
-            role="supervisor",
+            actor=SUPERVISOR,
+            role=SUPERVISOR,
             incarnation=self._number,
             pid=os.getpid(),
             capacity=0,

@@ -59,7 +59,7 @@ def main(context: ActorContext) -> int:
     says not to begin one.
     """
     disable_progress_bar()
-    dealer = Dealer(context.address, context.actor, context.limits)
+    dealer = Dealer(context.credentials, context.limits)
     actor = TrainerActor(context, dealer)
     try:
         return actor.run()

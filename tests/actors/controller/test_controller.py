@@ -19,6 +19,7 @@ from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.plan.memory import Models
 from zppo.plan.model_folder import ModelFacts
+from zppo.plan.processes import processes
 from zppo.records import checkpoint, run_directory
 from zppo.records.summary import summarise
 from zppo_actors.controller import controller as controller_module
@@ -41,6 +42,7 @@ class ScriptedRouter:
         self.sent: list[tuple[str, AnyMessage]] = []
         self.gone: set[str] = set()
         self.too_large: type | None = None
+        self.roles: dict[str, str] = {}
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         if not self.inbox and timeout_s > 0.0:
@@ -70,6 +72,10 @@ class Stage:
             topology=settings, run_id="run", start_version=start,
         )  # fmt: skip
         self.router = ScriptedRouter()
+        table = processes(settings, available_cores=1)
+        self.router.roles = {entry.name: entry.role for entry in table} | {
+            "supervisor": "supervisor"
+        }
         self.controller = Controller(self.context, self.router)  # type: ignore[arg-type]
         self.answered = 0
         self.measured: dict[str, float] = {"loss": 0.5}

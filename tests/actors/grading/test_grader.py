@@ -16,13 +16,13 @@ import msgspec
 import psutil
 import pytest
 
+from zppo.config.cluster import TransportConfig
 from zppo.config.topology import (
     ActorsConfig,
     DataConfig,
     GraderConfig,
     StudentConfig,
     Topology,
-    TransportConfig,
 )
 from zppo.records import run_directory
 from zppo_actors import runtime
@@ -133,7 +133,7 @@ def controller(
     )
     record = run_directory.create(tmp_path / "run", topology)
     folder, lock = runtime.create(record.run_id, runtime_base)
-    router = Router(runtime.controller_address(folder))
+    router = Router(runtime.issue_keys(folder, {"grader-0": "grader"}))
     read_end, write_end = os.pipe()
     command = [sys.executable, "-P", "-m", "zppo_actors", "grader", "--run", str(tmp_path / "run")]
     command += [

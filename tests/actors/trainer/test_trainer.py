@@ -20,6 +20,7 @@ import torch
 from msgspec import structs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from zppo.config.cluster import TransportConfig
 from zppo.config.method import MethodConfig
 from zppo.config.topology import (
     ActorsConfig,
@@ -29,7 +30,6 @@ from zppo.config.topology import (
     TeacherConfig,
     Topology,
     TrainerConfig,
-    TransportConfig,
 )
 from zppo.errors import EXIT_FATAL, UserError
 from zppo.records import checkpoint, run_directory
@@ -163,7 +163,7 @@ def trainer_process(run: Path, base: Path, errors: Path = Path(os.devnull)) -> I
     """A trainer process of this run, tied to us by its pipe; what it says goes to the file
     `errors`."""
     folder = Path(tempfile.mkdtemp(prefix="trainer-", dir=base))
-    router = Router(runtime.controller_address(folder))
+    router = Router(runtime.issue_keys(folder, {"trainer": "trainer"}))
     reading, writing = os.pipe()
     names = (
         "--run",

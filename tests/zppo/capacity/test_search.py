@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
+from msgspec import structs
 from worlds import topology
 
 from zppo.capacity.search import search
@@ -134,6 +135,28 @@ def test_splits_keep_every_process_on_its_device() -> None:
         "actors.teacher.count=1",
         "actors.teacher.devices=[cuda:3]",
     ]
+
+
+def test_every_host_has_the_same_split() -> None:
+    two = topology(
+        cluster={"hosts": {"a": {"address": "h0"}, "b": {"address": "h1"}}},
+        actors={
+            "rollout": {"count": 4, "hosts": ["a", "b"], "devices": ["cuda:0", "cuda:1"]},
+            "teacher": {"count": 2, "hosts": ["a", "b"], "devices": ["cuda:2"]},
+        },
+    )
+    found = list(splits(two))
+    assert found == [{"rollout": 2, "teacher": 4}, {"rollout": 4, "teacher": 2}]
+    assert [split_of(with_split(two, one)) for one in found] == found
+    assert changes(two, with_split(two, found[0])) == [
+        "actors.rollout.count=2",
+        "actors.rollout.devices=[cuda:0]",
+        "actors.teacher.count=4",
+        "actors.teacher.devices=[cuda:1, cuda:2]",
+    ]
+    actors = structs.replace(two.actors, teacher=structs.replace(two.actors.teacher, hosts=["a"]))
+    apart = structs.replace(two, actors=actors)
+    assert list(splits(apart)) == [{"rollout": 4, "teacher": 2}], "on other hosts"
 
 
 def test_a_cpu_engine_does_not_do_the_work_of_a_card() -> None:

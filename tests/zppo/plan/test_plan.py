@@ -504,11 +504,12 @@ def test_a_card_that_nobody_uses_is_mentioned(
     (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
     monkeypatch.setattr("zppo.plan.machine.NVIDIA", tmp_path / "gpus")
     note = "every device is cpu, though this machine has 1 GPU: see actors.trainer.device and actors.rollout.devices"
-    assert note in make_plan(topology_of(small), 10, MACHINE).notes
+    machine = replace(MACHINE, cards=measure_machine(1, tmp_path, tmp_path, False).cards)
+    assert note in make_plan(topology_of(small), 10, machine).notes
     used = topology_of(small, "actors.teacher.devices=[cuda]")
-    assert note not in make_plan(used, 10, replace(MACHINE, gpus=[8 * GIB])).notes
+    assert note not in make_plan(used, 10, replace(machine, gpus=[8 * GIB])).notes
     with pytest.raises(UserError, match="no setting names a GPU"):
-        make_plan(topology_of(small), 10, replace(MACHINE, memory=GIB))
+        make_plan(topology_of(small), 10, replace(machine, memory=GIB))
 
 
 def test_ncq_without_a_teacher_says_who_shortens_the_candidates(small: Path) -> None:

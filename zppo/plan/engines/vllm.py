@@ -82,18 +82,13 @@ def argument_names(where: str) -> frozenset[str]:
 
 
 def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: Dtype) -> int:
-    """Bytes of the keys and values of one sequence that fills the context, in whole blocks."""
+    """Bytes of the keys and values of one sequence that fills the context, in whole blocks, and of
+    its recurrent states."""
     block = whole(arguments.get("block_size"), BLOCK)
     length = whole(arguments.get("max_model_len"), facts.context)
-    return (
-        -(-length // block)
-        * block
-        * facts.layers
-        * 2
-        * facts.kv_heads
-        * facts.head_dim
-        * DTYPE_BYTES[dtype]
-    )
+    a_token = (facts.layers - facts.without_keys) * 2 * facts.kv_heads * facts.head_dim
+    whole_blocks = -(-length // block) * block
+    return (whole_blocks * a_token + facts.states) * DTYPE_BYTES[dtype]
 
 
 def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel) -> None:

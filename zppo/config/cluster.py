@@ -1,0 +1,64 @@
+"""The hosts of a run and how its processes reach one another.
+
+A topology without `cluster.hosts` runs on the host where it is launched, whose name is then
+`localhost`. Otherwise the first host of the mapping is the controller's, and `localhost`, the
+default of every `hosts`, is another name for it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from msgspec import field
+
+from zppo.config.base import Config, NonNegative, Positive, PositiveFloat
+
+LOCALHOST = "localhost"
+Launcher: TypeAlias = Literal["local", "ray", "render"]
+
+
+class HostConfig(Config, frozen=True, kw_only=True):
+    """A host. What it has is for the plan: what is not given is not checked before the run."""
+
+    address: str | None = None
+    """IP address or name under which the other hosts reach it"""
+    interface: str | None = None
+    """network interface of the trainer's collectives, e.g. eth1; null: that of the address"""
+    cards: NonNegative | None = None
+    """GPUs"""
+    card_gib: PositiveFloat | None = None
+    """memory of each"""
+    memory_gib: PositiveFloat | None = None
+    """memory of the host"""
+    shared_gib: PositiveFloat | None = None
+    """size of /dev/shm; null: half of the memory, as Linux has it"""
+    disk_gib: PositiveFloat | None = None
+    """what is free where the run directory lies; of the first host alone"""
+    cores: Positive | None = None
+    """CPU cores"""
+
+
+class ClusterConfig(Config, frozen=True, kw_only=True):
+    launcher: Launcher = "local"
+    """who starts processes on further hosts: local (zppo join, typed there), ray (an existing Ray
+    cluster), render (a batch script or manifest)"""
+    hosts: dict[str, HostConfig] = field(default_factory=dict)
+    """name → {address, interface, cards, card_gib, memory_gib, shared_gib, disk_gib, cores}
+    (docs/clusters.md); the first one is the controller's; empty: this host alone"""
+
+
+class TransportConfig(Config, frozen=True, kw_only=True):
+    """`ipc` on one host. Over several hosts it is `tcp`, always encrypted and authenticated
+    (CURVE), with an allow-list of keys."""
+
+    kind: Literal["ipc", "tcp"] | None = None
+    """ipc (Unix sockets on this host) or tcp; null: tcp over several hosts, else ipc"""
+    bind: str | None = None
+    """tcp: address to listen on; null: that of the first host, or 127.0.0.1; all addresses of a
+    host must be asked for: 0.0.0.0 or ::"""
+    port: Positive | None = None
+    """tcp: port of the controller; null: any free one"""
+    heartbeat_seconds: PositiveFloat = 1.0
+    """how often actors report progress"""
+    max_message_mib: Positive = 1024
+    """largest message, in MiB; a whole window must fit"""

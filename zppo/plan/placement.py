@@ -1,0 +1,276 @@
+"""Which process runs on which host and card, and what no cluster could run.
+
+The rules: the hosts of a pool run equal blocks of its processes, in the order in which the setting
+names them; each host gives out the pool's devices in turn; an engine of vLLM takes as many cards as
+its `tensor_parallel_size`, from its device on, and shares them with nothing. `localhost` is the
+first host. Nothing here looks at a machine or at the network.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from msgspec import Struct
+
+from zppo.algorithm.methods import Method
+from zppo.config.cluster import LOCALHOST
+from zppo.config.served import served_models
+from zppo.config.topology import Topology
+from zppo.errors import UserError, nearest
+from zppo.plan.processes import ProcessEntry, host_name, processes
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+"""Names of hosts become names of files, arguments of commands and parts of dotted settings."""
+_DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+WILDCARDS = ("0.0.0.0", "::")
+LOOPBACK = "127.0.0.1"
+
+
+class Placed(Struct, frozen=True, kw_only=True):
+    """What a setting places: its processes, and the hosts that it names."""
+
+    path: str
+    count_path: str
+    count: int
+    hosts: list[str]
+
+
+def used_hosts(topology: Topology) -> list[str]:
+    """Hosts that run a process, the controller's first."""
+    return list(dict.fromkeys(entry.host for entry in processes(topology, 1)))
+
+
+def transport_kind(topology: Topology) -> str:
+    """`ipc` or `tcp`: what the settings say, else what the hosts need."""
+    return topology.transport.kind or ("tcp" if len(used_hosts(topology)) > 1 else "ipc")
+
+
+def bind_address(topology: Topology) -> str | None:
+    """Where the controller listens with tcp: never on all addresses unless they are asked for. None
+    where the launcher finds out on which addresses hosts are."""
+    facts = topology.cluster.hosts.get(host_name(topology, LOCALHOST))
+    found = topology.transport.bind or (facts.address if facts else None)
+    return found or (None if len(used_hosts(topology)) > 1 else LOOPBACK)
+
+
+def check_placement(topology: Topology, method: Method) -> None:
+    """Raise UserError for hosts and devices that cannot be laid out, whatever the machines are."""
+    _check_names(topology)
+    for placed in _placed(topology):
+        _check_hosts(placed, topology)
+    for one in served_models(topology):
+        _check_devices(f"{one.actor_path}.devices", one.actor.devices)
+    _check_trainer(topology)
+    table = processes(topology, 1)
+    _check_cards(table)
+    _check_transport(topology)
+
+
+def refuse_unbuilt(topology: Topology) -> None:
+    """Raise UserError for what can be planned but not yet started."""
+    further = used_hosts(topology)[1:]
+    if further:
+        raise UserError(
+            f"cluster.hosts: processes are placed on {', '.join(map(repr, further))}; this version "
+            "plans such a run (--dry-run) but starts processes on one host only"
+        )
+    if topology.cluster.launcher != "local":
+        raise UserError(
+            f"cluster.launcher is {topology.cluster.launcher!r}; this version starts processes "
+            "with 'local' only"
+        )
+
+
+# ---- hosts ---------------------------------------------------------------------------------------
+
+
+def _placed(topology: Topology) -> Iterator[Placed]:
+    for one in served_models(topology):
+        path, actor = one.actor_path, one.actor
+        yield Placed(path=path, count_path="count", count=actor.count, hosts=actor.hosts)
+    grader = topology.actors.grader
+    yield Placed(path="actors.grader", count_path="count", count=grader.count, hosts=grader.hosts)
+    trainer = topology.actors.trainer
+    ranks = trainer.ranks or len(trainer.rank_devices)
+    yield Placed(path="actors.trainer", count_path="ranks", count=ranks, hosts=trainer.hosts)
+
+
+def _check_names(topology: Topology) -> None:
+    for name, facts in topology.cluster.hosts.items():
+        if name == LOCALHOST or not _HOST_NAME.fullmatch(name):
+            raise UserError(
+                f"cluster.hosts has a host {name!r}; expected a name of letters, digits, "
+                "dashes and underscores, other than 'localhost'"
+            )
+        where = f"cluster.hosts.{name}"
+        if facts.address is not None:
+            _check_address(f"{where}.address", facts.address)
+        if facts.address in WILDCARDS:
+            raise UserError(
+                f"{where}.address is {facts.address!r}; expected the address under which other "
+                "hosts reach it"
+            )
+        if facts.cards and facts.card_gib is None:
+            raise UserError(f"{where}.cards is {facts.cards}; expected card_gib beside it")
+
+
+def _check_address(where: str, address: str) -> None:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        # Names of the last part digits alone are mistyped addresses.
+        named = _DOMAIN_NAME.fullmatch(address) and not address.rpartition(".")[2].isdigit()
+        if not named:
+            raise UserError(
+                f"{where} is {address!r}; expected an IP address or the name of a host, without a "
+                "port"
+            ) from None
+
+
+def _check_hosts(placed: Placed, topology: Topology) -> None:
+    known, where = topology.cluster.hosts, f"{placed.path}.hosts"
+    if not placed.hosts:
+        raise UserError(f"{where} is empty; expected at least one host, such as localhost")
+    for host in placed.hosts:
+        if host != LOCALHOST and host not in known:
+            hint = nearest(host, known) if known else " (there is none: cluster.hosts is empty)"
+            raise UserError(
+                f"{where} names {host!r}; expected localhost or a host of cluster.hosts{hint}"
+            )
+    names = [host_name(topology, host) for host in placed.hosts]
+    for host, name in zip(placed.hosts, names, strict=True):
+        if names.count(name) > 1:
+            first = f", which is {name!r}," if host != name else ""
+            raise UserError(f"{where} names {host!r}{first} twice; expected each host once")
+    if placed.count % len(names):
+        raise UserError(
+            f"{placed.path}.{placed.count_path} is {placed.count} over {len(names)} hosts; "
+            f"expected a multiple of {len(names)}, because each host runs an equal part"
+        )
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def _check_devices(where: str, devices: list[str]) -> None:
+    if not devices:
+        raise UserError(f"{where} is empty; expected at least one device, such as cpu or cuda:0")
+    for device in devices:
+        _check_device(where, device)
+        if device != "cpu" and devices.count(device) > 1:
+            raise UserError(
+                f"{where} names {device!r} twice; expected each card once (count gives more "
+                "processes, and devices are given out in turn)"
+            )
+
+
+def _check_device(where: str, device: str) -> None:
+    kind, colon, index = device.partition(":")
+    valid = device == "cpu" or (kind == "cuda" and (index.isdecimal() or not colon))
+    if not valid:
+        raise UserError(f"{where} names {device!r}; expected cpu, cuda or cuda:N")
+
+
+def _check_trainer(topology: Topology) -> None:
+    """Every rank of the trainer has a device, and a card of its own."""
+    trainer, hosts = topology.actors.trainer, topology.actors.trainer.hosts
+    if trainer.devices and trainer.device != "cpu":
+        raise UserError(
+            f"actors.trainer.device is {trainer.device!r} beside actors.trainer.devices; expected "
+            "one of the two"
+        )
+    for device in trainer.host_devices:
+        _check_device(f"actors.trainer.device{'s' if trainer.devices else ''}", device)
+    ranks, devices = trainer.ranks, trainer.host_devices
+    if ranks is not None and len(trainer.rank_devices) != ranks:
+        each = f" on each of {len(hosts)} hosts" if len(hosts) > 1 else ""
+        raise UserError(
+            f"actors.trainer.ranks is {ranks}, but actors.trainer.devices names {len(devices)}"
+            f"{each}; expected one for each rank, or cpu alone for all"
+        )
+    first = host_name(topology, LOCALHOST)
+    if host_name(topology, hosts[0]) != first:
+        raise UserError(
+            f"actors.trainer.hosts begins with {hosts[0]!r}; expected {first!r}, the first of "
+            "cluster.hosts, because the first rank writes checkpoints into run.directory"
+        )
+    if len(trainer.rank_devices) > 1:
+        _check_ranks(topology)
+
+
+def _check_ranks(topology: Topology) -> None:
+    trainer, devices = topology.actors.trainer, topology.actors.trainer.host_devices
+    # Ranks hear from the first at every heartbeat, whether there is work or not.
+    beats = 2 * topology.transport.heartbeat_seconds
+    if trainer.collective_seconds <= beats:
+        raise UserError(
+            f"actors.trainer.collective_seconds is {trainer.collective_seconds:g}; expected more "
+            f"than {beats:g}, two of transport.heartbeat_seconds"
+        )
+    if len({device.partition(":")[0] for device in devices}) > 1:
+        raise UserError(
+            f"actors.trainer.devices names {', '.join(dict.fromkeys(devices))}; expected cards "
+            "alone, or cpu alone, because the ranks share one model"
+        )
+    if devices[0] == "cpu":
+        return
+    for device in devices:
+        if devices.count(device) > 1:
+            raise UserError(
+                f"actors.trainer.devices has {device!r} for {devices.count(device)} ranks; "
+                "expected a card of its own for each, such as cuda:0 and cuda:1"
+            )
+        if ":" not in device and len(devices) > 1:
+            raise UserError(
+                f"actors.trainer.devices names {device!r} beside others; expected its number as "
+                "well, such as cuda:0"
+            )
+
+
+def _check_cards(table: list[ProcessEntry]) -> None:
+    """An engine over several cards shares none of them; what shares one card is a question of
+    memory."""
+    on_card: dict[tuple[str, str], list[ProcessEntry]] = defaultdict(list)
+    for entry in table:
+        for card in entry.cards:
+            on_card[entry.host, card].append(entry)
+    for (host, card), entries in on_card.items():
+        wide = next((entry for entry in entries if len(entry.cards) > 1), None)
+        if wide is not None and len(entries) > 1:
+            other = next(entry for entry in entries if entry is not wide)
+            where = "" if host == LOCALHOST else f" of {host!r}"
+            raise UserError(
+                f"{card}{where} is given to {wide.name}, an engine over {wide.cards[0]} to "
+                f"{wide.cards[-1]} (tensor_parallel_size {len(wide.cards)}), and to {other.name}; "
+                "expected cards of its own for such an engine"
+            )
+
+
+# ---- transport -----------------------------------------------------------------------------------
+
+
+def _check_transport(topology: Topology) -> None:
+    transport, hosts = topology.transport, used_hosts(topology)
+    if transport.kind == "ipc" and len(hosts) > 1:
+        raise UserError(
+            f"transport.kind is 'ipc', but processes run on {len(hosts)} hosts; expected tcp or "
+            "null"
+        )
+    for name in ("bind", "port"):
+        value = getattr(transport, name)
+        if value is not None and transport_kind(topology) == "ipc":
+            raise UserError(f"transport.{name} is {value!r}; expected null, or kind tcp beside it")
+    if transport.bind is not None:
+        _check_address("transport.bind", transport.bind)
+    if transport.port is not None and transport.port > 65_535:
+        raise UserError(f"transport.port is {transport.port}; expected at most 65535")
+    if len(hosts) > 1 and topology.cluster.launcher == "local":
+        for name in hosts:
+            if topology.cluster.hosts[name].address is None:
+                raise UserError(
+                    f"cluster.hosts.{name}.address is missing; expected the IP address or name "
+                    "under which the other hosts reach it"
+                )
