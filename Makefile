@@ -24,7 +24,9 @@ HARNESSES := $(VENV)/harnesses
 PEER_TESTS = $(PEERS)/bin/python -m pytest -m peers $$(grep -rl --include='*.py' pytest.mark.peers tests)
 must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with '$(BIN)/zppo report $(1)', or remove it" >&2; exit 2; fi
 
-.PHONY: quickstart smollm2 test peers harnesses lint check-python clean
+BESIDE_LOG := $(VENV)/beside.log
+
+.PHONY: quickstart smollm2 test beside peers harnesses lint check-python clean
 
 quickstart: $(VENV)/.installed
 	$(call must_be_new,$(RUN))
@@ -52,8 +54,16 @@ models/smollm2-student: | models/smollm2 models/arithmetic/lessons.jsonl
 models/smollm2-teacher: | models/smollm2 models/arithmetic/lessons.jsonl
 	$(SFT) --learning-rate 3e-4 --out $@
 
-test: $(VENV)/.installed-vllm $(VENV)/.installed-peers lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not peers'
+# A file of tests is one piece of work, the longest first (tests/conftest.py). The type checker and the peers' tests use one core, so
+# they run beside the others, and are heard at the end.
+test: $(VENV)/.installed-vllm $(VENV)/.installed-peers
+	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory beside > $(BESIDE_LOG) 2>&1 & beside=$$!; trap 'kill $$beside 2> /dev/null' EXIT; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not peers'; tests=$$?; \
+	wait $$beside; others=$$?; cat $(BESIDE_LOG); [ $$tests -eq 0 ] && [ $$others -eq 0 ]
+
+beside:
+	$(BIN)/mypy
 	@if [ -d $(PEERS) ]; then $(PEER_TESTS); fi
 
 peers: $(VENV)/.installed-peers

@@ -13,17 +13,16 @@ of processor time, of all ranks together.
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -38,6 +37,8 @@ from zppo_actors.weights import shared_memory
 
 ROWS = 256
 """Tokens of one row; a rank has its share of the rows, one after the other."""
+Found: TypeAlias = dict[str, list[list[float]]]
+"""[wall, processor] seconds of each repeat, by what was measured."""
 
 
 def build(options: argparse.Namespace) -> Policy:
@@ -57,8 +58,8 @@ def build(options: argparse.Namespace) -> Policy:
     return Policy(model.to(torch.bfloat16))
 
 
-def work(options: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, list[list[float]]]:
-    """[wall, processor] seconds of each repeat of this rank, by what was measured."""
+def work(options: argparse.Namespace, ranks: Ranks, folder: Path) -> Found:
+    """What this rank measures."""
     policy = build(options)
     if ranks.count > 1:
         policy.shard(ranks)
@@ -103,34 +104,28 @@ def timed(task: Callable[[], None], ranks: Ranks) -> list[float]:
     return [time.perf_counter() - begin, used]
 
 
-def rank(options: argparse.Namespace) -> None:
-    """One rank; prints what it measured."""
+def rank(options: argparse.Namespace, number: int, count: int, folder: Path) -> Found:
+    """What one of `count` ranks measures."""
     torch.set_num_threads(1)
-    count, ranks = options.ranks, ALONE
-    if count > 1:
-        store = dist.FileStore(str(options.folder / f"store-{count}"), count)
-        dist.init_process_group("gloo", store=store, rank=options.rank, world_size=count)
-        assert dist.group.WORLD is not None
-        ranks = Ranks(options.rank, DeviceMesh.from_group(dist.group.WORLD, "cpu"))
-    print(json.dumps(work(options, ranks, options.folder)))
-    if count > 1:
-        dist.destroy_process_group()
+    if count == 1:
+        return work(options, ALONE, folder)
+    store = dist.FileStore(str(folder / f"store-{count}"), count)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=count)
+    assert dist.group.WORLD is not None
+    found = work(options, Ranks(number, DeviceMesh.from_group(dist.group.WORLD, "cpu")), folder)
+    dist.destroy_process_group()
+    return found
 
 
-def measured(count: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """(wall, processor) seconds of `count` ranks, by what was measured."""
-    given = [argument for argument in sys.argv[1:] if argument]
-    command = [sys.executable, "-P", __file__, *given, "--ranks", str(count)]
-    children = [
-        subprocess.Popen(
-            [*command, "--rank", str(number), "--folder", str(folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        )
-        for number in range(count)
-    ]
-    found = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+def measured(
+    options: argparse.Namespace, count: int, folder: Path
+) -> dict[str, tuple[float, float]]:
+    """(wall, processor) seconds of `count` ranks, by what was measured. They are forked from this
+    process, which has imported everything and computed nothing."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, context) as pool:
+        ranks = [pool.submit(rank, options, number, count, folder) for number in range(count)]
+        found = [one.result() for one in ranks]
     return {
         name: (
             statistics.median(wall for wall, _ in found[0][name]),
@@ -146,15 +141,11 @@ def main() -> None:
         "ranks": 2, "layers": 8, "hidden": 512, "vocabulary": 16_384, "tokens": 4096, "repeats": 3,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank is not None:
-        rank(options)
-        return
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=shared) as folder:
-        one, many = (measured(count, Path(folder)) for count in (1, options.ranks))
+        one, many = (measured(options, count, Path(folder)) for count in (1, options.ranks))
     for name, (wall, used) in one.items():
         walls, uses = many[name]
         print(

@@ -34,11 +34,33 @@ LEAVE_SECONDS = 5.0
 VLLM_SECONDS = 2400.0
 
 
+LONGEST_FIRST = (
+    "tests/integration/test_run.py",
+    "tests/actors/engines/vllm/test_vllm_run.py",
+    "tests/integration/test_methods_run.py",
+    "tests/actors/engines/vllm/test_vllm_engine.py",
+    "tests/zppo/test_compare_run.py",
+    "tests/integration/",
+    "tests/actors/engines/",
+    "tests/actors/",
+    "tests/kernels/",
+    "tests/zppo/training/",
+)
+"""Files and folders of tests in the order in which workers take them; all others come after. What
+takes minutes begins first, so that the workers end together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start vLLM's engine have a limit of their own."""
+    """Tests that start vLLM's engine have a limit of their own; the longest come first."""
     for item in items:
         if item.get_closest_marker("vllm") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(VLLM_SECONDS))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    found = (turn for turn, name in enumerate(LONGEST_FIRST) if item.nodeid.startswith(name))
+    return next(found, len(LONGEST_FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)

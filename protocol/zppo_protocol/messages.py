@@ -24,6 +24,8 @@ from zppo_protocol.samples import (
     GroupSamples,
     TokenScores,
     TrainGroup,
+    check_media,
+    check_media_tokens,
     check_responses,
     check_result,
 )
@@ -33,8 +35,10 @@ from zppo_protocol.values import (
     Finite,
     Grade,
     GroupKind,
+    Media,
     Name,
     PolicyManifest,
+    Positive,
     Prompt,
     Reason,
     Role,
@@ -43,7 +47,7 @@ from zppo_protocol.values import (
     Value,
 )
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):
@@ -241,7 +245,7 @@ class ScoreTask(Message, frozen=True):
 
     `prompt_ids` [P], `token_ids` [T] and `offsets` [N+1] are int32 as in `GroupSamples`, in the
     vocabulary that student and teacher share. Log-probs are those of the softmax at `temperature`.
-    Costs N credits.
+    `media` and `media_tokens` as in `TrainGroup`. Costs N credits.
     """
 
     task_id: Name
@@ -250,6 +254,8 @@ class ScoreTask(Message, frozen=True):
     offsets: np.ndarray
     top_k: Annotated[int, Meta(ge=1, le=4096)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    media: list[Media] = []
+    media_tokens: list[Positive] = []
 
     @property
     def n(self) -> int:
@@ -258,6 +264,8 @@ class ScoreTask(Message, frozen=True):
 
     def __post_init__(self) -> None:
         check_responses(self.prompt_ids, self.token_ids, self.offsets)
+        check_media(self.media, self.media_tokens)
+        check_media_tokens(self.media_tokens, self.prompt_ids)
 
 
 class GradeTask(Message, frozen=True, omit_defaults=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from zppo_protocol.arrays import (
 )
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.support import Support, check_holds
-from zppo_protocol.values import FROZEN, GroupKind, Name, Text, Usage, Value
+from zppo_protocol.values import FROZEN, GroupKind, Media, Name, Positive, Text, Usage, Value
 
 MAX_LOG_PROB = 1e-3
 """A log-probability is at most 0; a float32 log-softmax may end up a rounding error above it."""
@@ -46,6 +47,8 @@ class GroupSamples(Value, frozen=True):
     nothing of the policy. `texts` has N entries, or none where nobody reads them (a trainer's
     window). `support` has one row per token where sampling was truncated: the tokens that could
     have been sampled, over which `log_probs` are normalised; None is the whole vocabulary for all.
+    `media_tokens` has, for each picture and video of the prompt in its order, the number of tokens
+    in `prompt_ids` that stand for its features, as the engine expanded it.
     Raises ProtocolError if they do not fit together.
 
     An engine that sees only text leaves out what it cannot know: `prompt_ids` and the axis T are
@@ -62,6 +65,7 @@ class GroupSamples(Value, frozen=True):
     finish_reasons: list[Literal["stop", "length"]]
     usage: list[Usage] = []  # noqa: RUF012  (msgspec copies it)
     support: Support | None = None
+    media_tokens: list[Positive] = []  # noqa: RUF012
 
     @property
     def text_only(self) -> bool:
@@ -114,7 +118,8 @@ class TokenScores(Value, frozen=True):
 class TrainGroup(Value, frozen=True):
     """One group as the trainer needs it; `rewards` is [N] float32. `scores` [T, K] are those of a
     remote teacher. `reward_parts` [N, K] float32 are the K parts of each reward in the order of
-    `data.reward`, before their weights."""
+    `data.reward`, before their weights. `media` are the pictures and videos of the prompt, one for
+    each of `samples.media_tokens`."""
 
     group_id: Name
     question_id: Name
@@ -123,6 +128,7 @@ class TrainGroup(Value, frozen=True):
     rewards: np.ndarray
     scores: TokenScores | None = None
     reward_parts: np.ndarray | None = None
+    media: list[Media] = []  # noqa: RUF012
 
     def __post_init__(self) -> None:
         check_train_group(self)
@@ -145,6 +151,7 @@ def check_samples(samples: GroupSamples) -> None:
     if samples.support is not None:
         check_holds(samples.support, samples.token_ids, samples.versions_T == FROZEN)
     _check_completions(samples, completions)
+    check_media_tokens(samples.media_tokens, samples.prompt_ids)
     _check_text_only(samples, completions)
 
 
@@ -153,6 +160,7 @@ def check_train_group(group: TrainGroup) -> None:
     check_array("rewards", group.rewards, FLOAT32)
     if group.samples.text_only:
         raise ProtocolError("samples must have token ids to be trained on, got texts only")
+    check_media(group.media, group.samples.media_tokens)
     completions = len(group.samples.offsets) - 1
     if len(group.rewards) != completions:
         raise ProtocolError(
@@ -166,6 +174,24 @@ def check_train_group(group: TrainGroup) -> None:
     if group.scores is not None and len(group.scores.token_ids) != tokens:
         raise ProtocolError(
             f"scores must have one row per token ({tokens}), got {len(group.scores.token_ids)}"
+        )
+
+
+def check_media(media: Sequence[Media], media_tokens: Sequence[int]) -> None:
+    """Check that the tokens of every picture and video are known. Raises ProtocolError."""
+    if len(media_tokens) != len(media):
+        raise ProtocolError(
+            f"media_tokens must have one entry per picture or video ({len(media)}), got "
+            f"{len(media_tokens)}"
+        )
+
+
+def check_media_tokens(media_tokens: Sequence[int], prompt_ids: np.ndarray) -> None:
+    """Check that the prompt has room for the tokens of its pictures. Raises ProtocolError."""
+    if media_tokens and sum(media_tokens) > len(prompt_ids):
+        raise ProtocolError(
+            f"media_tokens must fit into the prompt ({len(prompt_ids)} tokens), got "
+            f"{sum(media_tokens)}"
         )
 
 

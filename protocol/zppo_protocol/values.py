@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Annotated, Final, Literal, TypeAlias
 
 from msgspec import Meta, Struct
+
+from zppo_protocol.errors import ProtocolError
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 ACTOR_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -20,16 +24,26 @@ ActorName: TypeAlias = Annotated[str, Meta(pattern=rf"^{ACTOR_NAME}\Z")]
 Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=20_000)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
 Finite: TypeAlias = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor"]
 SUPERVISOR: Final = "supervisor"
 """The one speaker that is no actor of the process table, by its name and its role."""
 GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
 NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
+Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Side: TypeAlias = Annotated[int, Meta(ge=1, le=100_000_000)]
+Second: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e9)]
 TemplateValue: TypeAlias = bool | int | float | str | None
 
 FROZEN = -1
 """The policy version of a model that is never updated, and of every token that it writes."""
+
+
+MAX_MEDIA = 256
+"""Pictures and videos of one prompt."""
+MAX_FRAMES = 2048
+"""Frames of one video."""
 
 
 def seed_of(seed: int, where: str, size: int = 7) -> int:
@@ -48,11 +62,54 @@ class Value(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the untagged values inside messages."""
 
 
-class MediaReference(Value, frozen=True):
-    """A picture or video of a question, by reference; the engine host reads the file itself."""
+class PictureReference(Value, frozen=True, tag_field="kind", tag="picture"):
+    """A picture by reference: whoever needs its pixels reads the file, and takes them only if its
+    bytes have this SHA-256 (hex), with `zppo.data.pictures.read_picture`. `width` and `height`, in
+    pixels, are those that models are shown: turned as the file says, within the bounds of the
+    data's settings."""
 
-    kind: Literal["image", "video"]
     path: Name
+    sha256: Sha256
+    width: Side
+    height: Side
+
+    @property
+    def kind(self) -> str:
+        """Its tag, which a sender's check reads as if it were a field."""
+        return "picture"
+
+
+class VideoReference(Value, frozen=True, tag_field="kind", tag="video"):
+    """A video as it was sampled when the data was made: frames of one size, and when each is shown,
+    in seconds from the beginning, in rising order."""
+
+    frames: Annotated[tuple[PictureReference, ...], Meta(min_length=1, max_length=MAX_FRAMES)]
+    seconds: tuple[Second, ...]
+
+    @property
+    def kind(self) -> str:
+        """As in `PictureReference`."""
+        return "video"
+
+    def __post_init__(self) -> None:
+        if len(self.seconds) != len(self.frames):
+            raise ProtocolError(
+                f"seconds must have one entry per frame ({len(self.frames)}), got "
+                f"{len(self.seconds)}"
+            )
+        if any(later <= earlier for earlier, later in pairwise(self.seconds)):
+            raise ProtocolError("seconds must rise from frame to frame")
+        if len({(one.width, one.height) for one in self.frames}) > 1:
+            raise ProtocolError("frames of a video must have one size")
+
+
+Media: TypeAlias = PictureReference | VideoReference
+
+
+def pictures_of(media: Iterable[Media]) -> Iterator[PictureReference]:
+    """Every picture of `media`, those of videos frame by frame."""
+    for one in media:
+        yield from one.frames if isinstance(one, VideoReference) else (one,)
 
 
 class ChatMessage(Value, frozen=True):
@@ -79,7 +136,7 @@ class Prompt(Value, frozen=True):
     """
 
     messages: list[ChatMessage]
-    media: list[MediaReference] = []
+    media: Annotated[list[Media], Meta(max_length=MAX_MEDIA)] = []
     start: ResponseStart | None = None
     chat_template_kwargs: dict[str, TemplateValue] = {}
 

@@ -1,4 +1,5 @@
-"""One rank of a training step under FSDP2: `python fsdp_ranks.py RANK WORLD FOLDER`.
+"""The ranks of a training step under FSDP2: `python fsdp_ranks.py WORLD FOLDER` imports everything
+once and is forked into so many.
 
 The loss is taken inside the forward of the root, which owns the embedding that is also the LM head.
 Writes the gradients of all parameters and the summed loss to FOLDER/gradients.pt, and those that
@@ -9,6 +10,7 @@ Shapes: S sequences, L tokens of each, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,8 +110,21 @@ def sharded(rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
     return total, gradients
 
 
-def main(rank: int, world: int, folder: Path) -> None:
+def main(world: int, folder: Path) -> int:
+    """Be rank 0 and wait for the others; returns how many of them failed."""
     torch.set_num_threads(1)
+    others: list[int] = []
+    for rank in range(1, world):
+        child = os.fork()
+        if not child:
+            work(rank, world, folder)
+            return 0
+        others.append(child)
+    work(0, world, folder)
+    return sum(os.waitpid(child, 0)[1] != 0 for child in others)
+
+
+def work(rank: int, world: int, folder: Path) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     found = sharded(rank, world)
@@ -119,4 +134,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))

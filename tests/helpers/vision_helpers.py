@@ -23,8 +23,9 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from zppo.data.pictures import refer
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import MediaReference
+from zppo_protocol.values import PictureReference
 
 SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 58)), "USER", "SYSTEM", *SPECIAL]
@@ -95,15 +96,15 @@ def save_seeing(model: Any, folder: Path) -> Path:
     return folder
 
 
-def picture(folder: Path, seed: int) -> MediaReference:
+def picture(folder: Path, seed: int) -> PictureReference:
     """A picture of coloured noise."""
     path = folder / f"picture-{seed}.png"
     pixels = np.random.default_rng(seed).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    return MediaReference(kind="image", path=str(path))
+    return refer(path)
 
 
-def seen(text: str, media: list[MediaReference]) -> dict[str, torch.Tensor]:
+def seen(text: str, media: list[PictureReference]) -> dict[str, torch.Tensor]:
     """What the Hugging Face processor makes of a rendered prompt and its pictures."""
     images = [Image.open(reference.path).convert("RGB") for reference in media] or None
     return dict(make_processor()(text=text, images=images, return_tensors="pt"))

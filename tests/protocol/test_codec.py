@@ -19,7 +19,7 @@ from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 from zppo_protocol.support import Support, support_of
-from zppo_protocol.values import Grade
+from zppo_protocol.values import Grade, Media, PictureReference, VideoReference
 
 MESSAGE_TYPES = get_args(m.AnyMessage)
 TASK_FIELDS = inspect.type_info(m.GenerateTask).fields  # type: ignore[attr-defined]
@@ -52,6 +52,7 @@ def group_samples(draw: st.DrawFn) -> GroupSamples:
         texts=draw(st.lists(st.text(**SHORT), min_size=len(lengths), max_size=len(lengths))),
         finish_reasons=[draw(st.sampled_from(["stop", "length"])) for _ in lengths],
         support=draw(st.none() | supports(token_ids)),
+        media_tokens=draw(st.just([]) | st.just([1])),
     )
 
 
@@ -96,7 +97,20 @@ def score_tasks(draw: st.DrawFn) -> m.ScoreTask:
         offsets=samples.offsets,
         top_k=draw(st.integers(1, 4096)),
         temperature=draw(st.floats(0.01, 100.0)),
+        media=[draw(media()) for _ in samples.media_tokens],
+        media_tokens=samples.media_tokens,
     )
+
+
+def media() -> st.SearchStrategy[Media]:
+    return st.one_of(any_message(PictureReference), videos())
+
+
+@st.composite
+def videos(draw: st.DrawFn) -> VideoReference:
+    frame = draw(any_message(PictureReference))
+    seconds = sorted(draw(st.sets(st.floats(0.0, 1e9), min_size=1, max_size=3)))
+    return VideoReference(frames=(frame,) * len(seconds), seconds=tuple(seconds))
 
 
 @st.composite
@@ -115,6 +129,7 @@ def train_groups(draw: st.DrawFn) -> TrainGroup:
         samples=samples,
         rewards=rewards,
         scores=draw(st.none() | token_scores(len(samples.token_ids))),
+        media=[draw(media()) for _ in samples.media_tokens],
     )
 
 
@@ -122,6 +137,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
     """Hypothesis values for a msgspec type: the bounds come from the messages themselves, so a new
     one is covered."""
     match kind:
+        case inspect.StrType() if kind.pattern is not None:
+            return st.from_regex(kind.pattern, fullmatch=True)
         case inspect.StrType():
             return st.text(min_size=kind.min_length or 0, **SHORT)
         case inspect.IntType():
@@ -157,6 +174,7 @@ def structs(kind: inspect.StructType) -> st.SearchStrategy[Any]:
         m.ScoreTask: score_tasks,
         m.GenerateTask: generate_tasks,
         Support: supports,
+        VideoReference: videos,
     }
     if kind.cls in special:
         return special[kind.cls]()

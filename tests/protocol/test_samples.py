@@ -14,7 +14,15 @@ from zppo_protocol.arrays import SHORT
 from zppo_protocol.codec import decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
-from zppo_protocol.values import FROZEN, Usage, seed_of
+from zppo_protocol.values import (
+    FROZEN,
+    PictureReference,
+    Prompt,
+    Usage,
+    VideoReference,
+    pictures_of,
+    seed_of,
+)
 
 GOOD: dict[str, Any] = {
     "prompt_ids": np.array([1, 2, 3], np.int32),
@@ -69,6 +77,7 @@ BAD_SAMPLES = [
     ({"version_spans": int32([5, -2])}, "version_spans must hold counts >= 1 and versions >= -1"),
     ({"texts": ["one"]}, "texts must have 2 entries (or none at all), got 1"),
     ({"finish_reasons": ["stop"]}, "finish_reasons must have 2 entries, got 1"),
+    ({"media_tokens": [2, 2]}, "media_tokens must fit into the prompt (3 tokens), got 4"),
 ]
 
 
@@ -93,6 +102,7 @@ class Loose(msgspec.Struct):
     version_spans: np.ndarray
     texts: list[str]
     finish_reasons: list[str]
+    media_tokens: list[int] = []
 
 
 @pytest.mark.parametrize(
@@ -336,3 +346,53 @@ def test_a_seed_is_the_same_in_every_version_of_this_code() -> None:
     assert seed_of(7, "12/q-3/plain") == 11136197226627578 < 2**56
     assert seed_of(7, "12/q-3/plain", size=4) == 4158808119 < 2**32
     assert seed_of(7, "12/q-3/plain") != seed_of(8, "12/q-3/plain") != seed_of(8, "12/q-4/plain")
+
+
+# ---- pictures and videos -------------------------------------------------------------------------
+
+
+def picture(width: int = 8) -> PictureReference:
+    return PictureReference(path="/data/a.png", sha256="0" * 64, width=width, height=8)
+
+
+def test_every_picture_of_a_group_has_its_count_of_tokens() -> None:
+    fitting = {"group_id": "g", "question_id": "q", "kind": "plain", "rewards": float32(0, 1)}
+    samples = GroupSamples(**GOOD, media_tokens=[2])
+    TrainGroup(**fitting, samples=samples, media=[picture()])
+    for media in ([], [picture(), picture()]):
+        sentence = rf"media_tokens must have one entry per picture or video \({len(media)}\), got 1"
+        with pytest.raises(ProtocolError, match=sentence):
+            TrainGroup(**fitting, samples=samples, media=media)
+        with pytest.raises(ProtocolError, match=sentence):
+            m.ScoreTask(
+                "t", int32(1, 2), int32(3), int32(0, 1), 4, media=media, media_tokens=[1]
+            )
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "sentence"),
+    [
+        ((picture(),), (0.0, 1.0), r"seconds must have one entry per frame \(1\), got 2"),
+        ((picture(), picture()), (1.0, 1.0), "seconds must rise from frame to frame"),
+        ((picture(), picture(9)), (0.0, 1.0), "frames of a video must have one size"),
+    ],
+)
+def test_videos_that_contradict_themselves(frames: Any, seconds: Any, sentence: str) -> None:
+    with pytest.raises(ProtocolError, match=sentence):
+        VideoReference(frames=frames, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sha256": "A" * 64}, {"sha256": "0" * 63}, {"width": 0}, {"kind": "film"}]
+)
+def test_references_are_checked_where_they_are_decoded(change: dict[str, Any]) -> None:
+    told = msgspec.to_builtins(picture()) | change
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"messages": [], "media": [told]}, Prompt)
+
+
+def test_pictures_of_a_prompt_are_told_from_its_videos() -> None:
+    film = VideoReference(frames=(picture(), picture()), seconds=(0.0, 0.5))
+    prompt = Prompt(messages=[], media=[picture(), film])
+    assert loads(dumps(prompt), Prompt) == prompt
+    assert len(list(pictures_of(prompt.media))) == 3

@@ -166,7 +166,7 @@ def test_prompts_that_are_too_long_are_counted(
         (
             ["{}/bad.jsonl", "--field", "ids=a"],
             "--field: Invalid enum value 'ids' - at `key` in `$.fields`; expected one of id, "
-            "question, answer, images, system_prompt, grader = COLUMN",
+            "question, answer, images, videos, system_prompt, grader = COLUMN",
         ),
         (
             ["{}/bad.jsonl", "--show", "-1"],

@@ -21,6 +21,7 @@ from msgspec import Struct, structs
 from zppo.algorithm.window import Group, Visit
 from zppo_protocol.samples import GroupSamples, TrainGroup
 from zppo_protocol.support import Support, joined
+from zppo_protocol.values import Media
 
 
 class Composition(Struct, frozen=True, kw_only=True):
@@ -104,6 +105,7 @@ def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = (
     there are any, and the `parts` of the rewards."""
     return TrainGroup(
         group_id=composition.id,
+        media=asked_media(visit, composition),
         question_id=visit.question.id,
         kind=composition.kind,
         samples=gathered(visit, composition),
@@ -131,7 +133,13 @@ def gathered(visit: Visit, composition: Composition) -> GroupSamples:
             group.the_samples.finish_reasons[index] for group, index in composition.members
         ],
         support=joined([(support, len(ids_T)) for ids_T, _, _, support in parts]),
+        media_tokens=asked.the_samples.media_tokens,
     )
+
+
+def asked_media(visit: Visit, composition: Composition) -> list[Media]:
+    """Pictures and videos of the prompt that the student read."""
+    return _asked(visit, composition).prompt.media
 
 
 def gathered_tokens(visit: Visit, composition: Composition) -> int:

@@ -40,7 +40,9 @@ PROCEDURAL = (REASONING_GYM,)
 """Prefixes of specifications `PREFIX:…` of sources that make their questions."""
 
 
-Field: TypeAlias = Literal["id", "question", "answer", "images", "system_prompt", "grader"]
+Field: TypeAlias = Literal[
+    "id", "question", "answer", "images", "videos", "system_prompt", "grader"
+]
 """What a row of a source may hold, by our names."""
 
 
@@ -140,6 +142,15 @@ class DataConfig(Config, frozen=True, kw_only=True):
     reward: list[RewardConfig] = field(default_factory=list)
     """in place of grader, a weighted sum: [{use: math, weight: 0.9}, {use: ./mine.py:name, …}]
     (docs/extending.md)"""
+    media_folder: str | None = None
+    """folder in which all pictures lie and from which their paths are read; null: that of the
+    question file (docs/pictures.md)"""
+    min_pixels: Annotated[int, Meta(ge=1, le=100_000_000)] | None = None
+    """a picture of less area is shown enlarged to it; null: as it is (the model's processor may
+    scale it further); the paper's evaluation: 262144"""
+    max_pixels: Annotated[int, Meta(ge=1024, le=100_000_000)] | None = None
+    """a picture of more area is shown reduced to it; null: as it is; the paper's evaluation:
+    1310720"""
     max_bad_rows: NonNegative = 0
     """rows that may be left out (and listed in bad_rows.txt) before the file is refused"""
     templates: str | None = None

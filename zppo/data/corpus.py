@@ -28,6 +28,7 @@ from zppo.data.text import RowError
 from zppo.errors import UserError
 from zppo.grading.maths import gold_answer
 from zppo.grading.rewards import needs_gold, needs_row
+from zppo_protocol.values import Media, PictureReference
 
 _PROSE = re.compile(r"[^\W\d_]+(?:[ '’-]+[^\W\d_]+){2,}[.!?]?")
 """Three words or more, and nothing else; names and single words are good gold answers."""
@@ -55,10 +56,10 @@ class Corpus(Struct, frozen=True, kw_only=True):
 def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
     """Read and check a question file, a data set folder, or a procedural source (docs/data.md).
 
-    `path` is relative to `base` (the topology's folder); picture paths are relative to the question
-    file's own folder. Raises UserError when the source is missing, damaged, of an unknown kind or
-    without a good row, when the grader is unknown, and when more than `config.max_bad_rows` rows
-    are bad.
+    `path` is relative to `base` (the topology's folder); picture paths are relative to
+    `config.media_folder`, or else to the question file's own folder. Raises UserError when the
+    source is missing, damaged, of an unknown kind or without a good row, when the grader is
+    unknown, and when more than `config.max_bad_rows` rows are bad.
     """
     parts = parts_of(config.reward)
     wanted = Wanted(
@@ -147,7 +148,14 @@ def _identity(question: Question) -> tuple[object, ...]:
 def _asked(question: Question) -> tuple[object, ...]:
     """What is asked, whatever the system message says."""
     turns = [same_words(turn.content) for turn in question.earlier if turn.role != "system"]
-    return (*turns, same_words(question.text), *(media.path for media in question.media))
+    return (*turns, same_words(question.text), *map(_seen, question.media))
+
+
+def _seen(media: Media) -> object:
+    """What is in the files of a picture or video, and when it is shown."""
+    if isinstance(media, PictureReference):
+        return media.sha256
+    return tuple(one.sha256 for one in media.frames), media.seconds
 
 
 def held_out_overlap(train: Iterable[Question], heldout: Iterable[Question]) -> list[str]:

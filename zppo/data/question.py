@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import PurePath
 
 import msgspec
 from msgspec import Struct
 
-from zppo_protocol.values import ChatMessage, MediaReference
+from zppo_protocol.values import ChatMessage, Media, PictureReference
 
 
 class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -22,7 +21,7 @@ class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     """The last turn; what BCQ, NCQ and hints rewrite."""
     answer: str
-    media: tuple[MediaReference, ...] = ()
+    media: tuple[Media, ...] = ()
     grader: str = "math"
     row: str = ""
     """All columns as JSON, where a reward of the user's reads them."""
@@ -43,9 +42,8 @@ class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def digest(questions: Iterable[Question]) -> str:
-    """SHA-256 (hex) of ids, turns, answers, names of picture files, rows and graders that rows
-    name, in their order: the same digest is the same corpus to a data cursor. In a corpus that
-    `zppo build-data` made the names say what is in the files."""
+    """SHA-256 (hex) of ids, turns, answers, pictures and videos as models are shown them, rows and
+    graders that rows name, in their order: the same digest is the same corpus to a data cursor."""
     sha = hashlib.sha256()
     for question in questions:
         sha.update(msgspec.json.encode(_content(question)) + b"\n")
@@ -58,9 +56,16 @@ def _content(question: Question) -> tuple[object, ...]:
     told = {
         "row": question.row,
         "earlier": question.earlier,
-        "media": [PurePath(one.path).name for one in question.media],
+        "media": [_shown(one) for one in question.media],
         "grader": question.grader if question.own_grader else "",
     }
     extra = {name: value for name, value in told.items() if value}
     plain = (question.id, question.text, question.answer)
     return (*plain, extra) if extra else plain
+
+
+def _shown(media: Media) -> object:
+    """What is in the files and at which size it is shown; where the files lie takes no part."""
+    if isinstance(media, PictureReference):
+        return [media.sha256, media.width, media.height]
+    return [[_shown(one) for one in media.frames], media.seconds]

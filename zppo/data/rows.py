@@ -10,14 +10,14 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of, rule_of
 from zppo.config.topology import JUDGE, DataConfig
 from zppo.data.messages import read_conversation
-from zppo.data.pictures import picture_problem
+from zppo.data.pictures import PixelBounds, refer
 from zppo.data.question import Question
 from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
@@ -26,7 +26,14 @@ from zppo.data.text import RowError, as_text, bounded, clean
 from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
-from zppo_protocol.values import ChatMessage, MediaReference
+from zppo_protocol.errors import ProtocolError
+from zppo_protocol.values import (
+    ChatMessage,
+    Media,
+    PictureReference,
+    VideoReference,
+    pictures_of,
+)
 
 MAX_ID = 200
 """Characters of an id: group ids are built from it and must fit a protocol name."""
@@ -43,11 +50,13 @@ class RowReader:
     """Reads the rows of one source, whose grader is `grader` where a row names none."""
 
     def __init__(self, source: Source, config: DataConfig) -> None:
-        """Raises UserError where two rules would grade the questions."""
+        """Raises UserError for settings that contradict each other or the source."""
         self._source = source
+        self._folder = Path(config.media_folder) if config.media_folder else source.folder
+        self._bounds = PixelBounds(config.min_pixels, config.max_pixels)
         self._columns = source.columns.names
         self._parts = parts_of(config.reward)
-        _check_rules(source, config)
+        _check_settings(source, config)
         self._grader = source.grader or grader_of(config)
         rules = [part.use for part in self._parts if part.use in GRADERS]
         self._rules = rules if self._parts else [self._grader]
@@ -110,7 +119,7 @@ class RowReader:
         row: Mapping[str, Any],
         text: str,
         earlier: Sequence[ChatMessage],
-        media: Sequence[MediaReference],
+        media: Sequence[Media],
     ) -> str:
         """The row's own id, or one made from what is asked, so that moving rows about does not
         rename them."""
@@ -118,7 +127,7 @@ class RowReader:
         value = value_of(row, column)
         if value is None:
             turns = [part for turn in earlier for part in (turn.role, turn.content)]
-            content = "\0".join([*turns, text, *(one.path for one in media)])
+            content = "\0".join([*turns, text, *(one.sha256 for one in pictures_of(media))])
             return f"{self._source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         name = as_text(value, f"the id ({column!r})")
         if not name.strip() or len(name) > MAX_ID or not name.isprintable():
@@ -171,7 +180,16 @@ class RowReader:
 
     # ---- pictures --------------------------------------------------------------------------------
 
-    def _media(self, row: Mapping[str, Any]) -> Iterator[MediaReference]:
+    def _media(self, row: Mapping[str, Any]) -> Iterator[Media]:
+        """The pictures of a row, and then its videos."""
+        yield from self._pictures(row)
+        column = self._columns["videos"]
+        value = value_of(row, column)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        for entry in entries:
+            yield self._video(entry, f"the videos ({column!r})")
+
+    def _pictures(self, row: Mapping[str, Any]) -> Iterator[PictureReference]:
         column = self._columns["images"]
         value = value_of(row, column)
         paths = [
@@ -189,18 +207,41 @@ class RowReader:
                 "paths"
             )
         for path in paths:
-            yield MediaReference(kind="image", path=self._picture(path))
+            yield self._picture(path)
 
-    def _picture(self, path: str) -> str:
-        full = (self._source.folder / clean(path, "an image path")).absolute()
+    def _picture(self, path: str) -> PictureReference:
+        full = (self._folder / clean(path, "an image path")).absolute()
         if len(str(full)) > MAX_PATH:
             raise RowError(f"image path {path[:40]!r}… is longer than {MAX_PATH} characters")
-        problem = picture_problem(full)
-        if problem:
-            raise RowError(f"image {path!r} {problem}")
-        if self._source.named_by_content and _sha256(full) != full.stem:
+        if not full.resolve().is_relative_to(self._folder.resolve()):
+            raise RowError(
+                f"image {path!r} leads out of the folder {str(self._folder)!r}; expected a file in "
+                "it, or that data.media_folder names a folder that holds it"
+            )
+        try:
+            reference = refer(full, self._bounds)
+        except ValueError as error:
+            raise RowError(f"image {path!r} {error}") from None
+        if self._source.named_by_content and reference.sha256 != full.stem:
             raise RowError(f"image {path!r} is not what its name, a SHA-256, says")
-        return str(full)
+        return reference
+
+    def _video(self, value: object, name: str) -> VideoReference:
+        """A video as `{frames: paths of its pictures, seconds: when each is shown}`."""
+        frames = value.get("frames") if isinstance(value, dict) else None
+        seconds = value.get("seconds") if isinstance(value, dict) else None
+        if not _all(frames, str) or not _all(seconds, (int, float)):
+            raise RowError(
+                f"{name} hold {str(value)[:40]!r}; expected {{frames: [paths of pictures], "
+                "seconds: [when each is shown]}"
+            )
+        try:
+            return VideoReference(
+                frames=tuple(self._picture(path) for path in frames),
+                seconds=tuple(map(float, seconds)),
+            )
+        except ProtocolError as error:
+            raise RowError(f"a video of {name} cannot be read: {error}") from None
 
     # ---- columns ---------------------------------------------------------------------------------
 
@@ -244,8 +285,11 @@ def grader_of(config: DataConfig) -> str:
     return REWARD_AND_TEACHER if of_teacher else REWARD
 
 
-def _check_rules(source: Source, config: DataConfig) -> None:
+def _check_settings(source: Source, config: DataConfig) -> None:
     get_grader(config.grader)
+    least, most = config.min_pixels, config.max_pixels
+    if least is not None and most is not None and least > most:
+        raise UserError(f"data.min_pixels is {least}; expected at most {most}, data.max_pixels")
     if config.reward and source.grader is not None:
         raise UserError(
             f"data.reward: {source.name!r} brings its own rule, {source.grader!r}; expected no "
@@ -295,9 +339,9 @@ def picture_entries(value: object) -> list[Any]:
     return [entry for entry in entries if entry is not None and entry != _NO_PICTURE]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _all(value: object, kind: type | tuple[type, ...]) -> TypeGuard[list[Any]]:
+    """Whether a value is a list of something, and of that kind only."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, kind) for one in value)
 
 
 def _without_bytes(entry: object) -> bool:

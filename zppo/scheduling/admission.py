@@ -65,6 +65,7 @@ def _samples_problem(
         _count_problem(task.n, len(samples.offsets) - 1, "completions")
         or _ids_problem(samples.prompt_ids, bounds)
         or _ids_problem(samples.token_ids, bounds)
+        or _media_problem(task, samples)
         or _support_problem(task.support_limit, samples.support, bounds)
         or _versions_problem(samples.version_spans, task.min_version, published)
         or _lengths_problem(task, samples, bounds)
@@ -103,6 +104,13 @@ def _ids_problem(token_ids: np.ndarray, bounds: Bounds) -> str | None:
     if largest < bounds.vocabulary:
         return None
     return f"the token id {largest}; expected ids below {bounds.vocabulary}, the vocabulary"
+
+
+def _media_problem(task: GenerateTask, samples: GroupSamples) -> str | None:
+    """The trainer makes the same tokens of the pictures, and compares."""
+    return _count_problem(
+        len(task.prompt.media), len(samples.media_tokens), "counts of the tokens of pictures"
+    )
 
 
 def _versions_problem(spans_S2: np.ndarray, oldest: int, published: int) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from msgspec import structs
 
-from zppo.algorithm.composition import gathered
+from zppo.algorithm.composition import asked_media, gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC, rule_of
 from zppo.config.served import teacher_pool, teachers
@@ -150,6 +150,8 @@ class JobFactory:
             offsets=samples.offsets,
             top_k=self._teacher.score_top_k,
             temperature=self._student.temperature or 1.0,
+            media=asked_media(target.place.visit, target.composition),
+            media_tokens=samples.media_tokens,
         )
         return _job(target, TEACHER_POOL, message.n, message)
 

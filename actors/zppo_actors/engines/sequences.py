@@ -62,9 +62,13 @@ class Running:
 
 
 def group_samples(
-    prompt_ids: np.ndarray, completions: list[Completion], texts: list[str]
+    prompt_ids: np.ndarray,
+    completions: list[Completion],
+    texts: list[str],
+    media_tokens: Sequence[int] = (),
 ) -> GroupSamples:
-    """Lay the completions of one prompt end to end; all of them have supports, or none."""
+    """Lay the completions of one prompt end to end; all of them have supports, or none.
+    `media_tokens` as in `GroupSamples`."""
     lengths = [len(completion.token_ids) for completion in completions]
     spans = [span for completion in completions for span in completion.version_spans if span[0]]
     return GroupSamples(
@@ -78,4 +82,5 @@ def group_samples(
         support=None
         if any(completion.support is None for completion in completions)
         else support_of([row for completion in completions for row in completion.support or ()]),
+        media_tokens=list(media_tokens),
     )

@@ -27,7 +27,7 @@ from zppo.algorithm.composition import (
 from zppo.algorithm.window import Group, Reformulation, Visit
 from zppo_protocol.samples import GroupSamples, TokenScores
 from zppo_protocol.support import support_of
-from zppo_protocol.values import FROZEN, Grade
+from zppo_protocol.values import FROZEN, Grade, PictureReference
 
 QUESTION = questions(1)[0]
 COMPOSERS = [student_groups, with_teacher_response, correct_teacher_responses]
@@ -191,6 +191,23 @@ def versions(samples: GroupSamples) -> list[list[int]]:
     """Versions of every token, by rollout."""
     all_T = np.repeat(samples.version_spans[:, 1], samples.version_spans[:, 0])
     return [part.tolist() for part in np.split(all_T, samples.offsets[1:-1])]
+
+
+@pytest.mark.parametrize("composer", COMPOSERS)
+def test_pictures_are_those_that_the_student_was_shown(composer: Composer) -> None:
+    """Also where a teacher, whose processor makes other tokens of them, wrote what is trained."""
+    seen = visit([0.0, 1.0, 0.0], [1.0, 0.0], {"bcq": [0.0, 1.0]})
+    pictures = [PictureReference(path="/a.png", sha256="0" * 64, width=8, height=8)]
+    for one in (seen.plain, seen.teacher, *(part.group for part in seen.reformulations)):
+        assert one is not None
+        one.prompt = structs.replace(one.prompt, media=pictures)
+        count = 2 if one is seen.teacher else 1
+        ids = np.zeros(4, np.int32)
+        one.samples = structs.replace(one.the_samples, prompt_ids=ids, media_tokens=[count])
+    composed = composer(seen, random.Random(0))
+    assert composed
+    for group in (train_group(seen, one) for one in composed):
+        assert group.media == pictures and group.samples.media_tokens == [1]
 
 
 def test_the_teachers_tokens_keep_their_version_in_the_students_group() -> None:

@@ -101,7 +101,7 @@ MISTAKES = [
         "=data: {train: q, fields: {ids: x}}\nstudent: {model: m}",
         (
             "t.yaml:1: data.fields is {'ids': 'x'}; expected a mapping with the keys answer, "
-            "grader, id, images, question, system_prompt"
+            "grader, id, images, question, system_prompt, videos"
         ),
     ),
 ]

@@ -15,9 +15,10 @@ from PIL import Image
 
 from zppo.config.topology import DataConfig
 from zppo.data.corpus import Corpus, bad_rows_text, held_out_overlap, load_questions, shuffled
-from zppo.data.pictures import picture_problem
-from zppo.data.question import Question
+from zppo.data.pictures import picture_problem, refer
+from zppo.data.question import Question, digest
 from zppo.errors import UserError
+from zppo_protocol.values import PictureReference, VideoReference
 
 GOOD = {"id": "a", "question": "1 + 1?", "answer": "2"}
 
@@ -213,7 +214,84 @@ def test_pictures_are_found_next_to_the_file(tmp_path: Path) -> None:
         {**GOOD, "id": "b", "images": ["square.png", "square.png"]},
     )
     assert [len(question.media) for question in corpus.questions] == [1, 2]
-    assert corpus.questions[0].media[0].path == str(path)
+    assert corpus.questions[0].media == (refer(path),)
+
+
+def test_pictures_may_lie_in_a_folder_of_their_own_and_nowhere_else(tmp_path: Path) -> None:
+    shown, data = tmp_path / "shown", tmp_path / "data"
+    shown.mkdir()
+    data.mkdir()
+    path = picture(shown)
+    (data / "link.png").symlink_to(path)
+    (data / "inside.png").symlink_to(picture(data))
+    assert load(data, {**GOOD, "images": "inside.png"}).questions
+    for named in ("../shown/square.png", str(path), "link.png"):
+        with pytest.raises(UserError) as error:
+            load(data, {**GOOD, "images": named})
+        assert str(error.value).startswith(
+            f"{data / 'train.jsonl'}:1: image {named!r} leads out of the folder {str(data)!r}; "
+            "expected a file in it, or that data.media_folder names a folder that holds it;"
+        )
+    [question] = load(data, {**GOOD, "images": "square.png"}, media_folder=str(shown)).questions
+    assert question.media == (refer(path),)
+
+
+def test_the_digest_covers_what_is_in_the_pictures_and_their_size(tmp_path: Path) -> None:
+    row = {**GOOD, "images": "square.png"}
+    picture(tmp_path)
+    seen = {digest(load(tmp_path, row).questions)}
+    seen.add(digest(load(tmp_path, row, max_pixels=1024).questions))
+    Image.new("RGB", (120, 120), "black").save(tmp_path / "square.png")
+    seen.add(digest(load(tmp_path, row).questions))
+    seen.add(digest(load(tmp_path, GOOD).questions))
+    assert len(seen) == 4
+    (tmp_path / "moved").mkdir()
+    picture(tmp_path / "moved")
+    assert digest(load(tmp_path / "moved", row).questions) in seen
+
+
+def test_bounds_of_pixels(tmp_path: Path) -> None:
+    picture(tmp_path)
+    row = {**GOOD, "images": "square.png"}
+    for bounds, side in (({"max_pixels": 3600}, 60), ({"min_pixels": 57600}, 240)):
+        [one] = load(tmp_path, row, **bounds).questions[0].media
+        assert isinstance(one, PictureReference) and (one.width, one.height) == (side, side)
+    with pytest.raises(UserError) as error:
+        load(tmp_path, row, min_pixels=4000, max_pixels=3999)
+    assert str(error.value) == "data.min_pixels is 4000; expected at most 3999, data.max_pixels"
+
+
+def test_a_video_is_frames_and_times(tmp_path: Path) -> None:
+    """Once more under the name of the pictures, it is another question."""
+    path = str(picture(tmp_path))
+    film = {"frames": ["square.png", path], "seconds": [0, 0.5]}
+    rows = [{**GOOD, "videos": film}, {**GOOD, "id": "b", "images": [path, path]}]
+    first, second = load(tmp_path, *rows).questions
+    frame = refer(Path(path))
+    assert first.media == (VideoReference(frames=(frame, frame), seconds=(0.0, 0.5)),)
+    assert second.media == (frame, frame)
+
+
+@pytest.mark.parametrize(
+    ("film", "reason"),
+    [
+        (
+            "film.mp4",
+            "the videos ('videos') hold 'film.mp4'; expected {frames: [paths of pictures], "
+            "seconds: [when each is shown]}",
+        ),
+        (
+            {"frames": ["square.png"], "seconds": [0, 1]},
+            "a video of the videos ('videos') cannot be read: seconds must have one entry per frame "
+            "(1), got 2",
+        ),
+        ({"frames": ["gone.png"], "seconds": [0]}, "image 'gone.png' does not exist"),
+    ],
+)
+def test_what_is_no_video(tmp_path: Path, film: object, reason: str) -> None:
+    picture(tmp_path)
+    corpus = load(tmp_path, GOOD, {**GOOD, "id": "b", "videos": [film]}, limit=1)
+    assert bad_rows_text(corpus) == f"line 2: {reason}\n"
 
 
 def test_the_same_words_about_other_pictures_are_another_question(tmp_path: Path) -> None:

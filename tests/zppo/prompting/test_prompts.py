@@ -20,9 +20,9 @@ from zppo.prompting.prompts import (
     distinct_answers,
     neutral,
 )
-from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
+from zppo_protocol.values import ChatMessage, PictureReference, Prompt, ResponseStart
 
-PICTURE = MediaReference(kind="image", path="/data/square.png")
+PICTURE = PictureReference(path="/data/square.png", sha256="0" * 64, width=8, height=8)
 QUESTION = Question(id="q", text="How much is 3 * 4?", answer="12", media=(PICTURE,))
 CLOSING = r"write your final answer inside \boxed{}."
 

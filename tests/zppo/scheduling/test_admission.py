@@ -113,6 +113,7 @@ WRONG: list[tuple[Change, str]] = [
     ),
     (ONE, "1 completions; expected 2"),
     (NOTHING, "no token ids, although they are trained on"),
+    ({"media_tokens": [2]}, "1 counts of the tokens of pictures; expected 0"),
 ]
 
 

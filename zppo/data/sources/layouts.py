@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from zppo.errors import UserError, nearest
 
-OWN_COLUMNS = {"id": "id", "question": "question", "answer": "answer", "images": "images"}
+OWN_COLUMNS = {name: name for name in ("id", "question", "answer", "images", "videos")}
 ONE_IMAGE = "image"
 """Where data sets of the Hub have the picture, or the pictures, if they have no column `images`."""
 

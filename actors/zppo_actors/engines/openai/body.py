@@ -1,39 +1,37 @@
-"""From a task to the body of a chat completions request; pictures and videos travel inside it as
-data URLs."""
+"""From a task to the body of a chat completions request; pictures and the frames of videos travel
+inside it as data URLs."""
 
 from __future__ import annotations
 
 import base64
-import mimetypes
-from pathlib import Path
 from typing import Any
 
-from zppo.data.pictures import FORMATS, MAX_BYTES
+from zppo.data.pictures import MAX_BYTES, PictureError, plain_bytes
 from zppo.plan.engines.openai import OpenAIArguments
+from zppo.prompting.content import messages_in_parts
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import GenerateTask
-from zppo_protocol.values import ChatMessage, MediaReference, Prompt, Sampling
+from zppo_protocol.values import PictureReference, Prompt, Sampling
 
 SEEDS = 2**31
 """Seeds stay below this, because some servers take no larger ones."""
 
 
 def chat_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The messages of a request. Reads files. Raises EngineError for a picture or video that cannot
-    be sent.
+    """The messages of a request. Reads files. Raises EngineError for a picture that cannot be sent.
 
-    Media come in their order before the text of the last message of the user.
+    Pictures, and frames of videos with their times, come in their order before the text of the last
+    message of the user.
     """
-    messages: list[dict[str, Any]] = [
-        {"role": entry.role, "content": entry.content} for entry in prompt.messages
-    ]
-    if prompt.media:
-        parts = [_media_part(reference) for reference in prompt.media]
-        index = _last_of_user(prompt.messages)
-        messages[index]["content"] = [
-            *parts,
-            {"type": "text", "text": prompt.messages[index].content},
-        ]
+    if not prompt.media:
+        return [{"role": entry.role, "content": entry.content} for entry in prompt.messages]
+    try:
+        messages = messages_in_parts(prompt, _picture_part)
+    except ValueError as error:
+        raise EngineError(str(error), retryable=False) from error
+    for message in messages:  # plain text where there is nothing else, for the simplest servers
+        if len(message["content"]) == 1:
+            message["content"] = message["content"][0]["text"]
     return messages
 
 
@@ -77,48 +75,16 @@ def _decoding(sampling: Sampling, length_field: str) -> dict[str, Any]:
     return {**common, **{name: value for name, value in rare.items() if value}}
 
 
-def _last_of_user(messages: list[ChatMessage]) -> int:
-    indices = [index for index, message in enumerate(messages) if message.role == "user"]
-    if not indices:
-        raise EngineError(
-            "the prompt has pictures or videos but no message of the user", retryable=False
-        )
-    return indices[-1]
-
-
-def _media_part(reference: MediaReference) -> dict[str, Any]:
-    kind = f"{reference.kind}_url"
-    return {"type": kind, kind: {"url": _data_url(reference)}}
-
-
-def _data_url(reference: MediaReference) -> str:
-    path = Path(reference.path)
+def _picture_part(reference: PictureReference) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise EngineError(
-                f"{reference.path!r} has {size} bytes; at most {MAX_BYTES} are sent",
-                retryable=False,
-            )
-        media_type = _picture_type(path) if reference.kind == "image" else _video_type(path)
-        data = path.read_bytes()
-    except OSError as error:  # Pillow's UnidentifiedImageError is one as well
-        raise EngineError(f"{reference.path!r} cannot be sent: {error}", retryable=False) from error
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _picture_type(path: Path) -> str:
-    """From the file's header, because servers refuse a type that is not the picture's."""
-    from PIL import Image
-
-    with Image.open(path, formats=FORMATS) as image:
-        return Image.MIME[str(image.format)]
-
-
-def _video_type(path: Path) -> str:
-    guess, _ = mimetypes.guess_type(path.name)
-    if guess is None or not guess.startswith("video/"):
+        media_type, content = plain_bytes(reference)
+    except PictureError as error:
+        raise EngineError(f"a picture cannot be sent: {error}", retryable=False) from error
+    if len(content) > MAX_BYTES:
         raise EngineError(
-            f"{str(path)!r} cannot be sent: its name is not that of a video file", retryable=False
+            f"the picture {reference.path!r} takes {len(content)} bytes; at most {MAX_BYTES} are "
+            "sent, so set data.max_pixels",
+            retryable=False,
         )
-    return guess
+    data = base64.b64encode(content).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{data}"}}

@@ -34,7 +34,12 @@ from zppo.plan.engines.vllm import KV_POLICY, KvPolicy
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_actors.engines.vllm.media import PictureTokenizer, open_pictures, takes_pictures
+from zppo_actors.engines.vllm.media import (
+    PictureTokenizer,
+    media_tokens,
+    open_pictures,
+    takes_pictures,
+)
 from zppo_actors.engines.vllm.publication import (
     PREPARING,
     READY,
@@ -154,7 +159,7 @@ class VllmEngine:
         # The salt is the newest version that is loaded for sure: nothing older than it can lie
         # under it.
         prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": f"policy-{self._version}"}
-        prompt |= await self._pictures_of(task)
+        prompt, tokens = await self._with_pictures(task, prompt)
         members = [
             self._sample(task, index, budget, prompt, finished or _ignore)
             for index in range(task.n)
@@ -164,7 +169,7 @@ class VllmEngine:
         texts = self._tokenizer.decode(
             [completion.token_ids for completion in completions], task.prompt.start
         )
-        return group_samples(samples[0][0], completions, texts)
+        return group_samples(samples[0][0], completions, texts, tokens)
 
     async def score(self, task: ScoreTask) -> TokenScores:
         """The model's most probable tokens at each token of the responses; see `vllm_score`."""
@@ -214,16 +219,25 @@ class VllmEngine:
             raise EngineError(reason, retryable=False)
         return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
 
-    async def _pictures_of(self, task: GenerateTask) -> dict[str, Any]:
-        """The part of vLLM's prompt that holds the pictures. Raises EngineError if they cannot be
-        shown or read."""
-        if not task.prompt.media:
-            return {}
+    async def _with_pictures(
+        self, task: GenerateTask, prompt: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The prompt as vLLM's processor lays it out with its pictures, once for the whole group,
+        and the tokens of each picture or video. Raises EngineError if they cannot be shown or
+        read."""
+        media = task.prompt.media
+        if not media:
+            return prompt, []
         if not isinstance(self._tokenizer, PictureTokenizer):
             raise EngineError(TEXT_ONLY, retryable=False)
-        return {
-            "multi_modal_data": {"image": await asyncio.to_thread(open_pictures, task.prompt.media)}
-        }
+        pictures = await asyncio.to_thread(open_pictures, media)
+        prompt |= {"multi_modal_data": {"image": pictures}}
+        try:
+            [rendered] = await self._llm.renderer.render_cmpl_async([prompt])
+        except Exception as error:
+            raise self._failure(error) from error
+        places = rendered["mm_placeholders"]["image"]
+        return rendered, media_tokens(media, [place.get_num_embeds() for place in places])
 
     async def _sample(
         self,

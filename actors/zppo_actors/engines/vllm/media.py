@@ -9,8 +9,8 @@ own Hugging Face processor makes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig
 
-from zppo.data.pictures import FORMATS, picture_problem
+from zppo.data.pictures import PictureError, read_picture
 from zppo.errors import UserError
+from zppo.prompting.content import messages_in_parts
 from zppo.prompting.tokenization import encode_start
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_protocol.values import MediaReference, Prompt
+from zppo_protocol.values import Media, Prompt, pictures_of
 
 PROBE = "probe"
 MARKS = ("image_token_id", "image_token_index")
@@ -61,7 +62,7 @@ class PictureTokenizer(PromptTokenizer):
         core ends.
         """
         ids: list[int] = self._tokenizer.apply_chat_template(
-            messages_of(prompt),
+            messages_in_parts(prompt, lambda _: {"type": "image"}),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -71,53 +72,24 @@ class PictureTokenizer(PromptTokenizer):
             ids = ids + encode_start(self._tokenizer, prompt.start)
         if not ids:
             raise EngineError("the prompt has no tokens", retryable=False)
-        if ids.count(self._mark) > len(prompt.media):
+        if ids.count(self._mark) > len(list(pictures_of(prompt.media))):
             raise EngineError("the words of the prompt hold the mark of a picture", retryable=False)
         return np.asarray(ids, dtype=np.int32)
 
 
-def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
-    """Messages whose content is a list of parts; pictures come before the text of the last message
-    of the user."""
-    last = max(
-        (i for i, message in enumerate(prompt.messages) if message.role == "user"), default=0
-    )
-    pictures = [{"type": "image"} for _ in prompt.media]
-    return [
-        {
-            "role": message.role,
-            "content": [
-                *(pictures if i == last else []),
-                {"type": "text", "text": message.content},
-            ],
-        }
-        for i, message in enumerate(prompt.messages)
-    ]
-
-
-def open_pictures(media: Sequence[MediaReference]) -> list[Image.Image]:
-    """Read and decode pictures as RGB. Raises EngineError for a video, and for a file that is no
-    whole picture."""
-    return [_open(reference) for reference in media]
-
-
-def _open(reference: MediaReference) -> Image.Image:
-    path = Path(reference.path)
-    if reference.kind != "image":
-        reason = (
-            "videos are not passed on to vLLM, because nothing says which of their frames the "
-            "model should see"
-        )
-        raise EngineError(f"{path}: {reason}", retryable=False)
-    if problem := picture_problem(path):
-        raise EngineError(f"the picture {str(path)!r} {problem}", retryable=False)
+def open_pictures(media: Sequence[Media]) -> list[Image.Image]:
+    """Read and decode pictures, and the frames of videos, as RGB. Raises EngineError for a file
+    that is not what was referred to."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
-    except Exception as error:  # what Pillow's decoders raise on broken data is of many kinds
-        raise EngineError(
-            f"the picture {str(path)!r} is unreadable ({error})", retryable=False
-        ) from error
+        return [read_picture(reference) for reference in pictures_of(media)]
+    except PictureError as error:
+        raise EngineError(str(error), retryable=False) from error
+
+
+def media_tokens(media: Sequence[Media], pictures: Sequence[int]) -> list[int]:
+    """Tokens of each picture or video, from those of all `pictures` and frames in their order."""
+    left = iter(pictures)
+    return [sum(itertools.islice(left, len(list(pictures_of([one]))))) for one in media]
 
 
 def _takes_parts(tokenizer: Any) -> bool:

@@ -4,6 +4,8 @@ where the key goes."""
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import logging
 import random
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import openai_server as fake
 import pytest
 from actor_helpers import Stage
@@ -21,6 +24,8 @@ from engine_helpers import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import MODEL, Server, running
+from picture_files import turned
+from PIL import Image
 from served import student_of, teacher_of
 
 from zppo.config.load import load
@@ -33,7 +38,7 @@ from zppo.config.topology import (
     TeacherConfig,
     Topology,
 )
-from zppo.data.pictures import MAX_BYTES
+from zppo.data.pictures import NO_BOUNDS, PixelBounds, read_picture, refer
 from zppo.errors import UserError
 from zppo.plan.engines.openai import OpenAIArguments, check_openai, read_key, read_openai_arguments
 from zppo.plan.machine import Machine
@@ -43,13 +48,14 @@ from zppo.plan.plan import Plan
 from zppo.records.metrics import prompt_length, response_lengths, response_tokens
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError, EngineSpec
+from zppo_actors.engines.openai import body
 from zppo_actors.engines.openai.body import chat_messages
 from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.openai.reply import Events
 from zppo_actors.engines.openai.retry import LONGEST_PAUSE_SECONDS, Pauses, RetryBudget, retry_after
 from zppo_protocol.messages import GenerateResult, Heartbeat, Hello, Shutdown, TaskFailed, Welcome
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import MediaReference, Prompt
+from zppo_protocol.values import Prompt, VideoReference
 
 ROOT = Path(__file__).parents[4]
 KEY = "sk-very-secret-0123456789"
@@ -207,38 +213,73 @@ def test_extra_body_adds_and_leaves_out(serve: Callable[..., Server]) -> None:
 
 
 def test_pictures_travel_as_data_urls(tmp_path: Path) -> None:
-    from PIL import Image
-
     path = tmp_path / "picture.jpeg"  # the name lies: it is a PNG
     Image.new("RGB", (2, 2), "red").save(path, format="PNG")
-    (tmp_path / "film.mp4").write_bytes(b"film")
+    picture = refer(path)
+    film = VideoReference(frames=(picture, picture), seconds=(0.0, 1.25))
     task = make_task("What is this?")
-    media = [
-        MediaReference(kind="image", path=str(path)),
-        MediaReference(kind="video", path=str(tmp_path / "film.mp4")),
+    (message,) = chat_messages(Prompt(messages=task.prompt.messages, media=[picture, film]))
+    first, *frames, text = message["content"]
+    assert first["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert base64.b64decode(first["image_url"]["url"].split(",")[1]) == path.read_bytes()
+    assert frames == [
+        {"type": "text", "text": "<0.0 seconds>"},
+        first,
+        {"type": "text", "text": "<1.2 seconds>"},
+        first,
     ]
-    (message,) = chat_messages(Prompt(messages=task.prompt.messages, media=media))
-    picture, film, text = message["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
-    assert film == {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,ZmlsbQ=="}}
     assert text == {"type": "text", "text": "What is this?"}
 
 
-def test_pictures_that_cannot_be_sent(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "film.png").write_bytes(b"")
-    with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    for kind, name, words in [
-        ("image", "absent.png", "No such file"),
-        ("image", "text.png", "cannot identify"),
-        ("image", "large.png", f"at most {MAX_BYTES} are sent"),
-        ("video", "film.png", "not that of a video file"),
-    ]:
-        media = [MediaReference(kind=kind, path=str(tmp_path / name))]  # type: ignore[arg-type]
-        with pytest.raises(EngineError, match=words) as caught:
-            chat_messages(Prompt(messages=make_task("q").prompt.messages, media=media))
+@pytest.mark.parametrize("kind", ["palette", "deep", "turned", "bounded", "bitmap"])
+def test_a_server_is_sent_what_other_engines_see(tmp_path: Path, kind: str) -> None:
+    """A file that a server may read otherwise is sent as a PNG of what `read_picture` gives."""
+    path, bounds = tmp_path / "picture", NO_BOUNDS
+    picture = Image.new("RGB", (4, 2), "red")
+    picture.putpixel((3, 0), (0, 0, 255))
+    if kind == "palette":
+        picture.convert("P").save(path, format="PNG", transparency=0)
+    elif kind == "deep":
+        deep = np.arange(8, dtype=np.uint16).reshape(2, 4) * 8000
+        Image.fromarray(deep).save(path, format="PNG")
+    elif kind == "turned":
+        picture.save(path, format="JPEG", exif=turned(6))
+    elif kind == "bounded":
+        picture.save(path, format="PNG")
+        bounds = PixelBounds(least=200)
+    else:
+        picture.save(path, format="BMP")
+    reference = refer(path, bounds)
+    (message,) = chat_messages(
+        Prompt(messages=make_task("q").prompt.messages, media=[reference])
+    )
+    head, _, data = message["content"][0]["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) as sent:
+        assert sent.mode == "RGB" and sent.size == (reference.width, reference.height)
+        assert sent.tobytes() == read_picture(reference).tobytes()
+
+
+def test_pictures_that_cannot_be_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (2, 2), "red").save(path)
+    reference = refer(path)
+
+    def refused() -> str:
+        prompt = Prompt(messages=make_task("q").prompt.messages, media=[reference])
+        with pytest.raises(EngineError) as caught:
+            chat_messages(prompt)
         assert not caught.value.retryable
+        return str(caught.value)
+
+    size = path.stat().st_size
+    monkeypatch.setattr(body, "MAX_BYTES", size - 1)
+    assert refused() == (
+        f"the picture {str(path)!r} takes {size} bytes; at most {size - 1} are sent, so set "
+        "data.max_pixels"
+    )
+    path.unlink()
+    assert refused() == f"a picture cannot be sent: the picture {str(path)!r} does not exist"
 
 
 TEXT = st.characters(codec="utf-8", exclude_characters="\r\n")

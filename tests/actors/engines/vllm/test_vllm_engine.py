@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import actor_helpers
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -23,6 +24,7 @@ import torch
 from actor_helpers import Stage
 from engine_helpers import (
     END_ID,
+    VOCABULARY,
     completions,
     forced_log_probs,
     make_model,
@@ -31,6 +33,7 @@ from engine_helpers import (
     versions,
     words,
 )
+from scoring_helpers import assert_scores, forward, to_score
 from support_helpers import assert_supports, task_with_support, trainer_log_probs
 from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
 
@@ -56,11 +59,12 @@ from zppo_protocol.messages import (
     LoadPolicy,
     PolicyLoaded,
     PolicyRefused,
+    ScoreTask,
     TrainWindow,
     Welcome,
 )
-from zppo_protocol.samples import GroupSamples, TrainGroup
-from zppo_protocol.values import PolicyManifest
+from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
+from zppo_protocol.values import PolicyManifest, ResponseStart
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,6 +110,12 @@ class Served:
             return await asyncio.gather(*(self.engine.generate(task) for task in tasks))
 
         return self.run(both())
+
+    def score(self, *tasks: ScoreTask) -> list[TokenScores]:
+        async def all_of() -> list[TokenScores]:
+            return await asyncio.gather(*(self.engine.score(task) for task in tasks))
+
+        return self.run(all_of())
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +408,60 @@ def check_refused(served: Served, publish: Callable[[], PolicyManifest], reason:
     (samples,) = served.sample(make_task(words(40), n=2))
     assert gap(served.model, samples) < TOLERANCE
     assert set(versions(samples)) == {version}
+
+
+# ---- scores of given tokens -----------------------------------------------------------------------
+
+
+def test_scores_are_the_best_of_a_plain_forward_pass(served: Served) -> None:
+    tasks = [
+        to_score([3, 0, 9, 1]),
+        to_score([1], prompt=1, top_k=1, seed=1),
+        to_score([0, 0], seed=2),
+        to_score([20] * 6, prompt=90, top_k=VOCABULARY + 9, seed=3),
+        to_score([7], prompt=CONTEXT - 7, seed=4),
+    ]
+    before = served.engine.progress
+    for task, found in zip(tasks, served.score(*tasks, *tasks)[: len(tasks)], strict=True):
+        if len(task.token_ids):
+            assert_scores(
+                found, forward(served.model, task), min(task.top_k, VOCABULARY), TOLERANCE
+            )
+        else:
+            assert found.token_ids.shape == (0, 6)
+    assert served.engine.progress - before >= 2 * (13 + 1 + 120 + 7)
+
+
+def test_what_vllm_cannot_score_is_refused_for_good(served: Served) -> None:
+    long = to_score([8], prompt=CONTEXT - 7)
+    for task, sentence in (
+        (
+            to_score([2], temperature=0.5),
+            "vLLM scores at temperature 1 only, not at 0.5; the engine 'transformers' does",
+        ),
+        (
+            long,
+            (
+                f"prompt and response have {CONTEXT + 1} tokens together, more than the context of "
+                f"{CONTEXT}"
+            ),
+        ),
+    ):
+        with pytest.raises(EngineError, match=sentence) as error:
+            served.score(task)
+        assert not error.value.retryable
+    assert len(served.score(to_score([2]))[0].token_ids) == 2
+
+
+def test_a_response_with_a_given_start_is_whole(served: Served) -> None:
+    task = make_task(words(4), n=2, max_new_tokens=5)
+    prompt = msgspec.structs.replace(
+        task.prompt, start=ResponseStart(text="w5 w6 w7 w8 w9", share=0.4)
+    )
+    started = msgspec.structs.replace(task, prompt=prompt)
+    samples = served.run(served.engine.generate(started))
+    assert samples.prompt_ids[-2:].tolist() == [5, 6] and len(samples.prompt_ids) == 6
+    assert all(text.startswith("w5 w6 ") for text in samples.texts)
 
 
 # ---- agreement with the trainer ------------------------------------------------------------------

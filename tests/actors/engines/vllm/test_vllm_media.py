@@ -30,14 +30,20 @@ from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.vllm.media import (
     PictureTokenizer,
-    messages_of,
+    media_tokens,
     open_pictures,
     takes_pictures,
 )
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import ChatMessage, MediaReference, Prompt, ResponseStart
+from zppo_protocol.values import (
+    ChatMessage,
+    PictureReference,
+    Prompt,
+    ResponseStart,
+    VideoReference,
+)
 
 TOLERANCE = 1e-3
 SECONDS = 1800.0
@@ -50,7 +56,7 @@ needs_vllm = pytest.mark.skipif(
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def prompt(*messages: tuple[Any, str], media: list[MediaReference] | None = None) -> Prompt:
+def prompt(*messages: tuple[Any, str], media: list[PictureReference] | None = None) -> Prompt:
     return Prompt(
         messages=[ChatMessage(role=role, content=text) for role, text in messages],
         media=media or [],
@@ -60,13 +66,6 @@ def prompt(*messages: tuple[Any, str], media: list[MediaReference] | None = None
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_seeing(make_seeing(), tmp_path_factory.mktemp("seeing"))
-
-
-def test_pictures_stand_before_the_text_of_the_last_message_of_the_user(tmp_path: Path) -> None:
-    media = [picture(tmp_path, 1), picture(tmp_path, 2)]
-    chat = prompt(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), media=media)
-    kinds = [[part["type"] for part in message["content"]] for message in messages_of(chat)]
-    assert kinds == [["text"], ["text"], ["text"], ["image", "image", "text"]]
 
 
 def test_prompt_has_one_placeholder_a_picture_and_ends_with_the_start_of_the_response(
@@ -122,20 +121,19 @@ def test_pictures_are_opened_in_their_order(tmp_path: Path) -> None:
     assert first.getpixel((0, 0)) != second.getpixel((0, 0))
 
 
-def test_what_is_no_picture_is_refused_for_good(tmp_path: Path) -> None:
-    whole = picture(tmp_path, 1)
-    torn = tmp_path / "torn.png"
-    torn.write_bytes(Path(whole.path).read_bytes()[:2000])
-    gone = MediaReference(kind="image", path=str(tmp_path / "gone.png"))
-    video = MediaReference(kind="video", path=str(tmp_path / "film.mp4"))
-    for reference, reason in (
-        (gone, "gone.png' does not exist"),
-        (MediaReference(kind="image", path=str(torn)), "torn.png' is unreadable"),
-        (video, "videos are not passed on to vLLM, because"),
-    ):
-        with pytest.raises(EngineError, match=reason) as caught:
-            open_pictures([whole, reference])
-        assert not caught.value.retryable
+def test_a_picture_that_is_not_what_it_was_is_refused_for_good(tmp_path: Path) -> None:
+    whole, gone = picture(tmp_path, 1), picture(tmp_path, 2)
+    Path(gone.path).unlink()
+    with pytest.raises(EngineError, match=r"picture-2.png' does not exist") as caught:
+        open_pictures([whole, gone])
+    assert not caught.value.retryable
+
+
+def test_tokens_of_a_video_are_those_of_its_frames(tmp_path: Path) -> None:
+    one = picture(tmp_path, 1)
+    video = VideoReference(frames=(one, one, one), seconds=(0.0, 0.5, 1.0))
+    assert media_tokens([one, video, one], [1, 2, 3, 4, 5]) == [1, 9, 5]
+    assert len(open_pictures([one, video])) == 4
 
 
 # ---- the real engine -----------------------------------------------------------------------------
@@ -153,13 +151,13 @@ class Seeing:
         return self.runner.run(asyncio.wait_for(work, SECONDS))
 
     def sample(
-        self, media: list[MediaReference], text: str = "w5 w6 w7", **options: Any
+        self, media: list[PictureReference], text: str = "w5 w6 w7", **options: Any
     ) -> GroupSamples:
         samples: GroupSamples = self.run(self.engine.generate(ask(text, media, **options)))
         return samples
 
 
-def ask(text: str, media: list[MediaReference], **options: Any) -> GenerateTask:
+def ask(text: str, media: list[PictureReference], **options: Any) -> GenerateTask:
     task = make_task(text, **options)
     return msgspec.structs.replace(task, prompt=msgspec.structs.replace(task.prompt, media=media))
 
@@ -175,12 +173,13 @@ def seeing(folder: Path) -> Iterator[Seeing]:
 
 
 def check_agreement(
-    seeing: Seeing, samples: GroupSamples, text: str, media: list[MediaReference]
+    seeing: Seeing, samples: GroupSamples, text: str, media: list[PictureReference]
 ) -> None:
     """Prompt ids, greedy tokens and log-probs are those of Hugging Face's processor and model."""
     inputs = seen(text, media)
     assert samples.prompt_ids.tolist() == inputs["input_ids"][0].tolist()
     assert samples.prompt_ids.tolist().count(IMAGE_ID) == PICTURE_TOKENS * len(media)
+    assert samples.media_tokens == [PICTURE_TOKENS] * len(media)
     logits_TV = seeing_logits(seeing.model, samples, inputs)
     assert samples.token_ids.tolist() == logits_TV.argmax(-1).tolist()
     log_probs = logits_TV - np.logaddexp.reduce(logits_TV, axis=1, keepdims=True)
@@ -236,9 +235,10 @@ def test_what_cannot_be_shown_is_refused_and_the_engine_goes_on(
     seeing: Seeing, tmp_path: Path
 ) -> None:
     one = [picture(tmp_path, 6)]
-    film = [MediaReference(kind="video", path=str(tmp_path / "film.mp4"))]
+    gone = picture(tmp_path, 60)
+    Path(gone.path).unlink()
     for media, text, reason in (
-        (film, "w5", "videos are not passed on"),
+        ([gone], "w5", "picture-60.png' does not exist"),
         (one, "w5 " * 508, "longer than the maximum model length of 512"),
         (one, "w5 <image>", "the words of the prompt hold the mark of a picture"),
     ):
