@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from zppo.config.topology import Topology
 from zppo.plan.processes import cores, processes
 from zppo.records import checkpoint, run_directory
-from zppo_actors.controller.controller import Controller
+from zppo_actors.controller.controller import Controller, collect_less
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
 from zppo_protocol.codec import decode, encode
@@ -221,6 +221,7 @@ def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> tuple[floa
         controller = Controller(context, wire)  # type: ignore[arg-type]
         script = Script(wire, context.run_dir, options.tokens, options.single_credits)
         script.greet(settings)
+        collect_less()
         begin = time.process_time()
         while controller.verdict is None:
             controller.turn()

@@ -367,7 +367,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--trainer-threads", type=int, default=1)
     made.add_argument("--max-sequences", type=int, default=96, help="sequences sampled at once")
     made.add_argument("--micro-batch-tokens", type=int, default=2048)
-    made.add_argument("--measured-rollouts", default="trained", choices=("all", "trained"))
+    made.add_argument("--measured-rollouts", default="trained", choices=("all", "sample", "trained"))
     made.add_argument("--staleness", type=int, default=1)
     made.add_argument("--json", type=Path, help="write all numbers to this file")
     made.add_argument("--verbose", action="store_true")

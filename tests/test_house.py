@@ -107,6 +107,7 @@ ROOMS: dict[str, set[str]] = {
     "zppo.training": {
         "zppo.algorithm",
         "zppo.config",
+        "zppo.data",
         "zppo.errors",
         "zppo.plan",
         "zppo.prompting",
@@ -122,7 +123,13 @@ ROOMS: dict[str, set[str]] = {
         "zppo.scheduling",
         "zppo_protocol",
     },
-    "zppo.report": {"zppo.diagnosis", "zppo.errors", "zppo.records"},
+    "zppo.report": {
+        "zppo.data",
+        "zppo.diagnosis",
+        "zppo.errors",
+        "zppo.records",
+        "zppo_protocol",
+    },
     "zppo.comparison": {
         "zppo.algorithm",
         "zppo.config",
@@ -136,7 +143,6 @@ ROOMS: dict[str, set[str]] = {
         "zppo.errors",
         "zppo.records",
         "zppo.report",
-        "zppo.scheduling",
     },
     "zppo.launch": {
         "zppo.algorithm",

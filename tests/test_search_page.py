@@ -179,3 +179,20 @@ def check_refused(
     error = capsys.readouterr().err
     assert error.startswith(said) and error.count("\n") == 1
     assert page.read_text() == PAGE
+
+
+def test_curves_show_every_evaluation_and_differences_by_seed(tmp_path: Path) -> None:
+    """The made-up gain of GRPO is 0.01 a step at one rate and 0.02 at the other, of any seed."""
+    folders = [tmp_path / f"{rate:g}" for rate in GAINS]
+    for folder, (rate, gains) in zip(folders, GAINS.items(), strict=True):
+        write_comparison(folder, gains, [0, 4])
+        edit(folder, with_rate(rate))
+    page = tmp_path / "filled.md"
+    page.write_text(PAGE)
+    options = ["--page", str(page), "--section", "search", "--curves", "--comparisons"]
+    assert search_page.main([*options, *map(str, folders)]) == 0
+    lines = page.read_text().splitlines()
+    assert "### Held-out accuracy of grpo by `optimizer.learning_rate`" in lines
+    assert "| after steps | 0.0001 | 0.0003 | 0.0001 − 0.0003, points |" in lines
+    # The accuracies of seeds 0 and 4 are 0.8 points apart, which Student's 12.706 makes ± 5.1.
+    assert "| 10 | 40.4 % ± 5.1 | 50.4 % ± 5.1 | -10.0 ± 0.0 |" in lines

@@ -4,10 +4,11 @@ between two marks.
     python -m zppo.compare … --set optimizer.learning_rate=1.0e-4 --out runs/search-1e-4
     python -m zppo.compare … --set optimizer.learning_rate=3.0e-4 --out runs/search-3e-4
     python tools/search_page.py --comparisons runs/search-1e-4 runs/search-3e-4 --section search
+        [--curves] [--page docs/results.md]
 
-Every folder is a comparison of the same methods under the same topology but for one setting, and
-the tool refuses anything else: no method is searched with more values, more seeds or longer runs
-than another.
+`--curves` shows every held-out evaluation on the way, in place of the last alone. Every folder is a
+comparison of the same methods under the same topology but for one setting, and the tool refuses
+anything else: no method is searched with more values, more seeds or longer runs than another.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from results_page import PAGE, replace_section
 from zppo.comparison.record import Record, read_record
 from zppo.comparison.report import command, markdown_table
 from zppo.comparison.results import MethodResult, Results, load_results
+from zppo.comparison.statistics import student_half_width
 from zppo.comparison.tables import Table
 from zppo.errors import UserError
 from zppo.report.figures import percent
@@ -82,17 +84,40 @@ def table(search: Search) -> Table:
     )
 
 
-def section(search: Search) -> str:
+def curves(search: Search, method: str) -> Table:
+    """Held-out accuracy of one method at each evaluation, by value: mean and half the 95 % interval
+    of Student over the shared seeds; of two values also their difference, paired by seed."""
+    names = [str(value) for value in search.values]
+    points_VSE = [_evaluations(search, world, method) for world in search.comparisons]
+    steps = sorted(set.intersection(*(set(seed) for value in points_VSE for seed in value)))
+    rows = []
+    for step in steps:
+        values = [[seed[step] for seed in value] for value in points_VSE]
+        cells = [f"{100 * np.mean(seeds):.1f} %{_half_width(seeds)}" for seeds in values]
+        if len(values) == 2:
+            apart = [a - b for a, b in zip(*values, strict=True)]
+            cells.append(f"{100 * np.mean(apart):+.1f}{_half_width(apart)}")
+        rows.append([f"{step:g}", *cells])
+    difference = [f"{names[0]} − {names[1]}, points"] if len(names) == 2 else []
+    title = f"Held-out accuracy of {method} by `{search.setting}`"
+    return Table(title, ["after steps", *names, *difference], rows)
+
+
+def section(search: Search, on_the_way: bool = False) -> str:
     """What stands between the marks."""
     seeds = ", ".join(map(str, search.seeds))
     commands = "\n".join(command(world) for world in search.comparisons)
-    shown = table(search)
+    shown = [table(search)]
+    if on_the_way:
+        shown = [curves(search, method.name) for method in search.comparisons[0].methods]
     said = (
         f"Every method with every value of `{search.setting}`, "
-        f"seed{'s' if len(search.seeds) > 1 else ''} {seeds}, "
-        "every other setting shared; the best of a row is bold."
+        f"seed{'s' if len(search.seeds) > 1 else ''} {seeds}, every other setting shared; "
+        + ("± is half the 95 % interval." if on_the_way else "the best of a row is bold.")
     )
-    return f"### {shown.title}\n\n```\n{commands}\n```\n\n{said}\n\n{markdown_table(shown)}"
+    tables = "\n\n".join(markdown_table(one) for one in shown)
+    title = shown[0].title
+    return f"### {title}\n\n```\n{commands}\n```\n\n{said}\n\n{tables}"
 
 
 def _searched(records: Sequence[Record]) -> str:
@@ -166,18 +191,31 @@ def _mean(search: Search, world: Results, name: str) -> float:
     return float(np.mean([value for value in values if value is not None]))
 
 
+def _evaluations(search: Search, world: Results, name: str) -> list[dict[float, float]]:
+    """Accuracy by step of each shared seed."""
+    method = next(method for method in world.methods if method.name == name)
+    by_seed = {run.seed: run.evaluations() for run in method.finished}
+    return [dict(zip(*map(list, by_seed[seed]), strict=True)) for seed in search.seeds]
+
+
+def _half_width(values: Sequence[float]) -> str:
+    half = student_half_width(values)
+    return "" if half is None else f" ± {100 * half:.1f}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--comparisons", type=Path, nargs="+", required=True, help="folders, one for each value"
     )
     parser.add_argument("--section", required=True, help="name in the marks of the page")
+    parser.add_argument("--curves", action="store_true", help="every evaluation on the way")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     try:
         if not options.page.is_file():
             raise UserError(f"--page: there is no file {options.page}")
-        text = section(load(options.comparisons))
+        text = section(load(options.comparisons), options.curves)
         options.page.write_text(
             replace_section(options.page.read_text("utf-8"), options.section, text), "utf-8"
         )

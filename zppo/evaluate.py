@@ -43,6 +43,7 @@ from zppo.evaluation.order import (
     served_folder,
 )
 from zppo.plan.engines.openai import read_openai_arguments
+from zppo.plan.picture_checks import check_sees
 from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_own_system, check_system_prompt
 from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
 from zppo.prompting.prompts import PromptSet
@@ -241,12 +242,8 @@ def _check_out(out: str | None) -> None:
 def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
     chosen = corpus.questions[: order.limit]
     pictured = next((question.id for question in chosen if question.media), None)
-    if pictured is not None and order.served.actor.engine in ("transformers", "simulated"):
-        raise UserError(
-            f"{order.data.train}: the question {pictured!r} has pictures; expected text only, "
-            "because the engine "
-            f"{order.served.actor.engine!r} cannot show them to the model"
-        )
+    if pictured is not None:
+        check_sees(order.data.train, pictured, order.served)
     told = order.data.system_prompt or any(question.has_system for question in chosen)
     if told and order.served.actor.engine in LENGTH_ARGUMENTS:
         tokenizer = load_tokenizer(order.served.model.model, order.served.model_path)

@@ -39,6 +39,7 @@ from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
+from zppo.plan.picture_checks import check_sees
 from zppo.plan.placement import refuse_unbuilt
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
@@ -198,12 +199,11 @@ def _check(topology: Topology, directory: Path) -> Checked:
     base = run_directory.runtime_base()
     run_directory.runtime_folder(run_directory.new_run_id(), base)
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
-    engine = topology.actors.rollout.engine
-    _check_media("data.train", corpus, engine)
+    _check_media("data.train", corpus.questions, topology)
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         held = load_questions(topology.data.heldout, topology.data, Path.cwd())
-        _check_media("data.heldout", held, engine)
+        _check_media("data.heldout", held.questions, topology)
         _check_overlap(corpus, held)
         heldout = held.questions
     prompts = PromptSet.of(topology.data, topology.method.prefix_share)
@@ -213,13 +213,15 @@ def _check(topology: Topology, directory: Path) -> Checked:
     return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
 
 
-def _check_media(where: str, corpus: Corpus, engine: str) -> None:
-    first = next((question.id for question in corpus.questions if question.media), None)
+def _check_media(where: str, questions: Sequence[Question], topology: Topology) -> None:
+    """Whoever is asked a question with pictures can be shown them; what comes of it can be
+    trained."""
+    first = next((question.id for question in questions if question.media), None)
     if first is not None:
-        raise UserError(
-            f"{where}: the question {first!r} has pictures; expected text only, because the engine "
-            f"{engine!r} cannot show them to the model"
-        )
+        student = served_student(topology)
+        check_sees(where, first, student, trained=True)
+        for teacher in asked_teachers(topology):
+            check_sees(where, first, teacher)
 
 
 def check_vocabularies(topology: Topology, method: Method) -> None:

@@ -34,6 +34,8 @@ T = TypeVar("T")
 ALIGNMENT = 8
 LARGE = 2**17
 """Bytes of an array that is worth a frame of its own."""
+REUSED = 2**20
+"""Bytes of a frame that is joined in memory that was used before."""
 MOST_LARGE = (MAX_FRAMES - 2) // 2
 """So many have a frame of their own: before each, and behind the last, there may be another."""
 DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(f"<{code}") for code in ("i4", "i8", "f4", "u1")}
@@ -158,12 +160,12 @@ class _ArrayWriter:
         start = 0
         for place in self._large[:MOST_LARGE]:
             if start < place:
-                frames.append(b"".join(self.pieces[start:place]))
+                frames.append(_joined(self.pieces[start:place]))
             piece = self.pieces[place]
             frames.append(piece if _is_fixed(piece) else bytes(piece))
             start = place + 1 + (len(piece) % ALIGNMENT > 0)  # without its padding
         if start < len(self.pieces):
-            frames.append(b"".join(self.pieces[start:]))
+            frames.append(_joined(self.pieces[start:]))
         return frames
 
 
@@ -222,6 +224,44 @@ class _Readers(threading.local):
 
 
 _READERS = _Readers()
+
+
+class _Space(threading.local):
+    """Memory that large frames of one thread are joined in, one after the other.
+
+    Fresh memory costs several times what is copied into it: the kernel hands it out page by page.
+    A frame is a view of it, and while anybody has one (ZeroMQ until the frame has gone, an array
+    that was read from it) Python refuses to resize the memory; then a new one takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes that nobody else reads."""
+        try:
+            self._bytes.append(0)
+            self._bytes.pop()
+        except BufferError:
+            self._bytes = bytearray()
+        if len(self._bytes) < size:
+            self._bytes = bytearray(size)
+        return memoryview(self._bytes)[:size]
+
+
+_SPACE = _Space()
+
+
+def _joined(pieces: Sequence[Buffer]) -> Buffer:
+    size = sum(map(len, pieces))
+    if size < REUSED:
+        return b"".join(pieces)
+    space, begin = _SPACE.take(size), 0
+    for piece in pieces:
+        end = begin + len(piece)
+        space[begin:end] = piece
+        begin = end
+    return space.toreadonly()
 
 
 def _is_fixed(piece: Buffer) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 import zmq
@@ -25,7 +26,7 @@ from zmq.utils.monitor import parse_monitor_message
 from zppo_protocol.addresses import IPC, is_wildcard, scheme_of
 from zppo_protocol.errors import AccessError
 from zppo_protocol.keys import Access, Credentials, SecretKey
-from zppo_protocol.limits import HANDSHAKE_SECONDS
+from zppo_protocol.limits import Limits
 
 DOMAIN = b"zppo"
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
@@ -33,8 +34,8 @@ ZAP_VERSION = b"1.0"
 MONITOR_ADDRESS = "inproc://door"
 ADMITTED, DENIED = b"200", b"400"
 HANDSHAKE_TRIES = 8
-"""So many handshakes in a row that the other side breaks off, and no more are tried: one or two may
-have met a controller that was being ended."""
+"""A dealer gives up after so many handshakes in a row that the other side broke off, if time is up
+as well: one or two may have met a controller that was being ended."""
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 CRYPTOGRAPHIC = 0x11000001
 """What the monitor says of a box that cannot be opened."""
@@ -42,7 +43,7 @@ CRYPTOGRAPHIC = 0x11000001
 log = logging.getLogger("zppo_protocol.sockets")
 
 
-def guard(socket: zmq.Socket[bytes], access: Access) -> None:
+def guard(socket: zmq.Socket[bytes], access: Access, limits: Limits) -> None:
     """Let a router ask for keys, before it binds."""
     if scheme_of(access.address) == IPC:
         socket.set(zmq.PLAIN_SERVER, 1)
@@ -52,7 +53,7 @@ def guard(socket: zmq.Socket[bytes], access: Access) -> None:
     # Without a domain ZeroMQ would let everybody in where nobody answers its questions.
     socket.set(zmq.ZAP_DOMAIN, DOMAIN)
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    socket.set(zmq.HANDSHAKE_IVL, round(1000 * HANDSHAKE_SECONDS))
+    socket.set(zmq.HANDSHAKE_IVL, round(1000 * limits.handshake_seconds))
     if is_wildcard(access.address):
         log.warning(
             "%s is open on every interface of this host, to holders of a key", access.address
@@ -153,7 +154,7 @@ def _why(message: list[bytes]) -> str:
     if found["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
         return "it shows no key and went away"
     if found["value"] == CRYPTOGRAPHIC:
-        return "its key file names another server's key"
+        return "its key file names another controller's key"
     return "it does not speak as an actor does"
 
 
@@ -169,10 +170,11 @@ class Doorstep:
         | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     )
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, credentials: Credentials, limits: Limits) -> None:
         self.admitted = False
-        self._name, self._address = name, address
-        self._broken_off = 0
+        self._name, self._address = credentials.name, credentials.address
+        self._patience = limits.handshake_seconds
+        self._broken_off, self._since = 0, 0.0
         self._in_handshake = False
 
     def hear(self, message: list[bytes]) -> None:
@@ -199,10 +201,12 @@ class Doorstep:
                 "with: it does not use keys, or does not speak ZeroMQ"
             )
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            now = time.monotonic()
+            self._since = self._since if self._broken_off else now
             self._broken_off += 1
-            if self._broken_off >= HANDSHAKE_TRIES:
+            if self._broken_off >= HANDSHAKE_TRIES and now - self._since >= self._patience:
                 raise AccessError(
-                    f"the controller at {self._address} broke off the handshake with "
-                    f"{self._name} {self._broken_off} times: the key file of {self._name} is of "
-                    "another run or life, and names another server's key"
+                    f"the controller at {self._address} breaks off every handshake with "
+                    f"{self._name}: its key file is of another run, or of another life of this "
+                    "one, and names another controller's key"
                 )

@@ -20,8 +20,6 @@ MAX_IPC_PATH_BYTES = 107
 PIECE_BYTES = MIB
 """Largest piece of a frame on `tcp`. A stranger can make ZeroMQ hold one such piece for each of its
 connections before its key is asked for."""
-HANDSHAKE_SECONDS = 10.0
-"""A connection that has not shown a key by then is closed."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,7 +30,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     that reads. `send_seconds` bounds how long a dealer waits for a controller that does not read,
     `linger_seconds` how long closing waits for unsent ones. On `tcp`, a connection over which
     nothing has come for `silence_seconds`, not even ZeroMQ's own heartbeat, is given up and made
-    anew; one that is cut for less goes on where it stopped.
+    anew; one that is cut for less goes on where it stopped. `handshake_seconds` bounds how long a
+    router holds a connection that has not shown a key, and how long a dealer tries where every
+    handshake is broken off.
     """
 
     header_bytes: Annotated[int, Meta(ge=1)] = 64 * MIB
@@ -41,6 +41,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     send_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
     linger_seconds: Annotated[float, Meta(ge=0.0, le=60.0)] = 1.0
     silence_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 60.0
+    handshake_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
 
     @property
     def frame_bytes(self) -> int:

@@ -70,7 +70,7 @@ class Router:
         self._socket = self._context.socket(zmq.ROUTER)
         _set_bounds(self._socket, access.address, limits)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        guard(self._socket, access)
+        guard(self._socket, access, limits)
         self._keeper = Doorkeeper(self._context, self._socket, access)
         self._close = _close_when_dropped(self, self._socket, self._context, self._keeper.thread)
         try:
@@ -151,7 +151,7 @@ class Dealer:
         self.limits = limits
         self.rejected = 0
         self._frames = _Frames(credentials.address, limits)
-        self._doorstep = Doorstep(credentials.name, credentials.address)
+        self._doorstep = Doorstep(credentials, limits)
         self._context = zmq.Context()
         self._socket, self._ear = _connected(self._context, credentials, limits)
         self._close = _close_when_dropped(self, self._socket, self._context, None, self._ear)
@@ -202,7 +202,7 @@ class AsyncDealer:
         self.limits = limits
         self.rejected = 0
         self._frames = _Frames(credentials.address, limits)
-        self._doorstep = Doorstep(credentials.name, credentials.address)
+        self._doorstep = Doorstep(credentials, limits)
         self._context = zmq.asyncio.Context()
         self._socket, self._ear = _connected(self._context, credentials, limits)
         self._next: asyncio.Future[Any] | None = None

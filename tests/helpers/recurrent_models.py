@@ -52,7 +52,14 @@ SPECIAL = [
 ]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 """A token for every byte: AutoTokenizer reads the tokenizer of this family as one of bytes."""
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+SMALLEST, LARGEST = 32 * 32, 64 * 32 * 32
+"""Areas, in pixels, that its processor makes pictures of: from 1 feature to 64."""
 
 
 def make_recurrent(family: str, seed: int = 0) -> Any:
@@ -88,9 +95,15 @@ def save_seeing(model: Any, folder: Path) -> Path:
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2).save_pretrained(folder)
+    make_image_processor().save_pretrained(folder)
     (folder / "video_preprocessor_config.json").write_text('{"video_processor_type": "none"}')
     return folder
+
+
+def make_image_processor() -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, min_pixels=SMALLEST, max_pixels=LARGEST
+    )
 
 
 @torch.no_grad()

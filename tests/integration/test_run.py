@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -150,18 +149,6 @@ def test_a_killed_rollout_actor_costs_nothing(tmp_path: Path) -> None:
     assert 0.05 < replayed / recorded.seconds_per_step < 5.0
 
 
-def test_the_run_continues_after_the_trainer_was_killed(tmp_path: Path) -> None:
-    run = Run.new(tmp_path / "run", steps=8, **{"checkpoints.every": 2})
-    run.until(lambda: checkpoint.find_latest(run.directory).step >= 2)
-    run.kill_actor("trainer")
-    output = run.wait()
-    assert run.process.returncode == 0, output + run.logs()
-    assert re.search(r"the run begins again from step [246]\b", output), output
-    summary = run.summary()
-    assert summary["steps"] == 8 and summary["trained_twice"] == 0 and summary["lost"] == 0
-    assert summary["questions_new"] == 64
-
-
 def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
     run = Run.new(tmp_path / "run", steps=LONG)
     run.until(lambda: run.steps() >= 1)
@@ -300,18 +287,30 @@ def test_a_closed_pipe_costs_the_view_and_a_hang_up_is_one_ctrl_c(tmp_path: Path
     assert checkpoint.find_latest(run.directory).step == steps
 
 
-def test_a_frozen_trainer_is_replaced_and_a_full_terminal_costs_nothing(tmp_path: Path) -> None:
+def test_a_trainer_that_freezes_and_one_that_is_killed_are_replaced(tmp_path: Path) -> None:
+    """The run begins again from its last checkpoint, twice; a full terminal costs nothing."""
     with open("/dev/full", "w") as full:
         settings = {"scheduler.lease_seconds": 5, "checkpoints.every": 1}
-        run = Run.new(tmp_path / "run", steps=3, output=full, **settings)
+        run = Run.new(tmp_path / "run", steps=8, output=full, **settings)
     run.until(lambda: run.steps() >= 1)
     trainer = run.actor("trainer")
     assert trainer is not None
     trainer.suspend()
+    run.until(lambda: "it said and did nothing for 5 s" in run.logs())
+    reached = checkpoint.find_latest(run.directory).step
+    run.until(lambda: checkpoint.find_latest(run.directory).step > reached)
+    run.kill_actor("trainer")
     run.wait()
     assert run.process.returncode == 0, run.logs()
-    assert run.steps() == 3
-    assert "it said and did nothing for 5 s" in run.logs()
+    said = (run.directory / "logs" / "supervisor.log").read_text()
+    assert [line.partition(" ended: ")[2] for line in said.splitlines() if " ended: " in line] == [
+        "trainer was killed by SIGKILL because it said and did nothing for 5 s",
+        "trainer was killed by SIGKILL",
+        "finished: 8 of 8 steps",
+    ]
+    summary = run.summary()
+    assert summary["steps"] == 8 and summary["trained_twice"] == 0 and summary["lost"] == 0
+    assert summary["questions_new"] == 64
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""A student with recurrent layers and a tower for pictures, trained on text by real processes,
-killed and resumed."""
+"""A student with recurrent layers and a tower for pictures, trained on questions with and without
+pictures by real processes, killed and resumed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from recurrent_models import make_seeing, save_seeing
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -55,7 +57,22 @@ def launch_and_kill(arguments: list[str], directory: Path, step: int) -> None:
     psutil.wait_procs(everybody, timeout=30)
 
 
-def test_a_student_with_a_tower_is_trained_on_text_killed_and_resumed(tmp_path: Path) -> None:
+def write_questions(folder: Path, count: int) -> Path:
+    """Questions with none, one and two pictures of several sizes in turn."""
+    numbers, rows = np.random.default_rng(0), []
+    for i in range(count):
+        names = [f"{i}-{k}.png" for k in range(i % 3)]
+        for name in names:
+            size = tuple(32 * numbers.integers(1, 4, 2))
+            pixels = numbers.integers(0, 256, (*size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        rows.append({"id": f"q{i}", "question": f"how many {i}?", "answer": "1", "images": names})
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_student_is_trained_on_pictures_killed_and_resumed(tmp_path: Path) -> None:
     student = save_seeing(make_seeing(), tmp_path / "student")
     directory, reward = tmp_path / "run", tmp_path / "mine.py"
     reward.write_text(REWARD)
@@ -64,6 +81,8 @@ def test_a_student_with_a_tower_is_trained_on_text_killed_and_resumed(tmp_path: 
         "run.steps": 100,
         "method.name": "grpo",
         "data.reward": json.dumps([{"use": f"{reward}:luck", "weight": 1.0}]),
+        "data.train": write_questions(tmp_path, 240),
+        "data.fields": "{}",
         "data.max_prompt_tokens": 512,
         "data.heldout": "null",
         "student.model": student,

@@ -4,6 +4,8 @@ ProtocolError."""
 from __future__ import annotations
 
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any, get_args
 
 import msgspec
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from zppo_protocol import messages as m
-from zppo_protocol.codec import LARGE, decode, dumps, encode, loads
+from zppo_protocol.codec import LARGE, REUSED, decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
@@ -658,3 +660,29 @@ def test_a_blob_of_another_version_or_type_is_refused() -> None:
 def test_random_blobs(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         loads(b"ZPPO\x00\x00\x00\x01" + data, State)
+
+
+def test_memory_of_a_frame_is_used_again_only_when_nobody_has_it() -> None:
+    """A frame may wait in a queue, and arrays that were read from it may be kept."""
+    messages = [many([LARGE // 4 - number] * 9) for number in (1, 2, 3)]
+    frames = encode(messages[0])
+    kept, read = encode(messages[1]), decode(encode(messages[2]))
+    assert len(kept[1]) > REUSED
+    for message, found in zip(messages, (decode(frames), decode(kept), read), strict=True):
+        assert plain(found) == plain(message)
+    places = {np.frombuffer(encode(messages[0])[1], np.uint8).ctypes.data for _ in range(9)}
+    assert len(places) == 1
+
+
+def test_memory_of_frames_is_not_shared_by_threads() -> None:
+    message = many([LARGE // 4 - 1] * 9)
+    with ThreadPoolExecutor(2) as pool:
+        met = Barrier(2)
+
+        def place(_: int) -> int:
+            met.wait(60)
+            frame = np.frombuffer(encode(message)[1], np.uint8)
+            met.wait(60)
+            return frame.ctypes.data
+
+        assert len(set(pool.map(place, range(2)))) == 2

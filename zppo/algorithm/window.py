@@ -80,7 +80,9 @@ class Group(Struct, kw_only=True, omit_defaults=True):
 
     def correctness(self) -> list[bool]:
         """Whether each graded rollout is correct; those whose reward failed are left out."""
-        return [self.is_correct(g) for g in self.grades or () if not g.failed]
+        # What `is_correct` says, without a call for each of millions.
+        enough = self.correct_reward
+        return [g.reward >= enough for g in self.grades or () if not g.failed]
 
     def is_correct(self, grade: Grade) -> bool:
         return not grade.failed and grade.reward >= self.correct_reward

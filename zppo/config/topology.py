@@ -181,6 +181,9 @@ class ModelConfig(Config, frozen=True, kw_only=True):
 class StudentConfig(ModelConfig, frozen=True, kw_only=True):
     """The model that is trained."""
 
+    train_tower: bool = False
+    """train what sees pictures as well; false: it stays as it is, and so does what engines have
+    made of a picture"""
     sampling: StudentSampling = StudentSampling()
     """how it answers questions"""
 
@@ -311,8 +314,9 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     """CPU threads of each rank; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384
     """padded tokens in one forward-backward pass"""
-    measured_rollouts: Literal["all", "trained"] = "all"
-    """`all`, or `trained`: no pass that only measures rollouts with advantage 0"""
+    measured_rollouts: Literal["all", "sample", "trained"] = "sample"
+    """whose log-probs are read for the metrics: of `all`, of the `trained` alone, or of these and a
+    weighted `sample` of the others (docs/losses.md)"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
 

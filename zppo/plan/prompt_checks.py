@@ -18,7 +18,7 @@ from zppo.errors import UserError, first_line
 from zppo.plan.model_folder import inspect_model
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import encode_prompts, load_tokenizer
+from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
 from zppo_protocol.values import Prompt
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
@@ -54,8 +54,11 @@ class Reader(Struct, frozen=True, kw_only=True):
         """Tokens of each prompt as this model reads it."""
         served = self.served
         own = [for_template(prompt, served.model.chat_template_kwargs) for prompt in prompts]
+        pictures = None
+        if any(prompt.media for prompt in prompts):
+            pictures = load_picture_layout(served.model.model, tokenizer, served.model_path)
         try:
-            return [len(ids) for ids in encode_prompts(tokenizer, own)]
+            return [len(ids) for ids in encode_prompts(tokenizer, own, pictures)]
         except Exception as error:  # a template may raise whatever Jinja2 can
             raise UserError(
                 f"{served.model_path}: the chat template of {served.model.model!r} fails "

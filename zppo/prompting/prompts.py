@@ -66,7 +66,11 @@ VARIABLES: dict[str, dict[str, Value]] = {
         "rubric": "@rubric",
     },
 }
-"""Template -> its variables, with dummies that `validate` looks for in the rendered text."""
+"""Template -> its variables, with dummies that `validate` looks for in the rendered text. All have
+one more, `PICTURES`."""
+PICTURES = "pictures"
+"""How many pictures and videos the question has. A request about a response (compress, hint, judge,
+rubric) is sent them if its template reads this; prompts that ask the question always are."""
 
 _CHAT_MARK = re.compile(r"<\|[^<>|]{1,64}\|>")
 # Possessive: after a "<" and a page of spaces there is nothing to try again.
@@ -134,6 +138,7 @@ class PromptSet:
         folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
         self._own = templates
         self._prefix_share = prefix_share
+        self._reads: dict[str, bool] = {}
         self._system = [ChatMessage(role="system", content=system_prompt)] if system_prompt else []
         self._environment = ImmutableSandboxedEnvironment(
             loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
@@ -155,7 +160,7 @@ class PromptSet:
         is never shown."""
         self._refuse_unknown_files()
         for name, variables in VARIABLES.items():
-            rendered = self._render(name, variables)
+            rendered = self._render(name, {**variables, PICTURES: 1})
             for variable, value in variables.items():
                 if not all(dummy in rendered for dummy in _dummies(value)):
                     raise UserError(
@@ -251,16 +256,30 @@ class PromptSet:
     def _asking(self, name: str, question: Question, **variables: Value) -> Prompt:
         """The question's conversation, whose last turn the template makes."""
         system = [] if question.has_system else self._system
-        user = self._user(name, question=question.text, **variables)
+        user = self._user(name, question, question.text, **variables)
         return Prompt(messages=[*system, *question.earlier, user], media=list(question.media))
 
     def _about(self, name: str, question: Question, **variables: Value) -> Prompt:
         """A task about a response to the question."""
-        user = self._user(name, question=conversation(question), **variables)
-        return Prompt(messages=[*self._system, user])
+        user = self._user(name, question, conversation(question), **variables)
+        media = list(question.media) if self._reads_pictures(name) else []
+        return Prompt(messages=[*self._system, user], media=media)
 
-    def _user(self, name: str, **variables: Value) -> ChatMessage:
-        return ChatMessage(role="user", content=self._render(name, variables))
+    def _user(self, name: str, question: Question, asked: str, **variables: Value) -> ChatMessage:
+        given = {"question": asked, PICTURES: len(question.media), **variables}
+        return ChatMessage(role="user", content=self._render(name, given))
+
+    def _reads_pictures(self, name: str) -> bool:
+        """Whether a template, or one that it includes, reads how many pictures there are."""
+        if name not in self._reads:
+            tree = self._environment.parse(self._file(name).read_text(encoding="utf-8"))
+            included = [
+                one for one in meta.find_referenced_templates(tree) if one and one != name
+            ]
+            self._reads[name] = PICTURES in meta.find_undeclared_variables(tree) or any(
+                map(self._reads_pictures, included)
+            )
+        return self._reads[name]
 
     def _render(self, name: str, variables: Mapping[str, Value]) -> str:
         try:

@@ -3,7 +3,9 @@ checks at launch.
 
 A prompt goes through the chat template of the tokenizer, up to where the response starts. A
 tokenizer without a template gets the messages one below the other, and nothing behind them. A start
-that is given to the response ends the prompt: the same tokens are then read and not sampled.
+that is given to the response ends the prompt: the same tokens are then read and not sampled. Where
+the model's layout of pictures is given, a prompt's pictures stand before the words of its last
+message of the user, each as the tokens that the model reads there.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from zppo.config.served import ServedModel
 from zppo.errors import UserError, first_line
-from zppo_protocol.values import Prompt, ResponseStart, share_of
+from zppo.prompting.content import messages_in_parts
+from zppo.prompting.picture_families import PictureLayout, picture_family
+from zppo_protocol.values import Prompt, ResponseStart, pictures_of, share_of
 
 _runs_models = True
+PROBE = "probe"
+PROCESSOR, BUNDLE, IN_BUNDLE = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor",
+)
+"""Where a model folder keeps the settings of its processor of pictures: a file of its own, or a
+part of another one."""
 
 
 def run_no_models() -> None:
@@ -67,15 +81,75 @@ def load_tokenizer(folder: str, where: str) -> Any:
         ) from error
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+def load_picture_layout(folder: str, tokenizer: Any, where: str) -> PictureLayout | None:
+    """How the model in `folder` reads pictures in a prompt; None if it does not, or is of a family
+    that is trained on text alone.
+
+    Raises UserError, naming the setting `where`, for files that do not say what they should.
+    """
+    path = Path(folder)
+    config = _settings(path / "config.json", where)
+    own = _settings(path / PROCESSOR, where) or _settings(path / BUNDLE, where).get(IN_BUNDLE)
+    try:
+        family = picture_family(config, own)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where}: {folder!r} does not say how its model reads pictures ({first_line(error)}); "
+            f"expected config.json and {PROCESSOR} as save_pretrained writes them"
+        ) from error
+    return None if family is None else PictureLayout(family, tokenizer)
+
+
+def _settings(path: Path, where: str) -> Any:
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {str(path)!r} cannot be read: {error}") from None
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], pictures: PictureLayout | None = None
+) -> list[list[int]]:
     """Token ids of each prompt, in one batch, and behind them those of its response's start.
-    Pictures are left out."""
+    Without a layout of `pictures` these are left out.
+
+    Raises ValueError for a picture that the model does not take, and for words that hold the mark
+    of one.
+    """
     if not prompts:
         return []
+    seen = pictures is not None and takes_parts(tokenizer)
+    chats = _encode_chats(tokenizer, prompts, parts=seen)
+    if pictures is not None:
+        chats = [
+            pictures.expand(ids, sizes_of(prompt))
+            for prompt, ids in zip(prompts, chats, strict=True)
+        ]
     return [
         ids if prompt.start is None else ids + encode_start(tokenizer, prompt.start)
-        for prompt, ids in zip(prompts, _encode_chats(tokenizer, prompts), strict=True)
+        for prompt, ids in zip(prompts, chats, strict=True)
     ]
+
+
+def sizes_of(prompt: Prompt) -> list[tuple[int, int]]:
+    """(width, height) of the prompt's pictures, in order."""
+    return [(picture.width, picture.height) for picture in pictures_of(prompt.media)]
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the chat template shows the text of a part, and not the part itself as Python prints
+    it."""
+    parts = [{"type": "text", "text": PROBE}]
+    messages = [{"role": "user", "content": parts}]
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    except Exception:  # a template may raise whatever Jinja2 can
+        return False
+    return PROBE in text and "'type'" not in text
 
 
 def encode_start(tokenizer: Any, start: ResponseStart) -> list[int]:
@@ -112,7 +186,9 @@ def _quoted(token: str | None) -> str:
     return "no token" if token is None else repr(token)
 
 
-def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+def _encode_chats(
+    tokenizer: Any, prompts: Sequence[Prompt], *, parts: bool = False
+) -> list[list[int]]:
     if tokenizer.chat_template is None:
         texts = ["\n".join(message.content for message in prompt.messages) for prompt in prompts]
         bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -121,7 +197,9 @@ def _encode_chats(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     encoded: list[list[int]] = []
     for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
         chats = [
-            [{"role": one.role, "content": one.content} for one in prompt.messages]
+            messages_in_parts(prompt, lambda _: {"type": "image"})
+            if parts
+            else [{"role": one.role, "content": one.content} for one in prompt.messages]
             for prompt in alike
         ]
         encoded += tokenizer.apply_chat_template(

@@ -218,6 +218,9 @@ def version_ranges(samples: GroupSamples) -> list[tuple[int, int] | None]:
     """Lowest and highest version within each of the N completions; None for a completion without
     tokens."""
     versions = samples.version_spans[:, 1].tolist()
+    if len(versions) == 1:  # no update came while the group was sampled
+        one = (versions[0], versions[0])
+        return [one if start < end else None for start, end in pairwise(samples.offsets.tolist())]
     ends = np.cumsum(samples.version_spans[:, 0]).tolist()
     parts = [
         versions[bisect_right(ends, start) : bisect_left(ends, end) + 1] if start < end else []

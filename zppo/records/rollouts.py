@@ -78,6 +78,8 @@ class RolloutRow(Struct, kw_only=True):
     files of earlier versions."""
     reward_parts: str | None = None
     """JSON object of the parts of its reward, with `data.reward`."""
+    media: str | None = None
+    """JSON list of the references to the question's pictures and videos, if it has any."""
 
 
 _ARROW_TYPES = {
@@ -178,6 +180,7 @@ def _visit_columns(
         "origin": visit.origin,
         "outcome": "none" if visit.late else outcome.get(question.id, "none"),
         "question_accuracy": visit.accuracy,
+        "media": msgspec.json.encode(question.media).decode() if question.media else None,
     }
     if not visit.late:
         yield from _group_columns(visit.plain, shared, trained, None)

@@ -65,9 +65,21 @@
     detail.replaceChildren(
       make("h3", "", question.text),
       make("div", "dim", `right answer ${question.gold} · ${question.id} · ${question.fate}${entered}`),
+      ...pictures(question),
       ...question.visits.map(visitView),
     );
     detail.scrollTop = 0;
+  }
+
+  function pictures(question) {
+    if (!question.pictures.length) return [];
+    return [make("div", "pictures", null, ...question.pictures.map((shown) => {
+      if (shown.copy === null) return make("figure", "absent", null, make("figcaption", "", shown.words));
+      const image = make("img");
+      image.src = data.copies[shown.copy];
+      image.alt = shown.words;
+      return make("figure", "", null, image, make("figcaption", "", shown.words));
+    }))];
   }
 
   function visitView(visit, index) {

@@ -19,6 +19,7 @@ from msgspec import Struct, field
 from zppo.records.metrics import entry_name
 from zppo.records.rollouts import read_step, step_files
 from zppo.report.load import RunData
+from zppo.report.thumbnails import Shown, Thumbnails
 
 MAX_QUESTIONS = 400
 MAX_BYTES = 6_000_000
@@ -69,12 +70,15 @@ class QuestionView(Struct, kw_only=True):
     entry: str | None
     """Accuracy at its latest admission."""
     visits: list[VisitView] = field(default_factory=list)
+    pictures: list[Shown] = field(default_factory=list)
 
 
 class BrowserData(Struct, kw_only=True):
     total: int
     """Hard questions of the run."""
     questions: list[QuestionView]
+    copies: dict[str, str] = field(default_factory=dict)
+    """The pictures of `questions`, by the names that these have for them."""
 
 
 class _Tally(Struct):
@@ -93,10 +97,12 @@ def browser_data(
     hard = [question_id for question_id, tally in tallies.items() if tally.hard]
     fates = question_fates(run.fates)
     chosen = _choose(hard, tallies, fates)[:max_questions]
-    views = _collect(run, chosen, fates)
-    return BrowserData(
-        total=len(hard), questions=list(_within([views[i] for i in chosen], max_bytes))
-    )
+    views, media = _collect(run, chosen, fates)
+    questions = list(_within([views[i] for i in chosen], max_bytes))
+    thumbnails = Thumbnails()
+    for question in questions:
+        question.pictures = thumbnails.shown(media.get(question.id))
+    return BrowserData(total=len(hard), questions=questions, copies=thumbnails.copies)
 
 
 def question_fates(fates: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -150,17 +156,21 @@ def _choose(
 
 def _collect(
     run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]]
-) -> dict[str, QuestionView]:
+) -> tuple[dict[str, QuestionView], dict[str, str]]:
+    """The questions, and the references to the pictures of those that have some."""
     views: dict[str, QuestionView] = {}
+    media: dict[str, str] = {}
     for path in step_files(run.run_dir / "rollouts"):
         for row in read_step(path, question_ids=chosen):
             _add_row(views, row, fates)
+            if row.get("media"):  # files of earlier versions lack the column
+                media[row["question_id"]] = row["media"]
     for view in views.values():
         for visit in view.visits:
             visit.groups.sort(
                 key=lambda group: GROUP_ORDER.index(group.kind) if group.kind in GROUP_ORDER else 9
             )
-    return views
+    return views, media
 
 
 def _add_row(

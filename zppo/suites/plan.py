@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from zppo.suites.order import Served, SuiteOrder
+from zppo.suites.pictures import server_options
 from zppo.suites.results import Column, RowResult, read_column
 from zppo.suites.table import OWN_JUDGE, Row, Suite, decoding_of, tasks_of
 
@@ -56,7 +57,7 @@ def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
     for words in ("questions", "data", "note", "benchmark", "missing", "gated"):
         settings.pop(words)
     decoding: dict[str, Any] = msgspec.to_builtins(decoding_of(row, order.suite))
-    args = {} if model.folder is None else order.server_args
+    args = server_options(model, order)
     return settings | {
         "decoding": decoding,
         "model": model.identity,

@@ -8,7 +8,6 @@ benchmarks. A benchmark without a result is in no average; every average says of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from msgspec import Struct
 
 from zppo.errors import UserError
 from zppo.records.atomic_file import written_whole
-from zppo.scheduling.heldout import Estimate, estimate, mean_and_half_width
+from zppo.suites.intervals import Interval, mean_of, paired, wilson
 from zppo.suites.table import Row, Suite
 
 RESULT, TROUBLE = "result.json", "trouble.json"
@@ -50,8 +49,8 @@ class RowResult(Struct, frozen=True, kw_only=True):
     """Answers of that attempt that the journal did not have."""
 
     @property
-    def estimate(self) -> Estimate:
-        return estimate([*self.scores.values()])
+    def estimate(self) -> Interval:
+        return wilson([*self.scores.values()])
 
 
 class Trouble(Struct, frozen=True, kw_only=True):
@@ -94,14 +93,12 @@ def average(family: str, rows: Sequence[Row], column: Column) -> Average:
     """The average of a family's benchmarks."""
     shorts = [row.short for row in rows if row.family == family]
     have = [short for short in shorts if short in column.results]
-    value, half = _mean_of_means(
-        [mean_and_half_width([*column.results[short].scores.values()]) for short in have]
-    )
+    found = mean_of([column.results[short].estimate for short in have]) if have else None
     return Average(
         family=family,
-        value=value,
-        low=None if value is None else max(0.0, value - half),
-        high=None if value is None else min(1.0, value + half),
+        value=None if found is None else found.value,
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
         have=len(have),
         of=len(shorts),
         missing=[short for short in shorts if short not in have],
@@ -110,11 +107,11 @@ def average(family: str, rows: Sequence[Row], column: Column) -> Average:
 
 def difference(one: RowResult, baseline: RowResult) -> Difference | None:
     """Over the questions that both were asked; None if there is none."""
-    shared = [id for id in baseline.scores if id in one.scores]
-    if not shared:
+    values = _differences(one, baseline)
+    if not values:
         return None
-    mean, half = mean_and_half_width([one.scores[id] - baseline.scores[id] for id in shared])
-    return Difference(value=mean, low=mean - half, high=mean + half, questions=len(shared))
+    found = paired([values])
+    return Difference(value=found.value, low=found.low, high=found.high, questions=len(values))
 
 
 def family_difference(
@@ -122,29 +119,25 @@ def family_difference(
 ) -> Difference | None:
     """Over the benchmarks for which both have a result; None if there is none."""
     both = [
-        found
+        values
         for row in rows
         if row.family == family and row.short in one.results and row.short in baseline.results
-        if (found := difference(one.results[row.short], baseline.results[row.short])) is not None
+        if (values := _differences(one.results[row.short], baseline.results[row.short]))
     ]
-    value, half = _mean_of_means([(d.value, d.high - d.value) for d in both])
-    if value is None:
+    if not both:
         return None
+    found = paired(both)
     return Difference(
-        value=value,
-        low=value - half,
-        high=value + half,
-        questions=sum(d.questions for d in both),
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        questions=sum(map(len, both)),
         benchmarks=len(both),
     )
 
 
-def _mean_of_means(parts: Sequence[tuple[float, float]]) -> tuple[float | None, float]:
-    """Mean of independent means, and half the width of its interval from theirs."""
-    if not parts:
-        return None, 0.0
-    mean = sum(value for value, _ in parts) / len(parts)
-    return mean, math.sqrt(sum(half**2 for _, half in parts)) / len(parts)
+def _differences(one: RowResult, baseline: RowResult) -> list[float]:
+    return [one.scores[id] - baseline.scores[id] for id in baseline.scores if id in one.scores]
 
 
 # ---- on disk -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ parts of a reward.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from zppo.training.pictures import SeenPrompt
 from zppo.training.supports import Supports, supports_of
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import TokenScores, TrainGroup
@@ -33,10 +35,11 @@ class StalenessError(RuntimeError):
 @dataclass(frozen=True)
 class Reach:
     """What a model can read: token ids below `vocabulary`, prompt and response of up to `context`
-    tokens together."""
+    tokens together, and none of `unsampled` in a response."""
 
     vocabulary: int = 2**31
     context: int = 2**31
+    unsampled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Rollouts:
     says nothing. `unreadable` counts the rollouts that lost their tokens; `masked_S` marks rollouts
     that have no loss and count in no denominator (`method.truncated: mask`). `reward_parts_SK` has
     one more column for the reward of questions with a rule of their own (`_parts`). `supports`:
-    where the sampling was truncated."""
+    where the sampling was truncated. `seen_G`: the pictures of prompts, empty where none
+    has any."""
 
     step: int
     groups: list[TrainGroup]
@@ -64,10 +68,18 @@ class Rollouts:
     staleness_T: np.ndarray
     unreadable: int
     supports: Supports | None = None
+    seen_G: Sequence[SeenPrompt | None] = ()
 
     @property
     def sequences(self) -> int:
         return len(self.lengths_S)
+
+    @property
+    def sampled_tokens_S(self) -> np.ndarray:
+        """How many tokens of each rollout a policy sampled."""
+        before = np.concatenate([[0], np.cumsum(~self.frozen_T.cpu().numpy())])
+        counts_S: np.ndarray = before[self.starts_S + self.lengths_S] - before[self.starts_S]
+        return counts_S
 
     @property
     def tokens(self) -> int:
@@ -85,11 +97,13 @@ def assemble(
     device: torch.device,
     reach: Reach = Reach(),
     mask_truncated: bool = False,
+    look: Callable[[TrainGroup], SeenPrompt | None] | None = None,
 ) -> Rollouts:
     """Lay the window's groups end to end, as far as a model of this `reach` can read them;
-    `mask_truncated` takes what the student was cut off in out of the loss.
+    `mask_truncated` takes what the student was cut off in out of the loss; `look` finds the
+    pictures of a group's prompt, and is asked only where there are some.
 
-    Raises StalenessError, and ValueError for an empty prompt.
+    Raises StalenessError, ValueError for an empty prompt, and what `look` raises.
     """
     unread = [_unreadable(group, reach) for group in window.groups]
     groups = [
@@ -122,7 +136,16 @@ def assemble(
         ),
         unreadable=sum(int(unread_S.sum()) for unread_S in unread),
         supports=supports_of([group.samples for group in groups]),
+        seen_G=_seen(groups, look),
     )
+
+
+def _seen(
+    groups: list[TrainGroup], look: Callable[[TrainGroup], SeenPrompt | None] | None
+) -> tuple[SeenPrompt | None, ...]:
+    if look is None or not any(group.media for group in groups):
+        return ()
+    return tuple(look(group) if group.media else None for group in groups)
 
 
 def _unreadable(group: TrainGroup, reach: Reach) -> np.ndarray:
@@ -130,7 +153,10 @@ def _unreadable(group: TrainGroup, reach: Reach) -> np.ndarray:
     samples = group.samples
     lengths = np.diff(samples.offsets)
     owner_T = np.repeat(np.arange(len(lengths)), lengths)
-    unknown = np.bincount(owner_T[samples.token_ids >= reach.vocabulary], minlength=len(lengths))
+    outside_T = samples.token_ids >= reach.vocabulary
+    if reach.unsampled:
+        outside_T |= np.isin(samples.token_ids, reach.unsampled)
+    unknown = np.bincount(owner_T[outside_T], minlength=len(lengths))
     if len(samples.prompt_ids) and samples.prompt_ids.max() >= reach.vocabulary:
         return lengths > 0
     long = len(samples.prompt_ids) + lengths > reach.context

@@ -11,6 +11,7 @@ teacher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Divergence:
         self._trainer = trainer
         self._rollouts = rollouts
         self._support = (
-            support_of(rollouts, trainer.policy.vocabulary)
+            support_of(rollouts, trainer.policy.vocabulary, trainer.policy.unsampled)
             if trainer.teacher is None and rollouts.tokens
             else None
         )
@@ -77,7 +78,9 @@ class Divergence:
         )
 
 
-def support_of(rollouts: Rollouts, vocabulary: int) -> tuple[Tensor, Tensor]:
+def support_of(
+    rollouts: Rollouts, vocabulary: int, unsampled: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """The remote teacher's tokens [T, K] int64 and their log-probs [T, K] float32, on the device of
     the rollouts.
 
@@ -89,7 +92,7 @@ def support_of(rollouts: Rollouts, vocabulary: int) -> tuple[Tensor, Tensor]:
     ids_TK = np.concatenate([_widened(score.token_ids, width, UNKNOWN) for score in scores]).astype(
         np.int64
     )
-    ids_TK[ids_TK >= vocabulary] = UNKNOWN
+    ids_TK[(ids_TK >= vocabulary) | np.isin(ids_TK, unsampled)] = UNKNOWN
     log_probs_TK = np.concatenate([_widened(score.log_probs, width, 0.0) for score in scores])
     return torch.from_numpy(ids_TK).to(rollouts.device), torch.from_numpy(log_probs_TK).to(
         rollouts.device

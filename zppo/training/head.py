@@ -37,12 +37,14 @@ class Head:
     cap(x) = soft_cap * tanh(x / soft_cap), or x where `soft_cap` is None.
 
     The weights are read from the model's own layer each time: of a sharded model it holds whole
-    ones within a pass, and shares outside, which are gathered.
+    ones within a pass, and shares outside, which are gathered. `unsampled_V` is 0, and -inf for the
+    tokens that no response may hold: as a bias it takes them out of every softmax.
     """
 
     layer: Any
     soft_cap: float | None = None
     logit_scale: float = 1.0
+    unsampled_V: Tensor | None = None
 
     @property
     def weight_VH(self) -> Tensor:
@@ -51,7 +53,10 @@ class Head:
     @property
     def bias_V(self) -> Tensor | None:
         bias_V = getattr(self.layer, "bias", None)
-        return None if bias_V is None else whole(bias_V)
+        if bias_V is None:
+            return self.unsampled_V
+        bias_V = whole(bias_V)
+        return bias_V if self.unsampled_V is None else bias_V + self.unsampled_V
 
     @property
     def map(self) -> dict[str, Any]:

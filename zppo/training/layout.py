@@ -22,16 +22,21 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zppo.training.batch import Rollouts
+from zppo.training.pictures import SeenPrompt
 
 PAD_ID = 0
 PROMPT, PADDING = 0, -1
 """Segments of a row: its prompt, rollouts from 1, and padding."""
+
+PASS_SHARE = 32
+"""What a pass costs beside its positions: as much as this part of the most that it may hold."""
 
 SHARED_WIDTH = 1024
 """Longest row with several rollouts. The mask makes attention dense, L*L a row, so long rows would
@@ -47,6 +52,7 @@ class MicroBatch:
     sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window. positions_BL
     and segments_BL: only when some row holds several rollouts, else None. support_RK: the tokens
     that could have been sampled, -1 behind them (`zppo.training.supports`); None: all could.
+    seen_B: the pictures of each row's prompt; empty where no row has any.
     weight: 0 for a pass that counts elsewhere, and is made here because others make one.
     """
 
@@ -58,6 +64,7 @@ class MicroBatch:
     positions_BL: Tensor | None = None
     segments_BL: Tensor | None = None
     support_RK: Tensor | None = None
+    seen_B: tuple[SeenPrompt | None, ...] = ()
     weight: float = 1.0
 
 
@@ -96,7 +103,7 @@ def deal_passes(
     ranks: int,
 ) -> Deal:
     """Lay `sequences` into rows, sort these by length, longest first, deal them out among `ranks`,
-    and cut each rank's where B*L would pass `max_tokens`.
+    and cut each rank's into passes with B*L of at most `max_tokens` and little padding.
 
     Sequences without response tokens are left out; a row that is longer than `max_tokens` goes
     alone. `share` allows several rollouts behind one prompt, as far as the row stays within
@@ -129,12 +136,32 @@ def deal_rows(widths: list[int], ranks: int) -> list[list[int]]:
 
 def _cut(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
     """Rows, longest first, as micro-batches of at most `max_tokens` padded positions."""
-    parts, start = [], 0
-    while start < len(rows):
-        count = max(1, max_tokens // rows[start].width)
-        parts.append(rows[start : start + count])
-        start += count
-    return parts
+    bounds = cuts([row.width for row in rows], max_tokens, max_tokens // PASS_SHARE)
+    return [rows[start:end] for start, end in pairwise(bounds)]
+
+
+def cuts(widths: list[int], max_tokens: int, pass_cost: int) -> list[int]:
+    """Where to cut rows of these widths, longest first, into passes: 0, the ends of all but the
+    last pass, and the number of rows.
+
+    A pass takes its longest row's width for each of its rows, at most `max_tokens` unless it is
+    one row, and beside them what `pass_cost` positions would. Of all ways to cut, one that takes
+    least (a shortest path over the places to cut; of equals the one with the longest last pass).
+    """
+    count, widths_N = len(widths), np.array(widths, np.int64)
+    least_N, before_N = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    first = 0
+    for end in range(1, count + 1):
+        while first < end - 1 and (end - first) * widths[first] > max_tokens:
+            first += 1
+        starts = np.arange(first, end)
+        costs = least_N[first:end] + (end - starts) * widths_N[first:end] + pass_cost
+        best = int(costs.argmin())
+        least_N[end], before_N[end] = costs[best], first + best
+    bounds = [count]
+    while bounds[-1]:
+        bounds.append(int(before_N[bounds[-1]]))
+    return bounds[::-1]
 
 
 def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:
@@ -179,6 +206,7 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     sequences_S = np.array([sequence for row in rows for sequence in row.sequences])
     tokens_R = np.concatenate(tokens)
     support_RK = None if rollouts.supports is None else rollouts.supports.padded(tokens_R)
+    seen_B = tuple(rollouts.seen_G[row.group] for row in rows) if rollouts.seen_G else ()
 
     def placed(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(rollouts.device)
@@ -192,10 +220,36 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
         ),
         sequences_S=placed(sequences_S),
         support_RK=None if support_RK is None else placed(support_RK),
+        seen_B=seen_B if any(seen_B) else (),
     )
     if len(sequences_S) == len(rows):
         return batch
     return replace(batch, positions_BL=placed(positions_BL), segments_BL=placed(segments_BL))
+
+
+def with_row(batch: MicroBatch, ids: list[int], seen: SeenPrompt) -> MicroBatch:
+    """The batch with one more row, which predicts nothing: `ids` with what is `seen` there."""
+    rows, width = batch.input_ids_BL.shape
+    wider = max(width, len(ids))
+
+    def grown(tensor_BL: Tensor, row: list[int], filling: int) -> Tensor:
+        padded_BL = torch.nn.functional.pad(tensor_BL, (0, wider - width, 0, 1), value=filling)
+        padded_BL[-1, : len(row)] = torch.tensor(row, device=tensor_BL.device)
+        return padded_BL
+
+    positions_BL, segments_BL = batch.positions_BL, batch.segments_BL
+    return replace(
+        batch,
+        input_ids_BL=grown(batch.input_ids_BL, ids, PAD_ID),
+        rows_R=batch.rows_R // width * wider + batch.rows_R % width,
+        positions_BL=None
+        if positions_BL is None
+        else grown(positions_BL, list(range(len(ids))), 0),
+        segments_BL=None
+        if segments_BL is None
+        else grown(segments_BL, [PROMPT] * len(ids), PADDING),
+        seen_B=(*(batch.seen_B or (None,) * rows), seen),
+    )
 
 
 def _predictors(row_start: int, prompt_length: int, start: int, length: int) -> np.ndarray:

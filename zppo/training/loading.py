@@ -10,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -69,19 +70,23 @@ def model_class(config: Any, folder: Path | str, where: str) -> Any:
 
 
 def freeze_tower(model: Any) -> None:
-    """Leave the language model and its head trainable. Text gives no gradient to what sees
-    pictures, and what an engine has made of a picture stays valid.
+    """Leave the language model and its head trainable. What an engine has made of a picture then
+    stays valid."""
+    for _, parameter in tower_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def tower_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """What sees pictures: the parameters outside of the language model and its head, by name.
 
     A model of text alone has no tower, and what transformers calls its decoder may be no more than
     its head.
     """
     if model.config.get_text_config() is model.config:
-        return
+        return []
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     trained = {id(parameter) for part in parts if part for parameter in part.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
+    return [(name, one) for name, one in model.named_parameters() if id(one) not in trained]
 
 
 def is_recurrent(model: Any) -> bool:

@@ -58,8 +58,8 @@ TRAINER_METRICS: tuple[Metric, ...] = (
         "",
         "Mean of exp(proximal - behaviour) over these tokens, before truncation.",
     ),
-    Metric("importance_weight_max", "", "The largest of them."),
-    Metric("log_prob_gap_max", "nat", "Largest |proximal - behaviour| of a token."),
+    Metric("importance_weight_max", "", "The largest of those that were read."),
+    Metric("log_prob_gap_max", "nat", "Largest |proximal - behaviour| of a token that was read."),
     Metric(
         "entropy",
         "nat",
@@ -156,27 +156,36 @@ def _accuracies(rollouts: Rollouts) -> dict[str, float]:
 
 
 def proximal_metrics(
-    rollouts: Rollouts, sequences: np.ndarray, proximal_T: Tensor, entropy_T: Tensor
+    rollouts: Rollouts, weights_S: np.ndarray, proximal_T: Tensor, entropy_T: Tensor
 ) -> dict[str, float]:
-    """The entropy of these rollouts, and how far the trainer's log-probs are from the engine's on
-    what it sampled."""
-    read_S = np.zeros(rollouts.sequences, dtype=np.bool_)
-    read_S[sequences] = True
-    read_T = torch.from_numpy(np.repeat(read_S, rollouts.lengths_S)).to(rollouts.device)
+    """The entropy of the policy, and how far the trainer's log-probs are from the engine's on what
+    it sampled. A token counts with the weight [S] of its rollout; those of weight 0 were not
+    read."""
+    counts_T = torch.from_numpy(np.repeat(weights_S, rollouts.lengths_S)).to(rollouts.device)
+    read_T = counts_T > 0
     if not bool(read_T.any()):
         return {}
-    entropy = {"entropy": float(entropy_T[read_T].double().mean())}
+    entropy = {"entropy": float(_mean(entropy_T[read_T].double(), counts_T[read_T]))}
     sampled_T = read_T & ~rollouts.frozen_T
     if not bool(sampled_T.any()):
         return entropy
-    gap_T = (proximal_T - rollouts.behaviour_T)[sampled_T].double()
+    gap_T, counts_T = (proximal_T - rollouts.behaviour_T)[sampled_T].double(), counts_T[sampled_T]
     # exp(80) is beyond anything that still means something, and finite.
     weight_T = gap_T.clamp(max=80.0).exp()
     values = torch.stack(
-        [(weight_T - 1 - gap_T).mean(), weight_T.mean(), weight_T.max(), gap_T.abs().max()]
+        [
+            _mean(weight_T - 1 - gap_T, counts_T),
+            _mean(weight_T, counts_T),
+            weight_T.max(),
+            gap_T.abs().max(),
+        ]
     ).tolist()
     names = ("mismatch_kl", "importance_weight_mean", "importance_weight_max", "log_prob_gap_max")
     return entropy | dict(zip(names, values, strict=True))
+
+
+def _mean(values_T: Tensor, counts_T: Tensor) -> Tensor:
+    return (values_T * counts_T).sum() / counts_T.sum()
 
 
 def update_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:

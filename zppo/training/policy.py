@@ -20,19 +20,23 @@ vocabulary, K most probable tokens of a teacher.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zppo.data.pictures import PictureError
 from zppo.errors import UserError, first_line
 from zppo.plan.architecture import context_of
+from zppo.prompting.picture_families import unsampled_ids
 from zppo.training import attention
 from zppo.training.batch import Reach
 from zppo.training.fidelity import can_share_prompts, hold_to_eager, refusals
 from zppo.training.head import Head, hidden_states, probe_head
-from zppo.training.layout import MicroBatch, attention_mask
+from zppo.training.layout import MicroBatch, attention_mask, with_row
+from zppo.training.pictures import SeenPrompt, Tower, blank
 from zppo.training.ranks import Ranks, Root, whole
 from zppo_kernels import (
     JsdLossOutput,
@@ -46,6 +50,7 @@ from zppo_kernels import (
     token_log_probs,
     token_log_probs_from_logits,
 )
+from zppo_protocol.samples import TrainGroup
 
 T = TypeVar("T")
 
@@ -66,7 +71,48 @@ class Policy:
             self.head: Head | None = probe_head(model, where)
             hold_to_eager(model, where)
             self.shares_prompts = can_share_prompts(model)
+        self._leave_out(unsampled_ids(model.config.to_dict()))
+        self._where = where
+        self._tower: Tower | None = None
         self._root: Root | None = None
+        self._blank: tuple[list[int], SeenPrompt] | None = None
+
+    def _leave_out(self, unsampled: tuple[int, ...]) -> None:
+        """Take the tokens that no response may hold out of every softmax."""
+        self.unsampled = unsampled
+        if not unsampled or self.head is None:
+            return
+        weight_VH = self.head.weight_VH
+        bias_V = torch.zeros(len(weight_VH), dtype=weight_VH.dtype, device=weight_VH.device)
+        bias_V[list(unsampled)] = -torch.inf
+        self.head = replace(self.head, unsampled_V=bias_V)
+
+    def open_eyes(self, folder: str, *, train_tower: bool = False) -> None:
+        """Read pictures from here on as the model of `folder` does; nothing for one that sees none.
+        Raises UserError."""
+        self._tower = Tower.of(self.model, folder, self._where, frozen=not train_tower)
+
+    def look(self, group: TrainGroup) -> SeenPrompt | None:
+        """The pictures of a group's prompt. Raises UserError unless the prompt is what this model
+        makes of them."""
+        if self._tower is None:
+            raise UserError(
+                f"{self._where}: the question {group.question_id!r} has pictures, and the trainer "
+                f"shows none to {self.model.name_or_path!r} ({self.model.config.model_type}); "
+                "expected a family that docs/pictures.md names"
+            )
+        try:
+            seen = self._tower.seen(group.samples.prompt_ids, group.media)
+            counts = self._tower.media_tokens(group.media)
+            if counts != group.samples.media_tokens:
+                raise ValueError(f"they take {counts} tokens, not {group.samples.media_tokens}")
+        except ValueError as error:
+            raise UserError(
+                f"{self._where}: the engine read the pictures of the question "
+                f"{group.question_id!r} as other tokens than the trainer ({error}); expected the "
+                "same preprocessor_config.json for both"
+            ) from error
+        return seen
 
     @property
     def vocabulary(self) -> int:
@@ -79,6 +125,7 @@ class Policy:
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         return Reach(
             vocabulary=min(self.vocabulary, int(embeddings)),
+            unsampled=self.unsampled,
             context=context_of(self.model.config.get_text_config().to_dict()),
         )
 
@@ -235,6 +282,7 @@ class Policy:
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden states that predict the response tokens [R, H]."""
+        batch = self._with_blank(batch)
         return (
             hidden_states(self.model, **self._inputs(batch))
             .flatten(0, 1)
@@ -243,14 +291,40 @@ class Policy:
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The model's own logits at the same rows [R, V]."""
+        batch = self._with_blank(batch)
         logits_BLV = self.model(**self._inputs(batch), use_cache=False).logits
-        return logits_BLV.flatten(0, 1).index_select(0, batch.rows_R)
+        logits_RV = logits_BLV.flatten(0, 1).index_select(0, batch.rows_R)
+        if not self.unsampled:
+            return logits_RV
+        unsampled = torch.tensor(self.unsampled, device=logits_RV.device)
+        return logits_RV.index_fill(1, unsampled, -torch.inf)
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
-        if batch.segments_BL is None or batch.positions_BL is None:
-            return {"input_ids": batch.input_ids_BL}
-        return {
-            "input_ids": batch.input_ids_BL,
-            "position_ids": batch.positions_BL,
-            "attention_mask": attention_mask(batch.segments_BL, self.model.dtype),
-        }
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_BL}
+        if batch.segments_BL is not None and batch.positions_BL is not None:
+            inputs["position_ids"] = batch.positions_BL
+            inputs["attention_mask"] = attention_mask(batch.segments_BL, self.model.dtype)
+        if batch.seen_B:
+            assert self._tower is not None, "`look` has refused such a window"
+            inputs |= self._show(self._tower, batch)
+        return inputs
+
+    def _show(self, tower: Tower, batch: MicroBatch) -> dict[str, Any]:
+        positions_BL = batch.positions_BL
+        if positions_BL is None:
+            rows, width = batch.input_ids_BL.shape
+            positions_BL = torch.arange(width, device=self.device).expand(rows, width)
+        try:
+            return tower.inputs(batch.seen_B, positions_BL)
+        except PictureError as error:
+            raise UserError(f"data.train: {error}") from error
+
+    def _with_blank(self, batch: MicroBatch) -> MicroBatch:
+        """Of several ranks that share the tower's weights out, all go through it in every pass, or
+        those that do would wait for the others for ever: a pass without a picture gets a row with a
+        small one, which nobody reads."""
+        if self._root is None or self._tower is None or self._tower.frozen or batch.seen_B:
+            return batch
+        if self._blank is None:
+            self._blank = blank(self._tower)
+        return with_row(batch, *self._blank)

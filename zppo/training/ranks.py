@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zppo.training.loading import tower_parameters
 from zppo_kernels import combine_metrics
 
 T = TypeVar("T")
@@ -91,14 +92,22 @@ class Ranks:
         """Cut the parameters of `model` over the ranks, layer by layer; losses of ranks add up.
 
         Even the root is cut again after its pass: then every parameter outside of a pass is a
-        shard, and no pass meets values that an update has overtaken. Raises ValueError or
-        NotImplementedError for a model that cannot be cut.
+        shard, and no pass meets values that an update has overtaken. A tower that is not trained
+        stays whole on every rank: passes with and without pictures then differ in no collective.
+        Raises ValueError or NotImplementedError for a model that cannot be cut.
         """
         _check_one_dtype(model)
-        root = Root(model)
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        root, kept = Root(model), _frozen_tower(model)
+        layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+            and not kept.issuperset(module.parameters())
+        ]
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        arguments: dict[str, Any] = {"mesh": self.mesh, "mp_policy": precision}
+        arguments: dict[str, Any] = {
+            "mesh": self.mesh, "mp_policy": precision, "ignored_params": kept
+        }  # fmt: skip
         for module in (*reversed(layers), root):
             fully_shard(module, reshard_after_forward=True, **arguments)
             assert isinstance(module, FSDPModule)
@@ -141,6 +150,10 @@ def cut_like(share: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def _frozen_tower(model: Any) -> set[nn.Parameter]:
+    return {one for _, one in tower_parameters(model) if not one.requires_grad}
 
 
 def _check_one_dtype(model: nn.Module) -> None:

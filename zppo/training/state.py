@@ -72,7 +72,9 @@ def build_trainer(
     settings = StepSettings.of(topology)
     source = str(checkpoint / MODEL) if checkpoint is not None else topology.student.model
     device = topology.actors.trainer.rank_devices[ranks.rank]
-    policy = Policy(load_model(source, topology.student.dtype, device))
+    student = topology.student
+    policy = Policy(load_model(source, student.dtype, device, train_tower=student.train_tower))
+    policy.open_eyes(source, train_tower=student.train_tower)
     if topology.actors.trainer.gradient_checkpointing:
         policy.recompute_layers()
     teacher, reference = load_teacher(topology, device), load_reference(topology, device)
@@ -113,7 +115,9 @@ def load_teacher(topology: Topology, device: str) -> Policy | None:
         return None
     check_same_vocabulary(served_student(topology), teachers(topology)[0])
     model = _load(teacher.model, teacher.dtype, device, "teacher.model")
-    return Policy(model.requires_grad_(False), "teacher.model")
+    policy = Policy(model.requires_grad_(False), "teacher.model")
+    policy.open_eyes(teacher.model)
+    return policy
 
 
 def load_reference(topology: Topology, device: str) -> Policy | None:
@@ -123,17 +127,21 @@ def load_reference(topology: Topology, device: str) -> Policy | None:
         return None
     student = topology.student
     model = load_model(student.model, student.dtype, device)
-    return Policy(model.requires_grad_(False))
+    policy = Policy(model.requires_grad_(False))
+    policy.open_eyes(student.model)
+    return policy
 
 
-def load_model(source: str, dtype: str, device: str) -> Any:
-    """Load a student in `dtype` onto `device`; its tower, if it has one, stays as it is."""
+def load_model(source: str, dtype: str, device: str, *, train_tower: bool = False) -> Any:
+    """Load a student in `dtype` onto `device`; its tower, if it has one, stays as it is unless it
+    is to be trained."""
     if dtype not in DTYPES:
         raise UserError(
             f"student.dtype: {dtype} cannot be trained; expected one of {', '.join(DTYPES)}"
         )
     model = _load(source, dtype, device, "student.model")
-    freeze_tower(model)
+    if not train_tower:
+        freeze_tower(model)
     return model
 
 

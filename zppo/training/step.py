@@ -66,6 +66,7 @@ def train_step(trainer: Trainer, window: TrainWindow) -> dict[str, float]:
         device=trainer.policy.device,
         reach=trainer.reach,
         mask_truncated=settings.method.truncated == "mask",
+        look=trainer.look,
     )
     batches = split(rollouts, settings)
     objective = OBJECTIVES[settings.objective](trainer, rollouts, batches)

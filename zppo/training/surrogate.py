@@ -2,8 +2,9 @@
 
 A rollout with advantage 0 has no gradient unless the loss has a KL or an entropy term, so without
 them it takes part in no forward or backward pass of the updates; its tokens still count in the
-denominator. The proximal pass covers it for the measurements alone, unless
-`actors.trainer.measured_rollouts` is `trained`.
+denominator. The proximal pass covers some of them for the measurements alone, as
+`actors.trainer.measured_rollouts` says (`zppo.training.measuring`), in passes of their own: what is
+measured changes no bit of what is trained.
 
 The first update runs under the proximal weights themselves: its ratio is exactly 1, and its own
 log-probs are the proximal ones.
@@ -15,6 +16,7 @@ tokens of a micro-batch.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from zppo.training.batch import Rollouts
 from zppo.training.entropy import applied_coefficient, moved
 from zppo.training.layout import MicroBatch
 from zppo.training.loss_settings import old_log_probs
+from zppo.training.measuring import measuring_weights
 from zppo.training.policy import Policy
 from zppo.training.trainer import Counts, Trainer
 from zppo_kernels import (
@@ -48,9 +51,13 @@ class PolicyLoss:
         self._advantages_S = step_advantages(rollouts, batches, method, settings.reward_weights)
         self._all_live = method.kl_coefficient > 0 or method.entropy_coefficient > 0
         self._selects = method.entropy_quantile < 1.0
-        everyone = np.arange(rollouts.sequences)
-        measures_all = settings.measured_rollouts == "all" or self._selects
-        self._measured = everyone if measures_all else self.live(everyone)
+        self._trained = self.live(np.arange(rollouts.sequences))
+        self._weights_S = measuring_weights(
+            rollouts,
+            np.isin(np.arange(rollouts.sequences), self._trained),
+            "all" if self._selects else settings.measured_rollouts,
+            seed=settings.seed,
+        )
         self._sampled = not bool(rollouts.frozen_T.any())
         self.proximal_T = self.entropy_T = torch.zeros_like(rollouts.behaviour_T)
         self._kept_T = torch.zeros_like(rollouts.frozen_T)
@@ -67,11 +74,15 @@ class PolicyLoss:
 
     def prepare(self, first: np.ndarray) -> None:
         begin, trainer, rollouts = self._trainer.clock(), self._trainer, self._rollouts
-        early = self._measured if self._selects else np.setdiff1d(self._measured, first)
-        self.proximal_T, self.entropy_T = log_prob_pass(trainer, trainer.policy, rollouts, early)
+        early = self._trained if self._selects else np.setdiff1d(self._trained, first)
+        measured = np.setdiff1d(np.flatnonzero(self._weights_S), self._trained)
+        self.proximal_T, self.entropy_T = log_prob_pass(
+            trainer, trainer.policy, rollouts, early, measured
+        )
         if trainer.reference is not None:
-            live = self.live(np.arange(rollouts.sequences))
-            self._reference_T, _ = log_prob_pass(trainer, trainer.reference, rollouts, live)
+            self._reference_T, _ = log_prob_pass(
+                trainer, trainer.reference, rollouts, self._trained
+            )
         if self._selects:
             self._advantages_T = self._selected_advantages()
         self._seconds_proximal = trainer.clock() - begin
@@ -104,7 +115,7 @@ class PolicyLoss:
         proximal_T = ranks.joined(self.proximal_T, self._kept_T)
         entropy_T = ranks.joined(self.entropy_T, self._kept_T)
         return (
-            metrics.proximal_metrics(self._rollouts, self._measured, proximal_T, entropy_T)
+            metrics.proximal_metrics(self._rollouts, self._weights_S, proximal_T, entropy_T)
             | {"seconds_proximal": self._seconds_proximal}
             | metrics.advantage_metrics(self._advantages_S)
             | metrics.update_metrics(parts)
@@ -179,16 +190,16 @@ class PolicyLoss:
 
 
 def log_prob_pass(
-    trainer: Trainer, policy: Policy, rollouts: Rollouts, sequences: np.ndarray
+    trainer: Trainer, policy: Policy, rollouts: Rollouts, *parts: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of these rollouts' tokens under the present weights of `policy`,
-    float32 [T] each, elsewhere 0."""
+    float32 [T] each, elsewhere 0. No rollout of one part lies in a pass with one of another."""
     log_probs_T, entropy_T = (
         torch.zeros_like(rollouts.behaviour_T),
         torch.zeros_like(rollouts.behaviour_T),
     )
     temperature, read_T = trainer.settings.loss.temperature, torch.zeros_like(rollouts.frozen_T)
-    for batch in trainer.micro_batches(rollouts, sequences):
+    for batch in chain.from_iterable(trainer.micro_batches(rollouts, part) for part in parts):
         targets_R = rollouts.token_ids_T[batch.tokens_R]
         found = policy.log_probs(batch, targets_R, temperature=temperature)
         if batch.weight:

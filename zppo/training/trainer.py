@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -23,10 +23,13 @@ from zppo.training.batch import Reach, Rollouts
 from zppo.training.entropy import EntropyState
 from zppo.training.layout import Deal, MicroBatch, deal_passes
 from zppo.training.loss_settings import loss_settings
+from zppo.training.measuring import Measuring
 from zppo.training.optimizer import AdamW, Gradients
+from zppo.training.pictures import SeenPrompt
 from zppo.training.policy import Policy
 from zppo.training.ranks import ALONE, Ranks
 from zppo_kernels import PolicyLossSettings
+from zppo_protocol.samples import TrainGroup
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class StepSettings:
     micro_batch_tokens: int
     gradient_clip: float
     seed: int
-    measured_rollouts: Literal["all", "trained"] = "all"
+    measured_rollouts: Measuring
     reward_weights: tuple[float, ...] = ()
     """of the parts of a reward, in the order of `data.reward`"""
 
@@ -102,7 +105,15 @@ class Trainer:
         return Reach(
             vocabulary=min(model.reach.vocabulary for model in models),
             context=min(model.reach.context for model in models),
+            unsampled=tuple(sorted({one for model in models for one in model.reach.unsampled})),
         )
+
+    def look(self, group: TrainGroup) -> SeenPrompt | None:
+        """The pictures of a group's prompt, as all models of the trainer read them. Raises
+        UserError for a prompt that one of them would read otherwise."""
+        if self.teacher is not None:
+            self.teacher.look(group)
+        return self.policy.look(group)
 
     def micro_batches(self, rollouts: Rollouts, sequences: np.ndarray) -> list[MicroBatch]:
         """This rank's forward passes over these rollouts."""

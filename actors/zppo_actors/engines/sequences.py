@@ -13,6 +13,7 @@ from zppo_protocol.support import support_of
 from zppo_protocol.values import Sampling
 
 if TYPE_CHECKING:  # engines without a model need this module but no torch
+    from zppo.training.pictures import SeenPrompt
     from zppo_actors.engines.uniforms import UniformStream
 
 
@@ -31,7 +32,8 @@ class Completion:
 @dataclass(eq=False)
 class Running:
     """A response in the making. `budget` is the most tokens it may have; `support_limit` the most
-    ids of a token's support, 0 where nobody asks for it; `owner` is whatever the caller needs."""
+    ids of a token's support, 0 where nobody asks for it; `pictures` are those of the prompt;
+    `owner` is whatever the caller needs."""
 
     prompt_ids: np.ndarray
     sampling: Sampling
@@ -39,6 +41,7 @@ class Running:
     index: int
     uniforms: UniformStream
     support_limit: int = 0
+    pictures: SeenPrompt | None = None
     owner: Any = None
     uniforms_laid_out: int = 0
     version_starts: list[tuple[int, int]] = field(default_factory=list)

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from zppo.errors import UserError
+from zppo.prompting.picture_families import PictureLayout
 from zppo.prompting.tokenization import encode_prompts, encode_start, load_tokenizer
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.values import Prompt, ResponseStart
@@ -25,17 +26,22 @@ class PromptTokenizer:
                 f"{where}: the tokenizer of {folder!r} has no end token, so no response would ever "
                 "stop"
             )
+        self.pictures: PictureLayout | None = None
+        """How the model reads pictures, where the engine shows it some."""
         self.end_ids = frozenset({int(self._tokenizer.eos_token_id), *_configured_ends(folder)})
 
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids [P] int32 of the prompt, up to where sampling starts. Raises EngineError if it
-        has none."""
-        if prompt.media:
+        """Token ids [P] int32 of the prompt, up to where sampling starts, with its pictures laid
+        out. Raises EngineError if it has none, or pictures that the model does not take."""
+        if prompt.media and self.pictures is None:
             raise EngineError(
                 "this engine takes text only, but the prompt has pictures or videos",
                 retryable=False,
             )
-        [ids] = encode_prompts(self._tokenizer, [prompt])
+        try:
+            [ids] = encode_prompts(self._tokenizer, [prompt], self.pictures)
+        except ValueError as error:
+            raise EngineError(str(error), retryable=False) from error
         if not ids:
             raise EngineError("the prompt has no tokens", retryable=False)
         return np.asarray(ids, dtype=np.int32)

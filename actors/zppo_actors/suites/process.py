@@ -33,6 +33,7 @@ from zppo.suites import harness as harnesses
 from zppo.suites.harness import HARNESSES, Asking, SamplesError, shows_final_answer
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.page import check_labels, known_labels, write_page
+from zppo.suites.pictures import server_options
 from zppo.suites.plan import OF_MODEL, known_missing, questions_of, settings_of
 from zppo.suites.results import (
     RowResult,
@@ -155,7 +156,8 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
             order = self._order
             log = folder / "server.log"
-            async with serving(model, order.server_args, order.startup_seconds, log) as url:
+            options = server_options(model, order)
+            async with serving(model, options, order.startup_seconds, log) as url:
                 for row in pending:
                     await self._row(model, url, row)
                     write_page(order)

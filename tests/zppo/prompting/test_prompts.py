@@ -136,6 +136,28 @@ def test_compress_and_judge_are_text_only_and_state_the_caps() -> None:
     )
 
 
+def test_who_is_shown_the_pictures_of_a_response_goes_by_the_template(tmp_path: Path) -> None:
+    built_in = PromptSet()
+    assert built_in.write_hint(QUESTION, "one", 512, 5).media == [PICTURE]
+    assert built_in.rubric(QUESTION, "one", "well done").media == [PICTURE]
+    assert built_in.judge(QUESTION, "one").media == []
+    (tmp_path / "seen.j2").write_text("{{ pictures }} pictures")
+    (tmp_path / "judge.j2").write_text('{{ question }} {{ gold }} {{ answer }} {% include "seen.j2" %}')
+    own = PromptSet(tmp_path)
+    own.validate()
+    judged = own.judge(QUESTION, r"\boxed{1}")
+    assert judged.media == [PICTURE] and judged.messages[-1].content.endswith("1 pictures")
+    blind = own.judge(replace(QUESTION, media=()), "one")
+    assert blind.media == [] and blind.messages[-1].content.endswith("0 pictures")
+
+
+def test_words_for_a_question_without_pictures_are_what_they_were() -> None:
+    shown = PromptSet().write_hint(QUESTION, "one", 512, 5).messages[-1].content
+    plain = PromptSet().write_hint(replace(QUESTION, media=()), "one", 512, 5)
+    words = "The question is about what is shown above.\n\n"
+    assert words in shown and shown.replace(words, "") == plain.messages[-1].content
+
+
 SYSTEM = ChatMessage(role="system", content="You are a tutor.")
 EARLIER = (
     ChatMessage(role="user", content="How much is 3 * 4?"),

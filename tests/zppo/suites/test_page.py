@@ -56,15 +56,13 @@ def test_models_side_by_side_in_the_layout_of_the_paper(tmp_path: Path) -> None:
         "AIME25", "AIME26", "CEval", "GPQA-D", "HLE", "IMO-AB", "MMLU", "MMLU-Pro", "MMLU-Rd",
         "MultiCh", "average",
     ]  # fmt: skip
-    assert rows[llm + 1][0] == "base" and rows[llm + 1][1] == "50.0 [0.0, 100.0]"
+    assert rows[llm + 1][0] == "base" and rows[llm + 1][1] == "50.0 [15.0, 85.0]"
     assert rows[llm + 1][-1].endswith(
         "(2 of 10: without AIME26, CEval, GPQA-D, HLE, IMO-AB, MMLU-Pro, MMLU-Rd, MultiCh)"
     )
-    assert rows[llm + 2][0] == "zppo" and rows[llm + 2][-1].startswith(
-        "75.0 [26.0, 100.0] (1 of 10"
-    )
-    assert rows[llm + 4][:2] == ["zppo", "+25.0 [-24.0, +74.0]"]
-    assert rows[llm + 4][-1] == "+25.0 [-24.0, +74.0] over 1"
+    assert rows[llm + 2][0] == "zppo" and rows[llm + 2][-1].startswith("75.0 [30.1, 95.4] (1 of 10")
+    assert rows[llm + 4][:2] == ["zppo", "+25.0 [+0.0, +75.0]"]
+    assert rows[llm + 4][-1] == "+25.0 [+0.0, +75.0] over 1"
     data = json.loads((tmp_path / "suite.json").read_text())
     assert [model["label"] for model in data["models"]] == ["base", "zppo"]
     assert data["models"][1]["averages"]["VLM"]["value"] is None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo.errors import UserError
+from zppo.suites.intervals import Z, wilson
 from zppo.suites.results import (
     Column,
     RowResult,
@@ -54,25 +55,40 @@ def test_a_missing_row_is_named_and_is_in_no_average() -> None:
     assert (none.value, none.low, none.have, none.of) == (None, None, 0, 1)
 
 
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60))
+def test_the_limits_of_a_score_are_where_it_would_be_just_improbable(scores: list[float]) -> None:
+    """Wilson's definition: the shares p from which the mean seen is z standard errors away."""
+    found = wilson(scores)
+    for limit in (found.low, found.high):
+        error = np.sqrt(limit * (1 - limit) / len(scores))
+        assert abs(found.value - limit) == pytest.approx(Z * error, abs=1e-9)
+    assert found.low <= found.value <= found.high and found.low < found.high
+
+
 @given(SCORES, SCORES)
 def test_an_average_by_numpy(a: list[float], b: list[float]) -> None:
     one = average("LLM", rows("A", "B"), column(result("A", *a), result("B", *b)))
-    error = np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)) / 2
+    parts = [wilson(a), wilson(b)]
     mean = (np.mean(a) + np.mean(b)) / 2
     assert one.value == pytest.approx(mean)
-    assert one.low == pytest.approx(max(0.0, mean - 1.96 * error))
-    assert one.high == pytest.approx(min(1.0, mean + 1.96 * error))
+    below = np.linalg.norm([part.value - part.low for part in parts]) / 2
+    above = np.linalg.norm([part.high - part.value for part in parts]) / 2
+    assert one.low == pytest.approx(max(0.0, mean - below))
+    assert one.high == pytest.approx(min(1.0, mean + above))
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2))
-def test_a_difference_is_paired_by_question(pairs: list[tuple[float, float]]) -> None:
-    ours, theirs = result("A", *(a for a, _ in pairs)), result("A", *(b for _, b in pairs))
-    found = difference(ours, theirs)
-    gaps = np.array([a - b for a, b in pairs])
-    assert found is not None and found.questions == len(pairs)
+def test_a_difference_is_paired_by_question() -> None:
+    """Against a bootstrap that draws questions one by one."""
+    generator = np.random.default_rng(3)
+    ours, theirs = generator.integers(0, 2, 80) * 1.0, generator.integers(0, 3, 80) / 2
+    found = difference(result("A", *ours), result("A", *theirs))
+    gaps = ours - theirs
+    means = gaps[generator.integers(0, 80, (20_000, 80))].mean(axis=1)
+    assert found is not None and found.questions == 80
     assert found.value == pytest.approx(gaps.mean())
-    half = 1.96 * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    assert (found.high - found.low) / 2 == pytest.approx(half, abs=1e-12)
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    assert difference(result("A", *ours), result("A", *theirs)) == found, "a fixed seed"
 
 
 def test_the_interval_of_a_difference_covers() -> None:

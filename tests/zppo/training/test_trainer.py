@@ -41,7 +41,15 @@ from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Top
 from zppo.errors import UserError
 from zppo.records import checkpoint
 from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches
-from zppo.training.layout import PROMPT, SHARED_WIDTH, MicroBatch, attention_mask, micro_batches
+from zppo.training.layout import (
+    PROMPT,
+    SHARED_WIDTH,
+    MicroBatch,
+    attention_mask,
+    cuts,
+    micro_batches,
+)
+from zppo.training.measuring import Measuring
 from zppo.training.metrics import TRAINER_METRICS
 from zppo.training.policy import Policy
 from zppo.training.state import build_trainer, load_model, save_share
@@ -127,6 +135,37 @@ def _visible(batch: MicroBatch) -> Tensor:
     if batch.segments_BL is None:
         return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, width, width)
     return attention_mask(batch.segments_BL, torch.float32)[:, 0] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 30), max_size=9),
+    max_tokens=st.integers(1, 90),
+    pass_cost=st.integers(0, 40),
+)
+def test_passes_are_cut_where_they_take_least(
+    widths: list[int], max_tokens: int, pass_cost: int
+) -> None:
+    """Against every way to cut."""
+    widths.sort(reverse=True)
+
+    def cost(bounds: list[int]) -> int | None:
+        passes = [widths[a:b] for a, b in itertools.pairwise(bounds)]
+        sizes = [len(part) * part[0] for part in passes]
+        fits = all(
+            size <= max_tokens or len(part) == 1 for size, part in zip(sizes, passes, strict=True)
+        )
+        return sum(sizes) + len(passes) * pass_cost if fits else None
+
+    inner = range(1, len(widths))
+    every = [
+        cost(sorted({0, *chosen, len(widths)}))
+        for count in range(len(widths) or 1)
+        for chosen in itertools.combinations(inner, count)
+    ]
+    bounds = cuts(widths, max_tokens, pass_cost)
+    assert bounds[0] == 0 and bounds[-1] == len(widths)
+    assert cost(bounds) == min(found for found in every if found is not None)
 
 
 def test_rollouts_of_a_group_share_one_copy_of_the_prompt() -> None:
@@ -603,30 +642,42 @@ def test_first_update_need_not_be_the_first_mini_batch(
     )
 
 
-def test_measuring_trained_rollouts_alone_changes_no_weight() -> None:
-    task = window(
-        group("mixed", [1, 0], lengths=[3, 3]), group("wrong", [0, 0, 0], lengths=[2, 4, 6], seed=1)
-    )
-    everything, trained = trainer_of(llama()), trainer_of(llama(), measured_rollouts="trained")
-    alone = trainer_of(llama())
-    first, second = train_step(everything, task), train_step(trained, task)
-    reference = train_step(alone, window(group("mixed", [1, 0], lengths=[3, 3])))
-    for name, parameter in everything.policy.parameters().items():
-        torch.testing.assert_close(trained.policy.parameters()[name], parameter, msg=name)
-    measured = (
-        "entropy",
-        "mismatch_kl",
-        "importance_weight_mean",
-        "importance_weight_max",
-        "log_prob_gap_max",
-    )
-    for name in measured:
-        assert second[name] == pytest.approx(reference[name], rel=1e-4), name
-    assert second["entropy"] != first["entropy"]
-    same = set(first) - {*measured, "seconds_proximal", "seconds_update"}
-    assert {name: second[name] for name in same} == pytest.approx(
-        {name: first[name] for name in same}, rel=1e-4
-    )
+MEASURED = (
+    "entropy",
+    "mismatch_kl",
+    "importance_weight_mean",
+    "importance_weight_max",
+    "log_prob_gap_max",
+)
+"""Metrics of the proximal policy."""
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_what_is_measured_changes_no_bit_of_what_is_trained(updates: int) -> None:
+    words = method(updates_per_step=updates)
+    trainers: dict[Measuring, Trainer] = {
+        measured: trainer_of(llama(), method=words, measured_rollouts=measured)
+        for measured in ("all", "sample", "trained")
+    }
+    found = {}
+    for measured, trainer in trainers.items():
+        train_step(trainer, mixed_window(count=15))
+        found[measured] = train_step(trainer, mixed_window(step=1, count=15))
+    for measured in ("sample", "trained"):
+        for name, parameter in trainers["all"].policy.parameters().items():
+            same = torch.equal(trainers[measured].policy.parameters()[name], parameter)
+            assert same, (measured, name)
+        unlike = {name for name in found["all"] if found[measured][name] != found["all"][name]}
+        assert {"entropy", "mismatch_kl"} <= unlike <= {*MEASURED, "seconds_proximal"}
+
+
+def test_measuring_trained_rollouts_alone_is_measuring_a_window_of_them() -> None:
+    mixed = group("mixed", [1, 0], lengths=[3, 3])
+    task = window(mixed, group("wrong", [0, 0, 0], lengths=[2, 4, 6], seed=1))
+    found = train_step(trainer_of(llama(), measured_rollouts="trained"), task)
+    alone = train_step(trainer_of(llama(), measured_rollouts="all"), window(mixed))
+    for name in MEASURED:
+        assert found[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 def test_nothing_is_measured_where_nothing_is_trained() -> None:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zppo.prompting.picture_families import unsampled_ids
+from zppo.training.pictures import Tower
 from zppo_actors.engines.sequences import Completion, Running
 from zppo_actors.engines.transformers.attention import mask_value
 from zppo_actors.engines.transformers.sampling import Sampler
@@ -42,9 +44,16 @@ class Decoder:
     """Samples up to `max_rows` sequences of up to `max_length` tokens (prompt and response) at
     once."""
 
-    def __init__(self, model: Any, end_ids: frozenset[int], max_rows: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        end_ids: frozenset[int],
+        max_rows: int,
+        max_length: int,
+        tower: Tower | None = None,
+    ) -> None:
         """`model` is a causal language model of transformers with our attention, in evaluation
-        mode."""
+        mode; `tower` is what sees pictures in it, for prompts that have some."""
         self.running: list[Running] = []
         self.version = FROZEN
         self._model = model
@@ -52,12 +61,17 @@ class Decoder:
         self._end_ids = np.asarray(sorted(end_ids), dtype=np.int64)
         self._max_rows = max_rows
         self._max_columns = _round_up(max_length + 1)
+        self._tower = tower
+        unsampled = unsampled_ids(model.config.to_dict())
+        self._unsampled = torch.tensor(unsampled, device=self._device) if unsampled else None
         self._cache = SlotCache(model.config.get_text_config())
         self._bias_RC = torch.zeros((0, 0), dtype=model.dtype, device=self._device)
         self._hidden = mask_value(model.dtype)
         self._ids_RC, self._log_probs_RC, self._uniforms_RC = self._empty_buffers()
         self._position_R = np.zeros(max_rows, dtype=np.int64)
         """Position of the token each row feeds next; prompt length - 1 at first."""
+        self._shift_R = np.zeros(max_rows, dtype=np.int64)
+        """What the model counts a token beyond its place, because of the pictures before it."""
         self._left_R = np.zeros(max_rows, dtype=np.int64)
         self._tokens_B = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._changed = True
@@ -132,12 +146,15 @@ class Decoder:
             columns = self._cache.cursor.columns
             places_B = np.arange(rows, dtype=np.int64) * columns + self._position_R[:rows]
             self._places_B = torch.from_numpy(places_B).to(self._device)
-            self._positions_B = torch.from_numpy(self._position_R[:rows].copy()).to(self._device)
+            self._positions_B = torch.from_numpy(self._position_R[:rows] + self._shift_R[:rows]).to(
+                self._device
+            )
             self._sampler = Sampler(
                 [sequence.sampling for sequence in self.running],
                 self._device,
                 self._seen(),
                 [sequence.support_limit for sequence in self.running],
+                self._unsampled,
             )
             self._changed = False
         self._cache.at_tokens(
@@ -228,9 +245,7 @@ class Decoder:
         if max(lengths) > 0:
             self._model(
                 input_ids=_padded([group[0].prompt_ids[:-1] for group in groups]).to(self._device),
-                position_ids=torch.arange(max(lengths), device=self._device)[None].expand(
-                    len(groups), -1
-                ),
+                **self._placed(groups, max(lengths)),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -247,6 +262,14 @@ class Decoder:
             for sequence in group:
                 self._start(sequence)
 
+    def _placed(self, groups: list[list[Running]], length: int) -> dict[str, Any]:
+        """Positions of the prompts' tokens, and what is to be seen there."""
+        places_MQ = torch.arange(length, device=self._device).expand(len(groups), -1)
+        inputs: dict[str, Any] = {"position_ids": places_MQ}
+        if self._tower is not None:
+            inputs |= self._tower.inputs([group[0].pictures for group in groups], places_MQ)
+        return inputs
+
     @torch.no_grad()
     def _learn_shapes(self) -> None:
         """Read one token for no row: a first prompt of one token would find no states to zero."""
@@ -260,6 +283,7 @@ class Decoder:
         row = len(self.running)
         self.running.append(sequence)
         self._position_R[row] = len(sequence.prompt_ids) - 1
+        self._shift_R[row] = 0 if sequence.pictures is None else sequence.pictures.shift
         self._left_R[row] = sequence.budget
         sequence.sampled_by(self.version, 0)
         self._lay_out_uniforms(row)
@@ -296,7 +320,7 @@ class Decoder:
         self._cache.move(sources, targets, int(self._position_R[movers].max()) + 1)
         for buffer in (*self._buffers(), self._tokens_B):
             buffer.index_copy_(0, targets, buffer.index_select(0, sources))
-        for host in (self._position_R, self._left_R):
+        for host in (self._position_R, self._shift_R, self._left_R):
             host[holes] = host[movers]
         for source, target in zip(movers, holes, strict=True):
             self.running[target] = self.running[source]

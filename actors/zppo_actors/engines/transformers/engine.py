@@ -20,13 +20,17 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from zppo.data.pictures import PictureError
 from zppo.plan.engines.own import TransformersArguments, convert_arguments
+from zppo.training.loading import tower_parameters
+from zppo.training.pictures import SeenPrompt, Tower
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.score_tasks import check_scorable
 from zppo_actors.engines.sequences import Running, group_samples
@@ -38,7 +42,7 @@ from zppo_actors.engines.transformers.scoring import Scorer
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.samples import GroupSamples, TokenScores
-from zppo_protocol.values import PolicyManifest
+from zppo_protocol.values import Media, PolicyManifest
 
 log = logging.getLogger("zppo.engine")
 
@@ -60,10 +64,11 @@ def create(spec: EngineSpec) -> TransformersEngine:
     tokenizer = PromptTokenizer(spec.served.model.model, spec.served.model_path)
     model = load_model(spec)
     adopt_slots(model, spec.served.model.model, spec.served.model_path)
+    tower = Tower.of(model, spec.served.model.model, spec.served.model_path)
     context = context_length(model.config.get_text_config())
     max_length = min(context, arguments.max_length or context)
     return TransformersEngine(
-        model, tokenizer, arguments.max_sequences, max_length, spec.served.model_path
+        model, tokenizer, arguments.max_sequences, max_length, spec.served.model_path, tower
     )
 
 
@@ -77,15 +82,19 @@ class TransformersEngine:
         max_sequences: int,
         max_length: int,
         where: str = "model",
+        tower: Tower | None = None,
     ) -> None:
         """`model` has our attention already; `max_length` bounds prompt and response together, in
-        tokens."""
+        tokens; `tower` is what sees pictures in it."""
         self._model = model
         self._tokenizer = tokenizer
         self._max_sequences = max_sequences
         self._max_length = max_length
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
-        self._decoder = Decoder(model, tokenizer.end_ids, max_sequences, max_length)
+        self._tower = tower
+        tokenizer.pictures = None if tower is None else tower.layout
+        self._tower_names = {name for name, _ in tower_parameters(model)}
+        self._decoder = Decoder(model, tokenizer.end_ids, max_sequences, max_length, tower)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unsettled: dict[Job, None] = {}
         """Every job somebody waits for, wherever it stands: waiting, being admitted, running,
@@ -126,12 +135,15 @@ class TransformersEngine:
         sequences have ended."""
         self._refuse_if_broken()
         prompt_ids = self._tokenizer.encode(task.prompt)
-        job = SampleJob(task, prompt_ids, self._budget(task, prompt_ids), finished or _ignore)
+        budget, media = self._budget(task, prompt_ids), task.prompt.media
+        pictures = await asyncio.to_thread(self._look, prompt_ids, media) if media else None
+        job = SampleJob(task, prompt_ids, budget, finished or _ignore, pictures)
         completions = await self._outcome(job, self._waiting)
         texts = self._tokenizer.decode(
             [completion.token_ids for completion in completions], task.prompt.start
         )
-        return group_samples(prompt_ids, completions, texts)
+        media_tokens = self._tower.media_tokens(media) if self._tower and media else []
+        return group_samples(prompt_ids, completions, texts, media_tokens)
 
     async def score(self, task: ScoreTask) -> TokenScores:
         """The model's most probable tokens at each token of the responses, at the temperature of
@@ -187,6 +199,18 @@ class TransformersEngine:
             raise EngineError(reason, retryable=False)
         return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
 
+    def _look(self, prompt_ids: np.ndarray, media: Sequence[Media]) -> SeenPrompt:
+        """Read the pictures of a prompt. Raises EngineError if one is not what was referred to."""
+        assert self._tower is not None, "a prompt with pictures has been encoded"
+        try:
+            seen = self._tower.seen(prompt_ids, media)
+            assert seen is not None
+            if prompt_ids[-1] == self._tower.layout.family.mark:
+                raise ValueError("the prompt ends with a picture")
+            return replace(seen, pixels=tuple(map(self._tower.pixels, seen.references)))
+        except (PictureError, ValueError) as error:
+            raise EngineError(str(error), retryable=False) from error
+
     # ---- the decode thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -240,7 +264,7 @@ class TransformersEngine:
             return
         job = self._scoring[0]
         try:
-            self._scorer = self._scorer or Scorer(self._model, self._where)
+            self._scorer = self._scorer or Scorer(self._model, self._where, self._tower)
             self._progress += job.advance(self._scorer)
             self._failures = 0
         except EngineError as error:
@@ -294,6 +318,7 @@ class TransformersEngine:
             return
         try:
             shared_memory.copy(pairs)
+            self._renew_tower(manifest)
             self._decoder.set_version(manifest.version)
         except Exception as error:
             self._broken = (
@@ -304,6 +329,14 @@ class TransformersEngine:
             post(loop, resolve, done, EngineError(self._broken, retryable=True))
             raise
         post(loop, resolve, done, manifest.digest)
+
+    def _renew_tower(self, manifest: PolicyManifest) -> None:
+        """What was made of pictures is right as long as the tower's tensors are the same ones, by
+        their digests, whether the run trains it or not."""
+        if self._tower is not None:
+            self._tower.renew(
+                tuple(one.digest for one in manifest.tensors if one.name in self._tower_names)
+            )
 
     def _stop(self) -> None:
         self._closing = True

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zppo.training.pictures import SeenPrompt
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.score_tasks import ScoreTable
 from zppo_actors.engines.sequences import Completion, Running
@@ -50,6 +51,7 @@ class SampleJob(Job):
         prompt_ids: np.ndarray,
         budget: int,
         finished: Callable[[int], None],
+        pictures: SeenPrompt | None = None,
     ) -> None:
         super().__init__()
         self.task = task
@@ -58,6 +60,7 @@ class SampleJob(Job):
         self.completions: list[Completion | None] = [None] * task.n
         self.admitted = 0
         self._finished = finished
+        self._pictures = pictures
 
     def next_members(self, limit: int) -> list[Running]:
         """Up to `limit` sequences that have not been admitted yet."""
@@ -90,6 +93,7 @@ class SampleJob(Job):
             index,
             uniforms,
             self.task.support_limit,
+            self._pictures,
             owner=self,
         )
 

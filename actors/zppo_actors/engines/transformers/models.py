@@ -17,6 +17,7 @@ from zppo.plan.architecture import (
     refuse_other_state,
     window_of,
 )
+from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.fidelity import EAGER, FAULTS, LARGEST_DIFFERENCE
 from zppo.training.loading import load_folder, model_class, read_config
 from zppo_actors.engines.base import EngineSpec
@@ -70,13 +71,13 @@ def adopt_slots(model: Any, folder: str, where: str) -> None:
     """
     attention.register()
     try:
-        model.set_attn_implementation(EAGER)
+        _attend(model, EAGER)
         _check_cache(model, folder, where)
-        model.set_attn_implementation(attention.NAME)
+        _attend(model, attention.NAME)
         sampled = _decode(model, min(context_length(model.config.get_text_config()), 1 << 16))
-        model.set_attn_implementation(EAGER)
+        _attend(model, EAGER)
         difference = max(_difference(model, *one) for one in sampled)
-        model.set_attn_implementation(attention.NAME)
+        _attend(model, attention.NAME)
     except UserError:
         raise
     except FAULTS as error:
@@ -91,6 +92,21 @@ def adopt_slots(model: Any, folder: str, where: str) -> None:
             f"differs by {difference:.3f} between decoding from slots and a plain forward pass "
             f"(less than {limit:g} is rounding)"
         )
+
+
+def _attend(model: Any, implementation: str) -> None:
+    """Switch the attention of the text model alone: what sees pictures looks in all directions, and
+    keeps its own."""
+    config = model.config
+    text = [
+        name
+        for name in config.sub_configs
+        if getattr(config, name, None) is config.get_text_config()
+    ]
+    if text:
+        model.set_attn_implementation({"": implementation, text[0]: implementation})
+    else:
+        model.set_attn_implementation(implementation)
 
 
 def _check_cache(model: Any, folder: str, where: str) -> None:
@@ -126,6 +142,9 @@ def _difference(model: Any, prompt: np.ndarray, found: Completion) -> float:
     tokens = np.concatenate([prompt, found.token_ids]).astype(np.int64)
     ids = torch.from_numpy(tokens).to(model.device)
     logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+    unsampled = unsampled_ids(model.config.to_dict())
+    if unsampled:
+        logits[:, list(unsampled)] = -torch.inf
     expected = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].cpu()
     # NaN, from either side, is no match.
     return float(np.nan_to_num(np.abs(expected.numpy() - found.log_probs), nan=np.inf).max())

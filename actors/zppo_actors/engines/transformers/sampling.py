@@ -30,10 +30,12 @@ class Sampler:
         device: torch.device,
         seen_BV: Tensor | None = None,
         support_limits: Sequence[int] = (),
+        unsampled: Tensor | None = None,
     ) -> None:
         """`seen_BV` (bool) marks the tokens each row holds already and is kept up to date; None: no
         penalties. `support_limits` (none: all 0): most ids of a support, 0 where it is not asked
-        for."""
+        for. `unsampled`: ids that are never sampled, and count in no distribution."""
+        self._unsampled = unsampled
         self._penalty_B1 = _column([setting.presence_penalty for setting in settings], device)
         self._seen_BV = seen_BV
         temperatures = [setting.temperature for setting in settings]
@@ -53,6 +55,8 @@ class Sampler:
     def __call__(self, logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sample one token per row: ids [B] int64 and natural log-probs [B] float32."""
         logits_BV = logits_BV.float()
+        if self._unsampled is not None:
+            logits_BV = logits_BV.index_fill(1, self._unsampled, -torch.inf)
         if self._seen_BV is not None:
             logits_BV = logits_BV - self._penalty_B1 * self._seen_BV
         if self._tempered:
@@ -156,7 +160,10 @@ def draw(log_probs_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
     number."""
     cumulative_BV = log_probs_BV.exp().cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, uniforms_B1 * total_B1, right=True).clamp_(
+    # Rounded up to the total, it would be behind the last token that has a probability.
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    places_B1 = torch.minimum(uniforms_B1 * total_B1, below_B1)
+    return torch.searchsorted(cumulative_BV, places_B1, right=True).clamp_(
         max=log_probs_BV.shape[-1] - 1
     )
 

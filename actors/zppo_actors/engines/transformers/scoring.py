@@ -17,7 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zppo.data.pictures import PictureError
+from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.head import hidden_states, probe_head
+from zppo.training.pictures import Tower
+from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.score_tasks import ScoreTable
 from zppo_kernels.linear_chunks import logit_chunks
 from zppo_kernels.logit_map import LogitMap
@@ -34,10 +38,14 @@ PASS_LOGITS = 1 << 25
 
 
 class Scorer:
-    """Forward passes of one model in evaluation mode; `where` is the setting that names it."""
+    """Forward passes of one model in evaluation mode; `where` is the setting that names it, `tower`
+    what sees pictures in it."""
 
-    def __init__(self, model: Any, where: str) -> None:
+    def __init__(self, model: Any, where: str, tower: Tower | None = None) -> None:
         self._model = model
+        self._tower = tower
+        unsampled = unsampled_ids(model.config.to_dict())
+        self._unsampled = torch.tensor(unsampled, device=model.device) if unsampled else None
         self._head = probe_head(model, where)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.pass_tokens = (
@@ -50,9 +58,10 @@ class Scorer:
         filled."""
         ids_BL, rows_R = _layout(task, members)
         device = self._model.device
+        inputs = {"input_ids": ids_BL.to(device)} | self._seen(task, ids_BL.to(device))
         chunks = [
-            _most_probable(logits_CV, table.width, task.temperature)
-            for logits_CV in self._logits(ids_BL.to(device), rows_R.to(device))
+            _most_probable(self._sampled(logits_CV), table.width, task.temperature)
+            for logits_CV in self._logits(inputs, rows_R.to(device))
         ]
         ids_RK, log_probs_RK = (
             torch.cat(columns).cpu().numpy() for columns in zip(*chunks, strict=True)
@@ -62,19 +71,36 @@ class Scorer:
         for member, ids_nK, log_probs_nK in parts:
             table.put(member, ids_nK, log_probs_nK)
 
-    def _logits(self, ids_BL: Tensor, rows_R: Tensor) -> Iterator[Tensor]:
+    def _seen(self, task: ScoreTask, ids_BL: Tensor) -> dict[str, Any]:
+        """The pictures of the task's prompt, which all rows begin with. Raises EngineError."""
+        if not task.media:
+            return {}
+        if self._tower is None:
+            raise EngineError(
+                "the model takes text only, but the prompt has pictures", retryable=False
+            )
+        try:
+            seen = self._tower.seen(task.prompt_ids, task.media)
+            places_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand(ids_BL.shape)
+            return self._tower.inputs([seen] * len(ids_BL), places_BL)
+        except (PictureError, ValueError) as error:
+            raise EngineError(str(error), retryable=False) from error
+
+    def _sampled(self, logits_CV: Tensor) -> Tensor:
+        """The logits without those of tokens that no response may hold."""
+        if self._unsampled is None:
+            return logits_CV
+        return logits_CV.index_fill(1, self._unsampled, -torch.inf)
+
+    def _logits(self, inputs: dict[str, Any], rows_R: Tensor) -> Iterator[Tensor]:
         """Logits [C, V] of the rows, in order; a chunk may lie where the last one lay."""
         if self._head is None:
             logits_RV = (
-                self._model(input_ids=ids_BL, use_cache=False)
-                .logits.flatten(0, 1)
-                .index_select(0, rows_R)
+                self._model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, rows_R)
             )
             yield from logits_RV.split(CHUNK_ROWS)
             return
-        hidden_RH = (
-            hidden_states(self._model, input_ids=ids_BL).flatten(0, 1).index_select(0, rows_R)
-        )
+        hidden_RH = hidden_states(self._model, **inputs).flatten(0, 1).index_select(0, rows_R)
         projection = Projection.of(self._head.weight_VH, self._head.bias_V)
         shape = LogitMap.of(self._head.logit_scale, self._head.soft_cap)
         rows = min(CHUNK_ROWS, chunk_rows(len(hidden_RH), self.vocabulary, hidden_RH.device))

@@ -11,6 +11,7 @@ import pytest
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.vllm.score import read_scores
 
+
 def flat(*positions: list[tuple[int, float]]) -> Any:
     """Flat log-probs of vLLM: of each position first the given token, then the most probable
     ones."""

@@ -1,0 +1,182 @@
+"""Pictures in the engine `transformers` and in the trainer, against plain forward passes of
+transformers over the pixels, one sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import recurrent_models
+import torch
+import vision_helpers
+from engine_helpers import completions, make_task
+from msgspec import structs
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers_helpers import build, run, sample
+
+from zppo.data.pictures import refer
+from zppo.training.batch import assemble
+from zppo.training.layout import micro_batches
+from zppo.training.policy import Policy
+from zppo_actors.weights import shared_memory
+from zppo_protocol.messages import GenerateTask, TrainWindow
+from zppo_protocol.samples import GroupSamples, TrainGroup
+from zppo_protocol.values import PictureReference, PolicyManifest
+
+pytestmark = pytest.mark.slow
+
+ROUNDING = 1e-4
+SIZES = ((64, 96), (32, 32), (100, 70), (160, 40))
+"""Pictures (width, height) of 6, 1, 6 and 5 features of Qwen3.5."""
+
+
+class Family(NamedTuple):
+    make: Callable[..., Any]
+    save: Callable[[Any, Path], Path]
+    words: tuple[str, ...]
+
+
+FAMILIES = {
+    "qwen3_5": Family(
+        recurrent_models.make_seeing, recurrent_models.save_seeing, ("how many", "a", "where is it")
+    ),
+    "idefics3": Family(
+        vision_helpers.make_seeing, vision_helpers.save_seeing, ("w3 w9 w4", "w7", "w4 w4 w30 w5")
+    ),
+}
+
+
+def noise(folder: Path, name: str, size: tuple[int, int]) -> PictureReference:
+    """A picture of coloured noise."""
+    file = folder / f"{name}.png"
+    pixels = np.random.default_rng([*name.encode()]).integers(0, 256, (size[1], size[0], 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(file)
+    return refer(file)
+
+
+def pictured(task: GenerateTask, *media: PictureReference) -> GenerateTask:
+    return structs.replace(task, prompt=structs.replace(task.prompt, media=list(media)))
+
+
+def tasks_of(family: Family, folder: Path) -> list[GenerateTask]:
+    """Groups with no, one and two pictures, more sequences than the engine has slots."""
+    one, two, three, four = (noise(folder, f"p{i}", size) for i, size in enumerate(SIZES))
+    media = ([one], [], [two, three], [four], [one, one])
+    return [
+        pictured(
+            make_task(family.words[i % 3], n=3, task_id=f"t{i}", seed=i, max_new_tokens=6 + 2 * i),
+            *shown,
+        )
+        for i, shown in enumerate(media)
+    ]
+
+
+def seen(folder: Path, media: list[PictureReference]) -> dict[str, torch.Tensor]:
+    """What the folder's own processor makes of the files."""
+    if not media:
+        return {}
+    processor = AutoImageProcessor.from_pretrained(folder)
+    images = [Image.open(one.path).convert("RGB") for one in media]
+    return dict(processor(images=images, return_tensors="pt"))
+
+
+def alone(
+    model: Any, folder: Path, samples: GroupSamples, media: list[PictureReference]
+) -> np.ndarray:
+    """Log-probs [T] of a group's tokens by the model's own forward pass over ids and pixels, without
+    a cache, in the softmax over what may be sampled."""
+    unsampled = [
+        index
+        for name in ("image", "video", "vision_start", "vision_end")
+        if (index := getattr(model.config, f"{name}_token_id", None)) is not None
+    ]
+    pixels, parts = seen(folder, media), []
+    for token_ids in completions(samples):
+        ids = torch.tensor([[*samples.prompt_ids.tolist(), *token_ids]])
+        inputs = dict(pixels)
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
+        logits[:, unsampled] = -torch.inf
+        log_probs = logits.log_softmax(-1)[len(samples.prompt_ids) - 1 : -1]
+        parts.append(log_probs.gather(1, torch.tensor(token_ids)[:, None])[:, 0])
+    return torch.cat(parts).numpy()
+
+
+def trained(task: GenerateTask, samples: GroupSamples) -> TrainGroup:
+    return TrainGroup(
+        group_id=task.task_id,
+        question_id=task.task_id,
+        kind="plain",
+        samples=samples,
+        rewards=np.arange(task.n, dtype=np.float32) % 2,
+        media=task.prompt.media,
+    )
+
+
+def read_by(policy: Policy, tasks: list[GenerateTask], found: list[GroupSamples]) -> np.ndarray:
+    """The trainer's log-probs of all tokens, pictures and text in the same passes."""
+    groups = [trained(*pair) for pair in zip(tasks, found, strict=True)]
+    rollouts = assemble(
+        TrainWindow(step=9, groups=groups),
+        max_staleness=9,
+        device=torch.device("cpu"),
+        look=policy.look,
+    )
+    log_probs_T = torch.zeros(rollouts.tokens)
+    batches = micro_batches(
+        rollouts, np.arange(rollouts.sequences), 200, share=policy.shares_prompts
+    )
+    for batch in batches:
+        targets_R = rollouts.token_ids_T[batch.tokens_R]
+        log_probs_T[batch.tokens_R] = policy.log_probs(batch, targets_R, temperature=1.0)[0]
+    return log_probs_T.numpy()
+
+
+@torch.no_grad()
+def moved(model: Any, seed: int) -> Any:
+    """Another version of a model: text, head and tower are all other ones."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    for parameter in other.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return other
+
+
+def published(model: Any, version: int, folder: Path) -> PolicyManifest:
+    return shared_memory.publish(model.state_dict(), version, folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_engine_and_trainer_read_pictures_as_transformers_does(name: str, tmp_path: Path) -> None:
+    """Before and after new weights, a tower's among them: what was made of a picture under the old
+    ones would be seen at once."""
+    family, (folder, shared) = FAMILIES[name], (tmp_path / "model", tmp_path / "shared")
+    shared.mkdir()
+    first = family.make()
+    second = moved(first, 1)
+    family.save(first, folder)
+    engine, tasks = build(folder, max_sequences=5), tasks_of(family, tmp_path)
+
+    async def work() -> tuple[list[GroupSamples], list[GroupSamples]]:
+        before = await sample(engine, *tasks)
+        await engine.load_policy(published(second, 1, shared))
+        return before, await sample(engine, *tasks)
+
+    for model, found in zip((first, second), run(engine, work()), strict=True):
+        behaviour = np.concatenate([group.log_probs for group in found])
+        expected = np.concatenate(
+            [
+                alone(model, folder, group, task.prompt.media)
+                for task, group in zip(tasks, found, strict=True)
+            ]
+        )
+        policy = Policy(copy.deepcopy(model))
+        policy.open_eyes(str(folder))
+        assert np.abs(behaviour - expected).max() < ROUNDING
+        assert np.abs(read_by(policy, tasks, found) - expected).max() < ROUNDING
