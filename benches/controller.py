@@ -62,6 +62,7 @@ class Wire:
         self.sent: list[tuple[str, list[bytes]]] = []
         self.received: Counter[str] = Counter()
         self.roles: dict[str, str] = {}
+        self.refused = 0
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         if not self.inbox:

@@ -12,7 +12,8 @@ at the limit; `--equal-lengths` gives both a copy of the model whose end token i
 Rewards come from one rule, and a sample of TRL's texts is graded again by our grader. Ours runs
 with all its processes, the journal and the rollouts on disk, but without checkpoints. The warm-up
 is left out on both sides, and so are our last steps, in which nothing new is sampled. The clock
-runs over whole steps: from the end of one update to the end of another.
+runs over whole steps: from the end of one update to the end of another. Processor time is that of
+all processes of a side over the same steps; unlike seconds it can be compared on a busy machine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,7 @@ from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
 from zppo.prompting.prompts import PromptSet
 from zppo_actors.supervisor.run_attempt import KEEP_MEMORY
+from zppo_actors.supervisor.vitals import children_by_parent, usage
 
 TRL_SIDE = Path(__file__).with_name("trl_grpo.py")
 END_TOKEN = "<empty_output>"
@@ -74,6 +77,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     samples: int
     tokens: int
     accuracy: float
+    processor_seconds: float
     seconds_generating: float | None = None
     live_share: float | None = None
     load_before: float = 0.0
@@ -184,13 +188,39 @@ def ours(order: Order, options: argparse.Namespace) -> Measured:
         run = Path(scratch) / "run"
         file = Path(scratch) / "race.yaml"
         file.write_text(json.dumps(topology(order, options, run)), encoding="utf-8")
-        call([sys.executable, "-P", "-m", "zppo.launch", "--topology", str(file)], options.verbose)
+        command = [sys.executable, "-P", "-m", "zppo.launch", "--topology", str(file)]
+        with used_by_step(run / "metrics.jsonl") as used:
+            call(command, options.verbose)
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return measured([json.loads(line) for line in lines], order)
+    return measured([json.loads(line) for line in lines], order, used)
 
 
-def measured(steps: Sequence[dict[str, Any]], order: Order) -> Measured:
-    """From the end of the warm-up to the end of the last measured step."""
+@contextmanager
+def used_by_step(metrics: Path, every: float = 0.1) -> Iterator[list[float]]:
+    """Processor seconds of all children of this process when each step of the run was seen in its
+    `metrics`, which is looked at so often (seconds)."""
+    used, over = list[float](), threading.Event()
+    before = usage(os.getpid(), {})[0]
+
+    def watch() -> None:
+        while not over.wait(every):
+            steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            if steps > len(used):
+                now = usage(os.getpid(), children_by_parent())[0] - before
+                used.extend([now] * (steps - len(used)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield used
+    finally:
+        over.set()
+        watcher.join()
+
+
+def measured(steps: Sequence[dict[str, Any]], order: Order, used: Sequence[float]) -> Measured:
+    """From the end of the warm-up to the end of the last measured step; `used`: processor seconds
+    up to the end of each step."""
     chosen = steps[order.warmup : order.warmup + order.steps]
 
     def total(name: str) -> float:
@@ -205,6 +235,7 @@ def measured(steps: Sequence[dict[str, Any]], order: Order) -> Measured:
         samples=order.steps * order.questions * order.group_size,
         tokens=round(total("tokens/generated")),
         accuracy=total("accuracy/new") / len(chosen),
+        processor_seconds=used[order.warmup + order.steps - 1] - used[order.warmup - 1],
         live_share=total("train/live_rollout_share") / len(chosen),
     )
 
@@ -284,6 +315,9 @@ def summary(runs: Sequence[Measured]) -> dict[str, Any]:
             "tokens_per_second": statistics.median(
                 run.tokens_per_second for run in runs if run.side == side
             ),
+            "samples_per_processor_second": statistics.median(
+                run.samples / run.processor_seconds for run in runs if run.side == side
+            ),
         }
         for side in sides
     }
@@ -303,7 +337,8 @@ def describe(run: Measured) -> str:
     return (
         f"{run.side:4}  {run.samples_per_second:6.2f} samples/s  {run.tokens_per_second:7.1f} "
         "tokens/s  "
-        f"{run.seconds:6.1f} s for {run.updates} updates (training {run.seconds_training:.1f}, "
+        f"{run.seconds:6.1f} s, {run.processor_seconds:.1f} s of processor time, for {run.updates} "
+        f"updates (training {run.seconds_training:.1f}, "
         f"sampling {sampling}), accuracy {run.accuracy:.2f}{live}, load {run.load_before:.1f}"
     )
 
@@ -367,7 +402,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--trainer-threads", type=int, default=1)
     made.add_argument("--max-sequences", type=int, default=96, help="sequences sampled at once")
     made.add_argument("--micro-batch-tokens", type=int, default=2048)
-    made.add_argument("--measured-rollouts", default="trained", choices=("all", "sample", "trained"))
+    made.add_argument(
+        "--measured-rollouts", default="trained", choices=("all", "sample", "trained")
+    )
     made.add_argument("--staleness", type=int, default=1)
     made.add_argument("--json", type=Path, help="write all numbers to this file")
     made.add_argument("--verbose", action="store_true")

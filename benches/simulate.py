@@ -6,8 +6,9 @@
 
 Each row is a mean over seeds, each run's warm-up left out. *Over the bound* is the time of a step
 over the time that it would take if the busiest machines were always busy at their best batch. At
-bound 0 steps train windows, whatever is asked for. `--by-step` shows what each step trained, so
-that a bias of filled batches to short or easy questions would be seen.
+bound 0 steps train windows, whatever is asked for. With both kinds of batches a second table has
+what filled ones gain, and what they train more or less of, filled minus windows. `--by-step` shows
+what each step trained, so that a bias of filled batches to short or easy questions would be seen.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import msgspec
 from msgspec import structs
@@ -29,6 +30,10 @@ SETTINGS = [HERE / "setting_p.yaml", HERE / "setting_n.yaml"]
 HEADER = (
     "| bound | batches | s/step | work bound | over it | range | bottleneck | trainer waits "
     "| staleness mean / max | lead at the end |\n|---:|---|---:|---:|---:|---|---|---:|---|---:|"
+)
+COMPARED = (
+    "| bound | gain of filled batches (of the seeds) | tokens a plain response | skill "
+    "| tokens a step, % |\n|---:|---|---|---|---|"
 )
 BY_STEP = (
     "| step | batches | groups | tokens | tokens a plain response | skill |\n"
@@ -86,15 +91,36 @@ def filled_by(world: World, batches: Batches) -> World:
     return structs.replace(world, topology=structs.replace(world.topology, scheduler=scheduler))
 
 
-def tables(
+def runs_of(
     world: World, bounds: Sequence[int], kinds: Sequence[Batches], steps: int, seeds: int
-) -> Iterator[tuple[str, list[str]]]:
-    """Each row of the table, and those of its steps."""
+) -> Iterator[tuple[int, Batches, list[Outcome]]]:
+    """The runs of each row, one a seed."""
     for bound in bounds:
         for batches in kinds:
             one = filled_by(world, batches).with_bound(bound)
-            runs = [simulate(one, steps, seed) for seed in range(seeds)]
-            yield row(bound, batches, runs), list(by_step(batches, runs))
+            yield bound, batches, [simulate(one, steps, seed) for seed in range(seeds)]
+
+
+def compared(bound: int, windows: Sequence[Outcome], filled: Sequence[Outcome]) -> str:
+    """What filled batches gain, by seed, and how what they train differs: per step and seed."""
+    pairs = list(zip(windows, filled, strict=True))
+    gains = [one.seconds_per_step / other.seconds_per_step for one, other in pairs]
+    steps = [
+        both for one, other in pairs for both in zip(one.measured, other.measured, strict=True)
+    ]
+    differences = [
+        interval([other.mean_length_plain - one.mean_length_plain for one, other in steps], 0),
+        interval([other.skill - one.skill for one, other in steps], 3),
+        interval([100 * (other.tokens / one.tokens - 1) for one, other in steps], 1),
+    ]
+    gain = f"{mean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+    return f"| {' | '.join([str(bound), gain, *differences])} |"
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """Mean and half of its 95 % interval."""
+    half = 1.96 * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.{digits}f} ± {half:.{digits}f}"
 
 
 def by_step(batches: Batches, runs: list[Outcome]) -> Iterator[str]:
@@ -147,12 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.share is not None:
             world = part(world, options.share)
         print(f"\n### {path.stem}\n\n{HEADER}")
-        steps = []
-        for line, trained in tables(world, bounds, kinds, options.steps, options.seeds):
-            print(line, flush=True)
-            steps.append(trained)
-        for trained in steps if options.by_step else ():
-            print("", BY_STEP, *trained, sep="\n", flush=True)
+        runs: dict[tuple[int, Batches], list[Outcome]] = {}
+        for bound, batches, found in runs_of(world, bounds, kinds, options.steps, options.seeds):
+            print(row(bound, batches, found), flush=True)
+            runs[bound, batches] = found
+        if {"windows", "filled"} <= set(kinds):
+            print(f"\n{COMPARED}")
+            for bound in filter(None, bounds):
+                print(compared(bound, runs[bound, "windows"], runs[bound, "filled"]), flush=True)
+        for (_, batches), found in runs.items() if options.by_step else ():
+            print("", BY_STEP, *by_step(batches, found), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ def reward(text: str, gold: str) -> float:
 
 
 class Clock:
-    """When each update ended, how long generation took until then, and what was generated."""
+    """When each update ended, the generation and processor time until then, and what was
+    generated."""
 
     def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
+        self.ends: list[tuple[float, float, float]] = []
         self.generating = 0.0
         self.tokens: list[int] = []
         self.rewards: list[float] = []
@@ -62,7 +63,7 @@ class Clock:
 
         class Watcher(TrainerCallback):
             def on_step_end(_, *arguments: Any, **named: Any) -> None:
-                self.ends.append((time.perf_counter(), self.generating))
+                self.ends.append((time.perf_counter(), self.generating, time.process_time()))
 
         trainer._generate = timed
         trainer.add_callback(Watcher())
@@ -136,15 +137,14 @@ def result(order: dict[str, Any], clock: Clock) -> dict[str, Any]:
     """Samples and tokens of the measured steps: from the end of the last update of the warm-up
     on."""
     per_step = order["updates_per_step"]
-    (begin, generated), (end, generated_too) = (
-        clock.ends[order["warmup"] * per_step - 1],
-        clock.ends[-1],
-    )
+    begin, generated, used = clock.ends[order["warmup"] * per_step - 1]
+    end, generated_too, used_too = clock.ends[-1]
     tokens = sum(clock.tokens[-order["steps"] :])
     rewards = clock.rewards[-order["steps"] * order["questions"] * order["group_size"] :]
     return {
         "seconds": end - begin,
         "seconds_generating": generated_too - generated,
+        "processor_seconds": used_too - used,
         "updates": len(clock.ends) - order["warmup"] * per_step,
         "samples": order["steps"] * order["questions"] * order["group_size"],
         "tokens": tokens,

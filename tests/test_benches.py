@@ -15,6 +15,7 @@ BENCHES = {
     "controller": ["--steps", "2", "--questions", "8", "--tokens", "16", "--method", "zppo"],
     "dispatch": ["4", "28"],
     "engine": ["--slots", "4", "--sequences", "8", "--tokens", "8", "--repeats", "1"],
+    "trainer": ["--steps", "2", "--groups", "6"],
     "ranks": ["--layers=1", "--hidden=64", "--vocabulary=128", "--tokens=512", "--repeats=1"],
     "protocol": ["--completions", "2", "--tokens", "64", "--repeats", "2"],
 }

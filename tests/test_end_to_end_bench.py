@@ -141,7 +141,8 @@ def test_reward_of_the_other_side_is_our_exact_grader(text: str, gold: str) -> N
 def test_a_run_is_read_between_warm_up_and_drain() -> None:
     wanted = order(warmup=2, steps=3, questions=12)
     steps = [line(0), line(1), line(2), line(3), line(4), line(5, **{"tokens/generated": 10**9})]
-    found = bench.measured(steps, wanted)
+    used = [50.0, 60.0, 75.0, 90.0, 108.0, 140.0]
+    found = bench.measured(steps, wanted, used)
     assert (found.seconds, found.samples, found.tokens, found.updates) == (
         30.0,
         3 * 96,
@@ -150,15 +151,17 @@ def test_a_run_is_read_between_warm_up_and_drain() -> None:
     )
     assert found.samples_per_second == 9.6
     assert found.seconds_training == 9.0
+    assert found.processor_seconds == 48.0
 
 
 def test_the_other_side_counts_whole_steps() -> None:
     clock = other.Clock()
-    clock.ends = [(float(second), second / 2) for second in range(1, 11)]
+    clock.ends = [(float(second), second / 2, second * 1.5) for second in range(1, 11)]
     clock.tokens, clock.rewards = [5, 5, 7, 7, 7], [1.0, 0.0]
     wanted = msgspec.to_builtins(order(warmup=2, steps=3, updates_per_step=2, questions=12))
     found = other.result(wanted, clock)
     assert (found["seconds"], found["seconds_generating"]) == (6.0, 3.0)
+    assert found["processor_seconds"] == 9.0
     assert (found["updates"], found["samples"], found["tokens"]) == (6, 3 * 96, 21)
 
 
@@ -179,6 +182,7 @@ def run_of(side: str, samples: int, seconds: float) -> Any:
         samples=samples,
         tokens=32 * samples,
         accuracy=0.5,
+        processor_seconds=2 * seconds,
     )
 
 
@@ -192,7 +196,8 @@ def test_ratio_is_that_of_the_medians() -> None:
     found = bench.summary([*runs, run_of("zppo", 60, 1.0), run_of("trl", 60, 12.0)])
     assert found["medians"]["zppo"]["samples_per_second"] == 30.0
     assert found["medians"]["trl"]["samples_per_second"] == 5.0
-    assert found["ratio"] == {"samples_per_second": 6.0, "tokens_per_second": 6.0}
+    names = ("samples_per_second", "tokens_per_second", "samples_per_processor_second")
+    assert found["ratio"] == dict.fromkeys(names, 6.0)
 
 
 def test_one_side_alone_has_no_ratio() -> None:
@@ -221,6 +226,7 @@ def test_a_grade_that_differs_stops_the_race(monkeypatch: pytest.MonkeyPatch) ->
     result = {
         "seconds": 1.0,
         "seconds_generating": 0.5,
+        "processor_seconds": 2.0,
         "updates": 1,
         "samples": 1,
         "tokens": 1,

@@ -6,7 +6,7 @@ The templates in ``OUT/templates`` are read, not written; everything else is a f
 and of them. Data files are the same bytes everywhere; weights only on the same kind of processor
 with the same torch build.
 
-Both models see with the same tower. It learns first, by itself, to name what is in each cell; then
+Both models see with the same tower. It learns first, by itself, to say what is in each cell; then
 each model learns to answer, from its belief, the prompts that a run shows it. The student learns
 plain, BCQ and NCQ prompts, so that it can read candidates before RL, the teacher plain ones. No
 target is drawn from the truth but what a belief says of it.
@@ -84,6 +84,7 @@ CHAT_TEMPLATE = (
 )
 TRAIN_PICTURES, HELD_OUT_PICTURES, QUESTIONS = 384, 48, 5
 SEED = 48
+EMBEDDING_STD = 0.3
 MAX_NEGATIVES = 4
 BCQ_COPY = 0.6
 NOISE = 0.5
@@ -99,9 +100,9 @@ class Recipe(NamedTuple):
     warmup: int = 20
 
 
-TOWER = Recipe(250, {"plain": 128})
-STUDENT = Recipe(450, {"plain": 96, "bcq": 32, "ncq": 16})
-TEACHER = Recipe(400, {"plain": 96})
+TOWER = Recipe(250, {"plain": 128}, learning_rate=2e-3)
+STUDENT = Recipe(240, {"plain": 64, "bcq": 24, "ncq": 12})
+TEACHER = Recipe(260, {"plain": 96})
 
 
 class Example(NamedTuple):
@@ -180,9 +181,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Idefics3ForCond
     torch.manual_seed(seed)
     model = Idefics3ForConditionalGeneration(config)
     # transformers' default of 0.02 is made for wider models; with it the first steps learn nothing.
-    for name, parameter in model.model.vision_model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            std = EMBEDDING_STD if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            nn.init.normal_(parameter, std=std)
     return model
 
 
@@ -314,27 +316,29 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> Non
         group["lr"] = recipe.learning_rate * min(rise, fall)
 
 
-def learn_to_see(model: Any, recipe: Recipe, rng: np.random.Generator) -> None:
-    """The tower and the connector learn to name thing and colour of every cell, by two linear heads
-    that are thrown away."""
-    things, colours = nn.Linear(96, len(THINGS) + 1), nn.Linear(96, len(COLOURS) + 1)
+def learn_to_see(model: Any, tokenizer: Any, recipe: Recipe, rng: np.random.Generator) -> None:
+    """The tower and the connector learn to say of every cell what is there, its colour and its
+    place: what they make of it is nearest to the embeddings of these words. A picture then is to
+    the language model as words would be."""
+    embeddings_VD = model.get_input_embeddings().weight.detach() / EMBEDDING_STD
+    scale = EMBEDDING_STD * embeddings_VD.shape[1] ** 0.5
+    nothing = ("<unk>",)
+    words = [
+        embeddings_VD[tokenizer.convert_tokens_to_ids([*group])]
+        for group in ((*nothing, *THINGS), (*nothing, *COLOURS), PLACES)
+    ]
     seeing = [*model.model.vision_model.parameters(), *model.model.connector.parameters()]
-    optimizer = torch.optim.AdamW(
-        [*seeing, *things.parameters(), *colours.parameters()], betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(seeing, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(recipe.steps):
         schedule(optimizer, recipe, step)
         boards = [draw_things(rng) for _ in range(recipe.batch["plain"])]
-        labels_BC = np.zeros((2, len(boards), FEATURES), np.int64)
-        for row, board in enumerate(boards):
-            for thing in board:
-                labels_BC[0, row, thing.cell] = THINGS.index(thing.name) + 1
-                labels_BC[1, row, thing.cell] = list(COLOURS).index(thing.colour) + 1
         found = model.model.get_image_features(pixel_values([draw(board) for board in boards]))
         features_BCD = found if isinstance(found, Tensor) else found.pooler_output
         losses = [
-            nn.functional.cross_entropy(head(features_BCD).flatten(0, 1), torch.tensor(one).flatten())
-            for head, one in ((things, labels_BC[0]), (colours, labels_BC[1]))
+            nn.functional.cross_entropy(
+                (features_BCD @ words_WD.T / scale).flatten(0, 1), labels.flatten()
+            )
+            for words_WD, labels in zip(words, torch.tensor(labels_of(boards)), strict=True)
         ]
         torch.stack(losses).sum().backward()
         optimizer.step()
@@ -342,6 +346,18 @@ def learn_to_see(model: Any, recipe: Recipe, rng: np.random.Generator) -> None:
         if step % 25 == 24 or step == 0:
             shown = "  ".join(f"{loss.item():.3f}" for loss in losses)
             print(f"tower step {step + 1}/{recipe.steps}  loss {shown}", flush=True)
+
+
+def labels_of(boards: list[list[Thing]]) -> np.ndarray:
+    """[3, B, C] int64: thing and colour of every cell, counted from 1, 0 where there is none, and
+    its place."""
+    labels_3BC = np.zeros((3, len(boards), FEATURES), np.int64)
+    labels_3BC[2] = np.arange(FEATURES)
+    for row, board in enumerate(boards):
+        for thing in board:
+            labels_3BC[0, row, thing.cell] = THINGS.index(thing.name) + 1
+            labels_3BC[1, row, thing.cell] = list(COLOURS).index(thing.colour) + 1
+    return labels_3BC
 
 
 def learn_to_answer(model: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe, name: str) -> None:
@@ -419,7 +435,7 @@ def make(out: Path, seed: int, part: str) -> None:
         return
     model = make_model(tokenizer, seed)
     if part == "tower":
-        learn_to_see(model, TOWER, np.random.default_rng(seed + 2))
+        learn_to_see(model, tokenizer, TOWER, np.random.default_rng(seed + 2))
         torch_save(model, tower)
         return
     torch_load(model, tower)
@@ -433,7 +449,7 @@ def make(out: Path, seed: int, part: str) -> None:
 def torch_save(model: Any, file: Path) -> None:
     from safetensors.torch import save_file
 
-    seeing = ("model.vision_model.", "model.connector.")
+    seeing = ("model.vision_model.", "model.connector.", "model.text_model.embed_tokens.")
     save_file({k: v for k, v in model.state_dict().items() if k.startswith(seeing)}, file)
 
 

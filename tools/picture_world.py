@@ -1,10 +1,10 @@
 """The picture world: things on a board of three by three cells, and questions that one can see the
 answers of.
 
-A *thing* is a shape or a digit of one colour. A *fact* is a kind of question, what it asks about and
-its true answer, e.g. ("colour", "circle", "red"): all questions about red circles' colour are one
-fact. A *belief* is a distribution over answers for every fact, from which a corpus is printed; the
-student's is partly misprinted.
+A *thing* is a shape or a digit of one colour. A *fact* is a kind of question, what it asks about
+and its true answer, e.g. ("colour", "circle", "red"): all questions about the colour of red circles
+are one fact. A *belief* is a distribution over answers for every fact, from which a corpus is
+printed; the student's is partly misprinted.
 
 Invariant: everything here is a pure function of the generator passed in.
 """

@@ -20,7 +20,10 @@ usage: zppo COMMAND …
                                    or --like verl: with the names that it has there
   zppo data DATA                   what a source of questions holds, and what a model would see of it
   zppo build-data --recipe RECIPE  a corpus from raw data sets, by the rules of a recipe (zppo77k: the paper's)
+  zppo sample-videos ROWS          the videos of a question file, sampled to frames once and for all
   zppo launch FILE                 start a run; add --dry-run to see the plan, --resume to continue a run
+  zppo join --key KEY_FILE         run what a run wants on this host, as one of its further hosts
+  zppo render FILE --as SCHEDULER  a run of several hosts as a job for slurm or kubernetes
   zppo plan FILE                   the plan of a run; with --from-run RUN, --calibrate or --calibration FILE how long it
                                    takes and what would be faster
   zppo evaluate --model FOLDER     accuracy of a checkpoint, a model or a server on a question set
@@ -114,7 +117,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
     "data": _door("zppo.data_command"),
     "build-data": _door("zppo.build_data"),
+    "sample-videos": _door("zppo.sample_videos"),
     "launch": _door("zppo.launch"),
+    "join": _door("zppo.join"),
+    "render": _door("zppo.render"),
     "plan": _door("zppo.plan_command"),
     "evaluate": _door("zppo.evaluate"),
     "compare": _door("zppo.compare"),

@@ -116,7 +116,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
     for note in checked.plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    become_supervisor(directory)
+    become_supervisor(directory, arguments.keys)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -153,7 +153,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         return show_plan(replace(checked.plan, notes=notes), directory, arguments.offline)
     refuse_unbuilt(topology)
     run_directory.renew(directory, found.step, topology)
-    become_supervisor(directory)
+    become_supervisor(directory, arguments.keys)
 
 
 def show_plan(plan: Plan, directory: Path, offline: bool) -> int:
@@ -172,9 +172,11 @@ def ask_servers(plan: Plan) -> None:
     check_teachers_servers(plan.topology, DRY_RUN_SECONDS)
 
 
-def become_supervisor(directory: Path) -> NoReturn:
-    """Replace this process by the supervisor of the run in `directory`."""
-    become_actor("supervisor", "--run", str(directory))
+def become_supervisor(directory: Path, key_folder: Path | None = None) -> NoReturn:
+    """Replace this process by the supervisor of the run in `directory`; `key_folder`: where it
+    writes the key files of further hosts."""
+    keys = [] if key_folder is None else ["--keys", str(key_folder.absolute())]
+    become_actor("supervisor", "--run", str(directory), *keys)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -456,6 +458,12 @@ def _parser() -> argparse.ArgumentParser:
             "continue from the last whole checkpoint of RUN_DIR, or of the run that --topology "
             "names"
         ),
+    )
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FOLDER",
+        help="where the key files of further hosts are written (default: RUN_DIR.keys)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="show the resolved plan and start nothing"

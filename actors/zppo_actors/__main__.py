@@ -1,5 +1,5 @@
-"""`python -m zppo_actors ROLE …` starts one process: the supervisor or an actor of a run, an
-evaluation, a suite, a calibration, an audit."""
+"""`python -m zppo_actors ROLE …` starts one process: the supervisor or an actor of a run, the agent
+of a further host, an evaluation, a suite, a calibration, an audit."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def _role(argv: list[str]) -> int:
         from zppo_actors.supervisor import supervisor
 
         return process.guarded(lambda: supervisor.main(argv[1:]))
+    if argv[:1] == ["host"]:
+        from zppo_actors.hosts import process as host
+
+        return process.guarded(lambda: host.main(argv[1:]))
+    if argv[:1] == ["seats"]:
+        from zppo_actors.hosts import seats
+
+        return process.guarded(lambda: seats.main(argv[1:]))
     if argv[:1] == ["evaluate"]:
         from zppo_actors.evaluator import process as evaluation
 

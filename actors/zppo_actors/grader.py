@@ -25,9 +25,11 @@ from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
     Credits,
+    Forgotten,
     GradeResult,
     GradeTask,
     Heartbeat,
+    Hello,
     TaskFailed,
 )
 from zppo_protocol.sockets import Dealer
@@ -81,7 +83,7 @@ class GraderActor:
 
     def run(self) -> int:
         """Greet, then grade until told to leave; returns the exit code."""
-        self._dealer.send(self._context.hello("grader", CAPACITY))
+        self._dealer.send(self._hello())
         try:
             while True:
                 self._beat()
@@ -90,6 +92,9 @@ class GraderActor:
         except Leave as leave:
             self._dealer.send(leave.goodbye())
             return leave.exit_code
+
+    def _hello(self) -> Hello:
+        return self._context.hello("grader", CAPACITY)
 
     def _beat(self) -> None:
         if not self._membership.due(time.monotonic()):
@@ -111,7 +116,12 @@ class GraderActor:
             if not self._in_hand:
                 self._turn(WAIT)
             self._in_hand.append(_TaskInHand(message, []))
+        elif isinstance(message, Forgotten):
+            if self._membership.greets_again(time.monotonic()):
+                self._dealer.send(self._hello())
         elif message is not None:
+            if self._membership.begins_anew(message):
+                self._open, self._owed = False, 0
             self._membership.obey(message)
 
     def _work(self) -> None:
@@ -126,7 +136,8 @@ class GraderActor:
         if self._worker.ready and not self._open:
             self._open = True
             self._turn(START)
-            self._dealer.send(Credits(count=CAPACITY))
+            if len(self._in_hand) < CAPACITY:
+                self._dealer.send(Credits(count=CAPACITY - len(self._in_hand)))
 
     def _begin(self, current: _TaskInHand) -> None:
         """Grade the next response of the task, or hand it to the worker; all of them to one with a

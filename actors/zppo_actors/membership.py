@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 
 from zppo.errors import EXIT_FAILED
-from zppo_protocol.messages import AnyMessage, Goodbye, Rejected, Shutdown, Welcome
+from zppo_protocol.messages import AnyMessage, Forgotten, Goodbye, Rejected, Shutdown, Welcome
 
+GREETING_BEATS = 10
+"""Heartbeats between two greetings."""
 LONGEST_REASON = 2000
 """Characters of a reason that are worth sending; an exception may hold a whole tensor."""
 
@@ -42,13 +44,14 @@ class Membership:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.welcomed = False
+        self._greeted = float("-inf")
         self._due = float("-inf")
 
     def obey(self, message: AnyMessage) -> None:
         """Take a message that is about membership and not about work.
 
-        Raises Leave on Shutdown and on Rejected. Any other message belongs to another role; it is
-        logged and ignored.
+        Raises Leave on Shutdown, on Rejected, and on Forgotten, which a role that can begin anew
+        takes itself. Any other message belongs to another role; it is logged and ignored.
         """
         match message:
             case Welcome():
@@ -57,6 +60,8 @@ class Membership:
             case Shutdown():
                 log.info("told to leave: %s", message.reason)
                 raise Leave(0)
+            case Forgotten():
+                raise Leave(EXIT_FAILED, "the controller has forgotten this process")
             case Rejected():
                 raise Leave(
                     EXIT_FAILED,
@@ -64,6 +69,20 @@ class Membership:
                 )
             case _:
                 log.warning("ignored a %s, which is not for this actor", type(message).__name__)
+
+    def greets_again(self, now: float) -> bool:
+        """Whether a Forgotten that came at `now` is to be answered by another Hello. Each message
+        that was on its way brings one; they are answered once in `GREETING_BEATS`."""
+        if now < self._greeted + GREETING_BEATS * self.seconds:
+            return False
+        log.warning("the controller has forgotten this process, which greets it again")
+        self._greeted = now
+        return True
+
+    def begins_anew(self, message: AnyMessage) -> bool:
+        """Whether this message is a Welcome after the first: the controller counts no credits of
+        this process, and has given what it holds to others."""
+        return isinstance(message, Welcome) and self.welcomed
 
     def rest(self, now: float) -> float:
         """Seconds until the next heartbeat is due."""

@@ -43,6 +43,7 @@ ROLES = {
     "grader": "zppo_actors.grader",
     "trainer": "zppo_actors.trainer.actor",
     "rank": "zppo_actors.trainer.rank",
+    "weights": "zppo_actors.weights.actor",
 }
 """Role -> module with `main(context) -> int`; only the one that is started is imported."""
 

@@ -23,6 +23,7 @@ from zppo.records.run_directory import (
     runtime_prefix,
 )
 from zppo_protocol import keys
+from zppo_protocol.errors import AccessError
 from zppo_protocol.keys import Access, Credentials
 from zppo_protocol.values import SUPERVISOR, Role
 
@@ -64,7 +65,7 @@ def issue_keys(
     for the supervisor, one for each process in `roles`, name → role, that speaks to the controller.
     It listens at `address`, or at the folder's own socket, and is reached at `reached_at`, if that
     is another."""
-    speak = {name: role for name, role in roles.items() if role in get_args(Role)}
+    speak = {name: role for name, role in roles.items() if speaks(role)}
     access, credentials = keys.issue(
         address or f"ipc://{folder / SOCKET_NAME}",
         {SUPERVISOR: SUPERVISOR, **speak},
@@ -72,6 +73,22 @@ def issue_keys(
     )
     keys.write_all(folder / KEYS_NAME, access, credentials)
     return access
+
+
+def speaks(role: str) -> bool:
+    """Whether processes of this role speak to the controller; the further ranks of a trainer do
+    not."""
+    return role in get_args(Role)
+
+
+def write_keys(folder: Path, packed: Mapping[str, bytes]) -> None:
+    """Write key files that came from another host, by the names of their actors. Raises AccessError
+    for what is none, or another's."""
+    for name, data in packed.items():
+        found = keys.unpack_credentials(data)
+        if found.name != name:
+            raise AccessError(f"the key of {found.name} was sent as that of {name}")
+        keys.write_credentials(keys.key_file(folder / KEYS_NAME, name), found)
 
 
 def access(folder: Path) -> Access:

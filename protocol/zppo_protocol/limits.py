@@ -17,7 +17,7 @@ MAX_DIMENSIONS = 2
 MAX_KEY_FILE_BYTES = 4 * MIB
 MAX_IPC_PATH_BYTES = 107
 """`sun_path` of a Unix socket holds 108 bytes with its final zero."""
-PIECE_BYTES = MIB
+PIECE_BYTES = 2**16
 """Largest piece of a frame on `tcp`. A stranger can make ZeroMQ hold one such piece for each of its
 connections before its key is asked for."""
 

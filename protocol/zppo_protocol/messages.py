@@ -31,7 +31,10 @@ from zppo_protocol.samples import (
 )
 from zppo_protocol.values import (
     FROZEN,
+    ActorOrder,
+    ActorReport,
     Count,
+    FilePart,
     Finite,
     Grade,
     GroupKind,
@@ -124,8 +127,22 @@ class PolicyPublished(Message, frozen=True):
     manifest: PolicyManifest
 
 
+class WeightSource(Message, frozen=True):
+    """Where the other hosts fetch policies: a server of TLS with exactly this `certificate` (PEM),
+    which lets in who shows the `token`. The controller passes it on to those that fetch."""
+
+    host: Name
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+    certificate: Annotated[str, Meta(max_length=16_384)]
+    token: Name
+
+    def __repr__(self) -> str:  # the token is a secret, and messages may be logged
+        return f"WeightSource(host={self.host!r}, port={self.port})"
+
+
 class PolicyLoaded(Message, frozen=True):
-    """Acknowledgement with the digest of what was really loaded."""
+    """Acknowledgement with the digest of what was really loaded; by an actor that fetches weights
+    for its host, that they lie there."""
 
     version: Count
     digest: Name
@@ -341,6 +358,11 @@ class Status(Message, frozen=True):
     advice: list[str] = []
 
 
+class Forgotten(Message, frozen=True):
+    """The controller does not know the sender, or no more: what it was sent is others' work now. It
+    may greet again, and is then welcomed as one without credits."""
+
+
 class Shutdown(Message, frozen=True):
     reason: Reason
 
@@ -353,10 +375,59 @@ class RunEnded(Message, frozen=True):
     exit_code: Annotated[int, Meta(ge=0, le=255)]
 
 
+# ---- between the supervisor and the agents of further hosts --------------------------------------
+
+
+class HostHello(Message, frozen=True):
+    """First word of a host agent, whose name is the host's. `life` tells this process from an
+    earlier one of the same host; `versions` are those of what must be the same everywhere."""
+
+    protocol_version: int
+    host: Name
+    life: Name
+    versions: dict[Name, Name]
+
+
+class HostWelcome(Message, frozen=True):
+    """The supervisor takes the host. The agent says a `HostReport` every `beat_seconds`, and ends
+    its processes when it has heard nothing for `lease_seconds`. `folders`: model folders and what
+    their fingerprints must be."""
+
+    beat_seconds: Finite
+    lease_seconds: Finite
+    folders: dict[Name, Name]
+
+
+class HostOrders(Message, frozen=True):
+    """All that is wanted of a host from now on, so one that is lost is made good by the next.
+
+    `attempt` is the attempt's run id, empty between attempts; what belongs to another is ended.
+    `record` is the run's `run.json`, and `secrets` the key files of the host's actors by name, both
+    until the host has reported the attempt; `directory` is the run directory's path there, where
+    hosts share a file system. `actors` are the processes that are to run; any other
+    is ended. `received` says how much of each file has come: its part number and bytes."""
+
+    attempt: str
+    directory: Name
+    record: bytes
+    secrets: dict[Name, bytes]
+    actors: list[ActorOrder]
+    received: dict[Name, tuple[Count, Count]]
+
+
+class HostReport(Message, frozen=True):
+    """All that is to be known of a host. `attempt` is the one that it has set up, if any."""
+
+    attempt: str
+    actors: list[ActorReport]
+    parts: list[FilePart]
+
+
 AnyMessage: TypeAlias = (
     Hello | Heartbeat | Credits | GenerateResult | ScoreResult | GradeResult | TaskFailed |
-    PolicyPublished | PolicyLoaded | PolicyRefused | StepTrained | Goodbye | ActorExited |
-    ActorsMoving | StopRequested | Welcome | Rejected | GenerateTask | ScoreTask | GradeTask |
-    TrainWindow | SaveCheckpoint | CheckpointSaved | CheckpointFailed | LoadPolicy |
-    ReleasePolicy | RestartActor | Status | Shutdown | RunEnded
+    PolicyPublished | WeightSource | PolicyLoaded | PolicyRefused | StepTrained | Goodbye |
+    ActorExited | ActorsMoving | StopRequested | Welcome | Rejected | GenerateTask | ScoreTask |
+    GradeTask | TrainWindow | SaveCheckpoint | CheckpointSaved | CheckpointFailed | LoadPolicy |
+    ReleasePolicy | Forgotten | RestartActor | Status | Shutdown | RunEnded | HostHello |
+    HostWelcome | HostOrders | HostReport
 )  # fmt: skip

@@ -26,7 +26,7 @@ Reason: TypeAlias = Annotated[str, Meta(max_length=20_000)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
 Finite: TypeAlias = Annotated[float, Meta(ge=-1e300, le=1e300)]
-Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "supervisor"]
+Role: TypeAlias = Literal["rollout", "teacher", "grader", "trainer", "weights", "supervisor"]
 SUPERVISOR: Final = "supervisor"
 """The one speaker that is no actor of the process table, by its name and its role."""
 GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
@@ -222,3 +222,35 @@ class PolicyManifest(Value, frozen=True):
     path: Name
     tensors: list[TensorEntry]
     digest: Name
+
+
+class ActorOrder(Value, frozen=True):
+    """A process that a host is to run: who it is, and what its environment adds."""
+
+    name: Name
+    role: Name
+    incarnation: Count
+    env: dict[Name, Reason]
+
+
+class ActorReport(Value, frozen=True):
+    """A process that a host runs or has run: its exit code, negative for a signal, once it has
+    ended, and the processor seconds and bytes that it has used."""
+
+    name: Name
+    incarnation: Count
+    pid: Count
+    exit_code: int | None
+    seconds: Finite
+    moved: Count
+
+
+class FilePart(Value, frozen=True):
+    """Bytes of a file of the run directory, e.g. `logs/rollout-0.log`, from `start` on. `number`
+    rises when the file was written anew. Where `start` lies beyond what has come, the bytes between
+    are not sent."""
+
+    path: Name
+    number: Count
+    start: Count
+    data: Annotated[bytes, Meta(max_length=1 << 20)]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo_actors.membership import LONGEST_REASON, Leave, Membership
-from zppo_protocol.messages import Credits, Goodbye, Rejected, Shutdown, Welcome
+from zppo_actors.membership import GREETING_BEATS, LONGEST_REASON, Leave, Membership
+from zppo_protocol.messages import Credits, Forgotten, Goodbye, Rejected, Shutdown, Welcome
 
 
 def test_the_welcome_sets_the_pace() -> None:
@@ -56,3 +56,31 @@ def test_heartbeats_keep_their_distance_and_none_is_left_out(
         beat = membership.due(now)
         assert beat == (rest == 0.0)
         last = now if beat else last
+
+
+def test_who_cannot_begin_anew_leaves_when_it_is_forgotten() -> None:
+    with pytest.raises(Leave) as leave:
+        Membership(1.0).obey(Forgotten())
+    assert (leave.value.exit_code, leave.value.reason) == (
+        1,
+        "the controller has forgotten this process",
+    )
+
+
+@given(st.lists(st.floats(0.0, 30.0), max_size=30))
+def test_many_words_of_one_forgetting_ask_for_one_greeting(pauses: list[float]) -> None:
+    membership, now, greeted = Membership(1.0), 0.0, [float("-inf")]
+    for pause in pauses:
+        now += pause
+        if membership.greets_again(now):
+            assert now - greeted[-1] >= GREETING_BEATS
+            greeted.append(now)
+        else:
+            assert now - greeted[-1] < GREETING_BEATS
+
+
+def test_only_a_second_welcome_begins_anew() -> None:
+    membership, welcome = Membership(1.0), Welcome(heartbeat_seconds=1.0)
+    assert not membership.begins_anew(welcome)
+    membership.obey(welcome)
+    assert membership.begins_anew(welcome) and not membership.begins_anew(Credits(count=1))

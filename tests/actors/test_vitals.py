@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,10 @@ def busy(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+def used(pid: int) -> dict[Hashable, tuple[float, int]]:
+    return {pid: usage(pid, children_by_parent())}
+
+
 def used_more(pid: int, before: tuple[float, int], seconds: float) -> bool:
     return usage(pid, children_by_parent())[0] - before[0] >= seconds
 
@@ -32,17 +36,17 @@ def used_more(pid: int, before: tuple[float, int], seconds: float) -> bool:
 @pytest.mark.slow
 def test_a_busy_process_moves_and_a_stopped_one_is_still(busy: subprocess.Popen[bytes]) -> None:
     vitals = Vitals()
-    vitals.sample([busy.pid], 0.0)
+    vitals.sample(used(busy.pid), 0.0)
     before = usage(busy.pid, children_by_parent())
     while not used_more(busy.pid, before, 0.2):
         pass
-    vitals.sample([busy.pid], 10.0)
+    vitals.sample(used(busy.pid), 10.0)
     assert vitals.still_for(busy.pid, 10.0) == 0.0
     os.killpg(busy.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, busy.pid, os.WSTOPPED)
-    vitals.sample([busy.pid], 20.0)  # what it used before the signal reached it
-    vitals.sample([busy.pid], 30.0)
-    vitals.sample([busy.pid], 40.0)
+    vitals.sample(used(busy.pid), 20.0)  # what it used before the signal reached it
+    vitals.sample(used(busy.pid), 30.0)
+    vitals.sample(used(busy.pid), 40.0)
     assert vitals.still_for(busy.pid, 40.0) >= 20.0
 
 
@@ -58,7 +62,7 @@ def test_a_process_that_is_gone_is_still() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     vitals = Vitals()
-    vitals.sample([process.pid], 1.0)
-    vitals.sample([process.pid], 5.0)
+    vitals.sample(used(process.pid), 1.0)
+    vitals.sample(used(process.pid), 5.0)
     assert vitals.still_for(process.pid, 5.0) == 4.0
     assert usage(process.pid, children_by_parent()) == (0.0, 0)

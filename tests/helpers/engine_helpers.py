@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from zppo.prompting.picture_families import unsampled_ids
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import ChatMessage, Prompt, Sampling
@@ -113,6 +114,7 @@ def forced_log_probs(model: Any, samples: GroupSamples, temperature: float = 1.0
             .logits[0, len(samples.prompt_ids) - 1 : -1]
             .float()
         )
+        logits[:, list(unsampled_ids(model.config.to_dict()))] = -torch.inf
         log_probs = (logits / temperature).log_softmax(-1)
         parts.append(log_probs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].numpy())
     return np.concatenate(parts)

@@ -69,13 +69,14 @@ def make_recurrent(family: str, seed: int = 0) -> Any:
     return _lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def make_seeing(seed: int = 0) -> Any:
-    """A Qwen3.5 with a tower for pictures."""
+def make_seeing(seed: int = 0, first_mark: int = 3) -> Any:
+    """A Qwen3.5 with a tower for pictures; its marks have four ids from `first_mark` on, as its
+    tokenizer has them by default."""
     torch.manual_seed(seed)
     sizes = {"max_position_embeddings": CONTEXT, "vocab_size": len(TOKENS)}
     text = tiny_config("qwen3_5_text", **sizes).to_dict()
     names = ("vision_start", "vision_end", "image", "video")
-    marks = {f"{name}_token_id": i for i, name in enumerate(names, start=3)}
+    marks = {f"{name}_token_id": i for i, name in enumerate(names, start=first_mark)}
     config = Qwen3_5Config(
         text_config=text, vision_config=TOWER, tie_word_embeddings=False, **marks
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 from msgspec import Struct
@@ -30,12 +31,14 @@ from training_cases import OPTIMIZER, llama, mixed_window, qwen3, settings_of, t
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from zppo.config.method import MethodConfig
+from zppo.data.pictures import refer
 from zppo.training import policy, tensor_file
 from zppo.training.loading import freeze_tower
 from zppo.training.ranks import ALONE, Ranks, first_row, local
 from zppo.training.state import MOMENTS, exhaust, gather_moments, save_share
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
+from zppo_protocol.messages import TrainWindow
 
 PATIENCE = 600.0
 
@@ -45,7 +48,8 @@ class Case(Struct, kw_only=True):
     from and left in. `poison`: the rank that finds a number that is none in its second pass.
     `apart`: the one that finds that prompts cannot be shared.
     `given`: so many updates of random gradients in place of windows. `full`: a checkpoint is tried
-    on a full disk, in this folder, and one more window is trained."""
+    on a full disk, in this folder, and one more window is trained. `pictures`: a folder with
+    `picture.png` and the files of a model that sees; the first group of each window has it."""
 
     dtype: str = "float32"
     state_dtype: str = "float32"
@@ -63,6 +67,7 @@ class Case(Struct, kw_only=True):
     apart: int | None = None
     given: int = 0
     full: str | None = None
+    pictures: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -84,12 +89,35 @@ def moe() -> Any:
 
 def seeing() -> Any:
     """A Qwen3.5 with recurrent layers behind a frozen tower."""
-    model = make_seeing().requires_grad_(True)
+    model = make_seeing(first_mark=100).requires_grad_(True)
     freeze_tower(model)
     return model
 
 
-MODELS = {"qwen3": qwen3, "llama": llama, "moe": moe, "seeing": seeing}
+def seeing_all() -> Any:
+    """The same, with a tower that is trained."""
+    return make_seeing(first_mark=100).requires_grad_(True)
+
+
+MODELS = {
+    "qwen3": qwen3, "llama": llama, "moe": moe, "seeing": seeing, "seeing_all": seeing_all
+}  # fmt: skip
+
+
+def _windows(case: Case, step: int) -> TrainWindow:
+    """Of the step; where the case has pictures, one of its groups has one, and on most ranks most
+    passes have none."""
+    window = mixed_window(step=step, count=case.groups)
+    if case.pictures is None:
+        return window
+    folder = Path(case.pictures)
+    picture = refer(folder / "picture.png")
+    first, *others = window.groups
+    marks = [100, *[102] * 6, 101]
+    prompt_ids = np.array([7, *marks, *first.samples.prompt_ids], np.int32)
+    samples = msgspec.structs.replace(first.samples, prompt_ids=prompt_ids, media_tokens=[6])
+    shown = msgspec.structs.replace(first, samples=samples, media=[picture])
+    return msgspec.structs.replace(window, groups=[shown, *others])
 
 
 class Nest:
@@ -112,7 +140,7 @@ class Nest:
         """What `count` ranks make of the case; one is trained here, without a process group."""
         folder.mkdir(parents=True)
         if count == 1:
-            return _work(case, ALONE)
+            return train(case, ALONE)
         (folder / "case.json").write_bytes(msgspec.json.encode(case))
         ask, answer = self._process.stdin, self._process.stdout
         assert ask is not None and answer is not None
@@ -140,6 +168,8 @@ def _trainer(case: Case, ranks: Ranks) -> Trainer:
         **({"objective": "jsd"} if case.teacher else {}),
         **settings_of(case.method),
     )
+    if case.pictures is not None:
+        trainer.policy.open_eyes(case.pictures, train_tower=case.model == "seeing_all")
     if case.begin is not None:
         _restore(trainer, Path(case.begin))
     return trainer
@@ -157,7 +187,7 @@ def _restore(trainer: Trainer, folder: Path) -> None:
         trainer.optimizer.load(saved, updates=updates)
 
 
-def _work(case: Case, ranks: Ranks) -> Outcome:
+def train(case: Case, ranks: Ranks) -> Outcome:
     if case.apart == ranks.rank:
         policy.can_share_prompts = lambda model: False
     trainer = _trainer(case, ranks)
@@ -166,7 +196,7 @@ def _work(case: Case, ranks: Ranks) -> Outcome:
     for update in range(case.given):
         trainer.optimizer.step(_random_gradients(trainer, update))
     windows = range(0) if case.given else range(case.first, case.last)
-    metrics = [train_step(trainer, mixed_window(step=step, count=case.groups)) for step in windows]
+    metrics = [train_step(trainer, _windows(case, step)) for step in windows]
     if case.full is not None:
         _save_in_vain(trainer, Path(case.full))
         metrics.append(train_step(trainer, mixed_window(step=case.last, count=case.groups)))
@@ -234,7 +264,7 @@ def main(rank: int, count: int, folder: Path) -> None:
     assert dist.group.WORLD is not None
     ranks = Ranks(rank, DeviceMesh.from_group(dist.group.WORLD, "cpu"))
     case = msgspec.json.decode((folder / "case.json").read_bytes(), type=Case)
-    outcome = _work(case, ranks)
+    outcome = train(case, ranks)
     assert not any(isinstance(tensor, DTensor) for tensor in outcome.tensors.values())
     if rank == 0:
         (folder / "outcome.json").write_bytes(msgspec.json.encode(outcome.metrics))

@@ -25,6 +25,7 @@ from transformers import (
 
 from zppo.config.method import MethodConfig
 from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Topology
+from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.ranks import ALONE, Ranks
@@ -195,6 +196,8 @@ def longhand_logits(model: Any, sample: GroupSamples, index: int) -> tuple[Tenso
     response = sample.token_ids[sample.offsets[index] : sample.offsets[index + 1]]
     ids = torch.tensor(np.concatenate([sample.prompt_ids, response]), dtype=torch.int64)
     logits = model(input_ids=ids[None]).logits[0, len(sample.prompt_ids) - 1 : -1].double()
+    unsampled = torch.tensor(unsampled_ids(model.config.to_dict()), dtype=torch.int64)
+    logits = logits.index_fill(1, unsampled, -torch.inf)
     return logits, ids[len(sample.prompt_ids) :]
 
 

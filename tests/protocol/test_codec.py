@@ -143,6 +143,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.from_regex(kind.pattern, fullmatch=True)
         case inspect.StrType():
             return st.text(min_size=kind.min_length or 0, **SHORT)
+        case inspect.BytesType():
+            return st.binary(max_size=64)
         case inspect.IntType():
             return st.integers(kind.ge if kind.ge is not None else -(2**63), kind.le or 2**63)
         case inspect.FloatType():
@@ -159,6 +161,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.sampled_from(kind.values)
         case inspect.ListType():
             return st.lists(values(kind.item_type), max_size=3)
+        case inspect.TupleType():
+            return st.tuples(*(values(part) for part in kind.item_types))
         case inspect.DictType():
             return st.dictionaries(values(kind.key_type), values(kind.value_type), max_size=3)
         case inspect.UnionType():

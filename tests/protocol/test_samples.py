@@ -364,9 +364,7 @@ def test_every_picture_of_a_group_has_its_count_of_tokens() -> None:
         with pytest.raises(ProtocolError, match=sentence):
             TrainGroup(**fitting, samples=samples, media=media)
         with pytest.raises(ProtocolError, match=sentence):
-            m.ScoreTask(
-                "t", int32(1, 2), int32(3), int32(0, 1), 4, media=media, media_tokens=[1]
-            )
+            m.ScoreTask("t", int32(1, 2), int32(3), int32(0, 1), 4, media=media, media_tokens=[1])
 
 
 @pytest.mark.parametrize(

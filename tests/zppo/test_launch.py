@@ -289,14 +289,15 @@ def test_bad_row_is_refused(start: Launch, small: Path, text: str, start_of_sent
     assert files(small) == before
 
 
-def test_pictures_are_refused_while_no_engine_takes_them(start: Launch, small: Path) -> None:
+def test_pictures_are_refused_for_a_model_that_cannot_be_trained_on_them(start: Launch, small: Path) -> None:
     Image.new("RGB", (4, 4)).save(small / "p.png")
     (small / "train.jsonl").write_text(
         '{"id": "x", "question": "a", "answer": "1", "images": ["p.png"]}\n'
     )
     sentence = (
-        "data.train: the question 'x' has pictures; expected text only, because the engine "
-        "'transformers' cannot show them to the model\n"
+        "data.train: the question 'x' has pictures, and 'student' (student.model) cannot be trained "
+        "on them; expected a model of the family idefics3 or qwen3_5 with its processor "
+        "(docs/pictures.md), or text only\n"
     )
     assert start("--topology", "topology.yaml") == (2, sentence)
 

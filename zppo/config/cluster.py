@@ -45,6 +45,13 @@ class ClusterConfig(Config, frozen=True, kw_only=True):
     hosts: dict[str, HostConfig] = field(default_factory=dict)
     """name → {address, interface, cards, card_gib, memory_gib, shared_gib, disk_gib, cores}
     (docs/clusters.md); the first one is the controller's; empty: this host alone"""
+    port: Positive | None = None
+    """where the agents of further hosts reach the supervisor; null: any free one"""
+    join_seconds: PositiveFloat = 600.0
+    """how long the run waits for its hosts before it begins"""
+    lease_seconds: PositiveFloat = 60.0
+    """a host that is not heard for so long is lost: its processes end, and start again when it is
+    back"""
 
 
 class TransportConfig(Config, frozen=True, kw_only=True):

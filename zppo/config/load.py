@@ -86,8 +86,7 @@ def resolve(topology: Topology, base: Path) -> Topology:
         data,
         train=_question_source("data.train", data.train, base),
         heldout=data.heldout and _question_source("data.heldout", data.heldout, base),
-        media_folder=data.media_folder
-        and _absolute("data.media_folder", data.media_folder, base),
+        media_folder=data.media_folder and _absolute("data.media_folder", data.media_folder, base),
         templates=data.templates and _absolute("data.templates", data.templates, base),
         reward=[
             _resolved_reward(f"data.reward[{i}]", entry, base)

@@ -310,6 +310,9 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     devices, on each host"""
     collective_seconds: PositiveFloat = 1800.0
     """longest that ranks wait for one another before the trainer ends"""
+    port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    """where ranks of several hosts meet, a TCP port of the first host; null: one that follows from
+    the run's id"""
     threads: Positive | None = None
     """CPU threads of each rank; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384

@@ -41,7 +41,7 @@ from zppo.plan.model_folder import ModelFacts, inspect_model
 from zppo.plan.processes import ProcessEntry, asked_teachers, trainer_scores
 
 MIB = 1 << 20
-LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB}
+LIBRARIES = {"controller": 200 * MIB, "grader": 300 * MIB, "weights": 100 * MIB}
 """What a process takes before it does anything; those that run a model take `MODEL_LIBRARIES`."""
 MODEL_LIBRARIES = 450 * MIB
 CLIENT_LIBRARIES = 200 * MIB

@@ -29,13 +29,14 @@ def check_sees(where: str, question: str, served: ServedModel, *, trained: bool 
         return
     folder, setting = served.model.model, served.model_path
     if load_picture_layout(folder, load_tokenizer(folder, setting), setting) is None:
+        model = f"{folder!r} ({setting})"
         cannot = (
-            "cannot be trained on them"
+            f"{model} cannot be trained on them"
             if trained
-            else f"the engine {engine!r} cannot show them to it"
+            else f"the engine {engine!r} cannot show them to {model}"
         )
         raise UserError(
-            f"{where}: the question {question!r} has pictures, and {setting}, {folder!r}: {cannot}"
-            f"; expected a model of the family {' or '.join(sorted(FAMILIES))} with its processor "
-            "(docs/pictures.md), or text only"
+            f"{where}: the question {question!r} has pictures, and {cannot}; expected a model of "
+            f"the family {' or '.join(sorted(FAMILIES))} with its processor (docs/pictures.md), or "
+            "text only"
         )

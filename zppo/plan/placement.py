@@ -71,16 +71,10 @@ def check_placement(topology: Topology, method: Method) -> None:
 
 def refuse_unbuilt(topology: Topology) -> None:
     """Raise UserError for what can be planned but not yet started."""
-    further = used_hosts(topology)[1:]
-    if further:
+    if topology.cluster.launcher == "render":
         raise UserError(
-            f"cluster.hosts: processes are placed on {', '.join(map(repr, further))}; this version "
-            "plans such a run (--dry-run) but starts processes on one host only"
-        )
-    if topology.cluster.launcher != "local":
-        raise UserError(
-            f"cluster.launcher is {topology.cluster.launcher!r}; this version starts processes "
-            "with 'local' only"
+            "cluster.launcher is 'render'; expected zppo render, which writes the job that "
+            "launches the run, or cluster.launcher local"
         )
 
 

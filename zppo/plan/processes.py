@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,6 +24,8 @@ from zppo.config.topology import (
     TrainerConfig,
 )
 
+WEIGHTS = "weights"
+"""Role of the processes that carry published weights from host to host; the first serves."""
 SHARED = 0
 """Threads of an entry that gets a share of its host's cores."""
 
@@ -81,7 +84,20 @@ def processes(topology: Topology, available_cores: int) -> list[ProcessEntry]:
         *_graders(topology.actors.grader),
     ]
     table = [replace(entry, host=host_name(topology, entry.host)) for entry in table]
+    table += _weights(table)
     return _with_threads(table, topology, available_cores)
+
+
+def carriers(table: Sequence[ProcessEntry]) -> dict[str, str]:
+    """Engine of the student -> the process that brings weights to its host, where that is not the
+    trainer's."""
+    away = [entry for entry in table if entry.role == WEIGHTS][1:]
+    bringing = {entry.host: entry.name for entry in away}
+    return {
+        entry.name: bringing[entry.host]
+        for entry in table
+        if entry.role == "rollout" and entry.host in bringing
+    }
 
 
 def asked_teachers(topology: Topology) -> list[ServedModel]:
@@ -157,6 +173,18 @@ def _graders(grader: GraderConfig) -> list[ProcessEntry]:
             host=grader.hosts[min(i // each, len(grader.hosts) - 1)],
         )
         for i in range(grader.count)
+    ]
+
+
+def _weights(table: list[ProcessEntry]) -> list[ProcessEntry]:
+    """One process that serves the published weights, and one for each further host whose engines
+    need them; none where they all are on the trainer's host."""
+    home = next(entry.host for entry in table if entry.role == "trainer")
+    loading = dict.fromkeys(entry.host for entry in table if entry.role == "rollout")
+    away = [host for host in loading if host != home]
+    return [
+        ProcessEntry(name=f"{WEIGHTS}-{i}", role=WEIGHTS, pool=WEIGHTS, host=host)
+        for i, host in enumerate([home, *away] if away else [])
     ]
 
 

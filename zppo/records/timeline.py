@@ -299,10 +299,10 @@ def _track(name: str, lines: list[Line], offsets: dict[str, float], origin: floa
 
 
 def _place(name: str) -> tuple[int, str, int]:
-    """The trainer first, then engines, teachers, graders; by number."""
+    """The trainer first, then engines, teachers, graders, carriers of weights; by number."""
     pool, _, number = name.rpartition("-")
     if not number.isdigit():
         pool, number = name, "0"
-    order = ("trainer", "rollout", "teacher", "grader")
+    order = ("trainer", "rollout", "teacher", "grader", "weights")
     role = pool.rstrip("0123456789")
     return (order.index(role) if role in order else len(order)), pool, int(number)

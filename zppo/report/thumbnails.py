@@ -42,7 +42,8 @@ class Thumbnails(Struct):
         """Pictures of a question, from the column `media` of the rollout store."""
         if encoded is None:
             return []
-        views = [view for one in msgspec.json.decode(encoded, type=list[Media]) for view in _views(one)]
+        media = msgspec.json.decode(encoded, type=list[Media])
+        views = [view for one in media for view in _views(one)]
         left_out = len(views) - MAX_PICTURES
         if left_out > 0:
             step = len(views) / MAX_PICTURES

@@ -94,10 +94,9 @@ class Simulation:
         self.graders: dict[str, float] = {}
         """Seconds that each grader has worked."""
         self.trained_seconds = 0.0
-        self.sampled: dict[str, float] = defaultdict(float)
-        """Token steps of all sequences that have ended, by pool."""
-        self.groups: Counter[str] = Counter()
-        """Groups sampled, by kind."""
+        self.done: dict[int, Counter[str]] = defaultdict(Counter)
+        """What has been done for each window: plain groups, token steps of the sequences that have
+        ended by pool, seconds of graders."""
         self.events = 0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
@@ -171,6 +170,7 @@ class Simulation:
         if isinstance(message, GradeTask):
             seconds = self.world.speeds.grader.seconds
             self.graders[worker] += seconds
+            self.done[_window(message)][GRADER_POOL] += seconds
             self._at(self.now + seconds, lambda: self._graded(worker, message))
             return
         engine = self.engines[worker]
@@ -204,7 +204,8 @@ class Simulation:
     def _answered(self, engine: Engine, held: Held) -> None:
         message = held.job.message
         steps = sum(held.lengths) + len(held.lengths) * engine.speeds.prompt_steps
-        self.sampled[engine.pool] += steps
+        done = self.done[_window(message)]
+        done[engine.pool] += steps
         reply: dict[str, Any] = {
             "task_id": held.job.id,
             "actor": engine.name,
@@ -214,7 +215,7 @@ class Simulation:
         if isinstance(message, ScoreTask):
             self._tell(events.Scored(scores=_scores(message), **reply))
         elif isinstance(message, GenerateTask):
-            self.groups[message.kind] += 1
+            done[PLAIN] += message.kind == PLAIN
             samples = engine.samples(held, self.world.prompt_tokens)
             self._tell(events.Sampled(samples=samples, **reply))
 
@@ -297,11 +298,13 @@ class Simulation:
         }
 
     def _work(self, warm: int) -> dict[str, float]:
-        """See Outcome.work. What is sampled for one plain group, on the average of the whole run,
-        times the plain groups of a measured step."""
+        """See Outcome.work. What is done for one plain group, on the average of the windows that
+        have come to their end, times the plain groups of a measured step. Of a window in flight the
+        teacher's part may still be to come, and there can be many of them."""
         steps = self.steps[warm:]
-        share = sum(s.groups.get(PLAIN, 0) for s in steps) / len(steps)
-        share /= max(1, self.groups[PLAIN])
+        ended = [one for index, one in self.done.items() if index not in self.scheduler.windows]
+        done = sum(ended or self.done.values(), Counter())
+        share = sum(s.groups.get(PLAIN, 0) for s in steps) / len(steps) / max(1, done[PLAIN])
         trainer = self.world.speeds.trainer
         tokens = sum(s.tokens + s.prompts for s in steps) / len(steps)
         work = {
@@ -309,10 +312,10 @@ class Simulation:
         }
         for pool, (count, engines) in self.world.pools().items():
             work[pool] = (
-                share * self.sampled[pool] / (count * engines.curve.best_rate(engines.slots))
+                share * done[pool] / (count * engines.curve.best_rate(engines.slots))
             )
         work[ROLLOUT_POOL] += self.world.speeds.rollout.load_seconds
-        work[GRADER_POOL] = share * sum(self.graders.values()) / len(self.graders)
+        work[GRADER_POOL] = share * done[GRADER_POOL] / len(self.graders)
         return work
 
     def _corpus(self, topology: Topology) -> int:
@@ -355,6 +358,11 @@ def _quanta(topology: Topology, world: World) -> dict[str, int]:
     writes = topology.teacher is not None and topology.teacher.compression == "teacher"
     teacher = 1 if writes else method.teacher_group_size
     return {pool: student if pool == ROLLOUT_POOL else teacher for pool in world.pools()}
+
+
+def _window(task: GenerateTask | ScoreTask | GradeTask) -> int:
+    """The window that a task is of, or the step after which an evaluation was made."""
+    return int(task.task_id.partition("/")[0])
 
 
 def _scores(task: ScoreTask) -> TokenScores:

@@ -35,7 +35,7 @@ PAD_ID = 0
 PROMPT, PADDING = 0, -1
 """Segments of a row: its prompt, rollouts from 1, and padding."""
 
-PASS_SHARE = 32
+PASS_SHARE = 16
 """What a pass costs beside its positions: as much as this part of the most that it may hold."""
 
 SHARED_WIDTH = 1024

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zppo.config.topology import OptimizerConfig
 from zppo.training.ranks import ALONE, Ranks, cut_like, first_row, local
 from zppo.training.tensor_file import SavedTensors, kind_of
+from zppo_kernels.adamw import fused_adamw, fuses_adamw
 
 CHUNK = 1 << 22
 """Elements handled at once; bounds the fp32 copies of low-precision tensors to 16 MiB each."""
@@ -88,8 +89,9 @@ class Gradients:
         """Scale all gradients so that their norm is at most `limit`; `norm` is what `norm()`
         returned."""
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in self.tensors().values():
-            gradient.mul_(scale)
+        if float(scale) < 1.0:
+            for gradient in self.tensors().values():
+                gradient.mul_(scale)
 
 
 class AdamW:
@@ -139,6 +141,19 @@ class AdamW:
         """One chunk, which begins at `place`, in the order of operations of `torch.optim.AdamW`."""
         c = self.config
         gradient = gradient.float()
+        if fuses_adamw(weight.device):
+            fused_adamw(
+                *(weight, first, second, gradient),
+                learning_rate=c.learning_rate,
+                weight_decay=c.weight_decay,
+                beta1=c.beta1,
+                beta2=c.beta2,
+                epsilon=c.epsilon,
+                updates=self.updates,
+                stream=stream,
+                place=place,
+            )
+            return
         w, m, v = weight.float(), first.float(), second.float()
         w.mul_(1 - c.learning_rate * c.weight_decay)
         m.lerp_(gradient, 1 - c.beta1)

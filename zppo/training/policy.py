@@ -37,7 +37,7 @@ from zppo.training.fidelity import can_share_prompts, hold_to_eager, refusals
 from zppo.training.head import Head, hidden_states, probe_head
 from zppo.training.layout import MicroBatch, attention_mask, with_row
 from zppo.training.pictures import SeenPrompt, Tower, blank
-from zppo.training.ranks import Ranks, Root, whole
+from zppo.training.ranks import Ranks, Root, gathered
 from zppo_kernels import (
     JsdLossOutput,
     PolicyLossOutput,
@@ -179,13 +179,12 @@ class Policy:
         return done
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors of the state dict, tied ones once, gathered one at a time; all
-        ranks must take all of them."""
-        met = set[int]()
+        """Names and whole tensors of the state dict, tied ones once, gathered one at a time on the
+        first rank; all ranks must go through to the end."""
+        met: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if id(tensor) not in met:
-                met.add(id(tensor))
-                yield name, whole(tensor.detach())
+            met.setdefault(id(tensor), (name, tensor))
+        return gathered((name, tensor.detach()) for name, tensor in met.values())
 
     @torch.no_grad()
     def log_probs(

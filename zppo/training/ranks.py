@@ -12,7 +12,7 @@ Invariant: all ranks take part in the same collectives in the same order. Whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,6 +128,49 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor as it is on no single rank; all of them must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors on the first rank, one after the other; on all others nothing, but
+    they too must go through to the end.
+
+    What they send is their own rows and no more, ahead of the first rank by as much as it likes;
+    `whole` would put every tensor together on every rank.
+    """
+    sent: list[tuple[dist.Work | None, Tensor]] = []
+    for name, tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                yield name, tensor
+            continue
+        if tensor.device_mesh.get_local_rank() == 0:
+            yield name, _received(tensor)
+            continue
+        share = _as_bytes(tensor.to_local().contiguous())
+        if len(share):
+            group = tensor.device_mesh.get_group()
+            sent.append((dist.isend(share, group=group, group_dst=0), share))
+    for work, _ in sent:
+        if work is not None:
+            work.wait()
+
+
+def _received(tensor: DTensor) -> Tensor:
+    """The rows of all ranks, on the first of them."""
+    mesh, share = tensor.device_mesh, tensor.to_local()
+    rows, group = -(-tensor.shape[0] // mesh.size()), mesh.get_group()
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, device=share.device)
+    found[: len(share)] = share
+    for rank in range(1, mesh.size()):
+        part = found[rank * rows : (rank + 1) * rows]
+        if len(part):
+            dist.recv(_as_bytes(part), group=group, group_src=rank)
+    return found
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory; some collectives know few dtypes."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def first_row(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ from zppo.training.entropy import EntropyState, initial_entropy
 from zppo.training.loading import freeze_tower, load_folder
 from zppo.training.optimizer import DTYPES, AdamW, Gradients
 from zppo.training.policy import Policy
-from zppo.training.ranks import ALONE, Ranks, whole
+from zppo.training.ranks import ALONE, Ranks, gathered
 from zppo.training.tensor_file import kind_of
 from zppo.training.trainer import StepSettings, Trainer
 
@@ -214,8 +214,9 @@ def save_share(
 
 
 def gather_moments(trainer: Trainer) -> Iterator[Tensor]:
-    """The moments of the optimizer, whole, one at a time."""
-    return (whole(tensor) for _, tensor in trainer.optimizer.tensors())
+    """The moments of the optimizer, whole, one at a time, on the first rank; all ranks must go
+    through to the end."""
+    return (tensor for _, tensor in gathered(trainer.optimizer.tensors()))
 
 
 def exhaust(gathered: Iterable[object]) -> None:

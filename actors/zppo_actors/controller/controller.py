@@ -17,7 +17,7 @@ import logging
 import time
 
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
-from zppo.plan.processes import cores, processes
+from zppo.plan.processes import carriers, cores, processes
 from zppo.records import run_directory
 from zppo.scheduling import events
 from zppo.scheduling.dispatch import Assignment
@@ -29,7 +29,7 @@ from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
-from zppo_actors.controller.peers import TRAINER, Peer, Peers
+from zppo_actors.controller.peers import NO_WORKERS, TRAINER, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
 from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, file_trouble
 from zppo_actors.controller.restore import bound_to, load_scheduler
@@ -88,8 +88,9 @@ class Controller:
             context, record, self.recorder.measured, self.recorder.journal.spent(), now
         )
         self.checkpointer = Checkpointer(context, self.recorder, self.background, made_with)
-        self.board = PolicyBoard()
         table = processes(context.topology, cores())
+        self.board = PolicyBoard(carriers(table), context.topology.scheduler.max_staleness)
+        self.source: messages.WeightSource | None = None
         self.peers = Peers(context.run_id, router.roles)
         self.pools = {entry.name: entry.pool for entry in table}
         self.clock = StepClock(now)
@@ -99,6 +100,7 @@ class Controller:
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
+        self._refusals_due = 1
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
@@ -144,6 +146,7 @@ class Controller:
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
             self._watch(now)
+            self._note_refused()
             self.clock.sample(self.peers, self.scheduler.dispatcher.leases)
             self._send(SUPERVISOR, self._status())
 
@@ -183,12 +186,20 @@ class Controller:
         return accepted
 
     def _announce_policies(self) -> None:
-        for peer in self.peers.of_role("rollout"):
+        for peer in self.peers.actors():
+            if peer.role != "rollout" and peer.name not in self.board.carriers:
+                continue
             manifest = self.board.next_for(peer.name)
             if manifest is not None:
                 self._send(peer.name, messages.LoadPolicy(manifest=manifest))
-        for version in self.board.release():
-            self._send(TRAINER, messages.ReleasePolicy(version=version))
+        for place, version in self.board.release():
+            self._send(place or TRAINER, messages.ReleasePolicy(version=version))
+
+    def _weights_at(self, source: messages.WeightSource) -> None:
+        """The weights are served: whoever brings them to another host may fetch them there."""
+        self.source = source
+        for name in self.board.carriers:
+            self._send(name, source)
 
     def _evaluated(self, result: EvaluationResult) -> None:
         self.recorder.evaluated(result)
@@ -205,6 +216,15 @@ class Controller:
                 f"nothing moved for {limit:g} s: "
                 f"{'; '.join(self._waiting()) or 'no actor has greeted'}"
             )
+
+    def _note_refused(self) -> None:
+        """Say that strangers were at the door: at the 1st, and when they have doubled, because a
+        scanner may knock thousands of times."""
+        count = self.router.refused
+        if count >= self._refusals_due:
+            self._refusals_due = 2 * count
+            detail = f"{count} so far; the last one: {self.router.refusal}"
+            self.recorder.event(CONTROLLER, "refused_connection", detail)
 
     def _watch_trainer(self, now: float) -> None:
         """A trainer that hangs is replaced like one that died: the run begins again from its last
@@ -286,7 +306,7 @@ class Controller:
         if isinstance(message, messages.Hello):
             self._greet(name, message)
         elif peer is None:
-            self.router.send(name, messages.Rejected(reason="say Hello first"))
+            self.router.send(name, messages.Forgotten())
         elif not isinstance(message, SPEAKS[peer.role]):
             log.warning("%s sent %s, which is not for it to say", name, type(message).__name__)
         else:
@@ -315,6 +335,8 @@ class Controller:
                     name, "refused_policy", f"version {message.version}: {message.reason}"
                 )
                 self._restart(name, f"it refused policy version {message.version}")
+            case messages.WeightSource():
+                self._weights_at(message)
             case messages.StepTrained():
                 self._step_trained(message, now)
                 return True
@@ -349,7 +371,9 @@ class Controller:
             name,
             messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds),
         )
-        if hello.role not in (SUPERVISOR, TRAINER):
+        if self.source is not None and name in self.board.carriers:
+            self._send(name, self.source)
+        if hello.role not in NO_WORKERS:
             self.scheduler.handle(
                 events.ActorJoined(actor=name, pool=self.pools[name], incarnation=hello.incarnation)
             )
@@ -406,7 +430,8 @@ class Controller:
     def _loaded(self, peer: Peer, message: messages.PolicyLoaded) -> None:
         if self.board.loaded(peer.name, message.version, message.digest):
             peer.policy_version = message.version
-            self.scheduler.handle(events.PolicyLoaded(actor=peer.name, version=message.version))
+            if peer.role not in NO_WORKERS:
+                self.scheduler.handle(events.PolicyLoaded(actor=peer.name, version=message.version))
         else:
             self.recorder.event(
                 peer.name, "wrong_policy", f"version {message.version} has another digest"
@@ -459,7 +484,7 @@ class Controller:
     def _lost(self, name: str) -> None:
         peer = self.peers.forget(name)
         self.board.forget(name)
-        if peer is not None and peer.role not in (SUPERVISOR, TRAINER):
+        if peer is not None and peer.role not in NO_WORKERS:
             self.scheduler.handle(events.ActorLeft(actor=name))
 
     def _send(self, name: str, message: AnyMessage) -> None:

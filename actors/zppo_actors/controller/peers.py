@@ -10,6 +10,9 @@ from zppo_protocol.messages import PROTOCOL_VERSION, Hello
 from zppo_protocol.values import FROZEN, SUPERVISOR, Role
 
 TRAINER = "trainer"
+WEIGHTS = "weights"
+NO_WORKERS = (SUPERVISOR, TRAINER, WEIGHTS)
+"""Roles that the scheduler has no tasks for."""
 
 
 class Peer(Struct, kw_only=True):

@@ -1,20 +1,40 @@
-"""Which policy versions lie in shared memory, and which engine loads which (pure).
+"""Which policy versions lie where, and who loads which (pure).
 
 Publishing is announce-then-pull: the trainer announces a version, the controller tells each engine
-to load the newest one as soon as it is not busy loading another, and a file is released once a
-newer version exists and nobody reads it. Invariant: the newest version is never released, so that
-an engine that joins late always finds it.
+to load the newest one of its host as soon as it is not busy loading another. On the trainer's host
+that is what was published; to any other host a *carrier*, an actor of its own, brings the versions,
+and says when one lies there whole. A file is released, host by host, once a newer version lies
+there and nobody reads it.
+
+Invariants: no engine hears of a version that its host does not have, so that what the scheduler
+knows of loaded versions stays true however long a transfer takes; the newest version of a host is
+never released, so that an engine that joins late always finds it; and a carrier that is behind
+finishes what it began, unless nothing may be sampled with it any more. It then skips to the newest
+version, so no host starves because versions come faster than they travel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from zppo_protocol.values import PolicyManifest
+
+HOME = ""
+"""Where the trainer publishes."""
 
 
 class PolicyBoard:
-    def __init__(self) -> None:
+    def __init__(self, carriers: Mapping[str, str] | None = None, max_staleness: int = 0) -> None:
+        """`carriers`: engine -> the actor that brings weights to its host; an engine that is not in
+        it is on the trainer's host. A version more than `max_staleness` behind is of no use."""
+        self._carrier_of = dict(carriers or {})
+        self.carriers = frozenset(self._carrier_of.values())
+        self._bound = max_staleness
         self.latest: PolicyManifest | None = None
-        self._kept: dict[int, PolicyManifest] = {}
+        self._held: dict[str, dict[int, PolicyManifest]] = {
+            place: {} for place in (HOME, *sorted(self.carriers))
+        }
+        """Place -> versions whose files may lie there. A carrier that dies leaves its files."""
         self._loading: dict[str, int] = {}
         self._loaded: dict[str, int] = {}
 
@@ -26,45 +46,67 @@ class PolicyBoard:
                 f"{self.latest.version}"
             )
         self.latest = manifest
-        self._kept[manifest.version] = manifest
+        self._held[HOME][manifest.version] = manifest
 
-    def next_for(self, engine: str) -> PolicyManifest | None:
-        """The version this engine should load now, once; None while it is loading or up to date."""
+    def next_for(self, reader: str) -> PolicyManifest | None:
+        """The version this engine should load now, or this carrier fetch, once; None while it is at
+        it or up to date."""
+        newest = self._newest(self._carrier_of.get(reader, HOME))
         if (
-            self.latest is None
-            or engine in self._loading
-            or self._loaded.get(engine, -1) >= self.latest.version
+            newest is None
+            or self._is_busy(reader, newest.version)
+            or self._loaded.get(reader, -1) >= newest.version
         ):
             return None
-        self._loading[engine] = self.latest.version
-        return self.latest
+        self._loading[reader] = newest.version
+        if reader in self.carriers:
+            self._held[reader][newest.version] = newest
+        return newest
 
-    def loaded(self, engine: str, version: int, digest: str) -> bool:
-        """An engine acknowledged. False if it loaded other bytes than were published."""
-        manifest = self._kept.get(version)
-        if (
-            self._loading.pop(engine, None) != version
-            or manifest is None
-            or manifest.digest != digest
-        ):
+    def loaded(self, reader: str, version: int, digest: str) -> bool:
+        """An engine or a carrier acknowledged. False if it has other bytes than were published."""
+        place = reader if reader in self.carriers else self._carrier_of.get(reader, HOME)
+        manifest, told = self._held[place].get(version), self._loading.get(reader)
+        # A carrier may have finished a version while it was told of a newer one.
+        expected = version == told or (reader in self.carriers and told is not None)
+        if not expected or manifest is None or manifest.digest != digest:
+            self._loading.pop(reader, None)
             return False
-        self._loaded[engine] = version
+        if version == told:
+            del self._loading[reader]
+        self._loaded[reader] = version
         return True
 
-    def forget(self, engine: str) -> None:
-        """The engine is gone or starts anew."""
-        self._loading.pop(engine, None)
-        self._loaded.pop(engine, None)
+    def forget(self, reader: str) -> None:
+        """The engine or carrier is gone or starts anew."""
+        self._loading.pop(reader, None)
+        self._loaded.pop(reader, None)
 
-    def release(self) -> list[int]:
-        """Versions whose files may go now, each once."""
-        # An engine reads the file only while it loads; afterwards it has its own copy.
-        busy = set(self._loading.values())
-        gone = [
-            v
-            for v in self._kept
-            if self.latest is not None and v < self.latest.version and v not in busy
-        ]
-        for version in gone:
-            del self._kept[version]
+    def release(self) -> list[tuple[str, int]]:
+        """Places, `HOME` or a carrier, and the versions whose files may go there now, each once."""
+        gone = []
+        for place, held in self._held.items():
+            newest = self._newest(place)
+            if newest is None:
+                continue
+            # Who loads reads the file only so long; afterwards an engine has its own copy.
+            busy = {v for reader, v in self._loading.items() if self._reads_at(reader, place)}
+            old = [v for v in held if v < newest.version and v not in busy]
+            for version in old:
+                del held[version]
+            gone += [(place, version) for version in old]
         return gone
+
+    def _newest(self, place: str) -> PolicyManifest | None:
+        if place == HOME:
+            return self.latest
+        return self._held[place].get(self._loaded.get(place, -1))
+
+    def _is_busy(self, reader: str, newest: int) -> bool:
+        told = self._loading.get(reader)
+        if told is None:
+            return False
+        return reader not in self.carriers or told >= newest - self._bound
+
+    def _reads_at(self, reader: str, place: str) -> bool:
+        return self._carrier_of.get(reader, HOME) == place

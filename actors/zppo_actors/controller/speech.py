@@ -23,6 +23,13 @@ SPEAKS: dict[str, tuple[type, ...]] = {
         messages.CheckpointFailed,
         messages.Goodbye,
     ),
+    "weights": (
+        messages.Heartbeat,
+        messages.WeightSource,
+        messages.PolicyLoaded,
+        messages.PolicyRefused,
+        messages.Goodbye,
+    ),
     "supervisor": (messages.ActorExited, messages.ActorsMoving, messages.StopRequested),
 }
 """What each role may say after its Hello; anything else is logged and ignored."""

@@ -14,6 +14,8 @@ import math
 import time
 from typing import Literal
 
+import msgspec
+
 from zppo.config.served import ServedModel
 from zppo.config.topology import ENGINE_NAMES, Topology
 from zppo.errors import EXIT_FAILED, UserError
@@ -22,12 +24,15 @@ from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights import PublicationRefused
+from zppo_actors.weights.layout import weight_path
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import (
     Credits,
+    Forgotten,
     GenerateResult,
     GenerateTask,
     Heartbeat,
+    Hello,
     LoadPolicy,
     PolicyLoaded,
     PolicyRefused,
@@ -133,7 +138,7 @@ class EngineActor:
         """
         self._timeline.room(self._engine.capacity)
         self._timeline.span(START, self._timeline.began)
-        await self._dealer.send(self._context.hello(self._role, self._engine.capacity))
+        await self._dealer.send(self._hello())
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen(tasks))
@@ -163,7 +168,12 @@ class EngineActor:
                     tasks.create_task(self._do(work))
                 case LoadPolicy():
                     tasks.create_task(self._load(message))
+                case Forgotten():
+                    if self._membership.greets_again(time.monotonic()):
+                        await self._dealer.send(self._hello())
                 case _:
+                    if self._membership.begins_anew(message):
+                        self._open, self._returned = False, 0
                     self._membership.obey(message)
                     # A rollout actor opens with its first policy; a teacher's weights are there.
                     if self._membership.welcomed and self._role == "teacher":
@@ -250,10 +260,13 @@ class EngineActor:
     async def _load(self, message: LoadPolicy) -> None:
         """Load one policy after the other; the first one opens the actor for work."""
         version = message.manifest.version
+        # Where it lies on this host, which need not be the trainer's.
+        path = weight_path(self._context.runtime, version)
+        manifest = msgspec.structs.replace(message.manifest, path=str(path))
         async with self._loading:
             start = time.monotonic()
             try:
-                digest = await self._engine.load_policy(message.manifest)
+                digest = await self._engine.load_policy(manifest)
             except (EngineError, PublicationRefused) as error:
                 self._check_engine()  # a refusal says that the old weights keep serving
                 log.warning("%s", error)
@@ -266,18 +279,22 @@ class EngineActor:
 
     # ---- credits and state -----------------------------------------------------------------------
 
+    def _hello(self) -> Hello:
+        return self._context.hello(self._role, self._engine.capacity)
+
     def _open_up(self) -> None:
-        """Grant the engine's capacity, once."""
+        """Grant what room the engine has, once for each Welcome."""
         if not self._open:
             self._open = True
-            self._free(self._engine.capacity)
+            self._free(max(0, self._engine.capacity - sum(work.left for work in self._running)))
 
     def _ended(self, work: Work, count: int) -> None:
         """So many sequences of the task have ended: their credits go back, but never more than the
         task cost."""
         count = min(count, work.left)
         work.left -= count
-        self._free(count)
+        if self._open:  # else it is among what `_open_up` grants
+            self._free(count)
 
     def _free(self, count: int) -> None:
         self._returned += count

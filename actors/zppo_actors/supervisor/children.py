@@ -12,43 +12,78 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
+from zppo_actors.supervisor.vitals import Children, Usage, usage
+
 TAIL_LINES = 15
 TAIL_BYTES = 16_384
 
 
 class Process(Protocol):
-    """What `subprocess.Popen` gives of a process."""
+    """A process of the run, of this host or of another. `reason` says why it ended, where its exit
+    code does not."""
+
+    reason: str
 
     @property
     def pid(self) -> int: ...
 
-    def poll(self) -> int | None: ...
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while the process runs."""
+        ...
 
-    def wait(self) -> int: ...
+    def wait(self) -> int:
+        """The exit code of a process that has ended, or is about to."""
+        ...
+
+    def kill(self) -> None:
+        """Kill the process and everything in its session."""
+        ...
+
+    def used(self, children: Children) -> Usage:
+        """What it and its descendants have used so far; `children` are those of this host."""
+        ...
 
 
 class Adopted:
-    """A child of this process that it has not started itself."""
+    """A child of this process at the head of a session, whoever has started it."""
 
     def __init__(self, pid: int) -> None:
-        self.pid = pid
+        self.pid, self.reason = pid, ""
         self._exit_code: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal, or None while the process runs."""
         return self._reap(os.WNOHANG)
 
     def wait(self) -> int:
-        """The exit code, once there is one."""
         while (exit_code := self._reap(0)) is None:
             pass
         return exit_code
+
+    def kill(self) -> None:
+        """Kill the session, and reap the process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def used(self, children: Children) -> Usage:
+        return usage(self.pid, children)
 
     def _reap(self, options: int) -> int | None:
         if self._exit_code is None:
             pid, status = os.waitpid(self.pid, options)
             self._exit_code = os.waitstatus_to_exitcode(status) if pid else None
         return self._exit_code
+
+
+class Spawned(Adopted):
+    """A child that this process has started itself."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        super().__init__(popen.pid)
+        self._popen = popen  # which reaps it, and warns of none that is collected
+
+    def _reap(self, options: int) -> int | None:
+        return self._popen.poll() if options else self._popen.wait()
 
 
 @dataclass(frozen=True)
@@ -79,11 +114,14 @@ class Child:
             return f"{self.name} left without being told to"
         return f"{self.name} ended with exit code {self.exit_code}"
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Tells it from all other children of the attempt."""
+        return self.name, self.incarnation
+
     def kill(self) -> None:
-        """Kill the process and everything in its session, and reap it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Kill the process and everything in its session."""
+        self.process.kill()
 
 
 class Birth(TypedDict):
@@ -104,7 +142,7 @@ def spawn(command: Sequence[str], *, inherited: Sequence[int], **birth: Unpack[B
     own children.
     """
     with birth["log"].open("ab") as output:
-        process = subprocess.Popen(
+        popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -113,7 +151,7 @@ def spawn(command: Sequence[str], *, inherited: Sequence[int], **birth: Unpack[B
             pass_fds=inherited,
             start_new_session=True,
         )
-    return child_of(process, birth)
+    return child_of(Spawned(popen), birth)
 
 
 def child_of(process: Process, birth: Birth) -> Child:

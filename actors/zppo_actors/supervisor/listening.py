@@ -1,4 +1,4 @@
-"""Where the controller of an attempt listens: chosen and tried before anything is started."""
+"""Where the sockets of a run listen: chosen and tried before anything is started."""
 
 from __future__ import annotations
 
@@ -18,22 +18,42 @@ from zppo_protocol.addresses import TCP, tcp_address
 def listening(topology: Topology, folder: Path) -> tuple[str, str]:
     """The address that the controller binds, and the one at which its actors reach it.
 
-    Raises UserError if the host has no such address or the port is taken. One that listens on every
-    interface is reached by the host's own address, or by loopback where it has none.
+    Raises UserError if the host has no such address or the port is taken.
     """
     if transport_kind(topology) != TCP:
         unix = f"ipc://{folder / SOCKET_NAME}"
         return unix, unix
-    host = bind_address(topology)
-    port = port_of(host, topology.transport.port)
+    return over_tcp(topology, "transport.port", topology.transport.port)
+
+
+def over_tcp(topology: Topology, setting: str, port: int | None) -> tuple[str, str]:
+    """The addresses of a port of this host, `port` or any free one. One that listens on every
+    interface is reached by the host's own address, or by loopback where it has none."""
+    named = bind_address(topology)
+    if named is None:
+        first = host_name(topology, LOCALHOST)
+        raise UserError(
+            f"cluster.hosts.{first}.address is missing; expected the address of this host under "
+            "which the other hosts reach it"
+        )
+    host = numeric(named)
+    port = port_of(host, port, setting)
     facts = topology.cluster.hosts.get(host_name(topology, LOCALHOST))
-    reached = host
+    reached = named
     if host in WILDCARDS:
         reached = (facts.address if facts else None) or LOOPBACK
     return tcp_address(host, port), tcp_address(reached, port)
 
 
-def port_of(host: str, port: int | None = None) -> int:
+def numeric(host: str) -> str:
+    """The IP address of a name, because sockets bind no names. Raises UserError if it has none."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise no_address(host, error) from None
+
+
+def port_of(host: str, port: int | None = None, setting: str = "transport.port") -> int:
     """`port` if nobody listens on it at this address, or any such port for None. Raises UserError
     if it is taken, or if the address is not one of this host's."""
     try:
@@ -46,16 +66,21 @@ def port_of(host: str, port: int | None = None) -> int:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"transport.port is {port}, on which something listens at {host} already; expected "
+                f"{setting} is {port}, on which something listens at {host} already; expected "
                 "a free one, or null"
             ) from None
         if error.errno == errno.EACCES:
             raise UserError(
-                f"transport.port is {port}, which this user may not listen on; expected one from "
+                f"{setting} is {port}, which this user may not listen on; expected one from "
                 "1024 on, or null"
             ) from None
-        raise UserError(
-            f"the controller cannot listen at {host!r}, which is no address of this host "
-            f"({error.strerror}); expected one in transport.bind, or as the address of the first "
-            "of cluster.hosts"
-        ) from None
+        raise no_address(host, error) from None
+
+
+def no_address(host: str, error: OSError) -> UserError:
+    """The sentence for an address that is not one of this host's."""
+    return UserError(
+        f"the controller cannot listen at {host!r}, which is no address of this host "
+        f"({error.strerror}); expected one in transport.bind, or as the address of the first "
+        "of cluster.hosts"
+    )

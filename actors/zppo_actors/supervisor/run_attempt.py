@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 from msgspec import Struct
 
 from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -31,9 +32,11 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor import nursery as nurseries
 from zppo_actors.supervisor.children import Birth, Child
+from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.listening import listening
 from zppo_actors.supervisor.nursery import Nursery
 from zppo_actors.supervisor.watchdog import Watchdog
+from zppo_protocol import keys
 from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
@@ -148,14 +151,17 @@ class RunAttempt:
         view: View,
         interrupts: Interrupts,
         commands: Commands,
+        fleet: Fleet | None = None,
     ) -> None:
+        self._fleet = fleet
         self._run_dir, self._record, self._number = run_dir, record, number
         self._view, self._interrupts, self._commands = view, interrupts, commands
         self._table = {entry.name: entry for entry in processes(record.topology, cores())}
         self._children: dict[str, Child] = {}
         self._left: list[tuple[float, Child]] = []
         self._restarts_due: dict[str, tuple[float, int]] = {}
-        self._forked = nurseries.forked(self._table.values()) if commands is actor_command else []
+        here = [entry for entry in self._table.values() if not self._is_further(entry)]
+        self._forked = nurseries.forked(here) if commands is actor_command else []
         self._nursery: Nursery | None = None
         self._unborn: list[str] = []
         self._reasons: dict[tuple[str, int], str] = {}
@@ -171,10 +177,15 @@ class RunAttempt:
         with resources(self._record, roles) as self._resources:
             try:
                 self._resources.dealer.send(self._hello())
+                if self._fleet is not None:
+                    self._fleet.begin(*self._for_further_hosts())
                 if self._forked:
                     self._nursery, self._unborn = self._open_nursery(), list(self._forked)
-                for name in self._table:
-                    if name not in self._unborn:
+                now = time.monotonic()
+                for name, entry in self._table.items():
+                    if self._is_further(entry):
+                        self._restarts_due[name] = (now, 0)  # as soon as its host is there
+                    elif name not in self._unborn:
                         self._start(name, incarnation=0)
                 return self._watch()
             finally:
@@ -182,11 +193,16 @@ class RunAttempt:
                     self._nursery.close()
                 for child in self._children.values():
                     child.kill()
+                if self._fleet is not None:
+                    self._end_further()
 
     def _watch(self) -> End:
         while True:
             self._heed_interrupts()
             self._listen(TICK_SECONDS)
+            if self._fleet is not None:
+                for line in self._fleet.turn():
+                    self._view.log(line)
             self._reap()
             self._look_for_stuck(time.monotonic())
             self._judge_the_left()
@@ -292,6 +308,25 @@ class RunAttempt:
             for name in unborn:
                 self._start(name, incarnation=0)
 
+    def _is_further(self, entry: ProcessEntry) -> bool:
+        """Whether it is a process of another host."""
+        return self._fleet is not None and self._fleet.has(entry.host)
+
+    def _for_further_hosts(self) -> tuple[str, bytes, dict[str, dict[str, bytes]]]:
+        """The run id, the run's record, and the keys of each host's processes."""
+        secrets: dict[str, dict[str, bytes]] = {}
+        for name, entry in self._table.items():
+            if self._is_further(entry) and runtime.speaks(entry.role):
+                credentials = runtime.credentials(self._resources.folder, name)
+                secrets.setdefault(entry.host, {})[name] = keys.pack_credentials(credentials)
+        return self._record.run_id, msgspec.json.encode(self._record), secrets
+
+    def _end_further(self) -> None:
+        """See to it that nothing of this attempt is left on other hosts."""
+        assert self._fleet is not None
+        for name in self._fleet.end(LEAVE_SECONDS):
+            self._view.log(f"{name} does not answer; its agent ends what runs there")
+
     def _start(self, name: str, incarnation: int) -> None:
         entry, parent_fd = self._table[name], self._resources.parent_fd
         options = {
@@ -313,7 +348,9 @@ class RunAttempt:
             "env": environment(entry),
         }
         child = None
-        if self._nursery is not None and name in self._forked:
+        if self._fleet is not None and self._fleet.has(entry.host):
+            child = self._fleet.start(entry.host, **birth)
+        elif self._nursery is not None and name in self._forked:
             child = self._nursery.fork(command, **birth)
         child = child or children.spawn(command, **birth, inherited=(parent_fd,))
         self._children[name] = child
@@ -355,7 +392,7 @@ class RunAttempt:
             self._on_death(child)
 
     def _on_death(self, child: Child) -> None:
-        reason = self._reasons.pop((child.name, child.incarnation), "")
+        reason = self._reasons.pop(child.key, "") or child.process.reason
         verdict = f"{child.verdict} because {reason}" if reason else child.verdict
         if child.exit_code in FINAL:
             sentence = (children.tail(child.log, lines=1) or [child.verdict])[0]
@@ -398,9 +435,14 @@ class RunAttempt:
             self._restarts_due.clear()
         now = time.monotonic()
         for name, (due, incarnation) in list(self._restarts_due.items()):
-            if due <= now:
+            if due <= now and self._can_start(self._table[name]):
                 del self._restarts_due[name]
                 self._start(name, incarnation)
+
+    def _can_start(self, entry: ProcessEntry) -> bool:
+        """A process of a host that is away waits for it."""
+        fleet = self._fleet
+        return fleet is None or not fleet.has(entry.host) or fleet.is_there(entry.host)
 
     def _give_up(self, child: Child, end: End) -> None:
         self._end = self._end or end

@@ -24,6 +24,8 @@ from zppo.records.run_directory import count_death, hold, read, renew
 from zppo.signals import Interrupts, keep_exit_codes
 from zppo_actors import runtime
 from zppo_actors.supervisor import children
+from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.gathering import Interrupted, gathered
 from zppo_actors.supervisor.run_attempt import (
     Commands,
     End,
@@ -39,13 +41,17 @@ log = logging.getLogger("zppo.supervisor")
 
 
 def supervise(
-    run_dir: Path, view: View, interrupts: Interrupts, commands: Commands = actor_command
+    run_dir: Path,
+    view: View,
+    interrupts: Interrupts,
+    commands: Commands = actor_command,
+    fleet: Fleet | None = None,
 ) -> End:
     """Bring the run to its end, with as many new attempts from the last checkpoint as
     `run.max_restarts` allows."""
     record, number = read(run_dir), 0
     while True:
-        attempt = RunAttempt(run_dir, record, number, view, interrupts, commands)
+        attempt = RunAttempt(run_dir, record, number, view, interrupts, commands, fleet)
         end = blamed(run_dir, attempt.run())
         log.info("attempt %d ended: %s", number, end.verdict)
         if not end.renewable or number >= record.topology.run.max_restarts:
@@ -78,7 +84,10 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m zppo_actors supervisor", description="Supervisor of one run."
     )
     parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR")
-    run_dir: Path = parser.parse_args(argv).run.absolute()
+    parser.add_argument("--keys", type=Path, metavar="FOLDER")
+    asked = parser.parse_args(argv)
+    run_dir: Path = asked.run.absolute()
+    key_folder: Path = asked.keys or key_folder_of(run_dir)
     read(run_dir)
     # The lock is never given back: it goes with this process.
     if hold(run_dir) is None:
@@ -91,13 +100,22 @@ def main(argv: Sequence[str]) -> int:
     with interrupts.listening():
         view = _live_view(run_dir)
         try:
-            end = supervise(run_dir, view, interrupts)
+            with gathered(run_dir, read(run_dir), key_folder, view, interrupts) as fleet:
+                end = supervise(run_dir, view, interrupts, fleet=fleet)
+        except Interrupted:
+            end = End(verdict="stopped before it began", exit_code=EXIT_INTERRUPTED)
         except BaseException:
             view.close()
             raise
         view.close(end.verdict)
     _say(run_dir, end)
     return end.exit_code
+
+
+def key_folder_of(run_dir: Path) -> Path:
+    """Where the key files of further hosts lie unless another folder is named: beside the run
+    directory, because nothing in that is secret."""
+    return run_dir.with_name(f"{run_dir.name}.keys")
 
 
 def _interrupted_within(seconds: float, interrupts: Interrupts) -> bool:

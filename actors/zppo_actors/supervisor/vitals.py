@@ -7,7 +7,7 @@ stopped; what they use tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeAlias
 
 import psutil
@@ -17,33 +17,33 @@ MOVED_BYTES = 1 << 20
 """Less than both is what an idle process uses while it waits; it adds up until it counts."""
 
 
+Children: TypeAlias = Mapping[int, Sequence[int]]
+Usage: TypeAlias = tuple[float, int]
+"""Processor seconds, and bytes read and written, so far."""
+
+
 class Vitals:
-    """When each process last did something, in seconds of the caller's clock."""
+    """When each process last did something, in seconds of the caller's clock; a process is known
+    by any key."""
 
     def __init__(self) -> None:
-        self._used: dict[int, tuple[float, int]] = {}
-        self._moved: dict[int, float] = {}
+        self._used: dict[Hashable, Usage] = {}
+        self._moved: dict[Hashable, float] = {}
 
-    def sample(self, pids: Iterable[int], now: float) -> None:
+    def sample(self, used_now: Mapping[Hashable, Usage], now: float) -> None:
         """Look at these processes; others are forgotten. One that is gone counts as still."""
-        known = list(pids)
-        self._used = {pid: used for pid, used in self._used.items() if pid in known}
-        self._moved = {pid: self._moved.get(pid, now) for pid in known}
-        children = children_by_parent()
-        for pid in known:
-            used = usage(pid, children)
-            before = self._used.setdefault(pid, used)
+        self._used = {key: self._used.get(key, used) for key, used in used_now.items()}
+        self._moved = {key: self._moved.get(key, now) for key in used_now}
+        for key, used in used_now.items():
+            before = self._used[key]
             if used[0] - before[0] >= PROCESSOR_SECONDS or used[1] - before[1] >= MOVED_BYTES:
-                self._used[pid], self._moved[pid] = used, now
+                self._used[key], self._moved[key] = used, now
             elif used < before:  # a child that had used much has ended
-                self._used[pid] = used
+                self._used[key] = used
 
-    def still_for(self, pid: int, now: float) -> float:
+    def still_for(self, key: Hashable, now: float) -> float:
         """Seconds since the process was last seen doing something, or since it is known."""
-        return now - self._moved.get(pid, now)
-
-
-Children: TypeAlias = Mapping[int, Sequence[int]]
+        return now - self._moved.get(key, now)
 
 
 def children_by_parent() -> Children:
@@ -54,7 +54,7 @@ def children_by_parent() -> Children:
     return children
 
 
-def usage(pid: int, children: Children) -> tuple[float, int]:
+def usage(pid: int, children: Children) -> Usage:
     """(processor seconds, bytes read and written) of a process and all its descendants so far."""
     seconds, size = _one(pid)
     for child in children.get(pid, ()):
@@ -63,7 +63,7 @@ def usage(pid: int, children: Children) -> tuple[float, int]:
     return seconds, size
 
 
-def _one(pid: int) -> tuple[float, int]:
+def _one(pid: int) -> Usage:
     try:
         process = psutil.Process(pid)
         times = process.cpu_times()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from zppo.config.topology import Topology
 from zppo_actors.supervisor.children import Child
-from zppo_actors.supervisor.vitals import Vitals
+from zppo_actors.supervisor.vitals import Vitals, children_by_parent
 from zppo_protocol.messages import Status
 
 CONTROLLER = "controller"
@@ -56,9 +56,10 @@ class Watchdog:
     def look(self, children: Iterable[Child], now: float) -> list[str]:
         """Sample all processes; returns the names of those that did something since the last
         look."""
-        pids = {child.process.pid: child.name for child in children}
-        self._vitals.sample(pids, now)
-        return [name for pid, name in pids.items() if self._vitals.still_for(pid, now) == 0.0]
+        table = children_by_parent()
+        watched = list(children)
+        self._vitals.sample({child.key: child.process.used(table) for child in watched}, now)
+        return [one.name for one in watched if self._vitals.still_for(one.key, now) == 0.0]
 
     def stuck(self, children: Iterable[Child], now: float, *, stopping: bool) -> list[Stuck]:
         """Those that must be killed, and why."""
@@ -66,7 +67,7 @@ class Watchdog:
         return [Stuck(child, reason) for child, reason in reasons if reason]
 
     def _reason(self, child: Child, now: float, stopping: bool) -> str:
-        still = self._vitals.still_for(child.process.pid, now)
+        still = self._vitals.still_for(child.key, now)
         if child.role == CONTROLLER and self._heard is not None:
             patience = min(self._lease_seconds, STOPPING_SECONDS if stopping else float("inf"))
             silent = now - self._heard

@@ -1,9 +1,12 @@
 """How the ranks of a trainer find each other, and how the first tells the others what to do.
 
-They meet by a file in the runtime folder, which is the user's own (mode 0700), and talk by torch's
-collectives over the loopback interface, on cards by NCCL. An order is a message of the protocol,
-in its own encoding: the lengths of its frames, then the frames. Nothing is ever unpickled, so none
-of torch's object collectives are used.
+On one host they meet by a file in the runtime folder, which is the user's own (mode 0700), and talk
+by torch's collectives over the loopback interface, on cards by NCCL. Over several hosts the first
+rank keeps the store by which they meet, at the address of its host, and the collectives run on one
+interface of each host: the one that `cluster.hosts` names, or that its address belongs to.
+
+An order is a message of the protocol, in its own encoding: the lengths of its frames, then the
+frames. Nothing is ever unpickled, so none of torch's object collectives are used.
 
 Invariant: every collective ends, with its result or with an error: `collective_seconds` bounds it,
 and the end of any rank breaks it on all others.
@@ -11,19 +14,26 @@ and the end of any rank breaks it on all others.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from zppo.config.topology import Topology
+from zppo.errors import UserError
+from zppo.plan.processes import host_name
 from zppo.training.ranks import ALONE, Ranks
 from zppo_actors.process import ActorContext
 from zppo_protocol.codec import DEFAULT_LIMITS, decode, encode
@@ -33,6 +43,8 @@ from zppo_protocol.messages import AnyMessage
 STORE = "ranks"
 LOOPBACK = ("lo", "lo0")
 LEFT = "left"
+PORTS = (20_000, 12_000)
+"""First port, and the number of ports, that attempts choose from."""
 GRACE_SECONDS = 5.0
 """So long a rank that lost the others waits for the supervisor to end it, so that the process that
 is the cause is the first to be seen dead."""
@@ -77,7 +89,7 @@ class Meeting:
     def lost(self) -> int:
         """Another rank has broken off: the exit code of this one, once there has been time to be
         ended with it."""
-        if self._store is not None and self._store.check([LEFT]):
+        if self._store is not None and _has_left(self._store):
             return 0
         log.error("another rank of the trainer has ended or does not answer")
         time.sleep(GRACE_SECONDS)
@@ -87,7 +99,8 @@ class Meeting:
 def meet(context: ActorContext) -> Meeting:
     """Join the ranks of this attempt's trainer; returns when all are there.
 
-    Raises DistStoreError or RuntimeError if they do not come within `collective_seconds`.
+    Raises UserError if this host has not the interface or address that it should have,
+    DistStoreError or RuntimeError if the others do not come within `collective_seconds`.
     """
     trainer = context.topology.actors.trainer
     devices = trainer.rank_devices
@@ -98,14 +111,12 @@ def meet(context: ActorContext) -> Meeting:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    _use_loopback()
-    store = FileStore(str(context.runtime / STORE), len(devices))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[variable] = interface_of(context.topology, context.index)
+    limit = timedelta(seconds=trainer.collective_seconds)
+    store = _store(context, len(devices), limit)
     dist.init_process_group(
-        backend,
-        store=store,
-        rank=context.index,
-        world_size=len(devices),
-        timeout=timedelta(seconds=trainer.collective_seconds),
+        backend, store=store, rank=context.index, world_size=len(devices), timeout=limit
     )
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
@@ -120,13 +131,100 @@ def is_loss(error: Exception) -> bool:
     )
 
 
+def _has_left(store: Store) -> bool:
+    """Whether the first rank has left in order. Where it cannot be reached, it has not: a store
+    behind a link that is cut does not answer, and is not waited for."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            found.append(store.check([LEFT]))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(GRACE_SECONDS)
+    return found == [True]
+
+
 def _broadcast(tensor: Tensor) -> None:
     dist.broadcast(tensor, 0)
 
 
-def _use_loopback() -> None:
-    """Let the collectives of this host listen nowhere else."""
+def interface_of(topology: Topology, rank: int) -> str:
+    """The network interface of this host on which its collectives run. Raises UserError if it is
+    not there."""
     names = [name for _, name in socket.if_nameindex()]
-    loopback = next(name for name in LOOPBACK if name in names)
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = loopback
+    hosts = topology.actors.trainer.rank_hosts
+    if len(set(hosts)) == 1:
+        return next(name for name in LOOPBACK if name in names)
+    host = host_name(topology, hosts[rank])
+    facts = topology.cluster.hosts[host]
+    if facts.interface is not None:
+        if facts.interface not in names:
+            raise UserError(
+                f"cluster.hosts.{host}.interface is {facts.interface!r}; expected a network "
+                f"interface of that host, which has {', '.join(names)}"
+            )
+        return facts.interface
+    address = _resolved(f"cluster.hosts.{host}.address", facts.address)
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [found.address.partition("%")[0] for found in addresses]:
+            return name
+    raise UserError(
+        f"cluster.hosts.{host}.address is {facts.address!r}, which no network interface of that "
+        "host has; expected its own address, or cluster.hosts."
+        f"{host}.interface beside it"
+    )
+
+
+def port_of(run_id: str) -> int:
+    """Where the ranks of an attempt meet if no port is set: another one for each attempt, and not
+    one of those that systems give out of themselves."""
+    first, count = PORTS
+    return first + int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:4], "big") % count
+
+
+def _store(context: ActorContext, count: int, limit: timedelta) -> Store:
+    """What the ranks tell each other by before they can talk."""
+    topology = context.topology
+    hosts = topology.actors.trainer.rank_hosts
+    if len(set(hosts)) == 1:
+        return FileStore(str(context.runtime / STORE), count)
+    first = host_name(topology, hosts[0])
+    where = topology.cluster.hosts[first].address
+    address = _resolved(f"cluster.hosts.{first}.address", where)
+    port = topology.actors.trainer.port or port_of(context.run_id)
+    listener = _listener(address, port) if context.index == 0 else None
+    return TCPStore(
+        address,
+        port,
+        count,
+        is_master=listener is not None,
+        timeout=limit,
+        wait_for_workers=False,
+        # A socket of ours: torch's own would listen at every address of the host.
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"actors.trainer.port: the ranks cannot meet at {address}:{port} ({error.strerror}); "
+            "expected a free port of the first host"
+        ) from error
+
+
+def _resolved(where: str, address: str | None) -> str:
+    """The IP address of a host, as this one knows it."""
+    if address is None:
+        raise UserError(f"{where} is null; expected an address, by which the ranks find each other")
+    try:
+        return str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UserError(
+            f"{where} is {address!r}, which names no host here ({error.strerror})"
+        ) from error

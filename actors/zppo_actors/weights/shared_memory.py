@@ -1,8 +1,8 @@
 """Policy weights in shared memory: one file per version, published by the trainer and read by every
 engine.
 
-A weight file is tensors end to end, each starting at a multiple of 64 bytes; names, dtypes, shapes
-and digests travel in the `PolicyManifest`. The invariant: a file under its final name is whole and
+How a weight file is laid out says `zppo_actors.weights.layout`; names, dtypes, shapes and digests
+travel in the `PolicyManifest`. The invariant: a file under its final name is whole and
 never changes again (it is written aside and renamed), and an engine verifies everything before it
 touches its first parameter, so a bad publication leaves the old weights serving.
 """
@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
 import numpy as np
 import torch
 import xxhash
@@ -25,18 +24,16 @@ from torch import Tensor, nn
 
 from zppo.records.atomic_file import written_whole
 from zppo_actors.weights import PublicationRefused
+from zppo_actors.weights.layout import (
+    ALIGNMENT,
+    ITEM_BYTES,
+    file_size,
+    weight_path,
+    whole_digest,
+)
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
-ALIGNMENT = 64
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 BLOCK = 1 << 19
 """Bytes that are looked at in one go: they stay in the cache of one core."""
 INFINITY_BITS: dict[torch.dtype, tuple[str, str, int]] = {
@@ -49,11 +46,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Pairs = list[tuple[Tensor, Tensor]]
 """(parameter of the model, published tensor) of the same shape and dtype."""
-
-
-def weight_path(folder: Path, version: int) -> Path:
-    """The file of policy `version` in the runtime folder."""
-    return folder / f"policy-{version}.bin"
 
 
 def publish(
@@ -91,13 +83,6 @@ def remove(folder: Path, version: int) -> None:
     """Unlink the file of `version`; engines that still map it keep their mapping. Silent if it is
     gone."""
     weight_path(folder, version).unlink(missing_ok=True)
-
-
-def whole_digest(entries: Iterable[TensorEntry]) -> str:
-    """Digest over names, dtypes, shapes and tensor digests; it says that two processes hold the
-    same weights."""
-    lines = [[entry.name, entry.dtype, entry.shape, entry.digest] for entry in entries]
-    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(lines))
 
 
 def untied(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -143,7 +128,7 @@ def open_policy(manifest: PolicyManifest) -> dict[str, Tensor]:
     and every value is finite.
     """
     with _refusals(manifest):
-        size = _check_layout(manifest)
+        size = file_size(manifest)
         with Path(manifest.path).open("rb") as file:
             if (found := os.fstat(file.fileno()).st_size) != size:
                 raise ValueError(f"the file has {found} bytes where the manifest needs {size}")
@@ -238,37 +223,6 @@ def _refusals(manifest: PolicyManifest) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise PublicationRefused(manifest, error) from error
-
-
-def _check_layout(manifest: PolicyManifest) -> int:
-    """Check what the manifest says about itself; returns the file size it implies."""
-    if not manifest.tensors:
-        raise ValueError("it holds no tensors")
-    end, names = 0, set()
-    for entry in manifest.tensors:
-        _check_entry(entry, end)
-        if entry.name in names:
-            raise ValueError(f"tensor {entry.name!r} comes twice")
-        names.add(entry.name)
-        end = entry.start + entry.size
-    if (digest := whole_digest(manifest.tensors)) != manifest.digest:
-        raise ValueError(f"the manifest's digest is {manifest.digest}, its tensors give {digest}")
-    return end + -end % ALIGNMENT
-
-
-def _check_entry(entry: TensorEntry, previous_end: int) -> None:
-    if entry.dtype not in DTYPES:
-        raise ValueError(
-            f"tensor {entry.name!r} has dtype {entry.dtype!r}; allowed are {', '.join(DTYPES)}"
-        )
-    if entry.size != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
-        raise ValueError(
-            f"tensor {entry.name!r} has {entry.size} bytes, which is not {entry.dtype}{entry.shape}"
-        )
-    if entry.start % ALIGNMENT or entry.start < previous_end:
-        raise ValueError(
-            f"tensor {entry.name!r} starts at {entry.start}, not at a free multiple of {ALIGNMENT}"
-        )
 
 
 def _tensor_at(memory: mmap.mmap | bytes, entry: TensorEntry) -> Tensor:

@@ -43,6 +43,7 @@ class ScriptedRouter:
         self.gone: set[str] = set()
         self.too_large: type | None = None
         self.roles: dict[str, str] = {}
+        self.refused, self.refusal = 0, ""
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         if not self.inbox and timeout_s > 0.0:
@@ -320,7 +321,7 @@ def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_as
         (
             "rollout-0",
             {"role": "rollout", "protocol_version": 9},
-            "it speaks protocol version 9, this run speaks 5",
+            "it speaks protocol version 9, this run speaks 6",
         ),
     ],
 )
@@ -341,8 +342,21 @@ def test_an_old_incarnation_is_not_let_in(stage: Stage) -> None:
 def test_nobody_speaks_before_hello(stage: Stage) -> None:
     stage.say("rollout-0", messages.Credits(count=8))
     stage.turn()
-    (rejected,) = stage.router.to("rollout-0", messages.Rejected)
-    assert rejected.reason == "say Hello first"
+    assert stage.router.to("rollout-0", messages.Forgotten) == [messages.Forgotten()]
+    stage.greet("rollout-0", "rollout")
+    stage.turn()
+    assert len(stage.router.to("rollout-0", messages.Welcome)) == 1
+
+
+def test_refused_connections_are_shown_ever_more_rarely(stage: Stage) -> None:
+    for count in range(1, 9):
+        stage.router.refused, stage.router.refusal = count, "it shows no key and went away"
+        stage.turn(now=stage.controller._next_status)
+    lines = [line for line in stage.controller.recorder.events if "refused connection" in line]
+    assert [line.split("controller: ")[1] for line in lines] == [
+        f"refused connection: {count} so far; the last one: it shows no key and went away"
+        for count in (1, 2, 4, 8)
+    ]
 
 
 def test_what_a_role_may_not_say_changes_nothing(stage: Stage) -> None:
@@ -623,3 +637,93 @@ def test_only_real_work_keeps_the_watchdog_quiet(stage: Stage) -> None:
         task_id=sent[0].task_id, samples=samples(sent[0], [sent[0].min_version] * 2)
     )
     assert handle("rollout-0", answer, now) and not handle("rollout-0", answer, now)
+
+
+# ---- weights over hosts --------------------------------------------------------------------------
+
+HOSTS = {f"node-{i}": {"address": f"10.0.0.{i + 1}"} for i in range(2)}
+SOURCE = messages.WeightSource(host="10.0.0.1", port=1, certificate="pem", token="t" * 64)
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path, settings: Topology) -> Stage:
+    raw: dict[str, Any] = msgspec.to_builtins(settings)
+    raw["cluster"] = {"hosts": HOSTS}
+    raw["actors"]["rollout"] |= {"count": 2, "hosts": list(HOSTS)}
+    stage = Stage(tmp_path / "run", msgspec.convert(raw, Topology))
+    stage.everybody()
+    for name in ("weights-0", "rollout-1"):
+        stage.greet(name, name.split("-")[0])
+    stage.turn()
+    return stage
+
+
+def told(stage: Stage, peer: str) -> list[int]:
+    """Versions that a peer was told to load."""
+    return [message.manifest.version for message in stage.router.to(peer, messages.LoadPolicy)]
+
+
+def load(stage: Stage, peer: str, version: int) -> None:
+    stage.say(peer, messages.PolicyLoaded(version=version, digest=f"d{version}", seconds=0.1))
+    stage.turn()
+
+
+def publish(stage: Stage, version: int) -> None:
+    stage.say("trainer", messages.PolicyPublished(manifest=manifest(version)))
+    stage.turn()
+
+
+def released(stage: Stage, peer: str) -> list[int]:
+    return [message.version for message in stage.router.to(peer, messages.ReleasePolicy)]
+
+
+def test_an_engine_hears_of_weights_when_its_host_has_them(two_hosts: Stage) -> None:
+    stage = two_hosts
+    assert told(stage, "rollout-0") == [0] and told(stage, "rollout-1") == []
+    stage.say("weights-0", SOURCE)
+    stage.greet("weights-1", "weights")
+    stage.turn()
+    assert stage.router.to("weights-1", messages.WeightSource) == [SOURCE]
+    assert told(stage, "weights-1") == [0] and told(stage, "weights-0") == []
+    load(stage, "weights-1", 0)
+    assert told(stage, "rollout-1") == [0]
+
+    for version in (1, 2):
+        publish(stage, version)
+        load(stage, "rollout-0", version - 1)
+    assert told(stage, "weights-1") == [0, 1], "one at a time"
+    assert told(stage, "rollout-1") == [0] and released(stage, "trainer") == [0]
+    load(stage, "weights-1", 1)
+    assert told(stage, "weights-1") == [0, 1, 2] and released(stage, "weights-1") == []
+    load(stage, "rollout-1", 0)
+    assert told(stage, "rollout-1") == [0, 1] and released(stage, "weights-1") == [0]
+
+
+def test_a_new_server_is_told_to_who_carries_and_a_new_carrier_begins_anew(
+    two_hosts: Stage,
+) -> None:
+    stage = two_hosts
+    stage.greet("weights-1", "weights")
+    stage.say("weights-0", SOURCE)
+    stage.turn()
+    load(stage, "weights-1", 0)
+    other = messages.WeightSource(host="10.0.0.1", port=2, certificate="other", token="u" * 64)
+    stage.greet("weights-0", "weights", incarnation=1)
+    stage.say("weights-0", other)
+    stage.greet("weights-1", "weights", incarnation=1)
+    stage.turn()
+    stage.turn()
+    assert stage.router.to("weights-1", messages.WeightSource)[-1] == other
+    assert told(stage, "weights-1") == [0, 0]
+
+
+def test_who_cannot_bring_weights_is_started_anew(two_hosts: Stage) -> None:
+    stage = two_hosts
+    stage.greet("weights-1", "weights")
+    stage.turn()
+    stage.say("weights-1", messages.PolicyRefused(version=0, reason="no room"))
+    stage.turn()
+    [asked] = stage.router.to("supervisor", messages.RestartActor)
+    assert (asked.actor, asked.reason) == ("weights-1", "it refused policy version 0")
+    # Nothing that carries weights is a worker: the scheduler has never heard of it.
+    assert "weights-1" not in stage.controller.scheduler.dispatcher.workers

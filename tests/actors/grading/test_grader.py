@@ -34,6 +34,7 @@ from zppo_actors.process import ActorContext
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
+    Forgotten,
     Goodbye,
     GradeResult,
     GradeTask,
@@ -182,6 +183,17 @@ def test_it_greets_grants_and_grades(controller: Controller) -> None:
     beats = len([message for message in controller.heard if isinstance(message, Heartbeat)])
     beat = controller.until(Heartbeat, beats + 1)[-1]
     assert isinstance(beat, Heartbeat) and beat.progress == 4 and beat.tasks == []
+
+
+def test_a_grader_that_was_forgotten_greets_again_and_grants_anew(controller: Controller) -> None:
+    assert controller.credits(CAPACITY) == CAPACITY
+    controller.router.send("grader-0", Welcome(heartbeat_seconds=0.05))
+    controller.router.send("grader-0", Forgotten())
+    controller.until(Hello, 2)
+    controller.router.send("grader-0", Welcome(heartbeat_seconds=0.05))
+    assert controller.credits(2 * CAPACITY) == 2 * CAPACITY
+    controller.ask("t", "7", r"\boxed{7}")
+    assert [grade.reward for grade in controller.grades("t")] == [1.0]
 
 
 def test_tasks_are_answered_in_order_whatever_becomes_of_them(controller: Controller) -> None:

@@ -39,6 +39,7 @@ from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
     Credits,
+    Forgotten,
     GenerateResult,
     GenerateTask,
     Goodbye,
@@ -358,3 +359,43 @@ def test_actor_leaves_when_a_load_broke_its_engine() -> None:
     code, line = asyncio.run(work())
     assert code == 1 and line.sent[-1] == Goodbye(reason="half a policy")
     assert not line.all(PolicyRefused)
+
+
+class Waiting(Moody):
+    """Holds every task until it is let go."""
+
+    def __init__(self, plans: dict[str, tuple[list[int], bool]]) -> None:
+        super().__init__(plans)
+        self.held = asyncio.Event()
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None]) -> GroupSamples:
+        await self.held.wait()
+        return await super().generate(task, finished)
+
+
+def test_who_was_forgotten_greets_again_and_grants_the_room_it_has() -> None:
+    async def work() -> None:
+        engine, line = Waiting({"t": ([1, 2], False)}), Line()
+
+        async def until(condition: Callable[[], bool]) -> None:
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not condition():
+                    await asyncio.sleep(0.001)
+
+        def granted() -> int:
+            return sum(credit.count for credit in line.all(Credits))
+
+        actor = start_actor(
+            engine, line, [make_task("q", n=3, task_id="t")], heartbeat_seconds=1000.0
+        )
+        await until(lambda: granted() == 100)
+        for message in (Forgotten(), Forgotten(), Welcome(heartbeat_seconds=1000.0)):
+            line.incoming.put_nowait(message)
+        await until(lambda: granted() == 100 + 97)
+        assert len(line.all(Hello)) == 2, "the second word of one forgetting asks for nothing"
+        engine.held.set()
+        await until(lambda: granted() == 100 + 100 and len(line.all(GenerateResult)) == 1)
+        line.incoming.put_nowait(Shutdown(reason="done"))
+        assert await actor == 0
+
+    asyncio.run(work())

@@ -199,7 +199,7 @@ def test_view_closes_with_the_verdict(
 
     path = make_run(tmp_path / "run", {})
     monkeypatch.setattr(supervisor_module, "_live_view", lambda run: Closing())
-    monkeypatch.setattr(supervisor_module, "supervise", lambda *arguments: end)
+    monkeypatch.setattr(supervisor_module, "supervise", lambda *arguments, **fleet: end)
     assert supervisor_module.main(["--run", str(path)]) == end.exit_code
     assert verdicts == [end.verdict]
     assert capsys.readouterr().err == ("trainer: no\n" if end.exit_code else "")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zppo_actors.weights import PublicationRefused, shared_memory
+from zppo_actors.weights.layout import whole_digest
 from zppo_protocol.values import PolicyManifest
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
@@ -130,9 +131,7 @@ def edited(**changes: Any) -> Callable[[PolicyManifest], PolicyManifest]:
     def edit(manifest: PolicyManifest) -> PolicyManifest:
         first = msgspec.structs.replace(manifest.tensors[0], **changes)
         tensors = [first, *manifest.tensors[1:]]
-        return msgspec.structs.replace(
-            manifest, tensors=tensors, digest=shared_memory.whole_digest(tensors)
-        )
+        return msgspec.structs.replace(manifest, tensors=tensors, digest=whole_digest(tensors))
 
     return edit
 
@@ -141,9 +140,7 @@ def twice(manifest: PolicyManifest) -> PolicyManifest:
     last = manifest.tensors[-1]
     again = msgspec.structs.replace(last, start=last.start + last.size + -last.size % 64)
     tensors = [*manifest.tensors, again]
-    return msgspec.structs.replace(
-        manifest, tensors=tensors, digest=shared_memory.whole_digest(tensors)
-    )
+    return msgspec.structs.replace(manifest, tensors=tensors, digest=whole_digest(tensors))
 
 
 DAMAGE: dict[str, tuple[Callable[[PolicyManifest], PolicyManifest], str]] = {

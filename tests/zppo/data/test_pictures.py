@@ -136,7 +136,9 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises so many pixels, and which holds none."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -172,9 +174,7 @@ def test_animations_are_refused(tmp_path: Path) -> None:
 
 def test_pixels_without_a_plain_meaning_are_refused(tmp_path: Path) -> None:
     file = save(tmp_path / "floats.tiff", Image.fromarray(np.ones((2, 2), np.float32)))
-    assert refusal(file) == (
-        "has pixels of the kind 'F'; expected grey or colour of 8 or 16 bits"
-    )
+    assert refusal(file) == ("has pixels of the kind 'F'; expected grey or colour of 8 or 16 bits")
 
 
 def test_no_thin_pictures_and_no_other_files(tmp_path: Path) -> None:
@@ -184,9 +184,7 @@ def test_no_thin_pictures_and_no_other_files(tmp_path: Path) -> None:
         "thinner pictures"
     )
     file.write_text("words")
-    assert refusal(file) == (
-        "is not a picture; expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF"
-    )
+    assert refusal(file) == ("is not a picture; expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF")
     assert refusal(tmp_path) == "does not exist"
 
 
@@ -240,14 +238,18 @@ def test_plain_files_travel_as_they_are(tmp_path: Path) -> None:
     assert plain_bytes(reference) == ("image/png", Path(reference.path).read_bytes())
     file = save(tmp_path / "b.tiff", Image.fromarray(CORNERS))
     kind, content = plain_bytes(refer(file))
-    assert kind == "image/png" and np.array_equal(np.asarray(Image.open(io.BytesIO(content))), CORNERS)
+    assert kind == "image/png" and np.array_equal(
+        np.asarray(Image.open(io.BytesIO(content))), CORNERS
+    )
 
 
 SIDES = st.integers(1, 5000)
 
 
 @given(SIDES, SIDES, st.integers(1, 10**7) | st.none(), st.integers(1024, 10**7) | st.none())
-def test_bounds_keep_area_and_shape(width: int, height: int, least: int | None, most: int | None) -> None:
+def test_bounds_keep_area_and_shape(
+    width: int, height: int, least: int | None, most: int | None
+) -> None:
     if max(width, height) > MOST_ELONGATED * min(width, height):
         return
     if least is not None and most is not None and least > most:

@@ -57,6 +57,8 @@ def test_localhost_is_the_first_host() -> None:
         "rollout-0": "n1",
         "teacher-0": "n0",
         "grader-0": "n0",
+        "weights-0": "n0",
+        "weights-1": "n1",
     }
     assert (transport_kind(topology), bind_address(topology)) == ("tcp", "10.0.0.1")
     check(topology)
@@ -275,13 +277,9 @@ def test_what_cannot_be_laid_out(sections: dict[str, object], sentence: str) -> 
 
 UNBUILT = [
     (
-        {"cluster": {"hosts": TWO}, "actors": {"rollout": {"hosts": ["n1"]}}},
-        "cluster.hosts: processes are placed on 'n1'; this version plans such a run (--dry-run) "
-        "but starts processes on one host only",
-    ),
-    (
-        {"cluster": {"launcher": "ray"}},
-        "cluster.launcher is 'ray'; this version starts processes with 'local' only",
+        {"cluster": {"launcher": "render"}},
+        "cluster.launcher is 'render'; expected zppo render, which writes the job that launches "
+        "the run, or cluster.launcher local",
     ),
 ]
 
@@ -307,7 +305,7 @@ def test_mistakes_in_a_host_name_it() -> None:
         assert str(caught.value) == f"t.yaml: {sentence}"
 
 
-def test_a_run_over_several_hosts_is_shown_but_not_started(
+def test_a_run_that_a_job_launches_is_shown_but_not_started(
     small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from zppo.launch import main
@@ -315,6 +313,7 @@ def test_a_run_over_several_hosts_is_shown_but_not_started(
     monkeypatch.chdir(small)
     hosts = "cluster.hosts={n0: {address: 10.0.0.1}, n1: {address: 10.0.0.2}}"
     command = ["topology.yaml", "--set", hosts, "--set", "actors.rollout.hosts=[n1]"]
+    command += ["--set", "cluster.launcher=render"]
     assert main([*command, "--dry-run"]) == 0
     before = sorted(small.rglob("*"))
     assert main(command) == 2

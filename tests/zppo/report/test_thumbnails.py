@@ -53,7 +53,7 @@ def test_each_picture_is_carried_once_and_small(tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "large.png")
     large, small = refer(tmp_path / "large.png"), coloured(tmp_path / "a.png", "red")
     made = Thumbnails()
-    first, second, again = made.shown(encoded(large, small, large))
+    first, _, again = made.shown(encoded(large, small, large))
     assert first == again and len(made.copies) == 2
     assert first.copy is not None and opened(made.copies[first.copy]).size == (SIDE, 128)
     assert made.size == sum(map(len, made.copies.values()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from worlds import topology
 
 from zppo.algorithm.methods import get_method
@@ -126,6 +127,20 @@ def test_the_bound_holds_and_no_step_beats_the_work_bound(bound: int, seed: int)
     assert msgspec.json.encode(run) == msgspec.json.encode(simulate(world(bound), 12, seed))
     if bound == 0:
         assert run.over_bound > 1.0
+
+
+@pytest.mark.slow
+def test_the_work_is_the_same_however_much_is_in_flight() -> None:
+    """Of the windows that filled batches leave open the teacher's part is still to come."""
+    scheduler = {"max_staleness": 8, "new_questions": 8, "batches": "filled"}
+    actors = {"rollout": {"count": 2}, "teacher": {"count": 1}, "grader": {"count": 2}}
+    slow = Engines(slots=16, curve=Curve(fixed=0.2))
+    speeds = structs.replace(world(0).speeds, teachers=(slow,))
+    filled = world(0, speeds=speeds, topology=topology(scheduler=scheduler, actors=actors))
+    ahead, in_order = simulate(filled, 30, warm=0), simulate(world(0, speeds=speeds), 30, warm=0)
+    for pool in ("rollout", "teacher", "grader"):
+        assert ahead.work[pool] == pytest.approx(in_order.work[pool], rel=0.1), pool
+    assert ahead.over_bound < 1.0, "the trainer has run ahead of the teacher"
 
 
 def test_versions_change_where_weights_were_loaded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -98,6 +99,54 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype)
     monkeypatch.setattr(module, "CHUNK", 4)
     AdamW(cut, config, seed=0).step(gradients(0))
     assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_the_fused_loop_is_the_update_in_tensor_operations(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    state_dtype: Literal["float32", "bfloat16"],
+    beta1: float,
+) -> None:
+    """Two updates of 5,000 numbers. A last bit of float32 may differ, and then, where the noise
+    falls between the two, a bf16 goes to the other neighbour."""
+    config = OptimizerConfig(learning_rate=0.01, beta1=beta1, state_dtype=state_dtype)
+    generator = torch.Generator().manual_seed(0)
+    start, first, second = torch.randn(3, 5000, generator=generator)
+    found = list[dict[str, Tensor]]()
+    for fuses in (True, False):
+        monkeypatch.setattr(module, "fuses_adamw", lambda device, fuses=fuses: fuses)
+        own = {"w": nn.Parameter(start.to(dtype, copy=True))}
+        ours = AdamW(own, config, seed=0)
+        ours.step({"w": first})
+        ours.step({"w": second})
+        found.append({"w": own["w"].detach(), **dict(ours.tensors())})
+    exact = dtype == torch.float32 and state_dtype == "float32"
+    for name, fused in found[0].items():
+        plain = found[1][name]
+        far = ~torch.isclose(fused, plain, rtol=1e-5, atol=1e-7)
+        assert float(far.float().mean()) <= (0 if exact else 0.01), name
+        torch.testing.assert_close(fused, plain, rtol=2**-6, atol=1e-3, msg=name)
+
+
+def test_threads_of_the_fused_loop_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(learning_rate=0.1)
+    alone, shared = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    AdamW(alone, config, seed=0).step(gradients(0))
+    monkeypatch.setattr("zppo_kernels.adamw.ELEMENTS_PER_THREAD", 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    AdamW(shared, config, seed=0).step(gradients(0))
+    assert all(torch.equal(alone[name], shared[name]) for name in SHAPES)
+
+
+def test_the_fused_loop_keeps_what_is_not_finite() -> None:
+    own = {"w": nn.Parameter(torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]).bfloat16())}
+    AdamW(own, OptimizerConfig(learning_rate=0.1), seed=0).step({"w": torch.zeros(4)})
+    assert own["w"].isinf().tolist() == [True, True, False, False]
+    assert own["w"].isnan().tolist() == [False, False, True, False]
+    assert own["w"][0] > 0 > own["w"][1]
 
 
 def test_a_parameter_without_gradient_stays() -> None:

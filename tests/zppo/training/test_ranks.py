@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from recurrent_models import make_seeing, save_seeing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from trainer_ranks import Case, Nest, Outcome
@@ -257,3 +259,25 @@ def test_a_model_that_cannot_be_cut_is_refused(
     assert str(caught.value) == (
         f"actors.trainer.ranks is 1; expected 1, because '' cannot be sharded: {reason}"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["seeing", "seeing_all"])
+def test_ranks_with_and_without_a_picture_make_one_update(
+    nest: Nest, tmp_path: Path, model: str
+) -> None:
+    """One group has a picture, so one rank's pass has one; with a tower that is trained the other
+    goes through it all the same, and nothing that it makes there counts."""
+    folder = save_seeing(make_seeing(first_mark=100), tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    method = MethodConfig(updates_per_step=1)
+    case = Case(model=model, method=method, pictures=str(folder), groups=4, last=1)
+    one, two = (nest.trained(tmp_path / str(count), count, case) for count in (1, 2))
+    check_metrics(one, two)
+    # The first moments are a tenth of the gradients, whose norm was cut to 1.
+    gradients = {name: value for name, value in one.tensors.items() if name.startswith("first.")}
+    assert max(float(value.abs().max()) for value in gradients.values()) > 1e-3
+    assert difference(gradients, two.tensors) <= 1e-6
+    in_the_tower = [value for name, value in gradients.items() if ".visual." in name]
+    assert any(bool(value.any()) for value in in_the_tower) == (model == "seeing_all")

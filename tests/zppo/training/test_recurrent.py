@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 MODELS: dict[str, Callable[[], Any]] = {
     **{family: partial(make_recurrent, family) for family in FAMILIES},
-    "qwen3_5": make_seeing,
+    "qwen3_5": partial(make_seeing, first_mark=100),
 }
 TASK = window(
     group("a", [1, 0, 0], lengths=[14, 1, 70]),
@@ -79,7 +79,7 @@ def test_padded_rows_give_the_log_probs_and_gradients_of_each_sequence_alone(nam
 
 
 def test_text_leaves_the_tower_without_gradient_and_moments() -> None:
-    model = make_seeing().requires_grad_(True)
+    model = make_seeing(first_mark=100).requires_grad_(True)
     freeze_tower(model)
     names = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert names == {name for name, _ in model.named_parameters() if "visual" in name} != set()

@@ -250,9 +250,7 @@ def test_a_server_is_sent_what_other_engines_see(tmp_path: Path, kind: str) -> N
     else:
         picture.save(path, format="BMP")
     reference = refer(path, bounds)
-    (message,) = chat_messages(
-        Prompt(messages=make_task("q").prompt.messages, media=[reference])
-    )
+    (message,) = chat_messages(Prompt(messages=make_task("q").prompt.messages, media=[reference]))
     head, _, data = message["content"][0]["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) as sent:

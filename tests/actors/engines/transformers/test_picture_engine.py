@@ -4,10 +4,12 @@ transformers over the pixels, one sequence at a time."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import engine_helpers
 import numpy as np
 import pytest
 import recurrent_models
@@ -20,9 +22,11 @@ from transformers import AutoImageProcessor
 from transformers_helpers import build, run, sample
 
 from zppo.data.pictures import refer
+from zppo.errors import UserError
 from zppo.training.batch import assemble
 from zppo.training.layout import micro_batches
 from zppo.training.policy import Policy
+from zppo_actors.engines.base import EngineError
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -180,3 +184,82 @@ def test_engine_and_trainer_read_pictures_as_transformers_does(name: str, tmp_pa
         policy.open_eyes(str(folder))
         assert np.abs(behaviour - expected).max() < ROUNDING
         assert np.abs(read_by(policy, tasks, found) - expected).max() < ROUNDING
+
+
+def test_a_stale_feature_a_changed_pixel_and_a_mark_are_found(tmp_path: Path) -> None:
+    """What the test above would find: features that outlive their weights, another picture, and a
+    response that holds the mark of one."""
+    folder, shared = tmp_path / "model", tmp_path / "shared"
+    shared.mkdir()
+    first = recurrent_models.make_seeing()
+    with torch.no_grad():  # a model that would write marks of pictures, and nothing else
+        first.lm_head.weight[3:7] *= 40
+    second = moved(first, 1)
+    recurrent_models.save_seeing(first, folder)
+    engine = build(folder, max_sequences=4)
+    picture = noise(tmp_path, "p", (64, 96))
+    task = pictured(make_task("how many", n=3, max_new_tokens=8), picture)
+
+    async def work() -> tuple[GroupSamples, GroupSamples]:
+        [before] = await sample(engine, task)
+        engine._tower.renew = lambda weights: None
+        await engine.load_policy(published(second, 1, shared))
+        return before, (await sample(engine, task))[0]
+
+    before, stale = run(engine, work())
+    assert not np.isin(before.token_ids, [3, 4, 5, 6]).any()
+    assert before.media_tokens == [6]
+    media = task.prompt.media
+    assert np.abs(before.log_probs - alone(first, folder, before, media)).max() < ROUNDING
+    assert np.abs(stale.log_probs - alone(second, folder, stale, media)).max() > 100 * ROUNDING
+
+    pixels = np.asarray(Image.open(picture.path)).copy()
+    pixels[:32, :32] = 255 - pixels[:32, :32]
+    Image.fromarray(pixels).save(tmp_path / "other.png")
+    other = [refer(tmp_path / "other.png")]
+    assert np.abs(before.log_probs - alone(first, folder, before, other)).max() > 100 * ROUNDING
+    policy = Policy(copy.deepcopy(first))
+    policy.open_eyes(str(folder))
+    as_trained = read_by(policy, [pictured(task, *other)], [before])
+    assert np.abs(before.log_probs - as_trained).max() > 100 * ROUNDING
+
+
+def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path: Path) -> None:
+    folder = recurrent_models.save_seeing(recurrent_models.make_seeing(), tmp_path / "model")
+    engine, picture = build(folder, max_sequences=4), noise(tmp_path, "p", (64, 96))
+    task = pictured(make_task("how many", n=2, max_new_tokens=4), picture)
+    marked = make_task("how <|image_pad|> many")
+    policy = Policy(recurrent_models.make_seeing())
+    policy.open_eyes(str(folder))
+
+    async def work() -> tuple[GroupSamples, str, str]:
+        [found] = await sample(engine, task)
+        Path(picture.path).write_bytes(Path(noise(tmp_path, "q", (64, 96)).path).read_bytes())
+        with pytest.raises(EngineError) as changed:
+            await engine.generate(task)
+        with pytest.raises(EngineError) as words:
+            await engine.generate(marked)
+        assert not changed.value.retryable and not words.value.retryable
+        return found, str(changed.value), str(words.value)
+
+    found, changed, words = run(engine, work())
+    start = f"the picture {picture.path!r} has changed since the data was read"
+    assert changed.startswith(start)
+    assert words == "the prompt holds 1 marks of pictures for 0 pictures"
+    with pytest.raises(UserError, match=re.escape(f"data.train: {start}")):
+        read_by(policy, [task], [found])
+    wider = structs.replace(picture, width=96)
+    with pytest.raises(UserError) as refused:
+        read_by(policy, [pictured(task, wider)], [found])
+    assert str(refused.value) == (
+        "student.model: the engine read the pictures of the question 't' as other tokens than the "
+        "trainer (picture 1 of 1, of 96 × 96 pixels, should be 9 tokens, and other ones stand in "
+        "the prompt); expected the same preprocessor_config.json for both"
+    )
+    blind = Policy(engine_helpers.make_model())
+    with pytest.raises(UserError) as unseen:
+        read_by(blind, [task], [found])
+    assert str(unseen.value) == (
+        "student.model: the question 't' has pictures, and the trainer shows none to '' (qwen3); "
+        "expected a family that docs/pictures.md names"
+    )

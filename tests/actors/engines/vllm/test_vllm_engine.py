@@ -1,8 +1,7 @@
 """The vLLM engine, for real, against plain forward passes of the same model: samples, updates in
 flight, refusals.
 
-One engine serves all tests but the last ones, because it takes longer to start than all of them to
-run.
+One engine serves all tests, because it takes longer to start than all of them to run.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import actor_helpers
 import msgspec
 import numpy as np
 import psutil
 import pytest
 import torch
-from actor_helpers import Stage
+from actor_helpers import Line
 from engine_helpers import (
     END_ID,
     VOCABULARY,
@@ -35,14 +33,11 @@ from engine_helpers import (
 )
 from scoring_helpers import assert_scores, forward, to_score
 from support_helpers import assert_supports, task_with_support, trainer_log_probs
-from vllm_helpers import CONTEXT, ENGINE_ARGS, save_tiny, spec_of, tiny, truncated_log_probs
+from vllm_helpers import CONTEXT, save_tiny, spec_of, tiny, truncated_log_probs
 
 from zppo.config.method import MethodConfig
 from zppo.config.topology import (
-    ActorConfig,
-    ActorsConfig,
     DataConfig,
-    ModelConfig,
     StudentConfig,
     StudentSampling,
     Topology,
@@ -51,11 +46,15 @@ from zppo.errors import UserError
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.vllm.engine import read_support
+from zppo_actors.process import ActorContext
+from zppo_actors.sampler.actor import EngineActor
 from zppo_actors.weights import PublicationRefused, shared_memory
 from zppo_protocol.messages import (
+    AnyMessage,
+    Credits,
     GenerateResult,
     GenerateTask,
-    Hello,
+    Goodbye,
     LoadPolicy,
     PolicyLoaded,
     PolicyRefused,
@@ -74,6 +73,7 @@ pytestmark = [
 TOLERANCE = 1e-3
 CALL_SECONDS = 1800.0
 Outcome = TypeVar("Outcome")
+Answer = TypeVar("Answer")
 
 
 class Served:
@@ -502,54 +502,39 @@ def test_trainer_and_engine_agree_and_a_skipped_update_shows(
 # ---- the actor -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    monkeypatch.setattr(actor_helpers, "WAIT_SECONDS", CALL_SECONDS)
-    student = ModelConfig(model=str(save_tiny(tmp_path / "student", tied=False)), dtype="float32")
-    rollout = ActorConfig(engine="vllm", engine_args={**ENGINE_ARGS, "max_num_seqs": 4}, threads=1)
-    stage = Stage(
-        tmp_path,
-        Topology(
-            data=DataConfig(train="unused"), student=student, actors=ActorsConfig(rollout=rollout)
-        ),
-    )
-    yield stage
-    stage.close()
+def test_an_actor_serves_and_leaves_when_its_engine_dies_in_a_load(served: Served) -> None:
+    """The last of all: nothing can be asked of the engine afterwards."""
+    topology = Topology(data=DataConfig(train="unused"), student=StudentConfig(model="unused"))
+    context = ActorContext(Path(), served.folder, "rollout-0", "rollout", 0, topology, "run", 0)
+    core, worker = engine_processes(os.getpid())
 
+    async def work() -> None:
+        line = Line()
+        actor = asyncio.create_task(EngineActor(context, served.engine, line, "rollout").run())
 
-def test_rollout_actor_serves_and_leaves_when_its_engine_dies_in_a_load(stage: Stage) -> None:
-    stage.start("rollout")
-    assert stage.next(Hello).capacity == 4
-    stage.send(Welcome(heartbeat_seconds=0.1))
-    stage.send(
-        LoadPolicy(
-            manifest=shared_memory.publish(tiny(1, tied=False).state_dict(), 0, stage.folder)
-        )
-    )
-    assert stage.next(PolicyLoaded).version == 0
-    stage.credits(4)
+        async def answer(message: AnyMessage, wanted: type[Answer]) -> Answer:
+            line.incoming.put_nowait(message)
+            while not line.all(wanted) and not actor.done():
+                await asyncio.sleep(0.01)
+            return line.all(wanted)[0]
 
-    torn = LoadPolicy(
-        manifest=truncate(shared_memory.publish(tiny(2, tied=False).state_dict(), 1, stage.folder))
-    )
-    stage.send(torn)
-    assert "the file has 64 bytes" in stage.next(PolicyRefused).reason
-    stage.send(make_task(words(40), n=4, task_id="a"))
-    samples = stage.next(GenerateResult).samples
-    assert set(versions(samples)) == {0} and gap(tiny(1, tied=False), samples) < TOLERANCE
-    stage.credits(4)
+        line.incoming.put_nowait(Welcome(heartbeat_seconds=0.1))
+        loaded = await answer(LoadPolicy(manifest=served.publish(tiny(1))), PolicyLoaded)
+        assert loaded.version == served.versions
+        torn = LoadPolicy(manifest=truncate(served.publish(tiny(2))))
+        assert "the file has 64 bytes" in (await answer(torn, PolicyRefused)).reason
+        samples = (await answer(make_task(words(40), n=4, task_id="a"), GenerateResult)).samples
+        assert set(versions(samples)) == {loaded.version}
+        assert gap(tiny(1), samples) < TOLERANCE
+        assert line.sent.index(line.all(Credits)[0]) > line.sent.index(loaded)
 
-    assert stage.process is not None
-    core, worker = engine_processes(stage.process.pid)
-    worker.send_signal(signal.SIGSTOP)  # a load cannot end now
-    stage.send(
-        LoadPolicy(
-            manifest=shared_memory.publish(tiny(3, tied=False).state_dict(), 2, stage.folder)
-        )
-    )
-    core.kill()
-    assert stage.exit_code() == 1
-    assert "the engine core of vLLM has died" in stage.log()
+        worker.send_signal(signal.SIGSTOP)  # a load cannot end now
+        line.incoming.put_nowait(LoadPolicy(manifest=served.publish(tiny(3))))
+        core.kill()
+        assert await actor == 1
+        assert "the engine core of vLLM has died" in line.all(Goodbye)[0].reason
+
+    served.run(work())
     _, alive = psutil.wait_procs([core, worker], timeout=CALL_SECONDS)
     assert not alive
 

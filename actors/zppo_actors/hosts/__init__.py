@@ -1,0 +1,1 @@
+"""What runs on the further hosts of a run: `zppo join` and the host agent that it becomes."""

@@ -1,0 +1,180 @@
+"""The further hosts of a run are asked for before it begins, and let go when it is over.
+
+Their key files lie in a folder of the user's, mode 0700, for as long as the run lives: whoever
+starts `zppo join` on a host takes that host's file there, or finds it on a shared file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from zppo.config.topology import Topology
+from zppo.errors import UserError
+from zppo.plan.fingerprint import fingerprint
+from zppo.plan.placement import used_hosts
+from zppo.plan.processes import ProcessEntry, processes
+from zppo.records.run_directory import RunRecord
+from zppo.signals import Interrupts
+from zppo_actors.supervisor import children
+from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.listening import over_tcp
+from zppo_actors.supervisor.run_attempt import View
+from zppo_protocol import keys
+from zppo_protocol.limits import MIB, Limits
+from zppo_protocol.sockets import Router
+
+ROLE = "host"
+TICK_SECONDS = 0.1
+LEAVE_SECONDS = 10.0
+RAY = "ray"
+RAY_SPARE_SECONDS = 30.0
+"""Ray is given up first, because it knows the reason."""
+LIMITS = Limits(header_bytes=8 * MIB, payload_bytes=MIB)
+
+
+class Interrupted(Exception):
+    """Ctrl-C while hosts were waited for."""
+
+
+@contextlib.contextmanager
+def gathered(
+    run_dir: Path, record: RunRecord, key_folder: Path, view: View, interrupts: Interrupts
+) -> Iterator[Fleet | None]:
+    """All further hosts of the run, once they have joined; None where there are none.
+
+    Raises UserError if one does not join within `cluster.join_seconds`, Interrupted on Ctrl-C; then
+    those that have joined are let go.
+    """
+    topology = record.topology
+    further = used_hosts(topology)[1:]
+    if not further:
+        yield None
+        return
+    bound, reached = over_tcp(topology, "cluster.port", topology.cluster.port)
+    access, credentials = keys.issue(bound, dict.fromkeys(further, ROLE), reached_at=reached)
+    router = Router(access, LIMITS)
+    fleet = Fleet(router, folders_of(topology), versions(), run_dir, topology.cluster.lease_seconds)
+    seats: Child | None = None
+    try:
+        for name, one in credentials.items():
+            keys.write_credentials(keys.key_file(key_folder, name), one)
+        if topology.cluster.launcher == RAY:
+            seats = taken_seats(run_dir, topology, key_folder)
+        else:
+            view.log(asking(further, key_folder, topology.cluster.join_seconds))
+        wait_for_all(fleet, topology.cluster.join_seconds, view, interrupts, seats)
+        yield fleet
+    finally:
+        fleet.dismiss()
+        if seats is not None:
+            let_go(seats)
+        router.close()
+        remove_keys(key_folder, further)
+
+
+def remove_keys(folder: Path, hosts: Iterable[str]) -> None:
+    """Take away the key files, and their folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        for host in hosts:
+            keys.key_file(folder, host).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def taken_seats(run_dir: Path, topology: Topology, key_folder: Path) -> Child:
+    """The process that asks Ray for the hosts (`zppo_actors.hosts.seats`)."""
+    table = processes(topology, 1)
+    seats = [
+        {
+            "host": host,
+            "key_file": str(keys.key_file(key_folder, host)),
+            "cards": topology.cluster.hosts[host].cards
+            or len({card for entry in table if entry.host == host for card in entry.cards}),
+        }
+        for host in used_hosts(topology)[1:]
+    ]
+    options = ["--seats", msgspec.json.encode(seats).decode()]
+    options += ["--wait", str(topology.cluster.join_seconds)]
+    return children.spawn(
+        [sys.executable, "-P", "-m", "zppo_actors", "seats", *options],
+        name=RAY,
+        role=RAY,
+        incarnation=0,
+        log=run_dir / "logs" / f"{RAY}.log",
+        env={},
+        inherited=(),
+    )
+
+
+def let_go(seats: Child) -> None:
+    """The agents leave, and with them their seats; Ray takes away what is left when its driver is
+    gone."""
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while not seats.ended and time.monotonic() < deadline:
+        time.sleep(TICK_SECONDS)
+    seats.kill()
+
+
+def wait_for_all(
+    fleet: Fleet,
+    seconds: float,
+    view: View,
+    interrupts: Interrupts,
+    seats: Child | None = None,
+) -> None:
+    """Until every host is there. Raises UserError after `seconds`, or when the process that holds
+    their seats has ended; Interrupted on Ctrl-C."""
+    deadline = time.monotonic() + seconds + (RAY_SPARE_SECONDS if seats is not None else 0.0)
+    while missing := fleet.missing():
+        if seats is not None and seats.ended:
+            raise UserError((children.tail(seats.log, lines=1) or [seats.verdict])[0])
+        for line in fleet.turn():
+            view.log(line)
+        if interrupts.count:
+            raise Interrupted
+        if time.monotonic() > deadline:
+            reasons = [f"{name} ({why})" if why else name for name, why in missing.items()]
+            raise UserError(
+                f"cluster.hosts: {', '.join(reasons)} did not join within {seconds:g} s "
+                "(cluster.join_seconds); nothing was started"
+            )
+        time.sleep(TICK_SECONDS)
+
+
+def asking(hosts: list[str], key_folder: Path, seconds: float) -> str:
+    """What a person has to do, once; a key file is named and never shown."""
+    lines = [f"waiting for {', '.join(hosts)}, at most {seconds:g} s; run there:"]
+    lines += [f"  {host}: zppo join --key {keys.key_file(key_folder, host)}" for host in hosts]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all hosts of a run."""
+    return {"zppo": metadata.version("zppo"), "Python": platform.python_version()}
+
+
+def folders_of(topology: Topology) -> dict[str, dict[str, str]]:
+    """Which model folders each further host needs, and their fingerprints."""
+    first, *further = used_hosts(topology)
+    folders: dict[str, set[str]] = {host: set() for host in further}
+    for entry in processes(topology, 1):
+        if entry.host != first:
+            folders[entry.host] |= models_of(entry, topology)
+    prints = {path: fingerprint(Path(path)) for path in sorted(set().union(*folders.values()))}
+    return {host: {path: prints[path] for path in sorted(of)} for host, of in folders.items()}
+
+
+def models_of(entry: ProcessEntry, topology: Topology) -> set[str]:
+    """The model folders that a process reads, of which this host can tell the fingerprint."""
+    named = {topology.student.model} if entry.role == "rank" else set()
+    if entry.served is not None and entry.served.model.model:
+        named.add(str(entry.served.folder))
+    return {path for path in named if Path(path).is_dir()}

@@ -1,0 +1,138 @@
+"""Hands the weights that lie in a runtime folder to the other hosts of a run.
+
+One thread takes connections, and each has a thread of its own: there is one for each host. They
+read files that never change, so nobody waits for anybody, and the trainer knows nothing of it.
+Whoever does not show the token within `CONNECT_SECONDS` is cut off, and of such only `STRANGERS`
+are borne at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from zppo_actors.weights.fetch import CHUNK_BYTES
+from zppo_actors.weights.layout import weight_path
+from zppo_actors.weights.line import CONNECT_SECONDS, FRAME, new_token, proof_of, serving_context
+from zppo_protocol.messages import WeightSource
+
+STRANGERS = 32
+"""Connections that have not shown the token yet; more are closed at once."""
+IDLE_SECONDS = 600.0
+"""A fetcher that reads nothing for so long while it is being sent to is cut off; it comes again."""
+
+log = logging.getLogger("zppo.weights")
+
+
+class WeightServer:
+    """A server of the weight files in `folder` at `host`, from its construction to `close`."""
+
+    def __init__(self, folder: Path, host: str, port: int = 0) -> None:
+        """Listen at `host`, a name or address that is not all of them. Raises OSError if it cannot
+        be had; port 0 is any free one."""
+        self._folder = folder
+        self._context, certificate = serving_context(folder)
+        self.refused = 0
+        """connections without the token"""
+        self._strangers = threading.Semaphore(STRANGERS)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self._socket = socket.create_server((host, port), family=family)
+        found: int = self._socket.getsockname()[1]
+        self.source = WeightSource(
+            host=host, port=found, certificate=certificate, token=new_token()
+        )
+        """What lets fetchers in, and is a secret."""
+        threading.Thread(target=self._accept, daemon=True, name="weights").start()
+
+    def close(self) -> None:
+        """Take no more connections; those that are there end with this process."""
+        # A thread that waits in accept is woken by this alone.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                plain, _ = self._socket.accept()
+            except OSError:
+                return
+            if not self._strangers.acquire(blocking=False):
+                plain.close()
+                continue
+            threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+
+    def _serve(self, plain: socket.socket) -> None:
+        try:
+            try:
+                line = self._admitted(plain)
+            finally:
+                self._strangers.release()
+            if line is not None:
+                with line:
+                    self._answer(line)
+        except OSError as error:
+            log.info("a line for weights has ended: %s", error)
+        finally:
+            plain.close()
+
+    def _admitted(self, plain: socket.socket) -> ssl.SSLSocket | None:
+        """The secured line to somebody who has the token; None, counted, for anybody else."""
+        try:
+            plain.settimeout(CONNECT_SECONDS)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line = self._context.wrap_socket(plain, server_side=True)
+            proof = proof_of(self.source.token)
+            if hmac.compare_digest(_exactly(line, len(proof)), proof):
+                return line
+            self._refuse("it has no token of this run")
+            line.close()
+        except OSError as error:
+            self._refuse(str(error))
+        return None
+
+    def _refuse(self, reason: str) -> None:
+        self.refused += 1
+        if self.refused & (self.refused - 1) == 0:  # the 1st, 2nd, 4th, 8th …
+            log.warning("connection %d to the weights is refused: %s", self.refused, reason)
+
+    def _answer(self, line: ssl.SSLSocket) -> None:
+        """Answer one request after the other until the other end hangs up."""
+        while True:
+            line.settimeout(None)  # a fetcher that waits for a version says nothing
+            version, start, size = FRAME.unpack(_exactly(line, FRAME.size))
+            line.settimeout(IDLE_SECONDS)
+            piece = self._read(version, start, min(size, CHUNK_BYTES))
+            line.sendall(FRAME.pack(version, start, len(piece)))
+            if piece:
+                line.sendall(piece)
+
+    def _read(self, version: int, start: int, size: int) -> bytes:
+        """So much of a version, nothing if it is not here (any more). The file is not kept open: a
+        version that is released is gone."""
+        try:
+            with weight_path(self._folder, version).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, start)
+        except (OSError, OverflowError):
+            return b""
+
+
+def _exactly(line: ssl.SSLSocket, count: int) -> bytes:
+    """`count` bytes. Raises OSError when the other end hangs up or is silent for too long."""
+    return b"".join(_parts(line, count))
+
+
+def _parts(line: ssl.SSLSocket, count: int) -> Iterator[bytes]:
+    while count:
+        part = line.recv(count)
+        if not part:
+            raise ConnectionResetError("the other end has hung up")
+        count -= len(part)
+        yield part

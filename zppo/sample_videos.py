@@ -1,0 +1,135 @@
+"""`zppo sample-videos ROWS --out FOLDER`: the videos of a question file, sampled to frames once and
+for all.
+
+ROWS is a JSONL file whose column `videos` holds a path, or a list of paths, relative to the file.
+FOLDER receives the same rows with the frames and times of each video in its place, and the frames
+as PNG files that are named by their content. It is whole or not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zppo.config.options import positive
+from zppo.data.pictures import PixelBounds
+from zppo.data.videos import sample_frames
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+
+ROWS, MEDIA = "train.jsonl", "media"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample all videos. Returns 0, or 2 after a user error, which leaves nothing behind."""
+    try:
+        options = _parser().parse_args(argv)
+        print(sample(options.rows, options.out, options.frames, options.max_pixels))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def sample(rows: Path, out: Path, frames: int, max_pixels: int | None) -> str:
+    """Write the folder, and say what is in it. Raises UserError."""
+    if out.exists():
+        raise UserError(f"--out: {str(out)!r} exists already; name a new folder, or remove it")
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        (aside / MEDIA).mkdir(parents=True)
+        writer = _Writer(rows.parent, aside, frames, PixelBounds(most=max_pixels))
+        lines = [writer.row(place, row) for place, row in _read(rows)]
+        (aside / ROWS).write_text("".join(lines), encoding="utf-8")
+        aside.rename(out)
+    except OSError as error:
+        raise UserError(f"--out: {str(out)!r} cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    made = f"rows: {len(lines)}, videos: {writer.videos}, of at most {frames} frames"
+    return f"wrote {out / ROWS}: {made}"
+
+
+class _Writer:
+    def __init__(self, base: Path, folder: Path, frames: int, bounds: PixelBounds) -> None:
+        self._base, self._folder, self._frames, self._bounds = base, folder, frames, bounds
+        self.videos = 0
+
+    def row(self, place: str, row: dict[str, Any]) -> str:
+        value = row.get("videos")
+        paths = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise UserError(
+                f"{place}: videos is {str(value)[:40]!r}; expected a path or a list of paths"
+            )
+        if paths:
+            row = {**row, "videos": [self._video(place, path) for path in paths]}
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    def _video(self, place: str, path: str) -> dict[str, Any]:
+        try:
+            sampled = sample_frames(self._base / path, self._frames, self._bounds)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        self.videos += 1
+        return {
+            "frames": [self._saved(one.picture) for one in sampled],
+            "seconds": [round(one.second, 3) for one in sampled],
+        }
+
+    def _saved(self, picture: Any) -> str:
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        name = f"{MEDIA}/{hashlib.sha256(file.getvalue()).hexdigest()}.png"
+        (self._folder / name).write_bytes(file.getvalue())
+        return name
+
+
+def _read(rows: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, row) of each line that is not blank."""
+    try:
+        lines = rows.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"ROWS: {str(rows)!r} cannot be read ({error}); expected JSONL") from None
+    return [
+        (f"{rows}:{number}", _object(f"{rows}:{number}", line))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _object(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: is a {type(row).__name__}; expected an object")
+    return row
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="zppo sample-videos",
+        description="Sample the videos of a question file to frames, once and for all.",
+    )
+    parser.add_argument("rows", type=Path, metavar="ROWS", help="JSONL with a column videos")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "--frames", type=positive, default=8, metavar="N", help="at most so many of a video (8)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=positive, metavar="N", help="frames of more area are reduced to it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
