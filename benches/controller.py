@@ -34,7 +34,8 @@ from safetensors.numpy import save_file
 from zppo.config.topology import Topology
 from zppo.plan.processes import cores, processes
 from zppo.records import checkpoint, run_directory
-from zppo_actors.controller.controller import Controller, collect_less
+from zppo_actors.controller.collector import collect_less
+from zppo_actors.controller.controller import Controller
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
 from zppo_protocol.codec import decode, encode
@@ -62,7 +63,7 @@ class Wire:
         self.sent: list[tuple[str, list[bytes]]] = []
         self.received: Counter[str] = Counter()
         self.roles: dict[str, str] = {}
-        self.refused = 0
+        self.refused, self.refusal = 0, ""
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         if not self.inbox:

@@ -6,7 +6,8 @@ of numbers, against pickle, and against bare ZeroMQ.
 The message is one `GenerateResult` of `--completions` completions of `--tokens` tokens each. Codec
 and lists end with numpy arrays that have passed the same checks, which is what a controller needs;
 pickle (protocol 5, of the fields) checks nothing. The last rows send the message through a real
-`ipc://` socket pair in one process, and the same frames through bare sockets. Times are processor
+socket pair in one process: ours over `ipc` (a key shown once) and over `tcp` (CURVE), and the same
+frames through bare sockets, with and without CURVE. Times are processor
 times of all threads, the best of `--repeats`, in milliseconds; each action is repeated until it
 takes 20 ms.
 """
@@ -17,6 +18,7 @@ import argparse
 import json
 import pickle
 import platform
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from zppo_protocol.sockets import Dealer, Router
 from zppo_protocol.values import Usage
 
 LEAST_SECONDS = 0.02
+KINDS = ("ipc", "tcp")
 WAYS = ("codec", "lists", "pickle")
 ARRAYS = {
     "prompt_ids": np.int32,
@@ -56,6 +59,7 @@ class ListSamples(msgspec.Struct):
     finish_reasons: list[str]
     usage: list[Usage] = []
     support: None = None
+    media_tokens: list[int] = []
 
 
 class ListResult(msgspec.Struct, tag=True):
@@ -112,13 +116,28 @@ def best_ms(action: Callable[[], Any], repeats: int) -> float:
     return 1000 * min(times)
 
 
-def bare_ms(frames: list[Any], repeats: int) -> float:
-    """The same frames through bare sockets: no message, no checks."""
+def address_of(kind: str, folder: str) -> str:
+    """An address of this kind that nobody listens at."""
+    if kind == "ipc":
+        return f"ipc://{folder}/bench.sock"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def bare_ms(frames: list[Any], repeats: int, kind: str, curve: bool) -> float:
+    """The same frames through bare sockets: no message, no checks, no names."""
     context = zmq.Context()
     router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    if curve:
+        (public, secret), (own_public, own_secret) = zmq.curve_keypair(), zmq.curve_keypair()
+        router.curve_server, router.curve_secretkey = 1, secret
+        dealer.curve_publickey, dealer.curve_secretkey = own_public, own_secret
+        dealer.curve_serverkey = public
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        router.bind(f"ipc://{folder}/bench.sock")
-        dealer.connect(f"ipc://{folder}/bench.sock")
+        address = address_of(kind, folder)
+        router.bind(address)
+        dealer.connect(address)
 
         def trip() -> None:
             dealer.send_multipart(frames, copy=False)
@@ -130,11 +149,11 @@ def bare_ms(frames: list[Any], repeats: int) -> float:
             context.destroy(linger=0)
 
 
-def socket_ms(result: GenerateResult, repeats: int) -> float:
-    """Encode, send, receive and decode through a Unix socket, one message at a time."""
+def socket_ms(result: GenerateResult, repeats: int, kind: str) -> float:
+    """Encode, send, receive and decode through our sockets, one message at a time."""
     limits = Limits(header_bytes=2**30)
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        access, credentials = issue(f"ipc://{folder}/bench.sock", {"rollout-0": "rollout"})
+        access, credentials = issue(address_of(kind, folder), {"rollout-0": "rollout"})
         router, dealer = Router(access, limits), Dealer(credentials["rollout-0"], limits)
 
         def trip() -> None:
@@ -167,7 +186,12 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
     }
     rows = {name: [best_ms(one, repeats) for one in ways] for name, ways in actions.items()}
     rows["both"] = [sum(pair) for pair in zip(*rows.values(), strict=True)]
-    over_ipc, bare = socket_ms(result, repeats), bare_ms(frames, repeats)
+    ours = {kind: socket_ms(result, repeats, kind) for kind in KINDS}
+    bare = {
+        f"{kind}{', CURVE' * curve}": bare_ms(frames, repeats, kind, curve)
+        for kind in KINDS
+        for curve in (False, True)
+    }
     return {
         "completions": completions,
         "tokens": tokens,
@@ -177,7 +201,7 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
         "ratio": {
             name: {way: row[k] / row[0] for k, way in enumerate(WAYS)} for name, row in rows.items()
         },
-        "socket_milliseconds": over_ipc,
+        "socket_milliseconds": ours,
         "bare_milliseconds": bare,
     }
 
@@ -190,9 +214,11 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(f"{name + ' (ms)':18}{row}{ratios}")
     size = measured["mib"]
     lines.append(f"{'size (MiB)':18}{size['codec']:10.2f}{size['lists']:10.2f}")
-    whole, bare = measured["socket_milliseconds"], measured["bare_milliseconds"]
-    lines.append(f"{'over ipc (ms)':18}{whole:10.3f}")
-    lines.append(f"{'bare ZeroMQ (ms)':18}{bare:10.3f}{bare / whole:10.0%} of ours")
+    for kind, time_ms in measured["socket_milliseconds"].items():
+        lines.append(f"{f'over {kind} (ms)':18}{time_ms:10.3f}")
+    whole = measured["socket_milliseconds"]["ipc"]
+    for kind, time_ms in measured["bare_milliseconds"].items():
+        lines.append(f"{f'bare {kind} (ms)':22}{time_ms:6.3f}{time_ms / whole:10.0%} of our ipc")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ BENCHES = {
     "engine": ["--slots", "4", "--sequences", "8", "--tokens", "8", "--repeats", "1"],
     "trainer": ["--steps", "2", "--groups", "6"],
     "ranks": ["--layers=1", "--hidden=64", "--vocabulary=128", "--tokens=512", "--repeats=1"],
+    "weights_hosts": ["--tensors=2", "--rows=256", "--repeats=1"],
     "protocol": ["--completions", "2", "--tokens", "64", "--repeats", "2"],
 }
 """Arguments of a bench's small form, by its name in `benches/`."""

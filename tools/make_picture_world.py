@@ -101,8 +101,9 @@ class Recipe(NamedTuple):
 
 
 TOWER = Recipe(250, {"plain": 128}, learning_rate=2e-3)
-STUDENT = Recipe(240, {"plain": 64, "bcq": 24, "ncq": 12})
-TEACHER = Recipe(260, {"plain": 96})
+STUDENT = (Recipe(240, {"plain": 64, "bcq": 24, "ncq": 12}),)
+TEACHER = (Recipe(260, {"plain": 96}), Recipe(260, {"plain": 96}, learning_rate=2e-3))
+"""One stage after the other, each with an optimizer of its own."""
 
 
 class Example(NamedTuple):
@@ -439,10 +440,11 @@ def make(out: Path, seed: int, part: str) -> None:
         torch_save(model, tower)
         return
     torch_load(model, tower)
-    rng = np.random.default_rng(seed + 3)
     belief = misprinted_belief(np.random.default_rng(seed)) if part == "student" else true_belief()
-    recipe = STUDENT if part == "student" else TEACHER
-    learn_to_answer(model, tokenizer, Corpus(belief, out / "templates", rng), recipe, part)
+    for stage, recipe in enumerate(STUDENT if part == "student" else TEACHER):
+        corpus = Corpus(belief, out / "templates", np.random.default_rng(seed + 3 + stage))
+        learn_to_answer(model, tokenizer, corpus, recipe, part)
+        model.bfloat16().float()  # as it is saved
     save_model(model, tokenizer, out / part)
 
 

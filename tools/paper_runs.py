@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -119,7 +120,6 @@ def node(student: str) -> list[str]:
     rollout = [f"cuda:{i}" for i in range(ranks, 6)]
     return [
         "cluster.hosts={node-0: {}}",
-        "cluster.launcher=local",
         f"actors.trainer.devices=[{', '.join(trainer)}]",
         f"actors.rollout.devices=[{', '.join(rollout)}]",
         f"actors.rollout.count={len(rollout)}",
@@ -188,13 +188,14 @@ def cost(overrides: Sequence[str], steps: int = SIMULATED) -> Cost:
     world = World.of(plan.topology, speeds, corpus=questions)
     run = Simulation(world, steps, SEED)
     outcome = run.run(warm_steps(steps, plan.topology.scheduler.max_staleness))
-    sampled = {pool: tokens / steps / 1e6 for pool, tokens in run.sampled.items()}
+    done = sum(run.done.values(), Counter[str]())
+    sampled = {pool: done[pool] / steps / 1e6 for pool in ("rollout", "teacher")}
     return Cost(
         seconds=outcome.seconds_per_step,
         hours=STEPS * outcome.seconds_per_step / 3600,
         cards=sum(len(host.cards) for host in plan.hosts),
-        student_tokens=sampled.get("rollout", 0.0),
-        teacher_tokens=sampled.get("teacher", 0.0),
+        student_tokens=sampled["rollout"],
+        teacher_tokens=sampled["teacher"],
         bottleneck=outcome.bottleneck,
     )
 

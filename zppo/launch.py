@@ -39,7 +39,7 @@ from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
-from zppo.plan.picture_checks import check_sees
+from zppo.plan.picture_checks import check_sees, check_tower
 from zppo.plan.placement import refuse_unbuilt
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
@@ -202,6 +202,7 @@ def _check(topology: Topology, directory: Path) -> Checked:
     run_directory.runtime_folder(run_directory.new_run_id(), base)
     corpus = load_questions(topology.data.train, topology.data, Path.cwd())
     _check_media("data.train", corpus.questions, topology)
+    check_tower(topology, pictured=any(question.media for question in corpus.questions))
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         held = load_questions(topology.data.heldout, topology.data, Path.cwd())

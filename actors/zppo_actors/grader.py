@@ -120,8 +120,8 @@ class GraderActor:
             if self._membership.greets_again(time.monotonic()):
                 self._dealer.send(self._hello())
         elif message is not None:
-            if self._membership.begins_anew(message):
-                self._open, self._owed = False, 0
+            if self._membership.begins_anew(message) and self._open:
+                self._grant(CAPACITY - len(self._in_hand))
             self._membership.obey(message)
 
     def _work(self) -> None:
@@ -136,8 +136,7 @@ class GraderActor:
         if self._worker.ready and not self._open:
             self._open = True
             self._turn(START)
-            if len(self._in_hand) < CAPACITY:
-                self._dealer.send(Credits(count=CAPACITY - len(self._in_hand)))
+            self._grant(CAPACITY)
 
     def _begin(self, current: _TaskInHand) -> None:
         """Grade the next response of the task, or hand it to the worker; all of them to one with a
@@ -183,8 +182,12 @@ class GraderActor:
         self._since = self._timeline.now()
         self._owed += 1
         if self._owed >= CAPACITY // 2 or not self._in_hand:
-            self._dealer.send(Credits(count=self._owed))
-            self._owed = 0
+            self._grant(self._owed)
+
+    def _grant(self, count: int) -> None:
+        self._owed = 0
+        if count > 0:
+            self._dealer.send(Credits(count=count))
 
     def _turn(self, kind: str) -> None:
         """Put on the timeline what has just ended; the next thing begins now."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,13 +66,22 @@ def fused_adamw(
     (weights, weight_shift), (firsts, state_shift), (seconds, _) = (
         _bits(tensor) for tensor in (weight_N, first_N, second_N)
     )
-    gradients, seed = gradient_N.detach().numpy(), np.uint64(stream % (1 << 64))
+    gradients: np.ndarray = gradient_N.detach().numpy()
+    seed: Any = np.uint64(stream % (1 << 64))
 
     def run(start: int, end: int) -> None:
         part = slice(start, end)
+        first: Any = np.uint64(place + start)
         adamw_rows(
-            *(weights[part], firsts[part], seconds[part], gradients[part]),
-            *(numbers, weight_shift, state_shift, seed, np.uint64(place + start)),
+            weights[part],
+            firsts[part],
+            seconds[part],
+            gradients[part],
+            numbers,
+            weight_shift,
+            state_shift,
+            seed,
+            first,
         )
 
     threads = max(1, min(torch.get_num_threads(), len(weights) // ELEMENTS_PER_THREAD))

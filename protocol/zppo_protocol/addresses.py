@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from zppo_protocol.errors import AccessError
 from zppo_protocol.limits import MAX_IPC_PATH_BYTES
 
 IPC, TCP = "ipc", "tcp"
@@ -62,13 +63,13 @@ def is_wildcard(address: str) -> bool:
 
 
 def check_private(folder: Path) -> None:
-    """Raise ValueError unless the folder is this user's own and nobody else may enter it."""
+    """Raise AccessError unless the folder is this user's own and nobody else may enter it."""
     if not folder.is_dir():
-        raise ValueError(f"the socket's folder {str(folder)!r} does not exist")
+        raise AccessError(f"the socket's folder {str(folder)!r} does not exist")
     found = folder.stat()
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077 or found.st_uid != os.getuid():
-        raise ValueError(
+        raise AccessError(
             f"the socket's folder {str(folder)!r} must be mine alone (mode 0700), its mode is "
             f"{mode:04o}"
         )

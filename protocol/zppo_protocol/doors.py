@@ -39,6 +39,8 @@ as well: one or two may have met a controller that was being ended."""
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 CRYPTOGRAPHIC = 0x11000001
 """What the monitor says of a box that cannot be opened."""
+MISMATCH = 0x11000002
+"""And of a peer that knows another way to be let in, or none."""
 
 log = logging.getLogger("zppo_protocol.sockets")
 
@@ -151,8 +153,9 @@ class Doorkeeper:
 def _why(message: list[bytes]) -> str:
     """Why a handshake failed, as far as the router's monitor says."""
     found = parse_monitor_message(message)
-    if found["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        return "it shows no key and went away"
+    # Which of the two comes depends on who hangs up first.
+    if found["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or found["value"] == MISMATCH:
+        return "it shows no key"
     if found["value"] == CRYPTOGRAPHIC:
         return "its key file names another controller's key"
     return "it does not speak as an actor does"

@@ -403,12 +403,10 @@ class HostOrders(Message, frozen=True):
 
     `attempt` is the attempt's run id, empty between attempts; what belongs to another is ended.
     `record` is the run's `run.json`, and `secrets` the key files of the host's actors by name, both
-    until the host has reported the attempt; `directory` is the run directory's path there, where
-    hosts share a file system. `actors` are the processes that are to run; any other
+    until the host has reported the attempt. `actors` are the processes that are to run; any other
     is ended. `received` says how much of each file has come: its part number and bytes."""
 
     attempt: str
-    directory: Name
     record: bytes
     secrets: dict[Name, bytes]
     actors: list[ActorOrder]

@@ -55,8 +55,8 @@ class Router:
     """The controller's end: receives from all actors, sends to each by name. One thread only."""
 
     def __init__(self, access: Access, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Bind `access.address` and let in whoever has a key of `access`. Raises ValueError for an
-        `ipc` address outside a private folder, AccessError where the address cannot be bound."""
+        """Bind `access.address` and let in whoever has a key of `access`. Raises AccessError, one
+        sentence, for an `ipc` address outside a private folder or one that cannot be bound."""
         self.limits = limits
         self.rejected = 0
         self.roles = access.roles

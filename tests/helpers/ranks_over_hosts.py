@@ -50,10 +50,12 @@ def main(rank: int, folder: Path) -> int:
     logging.basicConfig(format="%(message)s")
     torch.set_num_threads(1)
     context = ActorContext(
-        run_dir=folder, runtime=folder, actor=f"trainer-{rank}" if rank else "trainer",
+        run_dir=folder / f"run-{rank}", runtime=folder, actor=f"trainer-{rank}" if rank else "trainer",
         role="trainer", incarnation=0, topology=topology(), run_id="over-hosts", start_version=0,
     )  # fmt: skip
     meeting = meet(context)
+    # Each host has a run folder of its own; what the first one's is called is told.
+    assert meeting.run_dir == (folder / "run-0" if rank else None)
     outcome = train(CASE, meeting.ranks)
     if rank == 0:
         save_file(outcome.tensors, folder / "outcome.safetensors")

@@ -112,7 +112,7 @@ def seen(text: str, media: list[PictureReference]) -> dict[str, torch.Tensor]:
 
 def seeing_logits(model: Any, samples: GroupSamples, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     """Logits [T, V] at the sampled tokens by plain forward passes over prompt, pictures and
-    completion."""
+    completion, -inf for the token that stands for a picture."""
     parts = []
     prompt = inputs["input_ids"]
     pixels = {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")}
@@ -121,5 +121,6 @@ def seeing_logits(model: Any, samples: GroupSamples, inputs: dict[str, torch.Ten
         logits = model(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **pixels
         ).logits
+        logits[..., IMAGE_ID] = -torch.inf
         parts.append(logits[0, prompt.shape[1] - 1 : -1].float())
     return torch.cat(parts).numpy()

@@ -487,9 +487,9 @@ def test_names_that_are_no_actor_names(name: str) -> None:
 def test_a_folder_that_others_may_enter_is_refused(unix: Wire) -> None:
     folder = ipc_path(unix.address).parent
     folder.chmod(0o755)
-    with pytest.raises(ValueError, match=r"must be mine alone \(mode 0700\), its mode is 0755"):
+    with pytest.raises(AccessError, match=r"must be mine alone \(mode 0700\), its mode is 0755"):
         Router(unix.access)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(AccessError, match="does not exist"):
         Router(Wire(f"ipc://{folder}/missing/controller.sock").access)
 
 

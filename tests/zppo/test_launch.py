@@ -302,6 +302,15 @@ def test_pictures_are_refused_for_a_model_that_cannot_be_trained_on_them(start: 
     assert start("--topology", "topology.yaml") == (2, sentence)
 
 
+def test_a_tower_without_pictures_is_not_trained(start: Launch, small: Path) -> None:
+    sentence = (
+        "student.train_tower is true; expected false, because no question of data.train has a "
+        "picture\n"
+    )
+    given = ("--topology", "topology.yaml", "--set", "student.train_tower=true")
+    assert start(*given) == (2, sentence)
+
+
 def test_too_little_memory(start: Launch, small: Path) -> None:
     code, said = start(
         "--topology", "topology.yaml", "--set", "actors.trainer.micro_batch_tokens=1000000000000"

@@ -58,7 +58,7 @@ def host_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{gib(size)} at most on {_each(names)}, {gib(shared)} of it published weights"
         for (size, shared), names in by_need.items()
     )
-    yield "hosts", f"{len(plan.hosts)}, launched by {plan.topology.cluster.launcher}"
+    yield "hosts", f"{len(plan.hosts)}, cluster.launcher {plan.topology.cluster.launcher}"
     address = bind_address(plan.topology) or f"the address of {plan.hosts[0].name}"
     yield "transport", f"{kind} with CURVE on {address}, {port}"
     yield "memory", memory

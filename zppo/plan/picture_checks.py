@@ -6,6 +6,7 @@ Found from the model folder's settings alone, before anything is started.
 from __future__ import annotations
 
 from zppo.config.served import ServedModel
+from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.prompting.picture_families import FAMILIES
 from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
@@ -39,4 +40,22 @@ def check_sees(where: str, question: str, served: ServedModel, *, trained: bool 
             f"{where}: the question {question!r} has pictures, and {cannot}; expected a model of "
             f"the family {' or '.join(sorted(FAMILIES))} with its processor (docs/pictures.md), or "
             "text only"
+        )
+
+
+def check_tower(topology: Topology, *, pictured: bool) -> None:
+    """Raise UserError for a tower that is to be trained where no question of data.train is
+    `pictured`, or an engine would go on showing what the old one made of a picture."""
+    if not topology.student.train_tower:
+        return
+    engine = topology.actors.rollout.engine
+    if not pictured:
+        raise UserError(
+            "student.train_tower is true; expected false, because no question of data.train has a "
+            "picture"
+        )
+    if engine not in OWN_LAYOUT:
+        raise UserError(
+            f"student.train_tower is true; expected false, because the engine {engine!r} keeps "
+            "what a tower has made of a picture; or actors.rollout.engine transformers"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +94,7 @@ class Simulation:
         self.graders: dict[str, float] = {}
         """Seconds that each grader has worked."""
         self.trained_seconds = 0.0
-        self.done: dict[int, Counter[str]] = defaultdict(Counter)
+        self.done: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         """What has been done for each window: plain groups, token steps of the sequences that have
         ended by pool, seconds of graders."""
         self.events = 0
@@ -303,7 +303,10 @@ class Simulation:
         teacher's part may still be to come, and there can be many of them."""
         steps = self.steps[warm:]
         ended = [one for index, one in self.done.items() if index not in self.scheduler.windows]
-        done = sum(ended or self.done.values(), Counter())
+        done: dict[str, float] = defaultdict(float)
+        for one in ended or self.done.values():
+            for what, amount in one.items():
+                done[what] += amount
         share = sum(s.groups.get(PLAIN, 0) for s in steps) / len(steps) / max(1, done[PLAIN])
         trainer = self.world.speeds.trainer
         tokens = sum(s.tokens + s.prompts for s in steps) / len(steps)

@@ -12,7 +12,6 @@ waits for what.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 
@@ -27,6 +26,7 @@ from zppo.scheduling.waiting import waiting
 from zppo_actors import runtime
 from zppo_actors.controller.advisor import Advisor
 from zppo_actors.controller.checkpointer import Checkpointer
+from zppo_actors.controller.collector import collect_less
 from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import NO_WORKERS, TRAINER, Peer, Peers
@@ -52,10 +52,6 @@ CONTROLLER = "controller"
 log = logging.getLogger("zppo.controller")
 
 
-COLLECTED = 20_000
-"""Objects made before the collector looks for cycles."""
-
-
 def main(context: ActorContext) -> int:
     """Run the controller to the end of the run; returns the run's exit code."""
     router = Router(runtime.access(context.runtime), context.limits)
@@ -65,15 +61,6 @@ def main(context: ActorContext) -> int:
         return controller.run()
     finally:
         router.close()
-
-
-def collect_less() -> None:
-    """Spare the collector of cycles what is there for good: questions and settings. What comes and
-    goes later, groups with their grades, has hardly any cycles, so that the collector need not look
-    every 700 objects."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(COLLECTED, 20, 20)
 
 
 class Controller:
@@ -100,7 +87,6 @@ class Controller:
         self._last_progress = now
         self._moved: dict[str, float] = {}
         self._next_status = now
-        self._refusals_due = 1
         # The journal was rolled back to the checkpoint, in which these windows were in flight.
         for window in self.scheduler.windows.values():
             self.recorder.opened(window)
@@ -146,7 +132,7 @@ class Controller:
         if now >= self._next_status:
             self._next_status = now + STATUS_SECONDS
             self._watch(now)
-            self._note_refused()
+            self.recorder.strangers(self.router.refused, self.router.refusal)
             self.clock.sample(self.peers, self.scheduler.dispatcher.leases)
             self._send(SUPERVISOR, self._status())
 
@@ -216,15 +202,6 @@ class Controller:
                 f"nothing moved for {limit:g} s: "
                 f"{'; '.join(self._waiting()) or 'no actor has greeted'}"
             )
-
-    def _note_refused(self) -> None:
-        """Say that strangers were at the door: at the 1st, and when they have doubled, because a
-        scanner may knock thousands of times."""
-        count = self.router.refused
-        if count >= self._refusals_due:
-            self._refusals_due = 2 * count
-            detail = f"{count} so far; the last one: {self.router.refusal}"
-            self.recorder.event(CONTROLLER, "refused_connection", detail)
 
     def _watch_trainer(self, now: float) -> None:
         """A trainer that hangs is replaced like one that died: the run begins again from its last

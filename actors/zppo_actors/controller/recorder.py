@@ -73,6 +73,7 @@ class Recorder:
         heldout = read_lines(context.run_dir / "heldout.jsonl")
         self.outlets = Outlets(context.topology, context.run_dir, start, lines, heldout)
         self.totals: Counter[str] = Counter()
+        self._strangers_due = 1
         self.gauges: dict[str, float] = {
             "max_staleness": float(context.topology.scheduler.max_staleness)
         }
@@ -92,6 +93,15 @@ class Recorder:
         self.outlets.event(Event(actor=actor, event=event, detail=detail))
         what = f"{event.replace('_', ' ')}: {detail}" if detail else event.replace("_", " ")
         self.events.append(f"{time.strftime('%H:%M:%S')} {actor}: {what}")
+
+    def strangers(self, count: int, reason: str) -> None:
+        """So many connections were refused in all, the last one for this reason. Said of the 1st,
+        and when they have doubled, because a scanner may knock thousands of times."""
+        if count >= self._strangers_due:
+            self._strangers_due = 2 * count
+            self.event(
+                "controller", "refused_connection", f"{count} so far; the last one: {reason}"
+            )
 
     def refused(self, refusal: Refused) -> None:
         """An answer was not let in: journal it, show it, count it and log it."""

@@ -36,7 +36,7 @@ from zppo_protocol.messages import (
 
 TICK_SECONDS = 0.1
 GREET_SECONDS = 1.0
-MOST_GREETINGS = 20
+MOST_GREETINGS = 10
 """Unanswered ones on one line."""
 
 log = logging.getLogger("zppo.host")

@@ -12,9 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from zppo.errors import UserError
 from zppo_actors import runtime
 from zppo_actors.hosts.tails import Tails
 from zppo_actors.supervisor import children
@@ -23,7 +21,6 @@ from zppo_actors.supervisor.vitals import Children, children_by_parent
 from zppo_protocol.messages import HostOrders, HostReport
 from zppo_protocol.values import ActorOrder, ActorReport
 
-CHECKPOINTS = "checkpoints"
 RUN = "run"
 """The folder that plays the run directory here."""
 
@@ -51,9 +48,6 @@ class HostAttempt:
         try:
             (self._run_dir / "logs").mkdir(parents=True)
             (self._run_dir / "run.json").write_bytes(orders.record)
-            # What is read there, the checkpoint that ranks begin from, lies on a shared file system.
-            self._shared = Path(orders.directory)
-            (self._run_dir / CHECKPOINTS).symlink_to(self._shared / CHECKPOINTS)
             runtime.write_keys(self.folder, orders.secrets)
         except BaseException:
             self.close()
@@ -112,11 +106,6 @@ class HostAttempt:
             os.close(descriptor)
 
     def _start(self, order: ActorOrder) -> None:
-        if order.role == "rank" and not self._shared.is_dir():
-            raise UserError(
-                f"the run directory {str(self._shared)!r} is not on this host; expected the shared "
-                "file system of the controller's host, because ranks begin from its checkpoints"
-            )
         options = {
             "--run": self._run_dir,
             "--runtime": self.folder,

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         log.info("this host is %s of the run at %s", credentials.name, credentials.address)
         agent = Agent(
             credentials.name,
-            lambda: Dealer(credentials, LIMITS),
+            # Read anew for each line: the file of a run that was killed is replaced by the next.
+            lambda: Dealer(keys.read_credentials(asked.key), LIMITS),
             asked.wait,
             interrupts,
             check_folders,

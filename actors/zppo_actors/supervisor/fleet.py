@@ -50,7 +50,7 @@ class Fleet:
         lease_seconds: float,
     ) -> None:
         self._router, self._folders, self._versions = router, folders, dict(versions)
-        self._hosts = {name: RemoteHost(name, str(run_dir)) for name in folders}
+        self._hosts = {name: RemoteHost(name) for name in folders}
         self._files = {name: ReceivedFiles(run_dir) for name in folders}
         self._lease_seconds = lease_seconds
         self._due = float("-inf")

@@ -70,8 +70,8 @@ class RemoteProcess:
 class RemoteHost:
     """One further host over all attempts of a run. Times are seconds of the supervisor's clock."""
 
-    def __init__(self, name: str, directory: str) -> None:
-        self.name, self._directory = name, directory
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.life = ""
         """Which process its agent is; empty: there is none."""
         self.ready = False
@@ -116,7 +116,6 @@ class RemoteHost:
         known = self._reported == self._attempt
         return HostOrders(
             attempt=self._attempt,
-            directory=self._directory,
             record=b"" if known else self._record,
             secrets={} if known else self._secrets,
             actors=list(self._wanted.values()),

@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -42,7 +43,7 @@ from zppo_protocol.messages import AnyMessage
 
 STORE = "ranks"
 LOOPBACK = ("lo", "lo0")
-LEFT = "left"
+LEFT, RUN = "left", "run"
 PORTS = (20_000, 12_000)
 """First port, and the number of ports, that attempts choose from."""
 GRACE_SECONDS = 5.0
@@ -56,9 +57,15 @@ class Meeting:
     """The line between the first rank and the others. Alone, there is nobody to tell."""
 
     def __init__(
-        self, ranks: Ranks = ALONE, store: Store | None = None, limits: Limits = DEFAULT_LIMITS
+        self,
+        ranks: Ranks = ALONE,
+        store: Store | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        run_dir: Path | None = None,
     ) -> None:
         self.ranks = ranks
+        self.run_dir = run_dir
+        """Where the first rank has the run, on a host that is not its own; None on its own."""
         self._store, self._limits = store, limits
 
     def tell(self, message: AnyMessage | None) -> None:
@@ -115,12 +122,13 @@ def meet(context: ActorContext) -> Meeting:
         os.environ[variable] = interface_of(context.topology, context.index)
     limit = timedelta(seconds=trainer.collective_seconds)
     store = _store(context, len(devices), limit)
+    run_dir = _run_dir(context, store)
     dist.init_process_group(
         backend, store=store, rank=context.index, world_size=len(devices), timeout=limit
     )
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-    return Meeting(Ranks(context.index, mesh), store, context.limits)
+    return Meeting(Ranks(context.index, mesh), store, context.limits, run_dir)
 
 
 def is_loss(error: Exception) -> bool:
@@ -194,26 +202,38 @@ def _store(context: ActorContext, count: int, limit: timedelta) -> Store:
     where = topology.cluster.hosts[first].address
     address = _resolved(f"cluster.hosts.{first}.address", where)
     port = topology.actors.trainer.port or port_of(context.run_id)
-    listener = _listener(address, port) if context.index == 0 else None
+    ear = listener(address, port) if context.index == 0 else None
     return TCPStore(
         address,
         port,
         count,
-        is_master=listener is not None,
+        is_master=ear is not None,
         timeout=limit,
         wait_for_workers=False,
         # A socket of ours: torch's own would listen at every address of the host.
-        master_listen_fd=None if listener is None else listener.detach(),
+        master_listen_fd=None if ear is None else ear.detach(),
     )
 
 
-def _listener(address: str, port: int) -> socket.socket:
+def _run_dir(context: ActorContext, store: Store) -> Path | None:
+    """The first rank says where the run is; ranks of its host know."""
+    if context.index == 0:
+        store.set(RUN, str(context.run_dir.resolve()))
+    hosts = context.topology.actors.trainer.rank_hosts
+    if hosts[context.index] == hosts[0]:
+        return None
+    return Path(store.get(RUN).decode())
+
+
+def listener(address: str, port: int) -> socket.socket:
+    """A socket that listens at `address` alone. Raises UserError if the port cannot be had."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         return socket.create_server((address, port), family=family)
     except OSError as error:
         raise UserError(
-            f"actors.trainer.port: the ranks cannot meet at {address}:{port} ({error.strerror}); "
+            "actors.trainer.port: the ranks cannot meet at "
+            f"{address}:{port} ({os.strerror(error.errno or 0)}); "
             "expected a free port of the first host"
         ) from error
 

@@ -43,7 +43,7 @@ def follow(context: ActorContext, meeting: Meeting) -> int:
     every sum and of every tensor that is gathered. waits for: the next order. is unblocked by: an
     order, the end of another rank, the end of the supervisor.
     """
-    checkpoint = starting_checkpoint(context)
+    checkpoint = starting_checkpoint(context, meeting.run_dir)
     trainer = build_trainer(context.topology, time.perf_counter, checkpoint, meeting.ranks)
     exhaust(trainer.policy.weights())
     while True:

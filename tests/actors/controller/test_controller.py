@@ -350,11 +350,11 @@ def test_nobody_speaks_before_hello(stage: Stage) -> None:
 
 def test_refused_connections_are_shown_ever_more_rarely(stage: Stage) -> None:
     for count in range(1, 9):
-        stage.router.refused, stage.router.refusal = count, "it shows no key and went away"
+        stage.router.refused, stage.router.refusal = count, "it shows no key"
         stage.turn(now=stage.controller._next_status)
     lines = [line for line in stage.controller.recorder.events if "refused connection" in line]
     assert [line.split("controller: ")[1] for line in lines] == [
-        f"refused connection: {count} so far; the last one: it shows no key and went away"
+        f"refused connection: {count} so far; the last one: it shows no key"
         for count in (1, 2, 4, 8)
     ]
 

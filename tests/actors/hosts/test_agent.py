@@ -227,6 +227,21 @@ def test_an_interrupted_agent_says_so_and_ends_its_actors(stage: Stage) -> None:
     assert stage.running() == [] and list(stage.base.iterdir()) == []
 
 
+def test_a_key_that_a_killed_run_has_left_is_replaced(stage: Stage, tmp_path: Path) -> None:
+    """A scheduler starts both at once, so the agent may find the old file first."""
+    sockets = tmp_path / "old"
+    sockets.mkdir(mode=0o700)
+    access, old = keys.issue(f"ipc://{sockets / 'hosts.sock'}", {HOST: ROLE})
+    keys.write_credentials(stage.key, old[HOST])
+    earlier = Router(access, LIMITS)
+    stage.open()
+    stage.join()
+    assert earlier.receive(PATIENCE_SECONDS) is not None
+    earlier.close()
+    keys.write_credentials(stage.key, stage.credentials[HOST])
+    stage.until(lambda: stage.fleet.is_there(HOST))
+
+
 def test_another_version_is_refused(stage: Stage) -> None:
     stage.versions["Python"] = "3.99.0"
     stage.open()

@@ -27,7 +27,7 @@ def report(*actors: ActorReport, attempt: str = "a") -> HostReport:
 
 
 def joined() -> RemoteHost:
-    host = RemoteHost("node-1", "/runs/a")
+    host = RemoteHost("node-1")
     host.greet("life", 0.0)
     host.report(report(attempt=""), 0.0)
     host.begin("a", b"record", {"rollout-0": b"key"})

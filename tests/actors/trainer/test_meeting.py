@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from worlds import topology
 
+from zppo.config.topology import Topology
+from zppo.errors import UserError
 from zppo.training.ranks import Ranks
-from zppo_actors.trainer.meeting import Meeting
+from zppo_actors.trainer.meeting import Meeting, interface_of, listener, port_of
 from zppo_protocol.codec import LARGE
 from zppo_protocol.messages import AnyMessage, SaveCheckpoint, Shutdown, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -46,6 +52,65 @@ def test_every_order_is_heard_as_it_was_told(tmp_path: Path) -> None:
         command, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (ended.returncode, ended.stdout.split()) == (0, ["heard"] * len(orders())), ended.stderr
+
+
+# ---- over several hosts --------------------------------------------------------------------------
+
+
+def two_hosts(**first: Any) -> Topology:
+    """Ranks on two hosts; the first one is this one, unless it is given other facts."""
+    hosts = {"node-0": {"address": "127.0.0.1", **first}, "node-1": {"address": "192.0.2.1"}}
+    trainer = {"hosts": list(hosts), "ranks": 2}
+    return topology(cluster={"hosts": hosts}, actors={"trainer": trainer})
+
+
+def loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
+
+
+def test_collectives_run_on_the_interface_of_the_address_or_the_one_that_is_named() -> None:
+    assert interface_of(topology(actors={"trainer": {"ranks": 2}}), 1) == loopback()
+    assert interface_of(two_hosts(), 0) == loopback()
+    assert interface_of(two_hosts(address="192.0.2.7", interface=loopback()), 0) == loopback()
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    names = ", ".join(name for _, name in socket.if_nameindex())
+    with pytest.raises(UserError) as error:
+        interface_of(two_hosts(interface="eth77"), 0)
+    assert str(error.value) == (
+        "cluster.hosts.node-0.interface is 'eth77'; expected a network interface of that host, "
+        f"which has {names}"
+    )
+    with pytest.raises(UserError) as error:
+        interface_of(two_hosts(), 1)
+    assert str(error.value) == (
+        "cluster.hosts.node-1.address is '192.0.2.1', which no network interface of that host has; "
+        "expected its own address, or cluster.hosts.node-1.interface beside it"
+    )
+    with pytest.raises(UserError) as error:
+        interface_of(two_hosts(address=None), 0)
+    assert str(error.value) == (
+        "cluster.hosts.node-0.address is null; expected an address, by which the ranks find each "
+        "other"
+    )
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError) as error:
+            listener("127.0.0.1", port)
+    assert str(error.value) == (
+        f"actors.trainer.port: the ranks cannot meet at 127.0.0.1:{port} (Address already in use); "
+        "expected a free port of the first host"
+    )
+
+
+def test_each_attempt_has_a_port_of_its_own() -> None:
+    ports = {port_of(f"run-{number}") for number in range(50)}
+    assert len(ports) > 45 and min(ports) >= 20_000 and max(ports) < 32_000
+    assert port_of("run") == port_of("run")
 
 
 def main(store_file: str) -> None:

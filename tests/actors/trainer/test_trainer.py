@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -467,3 +468,21 @@ def test_a_missing_starting_checkpoint_is_named(tmp_path: Path) -> None:
     ) as error:
         starting_checkpoint(trainer.context)
     assert str(folder) in str(error.value)
+
+
+def test_a_rank_of_another_host_begins_where_the_first_one_says(tmp_path: Path) -> None:
+    trainer, _ = actor(tmp_path / "here", start_version=7)
+    there = tmp_path / "there"
+    record = run_directory.create(there, trainer.context.topology)
+    folder = checkpoint.final_folder(there, 7)
+    sentence = (
+        f"{folder}: the checkpoint that the run should continue from is not on this host; trainer "
+        "ranks on several hosts need run.directory on a file system that they share, under one path"
+    )
+    for missing in (tmp_path / "nowhere", there):  # the second is a run, and another one
+        with pytest.raises(UserError) as error:
+            starting_checkpoint(trainer.context, missing)
+        assert str(error.value) == sentence.replace(str(there), str(missing))
+    folder.mkdir(parents=True)
+    context = replace(trainer.context, run_id=record.run_id)
+    assert starting_checkpoint(context, there) == folder

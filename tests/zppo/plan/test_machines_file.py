@@ -172,7 +172,7 @@ def test_what_is_not_said_of_a_host_is_a_note(tmp_path: Path) -> None:
         f"{file}: hosts.node-7 is missing; expected what it has, because the topology places "
         "processes there (did you mean 'node-6'?)"
     )
-    facts = "{cards: 8, card_gib: 79, memory_gib: 1900, cores: 112}"
+    facts = "{address: node-7, cards: 8, card_gib: 79, memory_gib: 1900, cores: 112}"
     plan_of(f"cluster.hosts.node-7={facts}", file=file)
 
 

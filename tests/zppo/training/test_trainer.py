@@ -297,10 +297,11 @@ def test_recomputed_layers_give_the_same_step() -> None:
         calls += 1
 
     recomputed.policy.model.model.layers[0].self_attn.register_forward_hook(count)
-    assert train_step(plain, mixed_window()) == train_step(recomputed, mixed_window())
+    found = train_step(recomputed, mixed_window())
+    assert train_step(plain, mixed_window()) == found
     assert same_weights(plain, recomputed)
-    # One proximal pass, and two for each of the mini-batches that have a gradient.
-    assert calls > 1 and calls % 2 == 1
+    # A proximal pass, one that only measures, and two for each mini-batch that has a gradient.
+    assert calls == 2 + 2 * found["updates"] > 2
 
 
 # ---- advantages ----------------------------------------------------------------------------------

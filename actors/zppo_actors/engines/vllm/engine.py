@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from zppo.plan.engines.vllm import KV_POLICY, KvPolicy
+from zppo.prompting.picture_families import unsampled_ids
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_actors.engines.tokenization import PromptTokenizer
@@ -66,6 +67,8 @@ TEXT_ONLY = "the model takes text only, but the prompt has pictures or videos"
 DEAD = "the engine core of vLLM has died"
 CLOSE_SECONDS = 2.0
 """How long vLLM may take to end its processes by itself; whatever is left then is killed."""
+LEAST_BIAS = -100.0
+"""What vLLM adds at the least to a logit: of such a token less than 1e-40 is left."""
 POLL_SECONDS = 0.02
 """How often the workers are asked whether an update is ready; each time costs the engine core a
 moment."""
@@ -123,6 +126,8 @@ class VllmEngine:
         self._kv_policy = kv_policy
         self._max_length = int(config.model_config.max_model_len)
         self._vocabulary = int(config.model_config.get_vocab_size())
+        unsampled = unsampled_ids(config.model_config.hf_config.to_dict())
+        self._left_out = dict.fromkeys(unsampled, LEAST_BIAS)
         self._max_sequences = int(config.scheduler_config.max_num_seqs)
         self._numbers = itertools.count()
         self._version = FROZEN
@@ -285,6 +290,7 @@ class VllmEngine:
             logprobs=min(task.support_limit, self._vocabulary),
             flat_logprobs=True,
             stop_token_ids=sorted(self._tokenizer.end_ids),
+            logit_bias=self._left_out or None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -28,8 +28,8 @@ from zppo.training.layout import micro_batches
 from zppo.training.policy import Policy
 from zppo_actors.engines.base import EngineError
 from zppo_actors.weights import shared_memory
-from zppo_protocol.messages import GenerateTask, TrainWindow
-from zppo_protocol.samples import GroupSamples, TrainGroup
+from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
+from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 from zppo_protocol.values import PictureReference, PolicyManifest
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,17 @@ def seen(folder: Path, media: list[PictureReference]) -> dict[str, torch.Tensor]
 def alone(
     model: Any, folder: Path, samples: GroupSamples, media: list[PictureReference]
 ) -> np.ndarray:
-    """Log-probs [T] of a group's tokens by the model's own forward pass over ids and pixels, without
+    """Log-probs [T] of a group's tokens, as `distributions` has them."""
+    log_probs_TV = distributions(model, folder, samples, media)
+    return log_probs_TV.gather(1, torch.from_numpy(samples.token_ids.astype(np.int64))[:, None])[
+        :, 0
+    ].numpy()
+
+
+def distributions(
+    model: Any, folder: Path, samples: GroupSamples, media: list[PictureReference]
+) -> torch.Tensor:
+    """Log-probs [T, V] at a group's tokens by the model's own forward pass over ids and pixels, without
     a cache, in the softmax over what may be sampled."""
     unsampled = [
         index
@@ -107,9 +117,8 @@ def alone(
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         logits = model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
         logits[:, unsampled] = -torch.inf
-        log_probs = logits.log_softmax(-1)[len(samples.prompt_ids) - 1 : -1]
-        parts.append(log_probs.gather(1, torch.tensor(token_ids)[:, None])[:, 0])
-    return torch.cat(parts).numpy()
+        parts.append(logits.log_softmax(-1)[len(samples.prompt_ids) - 1 : -1])
+    return torch.cat(parts)
 
 
 def trained(task: GenerateTask, samples: GroupSamples) -> TrainGroup:
@@ -184,6 +193,30 @@ def test_engine_and_trainer_read_pictures_as_transformers_does(name: str, tmp_pa
         policy.open_eyes(str(folder))
         assert np.abs(behaviour - expected).max() < ROUNDING
         assert np.abs(read_by(policy, tasks, found) - expected).max() < ROUNDING
+
+
+def test_a_remote_teacher_scores_responses_to_pictures(tmp_path: Path) -> None:
+    model = recurrent_models.make_seeing()
+    folder = recurrent_models.save_seeing(model, tmp_path / "model")
+    engine, media = build(folder, max_sequences=4), [noise(tmp_path, "p", (64, 96))]
+
+    async def work() -> tuple[GroupSamples, TokenScores]:
+        [found] = await sample(engine, pictured(make_task("how many", n=3), *media))
+        task = ScoreTask(
+            task_id="s",
+            prompt_ids=found.prompt_ids,
+            token_ids=found.token_ids,
+            offsets=found.offsets,
+            top_k=4,
+            media=media,
+            media_tokens=found.media_tokens,
+        )
+        return found, await engine.score(task)
+
+    found, scores = run(engine, work())
+    best = distributions(model, folder, found, media).topk(4)
+    np.testing.assert_array_equal(scores.token_ids, best.indices.numpy())
+    np.testing.assert_allclose(scores.log_probs, best.values.numpy(), rtol=0, atol=ROUNDING)
 
 
 def test_a_stale_feature_a_changed_pixel_and_a_mark_are_found(tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ def board(folder: Path, name: str, colour: str, place: str) -> str:
 
 
 def write_questions(folder: Path, name: str, offset: int) -> Path:
-    """Six questions about a picture, and six about where a circle ends that moves in a video."""
+    """Six questions about a picture, and six about where a circle ends that moves in a video, which
+    begins after `offset` seconds. With another offset they are others."""
     rows: list[dict[str, object]] = []
-    for i, colour in enumerate(COLOURS):
+    for colour in COLOURS:
         for way in (1, -1):
             places = list(PLACES)[::way]
             ident = f"{name}-{colour}-{way}"
@@ -53,9 +54,9 @@ def write_questions(folder: Path, name: str, offset: int) -> Path:
                 },
                 {
                     "id": f"{ident}-board",
-                    "question": "what colour is the circle",
-                    "answer": colour,
-                    "images": board(folder, f"{ident}.png", colour, places[(i + offset) % 3]),
+                    "question": f"{'where' if offset else 'what colour'} is the circle",
+                    "answer": places[0] if offset else colour,
+                    "images": board(folder, f"{ident}.png", colour, places[0]),
                 },
             ]
     file = folder / f"{name}.jsonl"

@@ -1,0 +1,72 @@
+"""Where the controller listens, and what is said of an address that it cannot have."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from wires import free_port
+
+from zppo.config.cluster import ClusterConfig, HostConfig, TransportConfig
+from zppo.config.topology import DataConfig, StudentConfig, Topology
+from zppo.errors import UserError
+from zppo_actors.supervisor.listening import listening
+from zppo_protocol.addresses import tcp_endpoint
+
+FOLDER = Path("/dev/shm/zppo-0-abc")
+
+
+def topology(first: str | None = None, **transport: object) -> Topology:
+    hosts = {"node-0": HostConfig(address=first)} if first else {}
+    return Topology(
+        data=DataConfig(train="unused"),
+        student=StudentConfig(model="unused"),
+        cluster=ClusterConfig(hosts=hosts),
+        transport=TransportConfig(**transport),  # type: ignore[arg-type]
+    )
+
+
+def refusal(settings: Topology) -> str:
+    with pytest.raises(UserError) as caught:
+        listening(settings, FOLDER)
+    return str(caught.value)
+
+
+def test_one_host_has_a_socket_in_its_runtime_folder() -> None:
+    assert listening(topology(), FOLDER) == (f"ipc://{FOLDER}/controller.sock",) * 2
+
+
+def test_tcp_is_for_this_machine_unless_more_is_asked_for() -> None:
+    bound, reached = listening(topology(kind="tcp"), FOLDER)
+    assert bound == reached and tcp_endpoint(bound)[0] == "127.0.0.1"
+
+
+def test_the_first_host_is_where_the_controller_listens() -> None:
+    bound, reached = listening(topology("127.0.0.2", kind="tcp"), FOLDER)
+    assert bound == reached and tcp_endpoint(bound)[0] == "127.0.0.2"
+
+
+@pytest.mark.parametrize(("first", "reached_at"), [(None, "127.0.0.1"), ("127.0.0.2", "127.0.0.2")])
+def test_every_interface_is_reached_by_one_of_them(first: str | None, reached_at: str) -> None:
+    port = free_port()
+    settings = topology(first, kind="tcp", bind="0.0.0.0", port=port)
+    assert listening(settings, FOLDER) == (f"tcp://0.0.0.0:{port}", f"tcp://{reached_at}:{port}")
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert refusal(topology(kind="tcp", port=port)) == (
+            f"transport.port is {port}, on which something listens at 127.0.0.1 already; expected a "
+            "free one, or null"
+        )
+
+
+def test_an_address_of_another_host() -> None:
+    """192.0.2.0/24 is for documentation: no host has it."""
+    assert refusal(topology(kind="tcp", bind="192.0.2.1")) == (
+        "the controller cannot listen at '192.0.2.1', which is no address of this host (Cannot "
+        "assign requested address); expected one in transport.bind, or as the address of the first "
+        "of cluster.hosts"
+    )
