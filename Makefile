@@ -26,7 +26,7 @@ must_be_new = @if [ -e "$(1)" ]; then echo "$(1) exists already; look at it with
 
 BESIDE_LOG := $(VENV)/beside.log
 
-.PHONY: quickstart smollm2 test beside peers harnesses lint check-python clean
+.PHONY: quickstart smollm2 test suite beside peers harnesses lint check-python clean
 
 quickstart: $(VENV)/.installed
 	$(call must_be_new,$(RUN))
@@ -58,13 +58,14 @@ models/smollm2-teacher: | models/smollm2 models/arithmetic/lessons.jsonl
 # they run beside the others, and are heard at the end.
 test: $(VENV)/.installed-vllm $(VENV)/.installed-peers
 	$(BIN)/ruff check .
-	@$(MAKE) --no-print-directory beside > $(BESIDE_LOG) 2>&1 & beside=$$!; trap 'kill $$beside 2> /dev/null' EXIT; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not peers'; tests=$$?; \
-	wait $$beside; others=$$?; cat $(BESIDE_LOG); [ $$tests -eq 0 ] && [ $$others -eq 0 ]
+	@$(MAKE) --no-print-directory --keep-going -j 2 suite beside; ended=$$?; \
+	[ ! -e $(BESIDE_LOG) ] || cat $(BESIDE_LOG); exit $$ended
+
+suite:
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not peers'
 
 beside:
-	$(BIN)/mypy
-	@if [ -d $(PEERS) ]; then $(PEER_TESTS); fi
+	@{ $(BIN)/mypy && { [ ! -d $(PEERS) ] || $(PEER_TESTS); }; } > $(BESIDE_LOG) 2>&1
 
 peers: $(VENV)/.installed-peers
 	@[ -d $(PEERS) ]
@@ -91,7 +92,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock | check-python
 
 # A tracker that a test really writes to. Its dependencies ask for an older Pillow than ours, for pictures that are not used.
 $(VENV)/.installed-dev: $(VENV)/.installed-smollm2
-	$(PIP) $(LOCKED) -e '.[dev,reasoning-gym]'
+	$(PIP) $(LOCKED) -e '.[dev,reasoning-gym,video]'
 	@$(PIP) $(LOCKED) --no-deps trackio gradio-client brotli orjson || \
 		echo "the test of trackio will be skipped: it cannot be installed here"
 	@touch $@

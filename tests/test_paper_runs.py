@@ -19,6 +19,11 @@ import paper_runs  # noqa: E402
 from zppo.algorithm.methods import method_names  # noqa: E402
 from zppo.compare import _parser  # noqa: E402
 from zppo.comparison import record  # noqa: E402
+from zppo.config.load import load  # noqa: E402
+from zppo.errors import UserError  # noqa: E402
+from zppo.plan.machine import GIB  # noqa: E402
+from zppo.plan.machines_file import Described  # noqa: E402
+from zppo.plan.plan import Plan  # noqa: E402
 
 PAGE = (ROOT / "docs/paper_runs.md").read_text(encoding="utf-8")
 
@@ -62,6 +67,30 @@ def test_one_node_has_room(student: str) -> None:
         assert shown is not None
         words = shlex.split(shown[1].replace("\\\n", " "))
         assert [value for option, value in pairwise(words) if option == "--set"] == overrides
+
+
+def one_card(student: str, *overrides: str) -> Plan:
+    topology = load(
+        ROOT / "examples/one_gpu.yaml", [f"student.model=models/Qwen3.5-{student}", *overrides]
+    )
+    return Described.of(topology, paper_runs.MACHINES, ROOT / "examples").plan()
+
+
+def test_one_card_has_room_as_the_page_says() -> None:
+    section = PAGE.partition("*One card.*")[2]
+    shown = re.findall(r"\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", section)
+    assert [row[0] for row in shown] == ["0.8B", "2B", "4B"]
+    for student, *sizes in shown:
+        (host,) = one_card(student).hosts
+        needs = [need.device for need in host.needs if need.device]
+        found = [f"{size / GIB:.1f}" for size in [*needs, host.cards["cuda:0"]]]
+        assert found == sizes
+    with pytest.raises(UserError, match=r"GiB on cuda:0 but 78\.0 GiB are free"):
+        one_card("9B")
+    smaller = re.search(r"takes ([\d.]+) GiB of a card of 24 GB with\n`--set (\S+)`", section)
+    assert smaller is not None
+    card = one_card("0.8B", smaller[2]).hosts[0].cards["cuda:0"]
+    assert f"{card / GIB:.1f}" == smaller[1] and card < 23 * GIB
 
 
 def test_the_page_s_costs_add_up() -> None:

@@ -39,7 +39,7 @@ from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
-from zppo.plan.picture_checks import check_sees, check_tower
+from zppo.plan.picture_checks import check_scores, check_sees, check_tower
 from zppo.plan.placement import refuse_unbuilt
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
@@ -217,14 +217,16 @@ def _check(topology: Topology, directory: Path) -> Checked:
 
 
 def _check_media(where: str, questions: Sequence[Question], topology: Topology) -> None:
-    """Whoever is asked a question with pictures can be shown them; what comes of it can be
-    trained."""
+    """Whoever is asked a question with pictures can be shown them; what comes of those of
+    data.train can be trained."""
     first = next((question.id for question in questions if question.media), None)
     if first is not None:
-        student = served_student(topology)
-        check_sees(where, first, student, trained=True)
+        trained = where == "data.train"
+        check_sees(where, first, served_student(topology), trained=trained)
         for teacher in asked_teachers(topology):
             check_sees(where, first, teacher)
+        if trained:
+            check_scores(where, first, topology)
 
 
 def check_vocabularies(topology: Topology, method: Method) -> None:

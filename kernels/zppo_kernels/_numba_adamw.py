@@ -45,7 +45,7 @@ def adamw_rows(
         w = w * numbers[DECAY]
         m = m + lerp * (g - m) if lerp < HALF else g - (g - m) * (ONE - lerp)
         v = v * numbers[KEPT] + numbers[ADDED] * g * g
-        w = w + numbers[STEP] * (m / (np.sqrt(v) / numbers[CORRECTION] + numbers[EPSILON]))
+        w = w + numbers[STEP] * m / (np.sqrt(v) / numbers[CORRECTION] + numbers[EPSILON])
         bits = (np.uint64(place) + np.uint64(index) + np.uint64(1)) * GOLDEN + np.uint64(stream)
         bits = (bits ^ (bits >> S30)) * FIRST_FACTOR
         bits = (bits ^ (bits >> S27)) * SECOND_FACTOR

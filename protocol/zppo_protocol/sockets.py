@@ -61,6 +61,9 @@ class Router:
         self.rejected = 0
         self.roles = access.roles
         """Role by name, of all that may be let in."""
+        self.renewed: set[str] = set()
+        """Peers that have spoken over a new connection after an old one; what was on its way over
+        that is lost. Whoever has dealt with it takes the name out."""
         self._routes: dict[str, bytes] = {}
         ipc = scheme_of(access.address) != TCP
         if ipc:
@@ -138,6 +141,8 @@ class Router:
             raise ProtocolError("the peer has chosen a name for its connection")
         if known is not None and not _is_newer(route, known):
             raise ProtocolError("it came over an older connection of this actor")
+        if known is not None:
+            self.renewed.add(peer)
         self._routes[peer] = route
 
 
@@ -154,6 +159,7 @@ class Dealer:
         self._doorstep = Doorstep(credentials, limits)
         self._context = zmq.Context()
         self._socket, self._ear = _connected(self._context, credentials, limits)
+        self._refusal: AccessError | None = None
         self._close = _close_when_dropped(self, self._socket, self._context, None, self._ear)
 
     @property
@@ -175,9 +181,11 @@ class Dealer:
 
     def send(self, message: AnyMessage) -> None:
         """Queue `message`. Raises TimeoutError if the queue stays full for `send_seconds`,
-        ProtocolError if unfit."""
+        ProtocolError if unfit, AccessError as `receive` does."""
+        frames = self._frames.write(message)
+        self._listen_at_the_door()
         try:
-            self._socket.send_multipart(self._frames.write(message), copy=False)
+            self._socket.send_multipart(frames, copy=False)
         except zmq.Again as error:
             self._listen_at_the_door()
             raise _stalled(self.limits) from error
@@ -187,9 +195,17 @@ class Dealer:
         self._close()
 
     def _listen_at_the_door(self) -> float:
-        """How long to wait before the door is to be listened at again, in seconds."""
-        while self._ear.poll(0):
-            self._doorstep.hear(self._ear.recv_multipart())
+        """How long to wait before the door is to be listened at again, in seconds. Raises
+        AccessError once this dealer has been refused, and ever after: ZeroMQ has no queue any more
+        for what it would send."""
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            while self._ear.poll(0):
+                self._doorstep.hear(self._ear.recv_multipart())
+        except AccessError as refusal:
+            self._refusal = refusal
+            raise
         return float("inf") if self._doorstep.admitted else LOOK_SECONDS
 
 
@@ -226,6 +242,8 @@ class AsyncDealer:
 
     async def send(self, message: AnyMessage) -> None:
         """Queue `message`; see `Dealer.send`."""
+        if self._refusal is not None:
+            raise self._refusal
         try:
             await self._socket.send_multipart(self._frames.write(message), copy=False)
         except zmq.Again as error:

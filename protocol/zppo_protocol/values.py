@@ -36,6 +36,9 @@ Side: TypeAlias = Annotated[int, Meta(ge=1, le=100_000_000)]
 Second: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e9)]
 TemplateValue: TypeAlias = bool | int | float | str | None
 
+PART_BYTES = 2**20
+"""The most that a message holds of a file. A part begins so early that its end is a `Count`."""
+
 FROZEN = -1
 """The policy version of a model that is never updated, and of every token that it writes."""
 
@@ -240,7 +243,7 @@ class ActorReport(Value, frozen=True):
     name: Name
     incarnation: Count
     pid: Count
-    exit_code: int | None
+    exit_code: Annotated[int, Meta(ge=-64, le=255)] | None
     seconds: Finite
     moved: Count
 
@@ -252,5 +255,5 @@ class FilePart(Value, frozen=True):
 
     path: Name
     number: Count
-    start: Count
-    data: Annotated[bytes, Meta(max_length=1 << 20)]
+    start: Annotated[int, Meta(ge=0, le=2**53 - PART_BYTES)]
+    data: Annotated[bytes, Meta(max_length=PART_BYTES)]

@@ -88,7 +88,7 @@ def test_ranks_on_two_hosts(hosts: list[str], tmp_path: Path) -> None:
         found = load_file(tmp_path / "outcome.safetensors")
         assert found.keys() == alone.keys()
         for name, tensor in alone.items():
-            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
 
         ip("-n", NAMES[1], "link", "set", hosts[1], "down")
         for rank in ranks:

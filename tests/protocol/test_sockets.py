@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -111,6 +113,60 @@ def test_receive_returns_none_when_time_is_up(wire: Wire, opened: Any) -> None:
     router, dealer = opened(Router(wire.access)), opened(Dealer(wire["rollout-0"]))
     assert router.receive(0.0) is None and router.receive(0.01) is None
     assert dealer.receive(0.0) is None and dealer.receive(0.01) is None
+
+
+class Between:
+    """A port that passes bytes on to another, until its connections are reset."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._ends = port, []
+        self._ear = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._ear.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._ear.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+
+    def reset(self) -> None:
+        while self._ends:
+            with contextlib.suppress(OSError):
+                self._ends.pop().shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._ear.shutdown(socket.SHUT_RDWR)
+        self._ear.close()
+        self.reset()
+
+
+def test_a_connection_that_comes_anew_is_noticed(opened: Any) -> None:
+    wire = Wire(f"tcp://127.0.0.1:{free_port()}")
+    router = opened(Router(wire.access))
+    between = opened(Between(tcp_endpoint(wire.address)[1]))
+    away = replace(wire["rollout-0"], address=f"tcp://127.0.0.1:{between.port}")
+    dealer, other = opened(Dealer(away)), opened(Dealer(wire["rollout-1"]))
+    for speaking in (dealer, other):
+        speaking.send(m.Credits(count=1))
+        assert heard(router)[1] == m.Credits(count=1)
+    assert router.renewed == set()
+    between.reset()
+    deadline = time.monotonic() + PATIENCE
+    while not router.renewed and time.monotonic() < deadline:
+        for speaking in (dealer, other):
+            speaking.send(m.Heartbeat(progress=0))
+        router.receive(0.1)
+    assert router.renewed == {"rollout-0"}
+    assert router.send("rollout-0", m.Forgotten()) and dealer.receive(PATIENCE) == m.Forgotten()
 
 
 def test_many_messages_keep_their_order(wire: Wire, opened: Any) -> None:

@@ -289,7 +289,9 @@ def test_bad_row_is_refused(start: Launch, small: Path, text: str, start_of_sent
     assert files(small) == before
 
 
-def test_pictures_are_refused_for_a_model_that_cannot_be_trained_on_them(start: Launch, small: Path) -> None:
+def test_pictures_are_refused_for_a_model_that_cannot_be_trained_on_them(
+    start: Launch, small: Path
+) -> None:
     Image.new("RGB", (4, 4)).save(small / "p.png")
     (small / "train.jsonl").write_text(
         '{"id": "x", "question": "a", "answer": "1", "images": ["p.png"]}\n'

@@ -8,6 +8,9 @@ from msgspec import Meta, Struct
 
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 NonNegative: TypeAlias = Annotated[int, Meta(ge=0)]
+Port: TypeAlias = Annotated[int, Meta(ge=1, le=65_535)]
+MOST_PROCESSES = 10_000
+"""Of one setting: a plan lists them all."""
 Share: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
 NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]

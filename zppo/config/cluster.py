@@ -7,13 +7,15 @@ default of every `hosts`, is another name for it.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from msgspec import field
+from msgspec import Meta, field
 
-from zppo.config.base import Config, NonNegative, Positive, PositiveFloat
+from zppo.config.base import Config, Port, Positive, PositiveFloat
 
 LOCALHOST = "localhost"
+MOST_CARDS = 1024
+"""Cards of a host, and of an engine that is spread over several."""
 Launcher: TypeAlias = Literal["local", "ray", "render"]
 
 
@@ -24,7 +26,7 @@ class HostConfig(Config, frozen=True, kw_only=True):
     """IP address or name under which the other hosts reach it"""
     interface: str | None = None
     """network interface of the trainer's collectives, e.g. eth1; null: that of the address"""
-    cards: NonNegative | None = None
+    cards: Annotated[int, Meta(ge=0, le=MOST_CARDS)] | None = None
     """GPUs"""
     card_gib: PositiveFloat | None = None
     """memory of each"""
@@ -45,7 +47,7 @@ class ClusterConfig(Config, frozen=True, kw_only=True):
     hosts: dict[str, HostConfig] = field(default_factory=dict)
     """name → {address, interface, cards, card_gib, memory_gib, shared_gib, disk_gib, cores}
     (docs/clusters.md); the first one is the controller's; empty: this host alone"""
-    port: Positive | None = None
+    port: Port | None = None
     """where the agents of further hosts reach the supervisor; null: any free one"""
     join_seconds: PositiveFloat = 600.0
     """how long the run waits for its hosts before it begins"""
@@ -63,7 +65,7 @@ class TransportConfig(Config, frozen=True, kw_only=True):
     bind: str | None = None
     """tcp: address to listen on; null: that of the first host, or 127.0.0.1; all addresses of a
     host must be asked for: 0.0.0.0 or ::"""
-    port: Positive | None = None
+    port: Port | None = None
     """tcp: port of the controller; null: any free one"""
     heartbeat_seconds: PositiveFloat = 1.0
     """how often actors report progress"""

@@ -40,7 +40,7 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     """
     problem, _, where = message.partition(" - at `")
     root = shape.type_info(struct)
-    keys, found = _place(where.removesuffix("`"), data, root)
+    keys, found = _place(where.removesuffix("`"), data, root, [])
     node = _type_at(root, keys)
     name = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if name is not None:
@@ -69,12 +69,12 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {expected}{hint}")
 
 
-def _place(where: str, data: Any, root: shape.Type) -> tuple[list[Key], bool]:
+def _place(where: str, data: Any, root: shape.Type, outer: Sequence[Key]) -> tuple[list[Key], bool]:
     """The keys of `$.cluster.hosts[...].cards`, that of the host among them, and whether all are
     known: msgspec does not say in which value of a mapping a mistake is, so the first section there
-    that does not fit is looked for."""
+    that does not fit is looked for. `where` begins at `outer`."""
     before, within_mapping, after = where.partition("[...]")
-    keys = _keys(before)
+    keys = [*outer, *_keys(before)]
     if not within_mapping:
         return keys, True
     values = [choice for choice in choices(_type_at(root, keys)) if type(choice) is shape.DictType]
@@ -84,7 +84,7 @@ def _place(where: str, data: Any, root: shape.Type) -> tuple[list[Key], bool]:
             try:
                 msgspec.convert(value, struct.cls)
             except msgspec.ValidationError:
-                return [*keys, name, *_keys(after)], True
+                return _place(after, data, root, [*keys, name])
     return keys, False
 
 

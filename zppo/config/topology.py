@@ -15,9 +15,11 @@ from msgspec.structs import replace
 
 from zppo import extensions
 from zppo.config.base import (
+    MOST_PROCESSES,
     Config,
     NonNegative,
     NonNegativeFloat,
+    Port,
     Positive,
     PositiveFloat,
     Share,
@@ -273,7 +275,7 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     """`count` processes of one role. `devices` are given out in turn; `engine_args` go to the
     engine as they are."""
 
-    count: NonNegative = 1
+    count: Annotated[int, Meta(ge=0, le=MOST_PROCESSES)] = 1
     """number of processes; none is started of a teacher that has no work"""
     engine: str = "transformers"
     """transformers, vllm (docs/vllm.md), openai (teachers: a server, docs/openai.md), simulated
@@ -290,7 +292,7 @@ class ActorConfig(Config, frozen=True, kw_only=True):
 
 
 class GraderConfig(Config, frozen=True, kw_only=True):
-    count: Positive = 1
+    count: Annotated[int, Meta(ge=1, le=MOST_PROCESSES)] = 1
     """number of processes"""
     timeout_seconds: PositiveFloat = 5.0
     """processor time that scoring a response may take before it counts as wrong"""
@@ -305,12 +307,12 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     """one for each rank of a host, e.g. [cuda:0, cuda:1]"""
     hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
     """names of cluster.hosts, beginning with the first one; each runs the same number of ranks"""
-    ranks: Positive | None = None
+    ranks: Annotated[int, Meta(ge=1, le=MOST_PROCESSES)] | None = None
     """processes that share the student's weights and the work (docs/clusters.md); null: as many as
     devices, on each host"""
     collective_seconds: PositiveFloat = 1800.0
     """longest that ranks wait for one another before the trainer ends"""
-    port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    port: Port | None = None
     """where ranks of several hosts meet, a TCP port of the first host; null: one that follows from
     the run's id"""
     threads: Positive | None = None

@@ -70,15 +70,18 @@ NO_BOUNDS = PixelBounds()
 def refer(file: Path, bounds: PixelBounds = NO_BOUNDS) -> PictureReference:
     """The reference to a picture file. Raises ValueError with the end of a sentence that says what
     is wrong with the file, as `picture_problem` does."""
-    problem = size_problem(file)
-    content = file.read_bytes() if problem is None else b""
-    problem = problem or picture_problem(content)
+    try:
+        problem = size_problem(file)
+        content = file.read_bytes() if problem is None else b""
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if (problem := problem or picture_problem(content)) is not None:
+        raise ValueError(problem)
+    _, *own = picture_header(content)
+    width, height = bounds.apply(*own)
+    problem = _shape_problem(*own) or _shape_problem(width, height) or _size_problem(width, height)
     if problem is not None:
         raise ValueError(problem)
-    _, width, height = picture_header(content)
-    if (problem := _shape_problem(width, height)) is not None:
-        raise ValueError(problem)
-    width, height = bounds.apply(width, height)
     sha256 = hashlib.sha256(content).hexdigest()
     return PictureReference(path=str(file), sha256=sha256, width=width, height=height)
 
@@ -176,6 +179,8 @@ def picture_header(picture: bytes) -> tuple[str, int, int]:
     """(format, width, height) in pixels, of a picture without a problem, turned as its EXIF data
     says."""
     with _bombs_unsaid(), _opened(picture) as image:
+        if image.format == "TIFF":  # which is turned as it is read, its size already before
+            image.load()
         turned = image.getexif().get(_ORIENTATION) in _TURNED
         width, height = (image.height, image.width) if turned else image.size
         return str(image.format), width, height
@@ -201,8 +206,7 @@ def _check(picture: Path | bytes) -> str | None:
             return problem
         image.verify()
     with _opened(picture) as image:
-        # verify() sees only a truncated PNG; WebP is read whole when it is opened.
-        if image.format not in ("PNG", "WEBP"):
+        if image.format != "PNG":  # of the others verify() sees nothing that is missing
             image.draft("L", (1, 1))  # a JPEG, at 1/8 scale, cheaply
             image.load()
     return None

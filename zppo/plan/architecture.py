@@ -31,6 +31,8 @@ WINDOWS = (
     "window_size",
 )
 """Settings that bound how far back a layer looks, in tokens."""
+OTHER_CACHES = ("kv_lora_rank", "sliding_window")
+"""Settings of a model that keeps less than all keys and values."""
 LENGTH_DEPENDENT = ("longrope", "su")
 """Rotary embeddings that use other factors for every token as soon as one of a pass stands beyond
 the original context. (`dynamic` does so beyond `max_position_embeddings`, which bounds us
@@ -119,6 +121,12 @@ def other_state(text: Mapping[str, Any]) -> str | None:
     """What a layer carries from token to token that slots do not hold; None if the configuration
     names nothing."""
     return ", ".join(sorted(layer_kinds(text) - CARRIED)) or None
+
+
+def caches_otherwise(text: Mapping[str, Any]) -> bool:
+    """Whether something else than full keys and values is kept in every layer."""
+    odd = set(text.get("layer_types") or ()) - {"full_attention"}
+    return bool(odd) or any(text.get(name) for name in OTHER_CACHES)
 
 
 def listed_layers(text: Mapping[str, Any]) -> int | None:

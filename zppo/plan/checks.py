@@ -79,8 +79,8 @@ def _check_teacher(topology: Topology, method: Method) -> None:
 
 
 def check_engines(topology: Topology, method: Method, *, installed: bool = True) -> None:
-    """Raise UserError for engines that cannot do what is asked of them. What an engine that runs
-    elsewhere takes is not looked up where it need not be `installed`."""
+    """Raise UserError for engines that cannot do what is asked of them. Of engines that need not be
+    `installed` here neither arguments nor keys are looked up."""
     student, group = served_student(topology), topology.method.group_size
     if student.actor.count == 0:
         raise UserError("actors.rollout.count is 0; expected at least 1")
@@ -90,7 +90,7 @@ def check_engines(topology: Topology, method: Method, *, installed: bool = True)
     size = topology.method.teacher_group_size
     for one in asked_teachers(topology):
         _check_engine(one, size, "method.teacher_group_size", installed)
-        check_openai(one, topology.scheduler, topology.run)
+        check_openai(one, topology.scheduler, topology.run, here=installed)
     if method.needs_same_vocabulary:
         _check_token_level_teacher(topology, method, installed)
 

@@ -14,6 +14,7 @@ from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Topology, TrainerConfig
 from zppo.errors import UserError
+from zppo.plan.engines.vllm import SHARE
 from zppo.plan.plan import HostNeed, Plan
 from zppo.plan.processes import ProcessEntry, host_name
 
@@ -199,12 +200,7 @@ def _vllm_share(actor: ActorConfig) -> float:
     arguments: Mapping[str, Any] = actor.engine_args
     if actor.engine != VLLM or arguments.get("kv_cache_memory_bytes"):
         return 0.0
-    share = arguments.get("gpu_memory_utilization", VLLM_SHARE)
-    return (
-        float(share)
-        if isinstance(share, int | float) and not isinstance(share, bool)
-        else VLLM_SHARE
-    )
+    return float(arguments.get(SHARE) or VLLM_SHARE)
 
 
 def _check_card(where: str, index: int, free: int, placed: Sequence[Placed]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field, structs
 
+from zppo.algorithm.methods import get_method
 from zppo.config.base import Config, NonNegative, Positive
 from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.explain import explain
@@ -36,7 +37,7 @@ from zppo.plan.model_folder import (
     read_json,
     settings_of_their_kind,
 )
-from zppo.plan.placement import used_hosts
+from zppo.plan.placement import check_cards_known, check_placement, used_hosts
 from zppo.plan.plan import Plan
 from zppo.plan.processes import host_name
 
@@ -121,14 +122,16 @@ class Described(Struct, frozen=True, kw_only=True):
 
 
 def with_hosts(topology: Topology, machines: MachinesFile, file: Path) -> Topology:
-    """The topology with what the file says of its hosts. Raises UserError for a host that runs a
-    process and of which cards, memory or cores are not known."""
+    """The topology with what the file says of its hosts. Raises UserError where it cannot be laid
+    out, and for a host that runs a process and of which cards, memory or cores are not known."""
     known = dict(topology.cluster.hosts)
     for name, facts in machines.hosts.items():
         if name in known:
             said = {key: value for key, value in structs.asdict(facts).items() if value is not None}
             known[name] = structs.replace(known[name], **said)
+        check_cards_known(f"{file}: hosts.{name}", known.get(name, facts))
     topology = structs.replace(topology, cluster=structs.replace(topology.cluster, hosts=known))
+    check_placement(topology, get_method(topology.method.name))
     for name in used_hosts(topology):
         said_of = known.get(name) or machines.hosts.get(name)
         lacking = [one for one in NEEDED if said_of is None or getattr(said_of, one) is None]
@@ -156,10 +159,11 @@ def first_machine(topology: Topology, machines: MachinesFile) -> Machine:
 def described_models(topology: Topology, machines: MachinesFile, file: Path, base: Path) -> Models:
     """The models of the topology, whose relative paths are taken from `base`, as the file describes
     them. Raises UserError."""
-    by_path = {
-        (base / Path(name).expanduser()).resolve(): (name, one)
-        for name, one in machines.models.items()
-    }
+    by_path: dict[Path, tuple[str, DescribedModel]] = {}
+    for name, one in machines.models.items():
+        other, _ = by_path.setdefault(_named(name, file, base), (name, one))
+        if other != name:
+            raise UserError(f"{file}: models has {other!r} and {name!r}, which are one path")
 
     def inspect(folder: Path, where: str) -> ModelFacts:
         found = by_path.get(folder.resolve())
@@ -173,11 +177,20 @@ def described_models(topology: Topology, machines: MachinesFile, file: Path, bas
     return inspect_models(topology, inspect)
 
 
+def _named(name: str, file: Path, base: Path) -> Path:
+    try:
+        return (base / Path(name).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{file}: models has {name!r}, which is no path ({error})") from None
+
+
 def _check_model(where: str, model: DescribedModel) -> None:
     if (model.folder is None) == (not model.config):
         raise UserError(f"{where}: expected config and tensors, or folder")
     if model.folder is None and not model.tensors:
-        raise UserError(f"{where}: tensors is missing; expected numbers by dtype, as {{BF16: 4e9}}")
+        raise UserError(
+            f"{where}: tensors is missing; expected whole numbers by dtype, as {{BF16: 2213241664}}"
+        )
     for dtype in model.tensors:
         if dtype not in WIDTHS:
             raise UserError(
@@ -187,7 +200,8 @@ def _check_model(where: str, model: DescribedModel) -> None:
 
 
 def _facts(model: DescribedModel, named: Path, where: str) -> ModelFacts:
-    folder = named if model.folder is None else Path(model.folder)
+    # What is described has no folder: mistakes are in the file's own `config`.
+    folder = Path() if model.folder is None else Path(model.folder)
     with settings_of_their_kind(folder, where):
         if model.folder is None:
             config = model.config
@@ -196,7 +210,7 @@ def _facts(model: DescribedModel, named: Path, where: str) -> ModelFacts:
         else:
             config = read_json(folder / "config.json", where)
             parameters, stored = _indexed(folder, config, where)
-        refuse_no_decoder(config, folder, where)
+        refuse_no_decoder(config, named, where)
         return facts_of(config, parameters, stored, folder, where)
 
 

@@ -60,6 +60,7 @@ def make_plan(
         check(topology, method)
     check_engines(topology, method, installed=models is None)
     models = models or inspect_models(topology)
+    _check_served(topology, models)
     table = processes(topology, machine.cores)
     windows = _windows(topology, method, questions)
     per_window = windows.groups * topology.method.group_size
@@ -77,7 +78,6 @@ def make_plan(
             *_host_notes(topology, table, machine),
         ],
     )
-    _check_served(topology, models)
     _check_message_size(plan)
     check_fits(plan, machine)
     return plan

@@ -1,17 +1,17 @@
 """How much memory a run needs, process by process: upper estimates that are made before anything
 starts.
 
-Legend of the terms, all in bytes: weights = parameters · width; gradients = weights; optimizer = 2
-· parameters · state width; activations ≈ 34 · tokens · hidden · layers at two bytes a number
-(Korthikanti et al. 2022, §4, without the part of the attention that fused attention never stores);
-key-value cache = sequences · length · layers with attention · 2 · heads · head width; recurrent
-states = sequences · their numbers · 4, whatever the dtype. A frozen model in the
-trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations and
-its logits.
+Legend of the terms, all in bytes: weights = parameters · width; gradients = parameters · 4, in
+float32; optimizer = 2 · parameters · state width; activations ≈ 34 · tokens · hidden · layers at
+two bytes a number (Korthikanti et al. 2022, §4, without the part of the attention that fused
+attention never stores); key-value cache = sequences · length · layers with attention · 2 · heads ·
+head width; recurrent states = sequences · their numbers · 4, with vLLM · width. A frozen model in
+the trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations
+and its logits.
 
 Of N ranks each has an N-th of weights, gradients, optimizer and frozen models, and beside it what a
-pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients in
-float32. While it loads, a rank has each model whole, once.
+pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients.
+While it loads, a rank has each model whole, once.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _vllm_bytes(entry: ProcessEntry, served: ServedModel, facts: ModelFacts) -> 
     arguments, dtype = served.actor.engine_args, served.model.dtype
     cache = arguments.get("kv_cache_memory_bytes")  # of each card
     if not cache:
-        cache = sequence_bytes(arguments, facts, dtype) // max(1, len(entry.cards))
+        cache = sequence_bytes(arguments, facts, dtype, max(1, len(entry.cards)))
     weights = facts.quantised_bytes or facts.parameters * DTYPE_BYTES[dtype]
     if entry.device == "cpu":
         return 2 * weights + int(cache) + VLLM_LIBRARIES

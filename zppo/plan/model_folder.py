@@ -21,6 +21,7 @@ from zppo.errors import UserError, first_line, nearest
 from zppo.plan.architecture import (
     attending_layers,
     bounded,
+    caches_otherwise,
     context_of,
     listed_layers,
     other_state,
@@ -43,7 +44,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     `zppo.plan.architecture` has them; `parameters` counts tied weights once. `quantised_bytes`:
     what the weights take as they are stored, where an engine keeps them so; None where it casts
     them. `tied`: the input embedding is the head as well. `bounded`: the context ends before the
-    model's positions do. `state`: what layers carry that slots do not hold. `opened_by`: the class
+    model's positions do. `caches_otherwise`: an engine keeps something else than full keys and
+    values. `state`: what layers carry that slots do not hold. `opened_by`: the class
     of transformers that opens the folder, None if it has none. `states`: numbers that a sequence
     carries in recurrent states; `without_keys`: layers that keep no keys and values."""
 
@@ -63,6 +65,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     opened_by: AutoClass | None = None
     states: int = 0
     without_keys: int = 0
+    caches_otherwise: bool = False
 
     @property
     def slots_context(self) -> int:
@@ -112,6 +115,13 @@ def facts_of(
         _number(text, "hidden_size", folder, where),
     )
     layers = listed_layers(text) or _number(text, "num_hidden_layers", folder, where)
+    attending = attending_layers(text, layers)
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_dim = int(text.get("head_dim") or hidden // heads)
+    if min(kv_heads, head_dim) < 1 or not 0 <= attending <= layers:
+        raise ValueError(
+            f"{kv_heads} heads of {head_dim} numbers in {attending} of {layers} layers keep keys"
+        )
     return ModelFacts(
         parameters=parameters,
         quantised_bytes=stored if _quantised(config, text) else None,
@@ -124,9 +134,10 @@ def facts_of(
         hidden=hidden,
         layers=layers,
         states=state_numbers(text, layers),
-        without_keys=layers - attending_layers(text, layers),
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
+        without_keys=layers - attending,
+        caches_otherwise=attending < layers or caches_otherwise(config.get(TEXT_SECTION, config)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=_number(text, "vocab_size", folder, where),
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
     )
@@ -163,7 +174,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 
 def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
     value = setting(config, key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(
             f"{where}: {str(folder / 'config.json')!r} has no {key}; expected a causal language "
             "model"

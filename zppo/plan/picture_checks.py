@@ -5,14 +5,18 @@ Found from the model folder's settings alone, before anything is started.
 
 from __future__ import annotations
 
-from zppo.config.served import ServedModel
+from zppo.algorithm.methods import get_method
+from zppo.config.served import ServedModel, teachers
 from zppo.config.topology import Topology
 from zppo.errors import UserError
+from zppo.plan.processes import trainer_scores
 from zppo.prompting.picture_families import FAMILIES
 from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
 
 BLIND = frozenset({"simulated"})
 """Engines that show pictures to no model."""
+SCORES_TEXT = frozenset({"vllm"})
+"""Engines that score responses to text alone."""
 OWN_LAYOUT = frozenset({"transformers"})
 """Engines that lay pictures out as `zppo.prompting.picture_families` says, and know no others."""
 
@@ -28,14 +32,36 @@ def check_sees(where: str, question: str, served: ServedModel, *, trained: bool 
         )
     if not trained and engine not in OWN_LAYOUT:
         return
+    model = f"{served.model.model!r} ({served.model_path})"
+    cannot = (
+        f"{model} cannot be trained on them"
+        if trained
+        else f"the engine {engine!r} cannot show them to {model}"
+    )
+    _check_known(where, question, served, cannot)
+
+
+def check_scores(where: str, question: str, topology: Topology) -> None:
+    """Raise UserError if a distillation's teacher cannot be shown the pictures of `question` when
+    it scores, in the trainer or in an engine."""
+    method = get_method(topology.method.name)
+    if not method.needs_scores or topology.teacher is None:
+        return
+    served = teachers(topology)[0]
+    if trainer_scores(method, topology.teacher):
+        model = f"{served.model.model!r} ({served.model_path})"
+        _check_known(where, question, served, f"the trainer cannot show them to {model}")
+    elif served.actor.engine in SCORES_TEXT:
+        raise UserError(
+            f"{where}: the question {question!r} has pictures, and {served.actor_path}.engine "
+            f"{served.actor.engine!r} scores responses to text alone; expected 'transformers', or "
+            "that teacher.scoring is colocated"
+        )
+
+
+def _check_known(where: str, question: str, served: ServedModel, cannot: str) -> None:
     folder, setting = served.model.model, served.model_path
     if load_picture_layout(folder, load_tokenizer(folder, setting), setting) is None:
-        model = f"{folder!r} ({setting})"
-        cannot = (
-            f"{model} cannot be trained on them"
-            if trained
-            else f"the engine {engine!r} cannot show them to {model}"
-        )
         raise UserError(
             f"{where}: the question {question!r} has pictures, and {cannot}; expected a model of "
             f"the family {' or '.join(sorted(FAMILIES))} with its processor (docs/pictures.md), or "

@@ -12,19 +12,22 @@ import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import combinations
 
 from msgspec import Struct
 
 from zppo.algorithm.methods import Method
-from zppo.config.cluster import LOCALHOST
-from zppo.config.served import served_models
-from zppo.config.topology import Topology
+from zppo.config.cluster import LOCALHOST, MOST_CARDS, HostConfig
+from zppo.config.served import ServedModel, served_models
+from zppo.config.topology import VLLM, Topology
 from zppo.errors import UserError, nearest
-from zppo.plan.processes import ProcessEntry, host_name, processes
+from zppo.plan.processes import SPREAD, ProcessEntry, host_name, processes
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 """Names of hosts become names of files, arguments of commands and parts of dotted settings."""
 _DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,8}))?", re.ASCII)
+"""A card has one name, so that names can be compared; `cuda` is that of `cuda:0`."""
 WILDCARDS = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
@@ -63,6 +66,7 @@ def check_placement(topology: Topology, method: Method) -> None:
         _check_hosts(placed, topology)
     for one in served_models(topology):
         _check_devices(f"{one.actor_path}.devices", one.actor.devices)
+        _check_spread(one)
     _check_trainer(topology)
     table = processes(topology, 1)
     _check_cards(table)
@@ -102,13 +106,25 @@ def _check_names(topology: Topology) -> None:
         where = f"cluster.hosts.{name}"
         if facts.address is not None:
             _check_address(f"{where}.address", facts.address)
-        if facts.address in WILDCARDS:
+        if facts.address is not None and _is_wildcard(facts.address):
             raise UserError(
                 f"{where}.address is {facts.address!r}; expected the address under which other "
                 "hosts reach it"
             )
-        if facts.cards and facts.card_gib is None:
-            raise UserError(f"{where}.cards is {facts.cards}; expected card_gib beside it")
+        check_cards_known(where, facts)
+
+
+def check_cards_known(where: str, facts: HostConfig) -> None:
+    """Raise UserError for cards of which nobody says how large they are."""
+    if facts.cards and facts.card_gib is None:
+        raise UserError(f"{where}.cards is {facts.cards}; expected card_gib beside it")
+
+
+def _is_wildcard(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False
 
 
 def _check_address(where: str, address: str) -> None:
@@ -154,7 +170,7 @@ def _check_devices(where: str, devices: list[str]) -> None:
         raise UserError(f"{where} is empty; expected at least one device, such as cpu or cuda:0")
     for device in devices:
         _check_device(where, device)
-        if device != "cpu" and devices.count(device) > 1:
+        if device != "cpu" and [*map(_card, devices)].count(_card(device)) > 1:
             raise UserError(
                 f"{where} names {device!r} twice; expected each card once (count gives more "
                 "processes, and devices are given out in turn)"
@@ -162,10 +178,23 @@ def _check_devices(where: str, devices: list[str]) -> None:
 
 
 def _check_device(where: str, device: str) -> None:
-    kind, colon, index = device.partition(":")
-    valid = device == "cpu" or (kind == "cuda" and (index.isdecimal() or not colon))
-    if not valid:
+    if not _DEVICE.fullmatch(device):
         raise UserError(f"{where} names {device!r}; expected cpu, cuda or cuda:N")
+
+
+def _card(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
+
+
+def _check_spread(one: ServedModel) -> None:
+    """Cards are laid out by this argument, so it is not left to vLLM to say what is wrong."""
+    size = one.actor.engine_args.get(SPREAD, 1)
+    counts = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MOST_CARDS
+    if one.actor.engine == VLLM and not counts:
+        raise UserError(
+            f"{one.actor_path}.engine_args.{SPREAD} is {size!r}; expected a whole number from 1 to "
+            f"{MOST_CARDS}"
+        )
 
 
 def _check_trainer(topology: Topology) -> None:
@@ -259,8 +288,7 @@ def _check_transport(topology: Topology) -> None:
             raise UserError(f"transport.{name} is {value!r}; expected null, or kind tcp beside it")
     if transport.bind is not None:
         _check_address("transport.bind", transport.bind)
-    if transport.port is not None and transport.port > 65_535:
-        raise UserError(f"transport.port is {transport.port}; expected at most 65535")
+    _check_ports(topology)
     if len(hosts) > 1 and topology.cluster.launcher == "local":
         for name in hosts:
             if topology.cluster.hosts[name].address is None:
@@ -268,3 +296,18 @@ def _check_transport(topology: Topology) -> None:
                     f"cluster.hosts.{name}.address is missing; expected the IP address or name "
                     "under which the other hosts reach it"
                 )
+
+
+def _check_ports(topology: Topology) -> None:
+    """What listens on the first host has a port of its own."""
+    ports = {
+        "transport.port": topology.transport.port,
+        "cluster.port": topology.cluster.port,
+        "actors.trainer.port": topology.actors.trainer.port,
+    }
+    given = [(name, port) for name, port in ports.items() if port is not None]
+    for (name, port), (other, another) in combinations(given, 2):
+        if port == another:
+            raise UserError(
+                f"{name} and {other} are both {port}; expected a port of its own for each, or null"
+            )

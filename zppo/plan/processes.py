@@ -26,6 +26,8 @@ from zppo.config.topology import (
 
 WEIGHTS = "weights"
 """Role of the processes that carry published weights from host to host; the first serves."""
+SPREAD = "tensor_parallel_size"
+"""Argument of vLLM: how many cards one engine is spread over."""
 SHARED = 0
 """Threads of an entry that gets a share of its host's cores."""
 
@@ -206,7 +208,6 @@ def _with_threads(
 
 
 def _spread(served: ServedModel) -> int:
-    """How many cards an engine is spread over; vLLM says what is wrong with another value."""
-    size = served.actor.engine_args.get("tensor_parallel_size", 1)
-    is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
-    return size if served.actor.engine == VLLM and is_count else 1
+    """How many cards an engine is spread over; `zppo.plan.placement` refuses what is no count."""
+    size = served.actor.engine_args.get(SPREAD, 1)
+    return size if served.actor.engine == VLLM and isinstance(size, int) else 1

@@ -17,6 +17,7 @@ from zppo.data.question import Question
 from zppo.errors import UserError, first_line
 from zppo.plan.model_folder import inspect_model
 from zppo.prompting.chat_template import for_template
+from zppo.prompting.picture_families import MarkError, PictureLayout
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
 from zppo_protocol.values import Prompt
@@ -54,11 +55,11 @@ class Reader(Struct, frozen=True, kw_only=True):
         """Tokens of each prompt as this model reads it."""
         served = self.served
         own = [for_template(prompt, served.model.chat_template_kwargs) for prompt in prompts]
-        pictures = None
-        if any(prompt.media for prompt in prompts):
-            pictures = load_picture_layout(served.model.model, tokenizer, served.model_path)
+        pictures = load_picture_layout(served.model.model, tokenizer, served.model_path)
         try:
             return [len(ids) for ids in encode_prompts(tokenizer, own, pictures)]
+        except MarkError:
+            raise _marked(tokenizer, own, pictures, served) from None
         except Exception as error:  # a template may raise whatever Jinja2 can
             raise UserError(
                 f"{served.model_path}: the chat template of {served.model.model!r} fails "
@@ -74,6 +75,23 @@ class Reader(Struct, frozen=True, kw_only=True):
             f"{self.served.model_path}: {self.served.model.model!r} has no chat template: messages "
             "are put one below the other, and nothing tells the model whose they are"
         ]
+
+
+def _marked(
+    tokenizer: Any, prompts: Sequence[Prompt], pictures: PictureLayout | None, served: ServedModel
+) -> UserError:
+    """Why the first of these prompts that holds a mark of a picture in its words cannot be read."""
+    for prompt in prompts:
+        try:
+            encode_prompts(tokenizer, [prompt], pictures)
+        except MarkError as error:
+            words = prompt.messages[-1].content[:60]
+            return UserError(
+                f"{served.model_path}: {error} as {served.model.model!r} reads it, of the words "
+                f"that begin {words!r}; expected words without marks, because pictures are put "
+                "before them"
+            )
+    raise AssertionError("one of the prompts holds a mark")
 
 
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:

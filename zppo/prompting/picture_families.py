@@ -34,6 +34,10 @@ Tokenizer = Any
 """A tokenizer of transformers."""
 
 
+class MarkError(ValueError):
+    """The prompt holds more or fewer marks of pictures than it has pictures."""
+
+
 class PictureFamily(Protocol):
     """How one model reads pictures."""
 
@@ -228,10 +232,10 @@ class PictureLayout:
 
     def expand(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
         """The prompt with every mark expanded; `sizes` are (width, height) of its pictures in
-        order. Raises ValueError unless there are as many marks as pictures."""
+        order. Raises MarkError unless there are as many marks as pictures."""
         mark = self.family.mark
         if ids.count(mark) != len(sizes):
-            raise ValueError(
+            raise MarkError(
                 f"the prompt holds {ids.count(mark)} marks of pictures for {len(sizes)} pictures"
             )
         expanded, pictures = list[int](), iter(sizes)

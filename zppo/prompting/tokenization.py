@@ -115,21 +115,21 @@ def encode_prompts(
     """Token ids of each prompt, in one batch, and behind them those of its response's start.
     Without a layout of `pictures` these are left out.
 
-    Raises ValueError for a picture that the model does not take, and for words that hold the mark
-    of one.
+    Raises ValueError for a picture that the model does not take, and MarkError for words, of the
+    prompt or of its response's start, that hold the mark of one.
     """
     if not prompts:
         return []
     seen = pictures is not None and takes_parts(tokenizer)
-    chats = _encode_chats(tokenizer, prompts, parts=seen)
-    if pictures is not None:
-        chats = [
-            pictures.expand(ids, sizes_of(prompt))
-            for prompt, ids in zip(prompts, chats, strict=True)
-        ]
-    return [
+    encoded = [
         ids if prompt.start is None else ids + encode_start(tokenizer, prompt.start)
-        for prompt, ids in zip(prompts, chats, strict=True)
+        for prompt, ids in zip(prompts, _encode_chats(tokenizer, prompts, parts=seen), strict=True)
+    ]
+    if pictures is None:
+        return encoded
+    return [
+        pictures.expand(ids, sizes_of(prompt))
+        for prompt, ids in zip(prompts, encoded, strict=True)
     ]
 
 

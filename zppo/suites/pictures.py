@@ -3,7 +3,8 @@ pixels.
 
 Bounds are an option of a model's picture processor, which families name differently. Those whose
 processor is Qwen2-VL's (Qwen2-VL to Qwen3.5) call them `min_pixels` and `max_pixels` and get them;
-others keep their own.
+others keep their own. They are given as those of pictures alone: vLLM would hand bare ones to the
+processor of videos as well, which bounds all frames of a video together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from zppo.suites.order import Served, SuiteOrder
 
-BOUNDS = {"min_pixels": 256 * 32 * 32, "max_pixels": 1280 * 32 * 32}
+BOUNDS = {"images_kwargs": {"min_pixels": 256 * 32 * 32, "max_pixels": 1280 * 32 * 32}}
 OPTION = "mm-processor-kwargs"
 PROCESSOR = "Qwen2VLImageProcessor"
 FILES = ("preprocessor_config.json", "processor_config.json")

@@ -161,7 +161,7 @@ class Tower:
             fresh[key] if (key := _key(one)) in fresh else self._held(key) for one, _ in wanted
         ]
         for key, features in fresh.items():
-            self._features.put(key, features)
+            self._features.put(key, features.clone())  # else it would hold those of its whole pass
         return torch.cat(found)
 
     def inputs(self, prompts: Sequence[SeenPrompt | None], positions_BL: Tensor) -> dict[str, Any]:

@@ -71,19 +71,24 @@ class Policy:
             self.head: Head | None = probe_head(model, where)
             hold_to_eager(model, where)
             self.shares_prompts = can_share_prompts(model)
-        self._leave_out(unsampled_ids(model.config.to_dict()))
+        self.unsampled: tuple[int, ...] = ()
+        self.leave_out(unsampled_ids(model.config.to_dict()))
         self._where = where
         self._tower: Tower | None = None
         self._root: Root | None = None
         self._blank: tuple[list[int], SeenPrompt] | None = None
 
-    def _leave_out(self, unsampled: tuple[int, ...]) -> None:
-        """Take the tokens that no response may hold out of every softmax."""
-        self.unsampled = unsampled
-        if not unsampled or self.head is None:
+    def leave_out(self, unsampled: tuple[int, ...]) -> None:
+        """Take these tokens, which no response may hold, out of every softmax; those that the model
+        lacks are out of it already."""
+        unsampled = tuple(one for one in unsampled if one < self.vocabulary)
+        if unsampled == self.unsampled:
             return
-        weight_VH = self.head.weight_VH
-        bias_V = torch.zeros(len(weight_VH), dtype=weight_VH.dtype, device=weight_VH.device)
+        self.unsampled = unsampled
+        if self.head is None:
+            return
+        weight_VH = self.head.layer.weight
+        bias_V = torch.zeros(self.vocabulary, dtype=weight_VH.dtype, device=weight_VH.device)
         bias_V[list(unsampled)] = -torch.inf
         self.head = replace(self.head, unsampled_V=bias_V)
 
@@ -319,10 +324,13 @@ class Policy:
             raise UserError(f"data.train: {error}") from error
 
     def _with_blank(self, batch: MicroBatch) -> MicroBatch:
-        """Of several ranks that share the tower's weights out, all go through it in every pass, or
-        those that do would wait for the others for ever: a pass without a picture gets a row with a
-        small one, which nobody reads."""
-        if self._root is None or self._tower is None or self._tower.frozen or batch.seen_B:
+        """A tower that is trained is gone through in every pass: one without a picture gets a row
+        with a small one, which nobody reads.
+
+        Of several ranks that share its weights out those with a picture would else wait for the
+        others for ever. And whether a mini-batch has one decides then neither there nor on one rank
+        which weights an update reaches: without a gradient they would not decay."""
+        if self._tower is None or self._tower.frozen or batch.seen_B:
             return batch
         if self._blank is None:
             self._blank = blank(self._tower)

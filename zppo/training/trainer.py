@@ -98,6 +98,13 @@ class Trainer:
     hold it as it was read."""
     ranks: Ranks = ALONE
 
+    def __post_init__(self) -> None:
+        """What one model of a distillation leaves out of its softmax both do, or the divergence
+        would be infinite."""
+        for model in (self.policy, self.teacher):
+            if model is not None:
+                model.leave_out(self.reach.unsampled)
+
     @property
     def reach(self) -> Reach:
         """What all models of the trainer can read."""

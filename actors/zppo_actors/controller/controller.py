@@ -29,7 +29,7 @@ from zppo_actors.controller.checkpointer import Checkpointer
 from zppo_actors.controller.collector import collect_less
 from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
-from zppo_actors.controller.peers import NO_WORKERS, TRAINER, Peer, Peers
+from zppo_actors.controller.peers import NO_WORKERS, TRAINER, WEIGHTS, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
 from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, file_trouble
 from zppo_actors.controller.restore import bound_to, load_scheduler
@@ -48,6 +48,8 @@ LEAVE_SECONDS = 10.0
 REFUSED_ANSWERS = 3
 """So many answers of one process that were not let in, and it is replaced."""
 CONTROLLER = "controller"
+LONGEST_REASON = 2000
+"""Characters of what an actor says that are worth passing on."""
 
 log = logging.getLogger("zppo.controller")
 
@@ -195,6 +197,8 @@ class Controller:
 
     def _watch(self, now: float) -> None:
         self._feed(events.LeaseCheck(now=now), now)
+        for peer in self.peers.of_role(WEIGHTS):
+            self._watch_silence(peer, now)
         self._watch_trainer(now)
         limit = self.context.topology.run.no_progress_seconds
         if now - self._last_progress > limit:
@@ -207,18 +211,23 @@ class Controller:
         """A trainer that hangs is replaced like one that died: the run begins again from its last
         checkpoint. It may be silent while it loads or saves, but not still."""
         peer = self.peers.get(TRAINER)
-        if peer is None:
+        if peer is None or self._watch_silence(peer, now):
             return
-        lease = self.context.topology.scheduler.lease_seconds
         limit = self.context.topology.run.no_progress_seconds
-        heard = max(peer.heard, self._moved.get(TRAINER, 0.0))
-        if now - heard > lease:
-            self._restart(TRAINER, f"it said and did nothing for {lease:g} s")
-        elif self.scheduler.training is not None and now - self._last_progress > limit:
+        if self.scheduler.training is not None and now - self._last_progress > limit:
             self._restart(
                 TRAINER, f"step {self.scheduler.training} made no progress for {limit:g} s"
             )
             self._last_progress = now  # the supervisor ends this attempt
+
+    def _watch_silence(self, peer: Peer, now: float) -> bool:
+        """Replace a process that holds no leases, and so is missed by nobody, when it is as if
+        dead; says whether it was."""
+        lease = self.context.topology.scheduler.lease_seconds
+        silent = now - max(peer.heard, self._moved.get(peer.name, 0.0)) > lease
+        if silent:
+            self._restart(peer.name, f"it said and did nothing for {lease:g} s")
+        return silent
 
     def _is_loading(self, name: str) -> bool:
         """Whether a process may be silent and work all the same: an actor that has not greeted yet,
@@ -237,7 +246,7 @@ class Controller:
         saving = (
             [f"the checkpoint of step {step} waits for the trainer"] if step is not None else []
         )
-        return saving + waiting(self.scheduler)
+        return saving + waiting(self.scheduler) + self.board.waiting()
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -281,14 +290,24 @@ class Controller:
         waits for."""
         peer = self.peers.get(name)
         if isinstance(message, messages.Hello):
+            self.router.renewed.discard(name)
             self._greet(name, message)
         elif peer is None:
+            self.router.send(name, messages.Forgotten())
+        elif isinstance(message, messages.Heartbeat) and self._is_unsure(peer):
+            self.router.renewed.discard(name)
+            self._lost(name)
             self.router.send(name, messages.Forgotten())
         elif not isinstance(message, SPEAKS[peer.role]):
             log.warning("%s sent %s, which is not for it to say", name, type(message).__name__)
         else:
             return self._heed(peer, message, now)
         return False
+
+    def _is_unsure(self, peer: Peer) -> bool:
+        """Whether credits, or words about weights, may have been lost with its old connection. Who
+        can begin anew does, after what it had to say has been heard."""
+        return peer.name in self.router.renewed and peer.role not in (SUPERVISOR, TRAINER)
 
     def _heed(self, peer: Peer, message: AnyMessage, now: float) -> bool:
         """What a known peer may say; says whether something moved."""
@@ -308,11 +327,11 @@ class Controller:
             case messages.PolicyLoaded():
                 self._loaded(peer, message)
             case messages.PolicyRefused():
-                self.recorder.event(
-                    name, "refused_policy", f"version {message.version}: {message.reason}"
-                )
-                self._restart(name, f"it refused policy version {message.version}")
-            case messages.WeightSource():
+                said = f"version {message.version}: {message.reason[:LONGEST_REASON]}"
+                self.recorder.event(name, "refused_policy", said)
+                self._restart(name, f"it refused policy {said}")
+            # Else the key of one further host would be enough to lead all others astray.
+            case messages.WeightSource() if name not in self.board.carriers:
                 self._weights_at(message)
             case messages.StepTrained():
                 self._step_trained(message, now)

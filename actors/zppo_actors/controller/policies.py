@@ -10,7 +10,8 @@ Invariants: no engine hears of a version that its host does not have, so that wh
 knows of loaded versions stays true however long a transfer takes; the newest version of a host is
 never released, so that an engine that joins late always finds it; and a carrier that is behind
 finishes what it began, unless nothing may be sampled with it any more. It then skips to the newest
-version, so no host starves because versions come faster than they travel.
+version, so no host starves because versions come faster than they travel; only where one takes
+longer than `max_staleness` + 1 steps there is never one of use.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class PolicyBoard:
             place: {} for place in (HOME, *sorted(self.carriers))
         }
         """Place -> versions whose files may lie there. A carrier that dies leaves its files."""
+        self._freed: dict[str, list[int]] = {}
+        """Carrier -> versions that it was told to remove the last time."""
         self._loading: dict[str, int] = {}
         self._loaded: dict[str, int] = {}
 
@@ -64,12 +67,15 @@ class PolicyBoard:
         return newest
 
     def loaded(self, reader: str, version: int, digest: str) -> bool:
-        """An engine or a carrier acknowledged. False if it has other bytes than were published."""
+        """An engine or a carrier acknowledged. False if it has other bytes than were published, or
+        a version that it was not told to load."""
         place = reader if reader in self.carriers else self._carrier_of.get(reader, HOME)
         manifest, told = self._held[place].get(version), self._loading.get(reader)
-        # A carrier may have finished a version while it was told of a newer one.
-        expected = version == told or (reader in self.carriers and told is not None)
-        if not expected or manifest is None or manifest.digest != digest:
+        # Whoever was told twice, of a newer version or because it had been forgotten meanwhile,
+        # answers twice, and the version of the first answer may be gone by then.
+        late = self._loaded.get(reader) == version if told is None else version < told
+        right = late if manifest is None else manifest.digest == digest
+        if not (right and (late or version == told)):
             self._loading.pop(reader, None)
             return False
         if version == told:
@@ -83,7 +89,8 @@ class PolicyBoard:
         self._loaded.pop(reader, None)
 
     def release(self) -> list[tuple[str, int]]:
-        """Places, `HOME` or a carrier, and the versions whose files may go there now, each once."""
+        """Places, `HOME` or a carrier, and the versions whose files may go there now. A carrier is
+        told of each twice, because what is on its way to another host can be lost."""
         gone = []
         for place, held in self._held.items():
             newest = self._newest(place)
@@ -94,8 +101,18 @@ class PolicyBoard:
             old = [v for v in held if v < newest.version and v not in busy]
             for version in old:
                 del held[version]
+            if old and place != HOME:
+                old, self._freed[place] = [*self._freed.get(place, []), *old], old
             gone += [(place, version) for version in old]
         return gone
+
+    def waiting(self) -> list[str]:
+        """Which hosts wait for weights, one line each."""
+        return [
+            f"{carrier} brings policy version {self._loading[carrier]} to its host"
+            for carrier in sorted(self.carriers)
+            if carrier in self._loading
+        ]
 
     def _newest(self, place: str) -> PolicyManifest | None:
         if place == HOME:

@@ -9,6 +9,7 @@ the agent tries to be heard again, for as long as it would wait for a run to beg
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import secrets
@@ -22,6 +23,7 @@ from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from zppo.signals import Interrupts
 from zppo_actors.hosts.attempt import HostAttempt
 from zppo_actors.supervisor.fleet import GREET_ANEW
+from zppo_protocol.errors import AccessError
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
@@ -84,34 +86,44 @@ class Agent:
         self._attempt: HostAttempt | None = None
         self._received: dict[str, tuple[int, int]] = {}
         self._answered = False
+        self._refusal: AccessError | None = None
         self._heard = time.monotonic()
         self._due = float("-inf")
 
     def run(self) -> int:
         """Serve until the run is over. Returns its exit code: 0 when the run has dismissed this
         host, 1 when nothing was heard for `wait_seconds`, 130 when interrupted. Raises UserError
-        where this host cannot take part."""
+        where this host cannot take part, or its key was not let in for as long."""
         try:
-            while True:
+            while not self._interrupts.count:
                 self._turn()
+            self._say_goodbye("it was stopped there")
+            raise Leave(EXIT_INTERRUPTED, "stopped")
         except Leave as leave:
             print(leave.sentence, file=sys.stderr if leave.exit_code else sys.stdout, flush=True)
             return leave.exit_code
         except BaseException as error:
-            self._line.send(Goodbye(reason=str(error)[:2000]))
+            self._say_goodbye(str(error)[:2000])
             raise
         finally:
             self._end_attempt()
             self._line.close()
 
+    def _say_goodbye(self, reason: str) -> None:
+        with contextlib.suppress(AccessError, TimeoutError):  # nobody is there to be told
+            self._line.send(Goodbye(reason=reason))
+
     def _turn(self) -> None:
+        try:
+            self._converse()
+        except AccessError as refusal:
+            self._be_refused(refusal)
+
+    def _converse(self) -> None:
         message = self._line.receive(TICK_SECONDS)
         while message is not None:
             self._hear(message)
             message = self._line.receive(0.0)
-        if self._interrupts.count:
-            self._line.send(Goodbye(reason="it was stopped there"))
-            raise Leave(EXIT_INTERRUPTED, "stopped")
         now = time.monotonic()
         self._watch(now)
         if now >= self._due or (self._attempt is not None and self._attempt.has_news):
@@ -124,8 +136,21 @@ class Agent:
             log.warning("nothing was heard of the run for %g s; its processes end", silent)
             self._begin_anew()
         if silent > self._wait_seconds:
+            if self._refusal is not None:
+                raise UserError(str(self._refusal))
             sentence = f"the run was not heard for {self._wait_seconds:g} s; it is not there"
             raise Leave(EXIT_FAILED, f"{self._host}: {sentence}")
+
+    def _be_refused(self, refusal: AccessError) -> None:
+        """The key may be that of a run that was killed, whose place the next has taken and whose
+        file it is about to replace: the next line reads it anew."""
+        if str(refusal) != str(self._refusal):
+            log.warning("%s; waiting for another key file or controller", refusal)
+        self._refusal = refusal
+        self._begin_anew()
+        time.sleep(GREET_SECONDS)
+        self._take_new_line()
+        self._watch(time.monotonic())
 
     def _speak(self, now: float) -> None:
         if self._welcome is None:
@@ -144,8 +169,7 @@ class Agent:
     def _greet(self) -> None:
         if self._greetings >= MOST_GREETINGS:
             # They wait in the line's queue; a new line also leaves behind what is half open.
-            self._line.close()
-            self._line, self._greetings = self._connect(), 0
+            self._take_new_line()
         self._greetings += 1
         self._life = self._life or secrets.token_hex(8)
         self._line.send(
@@ -157,8 +181,16 @@ class Agent:
             )
         )
 
+    def _take_new_line(self) -> None:
+        try:
+            line = self._connect()
+        except AccessError as error:  # of the file, not of who has read it
+            raise UserError(str(error)) from None
+        self._line.close()
+        self._line, self._greetings = line, 0
+
     def _hear(self, message: AnyMessage) -> None:
-        self._heard = time.monotonic()
+        self._heard, self._refusal = time.monotonic(), None
         match message:
             case HostWelcome() if self._welcome is None:
                 self._check_folders(message.folders)

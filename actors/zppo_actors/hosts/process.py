@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -46,15 +48,46 @@ def main(argv: Sequence[str]) -> int:
             return EXIT_INTERRUPTED
         credentials = keys.read_credentials(asked.key)
         log.info("this host is %s of the run at %s", credentials.name, credentials.address)
-        agent = Agent(
-            credentials.name,
-            # Read anew for each line: the file of a run that was killed is replaced by the next.
-            lambda: Dealer(keys.read_credentials(asked.key), LIMITS),
-            asked.wait,
-            interrupts,
-            check_folders,
-        )
-        return agent.run()
+        lines = Lines(asked.key)
+        return Agent(credentials.name, lines.connect, asked.wait, interrupts, check_folders).run()
+
+
+class Lines:
+    """Lines to the supervisor, one after the other, with the key of a file. The file is read anew
+    for each: that of a run that was killed is replaced by the next run's. It is locked while its
+    line is used, because two agents of one host would take its place from each other for ever."""
+
+    def __init__(self, key: Path) -> None:
+        self._key = key
+        self._lock: int | None = None
+
+    def connect(self) -> Dealer:
+        """A new line; the one before is closed. Raises AccessError for a key that cannot be used,
+        UserError if another agent uses it."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = locked(self._key)
+        return Dealer(keys.read_credentials(self._key), LIMITS)
+
+
+def locked(key: Path) -> int | None:
+    """The descriptor that locks a key file; None where the file system has no locks. Raises
+    UserError if another process has locked it."""
+    try:
+        descriptor = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None  # whoever reads it says why
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"zppo join: --key {str(key)!r} is used by another zppo join; expected one for each "
+            "host, with that host's own file"
+        ) from None
+    except OSError:
+        log.info("%s cannot be locked: see to it that only one zppo join uses it", key)
+    return descriptor
 
 
 def key_is_there(path: Path, seconds: float, interrupts: Interrupts) -> bool:

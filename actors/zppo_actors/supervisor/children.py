@@ -109,7 +109,7 @@ class Child:
     def verdict(self) -> str:
         """How the process ended, in words."""
         if self.exit_code < 0:
-            return f"{self.name} was killed by {signal.Signals(-self.exit_code).name}"
+            return f"{self.name} was killed by {name_of_signal(-self.exit_code)}"
         if self.exit_code == 0:
             return f"{self.name} left without being told to"
         return f"{self.name} ended with exit code {self.exit_code}"
@@ -163,6 +163,11 @@ def child_of(process: Process, birth: Birth) -> Child:
         process=process,
         log=birth["log"],
     )
+
+
+def name_of_signal(number: int) -> str:
+    """`SIGKILL` for 9; not every number has a name, such as those between SIGRTMIN and SIGRTMAX."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def reap_orphans(own: Collection[int]) -> None:

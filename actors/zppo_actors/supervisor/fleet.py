@@ -53,6 +53,7 @@ class Fleet:
         self._hosts = {name: RemoteHost(name) for name in folders}
         self._files = {name: ReceivedFiles(run_dir) for name in folders}
         self._lease_seconds = lease_seconds
+        self._attempt = ""
         self._due = float("-inf")
 
     # ---- hosts -----------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ class Fleet:
         self, attempt: str, record: bytes, secrets: Mapping[str, Mapping[str, bytes]]
     ) -> None:
         """Tell all hosts of a new attempt; `secrets` are the key files of each host's actors."""
+        self._attempt = attempt
         for name, host in self._hosts.items():
             self._files[name].begin()
             host.begin(attempt, record, secrets.get(name, {}))
@@ -128,7 +130,8 @@ class Fleet:
             case HostHello():
                 return self._greet(host, message, now)
             case HostReport() if host.life:
-                for part in message.parts:
+                # What is late of an earlier attempt counts from another beginning.
+                for part in message.parts if message.attempt == self._attempt else ():
                     self._files[host.name].take(part)
                 fresh = not host.ready
                 host.report(message, now)
@@ -181,7 +184,7 @@ class Fleet:
     def _lose(self, host: RemoteHost, reason: str) -> list[str]:
         log.warning("%s", reason)
         host.lose(reason)
-        self._files[host.name].begin()
+        self._files[host.name].begin_anew()
         return [reason]
 
     def _speak(self, now: float) -> None:

@@ -26,10 +26,18 @@ class ReceivedFiles:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._allowed: set[str] = set()
+        self._first: dict[str, int] = {}
+        """Bytes that were there when the attempt began,"""
         self._base: dict[str, int] = {}
+        """and when this agent did."""
         self.received: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:
+        """An attempt begins."""
+        self._first.clear()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
         """The host begins its files anew; what has come stays before them."""
         self.received.clear()
         self._base.clear()
@@ -56,11 +64,14 @@ class ReceivedFiles:
     def _append(self, part: FilePart, size: int) -> None:
         path = self._run_dir / part.path
         path.parent.mkdir(exist_ok=True)
+        data = part.data
+        if part.start > size and path.suffix == ".log":
+            data = f"\n[{part.start - size} bytes are left out]\n".encode() + data
         with path.open("ab") as file:
-            base = self._base.setdefault(part.path, os.fstat(file.fileno()).st_size)
+            there = os.fstat(file.fileno()).st_size
+            base = self._base.setdefault(part.path, there)
             if size == 0 and part.number > 0:
                 file.truncate(base)
-            if part.start > size and path.suffix == ".log":
-                file.write(f"\n[{part.start - size} bytes are left out]\n".encode())
-            if file.seek(0, os.SEEK_END) - base < MOST_BYTES:
-                file.write(part.data)
+            first = self._first.setdefault(part.path, there)
+            if file.seek(0, os.SEEK_END) + len(data) - first <= MOST_BYTES:
+                file.write(data)

@@ -118,8 +118,7 @@ def meet(context: ActorContext) -> Meeting:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = interface_of(context.topology, context.index)
+    os.environ.update(kept_to(interface_of(context.topology, context.index)))
     limit = timedelta(seconds=trainer.collective_seconds)
     store = _store(context, len(devices), limit)
     run_dir = _run_dir(context, store)
@@ -183,6 +182,12 @@ def interface_of(topology: Topology, rank: int) -> str:
         "host has; expected its own address, or cluster.hosts."
         f"{host}.interface beside it"
     )
+
+
+def kept_to(interface: str) -> dict[str, str]:
+    """The environment in which collectives use this interface alone. To NCCL a name without the
+    sign is the beginning of names: eth1 would be eth10 as well."""
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
 def port_of(run_id: str) -> int:

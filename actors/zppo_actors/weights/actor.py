@@ -18,6 +18,7 @@ from zppo_actors.weights.server import WeightServer
 from zppo_protocol.addresses import TCP, scheme_of, tcp_endpoint
 from zppo_protocol.messages import (
     AnyMessage,
+    Forgotten,
     Heartbeat,
     LoadPolicy,
     PolicyLoaded,
@@ -56,7 +57,6 @@ class _WeightActor:
         self._context, self._dealer = context, dealer
         self._membership = Membership(context.topology.transport.heartbeat_seconds)
         self._timeline = context.timeline
-        self._progress = 0
 
     def run(self) -> int:
         """Greet, then work until told to leave.
@@ -65,7 +65,7 @@ class _WeightActor:
         waits for: the next message; a carrier that fetches waits for bytes instead. is unblocked
         by: a message, bytes, the clock.
         """
-        self._dealer.send(self._context.hello("weights", 0))
+        self._greet()
         try:
             while True:
                 if self._membership.due(time.monotonic()):
@@ -83,11 +83,22 @@ class _WeightActor:
     def _busy(self) -> bool:
         return False
 
+    @property
+    def _progress(self) -> int:
+        return 0
+
     def _stats(self) -> dict[str, float]:
         return {}
 
+    def _greet(self) -> None:
+        self._dealer.send(self._context.hello("weights", 0))
+
     def _heed(self, message: AnyMessage) -> None:
-        self._membership.obey(message)
+        """What is on its way goes on while this process is forgotten, and is told of anew."""
+        if not isinstance(message, Forgotten):
+            self._membership.obey(message)
+        elif self._membership.greets_again(time.monotonic()):
+            self._greet()
 
     def _work(self) -> None:
         pass
@@ -98,11 +109,17 @@ class Serving(_WeightActor):
 
     def __init__(self, context: ActorContext, dealer: Dealer) -> None:
         super().__init__(context, dealer)
-        self._server = WeightServer(context.runtime, host_in(context.credentials.address))
+        host, bind = host_in(context.credentials.address), context.topology.transport.bind
+        self._server = WeightServer(context.runtime, host, bind=bind)
         self._told = False
 
     def _stats(self) -> dict[str, float]:
         return {"refused_total": float(self._server.refused)}
+
+    def _heed(self, message: AnyMessage) -> None:
+        if self._membership.begins_anew(message):
+            self._told = False
+        super()._heed(message)
 
     def _work(self) -> None:
         if self._membership.welcomed and not self._told:
@@ -122,6 +139,11 @@ class Carrying(_WeightActor):
     def _busy(self) -> bool:
         return self._fetcher.busy
 
+    @property
+    def _progress(self) -> int:
+        """A transfer may take longer than a run waits for anything else to move."""
+        return self._fetcher.bytes_total
+
     def _stats(self) -> dict[str, float]:
         return {"bytes_total": float(self._fetcher.bytes_total), "running": float(self._busy)}
 
@@ -134,7 +156,7 @@ class Carrying(_WeightActor):
             case ReleasePolicy():
                 weight_path(self._context.runtime, message.version).unlink(missing_ok=True)
             case _:
-                self._membership.obey(message)
+                super()._heed(message)
 
     def _want(self, manifest: PolicyManifest) -> None:
         self._began, self._version = self._timeline.now(), manifest.version
@@ -152,7 +174,6 @@ class Carrying(_WeightActor):
             return
         if arrived is None:
             return
-        self._progress += 1
         seconds = self._timeline.now() - self._began
         self._timeline.span("load", self._began, step=arrived.version)
         self._dealer.send(

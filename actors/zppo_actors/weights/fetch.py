@@ -54,11 +54,6 @@ class WeightFetch:
         """Whether all bytes are here and every tensor has been handed out for its check."""
         return len(self._here) == self._count and not self._unchecked
 
-    @property
-    def received(self) -> int:
-        """Bytes that are here."""
-        return sum(self._chunk(index).size for index in self._here)
-
     def requests(self) -> list[Chunk]:
         """What to ask for now; it counts as on its way from here on."""
         free = min(self._in_flight - len(self._asked), len(self._todo))

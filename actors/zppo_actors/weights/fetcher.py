@@ -39,7 +39,7 @@ class Fetcher:
         self._wanted: _Arrival | None = None
         self._here: PolicyManifest | None = None
         self._line: Line | None = None
-        self._pause, self._next_try, self._heard = RETRY_SECONDS[0], 0.0, 0.0
+        self._pause, self._next_try = RETRY_SECONDS[0], 0.0
         self.bytes_total = 0
         """bytes that have come over the line"""
         for path in folder.glob(f"*{PARTIAL}"):  # of a fetcher that has died
@@ -58,10 +58,12 @@ class Fetcher:
             self._pause, self._next_try = RETRY_SECONDS[0], 0.0
 
     def want(self, manifest: PolicyManifest) -> None:
-        """Fetch this version, and drop the one that is on its way.
+        """Fetch this version, and drop another one that is on its way.
 
         Raises ValueError for a manifest that contradicts itself, OSError if there is no room.
         """
+        if self._wanted is not None and self._wanted.fetch.manifest == manifest:
+            return
         self._drop()
         if _is_here(self._folder, manifest):
             self._here = manifest
@@ -101,16 +103,18 @@ class Fetcher:
             while not wanted.fetch.done and (left := deadline - time.monotonic()) > 0:
                 line = self._open_line()
                 if line is None:
-                    time.sleep(min(left, max(0.0, self._next_try - time.monotonic())))
+                    # Until it is time for another try, or somebody says where.
+                    pause = self._next_try - time.monotonic() if self._source else left
+                    time.sleep(min(left, max(0.0, pause)))
                     continue
                 for chunk in wanted.fetch.requests():
                     line.ask(wanted.version, chunk)
                 arrived = line.receive(wanted.version, wanted.memory, left)
                 if arrived is not None:
                     self.bytes_total += arrived.size
-                    self._heard, self._pause = time.monotonic(), RETRY_SECONDS[0]
+                    self._pause = RETRY_SECONDS[0]
                     wanted.check(wanted.fetch.arrived(arrived))
-                elif time.monotonic() - self._heard > SILENT_SECONDS:
+                elif time.monotonic() - line.alive > SILENT_SECONDS:
                     raise LineCut(f"nothing came for {SILENT_SECONDS:g} s")
         except LineCut as error:
             self._lose_line(error)
@@ -118,7 +122,6 @@ class Fetcher:
     def _open_line(self) -> Line | None:
         if self._line is None and self._source is not None and self._next_try <= time.monotonic():
             self._line = connect(self._source)
-            self._heard = time.monotonic()
         return self._line
 
     def _lose_line(self, error: LineCut) -> None:
@@ -154,9 +157,12 @@ class _Arrival:
             try:
                 # Room for all of it now: a write to memory that turns out not to be there kills.
                 os.posix_fallocate(file.fileno(), 0, self.fetch.size)
-            except OSError:
+            except OSError as error:
                 self._partial.unlink(missing_ok=True)
-                raise
+                raise OSError(
+                    f"{folder} has no room for {self.fetch.size} bytes ({error.strerror}); set "
+                    "ZPPO_RUNTIME_DIR there to a larger folder, or lower scheduler.max_staleness"
+                ) from error
             self.memory = memoryview(mmap.mmap(file.fileno(), self.fetch.size))
 
     def check(self, tensors: list[TensorEntry]) -> None:

@@ -33,6 +33,9 @@ FRAME = struct.Struct("!QQQ")
 this version is not here."""
 TOKEN_BYTES = 32
 CONNECT_SECONDS = 10.0
+KEEPALIVE_SECONDS = 60
+"""A line on which nobody speaks is tried after so long, so that none whose other end is gone stays
+for ever."""
 NAME = "zppo weights"
 
 
@@ -84,6 +87,14 @@ def proof_of(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+def tune(plain: socket.socket) -> None:
+    """Small messages go at once, and the end of a silent peer is found."""
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # elsewhere after two hours
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+
+
 def connect(source: WeightSource) -> Line:
     """Open a line to the server. Raises LineCut."""
     where = f"{source.host}:{source.port}"
@@ -93,7 +104,7 @@ def connect(source: WeightSource) -> Line:
     context.load_verify_locations(cadata=source.certificate)
     try:
         plain = socket.create_connection((source.host, source.port), timeout=CONNECT_SECONDS)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(plain)
         secured = context.wrap_socket(plain)
         if secured.getpeercert(binary_form=True) != ssl.PEM_cert_to_DER_cert(source.certificate):
             secured.close()
@@ -111,9 +122,12 @@ class Line:
         self._socket = secured
         self._head, self._filled = bytearray(FRAME.size), 0
         self._expected: tuple[int, Chunk] | None = None
+        self.alive = time.monotonic()
+        """When the other end last had nothing to say, or said something."""
 
     def ask(self, version: int, chunk: Chunk) -> None:
         """Ask for a chunk of a version. Raises LineCut."""
+        self.alive = time.monotonic()
         try:
             self._socket.settimeout(CONNECT_SECONDS)
             self._socket.sendall(FRAME.pack(version, chunk.start, chunk.size))
@@ -165,5 +179,6 @@ class Line:
             if not count:
                 raise LineCut("the other end has hung up")
             self._filled += count
+            self.alive = time.monotonic()
         self._filled = 0
         return True

@@ -2,8 +2,8 @@
 
 One thread takes connections, and each has a thread of its own: there is one for each host. They
 read files that never change, so nobody waits for anybody, and the trainer knows nothing of it.
-Whoever does not show the token within `CONNECT_SECONDS` is cut off, and of such only `STRANGERS`
-are borne at once.
+Whoever does not show the token within `CONNECT_SECONDS` is cut off, however slowly it speaks, and
+of such only `STRANGERS` are borne at once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from zppo_actors.weights.fetch import CHUNK_BYTES
 from zppo_actors.weights.layout import weight_path
-from zppo_actors.weights.line import CONNECT_SECONDS, FRAME, new_token, proof_of, serving_context
+from zppo_actors.weights.line import (
+    CONNECT_SECONDS,
+    FRAME,
+    new_token,
+    proof_of,
+    serving_context,
+    tune,
+)
 from zppo_protocol.messages import WeightSource
 
 STRANGERS = 32
@@ -28,22 +36,28 @@ STRANGERS = 32
 IDLE_SECONDS = 600.0
 """A fetcher that reads nothing for so long while it is being sent to is cut off; it comes again."""
 
+ACCEPT_PAUSE = 0.1
+"""Seconds before the next connection is taken when one could not be."""
+
 log = logging.getLogger("zppo.weights")
 
 
 class WeightServer:
-    """A server of the weight files in `folder` at `host`, from its construction to `close`."""
+    """A server of the weight files in `folder`, from its construction to `close`."""
 
-    def __init__(self, folder: Path, host: str, port: int = 0) -> None:
-        """Listen at `host`, a name or address that is not all of them. Raises OSError if it cannot
-        be had; port 0 is any free one."""
-        self._folder = folder
+    def __init__(self, folder: Path, host: str, port: int = 0, bind: str | None = None) -> None:
+        """Others reach it at `host`, a name or address; it listens there, or at `bind`. Raises
+        OSError if that cannot be had; port 0 is any free one."""
+        self._folder, self._closed = folder, False
         self._context, certificate = serving_context(folder)
         self.refused = 0
         """connections without the token"""
         self._strangers = threading.Semaphore(STRANGERS)
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        self._socket = socket.create_server((host, port), family=family)
+        listening = bind or host
+        family = socket.getaddrinfo(listening, port, type=socket.SOCK_STREAM)[0][0]
+        # `::` is all addresses, those of IPv4 too, as it is to the controller's socket.
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        self._socket = socket.create_server((listening, port), family=family, dualstack_ipv6=both)
         found: int = self._socket.getsockname()[1]
         self.source = WeightSource(
             host=host, port=found, certificate=certificate, token=new_token()
@@ -53,17 +67,22 @@ class WeightServer:
 
     def close(self) -> None:
         """Take no more connections; those that are there end with this process."""
+        self._closed = True
         # A thread that waits in accept is woken by this alone.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 plain, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                # That connection is gone, or this process has too much open: the next may come.
+                if not self._closed:
+                    log.warning("a connection to the weights could not be taken: %s", error)
+                    time.sleep(ACCEPT_PAUSE)
+                continue
             if not self._strangers.acquire(blocking=False):
                 plain.close()
                 continue
@@ -85,12 +104,13 @@ class WeightServer:
 
     def _admitted(self, plain: socket.socket) -> ssl.SSLSocket | None:
         """The secured line to somebody who has the token; None, counted, for anybody else."""
+        deadline = time.monotonic() + CONNECT_SECONDS
         try:
             plain.settimeout(CONNECT_SECONDS)
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune(plain)
             line = self._context.wrap_socket(plain, server_side=True)
             proof = proof_of(self.source.token)
-            if hmac.compare_digest(_exactly(line, len(proof)), proof):
+            if hmac.compare_digest(_exactly(line, len(proof), deadline), proof):
                 return line
             self._refuse("it has no token of this run")
             line.close()
@@ -124,13 +144,17 @@ class WeightServer:
             return b""
 
 
-def _exactly(line: ssl.SSLSocket, count: int) -> bytes:
-    """`count` bytes. Raises OSError when the other end hangs up or is silent for too long."""
-    return b"".join(_parts(line, count))
+def _exactly(line: ssl.SSLSocket, count: int, deadline: float | None = None) -> bytes:
+    """`count` bytes. Raises OSError when the other end hangs up or is too slow."""
+    return b"".join(_parts(line, count, deadline))
 
 
-def _parts(line: ssl.SSLSocket, count: int) -> Iterator[bytes]:
+def _parts(line: ssl.SSLSocket, count: int, deadline: float | None) -> Iterator[bytes]:
     while count:
+        if deadline is not None:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError("it took too long")
+            line.settimeout(left)
         part = line.recv(count)
         if not part:
             raise ConnectionResetError("the other end has hung up")

@@ -102,6 +102,19 @@ def test_other_bytes_or_an_unasked_version_are_no_acknowledgement() -> None:
     assert not board.loaded("rollout-0", 0, "digest-1")
 
 
+def test_who_was_told_twice_answers_twice() -> None:
+    """It was forgotten while it loaded version 0, and greeted again; version 0 is gone by then."""
+    board = PolicyBoard()
+    board.publish(manifest(0))
+    assert board.next_for("rollout-0") == manifest(0)
+    board.forget("rollout-0")
+    board.publish(manifest(1))
+    assert board.next_for("rollout-0") == manifest(1) and board.release() == [("", 0)]
+    assert board.loaded("rollout-0", 0, "digest-0") and board.loaded("rollout-0", 1, "digest-1")
+    assert board.loaded("rollout-0", 1, "digest-1")
+    assert not board.loaded("rollout-0", 1, "digest-0") and not board.loaded("rollout-0", 2, "?")
+
+
 def test_versions_only_grow() -> None:
     board = PolicyBoard()
     board.publish(manifest(3))
@@ -134,6 +147,19 @@ def test_a_transfer_goes_on_while_its_version_is_of_use() -> None:
     assert board.loaded("weights-1", 2, "digest-2") and board.release() == []
     assert board.loaded("rollout-1", 0, "digest-0")
     assert board.release() == [("weights-1", 0)]
+
+
+def test_a_carrier_is_told_twice_what_may_go() -> None:
+    board = PolicyBoard({"rollout-1": "weights-1"})
+    gone = []
+    for version in range(4):
+        board.publish(manifest(version))
+        for reader in ("weights-1", "rollout-1"):
+            assert board.next_for(reader) is not None
+            assert board.loaded(reader, version, f"digest-{version}")
+        gone.append([v for place, v in board.release() if place == "weights-1"])
+        assert board.release() == []
+    assert gone == [[], [0], [0, 1], [1, 2]]
 
 
 def test_a_carrier_that_starts_anew_has_nothing_until_it_says_so() -> None:

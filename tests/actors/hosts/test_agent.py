@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from zppo_actors.supervisor.children import Child
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.gathering import LIMITS, ROLE, Interrupted, versions, wait_for_all
 from zppo_protocol import keys
+from zppo_protocol.keys import SecretKey
 from zppo_protocol.sockets import Router
 
 PATIENCE_SECONDS = 120.0
@@ -65,10 +67,10 @@ class Stage:
             self.router, {HOST: self.folders}, self.versions, self.run, lease_seconds
         )
 
-    def join(self) -> subprocess.Popen[str]:
+    def join(self, wait_seconds: float = 60.0) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", "-m", "zppo_actors", "host"]
         agent = subprocess.Popen(
-            [*command, "--key", str(self.key), "--wait", "60"],
+            [*command, "--key", str(self.key), "--wait", str(wait_seconds)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -240,6 +242,47 @@ def test_a_key_that_a_killed_run_has_left_is_replaced(stage: Stage, tmp_path: Pa
     earlier.close()
     keys.write_credentials(stage.key, stage.credentials[HOST])
     stage.until(lambda: stage.fleet.is_there(HOST))
+
+
+def test_a_key_that_is_refused_is_waited_over(stage: Stage) -> None:
+    """The next run listens where the killed one did, and has not replaced its file yet."""
+    keys.write_credentials(stage.key, replace(stage.credentials[HOST], secret=SecretKey.new()))
+    stage.open()
+    agent, hasty = stage.join(), stage.key.with_name("hasty.key")
+    stage.until(lambda: stage.router.refused > 0)
+    assert agent.poll() is None
+    shutil.copy(stage.key, hasty)
+    keys.write_credentials(stage.key, stage.credentials[HOST])
+    stage.until(lambda: stage.fleet.is_there(HOST))
+
+    stage.key = hasty
+    given_up = stage.join(wait_seconds=1.5)
+    assert given_up.wait(PATIENCE_SECONDS) == 2
+    sentence = (
+        f"the controller at {stage.credentials[HOST].address} does not let {HOST} in: its key is "
+        "not one of this life of the run (ZAP status 400)"
+    )
+    said = given_up.communicate()[0]
+    assert f"{sentence}; waiting for another key file or controller\n" in said
+    assert said.endswith(f"\n{sentence}\n")
+
+
+def test_a_second_agent_of_a_host_is_refused_and_the_first_goes_on(stage: Stage) -> None:
+    """They would take the host from each other, a lease long each."""
+    stage.open()
+    stage.join()
+    stage.begin()
+    child = stage.grader()
+    stage.until(lambda: len(stage.running()) == 1)
+    second = stage.join()
+    assert second.wait(PATIENCE_SECONDS) == 2
+    assert second.communicate()[0].endswith(
+        f"zppo join: --key {str(stage.key)!r} is used by another zppo join; expected one for each "
+        "host, with that host's own file\n"
+    )
+    seconds = child.process.used({})[0]
+    stage.until(lambda: child.process.used({})[0] > seconds)
+    assert not child.ended and stage.fleet.is_there(HOST)
 
 
 def test_another_version_is_refused(stage: Stage) -> None:

@@ -18,7 +18,7 @@ from worlds import topology
 from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.training.ranks import Ranks
-from zppo_actors.trainer.meeting import Meeting, interface_of, listener, port_of
+from zppo_actors.trainer.meeting import Meeting, interface_of, kept_to, listener, port_of
 from zppo_protocol.codec import LARGE
 from zppo_protocol.messages import AnyMessage, SaveCheckpoint, Shutdown, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -72,6 +72,11 @@ def test_collectives_run_on_the_interface_of_the_address_or_the_one_that_is_name
     assert interface_of(topology(actors={"trainer": {"ranks": 2}}), 1) == loopback()
     assert interface_of(two_hosts(), 0) == loopback()
     assert interface_of(two_hosts(address="192.0.2.7", interface=loopback()), 0) == loopback()
+
+
+def test_no_other_interface_of_a_like_name_is_used() -> None:
+    """NCCL takes a name for a prefix unless `=` stands before it."""
+    assert kept_to("eth1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
 
 
 def test_an_interface_that_is_not_there_is_named() -> None:

@@ -20,6 +20,7 @@ from zppo_actors.weights import fetch, fetcher, line, server, shared_memory
 from zppo_actors.weights.fetcher import Fetcher
 from zppo_actors.weights.layout import weight_path
 from zppo_actors.weights.server import WeightServer
+from zppo_protocol import messages
 from zppo_protocol.values import PolicyManifest
 
 SMALL = 1 << 12
@@ -183,6 +184,56 @@ def test_a_newer_version_takes_the_place_of_one_under_way(
     assert [path.name for path in away.iterdir()] == ["policy-2.bin"]
 
 
+def test_the_same_version_told_again_goes_on(home: Path, away: Path, served: WeightServer) -> None:
+    manifest = published(home, 1)
+    fetching = Fetcher(away)
+    fetching.come_from(served.source)
+    fetching.want(manifest)
+    while fetching.bytes_total == 0:
+        assert fetching.step(0.0001) is None
+    fetching.want(manifest)
+    assert arrived(fetching) == manifest
+    assert fetching.bytes_total == weight_path(home, 1).stat().st_size, "nothing came twice"
+    fetching.close()
+
+
+def test_a_line_that_was_idle_for_long_is_not_taken_for_cut(
+    home: Path, away: Path, served: WeightServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[line.Line] = []
+
+    def connect(source: messages.WeightSource) -> line.Line:
+        lines.append(line.connect(source))
+        return lines[-1]
+
+    monkeypatch.setattr(fetcher, "connect", connect)
+    fetching = Fetcher(away)
+    fetching.come_from(served.source)
+    fetching.want(published(home, 1))
+    arrived(fetching)
+    lines[0].alive -= 2 * fetcher.SILENT_SECONDS
+    fetching.want(published(home, 2))
+    while (found := fetching.step(0.0001)) is None:
+        pass
+    assert found.version == 2 and len(lines) == 1
+    fetching.close()
+
+
+def test_who_does_not_know_where_from_sleeps(
+    home: Path, away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching = Fetcher(away)
+    fetching.want(published(home, 1))
+
+    def sleep(seconds: float) -> None:
+        raise InterruptedError(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(InterruptedError) as slept:
+        fetching.step(PATIENCE)
+    assert slept.value.args[0] > PATIENCE / 2, "all the time that there is"
+
+
 def test_a_version_that_is_gone_is_asked_for_until_there_is_a_newer_one(
     home: Path, away: Path, served: WeightServer
 ) -> None:
@@ -221,8 +272,14 @@ def test_no_room_is_said_before_anything_is_asked(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     fetching = Fetcher(away)
-    with pytest.raises(OSError, match="No space left on device"):
-        fetching.want(published(home, 1))
+    manifest = published(home, 1)
+    size = weight_path(home, 1).stat().st_size
+    with pytest.raises(OSError) as caught:
+        fetching.want(manifest)
+    assert str(caught.value) == (
+        f"{away} has no room for {size} bytes (No space left on device); set ZPPO_RUNTIME_DIR "
+        "there to a larger folder, or lower scheduler.max_staleness"
+    )
     assert not fetching.busy and list(away.iterdir()) == []
 
 
@@ -263,6 +320,66 @@ def test_many_silent_strangers_are_not_borne(
     assert threading.active_count() < server.STRANGERS + 20
     for stranger in silent:
         stranger.close()
+
+
+def test_a_stranger_cannot_hold_its_place_by_speaking_slowly(
+    served: WeightServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte of a token that would be right comes in time, all of them do not."""
+    monkeypatch.setattr(server, "CONNECT_SECONDS", 0.3)
+    blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE
+    with (
+        socket.create_connection(address_of(served), timeout=PATIENCE) as plain,
+        contextlib.suppress(OSError),
+        blind.wrap_socket(plain) as secured,
+    ):
+        for byte in line.proof_of(served.source.token):
+            secured.sendall(bytes([byte]))
+            time.sleep(0.03)
+        secured.sendall(line.FRAME.pack(1, 0, SMALL))
+        assert secured.recv(4096) == b""
+    deadline = time.monotonic() + PATIENCE
+    while served.refused == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert served.refused == 1
+
+
+def test_a_connection_that_cannot_be_taken_is_not_the_last(
+    home: Path, away: Path, served: WeightServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, failures = socket.socket.accept, [24, 103]
+
+    def failing(self: socket.socket) -> tuple[socket.socket, object]:
+        if failures:
+            raise OSError(code := failures.pop(), os.strerror(code))
+        return accept(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", failing)
+        # The thread waits in the true one, which this wakes.
+        socket.create_connection(address_of(served), timeout=PATIENCE).close()
+        fetching = Fetcher(away)
+        fetching.come_from(served.source)
+        fetching.want(manifest := published(home, 1))
+        assert arrived(fetching) == manifest and failures == []
+        fetching.close()
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0", "::"])
+def test_where_it_listens_need_not_be_where_it_is_reached(
+    home: Path, away: Path, bind: str
+) -> None:
+    if bind == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    serving = WeightServer(home, "first.example", bind=bind)
+    assert serving.source.host == "first.example"
+    fetching = Fetcher(away)
+    fetching.come_from(msgspec.structs.replace(serving.source, host="127.0.0.1"))
+    fetching.want(manifest := published(home, 1))
+    assert arrived(fetching) == manifest
+    fetching.close()
+    serving.close()
 
 
 def test_the_key_is_nowhere_on_disk(home: Path, served: WeightServer) -> None:

@@ -106,6 +106,26 @@ def test_a_version_is_served_carried_told_and_released(stage: Stage) -> None:
     assert not there.exists() and weight_path(stage.home, 1).exists()
 
 
+def test_who_is_forgotten_greets_again_and_goes_on(stage: Stage) -> None:
+    """A link that was cut ends no carrier and no server, and what they have to say is said anew."""
+    stage.start("weights-0", stage.home)
+    source = stage.hear("weights-0", messages.WeightSource)
+    stage.start("weights-1", stage.away)
+    manifest = published(stage.home, 1)
+    stage.router.send("weights-1", messages.LoadPolicy(manifest=manifest))
+    for name, said in (("weights-0", source), ("weights-1", None)):
+        stage.router.send(name, messages.Forgotten())
+        assert stage.hear(name, messages.Hello)
+        stage.router.send(name, messages.Welcome(heartbeat_seconds=0.2))
+        assert said is None or stage.hear(name, messages.WeightSource) == said
+    for message in (messages.LoadPolicy(manifest=manifest), source):
+        stage.router.send("weights-1", message)
+    assert stage.hear("weights-1", messages.PolicyLoaded)
+    size = weight_path(stage.home, 1).stat().st_size
+    beats = iter(lambda: stage.hear("weights-1", messages.Heartbeat), None)
+    assert next(beat for beat in beats if beat.progress).progress == size  # type: ignore[union-attr]
+
+
 def test_what_cannot_be_had_is_refused_with_the_reason(stage: Stage) -> None:
     stage.start("weights-1", stage.away)
     manifest = published(stage.home, 1)

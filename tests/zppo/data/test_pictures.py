@@ -21,11 +21,14 @@ from zppo.data.pictures import (
     MOST_ELONGATED,
     PictureError,
     PixelBounds,
+    decode,
+    picture_header,
     picture_problem,
     plain_bytes,
     read_picture,
     refer,
 )
+from zppo_protocol.values import PictureReference
 
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [200, 100, 50]]], np.uint8)
 """Red and green above blue and brown: shows every way of turning."""
@@ -61,11 +64,12 @@ def test_plain_files_of_every_format_under_any_name(tmp_path: Path, form: str) -
     assert np.array_equal(seen(file), CORNERS)
 
 
+@pytest.mark.parametrize("form", ["a.png", "a.tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_as_it_says(tmp_path: Path, orientation: int) -> None:
+def test_a_photograph_is_turned_as_it_says(tmp_path: Path, orientation: int, form: str) -> None:
     """Against what the EXIF standard says: in which corner the file's first row and column lie."""
     wide = np.repeat(np.repeat(CORNERS, 16, 0), 32, 1)
-    file = save(tmp_path / "a.png", Image.fromarray(wide), exif=turned(orientation))
+    file = save(tmp_path / form, Image.fromarray(wide), exif=turned(orientation))
     flips = {
         1: wide,
         2: wide[:, ::-1],
@@ -186,6 +190,59 @@ def test_no_thin_pictures_and_no_other_files(tmp_path: Path) -> None:
     file.write_text("words")
     assert refusal(file) == ("is not a picture; expected one of PNG, JPEG, WEBP, GIF, BMP, TIFF")
     assert refusal(tmp_path) == "does not exist"
+
+
+def test_bounds_make_no_picture_that_is_refused_later(tmp_path: Path) -> None:
+    """Rounding makes a thin picture thinner, and an enlarged one larger than asked for."""
+    line = save(tmp_path / "line.png", Image.new("RGB", (398, 2)))
+    assert refer(line).width == 398
+    with pytest.raises(ValueError, match="has 282 × 1 pixels; expected sides of at most 200 to 1"):
+        refer(line, PixelBounds(most=400))
+    with pytest.raises(ValueError, match=f"has more than {MAX_PIXELS} pixels"):
+        refer(line, PixelBounds(least=MAX_PIXELS))
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(file: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    file = save(tmp_path / "a.png", Image.fromarray(CORNERS))
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert refusal(file) == "cannot be read (Permission denied)"
+
+
+FORMS = ("JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@given(
+    st.sampled_from(FORMS),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_what_is_referred_to_can_be_read(form: str, damages: list[tuple[int, int]]) -> None:
+    """A file that was taken at launch and cannot be shown later would end the run."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, format=form)
+    damaged = bytearray(content.getvalue())
+    for place, value in damages:
+        damaged[place % len(damaged)] = value
+    if picture_problem(bytes(damaged)) is None:
+        _, width, height = picture_header(bytes(damaged))
+        reference = PictureReference(path="a", sha256="0" * 64, width=width, height=height)
+        assert decode(bytes(damaged), reference).size == (width, height)
+
+
+def test_a_damaged_frame_of_webp_is_found(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.fromarray(np.repeat(CORNERS, 20, 0)).save(content, format="WEBP", lossless=True)
+    damaged = bytearray(content.getvalue())
+    damaged[26:] = bytes(255 - value for value in damaged[26:])
+    file = tmp_path / "a.webp"
+    file.write_bytes(damaged)
+    assert refusal(file).startswith("is unreadable (")
 
 
 @given(st.binary(max_size=64), st.integers(0, 300), st.integers(0, 255))

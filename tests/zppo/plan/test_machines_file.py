@@ -206,7 +206,9 @@ def test_nothing_of_this_machine_is_looked_at(
     ):
         monkeypatch.setattr(name, looked)  # fmt: skip
     monkeypatch.chdir(tiny)
-    server = "actors.teacher={engine: openai, engine_args: {base_url: 'http://127.0.0.1:9/v1'}}"
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    arguments = "{base_url: 'http://127.0.0.1:9/v1', api_key_env: NO_SUCH_KEY}"
+    server = f"actors.teacher={{engine: openai, engine_args: {arguments}}}"
     for overrides in ((), ("--set", server)):
         command = ["topology.yaml", "--machines", "m.yaml", *overrides]
         assert launch.main([*command, "--dry-run"]) == 0
@@ -250,7 +252,7 @@ BAD = [
     (
         "cards: 0",
         "cards: -1",
-        "{file}:3: hosts.localhost.cards is -1; expected a whole number of at least 0, or null",
+        "{file}:3: hosts.localhost.cards is -1; expected a whole number of at least 0 and at most 1024, or null",
     ),
     (
         "questions: 6",
@@ -278,7 +280,8 @@ BAD = [
     (
         ", tensors: {BF16: 1000}}\n  teacher",
         "}\n  teacher",
-        "{file}: models.student: tensors is missing; expected numbers by dtype, as {BF16: 4e9}",
+        "{file}: models.student: tensors is missing; expected whole numbers by dtype, as {BF16: "
+        "2213241664}",
     ),
     (
         "tensors: {BF16: 1000}}\n  teacher",
@@ -288,10 +291,68 @@ BAD = [
     (
         "hidden_size: 8",
         "hidden_size: [8]",
-        "{file}: models.student: 'student/config.json' has no hidden_size; expected a causal "
-        "language model",
+        "{file}: models.student: 'config.json' has no hidden_size; expected a causal language model",
+    ),
+    (
+        "num_attention_heads: 2",
+        "num_attention_heads: 2, head_dim: -4",
+        "{file}: models.student: 'config.json' has a setting that is not of its kind (32 heads of "
+        "-4 numbers in 1 of 1 layers keep keys); expected a file as save_pretrained writes it",
+    ),
+    (
+        "BF16: 1000}}\n  teacher",
+        "BF16: 4e9}}\n  teacher",
+        "{file}:6: models.student.tensors is {'BF16': 4000000000.0}; expected each value to be a "
+        "whole number of at least 1",
+    ),
+    ("cards: 0", "cards: 2", "{file}: hosts.localhost.cards is 2; expected card_gib beside it"),
+    (
+        "  teacher",
+        "  ./student: {folder: x}\n  teacher",
+        "{file}: models has 'student' and './student', which are one path",
+    ),
+    (
+        "  teacher",
+        "  ~nobody-at-all/x: {folder: x}\n  teacher",
+        "{file}: models has '~nobody-at-all/x', which is no path (Could not determine home "
+        "directory.)",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "actors.rollout.hosts=[]",
+            "actors.rollout.hosts is empty; expected at least one host, such as localhost",
+        ),
+        (
+            "actors.rollout.hosts=[node-9]",
+            "actors.rollout.hosts names 'node-9'; expected localhost or a host of cluster.hosts "
+            "(did you mean 'node-7'?)",
+        ),
+        (
+            "actors.rollout.devices=[]",
+            "actors.rollout.devices is empty; expected at least one device, such as cpu or cuda:0",
+        ),
+        (
+            "actors.rollout.engine_args={max_model_len: 24576, kv_cache_memory_bytes: x}",
+            "actors.rollout.engine_args.kv_cache_memory_bytes is 'x'; expected a whole number of "
+            "bytes",
+        ),
+    ],
+)
+def test_a_bad_layout_is_one_sentence(override: str, sentence: str) -> None:
+    """The same that a run on this machine would get, whatever the file says."""
+    with pytest.raises(UserError) as caught:
+        plan_of(override)
+    assert str(caught.value) == sentence
+
+
+def test_a_small_cache_of_a_described_model_is_left_to_vllm() -> None:
+    """Nothing is read of a folder that is not there; what hybrid models keep vLLM knows better."""
+    plan_of("actors.rollout.engine_args={max_model_len: 24576, kv_cache_memory_bytes: 1000}")
 
 
 @pytest.mark.parametrize(("before", "after", "sentence"), BAD)

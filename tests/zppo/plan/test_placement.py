@@ -262,8 +262,34 @@ REFUSALS = [
         "transport.bind is 'tcp://x'; expected an IP address or the name of a host, without a port",
     ),
     (
-        {"transport": {"kind": "tcp", "port": 70_000}},
-        "transport.port is 70000; expected at most 65535",
+        {"transport": {"kind": "tcp", "port": 5000}, "cluster": {"port": 5000}},
+        "transport.port and cluster.port are both 5000; expected a port of its own for each, or "
+        "null",
+    ),
+    (
+        {"actors": {"trainer": {"devices": ["cuda:0", "cuda:00"]}}},
+        "actors.trainer.devices names 'cuda:00'; expected cpu, cuda or cuda:N",
+    ),
+    (
+        {"actors": {"rollout": {"devices": ["cuda:٣"]}}},
+        "actors.rollout.devices names 'cuda:٣'; expected cpu, cuda or cuda:N",
+    ),
+    (
+        {"actors": {"rollout": {"devices": ["cuda:0", "cuda"]}}},
+        "actors.rollout.devices names 'cuda:0' twice; expected each card once (count gives more "
+        "processes, and devices are given out in turn)",
+    ),
+    (
+        {"cluster": {"hosts": {"n0": {"address": "::0"}}}},
+        "cluster.hosts.n0.address is '::0'; expected the address under which other hosts reach it",
+    ),
+    *(
+        (
+            {"actors": {"rollout": vllm(size, ["cuda:0"])}},
+            f"actors.rollout.engine_args.tensor_parallel_size is {size!r}; expected a whole number "
+            "from 1 to 1024",
+        )
+        for size in (0, True, 1.0, "2", 10**12)
     ),
 ]
 
@@ -297,12 +323,36 @@ def test_mistakes_in_a_host_name_it() -> None:
     """Messages of msgspec do not say which value of a mapping they mean."""
     for hosts, sentence in (
         ({"a": {}, "b.c": {"adress": "x"}}, "there is no setting cluster.hosts.b.c.adress (did you mean 'address'?)"),
-        ({"a": {"cards": -1}}, "cluster.hosts.a.cards is -1; expected a whole number of at least 0, or null"),
+        ({"a": {"cards": -1}}, "cluster.hosts.a.cards is -1; expected a whole number of at least 0 and at most 1024, or null"),
         ({"a": {}, "b": None}, "cluster.hosts.b is null; expected a section of settings"),
+        ({"a": {"cards": 10**6}}, "cluster.hosts.a.cards is 1000000; expected a whole number of at least 0 and at most 1024, or null"),
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
             topology_of(cluster={"hosts": hosts})
         assert str(caught.value) == f"t.yaml: {sentence}"
+
+
+@pytest.mark.parametrize("setting", ["transport.port", "cluster.port", "actors.trainer.port"])
+def test_a_port_has_sixteen_bits(setting: str) -> None:
+    sections: dict[str, object] = {"port": 70_000}
+    for name in reversed(setting.split(".")[:-1]):
+        sections = {name: sections}
+    with pytest.raises(UserError) as caught:
+        topology_of(**sections)
+    assert str(caught.value) == (
+        f"t.yaml: {setting} is 70000; expected a whole number of at least 1 and at most 65535, or "
+        "null"
+    )
+
+
+@pytest.mark.parametrize(("pool", "least"), [("rollout", 0), ("teacher", 0), ("grader", 1)])
+def test_a_plan_lists_no_millions_of_processes(pool: str, least: int) -> None:
+    with pytest.raises(UserError) as caught:
+        topology_of(actors={pool: {"count": 10**7}})
+    assert str(caught.value) == (
+        f"t.yaml: actors.{pool}.count is 10000000; expected a whole number of at least {least} and "
+        "at most 10000"
+    )
 
 
 def test_a_run_that_a_job_launches_is_shown_but_not_started(

@@ -142,7 +142,9 @@ def test_who_is_shown_the_pictures_of_a_response_goes_by_the_template(tmp_path: 
     assert built_in.rubric(QUESTION, "one", "well done").media == [PICTURE]
     assert built_in.judge(QUESTION, "one").media == []
     (tmp_path / "seen.j2").write_text("{{ pictures }} pictures")
-    (tmp_path / "judge.j2").write_text('{{ question }} {{ gold }} {{ answer }} {% include "seen.j2" %}')
+    (tmp_path / "judge.j2").write_text(
+        '{{ question }} {{ gold }} {{ answer }} {% include "seen.j2" %}'
+    )
     own = PromptSet(tmp_path)
     own.validate()
     judged = own.judge(QUESTION, r"\boxed{1}")

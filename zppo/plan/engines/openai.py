@@ -67,13 +67,17 @@ class OpenAIArguments(Struct, frozen=True, kw_only=True):
     """Allow http to other machines."""
 
 
-def read_openai_arguments(given: Mapping[str, Any], where: str) -> OpenAIArguments:
-    """Convert and check `engine_args` of the section `where`. Raises UserError."""
+def read_openai_arguments(
+    given: Mapping[str, Any], where: str, *, here: bool = True
+) -> OpenAIArguments:
+    """Convert and check `engine_args` of the section `where`, and the key unless the run is not to
+    be `here`. Raises UserError."""
     arguments = convert_arguments(given, OpenAIArguments, where)
     where = f"{where}.engine_args"
     _check_url(arguments, where)
     _check_body(arguments.extra_body, where)
-    read_key(arguments, where)
+    if here:
+        read_key(arguments, where)
     return arguments
 
 
@@ -100,13 +104,15 @@ def read_key(
     return key
 
 
-def check_openai(served: ServedModel, scheduler: SchedulerConfig, run: RunConfig) -> None:
-    """Check the arguments of a teacher with this engine, and the patience of the run with it.
-    Raises UserError."""
+def check_openai(
+    served: ServedModel, scheduler: SchedulerConfig, run: RunConfig, *, here: bool = True
+) -> None:
+    """Check the arguments of a teacher with this engine, and the patience of the run with it; the
+    key only of a run that is to be `here`. Raises UserError."""
     if served.actor.engine != OPENAI:
         return
     where = served.actor_path
-    arguments = read_openai_arguments(served.actor.engine_args, where)
+    arguments = read_openai_arguments(served.actor.engine_args, where, here=here)
     silent = arguments.timeout_seconds + arguments.retry_seconds
     if silent >= scheduler.lease_seconds:
         raise UserError(

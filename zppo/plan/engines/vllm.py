@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import msgspec
-
 from zppo.config.served import ServedModel
 from zppo.config.topology import DTYPE_BYTES, Dtype
 from zppo.errors import UserError
@@ -35,13 +33,14 @@ OWNED = {
     "worker_extension_cls": "weights come through shared memory",
     "disable_log_stats": "progress is read from the statistics",
     "data_parallel_size": "{served.actor_path}.count gives more engines",
+    "pipeline_parallel_size": "tensor_parallel_size spreads an engine over cards",
 }
 CHUNKED_PREFILL = "enable_chunked_prefill"
 """Off on a CPU: after a part of a prompt vLLM 0.32 rewinds the generator of a request with a seed,
 which only those of GPUs can do, and its engine core dies."""
+SHARE = "gpu_memory_utilization"
+"""What vLLM takes of a card."""
 CLASSES = ("EngineArgs", "AsyncEngineArgs")
-OTHER_CACHES = ("kv_lora_rank", "sliding_window")
-"""Settings of a model that keeps less than all keys and values."""
 BLOCK = 128
 """Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
 
@@ -81,14 +80,17 @@ def argument_names(where: str) -> frozenset[str]:
     return _fields(Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py")
 
 
-def sequence_bytes(arguments: Mapping[str, Any], facts: ModelFacts, dtype: Dtype) -> int:
+def sequence_bytes(
+    arguments: Mapping[str, Any], facts: ModelFacts, dtype: Dtype, cards: int = 1
+) -> int:
     """Bytes of the keys and values of one sequence that fills the context, in whole blocks, and of
-    its recurrent states."""
+    its recurrent states, on each of the `cards` of an engine: a card has at least one head."""
     block = whole(arguments.get("block_size"), BLOCK)
     length = whole(arguments.get("max_model_len"), facts.context)
-    a_token = (facts.layers - facts.without_keys) * 2 * facts.kv_heads * facts.head_dim
+    heads = -(-facts.kv_heads // cards)
+    a_token = (facts.layers - facts.without_keys) * 2 * heads * facts.head_dim
     whole_blocks = -(-length // block) * block
-    return (whole_blocks * a_token + facts.states) * DTYPE_BYTES[dtype]
+    return (whole_blocks * a_token + facts.states // cards) * DTYPE_BYTES[dtype]
 
 
 def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel) -> None:
@@ -96,23 +98,27 @@ def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: Se
     sequence.
 
     vLLM would find out only after loading the model. `arguments` are those of the section, or with
-    what the engine adds to them.
+    what the engine adds to them. Values with which the plan counts are checked as well.
     """
     where, model = served.actor_path, served.model
+    _check_numbers(arguments, where)
     length = arguments.get("max_model_len")
     if isinstance(length, int) and length > facts.context:
         raise UserError(
             f"{where}.engine_args.max_model_len is {length}; expected at most {facts.context}, the "
             f"context of {served.model_path}"
         )
+    cards = whole(arguments.get("tensor_parallel_size"), 1)
     size, needed = (
         arguments.get("kv_cache_memory_bytes"),
-        sequence_bytes(arguments, facts, model.dtype),
+        sequence_bytes(arguments, facts, model.dtype, cards),
     )
-    if isinstance(size, int) and size < needed and not caches_otherwise(arguments, model.model):
+    otherwise = facts.caches_otherwise or "kv_cache_dtype" in arguments
+    if size is not None and size < needed and not otherwise:
+        each = f"each of {cards} cards' part of " if cards > 1 else ""
         raise UserError(
-            f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, the "
-            "keys and values of "
+            f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, "
+            f"{each}the keys and values of "
             f"one sequence of {length or facts.context} tokens (max_model_len)"
         )
 
@@ -139,15 +145,18 @@ def check_prompts_read_whole(
         )
 
 
-def caches_otherwise(arguments: Mapping[str, Any], folder: str) -> bool:
-    """Whether something else than full keys and values is kept in every layer, so that
-    `sequence_bytes` misleads."""
-    config = msgspec.json.decode((Path(folder) / "config.json").read_bytes())
-    text = config.get("text_config", config)
-    odd = set(text.get("layer_types") or ()) - {"full_attention"}
-    return (
-        bool(odd) or any(text.get(name) for name in OTHER_CACHES) or "kv_cache_dtype" in arguments
-    )
+def _check_numbers(arguments: Mapping[str, Any], where: str) -> None:
+    size, share = (arguments.get(name) for name in ("kv_cache_memory_bytes", SHARE))
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise UserError(
+            f"{where}.engine_args.kv_cache_memory_bytes is {size!r}; expected a whole number of "
+            "bytes"
+        )
+    of_numbers = isinstance(share, int | float) and not isinstance(share, bool)
+    if share is not None and not (of_numbers and 0 < share <= 1):
+        raise UserError(
+            f"{where}.engine_args.{SHARE} is {share!r}; expected a number above 0 and at most 1"
+        )
 
 
 def whole(value: Any, otherwise: int) -> int:

@@ -56,6 +56,12 @@ async def score(
 
 
 def _check_request(task: ScoreTask, width: int, most: int) -> None:
+    if task.media:
+        reason = (
+            "vLLM scores responses to text alone, and the prompt has pictures or videos; the "
+            "engine 'transformers' scores both"
+        )
+        raise EngineError(reason, retryable=False)
     if task.temperature != 1.0:
         reason = (
             f"vLLM scores at temperature 1 only, not at {task.temperature:g}; the engine "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from zppo.errors import UserError
 from zppo.plan.engines.vllm import (
-    caches_otherwise,
     check_vllm_arguments,
     check_vllm_sizes,
     sequence_bytes,
 )
-from zppo.plan.model_folder import ModelFacts
+from zppo.plan.model_folder import ModelFacts, facts_of
 from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.vllm.engine import sequence_seed
 from zppo_actors.engines.vllm.publication import FileIdentity, Layout, Update, read_layout, verify
@@ -245,12 +245,14 @@ def test_a_context_that_ends_before_the_positions_is_told_to_vllm(tmp_path: Path
     assert defaults(spec, structs.replace(facts, bounded=True))["max_model_len"] == 4096
 
 
+SIZES = ModelFacts(
+    parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
+)
+
+
 def sizes(folder: Path, **arguments: Any) -> str:
-    facts = ModelFacts(
-        parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
-    )
     with pytest.raises(UserError) as caught:
-        check_vllm_sizes(arguments, facts, student_of(folder, engine="vllm"))
+        check_vllm_sizes(arguments, SIZES, student_of(folder, engine="vllm"))
     return str(caught.value)
 
 
@@ -265,15 +267,55 @@ def test_sizes_that_vllm_would_refuse_after_loading_the_model(tied: Path) -> Non
         f"{needed}, the keys and "
         "values of one sequence of 500 tokens (max_model_len)"
     )
+    # Its size is that of each card; two heads are shared by two cards, and not by four.
+    for cards in (2, 4):
+        small = {"max_model_len": 500, "kv_cache_memory_bytes": needed // 2 - 1}
+        assert sizes(tied, **small, tensor_parallel_size=cards) == (
+            f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed // 2 - 1}; expected at "
+            f"least {needed // 2}, each of {cards} cards' part of the keys and values of one "
+            "sequence of 500 tokens (max_model_len)"
+        )
 
 
-def test_cache_of_a_model_that_keeps_less_is_left_to_vllm(tmp_path: Path) -> None:
-    config = {"text_config": {"sliding_window": 64}}
-    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
-    assert caches_otherwise({}, str(tmp_path))
-    (tmp_path / "config.json").write_bytes(msgspec.json.encode({"layer_types": ["full_attention"]}))
-    assert not caches_otherwise({}, str(tmp_path))
-    assert caches_otherwise({"kv_cache_dtype": "fp8"}, str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("kv_cache_memory_bytes", "8G", "a whole number of bytes"),
+        ("kv_cache_memory_bytes", True, "a whole number of bytes"),
+        ("gpu_memory_utilization", 5, "a number above 0 and at most 1"),
+        ("gpu_memory_utilization", ".nan", "a number above 0 and at most 1"),
+    ],
+)
+def test_values_that_the_plan_counts_with(
+    tied: Path, name: str, value: object, expected: str
+) -> None:
+    assert sizes(tied, **{name: value}) == (
+        f"actors.rollout.engine_args.{name} is {value!r}; expected {expected}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "otherwise"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention"]}, False),
+        ({"text_config": {"sliding_window": 64}}, True),
+        ({"num_hidden_layers": 4, "full_attention_interval": 4}, True),
+    ],
+)
+def test_cache_of_a_model_that_keeps_less_is_left_to_vllm(
+    tied: Path, config: dict[str, Any], otherwise: bool
+) -> None:
+    text = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 40,
+            "num_attention_heads": 2, "max_position_embeddings": 1000}  # fmt: skip
+    sections = {"text_config": text | config["text_config"]} if "text_config" in config else {}
+    whole = text | config | sections
+    facts = facts_of(whole, 1, 2, tied, "student.model")
+    assert facts.caches_otherwise == otherwise
+    served, small = student_of(tied, engine="vllm"), {"kv_cache_memory_bytes": 1}
+    with nullcontext() if otherwise else pytest.raises(UserError):
+        check_vllm_sizes(small, facts, served)
+    check_vllm_sizes(small | {"kv_cache_dtype": "fp8"}, facts, served)
 
 
 @given(seed=st.integers(0, 2**62), index=st.integers(0, 1000))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from zppo_actors.engines.base import EngineError
-from zppo_actors.engines.vllm.score import read_scores
+from zppo_actors.engines.vllm.score import _check_request, read_scores
+from zppo_protocol.messages import ScoreTask
+from zppo_protocol.values import PictureReference
 
 
 def flat(*positions: list[tuple[int, float]]) -> Any:
@@ -57,3 +59,22 @@ def test_an_answer_that_lacks_something_may_be_asked_for_again(answer: Any, sent
     with pytest.raises(EngineError, match=sentence) as error:
         read_scores(answer, length=3, width=2)
     assert error.value.retryable
+
+
+def test_responses_to_pictures_are_refused_and_not_scored_without_them() -> None:
+    task = ScoreTask(
+        task_id="s",
+        prompt_ids=np.array([1, 2], np.int32),
+        token_ids=np.array([3], np.int32),
+        offsets=np.array([0, 1], np.int32),
+        top_k=2,
+        media=[PictureReference(path="a.png", sha256="0" * 64, width=4, height=4)],
+        media_tokens=[1],
+    )
+    with pytest.raises(EngineError) as refused:
+        _check_request(task, width=2, most=20)
+    assert not refused.value.retryable
+    assert str(refused.value) == (
+        "vLLM scores responses to text alone, and the prompt has pictures or videos; the engine "
+        "'transformers' scores both"
+    )
