@@ -353,15 +353,18 @@ ROOMS: dict[str, set[str]] = {
         "zppo.signals",
         "zppo_actors.nursery",
         "zppo_actors.runtime",
+        "zppo_actors.timeline",
         "zppo_protocol",
     },
     "zppo_actors.hosts": {
+        "zppo.config",
         "zppo.errors",
         "zppo.plan",
         "zppo.signals",
         "zppo_actors.process",
         "zppo_actors.runtime",
         "zppo_actors.supervisor",
+        "zppo_actors.timeline",
         "zppo_protocol",
     },
     "zppo_actors.audit": {

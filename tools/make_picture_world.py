@@ -29,6 +29,7 @@ import jinja2
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -88,6 +89,7 @@ EMBEDDING_STD = 0.3
 MAX_NEGATIVES = 4
 BCQ_COPY = 0.6
 NOISE = 0.5
+SEEING = ("model.vision_model.", "model.connector.", "model.text_model.embed_tokens.")
 PARTS = ("data", "tower", "student", "teacher")
 
 
@@ -250,9 +252,7 @@ class Corpus:
             second = self._noisy(fact, 1.0)
         pair = [first, second] if self._rng.random() < 0.5 else [second, first]
         copied = self._rng.random() < BCQ_COPY
-        answer = (
-            pair[self._rng.integers(2)] if copied else believed(self._belief, fact, self._rng)
-        )
+        answer = pair[self._rng.integers(2)] if copied else believed(self._belief, fact, self._rng)
         shown = [answer_text(fact, one) for one in pair]
         prompt = self._render("bcq", fact, candidates=shown)
         return Example(picture, prompt, answer_text(fact, answer))
@@ -391,6 +391,14 @@ def learn_to_answer(model: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe, 
 # ---- files ---------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def round_as_saved(model: Any) -> None:
+    """Parameters become the float32 numbers that are read back from bfloat16. Buffers stay exact:
+    the frequencies of the positions are not saved, but computed anew."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """A Hugging Face folder: bfloat16 weights, to stay small, and a config that has them loaded as
     float32."""
@@ -437,28 +445,16 @@ def make(out: Path, seed: int, part: str) -> None:
     model = make_model(tokenizer, seed)
     if part == "tower":
         learn_to_see(model, tokenizer, TOWER, np.random.default_rng(seed + 2))
-        torch_save(model, tower)
+        seen = {k: v for k, v in model.state_dict().items() if k.startswith(SEEING)}
+        save_file(seen, tower)
         return
-    torch_load(model, tower)
+    model.load_state_dict(load_file(tower), strict=False)
     belief = misprinted_belief(np.random.default_rng(seed)) if part == "student" else true_belief()
     for stage, recipe in enumerate(STUDENT if part == "student" else TEACHER):
         corpus = Corpus(belief, out / "templates", np.random.default_rng(seed + 3 + stage))
         learn_to_answer(model, tokenizer, corpus, recipe, part)
-        model.bfloat16().float()  # as it is saved
+        round_as_saved(model)
     save_model(model, tokenizer, out / part)
-
-
-def torch_save(model: Any, file: Path) -> None:
-    from safetensors.torch import save_file
-
-    seeing = ("model.vision_model.", "model.connector.", "model.text_model.embed_tokens.")
-    save_file({k: v for k, v in model.state_dict().items() if k.startswith(seeing)}, file)
-
-
-def torch_load(model: Any, file: Path) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(file), strict=False)
 
 
 def make_all(out: Path, seed: int) -> int:

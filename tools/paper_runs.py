@@ -4,7 +4,7 @@ on one node: the tables of docs/paper_runs.md.
     python -P tools/paper_runs.py              the calls
     python -P tools/paper_runs.py --costs      times and tokens, simulated (about a minute)
     python -P tools/paper_runs.py --splits     how the six cards of a node are best shared out
-    python -P tools/paper_runs.py --write      both into docs/paper_runs.md
+    python -P tools/paper_runs.py --write      all three into docs/paper_runs.md
 
 Costs are simulated: the real scheduler under a virtual clock, with speeds that nobody has measured.
 `calibration` says which they are; every figure moves with them.

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from zppo.grading import shown_gold
 from zppo.plan.prompt_checks import Reader
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import encode_prompts
+from zppo.prompting.tokenization import encode_prompts, load_picture_layout
 
 TOPOLOGIES = (".yaml", ".yml")
 ANY = 2**62
@@ -83,14 +84,20 @@ class Eyes(Struct, frozen=True, kw_only=True):
         return lengths_of("tokens", found, limit)
 
     def shown(self, question: Question) -> Shown:
-        """The plain prompt: the very tokens as text, or the messages under their roles."""
+        """The plain prompt: the very tokens as text, or the messages under their roles. The tokens
+        that stand for features of a picture are one mark where they follow each other."""
         prompt = self.prompts.plain(question)
         if self.reader is None:
             turns = [f"[{turn.role}]\n{turn.content}" for turn in prompt.messages]
             text = "\n".join(turns)
         else:
-            own = for_template(prompt, self.reader.served.model.chat_template_kwargs)
-            text = self.tokenizer.decode(encode_prompts(self.tokenizer, [own])[0])
+            served = self.reader.served
+            own = for_template(prompt, served.model.chat_template_kwargs)
+            pictures = load_picture_layout(served.model.model, self.tokenizer, served.model_path)
+            [ids] = encode_prompts(self.tokenizer, [own], pictures)
+            mark = None if pictures is None else pictures.family.mark
+            shown = [one for before, one in pairwise([None, *ids]) if one != mark or before != mark]
+            text = self.tokenizer.decode(shown)
         gold = shown_gold(question.answer, question.grader)
         return Shown(id=question.id, gold=gold, prompt=text)
 

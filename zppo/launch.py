@@ -108,7 +108,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         return show_plan(described.plan(), directory, offline=True)
     if directory.exists() and not run_directory.untrained(directory):
         raise UserError(run_directory.in_the_way(directory))
-    checked = check(topology)
+    checked = check(topology, unpack=not arguments.dry_run)
     if arguments.dry_run:
         return show_plan(checked.plan, directory, arguments.offline)
     refuse_unbuilt(topology)
@@ -131,7 +131,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise UserError(f"--resume: {str(directory)!r} {problem}; {begin} to begin anew")
     made = checkpoint.read_made_with(found.folder)
     topology = _resumed_topology(arguments, record.topology, made, found.step)
-    checked = _check(topology, directory)
+    checked = _check(topology, directory, unpack=not arguments.dry_run)
     now = binding.made_with(topology, digest(checked.corpus.questions))
     recorded = made.corpus if made is not None else record.corpus
     _check_corpus(topology.data.train, now.corpus, recorded)
@@ -182,9 +182,10 @@ def become_supervisor(directory: Path, key_folder: Path | None = None) -> NoRetu
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check(topology: Topology) -> Checked:
-    """Everything that can be wrong with a new run, but for its directory. Raises UserError."""
-    checked = _check(topology, run_folder(topology))
+def check(topology: Topology, *, unpack: bool = False) -> Checked:
+    """Everything that can be wrong with a new run, but for its directory; `unpack`: pictures inside
+    tables are written, too. Raises UserError."""
+    checked = _check(topology, run_folder(topology), unpack=unpack)
     notes = [
         *checked.plan.notes,
         *layout_notes("data.train", checked.corpus),
@@ -195,17 +196,17 @@ def check(topology: Topology) -> Checked:
     return replace(checked, plan=replace(checked.plan, notes=notes))
 
 
-def _check(topology: Topology, directory: Path) -> Checked:
+def _check(topology: Topology, directory: Path, *, unpack: bool) -> Checked:
     """Everything that can be wrong with settings, data, templates, models and machine, for a run in
     `directory`. Raises UserError."""
     base = run_directory.runtime_base()
     run_directory.runtime_folder(run_directory.new_run_id(), base)
-    corpus = load_questions(topology.data.train, topology.data, Path.cwd())
+    corpus = load_questions(topology.data.train, topology.data, Path.cwd(), unpack=unpack)
     _check_media("data.train", corpus.questions, topology)
     check_tower(topology, pictured=any(question.media for question in corpus.questions))
     heldout: list[Question] = []
     if topology.data.heldout is not None:
-        held = load_questions(topology.data.heldout, topology.data, Path.cwd())
+        held = load_questions(topology.data.heldout, topology.data, Path.cwd(), unpack=unpack)
         _check_media("data.heldout", held.questions, topology)
         _check_overlap(corpus, held)
         heldout = held.questions

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from zppo.config.options import positive
+from zppo.data.media import MEDIA
 from zppo.data.pictures import PixelBounds
 from zppo.data.videos import sample_frames
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError
 
-ROWS, MEDIA = "train.jsonl", "media"
+ROWS = "train.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ class _Writer:
 def _read(rows: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place for messages, row) of each line that is not blank."""
     try:
-        lines = rows.read_text(encoding="utf-8").splitlines()
+        lines = rows.read_text(encoding="utf-8").split("\n")  # JSON holds other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"ROWS: {str(rows)!r} cannot be read ({error}); expected JSONL") from None
     return [

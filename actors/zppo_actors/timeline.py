@@ -48,11 +48,15 @@ log = logging.getLogger("zppo.timeline")
 
 def begin_life(run_id: str, actor: str, incarnation: int) -> Life:
     """What this process says of itself, with its two clocks read at once."""
+    return Life(run_id, actor, incarnation, os.getpid(), boot(), time.monotonic(), time.time())
+
+
+def boot() -> str:
+    """What names the monotonic clock of this host."""
     try:
-        boot = BOOT_ID.read_text(encoding="ascii").strip()
+        return BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:  # not Linux: the host's name is the next best
-        boot = os.uname().nodename
-    return Life(run_id, actor, incarnation, os.getpid(), boot, time.monotonic(), time.time())
+        return os.uname().nodename
 
 
 class Timeline:

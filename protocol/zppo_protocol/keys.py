@@ -167,7 +167,8 @@ def write_all(folder: Path, access: Access, credentials: Mapping[str, Credential
 
 
 def write_credentials(path: Path, credentials: Credentials) -> None:
-    """Write an actor's key: mode 0600, whole or not at all, in a folder of mode 0700."""
+    """Write an actor's key: mode 0600, whole or not at all, in a folder of mode 0700. Raises
+    AccessError if that cannot be, or if others may enter the folder."""
     _write(path, pack_credentials(credentials))
 
 
@@ -217,6 +218,13 @@ def _decode(data: bytes, type: type[T], source: str) -> T:
 
 
 def _write(path: Path, data: bytes) -> None:
+    try:
+        _write_whole(path, data)
+    except OSError as error:
+        raise AccessError(f"cannot write the key file {str(path)!r}: {error.strerror}") from None
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir(mode=0o700)
     _check(path.parent, path.parent.stat(), "folder", 0o700)

@@ -33,6 +33,7 @@ from zppo_protocol.values import (
     FROZEN,
     ActorOrder,
     ActorReport,
+    BootName,
     Count,
     FilePart,
     Finite,
@@ -414,11 +415,15 @@ class HostOrders(Message, frozen=True):
 
 
 class HostReport(Message, frozen=True):
-    """All that is to be known of a host. `attempt` is the one that it has set up, if any."""
+    """All that is to be known of a host. `attempt` is the one that it has set up, if any. `clock`
+    is what its monotonic clock showed when this was sent, in seconds, and `boot` names that
+    clock."""
 
     attempt: str
     actors: list[ActorReport]
     parts: list[FilePart]
+    boot: BootName = ""
+    clock: Finite = 0.0
 
 
 AnyMessage: TypeAlias = (

@@ -21,6 +21,7 @@ Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 ACTOR_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What an actor may be called: fit for a file name, a log and a wire alike."""
 ActorName: TypeAlias = Annotated[str, Meta(pattern=rf"^{ACTOR_NAME}\Z")]
+BootName: TypeAlias = Annotated[str, Meta(max_length=64)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4_000_000)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=20_000)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
+from zppo import launch
 from zppo.records import rollouts
 from zppo.records.summary import summarise
 from zppo.report import cli as report
@@ -33,14 +36,22 @@ def board(folder: Path, name: str, colour: str, place: str) -> str:
     return name
 
 
+def taken(file: Path) -> dict[str, object]:
+    """The picture as the cell of a table; the file is no more."""
+    content = file.read_bytes()
+    file.unlink()
+    return {"bytes": content, "path": file.name}
+
+
 def write_questions(folder: Path, name: str, offset: int) -> Path:
     """Six questions about a picture, and six about where a circle ends that moves in a video, which
-    begins after `offset` seconds. With another offset they are others."""
+    begins after `offset` seconds. With another offset they are others. Pictures of a `.parquet` lie
+    in its cells."""
     rows: list[dict[str, object]] = []
     for colour in COLOURS:
         for way in (1, -1):
             places = list(PLACES)[::way]
-            ident = f"{name}-{colour}-{way}"
+            ident = f"{Path(name).stem}-{colour}-{way}"
             frames = [
                 board(folder, f"{ident}-{k}.png", colour, place) for k, place in enumerate(places)
             ]
@@ -59,7 +70,13 @@ def write_questions(folder: Path, name: str, offset: int) -> Path:
                     "images": board(folder, f"{ident}.png", colour, places[0]),
                 },
             ]
-    file = folder / f"{name}.jsonl"
+    file = folder / name
+    if file.suffix == ".parquet":
+        for row in rows:
+            shown = row.get("images")
+            row["images"] = [] if shown is None else [taken(folder / str(shown))]
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        return file
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -69,8 +86,8 @@ def test_pictures_and_videos_are_trained_on_evaluated_and_shown(tmp_path: Path) 
     settings = {
         "run.directory": directory,
         "run.steps": 3,
-        "data.train": write_questions(tmp_path, "train", 0),
-        "data.heldout": write_questions(tmp_path, "heldout", 1),
+        "data.train": write_questions(tmp_path, "train.parquet", 0),
+        "data.heldout": write_questions(tmp_path, "heldout.jsonl", 1),
         "data.max_prompt_tokens": 96,
         "scheduler.new_questions": 4,
         "actors.rollout.count": 1,
@@ -79,9 +96,12 @@ def test_pictures_and_videos_are_trained_on_evaluated_and_shown(tmp_path: Path) 
         "checkpoints.every": 3,
     }
     given = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    assert launch.main([str(EXAMPLE), *given, "--dry-run"]) == 0
+    assert not (tmp_path / "media").exists(), "a dry run writes nothing"
     command = [sys.executable, "-P", "-m", "zppo.launch", str(EXAMPLE), *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "media").glob("*/*.png"))) == 6
     summary = summarise(directory)
     assert summary["steps"] == 3 and summary["trained_twice"] == 0
     assert summary["heldout_after"] is not None

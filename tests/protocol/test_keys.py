@@ -94,6 +94,16 @@ def test_a_key_folder_that_others_can_enter(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_key_folder_that_cannot_be_made(folder: Path, made: Any) -> None:
+    """As with `zppo launch --keys`, where nobody has made the folder around it."""
+    path = folder / "none" / "keys" / "rollout-0.key"
+    with pytest.raises(AccessError) as caught:
+        keys.write_credentials(path, made[1]["rollout-0"])
+    assert (
+        str(caught.value) == f"cannot write the key file {str(path)!r}: No such file or directory"
+    )
+
+
 def test_a_key_file_that_is_not_there(folder: Path) -> None:
     with pytest.raises(AccessError) as caught:
         keys.read_credentials(folder / "trainer.key")

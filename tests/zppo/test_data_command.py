@@ -220,3 +220,13 @@ def test_lengths_are_order_statistics() -> None:
 def test_rows_are_shown_from_all_over_the_source() -> None:
     items: Any = list(range(10))
     assert spread(items, 4) == [0, 2, 5, 7] and spread(items, 99) == items
+
+
+def test_a_picture_is_shown_where_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its features, nine tokens with this model, as one mark."""
+    folder = ROOT / "examples" / "pictures"
+    code, found = figures(capsys, folder / "heldout.jsonl", "--model", folder / "student")
+    assert code == 0
+    prompt = found["shown"][0]["prompt"]
+    seen = "<fake_token_around_image> <global-img> <image> <fake_token_around_image> "
+    assert prompt.startswith(f"<bos> <user> {seen}") and prompt.count("<image>") == 1

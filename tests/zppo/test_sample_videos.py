@@ -155,3 +155,11 @@ def test_without_pyav_it_says_what_to_install(
         f"{file}:1: videos are read with PyAV, which is not installed; install it with: pip install "
         "zppo[video]\n"
     )
+
+
+def test_only_an_end_of_line_ends_a_row(tmp_path: Path) -> None:
+    """JSON may hold the others as they are."""
+    row = {**ROW, "question": "one\u2028two\x85three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n")
+    assert main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "made")]) == 0
+    assert json.loads((tmp_path / "made/train.jsonl").read_text()) == row

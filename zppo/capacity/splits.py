@@ -81,6 +81,12 @@ def _places(topology: Topology) -> list[str]:
 
 
 def _with_devices(actor: ActorConfig, devices: list[str]) -> ActorConfig:
-    """One process on each device of every host; one that all share is named once."""
-    named = devices if len(set(devices)) > 1 else devices[:1]
+    """One process on each device of every host. Devices are given out in turn, so they are named up
+    to where they begin again; where they do so otherwise a plan refuses the card named twice."""
+    turns = range(1, len(devices) + 1)
+    named = devices[: next((n for n in turns if devices == _in_turn(devices[:n], devices)), 0)]
     return structs.replace(actor, count=len(devices) * len(actor.hosts), devices=named)
+
+
+def _in_turn(named: list[str], devices: list[str]) -> list[str]:
+    return [named[i % len(named)] for i in range(len(devices))]

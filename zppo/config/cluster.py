@@ -17,6 +17,9 @@ LOCALHOST = "localhost"
 MOST_CARDS = 1024
 """Cards of a host, and of an engine that is spread over several."""
 Launcher: TypeAlias = Literal["local", "ray", "render"]
+Strategy: TypeAlias = Literal["STRICT_SPREAD", "PACK"]
+RAY_HERE = "local"
+"""Ray's own word for a cluster of this host alone that ends with the process that began it."""
 
 
 class HostConfig(Config, frozen=True, kw_only=True):
@@ -42,8 +45,13 @@ class HostConfig(Config, frozen=True, kw_only=True):
 
 class ClusterConfig(Config, frozen=True, kw_only=True):
     launcher: Launcher = "local"
-    """who starts processes on further hosts: local (zppo join, typed there), ray (an existing Ray
-    cluster), render (a batch script or manifest)"""
+    """who starts processes on further hosts: local (zppo join, typed there), ray (a Ray cluster),
+    render (a batch script or manifest)"""
+    ray_address: str = "auto"
+    """launcher ray: HOST:PORT of a cluster that this host is a node of; auto: the one that runs
+    here; local: one that is started on this host for the run and ends with it"""
+    strategy: Strategy = "STRICT_SPREAD"
+    """launcher ray: STRICT_SPREAD gives each host a node of its own, PACK lets hosts share nodes"""
     hosts: dict[str, HostConfig] = field(default_factory=dict)
     """name → {address, interface, cards, card_gib, memory_gib, shared_gib, disk_gib, cores}
     (docs/clusters.md); the first one is the controller's; empty: this host alone"""

@@ -145,8 +145,8 @@ class DataConfig(Config, frozen=True, kw_only=True):
     """in place of grader, a weighted sum: [{use: math, weight: 0.9}, {use: ./mine.py:name, …}]
     (docs/extending.md)"""
     media_folder: str | None = None
-    """folder in which all pictures lie and from which their paths are read; null: that of the
-    question file (docs/pictures.md)"""
+    """folder in which all pictures lie and from which their paths are read, and to which those
+    inside a table are written; null: that of the question file (docs/pictures.md)"""
     min_pixels: Annotated[int, Meta(ge=1, le=100_000_000)] | None = None
     """a picture of less area is shown enlarged to it; null: as it is (the model's processor may
     scale it further); the paper's evaluation: 262144"""

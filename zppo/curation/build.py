@@ -31,7 +31,8 @@ from zppo.curation.recipe import Recipe
 from zppo.curation.report import Report, make_report
 from zppo.curation.shards import Shard, find_shards
 from zppo.curation.sieve import PromptLengths, Sieve
-from zppo.data.sources.built import MEDIA, Manifest
+from zppo.data.media import MEDIA
+from zppo.data.sources.built import Manifest
 from zppo.data.survey import printable
 from zppo.errors import UserError, nearest
 

@@ -17,8 +17,8 @@ from msgspec import Struct
 
 from zppo.curation.recipe import Recipe
 from zppo.curation.shards import Shard
+from zppo.data.media import cell_of, media_file, picture_entries, plain_format
 from zppo.data.pictures import picture_header, picture_problem, size_problem
-from zppo.data.rows import picture_entries
 from zppo.data.sources.base import same_words
 from zppo.data.text import RowError, as_text, bounded
 from zppo.errors import first_line
@@ -43,15 +43,6 @@ RULES = {
 }
 """Every reason for which a row is dropped, in the order in which they are looked for."""
 LONGEST_PATH = 80
-SUFFIXES = {
-    "PNG": ".png",
-    "JPEG": ".jpg",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tiff",
-}
-"""Format -> the suffix of its files. An MPO is what cameras make of JPEG."""
 
 
 class Dropped(Exception):
@@ -85,7 +76,7 @@ class Picture(Struct, frozen=True, kw_only=True):
     @property
     def file(self) -> str:
         """Where a corpus keeps it, from its folder `media` on."""
-        return f"{self.sha256[:2]}/{self.sha256}{SUFFIXES[self.format]}"
+        return media_file(self.sha256, self.format)
 
 
 def canonical_name(row: Mapping[str, Any], shard: Shard, recipe: Recipe) -> str:
@@ -124,7 +115,7 @@ def pictures_of(row: Mapping[str, Any], shard: Shard) -> Iterator[tuple[Picture,
         yield (
             Picture(
                 sha256=sha,
-                format="JPEG" if kind == "MPO" else kind,
+                format=plain_format(kind),
                 width=width,
                 height=height,
             ),
@@ -196,14 +187,14 @@ def _pass_rate(value: object) -> float | None:
 
 def _bytes(entry: object, shard: Shard) -> bytes:
     """What is in a picture. Raises Dropped."""
-    data = entry.get("bytes") if isinstance(entry, dict) else entry
-    if isinstance(data, bytes):
-        return data
-    path = entry.get("path") if isinstance(entry, dict) else entry
-    if not isinstance(path, str):
+    cell = cell_of(entry)
+    if cell is None:
         raise Dropped(
             "unreadable_picture", f"the image is {repr(entry)[:40]}; expected path or bytes"
         )
+    if cell.content is not None:
+        return cell.content
+    path = str(cell.path)
     try:
         places = [place / path for place in (shard.file.parent, shard.folder)]
         inside = [place for place in places if _lies_in(place, shard.folder)]

@@ -25,7 +25,8 @@ from zppo.curation.examples import Picture
 from zppo.curation.ledger import Ledger
 from zppo.curation.report import Report, report_text
 from zppo.curation.shards import Shard
-from zppo.data.sources.built import MANIFEST, MEDIA, ROWS, Manifest, read_manifest
+from zppo.data.media import MEDIA, keep
+from zppo.data.sources.built import MANIFEST, ROWS, Manifest, read_manifest
 from zppo.errors import UserError
 
 REPORT, TEXT = "report.json", "report.txt"
@@ -158,11 +159,7 @@ class Folder:
 
     def keep(self, picture: Picture, data: bytes) -> None:
         """Put a picture into `media`, unless it is there."""
-        file = self.out / MEDIA / picture.file
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == picture.sha256:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._put(file, [data])
+        keep(self.out / MEDIA / picture.file, data, picture.sha256, self._work / ASIDE)
 
     def pictures(self) -> int:
         """Files in `media`."""

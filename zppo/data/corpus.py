@@ -53,11 +53,13 @@ class Corpus(Struct, frozen=True, kw_only=True):
     columns: Columns
 
 
-def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
+def load_questions(path: str, config: DataConfig, base: Path, *, unpack: bool = False) -> Corpus:
     """Read and check a question file, a data set folder, or a procedural source (docs/data.md).
 
     `path` is relative to `base` (the topology's folder); picture paths are relative to
-    `config.media_folder`, or else to the question file's own folder. Raises UserError when the
+    `config.media_folder`, or else to the question file's own folder. `unpack`: write the pictures
+    that lie inside a table into that folder (`zppo.data.media`), for whoever is to be shown them;
+    else nothing is written. Raises UserError when the
     source is missing, damaged, of an unknown kind or without a good row, when the grader is
     unknown, and when more than `config.max_bad_rows` rows are bad.
     """
@@ -67,7 +69,7 @@ def load_questions(path: str, config: DataConfig, base: Path) -> Corpus:
         every=needs_row(parts),
         optional=frozenset() if not parts or needs_gold(parts) else frozenset({"answer"}),
     )
-    builder = _CorpusBuilder(open_source(path, wanted, base), config)
+    builder = _CorpusBuilder(open_source(path, wanted, base), config, unpack)
     for number, row in builder.source.rows:
         builder.add(number, row)
     return builder.finish()
@@ -80,10 +82,10 @@ class _Repeated(RowError):
 class _CorpusBuilder:
     """Collects good and bad rows, and remembers where each id and each question was seen first."""
 
-    def __init__(self, source: Source, config: DataConfig) -> None:
+    def __init__(self, source: Source, config: DataConfig, unpack: bool) -> None:
         self.source = source
         self.config = config
-        self.reader = RowReader(source, config)
+        self.reader = RowReader(source, config, unpack=unpack)
         self.questions: list[Question] = []
         self.bad_rows: list[BadRow] = []
         self.line_of_id: dict[str, int] = {}

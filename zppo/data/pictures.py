@@ -75,7 +75,16 @@ def refer(file: Path, bounds: PixelBounds = NO_BOUNDS) -> PictureReference:
         content = file.read_bytes() if problem is None else b""
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
-    if (problem := problem or picture_problem(content)) is not None:
+    if problem is not None:
+        raise ValueError(problem)
+    return refer_content(content, str(file), bounds)
+
+
+def refer_content(content: bytes, path: str, bounds: PixelBounds = NO_BOUNDS) -> PictureReference:
+    """The reference to a picture of these bytes that lies at `path`. Raises ValueError as `refer`
+    does."""
+    problem = picture_problem(content)
+    if problem is not None:
         raise ValueError(problem)
     _, *own = picture_header(content)
     width, height = bounds.apply(*own)
@@ -83,7 +92,7 @@ def refer(file: Path, bounds: PixelBounds = NO_BOUNDS) -> PictureReference:
     if problem is not None:
         raise ValueError(problem)
     sha256 = hashlib.sha256(content).hexdigest()
-    return PictureReference(path=str(file), sha256=sha256, width=width, height=height)
+    return PictureReference(path=path, sha256=sha256, width=width, height=height)
 
 
 def read_picture(reference: PictureReference) -> Image.Image:

@@ -16,13 +16,14 @@ import msgspec
 
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of, rule_of
 from zppo.config.topology import JUDGE, DataConfig
-from zppo.data.messages import read_conversation
-from zppo.data.pictures import PixelBounds, refer
+from zppo.data.media import Cell, PictureReader, cell_of, picture_entries
+from zppo.data.messages import MARK, read_conversation, without_marks
+from zppo.data.pictures import PixelBounds
 from zppo.data.question import Question
 from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
 from zppo.data.sources.layouts import Wanted, paths_of, settle, value_of
-from zppo.data.text import RowError, as_text, bounded, clean
+from zppo.data.text import RowError, as_text, bounded
 from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
@@ -37,23 +38,26 @@ from zppo_protocol.values import (
 
 MAX_ID = 200
 """Characters of an id: group ids are built from it and must fit a protocol name."""
-MAX_PATH = 512
 MAX_ROW = 262_144
 """Characters of a row's columns as JSON: they travel with every question."""
 _WRITTEN_OUT = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 """A conversation that was turned into text on its way into a file."""
 _NAMES = {"question": "the question", "answer": "the gold answer"}
-_NO_PICTURE = {"bytes": None, "path": None}
 
 
 class RowReader:
     """Reads the rows of one source, whose grader is `grader` where a row names none."""
 
-    def __init__(self, source: Source, config: DataConfig) -> None:
-        """Raises UserError for settings that contradict each other or the source."""
+    def __init__(self, source: Source, config: DataConfig, *, unpack: bool = False) -> None:
+        """`unpack`: write the pictures that lie inside a table into files. Raises UserError for
+        settings that contradict each other or the source."""
         self._source = source
-        self._folder = Path(config.media_folder) if config.media_folder else source.folder
-        self._bounds = PixelBounds(config.min_pixels, config.max_pixels)
+        self._pictures = PictureReader(
+            Path(config.media_folder) if config.media_folder else source.folder,
+            PixelBounds(config.min_pixels, config.max_pixels),
+            named_by_content=source.named_by_content,
+            unpack=unpack,
+        )
         self._columns = source.columns.names
         self._parts = parts_of(config.reward)
         _check_settings(source, config)
@@ -65,9 +69,11 @@ class RowReader:
 
     def read(self, row: Mapping[str, Any]) -> Question:
         """Raises RowError."""
-        earlier, text = self._asked(row)
+        earlier, text, inside = self._asked(row)
         answer = self._gold(row)
-        media = tuple(self._media(row))
+        cells = self._cells(row, inside)
+        text = self._words(earlier, text, len(cells))
+        media: tuple[Media, ...] = (*self._shown(cells), *self._videos(row))
         grader = self._own_grader(row)
         for name in self._rules_of(grader):
             if not get_grader(name).usable(answer):
@@ -87,12 +93,16 @@ class RowReader:
 
     # ---- what is asked ---------------------------------------------------------------------------
 
-    def _asked(self, row: Mapping[str, Any]) -> tuple[tuple[ChatMessage, ...], str]:
-        """The turns before the last one, and the last one."""
+    def _asked(
+        self, row: Mapping[str, Any]
+    ) -> tuple[tuple[ChatMessage, ...], str, list[Cell | None]]:
+        """The turns before the last one, the last one, and its pictures."""
         value, name = self._required(row, "question"), self._name("question")
+        inside = list[Cell | None]()
         if isinstance(value, list):
-            *earlier, last = read_conversation(value, name)
-            text = last.content
+            conversation = read_conversation(value, name)
+            *earlier, last = conversation.turns
+            text, inside = last.content, conversation.pictures
         else:
             earlier, text = [], bounded(as_text(value, name), name)
             if _WRITTEN_OUT.match(text):
@@ -106,7 +116,16 @@ class RowReader:
                 f"{name} begins with a system message, and the system prompt "
                 f"({self._columns['system_prompt']!r}) is another; expected one of them"
             )
-        return (*system, *earlier), text
+        return (*system, *earlier), text, inside
+
+    def _words(self, earlier: Sequence[ChatMessage], text: str, pictures: int) -> str:
+        """The last turn without the marks of its pictures."""
+        if not pictures:
+            return text
+        name = self._name("question")
+        if any(MARK in turn.content for turn in earlier):
+            raise RowError(f"{name} holds {MARK} before its last message; expected it only there")
+        return without_marks(text, pictures, name)
 
     def _system(self, row: Mapping[str, Any]) -> list[ChatMessage]:
         value, name = self._optional(row, "system_prompt", "the system prompt")
@@ -180,51 +199,39 @@ class RowReader:
 
     # ---- pictures --------------------------------------------------------------------------------
 
-    def _media(self, row: Mapping[str, Any]) -> Iterator[Media]:
-        """The pictures of a row, and then its videos."""
-        yield from self._pictures(row)
+    def _cells(self, row: Mapping[str, Any], inside: Sequence[Cell | None]) -> list[Cell]:
+        """The pictures of a row, in order: those of its column, among which those of the last
+        message have their places."""
+        name = f"the images ({self._columns['images']!r})"
+        value = value_of(row, self._columns["images"])
+        own = [cell_of(entry) for entry in picture_entries(value)]
+        found = [cell for cell in own if cell is not None]
+        if len(found) != len(own):
+            raise RowError(
+                f"{name} are a {kind_of(value)}; expected a path or a list of paths, or bytes in "
+                "the cells of a table"
+            )
+        if not inside:
+            return found
+        if inside.count(None) != len(found):
+            raise RowError(
+                f"{self._name('question')} has {inside.count(None)} parts {{type: image}} for "
+                f"the row's pictures, and {name} hold {len(found)}; expected as many"
+            )
+        following = iter(found)
+        return [next(following) if cell is None else cell for cell in inside]
+
+    def _shown(self, cells: Sequence[Cell]) -> Iterator[PictureReference]:
+        name = f"the images ({self._columns['images']!r})"
+        for cell in cells:
+            yield self._pictures.read(cell, name)
+
+    def _videos(self, row: Mapping[str, Any]) -> Iterator[VideoReference]:
         column = self._columns["videos"]
         value = value_of(row, column)
         entries = value if isinstance(value, list) else [] if value is None else [value]
         for entry in entries:
             yield self._video(entry, f"the videos ({column!r})")
-
-    def _pictures(self, row: Mapping[str, Any]) -> Iterator[PictureReference]:
-        column = self._columns["images"]
-        value = value_of(row, column)
-        paths = [
-            entry.get("path") if _without_bytes(entry) else entry
-            for entry in picture_entries(value)
-        ]
-        if any(isinstance(path, dict) and path.get("bytes") is not None for path in paths):
-            raise RowError(
-                f"the images ({column!r}) lie inside the table as bytes, which cannot be read yet; "
-                "expected paths of picture files"
-            )
-        if not all(isinstance(path, str) for path in paths):
-            raise RowError(
-                f"the images ({column!r}) are a {kind_of(value)}; expected a path or a list of "
-                "paths"
-            )
-        for path in paths:
-            yield self._picture(path)
-
-    def _picture(self, path: str) -> PictureReference:
-        full = (self._folder / clean(path, "an image path")).absolute()
-        if len(str(full)) > MAX_PATH:
-            raise RowError(f"image path {path[:40]!r}… is longer than {MAX_PATH} characters")
-        if not full.resolve().is_relative_to(self._folder.resolve()):
-            raise RowError(
-                f"image {path!r} leads out of the folder {str(self._folder)!r}; expected a file in "
-                "it, or that data.media_folder names a folder that holds it"
-            )
-        try:
-            reference = refer(full, self._bounds)
-        except ValueError as error:
-            raise RowError(f"image {path!r} {error}") from None
-        if self._source.named_by_content and reference.sha256 != full.stem:
-            raise RowError(f"image {path!r} is not what its name, a SHA-256, says")
-        return reference
 
     def _video(self, value: object, name: str) -> VideoReference:
         """A video as `{frames: paths of its pictures, seconds: when each is shown}`."""
@@ -237,7 +244,7 @@ class RowReader:
             )
         try:
             return VideoReference(
-                frames=tuple(self._picture(path) for path in frames),
+                frames=tuple(self._pictures.read(Cell(None, path), name) for path in frames),
                 seconds=tuple(map(float, seconds)),
             )
         except ProtocolError as error:
@@ -332,18 +339,6 @@ def _holds_bytes(value: object) -> bool:
     return isinstance(value, bytes)
 
 
-def picture_entries(value: object) -> list[Any]:
-    """The pictures of a row, as its column holds them: one or a list. Tables of the Hub fill the
-    place of one that is not there with nulls."""
-    entries = value if isinstance(value, list) else [value]
-    return [entry for entry in entries if entry is not None and entry != _NO_PICTURE]
-
-
 def _all(value: object, kind: type | tuple[type, ...]) -> TypeGuard[list[Any]]:
     """Whether a value is a list of something, and of that kind only."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, kind) for one in value)
-
-
-def _without_bytes(entry: object) -> bool:
-    """Whether a picture of a table, `{bytes, path}`, is a path alone."""
-    return isinstance(entry, dict) and entry.get("bytes") is None and "path" in entry

@@ -92,8 +92,8 @@ def span(names: Sequence[str]) -> str:
     if len(names) < 3:
         return ", ".join(names)
     stem = names[0].rstrip("0123456789")
-    numbers = [name.removeprefix(stem) for name in names]
-    if not all(number.isdecimal() for number in numbers):
+    numbers = [name.removeprefix(stem) for name in names if name.startswith(stem)]
+    if len(numbers) < len(names) or not all(number.isdecimal() for number in numbers):
         return ", ".join(names)
     first = int(numbers[0])
     follow = [int(number) for number in numbers] == list(range(first, first + len(names)))

@@ -21,8 +21,7 @@ from msgspec import Struct
 from zppo.config.cluster import HostConfig
 from zppo.config.topology import Topology
 from zppo.errors import UserError
-from zppo.plan.placement import used_hosts
-from zppo.plan.processes import processes
+from zppo.plan.placement import cards_of, used_hosts
 
 LONGEST_NAME = 40
 """Characters of a job's name: with a host's behind it, still the name of a pod."""
@@ -64,10 +63,7 @@ class Job(Struct, frozen=True, kw_only=True):
         return self.topology.cluster.hosts.get(host, HostConfig())
 
     def cards(self, host: str) -> int:
-        """GPUs of a host: those that it is said to have, or those that its processes name."""
-        entries = [entry for entry in processes(self.topology, 1) if entry.host == host]
-        used = {card for entry in entries for card in entry.cards}
-        return self.facts(host).cards or len(used)
+        return cards_of(self.topology, host)
 
 
 # ---- SLURM ---------------------------------------------------------------------------------------

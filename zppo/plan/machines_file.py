@@ -37,6 +37,7 @@ from zppo.plan.model_folder import (
     read_json,
     settings_of_their_kind,
 )
+from zppo.plan.picture_checks import check_tower
 from zppo.plan.placement import check_cards_known, check_placement, used_hosts
 from zppo.plan.plan import Plan
 from zppo.plan.processes import host_name
@@ -112,6 +113,7 @@ class Described(Struct, frozen=True, kw_only=True):
         """The plan of the topology, or of a variant of it. Raises UserError."""
         asked = topology or self.topology
         models = described_models(asked, self.machines, self.file, self.base)
+        check_tower(asked, pictured=True)  # whether questions have pictures is not known
         first = first_machine(asked, self.machines)
         plan = make_plan(asked, self.machines.questions, first, models)
         note = (

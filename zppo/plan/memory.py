@@ -5,12 +5,13 @@ Legend of the terms, all in bytes: weights = parameters · width; gradients = pa
 float32; optimizer = 2 · parameters · state width; activations ≈ 34 · tokens · hidden · layers at
 two bytes a number (Korthikanti et al. 2022, §4, without the part of the attention that fused
 attention never stores); key-value cache = sequences · length · layers with attention · 2 · heads ·
-head width; recurrent states = sequences · their numbers · 4, with vLLM · width. A frozen model in
+head width; recurrent states = sequences · their numbers · 4, whatever the dtype. A frozen model in
 the trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations
 and its logits.
 
 Of N ranks each has an N-th of weights, gradients, optimizer and frozen models, and beside it what a
-pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients.
+pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients. (A
+frozen tower, which lies whole on every rank, is counted as if it were trained and cut as well.)
 While it loads, a rank has each model whole, once.
 """
 

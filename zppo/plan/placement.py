@@ -17,7 +17,7 @@ from itertools import combinations
 from msgspec import Struct
 
 from zppo.algorithm.methods import Method
-from zppo.config.cluster import LOCALHOST, MOST_CARDS, HostConfig
+from zppo.config.cluster import LOCALHOST, MOST_CARDS, RAY_HERE, HostConfig
 from zppo.config.served import ServedModel, served_models
 from zppo.config.topology import VLLM, Topology
 from zppo.errors import UserError, nearest
@@ -59,6 +59,21 @@ def bind_address(topology: Topology) -> str | None:
     return found or (None if len(used_hosts(topology)) > 1 else LOOPBACK)
 
 
+def cards_of(topology: Topology, host: str) -> int:
+    """GPUs that a host is to give the run: as many as it is said to have, or as the highest number
+    asks for that its processes name."""
+    facts = topology.cluster.hosts.get(host)
+    if facts is not None and facts.cards:
+        return facts.cards
+    named = [
+        int(card.removeprefix("cuda:"))
+        for entry in processes(topology, 1)
+        if entry.host == host
+        for card in entry.cards
+    ]
+    return 1 + max(named, default=-1)
+
+
 def check_placement(topology: Topology, method: Method) -> None:
     """Raise UserError for hosts and devices that cannot be laid out, whatever the machines are."""
     _check_names(topology)
@@ -70,6 +85,7 @@ def check_placement(topology: Topology, method: Method) -> None:
     _check_trainer(topology)
     table = processes(topology, 1)
     _check_cards(table)
+    _check_strategy(topology, table)
     _check_transport(topology)
 
 
@@ -270,6 +286,28 @@ def _check_cards(table: list[ProcessEntry]) -> None:
                 f"{wide.cards[-1]} (tensor_parallel_size {len(wide.cards)}), and to {other.name}; "
                 "expected cards of its own for such an engine"
             )
+
+
+def _check_strategy(topology: Topology, table: list[ProcessEntry]) -> None:
+    """Hosts that share nodes of a Ray cluster."""
+    cluster = topology.cluster
+    if cluster.launcher != "ray":
+        return
+    if cluster.strategy == "STRICT_SPREAD":
+        if cluster.ray_address == RAY_HERE:
+            raise UserError(
+                "cluster.ray_address is 'local', a Ray cluster of this host alone; expected "
+                "cluster.strategy PACK beside it, or the address of a cluster with more nodes"
+            )
+        return
+    first = host_name(topology, LOCALHOST)
+    on_card = next((entry for entry in table if entry.host == first and entry.cards), None)
+    if on_card is not None:
+        raise UserError(
+            f"cluster.strategy is 'PACK', but {on_card.name} runs on {on_card.device} of "
+            f"{first!r}; expected STRICT_SPREAD, because Ray gives out the cards of a node without "
+            "knowing which of them a process of the first host uses"
+        )
 
 
 # ---- transport -----------------------------------------------------------------------------------

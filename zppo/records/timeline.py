@@ -4,7 +4,8 @@
 A file holds the lives of one actor, in every attempt at the run. A life begins with a `Life`; what
 follows are its `Span`s as JSON arrays, in the order in which they ended. All processes of a host
 share one monotonic clock, which a step of the wall clock does not move, so spans of one boot are
-aligned exactly; boots and hosts are aligned by the wall clock, read once when a life begins.
+aligned exactly. Those of another host are aligned by what its reports say of its clock
+(`zppo.records.clocks`), boots of one host by the wall clock, read once when a life begins.
 
 A file is bounded (`MAX_BYTES`): where it would pass that, the older three quarters of its spans
 are merged, those of one kind that begin in the same interval, until half of the spans are left. A
@@ -15,7 +16,7 @@ a full disk leaves it, is left out and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +26,7 @@ from msgspec import Struct
 
 from zppo.algorithm.window import COMPRESS, EVALUATE, SCORE, TEACHER, WRITE_HINT
 from zppo.config.topology import JUDGE
+from zppo.records.clocks import Other, read_clocks
 
 TIMELINE = "timeline"
 MAX_BYTES = 1 << 20
@@ -226,7 +228,7 @@ def read_timeline(run_dir: Path) -> Timeline | None:
     lives = [life for lines, _ in found.values() for life in lines if isinstance(life, Life)]
     if not lives:
         return None
-    offsets = _offsets(lives)
+    offsets = _offsets(lives, read_clocks(run_dir / TIMELINE))
     origin = min(life.monotonic + offsets[life.boot] for life in lives)
     tracks = [
         _track(name, lines, offsets, origin)
@@ -269,12 +271,19 @@ def _cut(span: Span, begin: int, end: int) -> Span:
     return msgspec.structs.replace(span, begin=low, end=high, busy=round(span.busy * share))
 
 
-def _offsets(lives: list[Life]) -> dict[str, float]:
-    """Wall clock minus monotonic clock of each boot, as its first process read them."""
+def _offsets(lives: list[Life], clocks: Mapping[str, Other]) -> dict[str, float]:
+    """Wall clock minus monotonic clock of each boot, as its first process read them; of further
+    hosts by the wall clock of the first host."""
     first: dict[str, Life] = {}
     for life in sorted(lives, key=lambda life: life.monotonic):
         first.setdefault(life.boot, life)
-    return {boot: life.wall - life.monotonic for boot, life in first.items()}
+    walls = {boot: life.wall - life.monotonic for boot, life in first.items()}
+    placed = {
+        boot: walls[clocks[boot].boot] + clocks[boot].seconds
+        for boot in walls
+        if boot in clocks and clocks[boot].boot in walls
+    }
+    return walls | placed
 
 
 def _track(name: str, lines: list[Line], offsets: dict[str, float], origin: float) -> Track:

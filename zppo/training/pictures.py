@@ -32,7 +32,7 @@ from zppo.training.head import trunk
 from zppo_protocol.values import Media, PictureReference, pictures_of
 
 KEPT_BYTES = 256 << 20
-"""Most bytes of features, and as many of pixels, that a tower keeps."""
+"""Most bytes that a tower keeps: of features if it is frozen, else of pixels."""
 
 Key = tuple[str, int, int]
 Pixels = dict[str, Tensor]
@@ -145,13 +145,12 @@ class Tower:
             for prompt in prompts
             for number, reference in enumerate(prompt.references)
         ]
-        if not self.frozen:
-            return torch.cat(self._see([self._read(*one) for one in wanted]))
-        missing = {
-            _key(reference): (reference, pixels)
-            for reference, pixels in wanted
-            if self._features.get(_key(reference)) is None
-        }
+        pictures = {_key(reference): (reference, pixels) for reference, pixels in wanted}
+        if not self.frozen:  # rows of one prompt share what was made of its pictures
+            made = self._see([self._read(*one) for one in pictures.values()])
+            trained = dict(zip(pictures, made, strict=True))
+            return torch.cat([trained[_key(one)] for one, _ in wanted])
+        missing = {key: one for key, one in pictures.items() if self._features.get(key) is None}
         fresh = dict[Key, Tensor]()
         if missing:
             with torch.no_grad():
@@ -184,6 +183,8 @@ class Tower:
     def _read(self, reference: PictureReference, pixels: Pixels | None) -> Pixels:
         if pixels is not None:
             return pixels
+        if self.frozen:  # whose features are kept
+            return self.pixels(reference)
         found = self._pixels.get(_key(reference))
         if found is None:
             found = self.pixels(reference)

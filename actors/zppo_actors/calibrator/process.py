@@ -68,7 +68,8 @@ class Calibrator:
         self._order, self._topology = order, order.topology
         self._end = time.perf_counter() + order.seconds
         data = self._topology.data
-        self._questions = load_questions(data.train, data, Path.cwd()).questions[:QUESTIONS]
+        corpus = load_questions(data.train, data, Path.cwd(), unpack=True)
+        self._questions = corpus.questions[:QUESTIONS]
         self._prompts = PromptSet.of(data, self._topology.method.prefix_share)
         self._notes: list[str] = []
         self._parts = 2 + len(asked_teachers(self._topology))

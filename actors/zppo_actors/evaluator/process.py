@@ -54,7 +54,8 @@ async def evaluate(order: EvaluationOrder) -> EvaluationReport:
     """Ask all questions and sum up. Raises UserError, or EvaluationFailed when the engine cannot
     answer."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    questions = load_questions(order.data.train, order.data, Path.cwd()).questions[: order.limit]
+    corpus = load_questions(order.data.train, order.data, Path.cwd(), unpack=True)
+    questions = corpus.questions[: order.limit]
     async with AsyncExitStack() as stack:
         out = stack.enter_context(_open(order.out)) if order.out is not None else None
         engine = _build(order.served)

@@ -19,8 +19,11 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Protocol
 
+from msgspec import structs
+
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from zppo.signals import Interrupts
+from zppo_actors import timeline
 from zppo_actors.hosts.attempt import HostAttempt
 from zppo_actors.supervisor.fleet import GREET_ANEW
 from zppo_protocol.errors import AccessError
@@ -81,7 +84,7 @@ class Agent:
         self._host, self._connect, self._wait_seconds = host, connect, wait_seconds
         self._interrupts, self._check_folders = interrupts, check_folders
         self._line, self._greetings = connect(), 0
-        self._life = ""
+        self._life, self._boot = "", timeline.boot()
         self._welcome: HostWelcome | None = None
         self._attempt: HostAttempt | None = None
         self._received: dict[str, tuple[int, int]] = {}
@@ -159,12 +162,15 @@ class Agent:
             return
         self._due = now + self._welcome.beat_seconds
         if self._attempt is None:
-            self._line.send(HostReport(attempt="", actors=[], parts=[]))
+            self._report(HostReport(attempt="", actors=[], parts=[]))
             return
         # While the line is cut, what is sent piles up: files go once, until they are answered.
         files = self._answered or self._attempt.has_news
         self._answered = False
-        self._line.send(self._attempt.report(self._received, files=files))
+        self._report(self._attempt.report(self._received, files=files))
+
+    def _report(self, report: HostReport) -> None:
+        self._line.send(structs.replace(report, boot=self._boot, clock=time.monotonic()))
 
     def _greet(self) -> None:
         if self._greetings >= MOST_GREETINGS:
@@ -209,7 +215,7 @@ class Agent:
     def _obey(self, orders: HostOrders) -> None:
         if self._attempt is not None and self._attempt.run_id != orders.attempt:
             for report in self._attempt.last_reports(orders.received):
-                self._line.send(report)
+                self._report(report)
             self._end_attempt()
         self._received, self._answered = orders.received, True
         if self._attempt is None and orders.attempt and orders.record:

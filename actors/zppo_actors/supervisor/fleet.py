@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Unpack
 
+from zppo.records.clocks import Clocks, read_clocks, write_clocks
+from zppo.records.timeline import TIMELINE
+from zppo_actors import timeline
+from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Birth, Child, child_of
 from zppo_actors.supervisor.received_files import ReceivedFiles
 from zppo_actors.supervisor.remote_host import RemoteHost
@@ -53,8 +57,12 @@ class Fleet:
         self._hosts = {name: RemoteHost(name) for name in folders}
         self._files = {name: ReceivedFiles(run_dir) for name in folders}
         self._lease_seconds = lease_seconds
+        self._timelines = run_dir / TIMELINE
+        self._clocks = Clocks(timeline.boot(), read_clocks(self._timelines))
         self._attempt = ""
         self._due = float("-inf")
+        self.keeper: Child | None = None
+        """The process by which hosts are held in a Ray cluster; its end is theirs."""
 
     # ---- hosts -----------------------------------------------------------------------------------
 
@@ -84,6 +92,19 @@ class Fleet:
     def is_there(self, name: str) -> bool:
         """Whether processes can be started there now."""
         return self._hosts[name].ready
+
+    def given_up(self) -> str | None:
+        """Why the hosts do not come back, in a sentence; None: they may."""
+        if self.keeper is None or not self.keeper.ended:
+            return None
+        [last] = children.tail(self.keeper.log, lines=1) or [""]
+        if last.startswith("cluster."):
+            return last
+        return (
+            "cluster.launcher ray: the process that holds the hosts has lost Ray "
+            f"({self.keeper.verdict}), and the hosts with it; expected a Ray cluster whose head "
+            "stays"
+        )
 
     # ---- attempts --------------------------------------------------------------------------------
 
@@ -135,6 +156,7 @@ class Fleet:
                     self._files[host.name].take(part)
                 fresh = not host.ready
                 host.report(message, now)
+                self._set_clock(message, now)
                 return [f"{host.name} has joined"] if fresh else []
             case HostReport():
                 self._router.send(host.name, Rejected(reason=GREET_ANEW))
@@ -144,6 +166,14 @@ class Fleet:
             case _:
                 log.warning("%s sent a %s", host.name, type(message).__name__)
         return []
+
+    def _set_clock(self, report: HostReport, now: float) -> None:
+        """Where spans of this host belong. A disk that does not take it costs their place."""
+        if self._clocks.hear(report.boot, report.clock, now):
+            try:
+                write_clocks(self._timelines, self._clocks.known)
+            except OSError as error:
+                log.warning("%s: cannot be written (%s)", self._timelines, error.strerror)
 
     def _greet(self, host: RemoteHost, hello: HostHello, now: float) -> list[str]:
         problem = self._problem(host.name, hello)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.plan.fingerprint import fingerprint
-from zppo.plan.placement import used_hosts
+from zppo.plan.placement import cards_of, used_hosts
 from zppo.plan.processes import ProcessEntry, processes
 from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
@@ -38,6 +40,7 @@ LEAVE_SECONDS = 10.0
 RAY = "ray"
 RAY_SPARE_SECONDS = 30.0
 """Ray is given up first, because it knows the reason."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
 LIMITS = Limits(header_bytes=8 * MIB, payload_bytes=MIB)
 
 
@@ -63,20 +66,22 @@ def gathered(
     access, credentials = keys.issue(bound, dict.fromkeys(further, ROLE), reached_at=reached)
     router = Router(access, LIMITS)
     fleet = Fleet(router, folders_of(topology), versions(), run_dir, topology.cluster.lease_seconds)
-    seats: Child | None = None
     try:
         for name, one in credentials.items():
             keys.write_credentials(keys.key_file(key_folder, name), one)
         if topology.cluster.launcher == RAY:
-            seats = taken_seats(run_dir, topology, key_folder)
+            fleet.keeper = taken_seats(run_dir, topology, key_folder)
         else:
             view.log(asking(further, key_folder, topology.cluster.join_seconds))
-        wait_for_all(fleet, topology.cluster.join_seconds, view, interrupts, seats)
+        nameless = without_address(topology, further)
+        for name, why in nameless.items():
+            view.log(f"warning: {name}: {why}")
+        wait_for_all(fleet, topology.cluster.join_seconds, view, interrupts, nameless)
         yield fleet
     finally:
         fleet.dismiss()
-        if seats is not None:
-            let_go(seats)
+        if fleet.keeper is not None:
+            let_go(fleet.keeper)
         router.close()
         remove_keys(key_folder, further)
 
@@ -91,18 +96,18 @@ def remove_keys(folder: Path, hosts: Iterable[str]) -> None:
 
 def taken_seats(run_dir: Path, topology: Topology, key_folder: Path) -> Child:
     """The process that asks Ray for the hosts (`zppo_actors.hosts.seats`)."""
-    table = processes(topology, 1)
     seats = [
         {
             "host": host,
             "key_file": str(keys.key_file(key_folder, host)),
-            "cards": topology.cluster.hosts[host].cards
-            or len({card for entry in table if entry.host == host for card in entry.cards}),
+            "cards": cards_of(topology, host),
         }
         for host in used_hosts(topology)[1:]
     ]
     options = ["--seats", msgspec.json.encode(seats).decode()]
     options += ["--wait", str(topology.cluster.join_seconds)]
+    options += ["--address", topology.cluster.ray_address]
+    options += ["--strategy", topology.cluster.strategy]
     return children.spawn(
         [sys.executable, "-P", "-m", "zppo_actors", "seats", *options],
         name=RAY,
@@ -128,25 +133,41 @@ def wait_for_all(
     seconds: float,
     view: View,
     interrupts: Interrupts,
-    seats: Child | None = None,
+    known: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Until every host is there. Raises UserError after `seconds`, or when the process that holds
-    their seats has ended; Interrupted on Ctrl-C."""
-    deadline = time.monotonic() + seconds + (RAY_SPARE_SECONDS if seats is not None else 0.0)
+    """Until every host is there. Raises UserError after `seconds`, with what is `known` of those
+    that are missing, or when the process that holds their seats has ended; Interrupted on
+    Ctrl-C."""
+    deadline = time.monotonic() + seconds + (RAY_SPARE_SECONDS if fleet.keeper is not None else 0.0)
     while missing := fleet.missing():
-        if seats is not None and seats.ended:
-            raise UserError((children.tail(seats.log, lines=1) or [seats.verdict])[0])
+        if (sentence := fleet.given_up()) is not None:
+            raise UserError(sentence)
         for line in fleet.turn():
             view.log(line)
         if interrupts.count:
             raise Interrupted
         if time.monotonic() > deadline:
-            reasons = [f"{name} ({why})" if why else name for name, why in missing.items()]
+            whys = {name: why or known.get(name, "") for name, why in missing.items()}
+            reasons = [f"{name} ({why})" if why else name for name, why in whys.items()]
             raise UserError(
                 f"cluster.hosts: {', '.join(reasons)} did not join within {seconds:g} s "
                 "(cluster.join_seconds); nothing was started"
             )
         time.sleep(TICK_SECONDS)
+
+
+def without_address(topology: Topology, hosts: Iterable[str]) -> dict[str, str]:
+    """The hosts whose address names nothing here, and the words for it. They are waited for all the
+    same: the name of a host that is only being started comes with it, as in Kubernetes."""
+    found = {}
+    for host in hosts:
+        address = topology.cluster.hosts[host].address
+        try:
+            if address is not None:
+                socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            found[host] = f"its address {address!r} names no host here: {error.strerror}"
+    return found
 
 
 def asking(hosts: list[str], key_folder: Path, seconds: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import resource
 import socket
 from pathlib import Path
 
@@ -13,6 +15,19 @@ from zppo.plan.placement import LOOPBACK, WILDCARDS, bind_address, transport_kin
 from zppo.plan.processes import host_name
 from zppo.records.run_directory import SOCKET_NAME
 from zppo_protocol.addresses import TCP, tcp_address
+
+MOST_FILES = 1 << 16
+
+
+def raise_file_limit() -> None:
+    """As many open files as this user may have, up to `MOST_FILES`, for this process and those that
+    it starts. Each connection is one, a stranger's too for as long as it may take to show its key,
+    and whoever can open no file any more fails at whatever is next."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # then it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listening(topology: Topology, folder: Path) -> tuple[str, str]:

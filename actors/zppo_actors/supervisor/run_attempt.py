@@ -201,8 +201,7 @@ class RunAttempt:
             self._heed_interrupts()
             self._listen(TICK_SECONDS)
             if self._fleet is not None:
-                for line in self._fleet.turn():
-                    self._view.log(line)
+                self._look_at(self._fleet)
             self._reap()
             self._look_for_stuck(time.monotonic())
             self._judge_the_left()
@@ -320,6 +319,17 @@ class RunAttempt:
                 credentials = runtime.credentials(self._resources.folder, name)
                 secrets.setdefault(entry.host, {})[name] = keys.pack_credentials(credentials)
         return self._record.run_id, msgspec.json.encode(self._record), secrets
+
+    def _look_at(self, fleet: Fleet) -> None:
+        """What is new of the further hosts; a run whose hosts cannot come back ends as it does for
+        a part that does not."""
+        for line in fleet.turn():
+            self._view.log(line)
+        sentence = fleet.given_up()
+        if sentence is not None and self._end is None and self._ended is None:
+            assert fleet.keeper is not None
+            self._view.log(f"{sentence}; ending the run")
+            self._end_early(End(verdict=sentence, exit_code=EXIT_FAILED, log=fleet.keeper.log))
 
     def _end_further(self) -> None:
         """See to it that nothing of this attempt is left on other hosts."""
@@ -451,6 +461,11 @@ class RunAttempt:
         if child.role in IRREPLACEABLE:
             self._stopping = False
             return
+        self._end_early(self._end)
+
+    def _end_early(self, end: End) -> None:
+        """Let the trainer finish its step and save; then the run ends so."""
+        self._end = end
         self._stop(end.verdict)
         # A step may take as long as the run allows for anything to move.
         self._deadline = time.monotonic() + self._record.topology.run.no_progress_seconds

@@ -26,6 +26,7 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.gathering import Interrupted, gathered
+from zppo_actors.supervisor.listening import raise_file_limit
 from zppo_actors.supervisor.run_attempt import (
     Commands,
     End,
@@ -94,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"run.directory: {str(run_dir)!r} is in use by another run")
     _start_log(run_dir)
     keep_exit_codes()
+    raise_file_limit()
     for folder in runtime.sweep():
         log.info("removed %s, which a dead run had left", folder)
     interrupts = Interrupts()

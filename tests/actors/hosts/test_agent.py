@@ -18,15 +18,26 @@ import psutil
 import pytest
 from supervisor_helpers import Lines
 
+from zppo.config.cluster import ClusterConfig, HostConfig
 from zppo.config.topology import DataConfig, StudentConfig, Topology
 from zppo.errors import UserError
 from zppo.records import run_directory
+from zppo.records.clocks import read_clocks
 from zppo.records.run_directory import runtime_base, runtime_prefix
+from zppo.records.timeline import TIMELINE
 from zppo.signals import Interrupts
+from zppo_actors import timeline
 from zppo_actors.supervisor import fleet as fleets
 from zppo_actors.supervisor.children import Child
 from zppo_actors.supervisor.fleet import Fleet
-from zppo_actors.supervisor.gathering import LIMITS, ROLE, Interrupted, versions, wait_for_all
+from zppo_actors.supervisor.gathering import (
+    LIMITS,
+    ROLE,
+    Interrupted,
+    versions,
+    wait_for_all,
+    without_address,
+)
 from zppo_protocol import keys
 from zppo_protocol.keys import SecretKey
 from zppo_protocol.sockets import Router
@@ -323,6 +334,20 @@ def test_a_model_folder_that_is_missing_or_differs_is_named(stage: Stage, tmp_pa
         assert stage.fleet.missing() == {HOST: f"the agent of node-1 has left: {sentence}"}
 
 
+def test_the_clock_of_a_host_is_known_from_its_reports(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this process were of another boot than the agent's. Both read one clock in fact, so
+    what is found is the time that a report took."""
+    theirs = timeline.boot()
+    monkeypatch.setattr(timeline, "boot", lambda: "ours")
+    stage.open()
+    stage.join()
+    stage.until(lambda: theirs in read_clocks(stage.run / TIMELINE))
+    found = read_clocks(stage.run / TIMELINE)[theirs]
+    assert found.boot == "ours" and 0.0 <= found.seconds < PATIENCE_SECONDS
+
+
 def test_a_key_file_that_does_not_come_is_not_waited_for_any_longer(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "zppo", "join", "--key", str(tmp_path / "k.key")]
     done = subprocess.run([*command, "--wait", "0.5"], capture_output=True, text=True)
@@ -360,6 +385,19 @@ def test_hosts_that_do_not_join_are_named_and_ctrl_c_ends_the_wait(stage: Stage)
     assert str(caught.value) == (
         "cluster.hosts: node-1 did not join within 0.1 s (cluster.join_seconds); nothing was "
         "started"
+    )
+    facts = {HOST: HostConfig(address="no-such.invalid"), "node-2": HostConfig(address="127.0.0.1")}
+    topology = Topology(
+        data=DataConfig(train="unused"),
+        student=StudentConfig(model="unused"),
+        cluster=ClusterConfig(hosts=facts),
+    )
+    nameless = without_address(topology, facts)
+    assert nameless.keys() == {HOST}
+    with pytest.raises(UserError) as caught:
+        wait_for_all(stage.fleet, 0.1, Lines(), Interrupts(), nameless)
+    assert str(caught.value).startswith(
+        "cluster.hosts: node-1 (its address 'no-such.invalid' names no host here: "
     )
     interrupts = Interrupts()
     interrupts.count = 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from wires import free_port
 from zppo.config.cluster import ClusterConfig, HostConfig, TransportConfig
 from zppo.config.topology import DataConfig, StudentConfig, Topology
 from zppo.errors import UserError
-from zppo_actors.supervisor.listening import listening
+from zppo_actors.supervisor.listening import MOST_FILES, listening, raise_file_limit
 from zppo_protocol.addresses import tcp_endpoint
 
 FOLDER = Path("/dev/shm/zppo-0-abc")
@@ -70,3 +72,18 @@ def test_an_address_of_another_host() -> None:
         "assign requested address); expected one in transport.bind, or as the address of the first "
         "of cluster.hosts"
     )
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """This process may have few open files, and could have as many as are returned."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_strangers_have_to_open_many_connections(few_files: int) -> None:
+    raise_file_limit()
+    wanted = MOST_FILES if few_files == resource.RLIM_INFINITY else min(few_files, MOST_FILES)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, few_files)

@@ -137,6 +137,22 @@ def test_splits_keep_every_process_on_its_device() -> None:
     ]
 
 
+def test_engines_that_take_turns_on_cards_name_each_once() -> None:
+    shared = topology(
+        actors={
+            "rollout": {"count": 4, "devices": ["cuda:0", "cuda:1"]},
+            "teacher": {"count": 1, "devices": ["cuda:2"]},
+        }
+    )
+    given = split_of(shared)
+    assert changes(shared, with_split(shared, given)) == []
+    assert changes(shared, with_split(shared, {"rollout": 3, "teacher": 2})) == [
+        "actors.rollout.count=3",
+        "actors.teacher.count=2",
+        "actors.teacher.devices=[cuda:1, cuda:2]",
+    ]
+
+
 def test_every_host_has_the_same_split() -> None:
     two = topology(
         cluster={"hosts": {"a": {"address": "h0"}, "b": {"address": "h1"}}},

@@ -116,7 +116,8 @@ def test_a_missing_id_comes_from_the_content(tmp_path: Path) -> None:
         ),
         (
             {"id": "b", "question": "?", "answer": "2", "images": 3},
-            "the images ('images') are a number; expected a path or a list of paths",
+            "the images ('images') are a number; expected a path or a list of paths, or bytes in "
+            "the cells of a table",
         ),
         (
             {"id": "b", "question": "?", "answer": "2", "images": "no.png"},

@@ -116,8 +116,12 @@ def test_a_conversation_is_its_last_turn_and_those_before(tmp_path: Path) -> Non
         ),
         (
             [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}],
-            "message 1 of the question ('prompt') holds a part of the type 'image', and pictures "
-            "in messages cannot be read yet; expected parts of text only",
+            "message 1 of the question ('prompt') (user) is empty",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
+            "message 1 of the question ('prompt') holds a part of the type 'video', which cannot "
+            "be read; expected parts of text, and pictures as {type: image}",
         ),
         (
             [{"role": "user", "content": [{"type": "tool"}]}],
@@ -283,14 +287,14 @@ def test_a_layout_without_its_gold_answer_is_named_by_it(tmp_path: Path) -> None
 
 
 def test_pictures_of_a_verl_table(tmp_path: Path) -> None:
-    """Rows with bytes are refused in words, rows with none are text."""
+    """Bytes that are no picture make a bad row, rows with none are text."""
     picture = {"bytes": b"\x89PNG", "path": None}
     rows = [{**VERL, "images": [picture]}, {**VERL, "images": [], "prompt": [AGAIN]}]
     corpus = load(parquet(tmp_path / "t.parquet", rows), max_bad_rows=1)
     assert [question.text for question in corpus.questions] == [AGAIN["content"]]
     assert [row.reason for row in corpus.bad_rows] == [
-        "the images ('images') lie inside the table as bytes, which cannot be read yet; expected "
-        "paths of picture files"
+        "a picture inside the images ('images') is not a picture; expected one of PNG, JPEG, WEBP, "
+        "GIF, BMP, TIFF"
     ]
 
 
@@ -316,8 +320,8 @@ def test_pictures_as_the_hub_has_them(tmp_path: Path, column: str) -> None:
         assert [(row.line, row.reason) for row in corpus.bad_rows] == [
             (
                 3,
-                f"the images ({column!r}) lie inside the table as bytes, which cannot be read yet; "
-                "expected paths of picture files",
+                f"a picture inside the images ({column!r}) is not a picture; expected one of PNG, "
+                "JPEG, WEBP, GIF, BMP, TIFF",
             )
         ]
 

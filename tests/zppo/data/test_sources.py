@@ -139,15 +139,6 @@ def test_values_that_are_no_answers_are_bad_rows(tmp_path: Path, value: object) 
     assert "expected text or a number" in refusal(tmp_path / "t.parquet")
 
 
-def test_pictures_inside_a_table_are_refused(tmp_path: Path) -> None:
-    rows = [{**ROWS[0], "image": {"bytes": b"\x89PNG", "path": "a.png"}}]
-    said = refusal(write_parquet(tmp_path / "t.parquet", rows), fields={"images": "image"})
-    assert (
-        "row 1: the images ('image') lie inside the table as bytes, which cannot be read yet; "
-        "expected paths of picture files" in said
-    )
-
-
 def test_columns_that_python_cannot_hold_are_named(tmp_path: Path) -> None:
     words = pa.array(["a", "b"])
     torn = pa.Array.from_buffers(

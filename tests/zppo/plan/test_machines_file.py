@@ -80,7 +80,7 @@ def test_every_student_of_the_paper_fits(
         for entry, need in zip(plan.processes, plan.needs, strict=True)
         if need.device
     }
-    assert by_role == {"trainer": trainer, "rank": trainer, "rollout": rollout, "teacher": 31.6}
+    assert by_role == {"trainer": trainer, "rank": trainer, "rollout": rollout, "teacher": 31.7}
     assert {round(host.shared / GIB, 1) for host in plan.hosts} == {published}
     assert [len(host.cards) for host in plan.hosts] == [8] * 8
 
@@ -95,7 +95,7 @@ def test_the_teacher_in_fp8_takes_its_stored_bytes_and_a_cache() -> None:
     stored = 24_326_963_200 + 2 * 3_031_250_160
     # 16 of 64 layers keep keys and values of 4 heads of 256, 2 bytes each; 48 keep a state.
     cache = 24_576 * 16 * 2 * 4 * 256 * 2
-    states = 48 * (48 * 128 * 128 + (2 * 16 * 128 + 48 * 128) * 4) * 2
+    states = 48 * (48 * 128 * 128 + (2 * 16 * 128 + 48 * 128) * 4) * 4
     assert teacher.device == stored + cache + states + (1800 << 20)
 
 
@@ -183,6 +183,7 @@ def test_what_is_not_said_of_a_host_is_a_note(tmp_path: Path) -> None:
         (["a1", "a2"], "a1, a2"),
         (["a1", "a2", "a4"], "a1, a2, a4"),
         (["a", "b", "c"], "a, b, c"),
+        (["a1", "2", "3"], "a1, 2, 3"),
         ([], ""),
     ],
 )
@@ -340,6 +341,11 @@ BAD = [
             "actors.rollout.engine_args={max_model_len: 24576, kv_cache_memory_bytes: x}",
             "actors.rollout.engine_args.kv_cache_memory_bytes is 'x'; expected a whole number of "
             "bytes",
+        ),
+        (
+            "student.train_tower=true",
+            "student.train_tower is true; expected false, because the engine 'vllm' keeps what a "
+            "tower has made of a picture; or actors.rollout.engine transformers",
         ),
     ],
 )

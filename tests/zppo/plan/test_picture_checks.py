@@ -110,9 +110,7 @@ def test_held_out_questions_are_only_asked(blind: str, tmp_path: Path) -> None:
     picture = coloured(tmp_path / "a.png", "red")
     question = Question(id="x", text="w3", answer="1", grader="exact", media=(picture,))
     topology = topology_of(blind)
-    actors = replace(
-        topology.actors, rollout=replace(topology.actors.rollout, engine="vllm")
-    )
+    actors = replace(topology.actors, rollout=replace(topology.actors.rollout, engine="vllm"))
     topology = replace(topology, actors=actors)
     _check_media("data.heldout", [question], topology)
     with pytest.raises(UserError, match=r"\(student.model\) cannot be trained on them"):

@@ -15,6 +15,7 @@ from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.plan.placement import (
     bind_address,
+    cards_of,
     check_placement,
     refuse_unbuilt,
     transport_kind,
@@ -330,6 +331,20 @@ def test_mistakes_in_a_host_name_it() -> None:
         with pytest.raises(UserError) as caught:
             topology_of(cluster={"hosts": hosts})
         assert str(caught.value) == f"t.yaml: {sentence}"
+
+
+def test_a_host_of_which_nothing_is_said_gives_the_cards_that_are_named() -> None:
+    """A process that names cuda:3 alone needs four cards: the first ones have other numbers."""
+    actors = {
+        "rollout": {"hosts": ["n1"], "devices": ["cuda:3"]},
+        "teacher": vllm(2, ["cuda:0"], hosts=["n0"]),
+    }
+    topology = topology_of(cluster={"hosts": TWO}, actors=actors)
+    assert [cards_of(topology, host) for host in BOTH] == [2, 4]
+    said = {**TWO, "n1": {**TWO["n1"], "cards": 8, "card_gib": 80}}
+    topology = topology_of(cluster={"hosts": said}, actors=actors)
+    assert [cards_of(topology, host) for host in BOTH] == [2, 8]
+    assert cards_of(topology_of(cluster={"hosts": TWO}), "n1") == 0
 
 
 @pytest.mark.parametrize("setting", ["transport.port", "cluster.port", "actors.trainer.port"])

@@ -115,9 +115,9 @@ def test_every_model_of_the_trainer_reads_the_same_pictures(folder: Path, tmp_pa
     for policy, made in ((trainer.policy, 0), (teacher, 7), (reference, 0)):
         model = make_seeing(seed=made)
         expected = [
-            plain_log_probs(model, folder, seen).gather(
-                1, torch.from_numpy(seen.samples.token_ids.astype(np.int64))[:, None]
-            )[:, 0].numpy()
+            plain_log_probs(model, folder, seen)
+            .gather(1, torch.from_numpy(seen.samples.token_ids.astype(np.int64))[:, None])[:, 0]
+            .numpy()
             for seen in (first, second)
         ]
         assert np.abs(expected[0] - expected[1]).max() > 100 * ROUNDING
@@ -179,3 +179,23 @@ def test_what_is_kept_of_a_picture_holds_nothing_else(folder: Path, tmp_path: Pa
         kept = tower._features.get((picture.sha256, *SIZE))
         assert kept is not None
         assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_rows_of_one_prompt_go_through_a_trained_tower_once(folder: Path, tmp_path: Path) -> None:
+    """And each has its part in the gradient."""
+    policy = Policy(make_seeing().requires_grad_(True))
+    policy.open_eyes(str(folder), train_tower=True)
+    tower, red = policy._tower, coloured(tmp_path / "red.png", "red", SIZE)
+    assert tower is not None
+    seen = tower.seen(np.array(MARKS), [red])
+    assert seen is not None
+    passes, see = [], tower._see
+    tower._see = lambda pictures: passes.append(len(pictures)) or see(pictures)  # type: ignore[func-returns-value, method-assign]
+    weight = policy.model.model.visual.patch_embed.proj.weight
+    weights_N1 = torch.linspace(-1.0, 1.0, 18)[:, None]
+    (tower.features([seen] * 3) * weights_N1).sum().backward()
+    together, weight.grad = weight.grad, None
+    for part_n1 in weights_N1.split(6):
+        (tower.features([seen]) * part_n1).sum().backward()
+    torch.testing.assert_close(together, weight.grad)
+    assert passes == [1] * 4 and bool(together.any())

@@ -33,12 +33,15 @@ from zppo.training.surrogate import step_advantages
 
 LOW = MethodConfig(updates_per_step=4)
 """Four updates of each window, so that three windows make twelve."""
+ONE_UPDATE = MethodConfig(updates_per_step=1)
 SPARE = Case(method=MethodConfig(updates_per_step=2), groups=20, last=1)
 """Its first update, which measures the proximal log-probs, has a spare pass on the second rank."""
 ROUNDING = 1e-5
 """What the order of sums in float32 may make of weights up to 2, and of moments, in a dozen updates:
 3e-6 was found with other instructions of the processor (`ATEN_CPU_CAPABILITY`), 1.5e-6 where one
 rank cuts its passes otherwise. One pass of one update that weighs a thousandth more makes 5e-5."""
+GRADIENTS = 1e-6
+"""The same, of first moments after one update: 1e-8 was found, and 7e-8 against float64."""
 
 
 # ---- dealing -------------------------------------------------------------------------------------
@@ -104,12 +107,17 @@ def difference(one: dict[str, Tensor], many: dict[str, Tensor]) -> float:
     return max(float((one[name].float() - many[name].float()).abs().max()) for name in one)
 
 
-def check_metrics(one: Outcome, many: Outcome, rel: float = 1e-4) -> None:
+def first_moments(outcome: Outcome) -> dict[str, Tensor]:
+    """After one update a tenth of the gradients, whose norm was cut to 1."""
+    return {name: value for name, value in outcome.tensors.items() if name.startswith("first.")}
+
+
+def check_metrics(one: Outcome, many: Outcome) -> None:
     for alone, together in zip(one.metrics, many.metrics, strict=True):
         assert alone.keys() == together.keys()
         for name in alone:
             if not name.startswith("seconds"):
-                assert together[name] == pytest.approx(alone[name], rel=rel, abs=1e-5), name
+                assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
 
 
 def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_path: Path) -> None:
@@ -144,8 +152,8 @@ def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_pat
         (3, Case(method=LOW, groups=20), ROUNDING),
         (2, Case(method=LOW, model="llama", recompute=True), ROUNDING),
         (5, Case(model="moe"), ROUNDING),
-        # As far apart as two micro-batches of one rank; more updates would magnify it.
-        (2, Case(model="seeing", last=1, method=MethodConfig(updates_per_step=1)), 2e-4),
+        # AdamW divides by the size of a gradient, and some are as small as what rounding makes of them.
+        (2, Case(model="seeing", last=1, method=ONE_UPDATE), 2e-4),
         (2, SPARE, ROUNDING),
         (2, Case(teacher=True), ROUNDING),
         (2, Case(method=MethodConfig(kl_coefficient=0.1, entropy_coefficient=0.01)), ROUNDING),
@@ -163,9 +171,10 @@ def test_more_of_the_same(nest: Nest, tmp_path: Path, count: int, case: Case, bo
         nest.trained(tmp_path / "one", 1, case),
         nest.trained(tmp_path / "many", count, case),
     )
-    # A model that rounds coarsely has metrics that are as far apart.
-    check_metrics(one, many, rel=max(1e-4, 10 * bound))
+    check_metrics(one, many)
     assert difference(one.tensors, many.tensors) <= bound
+    if case.method == ONE_UPDATE:
+        assert difference(first_moments(one), many.tensors) <= GRADIENTS
 
 
 def test_a_number_that_is_none_on_one_rank_skips_the_update_on_all(
@@ -277,13 +286,11 @@ def test_ranks_with_and_without_a_picture_make_one_update(
     folder = save_seeing(make_seeing(first_mark=100), tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
-    method = MethodConfig(updates_per_step=1)
-    case = Case(model=model, method=method, pictures=str(folder), groups=4, last=1)
+    case = Case(model=model, method=ONE_UPDATE, pictures=str(folder), groups=4, last=1)
     one, two = (nest.trained(tmp_path / str(count), count, case) for count in (1, 2))
     check_metrics(one, two)
-    # The first moments are a tenth of the gradients, whose norm was cut to 1.
-    gradients = {name: value for name, value in one.tensors.items() if name.startswith("first.")}
+    gradients = first_moments(one)
     assert max(float(value.abs().max()) for value in gradients.values()) > 1e-3
-    assert difference(gradients, two.tensors) <= ROUNDING
+    assert difference(gradients, two.tensors) <= GRADIENTS
     in_the_tower = [value for name, value in gradients.items() if ".visual." in name]
     assert any(bool(value.any()) for value in in_the_tower) == (model == "seeing_all")

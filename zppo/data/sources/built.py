@@ -18,7 +18,7 @@ from zppo.data.sources.jsonl import open_jsonl
 from zppo.data.sources.layouts import Wanted
 from zppo.errors import UserError, first_line
 
-MANIFEST, ROWS, MEDIA = "corpus.json", "train.jsonl", "media"
+MANIFEST, ROWS = "corpus.json", "train.jsonl"
 
 
 class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -90,7 +90,8 @@ def sequence_bytes(
     heads = -(-facts.kv_heads // cards)
     a_token = (facts.layers - facts.without_keys) * 2 * heads * facts.head_dim
     whole_blocks = -(-length // block) * block
-    return (whole_blocks * a_token + facts.states // cards) * DTYPE_BYTES[dtype]
+    states = facts.states // cards * DTYPE_BYTES["float32"]  # Qwen3.5's mamba_ssm_dtype
+    return whole_blocks * a_token * DTYPE_BYTES[dtype] + states
 
 
 def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel) -> None:

@@ -68,7 +68,8 @@ DEAD = "the engine core of vLLM has died"
 CLOSE_SECONDS = 2.0
 """How long vLLM may take to end its processes by itself; whatever is left then is killed."""
 LEAST_BIAS = -100.0
-"""What vLLM adds at the least to a logit: of such a token less than 1e-40 is left."""
+"""What vLLM adds at the least to a logit, before the temperature t: of such a token's odds
+e^(-100/t) is left, which is 4e-44 at 1 and 2e-22 at 2."""
 POLL_SECONDS = 0.02
 """How often the workers are asked whether an update is ready; each time costs the engine core a
 moment."""
