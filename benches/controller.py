@@ -63,6 +63,7 @@ class Wire:
         self.sent: list[tuple[str, list[bytes]]] = []
         self.received: Counter[str] = Counter()
         self.roles: dict[str, str] = {}
+        self.renewed: set[str] = set()
         self.refused, self.refusal = 0, ""
 
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:

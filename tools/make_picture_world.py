@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,18 +94,24 @@ PARTS = ("data", "tower", "student", "teacher")
 
 
 class Recipe(NamedTuple):
-    """``steps`` optimizer steps on ``batch`` examples of each shape."""
+    """``steps`` optimizer steps on ``batch`` examples of each shape. Kinds of questions take turns;
+    one that is named twice has two."""
 
     steps: int
     batch: dict[str, int]
     learning_rate: float = 3e-3
     warmup: int = 20
+    kinds: tuple[str, ...] = tuple(ANSWERS)
 
 
 TOWER = Recipe(250, {"plain": 128}, learning_rate=2e-3)
 STUDENT = (Recipe(240, {"plain": 64, "bcq": 24, "ncq": 12}),)
-TEACHER = (Recipe(260, {"plain": 96}), Recipe(260, {"plain": 96}, learning_rate=2e-3))
-"""One stage after the other, each with an optimizer of its own."""
+TEACHER = (
+    Recipe(260, {"plain": 96}),
+    Recipe(260, {"plain": 96}, learning_rate=2e-3),
+    Recipe(300, {"plain": 96}, 2e-3, kinds=("colour", "place", *2 * ("digit",), *4 * ("count",))),
+)
+"""One stage after the other, each with an optimizer of its own. Counting is learnt last."""
 
 
 class Example(NamedTuple):
@@ -216,14 +222,13 @@ class Corpus:
             name: environment.get_template(f"{name}.j2") for name in ("plain", "bcq", "ncq")
         }
 
-    def draw(self, shape: str, count: int) -> list[Example]:
-        """``count`` examples of ``plain``, ``bcq`` or ``ncq``."""
+    def draw(self, shape: str, count: int, kinds: Sequence[str]) -> list[Example]:
+        """``count`` examples of ``plain``, ``bcq`` or ``ncq``, about ``kinds`` in turn."""
         make = {"plain": self._plain, "bcq": self._bcq, "ncq": self._ncq}[shape]
-        return [make(draw(things), fact) for things, fact in self._asked(count)]
+        return [make(draw(things), fact) for things, fact in self._asked(count, kinds)]
 
-    def _asked(self, count: int) -> Iterator[tuple[list[Thing], Fact]]:
-        """Kinds of questions take turns, because a picture has more to count than to read."""
-        kinds = list(ANSWERS)
+    def _asked(self, count: int, kinds: Sequence[str]) -> Iterator[tuple[list[Thing], Fact]]:
+        """Kinds are drawn before facts, because a picture has more to count than to read."""
         for number in range(count):
             kind = kinds[number % len(kinds)]
             facts: list[Fact] = []
@@ -371,7 +376,7 @@ def learn_to_answer(model: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe, 
     started = time.process_time()
     for step in range(recipe.steps):
         schedule(optimizer, recipe, step)
-        parts = [encode(tokenizer, corpus.draw(*one)) for one in recipe.batch.items()]
+        parts = [encode(tokenizer, corpus.draw(*one, recipe.kinds)) for one in recipe.batch.items()]
         counts = [int((labels_BT != -100).sum()) for _, labels_BT, _ in parts]
         losses = []
         for part, count in zip(parts, counts, strict=True):

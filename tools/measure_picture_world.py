@@ -43,7 +43,8 @@ def shares_by_kind(folder: Path, templates: Path, questions: int = QUESTIONS) ->
     """Kind of question -> share of its ``questions / 4`` drawn questions that are answered
     right."""
     corpus = Corpus(true_belief(), templates, np.random.default_rng(SEED))
-    right = np.array(answers_right(folder, corpus.draw("plain", questions)))
+    examples = corpus.draw("plain", questions, tuple(ANSWERS))
+    right = np.array(answers_right(folder, examples))
     return {kind: float(right[turn :: len(ANSWERS)].mean()) for turn, kind in enumerate(ANSWERS)}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -188,7 +188,10 @@ def cost(overrides: Sequence[str], steps: int = SIMULATED) -> Cost:
     world = World.of(plan.topology, speeds, corpus=questions)
     run = Simulation(world, steps, SEED)
     outcome = run.run(warm_steps(steps, plan.topology.scheduler.max_staleness))
-    done = sum(run.done.values(), Counter[str]())
+    done: dict[str, float] = defaultdict(float)
+    for of_window in run.done.values():
+        for pool, steps_of_pool in of_window.items():
+            done[pool] += steps_of_pool
     sampled = {pool: done[pool] / steps / 1e6 for pool in ("rollout", "teacher")}
     return Cost(
         seconds=outcome.seconds_per_step,

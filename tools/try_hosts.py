@@ -116,7 +116,7 @@ def clocks(folder: Path) -> Summary:
 
 def ray_head(folder: Path) -> Summary:
     """Ray's head goes for good: the run says so, saves and ends, long before it would for lack of
-    progress, and a resume without Ray's first cluster goes on."""
+    progress."""
     return given_up(folder, 0, "the process that holds the hosts has lost Ray")
 
 

@@ -1,8 +1,9 @@
 """`python -m zppo.launch`: check everything, make the run directory, and become the run's
 supervisor.
 
-Until the run directory is made nothing is written and nothing is started, so a mistake leaves no
-trace: one sentence on stderr and exit code 2. The supervisor replaces this process (same process
+Until the run directory is made nothing is started, and nothing is written but pictures that lie
+inside a table (`zppo.data.media`), which the next launch finds; so a mistake leaves no other trace:
+one sentence on stderr and exit code 2. The supervisor replaces this process (same process
 id, same terminal).
 """
 

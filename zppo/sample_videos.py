@@ -2,8 +2,9 @@
 for all.
 
 ROWS is a JSONL file whose column `videos` holds a path, or a list of paths, relative to the file.
-FOLDER receives the same rows with the frames and times of each video in its place, and the frames
-as PNG files that are named by their content. It is whole or not there.
+FOLDER receives the same rows with the frames and times of each video in its place, the frames as
+PNG files, and copies of the pictures that `images` or `image` names, all named by their content. It
+is whole or not there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from zppo.config.options import positive
-from zppo.data.media import MEDIA
-from zppo.data.pictures import PixelBounds
+from zppo.data.media import MEDIA, Cell, PictureReader, media_file, picture_entries, plain_format
+from zppo.data.pictures import NO_BOUNDS, PictureError, PixelBounds, picture_header, read_bytes
+from zppo.data.sources.layouts import picture_column
+from zppo.data.text import RowError
 from zppo.data.videos import sample_frames
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError
 
@@ -42,8 +46,7 @@ def sample(rows: Path, out: Path, frames: int, max_pixels: int | None) -> str:
     """Write the folder, and say what is in it. Raises UserError."""
     if out.exists():
         raise UserError(f"--out: {str(out)!r} exists already; name a new folder, or remove it")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = out.with_name(f".{out.name}.partial-{os.urandom(4).hex()}")  # two may be at work
     try:
         (aside / MEDIA).mkdir(parents=True)
         writer = _Writer(rows.parent, aside, frames, PixelBounds(most=max_pixels))
@@ -61,6 +64,7 @@ def sample(rows: Path, out: Path, frames: int, max_pixels: int | None) -> str:
 class _Writer:
     def __init__(self, base: Path, folder: Path, frames: int, bounds: PixelBounds) -> None:
         self._base, self._folder, self._frames, self._bounds = base, folder, frames, bounds
+        self._reader = PictureReader(base, NO_BOUNDS, named_by_content=False, unpack=False)
         self.videos = 0
 
     def row(self, place: str, row: dict[str, Any]) -> str:
@@ -72,6 +76,10 @@ class _Writer:
             )
         if paths:
             row = {**row, "videos": [self._video(place, path) for path in paths]}
+        column = picture_column(row)
+        entries = picture_entries(row.get(column))
+        if entries and all(isinstance(path, str) for path in entries):
+            row = {**row, column: [self._copied(place, path) for path in entries]}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
     def _video(self, place: str, path: str) -> dict[str, Any]:
@@ -85,11 +93,24 @@ class _Writer:
             "seconds": [round(one.second, 3) for one in sampled],
         }
 
+    def _copied(self, place: str, path: str) -> str:
+        """A picture of the row, which lies beside ROWS."""
+        try:
+            content = read_bytes(self._reader.read(Cell(None, path), "the images"))
+        except (RowError, PictureError) as error:
+            raise UserError(f"{place}: {error}") from None
+        return self._put(content, plain_format(picture_header(content)[0]))
+
     def _saved(self, picture: Any) -> str:
         file = io.BytesIO()
         picture.save(file, format="PNG")
-        name = f"{MEDIA}/{hashlib.sha256(file.getvalue()).hexdigest()}.png"
-        (self._folder / name).write_bytes(file.getvalue())
+        return self._put(file.getvalue(), "PNG")
+
+    def _put(self, content: bytes, kind: str) -> str:
+        name = f"{MEDIA}/{media_file(hashlib.sha256(content).hexdigest(), kind)}"
+        file = self._folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
         return name
 
 

@@ -47,6 +47,7 @@ from zppo_protocol.values import (
     Reason,
     Role,
     Sampling,
+    Second,
     Text,
     Value,
 )
@@ -423,7 +424,7 @@ class HostReport(Message, frozen=True):
     actors: list[ActorReport]
     parts: list[FilePart]
     boot: BootName = ""
-    clock: Finite = 0.0
+    clock: Second = 0.0
 
 
 AnyMessage: TypeAlias = (

@@ -5,18 +5,21 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from zppo.config.topology import DataConfig
 from zppo.data.corpus import load_questions
 from zppo.data.pictures import read_picture
+from zppo.data.question import digest
 from zppo.sample_videos import main
-from zppo_protocol.values import VideoReference
+from zppo_protocol.values import VideoReference, pictures_of
 
 needs_av = pytest.mark.skipif(
     importlib.util.find_spec("av") is None,
@@ -163,3 +166,34 @@ def test_only_an_end_of_line_ends_a_row(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n")
     assert main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "made")]) == 0
     assert json.loads((tmp_path / "made/train.jsonl").read_text()) == row
+
+
+def test_pictures_of_a_row_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is read alone, wherever it lies."""
+    raw, out = tmp_path / "raw", tmp_path / "elsewhere" / "made"
+    (raw / "shots").mkdir(parents=True)
+    for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
+        Image.new("RGB", (40, 30), colour).save(raw / "shots" / name)
+    given = [
+        {**ROW, "images": ["shots/a.png", "shots/b.jpg"]},
+        {**ROW, "id": "b", "question": "?", "image": "shots/b.jpg"},
+    ]
+    assert main([str(rows(raw, *given)), "--out", str(out)]) == 0
+    before, after = (
+        load_questions(str(file), DataConfig(train=""), tmp_path).questions
+        for file in (raw / "rows.jsonl", out / "train.jsonl")
+    )
+    shutil.rmtree(raw)
+    assert digest(after) == digest(before)
+    assert [len(one.media) for one in after] == [2, 1]
+    for one in pictures_of(media for question in after for media in question.media):
+        assert read_picture(one).size == (40, 30) and out in Path(one.path).parents
+
+    capsys.readouterr()
+    (tmp_path / "secret.png").write_bytes(b"")
+    file = rows(tmp_path / "elsewhere", {**ROW, "images": "../secret.png"})
+    assert main([str(file), "--out", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"{file}:1: image '../secret.png' leads out of the folder {str(file.parent)!r}; expected "
+    )
+    assert not list(tmp_path.glob(".no*")) and not (tmp_path / "no").exists()

@@ -82,7 +82,7 @@ def keep(file: Path, content: bytes, sha256: str, aside: Path) -> None:
     try:
         aside.write_bytes(content)
         aside.replace(file)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         aside.unlink(missing_ok=True)
         raise
 
@@ -111,7 +111,11 @@ class PictureReader:
 
     def _at(self, path: str) -> PictureReference:
         full = self._named(Path(clean(path, "an image path")))
-        if not full.resolve().is_relative_to(self._folder.resolve()):
+        try:
+            real = full.resolve()
+        except RuntimeError:  # how Python up to 3.12 says it
+            raise RowError(f"image {path!r} is a link that leads to itself") from None
+        if not real.is_relative_to(self._folder.resolve()):
             raise RowError(
                 f"image {path!r} leads out of the folder {str(self._folder)!r}; expected a file in "
                 "it, or that data.media_folder names a folder that holds it"
@@ -150,6 +154,6 @@ class PictureReader:
         except OSError as error:
             raise UserError(
                 f"{self._folder / MEDIA}: cannot be written ({error.strerror}), and the pictures "
-                "inside the table become files there; make room for them, or name another folder "
-                "with data.media_folder"
+                "inside the table become files there; make room for them, name another folder with "
+                "data.media_folder, or copy the table to where there is room"
             ) from None

@@ -141,8 +141,9 @@ def _picture(part: dict[str, Any], name: str) -> Cell | None:
     held = {key: one for key, one in given.items() if picture_entries(one)}
     if not held:
         return None
-    cell = cell_of(held["image"] if set(held) == {"image"} else held)
-    if cell is None or not set(held) <= {"image", "path", "bytes"}:
+    alone = set(held) == {"image"}
+    cell = cell_of(held["image"] if alone else held)
+    if cell is None or not (alone or set(held) <= {"path", "bytes"}):
         raise RowError(
             f"{name} has a picture with {_named(held)}; expected {{type: image}} for the next "
             "picture of the row, or with its path or bytes"

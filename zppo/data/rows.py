@@ -22,7 +22,7 @@ from zppo.data.pictures import PixelBounds
 from zppo.data.question import Question
 from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
-from zppo.data.sources.layouts import Wanted, paths_of, settle, value_of
+from zppo.data.sources.layouts import Wanted, paths_of, picture_column, settle, value_of
 from zppo.data.text import RowError, as_text, bounded
 from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
@@ -73,7 +73,10 @@ class RowReader:
         answer = self._gold(row)
         cells = self._cells(row, inside)
         text = self._words(earlier, text, len(cells))
-        media: tuple[Media, ...] = (*self._shown(cells), *self._videos(row))
+        media: tuple[Media, ...] = (
+            *self._shown(cells, f"the images ({self._picture_column(row)!r})"),
+            *self._videos(row),
+        )
         grader = self._own_grader(row)
         for name in self._rules_of(grader):
             if not get_grader(name).usable(answer):
@@ -202,8 +205,8 @@ class RowReader:
     def _cells(self, row: Mapping[str, Any], inside: Sequence[Cell | None]) -> list[Cell]:
         """The pictures of a row, in order: those of its column, among which those of the last
         message have their places."""
-        name = f"the images ({self._columns['images']!r})"
-        value = value_of(row, self._columns["images"])
+        column = self._picture_column(row)
+        name, value = f"the images ({column!r})", value_of(row, column)
         own = [cell_of(entry) for entry in picture_entries(value)]
         found = [cell for cell in own if cell is not None]
         if len(found) != len(own):
@@ -221,8 +224,13 @@ class RowReader:
         following = iter(found)
         return [next(following) if cell is None else cell for cell in inside]
 
-    def _shown(self, cells: Sequence[Cell]) -> Iterator[PictureReference]:
-        name = f"the images ({self._columns['images']!r})"
+    def _picture_column(self, row: Mapping[str, Any]) -> str:
+        """Where this row has its pictures: rows of JSONL need not be alike, and the first may have
+        none."""
+        chosen = "images" in self._source.columns.chosen
+        return self._columns["images"] if chosen else picture_column(row)
+
+    def _shown(self, cells: Sequence[Cell], name: str) -> Iterator[PictureReference]:
         for cell in cells:
             yield self._pictures.read(cell, name)
 

@@ -25,10 +25,12 @@ from zppo.plan.processes import SPREAD, ProcessEntry, host_name, processes
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 """Names of hosts become names of files, arguments of commands and parts of dotted settings."""
-_DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_DOMAIN_NAME = re.compile(rf"(?=.{{1,253}}\Z)(?![._-]){_LABEL}(\.{_LABEL})*\.?")
+"""Python's resolver raises no OSError for a part that is empty or longer."""
+_RAY_ADDRESS = re.compile(r"auto|local|[A-Za-z0-9_.:\[\]][A-Za-z0-9_.:\[\]-]*:[0-9]{1,5}")
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,8}))?", re.ASCII)
 """A card has one name, so that names can be compared; `cuda` is that of `cuda:0`."""
-WILDCARDS = ("0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 
 
@@ -57,6 +59,41 @@ def bind_address(topology: Topology) -> str | None:
     facts = topology.cluster.hosts.get(host_name(topology, LOCALHOST))
     found = topology.transport.bind or (facts.address if facts else None)
     return found or (None if len(used_hosts(topology)) > 1 else LOOPBACK)
+
+
+def reached_at(topology: Topology) -> str | None:
+    """Where actors reach what listens at `bind_address`; None where the launcher finds that out."""
+    named = bind_address(topology)
+    if named is None or not _is_wildcard(named):
+        return named
+    facts = topology.cluster.hosts.get(host_name(topology, LOCALHOST))
+    found = facts.address if facts else None
+    return found or (None if len(used_hosts(topology)) > 1 else LOOPBACK)
+
+
+def check_reached(topology: Topology, named: str, address: str) -> None:
+    """Raise UserError if what listens at `named` is reached from its own host alone and other hosts
+    are to reach it. `address` is what the name stands for there, as far as that is known."""
+    others = [name for name in used_hosts(topology)[1:] if _is_elsewhere(topology, name, named)]
+    if not _is_loopback(address) or not others:
+        return
+    first = f"cluster.hosts.{host_name(topology, LOCALHOST)}.address"
+    where = "transport.bind" if named == topology.transport.bind else first
+    value = f"is {named!r}" + (f" ({address} there)" if address != named else "")
+    raise UserError(
+        f"{where} {value}, so {others[0]} cannot reach the controller; expected an address of the "
+        "first host under which the other hosts reach it"
+    )
+
+
+def _is_elsewhere(topology: Topology, host: str, named: str) -> bool:
+    """Whether a further host is another machine than the one that is `named`, as far as that is
+    known: hosts may share a machine where a layout is tried out."""
+    cluster = topology.cluster
+    address = cluster.hosts[host].address
+    if address is None:
+        return cluster.launcher == "render" or cluster.strategy == "STRICT_SPREAD"
+    return address != named and not _is_loopback(address)
 
 
 def cards_of(topology: Topology, host: str) -> int:
@@ -141,6 +178,13 @@ def _is_wildcard(address: str) -> bool:
         return ipaddress.ip_address(address).is_unspecified
     except ValueError:
         return False
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == LOCALHOST
 
 
 def _check_address(where: str, address: str) -> None:
@@ -289,10 +333,14 @@ def _check_cards(table: list[ProcessEntry]) -> None:
 
 
 def _check_strategy(topology: Topology, table: list[ProcessEntry]) -> None:
-    """Hosts that share nodes of a Ray cluster."""
+    """Which Ray cluster it is, and hosts that share its nodes."""
     cluster = topology.cluster
     if cluster.launcher != "ray":
         return
+    if not _RAY_ADDRESS.fullmatch(cluster.ray_address):
+        raise UserError(
+            f"cluster.ray_address is {cluster.ray_address!r}; expected auto, local or HOST:PORT"
+        )
     if cluster.strategy == "STRICT_SPREAD":
         if cluster.ray_address == RAY_HERE:
             raise UserError(
@@ -334,6 +382,8 @@ def _check_transport(topology: Topology) -> None:
                     f"cluster.hosts.{name}.address is missing; expected the IP address or name "
                     "under which the other hosts reach it"
                 )
+    if (reached := reached_at(topology)) is not None:
+        check_reached(topology, reached, reached)
 
 
 def _check_ports(topology: Topology) -> None:

@@ -3,8 +3,8 @@ their place on one timeline, whatever the wall clocks say: `timeline/clocks.json
 
 A host says what its clock shows when it sends a report, the supervisor reads its own when that
 comes; the least difference over all reports is that of the report that was fastest. So a host's
-spans are late by the shortest time that a report took, and by what the clocks have drifted since;
-never early. Clocks order nothing in a run: this is for those who look at it.
+spans are late by the shortest time that a report took at most, and early by what the clocks have
+drifted apart at most. Clocks order nothing in a run: this is for those who look at it.
 """
 
 from __future__ import annotations

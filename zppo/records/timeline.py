@@ -20,9 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from zppo.algorithm.window import COMPRESS, EVALUATE, SCORE, TEACHER, WRITE_HINT
 from zppo.config.topology import JUDGE
@@ -54,6 +55,9 @@ PARTS = ("proximal", "update")
 KINDS = (START, WAIT, "load", *JOBS, TRAIN, *PARTS, "publish", "save")
 LONGEST_NAME = 64
 """Characters of a task's id that a span keeps."""
+Clock: TypeAlias = Annotated[float, Meta(ge=-1e11, le=1e11)]
+Micros: TypeAlias = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+"""Further hosts write lines too: one beyond these bounds cannot be read."""
 
 
 class Life(Struct, frozen=True, tag="life", tag_field="type"):
@@ -65,8 +69,8 @@ class Life(Struct, frozen=True, tag="life", tag_field="type"):
     incarnation: int
     pid: int
     boot: str
-    monotonic: float
-    wall: float
+    monotonic: Clock
+    wall: Clock
 
 
 class Room(Struct, frozen=True, tag="room", tag_field="type"):
@@ -80,8 +84,8 @@ class Span(Struct, array_like=True, frozen=True):
     the run in a `Timeline`."""
 
     kind: str
-    begin: int
-    end: int
+    begin: Micros
+    end: Micros
     step: int = -1
     """Window of a job, step of a training, version of weights; -1: none."""
     what: str = ""
@@ -90,7 +94,7 @@ class Span(Struct, array_like=True, frozen=True):
     """Sequences of a job, responses graded, tokens trained; of merged ones the mean over time."""
     count: int = 1
     """How many were merged into it."""
-    busy: int = 0
+    busy: Micros = 0
     """Sum of their durations, in microseconds."""
 
 

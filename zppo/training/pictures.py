@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from zppo.data.pictures import read_picture
 from zppo.errors import UserError, first_line
 from zppo.prompting.picture_families import IdeficsPictures, PictureLayout
-from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
+from zppo.prompting.tokenization import PROCESSOR, load_picture_layout, load_tokenizer
 from zppo.training.head import trunk
 from zppo_protocol.values import Media, PictureReference, pictures_of
 
@@ -102,7 +102,8 @@ class Tower:
         except Exception as error:  # damaged files raise whatever the library's parsers can
             raise UserError(
                 f"{where}: {folder!r} has no processor of pictures that can be loaded "
-                f"({first_line(error)})"
+                f"({first_line(error)}); expected {PROCESSOR} as save_pretrained writes it, or, "
+                "for text alone, a folder without it"
             ) from error
         return cls(model, layout, processor, frozen)
 

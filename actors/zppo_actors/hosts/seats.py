@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """Hold the seats as `--seats JSON --wait SECONDS --address RAY --strategy NAME`; returns 0 when
     all agents have left, 1 when one is given up. Raises UserError where Ray cannot be had, or has
     no room."""
-    die_with_parent(signal.SIGKILL)
+    # Killed, it would leave helpers of a cluster of our own behind for a minute; Ray ends them.
+    die_with_parent(signal.SIGTERM)
     parser = argparse.ArgumentParser(prog="python -m zppo_actors seats")
     parser.add_argument("--seats", required=True)
     parser.add_argument("--wait", required=True, type=float)
@@ -242,6 +243,7 @@ class Agent:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         )
         last = ""
         assert agent.stdout is not None

@@ -106,13 +106,18 @@ class Child:
         return self.process.wait()
 
     @property
-    def verdict(self) -> str:
+    def ending(self) -> str:
         """How the process ended, in words."""
         if self.exit_code < 0:
             return f"{self.name} was killed by {name_of_signal(-self.exit_code)}"
         if self.exit_code == 0:
-            return f"{self.name} left without being told to"
+            return f"{self.name} left"
         return f"{self.name} ended with exit code {self.exit_code}"
+
+    @property
+    def verdict(self) -> str:
+        """How a process ended that nobody has told to, in words."""
+        return self.ending + (" without being told to" if self.exit_code == 0 else "")
 
     @property
     def key(self) -> tuple[str, int]:

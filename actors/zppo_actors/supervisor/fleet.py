@@ -38,6 +38,7 @@ SPARE_BEATS = 3
 """The supervisor waits so much longer than the agent before it takes a host for lost: the agent
 has heard it at most so much later than it was heard."""
 TICK_SECONDS = 0.05
+TURN_SECONDS = 1.0
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -59,6 +60,7 @@ class Fleet:
         self._lease_seconds = lease_seconds
         self._timelines = run_dir / TIMELINE
         self._clocks = Clocks(timeline.boot(), read_clocks(self._timelines))
+        self._clocks_told = True
         self._attempt = ""
         self._due = float("-inf")
         self.keeper: Child | None = None
@@ -67,19 +69,28 @@ class Fleet:
     # ---- hosts -----------------------------------------------------------------------------------
 
     def turn(self) -> list[str]:
-        """Hear what has come, say what is new; returns lines for the view."""
+        """Hear what has come, for `TURN_SECONDS` at most, say what is new; returns lines for the
+        view."""
         lines: list[str] = []
+        all_heard = self._listen(lines, time.monotonic() + TURN_SECONDS)
+        now = time.monotonic()
+        limit = self._lease_seconds + SPARE_BEATS * BEAT_SECONDS
+        for host in self._hosts.values():
+            if all_heard and host.silent_for(now) > limit:
+                lines += self._lose(host, f"{host.name} was not heard for {limit:g} s")
+        self._speak(now)
+        return lines
+
+    def _listen(self, lines: list[str], until: float) -> bool:
+        """Hear what has come; says whether that was all. A host that sends without end keeps the
+        supervisor from nothing else."""
         while (received := self._router.receive(0.0)) is not None:
             host = self._hosts.get(received[0])
             if host is not None:
                 lines += self._hear(host, received[1], time.monotonic())
-        now = time.monotonic()
-        limit = self._lease_seconds + SPARE_BEATS * BEAT_SECONDS
-        for host in self._hosts.values():
-            if host.silent_for(now) > limit:
-                lines += self._lose(host, f"{host.name} was not heard for {limit:g} s")
-        self._speak(now)
-        return lines
+            if time.monotonic() > until:
+                return False
+        return True
 
     def missing(self) -> dict[str, str]:
         """The hosts that are not there, and why, where that is known."""
@@ -98,7 +109,8 @@ class Fleet:
         if self.keeper is None or not self.keeper.ended:
             return None
         [last] = children.tail(self.keeper.log, lines=1) or [""]
-        if last.startswith("cluster."):
+        # A keeper that was killed has said nothing: the line is that of an earlier one.
+        if last.startswith("cluster.") and self.keeper.exit_code > 0:
             return last
         return (
             "cluster.launcher ray: the process that holds the hosts has lost Ray "
@@ -156,7 +168,9 @@ class Fleet:
                     self._files[host.name].take(part)
                 fresh = not host.ready
                 host.report(message, now)
-                self._set_clock(message, now)
+                # Where spans of this host belong.
+                if self._clocks.hear(message.boot, message.clock, now):
+                    self._clocks_told = False
                 return [f"{host.name} has joined"] if fresh else []
             case HostReport():
                 self._router.send(host.name, Rejected(reason=GREET_ANEW))
@@ -167,13 +181,13 @@ class Fleet:
                 log.warning("%s sent a %s", host.name, type(message).__name__)
         return []
 
-    def _set_clock(self, report: HostReport, now: float) -> None:
-        """Where spans of this host belong. A disk that does not take it costs their place."""
-        if self._clocks.hear(report.boot, report.clock, now):
-            try:
-                write_clocks(self._timelines, self._clocks.known)
-            except OSError as error:
-                log.warning("%s: cannot be written (%s)", self._timelines, error.strerror)
+    def _write_clocks(self) -> None:
+        """A disk that does not take it costs the place of spans."""
+        self._clocks_told = True
+        try:
+            write_clocks(self._timelines, self._clocks.known)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self._timelines, error.strerror)
 
     def _greet(self, host: RemoteHost, hello: HostHello, now: float) -> list[str]:
         problem = self._problem(host.name, hello)
@@ -221,6 +235,8 @@ class Fleet:
         due = now >= self._due
         if due:
             self._due = now + BEAT_SECONDS
+            if not self._clocks_told:
+                self._write_clocks()
         for name, host in self._hosts.items():
             if host.ready and (due or host.fresh):
                 self._router.send(name, host.orders(self._files[name].received))

@@ -10,6 +10,7 @@ import contextlib
 import platform
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -73,9 +74,7 @@ def gathered(
             fleet.keeper = taken_seats(run_dir, topology, key_folder)
         else:
             view.log(asking(further, key_folder, topology.cluster.join_seconds))
-        nameless = without_address(topology, further)
-        for name, why in nameless.items():
-            view.log(f"warning: {name}: {why}")
+        nameless = looked_up(topology, further)
         wait_for_all(fleet, topology.cluster.join_seconds, view, interrupts, nameless)
         yield fleet
     finally:
@@ -106,7 +105,7 @@ def taken_seats(run_dir: Path, topology: Topology, key_folder: Path) -> Child:
     ]
     options = ["--seats", msgspec.json.encode(seats).decode()]
     options += ["--wait", str(topology.cluster.join_seconds)]
-    options += ["--address", topology.cluster.ray_address]
+    options += [f"--address={topology.cluster.ray_address}"]
     options += ["--strategy", topology.cluster.strategy]
     return children.spawn(
         [sys.executable, "-P", "-m", "zppo_actors", "seats", *options],
@@ -135,15 +134,19 @@ def wait_for_all(
     interrupts: Interrupts,
     known: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Until every host is there. Raises UserError after `seconds`, with what is `known` of those
-    that are missing, or when the process that holds their seats has ended; Interrupted on
-    Ctrl-C."""
+    """Until every host is there. What is `known` of those that are missing, meanwhile too, is said
+    once. Raises UserError after `seconds`, with it, or when the process that holds their seats has
+    ended; Interrupted on Ctrl-C."""
+    said: set[str] = set()
     deadline = time.monotonic() + seconds + (RAY_SPARE_SECONDS if fleet.keeper is not None else 0.0)
     while missing := fleet.missing():
         if (sentence := fleet.given_up()) is not None:
             raise UserError(sentence)
         for line in fleet.turn():
             view.log(line)
+        for name in [name for name in list(known) if name not in said]:
+            said.add(name)
+            view.log(f"warning: {name}: {known[name]}")
         if interrupts.count:
             raise Interrupted
         if time.monotonic() > deadline:
@@ -156,10 +159,21 @@ def wait_for_all(
         time.sleep(TICK_SECONDS)
 
 
-def without_address(topology: Topology, hosts: Iterable[str]) -> dict[str, str]:
-    """The hosts whose address names nothing here, and the words for it. They are waited for all the
-    same: the name of a host that is only being started comes with it, as in Kubernetes."""
-    found = {}
+def looked_up(topology: Topology, hosts: Iterable[str]) -> Mapping[str, str]:
+    """The hosts whose address names nothing here, and the words for it; it is filled meanwhile,
+    because a resolver that does not answer takes its time for each name."""
+    found: dict[str, str] = {}
+    arguments = (topology, tuple(hosts), found)
+    threading.Thread(target=_look_up, args=arguments, name="addresses", daemon=True).start()
+    return found
+
+
+def _look_up(topology: Topology, hosts: Iterable[str], found: dict[str, str]) -> None:
+    """Look the addresses up one by one. The hosts are waited for all the same: the name of a host
+    that is only being started comes with it, as in Kubernetes.
+
+    consumes: the topology. produces: entries of `found`. waits for: the resolver. is unblocked by:
+    its answers; the end of the process does not wait for it."""
     for host in hosts:
         address = topology.cluster.hosts[host].address
         try:
@@ -167,7 +181,6 @@ def without_address(topology: Topology, hosts: Iterable[str]) -> dict[str, str]:
                 socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
         except OSError as error:
             found[host] = f"its address {address!r} names no host here: {error.strerror}"
-    return found
 
 
 def asking(hosts: list[str], key_folder: Path, seconds: float) -> str:

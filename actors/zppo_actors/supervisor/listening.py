@@ -11,7 +11,7 @@ from pathlib import Path
 from zppo.config.cluster import LOCALHOST
 from zppo.config.topology import Topology
 from zppo.errors import UserError
-from zppo.plan.placement import LOOPBACK, WILDCARDS, bind_address, transport_kind
+from zppo.plan.placement import bind_address, check_reached, reached_at, transport_kind
 from zppo.plan.processes import host_name
 from zppo.records.run_directory import SOCKET_NAME
 from zppo_protocol.addresses import TCP, tcp_address
@@ -44,19 +44,16 @@ def listening(topology: Topology, folder: Path) -> tuple[str, str]:
 def over_tcp(topology: Topology, setting: str, port: int | None) -> tuple[str, str]:
     """The addresses of a port of this host, `port` or any free one. One that listens on every
     interface is reached by the host's own address, or by loopback where it has none."""
-    named = bind_address(topology)
-    if named is None:
+    named, reached = bind_address(topology), reached_at(topology)
+    if named is None or reached is None:
         first = host_name(topology, LOCALHOST)
         raise UserError(
             f"cluster.hosts.{first}.address is missing; expected the address of this host under "
             "which the other hosts reach it"
         )
     host = numeric(named)
+    check_reached(topology, reached, host if reached == named else reached)
     port = port_of(host, port, setting)
-    facts = topology.cluster.hosts.get(host_name(topology, LOCALHOST))
-    reached = named
-    if host in WILDCARDS:
-        reached = (facts.address if facts else None) or LOOPBACK
     return tcp_address(host, port), tcp_address(reached, port)
 
 

@@ -372,7 +372,7 @@ class RunAttempt:
             child.kill()  # what the process itself had spawned
             log.info(
                 "%s (incarnation %d, exit code %d)",
-                child.verdict,
+                child.ending,
                 child.incarnation,
                 child.exit_code,
             )

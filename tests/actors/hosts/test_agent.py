@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,9 +36,9 @@ from zppo_actors.supervisor.gathering import (
     LIMITS,
     ROLE,
     Interrupted,
+    looked_up,
     versions,
     wait_for_all,
-    without_address,
 )
 from zppo_protocol import keys
 from zppo_protocol.keys import SecretKey
@@ -378,7 +380,9 @@ def test_the_runtime_folder_of_a_host_is_one_that_a_sweep_knows(stage: Stage) ->
     assert os.stat(folder).st_mode & 0o777 == 0o700
 
 
-def test_hosts_that_do_not_join_are_named_and_ctrl_c_ends_the_wait(stage: Stage) -> None:
+def test_hosts_that_do_not_join_are_named_and_ctrl_c_ends_the_wait(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage.open()
     with pytest.raises(UserError) as caught:
         wait_for_all(stage.fleet, 0.1, Lines(), Interrupts())
@@ -392,13 +396,23 @@ def test_hosts_that_do_not_join_are_named_and_ctrl_c_ends_the_wait(stage: Stage)
         student=StudentConfig(model="unused"),
         cluster=ClusterConfig(hosts=facts),
     )
-    nameless = without_address(topology, facts)
-    assert nameless.keys() == {HOST}
+    nameless, view = looked_up(topology, facts), Lines()
+    stage.until(lambda: HOST in nameless)
     with pytest.raises(UserError) as caught:
-        wait_for_all(stage.fleet, 0.1, Lines(), Interrupts(), nameless)
-    assert str(caught.value).startswith(
-        "cluster.hosts: node-1 (its address 'no-such.invalid' names no host here: "
-    )
+        wait_for_all(stage.fleet, 0.1, view, Interrupts(), nameless)
+    why = "its address 'no-such.invalid' names no host here: "
+    assert str(caught.value).startswith(f"cluster.hosts: node-1 ({why}")
+    [warning] = view.lines
+    assert warning.startswith(f"warning: node-1: {why}")
+    answer = threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        answer.wait(PATIENCE_SECONDS)
+        raise OSError(0, "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    assert looked_up(topology, facts) == {}  # whoever asks does not wait for the resolver
+    answer.set()
     interrupts = Interrupts()
     interrupts.count = 1
     with pytest.raises(Interrupted):

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from wires import free_port
 
 from zppo.config.cluster import ClusterConfig, HostConfig, TransportConfig
-from zppo.config.topology import DataConfig, StudentConfig, Topology
+from zppo.config.topology import ActorConfig, ActorsConfig, DataConfig, StudentConfig, Topology
 from zppo.errors import UserError
 from zppo_actors.supervisor.listening import MOST_FILES, listening, raise_file_limit
 from zppo_protocol.addresses import tcp_endpoint
@@ -71,6 +72,22 @@ def test_an_address_of_another_host() -> None:
         "the controller cannot listen at '192.0.2.1', which is no address of this host (Cannot "
         "assign requested address); expected one in transport.bind, or as the address of the first "
         "of cluster.hosts"
+    )
+
+
+def test_a_name_that_stands_for_this_host_alone() -> None:
+    """As Debian has the name of a host in /etc/hosts."""
+
+    def two(other: str) -> Topology:
+        hosts = {"n0": HostConfig(address="localhost"), "n1": HostConfig(address=other)}
+        actors = ActorsConfig(rollout=ActorConfig(hosts=["n1"]))
+        return structs.replace(topology(), cluster=ClusterConfig(hosts=hosts), actors=actors)
+
+    assert listening(two("127.0.0.2"), FOLDER)[1].startswith("tcp://localhost:")
+    # What stands for an address is known only where it is looked up.
+    assert refusal(two("192.0.2.1")) == (
+        "cluster.hosts.n0.address is 'localhost' (127.0.0.1 there), so n1 cannot reach the "
+        "controller; expected an address of the first host under which the other hosts reach it"
     )
 
 

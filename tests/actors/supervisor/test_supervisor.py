@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -29,11 +31,15 @@ from zppo.plan.processes import ProcessEntry
 from zppo.records import checkpoint, run_directory
 from zppo.signals import Interrupts
 from zppo_actors import runtime
-from zppo_actors.supervisor import run_attempt, watchdog
+from zppo_actors.supervisor import children, run_attempt, watchdog
 from zppo_actors.supervisor import supervisor as supervisor_module
+from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.gathering import LIMITS
 from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
+from zppo_protocol import keys
 from zppo_protocol.messages import RunEnded
+from zppo_protocol.sockets import Router
 
 PATIENCE_SECONDS = 30.0
 pytestmark = pytest.mark.slow
@@ -168,6 +174,30 @@ def test_nothing_is_restarted_once_the_run_stops(
     assert started.count("rollout-0") == 1
 
 
+def test_a_run_whose_hosts_cannot_come_back_saves_and_ends(tmp_path: Path) -> None:
+    """The process by which Ray holds the hosts gives one up while all else is well."""
+    sockets = tmp_path / "sockets"
+    sockets.mkdir(mode=0o700)
+    path, view = make_run(tmp_path / "run", {}, run=3), Lines()
+    sentence = "cluster.launcher ray: n1 is given up after 5 seats"
+    access, _ = keys.issue(f"ipc://{sockets / 'hosts.sock'}", {})
+    with contextlib.closing(Router(access, LIMITS)) as router:
+        fleet = Fleet(router, {}, {}, path, 20.0)
+        fleet.keeper = children.spawn(
+            [sys.executable, "-c", f"print({sentence!r}); exit(1)"],
+            name="ray",
+            role="ray",
+            incarnation=0,
+            log=path / "logs" / "ray.log",
+            env={},
+            inherited=(),
+        )
+        end = supervise(path, view, Interrupts(), stub_command, fleet)
+    assert (end.verdict, end.exit_code) == (sentence, 1)
+    assert f"{sentence}; ending the run" in view.lines
+    assert f"stop: {sentence}" in (path / "heard.txt").read_text().splitlines()
+
+
 def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
     started: list[str] = []
     path = make_run(tmp_path / "run", {})
@@ -246,6 +276,18 @@ def test_actor_that_leaves_unasked_is_restarted(
     end, heard, _ = live(tmp_path / "run", script)
     assert end.exit_code == 0
     assert "exited rollout-0 0 True: rollout-0 left without being told to" in heard
+
+
+def test_log_says_of_nobody_that_it_was_not_told_to_leave(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log is written before it is known who was."""
+    caplog.set_level(logging.INFO, "zppo.supervisor")
+    end, _, _ = live(tmp_path / "run", {"controller": ["finish when rollout-0 0"]})
+    assert end.exit_code == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert "rollout-0 left (incarnation 0, exit code 0)" in said
+    assert not any("without being told to" in line for line in said)
 
 
 def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:

@@ -47,7 +47,12 @@ def _group(tokens: int) -> TrainGroup:
 
 def test_every_order_is_heard_as_it_was_told(tmp_path: Path) -> None:
     command = [sys.executable, "-P", __file__, str(tmp_path / "store")]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     ended = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )

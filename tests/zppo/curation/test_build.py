@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,7 +168,32 @@ def test_a_build_that_is_stopped_goes_on(tmp_path: Path) -> None:
         if number == signal.SIGINT:
             assert said.endswith(f"what was done is kept in {out}: the same command goes on\n")
     assert stopped >= 3 and begun == {f"{out}: begun\n", f"{out}: goes on"}
+    assert main(arguments(folder)) == 0  # the last one may have been stopped while it tidied up
     assert bytes_of(out, report=True) == bytes_of(folder / "whole", report=True)
+
+
+def test_a_build_that_is_stopped_while_it_tidies_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corpus is whole then, and the same command removes what is left of the work."""
+
+    def stopped(folder: Path, ignore_errors: bool = False) -> None:
+        (folder / "lock").unlink()
+        raise KeyboardInterrupt
+
+    whole = bytes_of(made(tmp_path / "whole", rows_of_everything(), "parquet"), report=True)
+    folder = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("zppo.curation.folder.shutil.rmtree", stopped)
+        assert main(arguments(folder)) == 130
+    out = folder / "out"
+    assert (out / "corpus.json").is_file() and (out / ".build" / "ledger.sqlite").is_file()
+    assert main(arguments(folder)) == 0
+    assert capsys.readouterr().err.endswith("nothing to do\n")
+    there = bytes_of(out)
+    assert there == {name: sha for name, sha in whole.items() if not name.startswith("report")}
 
 
 def test_two_builds_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

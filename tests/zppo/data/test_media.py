@@ -168,8 +168,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         load(tmp_path, {**ROW, "image": cell(RED)})
     assert str(error.value) == (
         f"{tmp_path / 'media'}: cannot be written (Not a directory), and the pictures inside the "
-        "table become files there; make room for them, or name another folder with "
-        "data.media_folder"
+        "table become files there; make room for them, name another folder with "
+        "data.media_folder, or copy the table to where there is room"
     )
 
 
@@ -196,6 +196,40 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_cells_that_are_no_pictures(tmp_path: Path, value: Any, why: str) -> None:
     assert reason(tmp_path, {**ROW, "image": value}) == why
     assert not (tmp_path / "media" / sha(b"")[:2]).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_stops_a_write_leaves_nothing_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def stopped(self: Path, target: Path) -> None:
+        assert self.read_bytes() == RED
+        raise error
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        load(tmp_path, {**ROW, "image": cell(RED)})
+    assert [one for one in (tmp_path / "media").rglob("*") if one.is_file()] == []
+
+
+@pytest.mark.parametrize("first", [{}, {"images": "red.png"}])
+def test_each_row_of_lines_has_its_picture_where_it_has_it(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    rows = [{**ROW, **first}, {**ROW, "id": "b", "question": "?", "image": "red.png"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read(tmp_path / "train.jsonl").questions
+    assert [len(one.media) for one in questions] == [len(first), 1]
+
+
+def test_a_path_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    why = reason(tmp_path, {**ROW, "images": "loop.png"})
+    assert why in (  # Python up to 3.12, and later
+        "image 'loop.png' is a link that leads to itself",
+        "image 'loop.png' does not exist",
+    )
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -257,6 +291,11 @@ EARLY = [{"role": "user", "content": [HERE, WORDS]}, {"role": "assistant", "cont
             asked({"type": "image", "url": "https://a.b/c.png"}, WORDS),
             "message 1 of the question ('prompt') has a picture with 'url'; expected {type: image} "
             "for the next picture of the row, or with its path or bytes",
+        ),
+        (
+            asked({"type": "image", "image": cell(RED), "path": "red.png"}, WORDS),
+            "message 1 of the question ('prompt') has a picture with 'image' and 'path'; expected "
+            "{type: image} for the next picture of the row, or with its path or bytes",
         ),
         (
             {

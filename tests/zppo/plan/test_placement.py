@@ -257,6 +257,25 @@ REFUSALS = [
         {"transport": {"bind": "10.0.0.1"}},
         "transport.bind is '10.0.0.1'; expected null, or kind tcp beside it",
     ),
+    (
+        {
+            "cluster": {"hosts": TWO},
+            "actors": {"rollout": {"hosts": ["n1"]}},
+            "transport": {"bind": "127.0.0.1"},
+        },
+        "transport.bind is '127.0.0.1', so n1 cannot reach the controller; expected an address of "
+        "the first host under which the other hosts reach it",
+    ),
+    (
+        {"cluster": {"hosts": {"n0": {"address": "node..1x"}}}},
+        "cluster.hosts.n0.address is 'node..1x'; expected an IP address or the name of a host, "
+        "without a port",
+    ),
+    (
+        {"cluster": {"hosts": {"n0": {"address": "n" * 64}}}},
+        f"cluster.hosts.n0.address is '{'n' * 64}'; expected an IP address or the name of a host, "
+        "without a port",
+    ),
     ({"transport": {"port": 5}}, "transport.port is 5; expected null, or kind tcp beside it"),
     (
         {"transport": {"kind": "tcp", "bind": "tcp://x"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from zppo.records import clocks
 from zppo.records.clocks import Clocks, Other, read_clocks, write_clocks
 from zppo.records.timeline import Life, Span, encoded, read_timeline
+from zppo_protocol.messages import HostReport
 
 DAY = 86_400.0
 
@@ -66,3 +68,34 @@ def test_spans_of_a_host_whose_wall_clock_is_wrong(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_tells_nothing(tmp_path: Path, data: bytes) -> None:
     (tmp_path / clocks.CLOCKS).write_bytes(data)
     assert read_clocks(tmp_path) == {}
+
+
+NEAR = Life("r", "trainer", 0, 1, "ours", 100.0, 50_000.0)
+FAR = Life("r", "rollout-0", 0, 1, "theirs", 100.0, 50_000.0)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        encoded([msgspec.structs.replace(FAR, monotonic=1e305)]),
+        encoded([msgspec.structs.replace(FAR, wall=1.7e308)]),
+        encoded([FAR]) + b'["sample",1,' + b"9" * 400 + b"]\n",
+    ],
+)
+def test_what_a_host_writes_cannot_stretch_the_timeline_beyond_all_bounds(
+    tmp_path: Path, lines: bytes
+) -> None:
+    """Otherwise the report of the whole run fails."""
+    folder = tmp_path / "timeline"
+    folder.mkdir()
+    (folder / "trainer.jsonl").write_bytes(encoded([NEAR, Span("train", 0, 1_000_000)]))
+    (folder / "rollout-0.jsonl").write_bytes(lines)
+    found = read_timeline(tmp_path)
+    assert found is not None and (found.unreadable, found.seconds) == (1, 1.0)
+
+
+@pytest.mark.parametrize("clock", [float("nan"), float("inf"), 1e300, -1.0])
+def test_a_clock_that_no_host_has_is_no_report(clock: float) -> None:
+    said = msgspec.to_builtins(HostReport(attempt="", actors=[], parts=[], clock=clock))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(said, HostReport)

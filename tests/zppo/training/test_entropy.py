@@ -52,7 +52,7 @@ def test_an_update_applies_the_state_before_it_and_measures_all_its_tokens(
     trainer.entropy = EntropyState(coefficient=0.07, entropy=entropy)
     bare, bonus = (method(updates_per_step=1, entropy_coefficient=c) for c in (0.0, applied))
     metrics = train_step(trainer, task)
-    plain = train_step(trainer_of(llama(), **settings_of(bare)), task)
+    plain = train_step(trainer_of(llama(), **settings_of(bare), measured_rollouts="all"), task)
     other = train_step(trainer_of(llama(), **settings_of(bonus)), task)
     assert metrics["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert (metrics["loss"] == pytest.approx(plain["loss"], rel=1e-6)) == (applied == 0.0)

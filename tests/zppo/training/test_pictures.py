@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from zppo.config.topology import (
     Topology,
 )
 from zppo.data.pictures import read_picture
+from zppo.errors import UserError
 from zppo.training.batch import Rollouts, assemble
+from zppo.training.pictures import Tower
 from zppo.training.policy import Policy
 from zppo.training.state import load_reference, load_teacher
 from zppo.training.step import train_step
@@ -199,3 +202,21 @@ def test_rows_of_one_prompt_go_through_a_trained_tower_once(folder: Path, tmp_pa
         (tower.features([seen]) * part_n1).sum().backward()
     torch.testing.assert_close(together, weight.grad)
     assert passes == [1] * 4 and bool(together.any())
+
+
+def test_a_processor_that_cannot_be_loaded(folder: Path) -> None:
+    """Nothing tells the model's processes that a run has no pictures, so it stops that one too: the
+    way out is in the sentence, and works."""
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "image_processor_type": "NoSuchProcessor"}))
+    with pytest.raises(UserError) as refused:
+        Tower.of(None, str(folder), "student.model")
+    begin, end = (
+        f"student.model: {str(folder)!r} has no processor of pictures that can be loaded (",
+        "); expected preprocessor_config.json as save_pretrained writes it, or, for text alone, a "
+        "folder without it",
+    )
+    assert str(refused.value).startswith(begin) and str(refused.value).endswith(end)
+    file.unlink()
+    assert Tower.of(None, str(folder), "student.model") is None

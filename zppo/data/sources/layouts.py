@@ -92,17 +92,23 @@ def settle(wanted: Wanted, present: Collection[str]) -> Columns:
     # Without a gold answer nothing tells layouts of one question column apart: the last is plain.
     less = [one for one in LAYOUTS if _fits(one, ("question",), wanted.fields, present)][::-1]
     layout = next(iter([*fits, *less]), OWN)
-    pictures = OWN_COLUMNS["images"]
-    if pictures not in present and ONE_IMAGE in present:
-        pictures = ONE_IMAGE
     return Columns(
-        names=OWN_COLUMNS | {"images": pictures} | layout.columns | dict(wanted.fields),
+        names=OWN_COLUMNS
+        | {"images": picture_column(present)}
+        | layout.columns
+        | dict(wanted.fields),
         chosen=frozenset(wanted.fields),
         layout=layout,
         every=wanted.every,
         optional=wanted.optional,
         fits=bool(fits),
     )
+
+
+def picture_column(present: Collection[str]) -> str:
+    """Where a source, or a row, that has the columns `present` has its pictures."""
+    pictures = OWN_COLUMNS["images"]
+    return ONE_IMAGE if pictures not in present and ONE_IMAGE in present else pictures
 
 
 def _fits(

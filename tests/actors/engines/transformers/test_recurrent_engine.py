@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers_helpers import build, run, sample
 
 from zppo.plan.architecture import attending_layers, state_numbers
+from zppo.prompting.picture_families import unsampled_ids
 from zppo_actors.engines.sequences import Running
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers import decoder
@@ -181,6 +182,7 @@ def continued_log_probs(old: Any, new: Any, group: GroupSamples) -> np.ndarray:
     """Log-probs [T] where each sequence goes on under `new` with what `old` has left in the cache
     of transformers itself."""
     parts, before = [], np.array(versions(group))
+    unsampled = list(unsampled_ids(old.config.to_dict()))
     for tokens, of_version in zip(
         completions(group), np.split(before, group.offsets[1:-1]), strict=True
     ):
@@ -193,7 +195,9 @@ def continued_log_probs(old: Any, new: Any, group: GroupSamples) -> np.ndarray:
             model = new if version > 0 else old
             output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             logits.append(output.logits[0, -1])
-        log_probs = torch.stack(logits).log_softmax(-1)
+        logits_TV = torch.stack(logits)
+        logits_TV[:, unsampled] = -torch.inf
+        log_probs = logits_TV.log_softmax(-1)
         parts.append(log_probs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy())
     return np.concatenate(parts)
 
