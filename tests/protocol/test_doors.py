@@ -40,19 +40,6 @@ def tcp() -> Wire:
     return Wire(f"tcp://127.0.0.1:{free_port()}")
 
 
-@pytest.fixture
-def opened() -> Iterator[Callable[[Any], Any]]:
-    things: list[Any] = []
-
-    def register(thing: Any) -> Any:
-        things.append(thing)
-        return thing
-
-    yield register
-    for thing in reversed(things):
-        thing.close()
-
-
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():

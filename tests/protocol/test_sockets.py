@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,6 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
 def unix() -> Iterator[Wire]:
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
         yield Wire.of("ipc", Path(folder))
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[[Any], Any]]:
-    """Register a socket (or process) to be closed at the end, so that a failing test leaves nothing
-    behind."""
-    things: list[Any] = []
-
-    def register(thing: Any) -> Any:
-        things.append(thing)
-        return thing
-
-    yield register
-    for thing in reversed(things):
-        thing.close()
 
 
 class Peer:

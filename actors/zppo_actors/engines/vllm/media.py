@@ -14,19 +14,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig
 
 from zppo.data.pictures import PictureError, read_picture
 from zppo.errors import UserError
 from zppo.prompting.content import messages_in_parts
-from zppo.prompting.tokenization import encode_start
+from zppo.prompting.tokenization import encode_start, takes_parts
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_protocol.values import Media, Prompt, pictures_of
 
-PROBE = "probe"
 MARKS = ("image_token_id", "image_token_index")
 """Where configurations keep the id of the token that stands for (a part of) a picture."""
 
@@ -44,7 +42,7 @@ class PictureTokenizer(PromptTokenizer):
         """Raises UserError if the tokenizer has no chat template that takes messages of several
         parts."""
         super().__init__(folder, where)
-        if not _takes_parts(self._tokenizer):
+        if not takes_parts(self._tokenizer):
             raise UserError(
                 f"{where}: the model {folder!r} takes pictures, but its tokenizer has no chat "
                 "template that takes messages of text and pictures"
@@ -90,17 +88,3 @@ def media_tokens(media: Sequence[Media], pictures: Sequence[int]) -> list[int]:
     """Tokens of each picture or video, from those of all `pictures` and frames in their order."""
     left = iter(pictures)
     return [sum(itertools.islice(left, len(list(pictures_of([one]))))) for one in media]
-
-
-def _takes_parts(tokenizer: Any) -> bool:
-    """Whether the chat template shows the text of a part, and not the part itself as Python prints
-    it."""
-    parts = [{"type": "text", "text": PROBE}]
-    messages = [{"role": "user", "content": parts}]
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-    except (TemplateError, ValueError, TypeError):
-        return False
-    return PROBE in text and "'type'" not in text
