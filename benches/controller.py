@@ -6,8 +6,8 @@
 The controller gets frames and makes frames as it would for its socket, scheduler, journal, metrics
 and all; engines, graders and the trainer are scripted, and what their scripts take is not counted.
 A group is sampled in one answer of `--group` responses of `--tokens` tokens, graded, and trained.
-Once the rollout store is off and once it writes, on its thread, whose time counts. Times are
-processor times of all threads.
+Once the rollout store is off and once it writes, on its thread, whose time counts; that pyarrow is
+imported, once in a run, does not. Times are processor times of all threads.
 
 Every turn the engines answer all that they have. The credits of a turn come in one message an
 engine; with `--single-credits` they come one by one, as from sequences that end far apart.
@@ -25,10 +25,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import pyarrow.parquet  # noqa: F401  (not at the first file that is written)
 from safetensors.numpy import save_file
 
 from zppo.config.topology import Topology
@@ -208,8 +209,17 @@ def settings_of(folder: Path, options: argparse.Namespace, rollouts: bool) -> To
     return msgspec.convert(raw, Topology)
 
 
-def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> tuple[float, Counter[str]]:
-    """Of the controller alone, and the messages that it got, by type."""
+class Found(NamedTuple):
+    """Seconds of the controller alone for a group, those of the end of each step, of these in the
+    scheduler, and the messages that it got, by type."""
+
+    per_group: float
+    step_ends: list[float]
+    scheduled: list[float]
+    received: Counter[str]
+
+
+def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> Found:
     with tempfile.TemporaryDirectory(prefix="zp-") as name:
         folder = Path(name)
         settings = settings_of(folder, options, rollouts)
@@ -222,6 +232,7 @@ def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> tuple[floa
         table = processes(settings, cores())
         wire.roles = {entry.name: entry.role for entry in table} | {"supervisor": "supervisor"}
         controller = Controller(context, wire)  # type: ignore[arg-type]
+        ends = [timed(owner, "_step_trained") for owner in (controller, controller.scheduler)]
         script = Script(wire, context.run_dir, options.tokens, options.single_credits)
         script.greet(settings)
         collect_less()
@@ -232,7 +243,27 @@ def seconds_per_group(options: argparse.Namespace, rollouts: bool) -> tuple[floa
         controller.background.close()
         seconds = time.process_time() - begin - script.seconds
         controller.recorder.close("measured")
-        return seconds / script.groups, wire.received
+        return Found(seconds / script.groups, *ends, wire.received)
+
+
+def timed(owner: object, name: str) -> list[float]:
+    """Processor seconds of each call of a method, in a list that grows."""
+    seconds: list[float] = []
+    method = getattr(owner, name)
+
+    def timing(*arguments: Any) -> Any:
+        begin = time.thread_time()
+        try:
+            return method(*arguments)
+        finally:
+            seconds.append(time.thread_time() - begin)
+
+    setattr(owner, name, timing)
+    return seconds
+
+
+def milliseconds(seconds: list[float]) -> str:
+    return " · ".join(f"{1e3 * one:.1f}" for one in seconds)
 
 
 def profiled(work: Callable[[], Any], path: Path | None) -> Any:
@@ -257,11 +288,15 @@ def main() -> None:
     options = parser.parse_args()
     for rollouts in (False, True):
         work = functools.partial(seconds_per_group, options, rollouts)
-        seconds, received = profiled(work, options.profile)
+        found = profiled(work, options.profile)
         what = "with the rollout store" if rollouts else "without the rollout store"
-        print(f"{what}: {1 / seconds:,.0f} groups a second, {1e6 * seconds:.0f} µs a group")
+        print(
+            f"{what}: {1 / found.per_group:,.0f} groups a second, {1e6 * found.per_group:.0f} µs a "
+            f"group; the end of each step takes {milliseconds(found.step_ends)} ms, of these the "
+            f"scheduler {milliseconds(found.scheduled)}"
+        )
         if not rollouts:
-            print(", ".join(f"{count:,} {name}" for name, count in received.most_common(6)))
+            print(", ".join(f"{count:,} {name}" for name, count in found.received.most_common(6)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from zppo.data.question import Question
 from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
 from zppo.prompting.prompts import PromptSet
-from zppo_actors.supervisor.run_attempt import KEEP_MEMORY
+from zppo_actors.supervisor.environment import KEEP_MEMORY
 from zppo_actors.supervisor.vitals import children_by_parent, usage
 
 TRL_SIDE = Path(__file__).with_name("trl_grpo.py")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import math
 import random
@@ -33,6 +32,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from made_up_run import FakeRun
 from worlds import Fake, World, questions, topology
 
 from zppo.algorithm.replay_buffer import ReplayBuffer
@@ -40,8 +40,10 @@ from zppo.config.topology import DataConfig
 from zppo.data.corpus import load_questions
 from zppo.data.cursor import CorpusCursor, CursorState
 from zppo.data.question import Question
+from zppo.report.browser import browser_data
 from zppo.report.load import load_run
 from zppo.scheduling import events
+from zppo.suites.intervals import paired
 from zppo.training.batch import assemble
 from zppo.training.layout import micro_batches
 from zppo_protocol.codec import decode, encode
@@ -179,20 +181,11 @@ def cursor(rows: int) -> Work:
     return work
 
 
-def made_up_run() -> Any:
-    """The class `FakeRun` of the tests of reports, which writes what a run leaves."""
-    spec = importlib.util.spec_from_file_location("made_up", ROOT / "tests/zppo/conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.FakeRun
-
-
 def records(steps: int) -> Work:
     folder = Path(tempfile.mkdtemp())
 
     def work() -> None:
-        made_up_run()(folder / "run").write(steps)
+        FakeRun(folder / "run").write(steps)
         shutil.rmtree(folder)
 
     return work
@@ -200,13 +193,31 @@ def records(steps: int) -> Work:
 
 def report(steps: int) -> Work:
     folder = Path(tempfile.mkdtemp())
-    made_up_run()(folder / "run").write(steps)
+    FakeRun(folder / "run").write(steps)
 
     def work() -> None:
         load_run(folder / "run")
         shutil.rmtree(folder)
 
     return work
+
+
+def report_questions(steps: int) -> Work:
+    """The part of the page that reads the rollout store."""
+    folder = Path(tempfile.mkdtemp())
+    run = load_run(FakeRun(folder / "run").write(steps))
+
+    def work() -> None:
+        browser_data(run)
+        shutil.rmtree(folder)
+
+    return work
+
+
+def differences(count: int) -> Work:
+    """Two models compared on questions whose scores are all different."""
+    values = np.random.default_rng(0).uniform(-1, 1, count).tolist()
+    return lambda: paired([values])
 
 
 CASES = (
@@ -220,10 +231,12 @@ CASES = (
     Case("scheduler: a whole run", "steps", (4, 8, 64), lambda n: scheduler(4, n)),
     Case("replay buffer: 100 windows", "entries", (10**3, 10**4, 10**5, 10**6), buffer),
     Case("replay buffer: its state saved", "entries", (10**3, 10**4, 10**5, 10**6), saved_buffer),
-    Case("corpus: read and checked", "rows", (10**3, 4 * 10**3, 10**5, 10**6), corpus),
+    Case("corpus: read and checked", "rows", (10**3, 4 * 10**3, 10**5), corpus),
     Case("cursor: 100 windows", "rows", (10**4, 10**5, 10**6), cursor),
     Case("journal, metrics, rollout store", "steps", (8, 16, 128), records),
     Case("report: a run read", "steps", (8, 16, 128), report),
+    Case("report: the questions of the page", "steps", (8, 16, 128), report_questions),
+    Case("suites: a paired difference", "questions", (500, 2000, 20_000), differences),
 )  # fmt: skip
 
 

@@ -124,9 +124,8 @@ class Watched:
         outputs = self.trainer.policy.outputs
 
         def counted(batch: Any) -> torch.Tensor:
-            real = len(batch.rows_R) - len(batch.sequences_S) + self._prompts(batch)
             self.positions += batch.input_ids_BL.numel()
-            self.padding += batch.input_ids_BL.numel() - real
+            self.padding += batch.input_ids_BL.numel() - self._real(batch)
             return outputs(batch)
 
         self.trainer.policy.outputs = counted  # type: ignore[method-assign]
@@ -143,11 +142,12 @@ class Watched:
             "padding": self.padding / max(1, self.positions),
         }
 
-    def _prompts(self, batch: Any) -> int:
-        """Positions of prompts: a row's first rollout brings its own."""
-        if batch.segments_BL is not None:
-            return int((batch.segments_BL == 0).sum())
-        return int(self.prompts_S[batch.sequences_S.numpy()].sum())
+    def _real(self, batch: Any) -> int:
+        """Positions that hold a token: all of a row see its first."""
+        if batch.ends_BL is not None:
+            return int(batch.ends_BL[:, 0].sum())
+        prompts = int(self.prompts_S[batch.sequences_S.numpy()].sum())
+        return prompts + len(batch.rows_R) - len(batch.sequences_S)
 
 
 def measure(topology: Topology, windows: list[TrainWindow]) -> None:

@@ -18,6 +18,7 @@ BENCHES = {
     "trainer": ["--steps", "2", "--groups", "6"],
     "ranks": ["--layers=1", "--hidden=64", "--vocabulary=128", "--tokens=512", "--repeats=1"],
     "weights_hosts": ["--tensors=2", "--rows=256", "--repeats=1"],
+    "weight_load": ["--layers=2", "--width=128", "--repeats=1"],
     "protocol": ["--completions", "2", "--tokens", "64", "--repeats", "2"],
 }
 """Arguments of a bench's small form, by its name in `benches/`."""

@@ -49,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.errors",
         "zppo.grading",
         "zppo.prompting",
+        "zppo_protocol",
     },
     "zppo.algorithm": {
         "zppo.config",
@@ -141,6 +142,7 @@ ROOMS: dict[str, set[str]] = {
     "zppo.suites": {
         "zppo.config",
         "zppo.errors",
+        "zppo.prompting",
         "zppo.records",
         "zppo.report",
     },
@@ -200,6 +202,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.grading",
         "zppo.plan",
         "zppo.prompting",
+        "zppo_protocol",
     },
     "zppo.build_data": {"zppo.curation", "zppo.errors"},
     "zppo.sample_videos": {"zppo.config", "zppo.data", "zppo.errors"},
@@ -307,6 +310,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.errors",
         "zppo.evaluation",
         "zppo.grading",
+        "zppo.plan",
         "zppo.prompting",
         "zppo.records",
         "zppo_actors.engines",
@@ -520,6 +524,8 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
                 2
             ] in BANNED_NAMES - {"eval", "exec"}:
                 yield called
+            if lacks_a_word_on_code(node):
+                yield f"{called} without trust_remote_code"
             for keyword in node.keywords:
                 if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not is_false(
                     keyword.value
@@ -531,6 +537,19 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
             and WILDCARD.search(node.value)
         ):
             yield node.value
+
+
+OPENERS = ("from_pretrained", "from_config")
+HAVE_NO_CODE = ("GenerationConfig",)
+"""Classes of transformers whose files name no code."""
+
+
+def lacks_a_word_on_code(call: ast.Call) -> bool:
+    """Whether transformers would ask on the terminal if the code of a folder may be run: it does
+    where it is not told."""
+    owner, _, opener = dotted(call.func).rpartition(".")
+    told = any(keyword.arg == "trust_remote_code" for keyword in call.keywords)
+    return opener in OPENERS and owner not in HAVE_NO_CODE and not told
 
 
 def is_false(node: ast.expr) -> bool:
@@ -552,6 +571,8 @@ def test_forbidden_calls_are_absent() -> None:
         "torch.load(path)",
         "subprocess.run(c, shell=True)",
         "AutoModel.from_pretrained(f, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(f)",
+        "opened_by.from_config(config)",
         "socket.recv_pyobj()",
         "address = 'tcp://*:5555'",
         "np.load(f, allow_pickle=flag)",

@@ -94,7 +94,7 @@ def test_only_solutions_are_labels() -> None:
         [none, none, none, 10, none, none, none, none, none, none],
     ]
     assert batch.positions_BL.tolist()[0] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    assert batch.segments_BL.tolist() == [[1] * 5 + [2] * 5, [1] * 5 + [-1] * 5]
+    assert batch.ends_BL.tolist() == [[5] * 5 + [10] * 5, [5] * 5 + [10] * 5]
 
 
 def test_packed_loss_is_the_sum_of_the_single_losses(student: Any) -> None:

@@ -36,7 +36,7 @@ def house(tmp_path: Path) -> Path:
         tool.parent.mkdir(parents=True, exist_ok=True)
         tool.write_text(f"#!/bin/sh\necho {name} >> said\necho this is {name}\nexec $DOES_{name}\n")
         tool.chmod(0o755)
-    for name in ("", "-smollm2", "-dev", "-vllm", "-peers"):
+    for name in ("", "-smollm2", "-dev", "-vllm", "-torchvision", "-peers"):
         (tmp_path / f".venv/.installed{name}").touch()
     return tmp_path
 

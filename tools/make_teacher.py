@@ -43,7 +43,7 @@ from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
-from zppo.training.layout import PAD_ID, PADDING, attention_mask
+from zppo.training.layout import PAD_ID, attention_mask
 from zppo.training.optimizer import AdamW, Gradients
 
 IGNORED = -100
@@ -133,31 +133,30 @@ def pack(lessons: Sequence[Lesson], width: int) -> list[list[Lesson]]:
 
 
 class Batch(NamedTuple):
-    """`labels_BL`: what each position should predict, IGNORED outside solutions; `segments_BL`:
-    which lesson it is."""
+    """`labels_BL`: what each position should predict, IGNORED outside solutions; `ends_BL`:
+    where its lesson ends (`attention_mask`)."""
 
     ids_BL: Tensor
     positions_BL: Tensor
-    segments_BL: Tensor
+    ends_BL: Tensor
     labels_BL: Tensor
 
 
 def collate(rows: Sequence[Sequence[Lesson]]) -> Batch:
-    """Write packed rows into padded blocks. Segments count from 1, so that no lesson sees
-    another."""
+    """Write packed rows into padded blocks, in which no lesson sees another."""
     shape = (len(rows), max(sum(lesson.width for lesson in row) for row in rows))
     ids, positions = np.full(shape, PAD_ID, np.int64), np.zeros(shape, np.int64)
-    segments, labels = np.full(shape, PADDING, np.int64), np.full(shape, IGNORED, np.int64)
+    ends, labels = np.full(shape, shape[1], np.int64), np.full(shape, IGNORED, np.int64)
     for index, row in enumerate(rows):
         start = 0
-        for segment, lesson in enumerate(row, start=1):
+        for lesson in row:
             first, end = start + len(lesson.prompt) - 1, start + lesson.width
             ids[index, start:end] = [*lesson.prompt, *lesson.solution]
             positions[index, start:end] = np.arange(lesson.width)
-            segments[index, start:end] = segment
+            ends[index, start:end] = end
             labels[index, first : end - 1] = lesson.solution
             start = end
-    return Batch(*(torch.from_numpy(array) for array in (ids, positions, segments, labels)))
+    return Batch(*(torch.from_numpy(array) for array in (ids, positions, ends, labels)))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def solution_loss(model: Any, batch: Batch) -> Tensor:
     hidden_BLH = model.base_model(
         input_ids=batch.ids_BL,
         position_ids=batch.positions_BL,
-        attention_mask=attention_mask(batch.segments_BL, model.dtype),
+        attention_mask=attention_mask(batch.ends_BL, model.dtype),
         use_cache=False,
     ).last_hidden_state
     wanted_BL = batch.labels_BL != IGNORED

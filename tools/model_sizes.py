@@ -3,11 +3,11 @@ is built without memory, so no weights are needed.
 
     python tools/model_sizes.py examples/paper.machines.yaml
 
-prints for each model of the file that has a `config` the `tensors` that follow from it. Where the
-config says FP8, matrices of the language model are counted as such, with a scale in bfloat16 for
-each block of 128 × 128; embeddings, head, norms, convolutions, the gates of linear attention and
-the tower stay in bfloat16 (what Qwen's FP8 folders leave out). Layers for predicting several tokens
-are not counted.
+prints for each model of the file that has a `config` the `tensors` and `tower` that follow from it.
+Where the config says FP8, matrices of the language model are counted as such, with a scale in
+bfloat16 for each block of 128 × 128; embeddings, head, norms, convolutions, the gates of linear
+attention and the tower stay in bfloat16 (what Qwen's FP8 folders leave out). Layers for predicting
+several tokens are not counted.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from zppo.plan.machines_file import read_machines
+from zppo.training.loading import tower_parameters
 
 BLOCK = 128
 WHOLE = ("lm_head", "visual", "in_proj_a", "in_proj_b", "conv1d", "embed_tokens")
 """Parts of names of matrices that are not quantised."""
 
 
-def sizes(config: dict[str, Any]) -> dict[str, int]:
-    """Numbers by dtype, tied weights once."""
+def build(config: dict[str, Any]) -> Any:
+    """The model, without memory."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+
+
+def sizes(config: dict[str, Any], model: Any) -> dict[str, int]:
+    """Numbers by dtype, tied weights once."""
     quantised = "quantization_config" in config
     found = Counter[str]()
     linear = {
@@ -51,7 +56,9 @@ def main() -> None:
     for name, model in read_machines(Path(sys.argv[1])).models.items():
         if model.config:
             config = {key: value for key, value in model.config.items() if key != "dtype"}
-            print(f"{name}: {sizes(config)}")
+            built = build(config)
+            tower = sum(tensor.numel() for _, tensor in tower_parameters(built))
+            print(f"{name}: tensors: {sizes(config, built)}, tower: {tower}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console() -> int:
     """The console script: one command, in a process of its own. Ctrl-C that no command takes, as
-    while its modules are still imported, ends it with one line."""
+    while its modules are still imported, ends it with one line; so does a file or folder, met
+    anywhere, that this user may not read or write."""
     try:
         if sys.argv[1:2] in (["launch"], ["data"], ["build-data"]):
             # Imported late: most commands read no tokenizer.
@@ -62,6 +63,11 @@ def console() -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except PermissionError as error:
+        print(
+            f"{error.filename}: {error.strerror}; expected what this user may use", file=sys.stderr
+        )
+        return EXIT_USER_ERROR
 
 
 def _init(arguments: list[str]) -> int:

@@ -79,7 +79,7 @@ def _compare(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
             print(
-                "or report on what is there: python -m zppo.compare --report-only --out "
+                "or report on what is there: zppo compare --report-only --out "
                 f"{shlex.quote(str(out))}"
             )
             return EXIT_INTERRUPTED
@@ -294,7 +294,7 @@ def _same_command(arguments: argparse.Namespace) -> str:
     parts += [part for setting in arguments.set for part in ("--set", setting)]
     parts += ["--baseline", arguments.baseline] if arguments.baseline else []
     parts += ["--out", str(arguments.out)] if arguments.out else []
-    return "python -m zppo.compare " + " ".join(map(shlex.quote, parts))
+    return "zppo compare " + " ".join(map(shlex.quote, parts))
 
 
 def _parser() -> argparse.ArgumentParser:

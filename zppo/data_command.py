@@ -29,10 +29,12 @@ from zppo.data.survey import Lengths, Shown, Survey, lengths_of, spread, survey,
 from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError
 from zppo.evaluation.order import locate_model, served_as
 from zppo.grading import shown_gold
+from zppo.plan.picture_checks import layout_of
 from zppo.plan.prompt_checks import Reader
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import encode_prompts, load_picture_layout
+from zppo.prompting.tokenization import encode_prompts
+from zppo_protocol.places import in_words
 
 TOPOLOGIES = (".yaml", ".yml")
 ANY = 2**62
@@ -89,14 +91,16 @@ class Eyes(Struct, frozen=True, kw_only=True):
         prompt = self.prompts.plain(question)
         if self.reader is None:
             turns = [f"[{turn.role}]\n{turn.content}" for turn in prompt.messages]
-            text = "\n".join(turns)
+            text = in_words("\n".join(turns), prompt.media)
         else:
             served = self.reader.served
             own = for_template(prompt, served.model.chat_template_kwargs)
-            pictures = load_picture_layout(served.model.model, self.tokenizer, served.model_path)
+            pictures = layout_of(served, self.tokenizer)
             [ids] = encode_prompts(self.tokenizer, [own], pictures)
-            mark = None if pictures is None else pictures.family.mark
-            shown = [one for before, one in pairwise([None, *ids]) if one != mark or before != mark]
+            marks = frozenset[int]() if pictures is None else pictures.marks
+            shown = [
+                one for before, one in pairwise([None, *ids]) if one not in marks or before != one
+            ]
             text = self.tokenizer.decode(shown)
         gold = shown_gold(question.answer, question.grader)
         return Shown(id=question.id, gold=gold, prompt=text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +20,25 @@ stderr says which. 70 is what sysexits.h calls an internal software error. The r
 `EXIT_FAILED`."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C or SIGTERM (128 + SIGINT)."""
+LONGEST_SAID = 300
+"""Characters of another library's error in a sentence of ours."""
 
 
 class UserError(ValueError):
     """A mistake in the topology, the data or the surroundings: a single sentence that says what is
     wrong and how to mend it. The doors print it on stderr and exit with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Words of others (of data, a model, a server) as a terminal may be given them: control marks
+    are spelled out."""
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
+        for one in text
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -34,6 +49,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
+
+
+class PrintableFormatter(logging.Formatter):
+    """Lines that a terminal may be given: what is logged may hold a server's or a model's words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def words_of(error: BaseException) -> str:
@@ -52,8 +74,9 @@ def sendable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, for a sentence around it."""
-    return (words_of(error) or type(error).__name__).splitlines()[0]
+    """What another library's error says, for a sentence around it: some list all that they know."""
+    line = (words_of(error) or type(error).__name__).splitlines()[0]
+    return line if len(line) <= LONGEST_SAID else f"{line[:LONGEST_SAID].rstrip()} …"
 
 
 class Parser(argparse.ArgumentParser):

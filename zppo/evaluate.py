@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         order = read_order(_parser().parse_args(argv))
         _check_out(order.out)
-        _check_questions(load_questions(order.data.train, order.data, Path.cwd()), order)
-        PromptSet.of(order.data).validate()
+        prompts = PromptSet.of(order.data)
+        prompts.validate()
+        _check_questions(load_questions(order.data.train, order.data, Path.cwd()), order, prompts)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
@@ -239,8 +240,9 @@ def _check_out(out: str | None) -> None:
         raise UserError(f"--out: there is no folder {str(path.absolute().parent)!r}")
 
 
-def _check_questions(corpus: Corpus, order: EvaluationOrder) -> None:
+def _check_questions(corpus: Corpus, order: EvaluationOrder, prompts: PromptSet) -> None:
     chosen = corpus.questions[: order.limit]
+    prompts.check_places(chosen)
     pictured = next((question.id for question in chosen if question.media), None)
     if pictured is not None:
         check_sees(order.data.train, pictured, order.served)

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from zppo.algorithm.methods import Method
+from zppo.config.explain import shown
 from zppo.config.load import load, override, resolve, run_folder
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
@@ -73,6 +74,10 @@ class Checked(Struct, frozen=True, kw_only=True):
     prompts: PromptSet
     plan: Plan
 
+    @property
+    def contents(self) -> dict[str, str]:
+        return {"data.heldout": digest(self.heldout), "data.templates": self.prompts.digest}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch, resume or only show a run. Returns 2 after a user error, 0 after `--dry-run`; else it
@@ -114,7 +119,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         return show_plan(checked.plan, directory, arguments.offline)
     refuse_unbuilt(topology)
     corpus = checked.corpus
-    run_directory.create(directory, topology, digest(corpus.questions), bad_rows_text(corpus))
+    bad_rows, found = bad_rows_text(corpus), checked.contents
+    run_directory.create(directory, topology, digest(corpus.questions), bad_rows, found)
     for note in checked.plan.notes:
         print(f"note: {note}", file=sys.stderr)
     become_supervisor(directory, arguments.keys)
@@ -136,6 +142,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     now = binding.made_with(topology, digest(checked.corpus.questions))
     recorded = made.corpus if made is not None else record.corpus
     _check_corpus(topology.data.train, now.corpus, recorded)
+    binding.check_contents(topology, record.contents, checked.contents)
     if made is not None:
         binding.check_folders(made, topology, now, found.step)
     worth = changed(
@@ -213,6 +220,7 @@ def _check(topology: Topology, directory: Path, *, unpack: bool) -> Checked:
         heldout = held.questions
     prompts = PromptSet.of(topology.data, topology.method.prefix_share)
     prompts.validate()
+    prompts.check_places([*corpus.questions, *heldout])
     machine = measure_machine(cores(), base, directory, wants_gpu(topology))
     plan = make_plan(topology, len(corpus.questions), machine)
     return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
@@ -228,7 +236,7 @@ def _check_media(where: str, questions: Sequence[Question], topology: Topology) 
         for teacher in asked_teachers(topology):
             check_sees(where, first, teacher)
         if trained:
-            check_scores(where, first, topology)
+            check_scores(where, questions, topology)
 
 
 def check_vocabularies(topology: Topology, method: Method) -> None:
@@ -278,7 +286,7 @@ def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
             check_room(where, question, length, student)
     asked = asked_teachers(topology)
     return [
-        *student.notes(tokenizer),
+        *student.notes(tokenizer, [*checked.corpus.questions, *checked.heldout]),
         *check_teachers(asked, data.system_prompt, checked.prompts, checked.corpus.questions),
     ]
 
@@ -333,14 +341,15 @@ def _resumed_topology(
     found = binding.first_difference(old, new)
     if found is not None and record[found.setting] == found.after:
         raise UserError(
-            f"--resume: {found.setting} was {found.before!r} when the checkpoint of step {step} "
-            f"was written, and run.json says {found.after!r}; put it back there, because "
+            f"--resume: {found.setting} was {shown(found.before)} when the checkpoint of "
+            f"step {step} was written, and run.json says {shown(found.after)}; put it back "
+            f"there, because "
             f"{found.reason}"
         )
     if found is not None:
         raise UserError(
-            f"--resume: {found.setting} was {found.before!r} and is now {found.after!r}; it cannot "
-            f"change, because {found.reason}"
+            f"--resume: {found.setting} was {shown(found.before)} and is now "
+            f"{shown(found.after)}; it cannot change, because {found.reason}"
         )
     bound = old.get(MAX_STALENESS, record[MAX_STALENESS])
     if topology.scheduler.max_staleness < bound:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from zppo.config.topology import Topology
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, PrintableFormatter, UserError
 from zppo.records.run_directory import read
 from zppo.records.timeline import TIMELINE
 from zppo.signals import die_with_parent
@@ -144,11 +144,9 @@ def set_signals() -> None:
 
 def start_log() -> None:
     """Log to stderr, which the supervisor leads into `logs/NAME.log`."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:

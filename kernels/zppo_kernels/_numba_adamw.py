@@ -1,4 +1,8 @@
-"""The compiled loop of `fused_adamw`: float32 arithmetic, bf16 as the upper half of float32."""
+"""The compiled loop of `fused_adamw`: float32 arithmetic, bf16 as the upper half of float32.
+
+It becomes SIMD, which takes three things: division as numpy's (Python's raises, which is a branch),
+numbers that are read before the loop, and choices in place of branches.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ HALF = np.float32(0.5)
 """Places of the numbers of an update."""
 
 
-@compiled()
+@compiled(error_model="numpy")
 def adamw_rows(
     weight_N: np.ndarray,
     first_N: np.ndarray,
@@ -36,17 +40,20 @@ def adamw_rows(
     `numbers` are float32, as named above; `stream` and `place` uint64, as in splitmix64.
     """
     to_weight, to_state = np.uint32(weight_shift), np.uint32(state_shift)
-    lerp = numbers[LERP]
+    decay, lerp, kept, added = numbers[DECAY], numbers[LERP], numbers[KEPT], numbers[ADDED]
+    correction, epsilon, step = numbers[CORRECTION], numbers[EPSILON], numbers[STEP]
+    near = lerp < HALF
+    first_number = np.uint64(place) + np.uint64(1)
     for index in range(len(weight_N)):
         w = np.uint32(weight_N[index] << to_weight).view(np.float32)
         m = np.uint32(first_N[index] << to_state).view(np.float32)
         v = np.uint32(second_N[index] << to_state).view(np.float32)
         g = gradient_N[index]
-        w = w * numbers[DECAY]
-        m = m + lerp * (g - m) if lerp < HALF else g - (g - m) * (ONE - lerp)
-        v = v * numbers[KEPT] + numbers[ADDED] * g * g
-        w = w + numbers[STEP] * m / (np.sqrt(v) / numbers[CORRECTION] + numbers[EPSILON])
-        bits = (np.uint64(place) + np.uint64(index) + np.uint64(1)) * GOLDEN + np.uint64(stream)
+        w = w * decay
+        m = m + lerp * (g - m) if near else g - (g - m) * (ONE - lerp)
+        v = v * kept + added * g * g
+        w = w + step * m / (np.sqrt(v) / correction + epsilon)
+        bits = (first_number + np.uint64(index)) * GOLDEN + np.uint64(stream)
         bits = (bits ^ (bits >> S30)) * FIRST_FACTOR
         bits = (bits ^ (bits >> S27)) * SECOND_FACTOR
         bits = bits ^ (bits >> S31)
@@ -55,12 +62,11 @@ def adamw_rows(
         second_N[index] = _stored(v, to_state, np.uint32((bits >> S32) & NOISE))
 
 
-@compiled(inline="always")
+@compiled(inline="always", error_model="numpy")
 def _stored(value: np.float32, shift: np.uint32, noise: np.uint32) -> np.uint32:
     """The bits to store: all of them, or the upper half after the noise was added to the lower."""
     bits = np.float32(value).view(np.uint32)
-    if shift == np.uint32(0):
-        return bits
-    if bits & EXPONENT == EXPONENT:
-        return (QUIET if bits & MANTISSA else bits) >> shift
-    return np.uint32(bits + noise) >> shift
+    raised = np.uint32(bits + noise) >> shift
+    unraised = (QUIET if bits & MANTISSA else bits) >> shift
+    rounded = unraised if bits & EXPONENT == EXPONENT else raised
+    return bits if shift == np.uint32(0) else rounded

@@ -26,6 +26,7 @@ from .policy_inputs import (
 )
 from .projection import Projection
 from .row_chunks import readable, row_chunks
+from .shared_states import Owned, shared_statistics
 from .support import check_support, over_support, prepared_support, with_map
 
 
@@ -39,19 +40,23 @@ def token_log_probs(
     support_ids_TK: Tensor | None = None,
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
+    hidden_rows_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [T, H], LM head [V, H], ids [T] -> (log-probs, entropy in nats), [T] each, no
     gradient.
 
     float32, or float64 where the head is. Rows of id -100 give 0; on a CPU their logits are not
-    computed. Any layout. support_ids_TK, logit_scale and soft_cap as in `policy_loss_from_hidden`.
+    computed. Any layout. support_ids_TK, logit_scale, soft_cap and hidden_rows_T as in
+    `policy_loss_from_hidden`.
     Raises ValueError as that does.
     """
     check_integer("target_ids_T", target_ids_T)
-    check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
+    check_projection(hidden_TH, weight_VH, bias_V, target_ids_T, hidden_rows_T)
     check_temperature(temperature)
     bias_V = None if bias_V is None else bias_V.detach()
     target_ids_T = column(target_ids_T, torch.int64)
+    if hidden_rows_T is not None and (hidden_TH.is_cuda or support_ids_TK is not None):
+        hidden_TH, hidden_rows_T = hidden_TH.index_select(0, hidden_rows_T), None
     shape, temperature = LogitMap.of(logit_scale, soft_cap).with_temperature(temperature)
     return _log_probs_from_hidden(
         hidden_TH.detach(),
@@ -59,6 +64,7 @@ def token_log_probs(
         bias_V,
         target_ids_T,
         prepared_support(support_ids_TK, target_ids_T, target_ids_T != IGNORED_TARGET),
+        hidden_rows_T,
         temperature,
         shape.scale,
         shape.soft_cap,
@@ -89,6 +95,7 @@ def _log_probs_from_hidden(
     bias: Tensor | None,
     target_ids: Tensor,
     support: Tensor | None,
+    hidden_rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     soft_cap: float | None,
@@ -97,6 +104,10 @@ def _log_probs_from_hidden(
     check_targets(target_ids, target_ids != IGNORED_TARGET, weight.shape[0])
     check_support(support, target_ids, weight.shape[0])
     head, shape = Projection.of(weight.to(products), bias), LogitMap(logit_scale, soft_cap)
+    if hidden_rows is not None:
+        return _of_shared_states(
+            head, shape, hidden, target_ids, hidden_rows, temperature, products
+        )
     backend, shape = with_map(backend_for(head.weight_VH), shape, support)
     results = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
     # On a GPU leaving rows out costs a synchronisation, and a proximal pass has few such rows.
@@ -121,6 +132,29 @@ def _log_probs_from_hidden(
     return results[0].clone(), results[1].clone()
 
 
+def _of_shared_states(
+    head: Projection,
+    shape: LogitMap,
+    hidden_UH: Tensor,
+    target_ids_T: Tensor,
+    hidden_rows_T: Tensor,
+    temperature: float,
+    products: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same for rows that share the hidden states."""
+    wanted_L = (target_ids_T != IGNORED_TARGET).nonzero().squeeze(1)
+    owned = Owned.of(hidden_rows_T, wanted_L, len(hidden_UH))
+    targets_L, backend = target_ids_T[owned.rows_L], backend_for(head.weight_VH)
+    results = torch.zeros(2, len(target_ids_T), dtype=head.accumulator, device=hidden_UH.device)
+    for part, _, logits_CV in logit_chunks(head, hidden_UH[owned.states_U].to(products)):
+        chunk, owners_L = owned.of_chunk(part)
+        found = shared_statistics(
+            backend, shape.apply_(logits_CV), owners_L, targets_L[chunk], temperature
+        )
+        results[:, owned.rows_L[chunk]] = torch.stack([found.log_probs_L, found.entropy_L])
+    return results[0].clone(), results[1].clone()
+
+
 @_log_probs_from_hidden.register_fake
 def _(
     hidden: Tensor,
@@ -128,6 +162,7 @@ def _(
     bias: Tensor | None,
     target_ids: Tensor,
     support: Tensor | None,
+    hidden_rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     soft_cap: float | None,

@@ -8,12 +8,17 @@ LM head, while the denominator (`token_count`) still counts them.
 Where the ratio or the weight is the sequence's, every log-prob of a sequence comes before its first
 gradient, which takes a second pass over the logits.
 
-Shapes: T rows, L live rows, H hidden, V vocabulary, S sequences, M metrics, P partial results.
+On a CPU rows may share their hidden states, whose logits are then computed once
+(`shared_states`).
+
+Shapes: T rows, L live rows, U hidden states, H hidden, V vocabulary, S sequences, M metrics, P
+partial results.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +42,7 @@ from .policy_rows import PolicyRows, RowInputs
 from .policy_terms import policy_terms
 from .projection import Projection
 from .settings import PolicyLossSettings, settings_from, settings_values
+from .shared_states import Owned, shared_policy
 from .support import check_support, over_support, with_map, with_support
 
 _DEFAULTS = PolicyLossSettings()
@@ -64,6 +70,7 @@ def policy_loss_from_hidden(
     soft_cap: float | None = None,
     full_metrics: bool = False,
     live_rows_L: Tensor | None = None,
+    hidden_rows_T: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Policy loss (ZPPO Table 8 by default: PPO with asymmetric and dual clip) over packed rows.
 
@@ -86,13 +93,14 @@ def policy_loss_from_hidden(
     full_metrics: compute logits of zero-advantage rows too, for entropy and the like.
     live_rows_L: the rows with a gradient, distinct and in any order, where the caller knows them
         (rows left out lose theirs); on a GPU this saves the one synchronisation.
+    hidden_rows_T: where rows share hidden states, which one each has; hidden_TH is then [U, H].
 
     Strided and expanded arguments are fine. What a masked row holds changes nothing, be it NaN or
     an id out of range. Raises ValueError for shapes, dtypes, devices and, on a CPU, ids of unmasked
     rows out of range (on a GPU such a row's loss is NaN; `live_rows_L` out of range is an error of
     the device).
     """
-    check_projection(hidden_TH, weight_VH, bias_V, target_ids_T)
+    check_projection(hidden_TH, weight_VH, bias_V, target_ids_T, hidden_rows_T)
     rows = prepare_rows(
         target_ids_T,
         like=weight_VH,
@@ -108,6 +116,8 @@ def policy_loss_from_hidden(
         settings=settings,
     )
     rows = with_support(rows, support_ids_TK)
+    if hidden_rows_T is not None and not _may_share(hidden_TH, rows, settings):
+        hidden_TH, hidden_rows_T = hidden_TH.index_select(0, hidden_rows_T), None
     shape, temperature = LogitMap.of(logit_scale, soft_cap).with_temperature(settings.temperature)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -119,6 +129,7 @@ def policy_loss_from_hidden(
         bias_V,
         *rows.tensors(),
         live_rows_L,
+        hidden_rows_T,
         *settings_values(replace(settings, temperature=temperature)),
         shape.scale,
         shape.soft_cap,
@@ -127,6 +138,15 @@ def policy_loss_from_hidden(
         *needs,
     )
     return PolicyLossOutput(loss, named(POLICY_METRICS, values_M), log_probs_T, entropy_T)
+
+
+def _may_share(hidden_TH: Tensor, rows: RowInputs, settings: PolicyLossSettings) -> bool:
+    """Whether rows of one hidden state are computed together."""
+    return (
+        not hidden_TH.is_cuda
+        and rows.support_ids_TK is None
+        and not rows.need_whole_sequences(settings)
+    )
 
 
 @torch.library.custom_op("zppo_kernels::policy_loss_from_hidden", mutates_args=())
@@ -145,6 +165,7 @@ def _policy_hidden(
     reference: Tensor | None,
     support: Tensor | None,
     live_rows: Tensor | None,
+    hidden_rows: Tensor | None,
     numbers: list[float],
     choices: list[int],
     logit_scale: float,
@@ -170,15 +191,21 @@ def _policy_hidden(
     if live_rows is None:
         live_L = rows.live_T.nonzero().squeeze(1)
     else:
-        live_L = checked_live_rows(live_rows, len(hidden))
+        live_L = checked_live_rows(live_rows, len(target_ids))
     parts = [(live_L, Needs(needs_hidden, needs_weight, needs_bias))]
     if full_metrics:
         parts.append(((rows.mask_T & ~rows.live_T).nonzero().squeeze(1), _NO_GRADIENT))
-    statistics_2T = torch.zeros(2, len(hidden), dtype=head.accumulator, device=hidden.device)
-    results = []
+    statistics_2T = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
+    results, states = [], []
     for index_L, needs in parts:
-        chosen_LH, chosen = _picked(hidden, rows, index_L)
-        results.append(_evaluate(head, shape, chosen_LH.to(products), chosen, settings, needs))
+        owned = None if hidden_rows is None else Owned.of(hidden_rows, index_L, len(hidden))
+        index_L, states_L = (index_L, index_L) if owned is None else (owned.rows_L, owned.states_U)
+        states.append(states_L)
+        chosen_LH = _picked(hidden, states_L)
+        all_rows = owned is None and len(index_L) == len(target_ids)
+        chosen = rows if all_rows else rows.picked(index_L)
+        evaluate = _evaluate if owned is None else partial(_evaluate_shared, owned)
+        results.append(evaluate(head, shape, chosen_LH.to(products), chosen, settings, needs))
         statistics_2T[:, index_L] = results[-1].statistics_2L
     if rows.weights_come_late:
         evaluated_T = torch.zeros_like(rows.mask_T)
@@ -194,7 +221,7 @@ def _policy_hidden(
         values_M,
         statistics_2T[0].clone(),
         statistics_2T[1].clone(),
-        spread(gradients.hidden_LH, live_L, hidden),
+        spread(gradients.hidden_LH, states[0], hidden),
         or_empty(gradients.weight_VH, weight),
         or_empty(gradients.bias_V, weight),
     )
@@ -210,10 +237,10 @@ class _Evaluated:
     gradients: LinearGradients
 
 
-def _picked(hidden_TH: Tensor, rows: PolicyRows, index_L: Tensor) -> tuple[Tensor, PolicyRows]:
-    if len(index_L) == len(hidden_TH):
-        return hidden_TH.detach(), rows
-    return hidden_TH.detach().index_select(0, index_L), rows.picked(index_L)
+def _picked(hidden_TH: Tensor, index_L: Tensor) -> Tensor:
+    """These hidden states; in rising order, so that all of them are what is there."""
+    hidden_TH = hidden_TH.detach()
+    return hidden_TH if len(index_L) == len(hidden_TH) else hidden_TH.index_select(0, index_L)
 
 
 def _evaluate(
@@ -241,6 +268,34 @@ def _evaluate(
         metrics.append(values_M)
 
     gradients = linear_gradients(head, hidden_LH, needs, shape.around(row_gradient))
+    return _Evaluated(torch.stack(losses).sum(), torch.stack(metrics), statistics_2L, gradients)
+
+
+def _evaluate_shared(
+    owned: Owned,
+    head: Projection,
+    shape: LogitMap,
+    hidden_UH: Tensor,
+    rows: PolicyRows,
+    settings: PolicyLossSettings,
+    needs: Needs,
+) -> _Evaluated:
+    """The same for rows that share the hidden states."""
+    backend, device = backend_for(head.weight_VH), hidden_UH.device
+    losses = [torch.zeros((), dtype=head.accumulator, device=device)]
+    metrics = [torch.zeros(len(LOGIT_METRICS), dtype=torch.float64, device=device)]
+    statistics_2L = torch.zeros(2, len(owned.rows_L), dtype=head.accumulator, device=device)
+
+    def row_gradient(part: slice, logits_CV: Tensor, gradient_CV: Tensor | None) -> None:
+        chunk, owners_L = owned.of_chunk(part)
+        loss, values_M = shared_policy(
+            backend, logits_CV, owners_L, rows.part(chunk), settings, gradient_CV,
+            statistics_2L[:, chunk],
+        )  # fmt: skip
+        losses.append(loss)
+        metrics.append(values_M)
+
+    gradients = linear_gradients(head, hidden_UH, needs, shape.around(row_gradient))
     return _Evaluated(torch.stack(losses).sum(), torch.stack(metrics), statistics_2L, gradients)
 
 
@@ -297,6 +352,7 @@ def _(
     reference: Tensor | None,
     support: Tensor | None,
     live_rows: Tensor | None,
+    hidden_rows: Tensor | None,
     numbers: list[float],
     choices: list[int],
     logit_scale: float,
@@ -311,8 +367,8 @@ def _(
     return (
         weight.new_empty((), dtype=accumulator),
         weight.new_empty(len(POLICY_METRICS), dtype=torch.float64),
-        weight.new_empty(len(hidden), dtype=accumulator),
-        weight.new_empty(len(hidden), dtype=accumulator),
+        weight.new_empty(len(target_ids), dtype=accumulator),
+        weight.new_empty(len(target_ids), dtype=accumulator),
         result_like(hidden, accumulator) if needs_hidden else hidden.new_empty(0),
         result_like(weight, accumulator) if needs_weight else weight.new_empty(0),
         weight.new_empty(len(weight), dtype=accumulator) if needs_bias else weight.new_empty(0),
@@ -320,5 +376,5 @@ def _(
 
 
 _policy_hidden.register_autograd(
-    linear_backward("policy_loss_from_hidden", 20), setup_context=keep_linear_gradients
+    linear_backward("policy_loss_from_hidden", 21), setup_context=keep_linear_gradients
 )

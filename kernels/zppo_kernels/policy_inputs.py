@@ -219,11 +219,21 @@ def _is_autocast(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def check_projection(
-    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_ids_T: Tensor
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    target_ids_T: Tensor,
+    hidden_rows_T: Tensor | None = None,
 ) -> None:
-    """Hidden states, LM head and targets belong together."""
+    """Hidden states, LM head and targets belong together; so do, where rows share hidden states,
+    the rows of these."""
     check_head(hidden_TH, weight_VH, bias_V, ("hidden_TH", "weight_VH", "bias_V"))
-    _check_targets_of(target_ids_T, "hidden_TH", hidden_TH)
+    if hidden_rows_T is None:
+        _check_targets_of(target_ids_T, "hidden_TH", hidden_TH)
+        return
+    check_integer("hidden_rows_T", hidden_rows_T)
+    check_device("hidden_rows_T", hidden_rows_T, "hidden_TH", hidden_TH)
+    _check_targets_of(target_ids_T, "hidden_rows_T", hidden_rows_T)
 
 
 def check_logits(logits_TV: Tensor, target_ids_T: Tensor) -> None:

@@ -96,6 +96,10 @@ class RowInputs:
     reference_log_probs_T: Tensor | None
     support_ids_TK: Tensor | None = None
 
+    def need_whole_sequences(self, settings: PolicyLossSettings) -> bool:
+        """See `PolicyRows.need_whole_sequences`."""
+        return _need_whole_sequences(self, settings)
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All fields in order."""
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -1,10 +1,12 @@
 """Messages to frames and back, and the same encoding in one blob for checkpoints.
 
-A message is one msgpack header, a map with the tag `type`, and the payload: every numpy array end
-to end, each padded to 8 bytes. In the header an array is `[dtype, shape, offset]`. The payload is
-one frame, or several end to end: an array of at least `LARGE` bytes has one of its own, so that it
-is sent from where it lies (a copy of it where somebody else may write there); the padding behind
-the last array of a frame may be left out.
+A message is one msgpack header, a map with the tag `type`, and the payload: every numpy array in
+the order of the header, each padded to 8 bytes. So the header need not say where an array lies,
+only what it is: one of one axis is the whole number 4·length + dtype, any other the list of its
+dtype and its lengths, where a dtype is its place in `DTYPES`. The payload is one frame, or several
+end to end: an array of at least `LARGE` bytes has one of its own, so that it is sent from where it
+lies (a copy of it where somebody else may write there); the padding behind the last array of a
+frame may be left out.
 Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes; `decode(encode(m))`
 equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows at its origin and
 never as a lost answer.
@@ -15,6 +17,7 @@ to be changed or kept long.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -38,16 +41,20 @@ REUSED = 2**20
 """Bytes of a frame that is joined in memory that was used before."""
 MOST_LARGE = (MAX_FRAMES - 2) // 2
 """So many have a frame of their own: before each, and behind the last, there may be another."""
-DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(f"<{code}") for code in ("i4", "i8", "f4", "u1")}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_NAMES = ("i4", "i8", "f4", "u1")
+DTYPES: tuple[np.dtype[Any], ...] = tuple(np.dtype(f"<{name}") for name in DTYPE_NAMES)
+"""What an array may hold; on the wire a dtype is its place here, two bits."""
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+CODE_BITS, CODE_MASK = 2, 3
+SHIFTS = [dtype.itemsize.bit_length() - 1 for dtype in DTYPES]
+"""An element has two to the power of this many bytes."""
 BLOB = struct.Struct("<8sQ")
-BLOB_MAGIC = b"ZPPO\x00\x00\x00\x01"
+BLOB_MAGIC, FIRST_MAGIC = b"ZPPO\x00\x00\x00\x02", b"ZPPO\x00\x00\x00\x01"
+EMPTY = [np.frombuffer(b"", dtype) for dtype in DTYPES]
 DEFAULT_LIMITS = Limits()
 PADDINGS = [bytes(count) for count in range(ALIGNMENT)]
 REFUSALS = (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError)
 """All that msgspec and the hooks raise; ValueError covers msgspec's own and UnicodeEncodeError."""
-BYTE, WORD = np.dtype("u1"), np.dtype("<i8")
-NOTHING = np.frombuffer(b"", BYTE)
 SHAPES = {message: shape_of(message) for message in get_args(AnyMessage)}
 
 
@@ -57,17 +64,16 @@ def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]
     shape = SHAPES.get(type(message))
     if shape is None:
         raise ProtocolError(f"cannot be sent: {type(message).__name__} is no message")
-    writer = _ArrayWriter()
     try:
         # Arrays were checked when the message was built and cannot be written since; the types of
         # the other fields were not.
         checked = msgspec.convert(message, shape, from_attributes=True)
-        header = msgspec.msgpack.Encoder(enc_hook=writer.reference).encode(checked)
     except REFUSALS as error:
         raise ProtocolError(f"cannot be sent: {error}") from error
+    header, payload = _OWN.writer.write(checked)
     _check_size("header", len(header), limits.header_bytes)
-    _check_size("payload", writer.size, limits.payload_bytes)
-    return [header, *writer.frames()]
+    _check_size("payload", payload.size, limits.payload_bytes)
+    return [header, *payload.frames()]
 
 
 def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMessage:
@@ -78,7 +84,7 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMess
     header, *payload = frames
     _check_size("header", len(header), limits.header_bytes)
     _check_size("payload", sum(map(len, payload)), limits.payload_bytes)
-    message: AnyMessage = _unpack(header, payload, AnyMessage)
+    message: AnyMessage = _OWN.messages.read(header, payload)
     return message
 
 
@@ -89,8 +95,9 @@ def dumps(value: Any) -> bytes:
     multiple of 8, payload. Raises ProtocolError for what msgspec or the dtype allow-list cannot
     represent.
     """
-    header, payload = _pack(value)
-    return b"".join([BLOB.pack(BLOB_MAGIC, len(header)), header, _padding(len(header)), payload])
+    header, payload = _OWN.writer.write(value)
+    head = [BLOB.pack(BLOB_MAGIC, len(header)), header, PADDINGS[-len(header) % ALIGNMENT]]
+    return b"".join([*head, *payload.pieces])
 
 
 def loads(data: Buffer, type: type[T]) -> T:
@@ -100,42 +107,35 @@ def loads(data: Buffer, type: type[T]) -> T:
     if len(view) < BLOB.size:
         raise ProtocolError(f"a blob has at least {BLOB.size} bytes, got {len(view)}")
     magic, header_bytes = BLOB.unpack(view[: BLOB.size])
-    if magic != BLOB_MAGIC:
+    if magic not in (BLOB_MAGIC, FIRST_MAGIC):
         raise ProtocolError("this is not a blob of this version")
     payload_start = BLOB.size + _aligned(header_bytes)
     if payload_start > len(view):
         raise ProtocolError(
             f"the blob is cut off: its header needs {payload_start} bytes, got {len(view)}"
         )
-    value: T = _unpack(view[BLOB.size : BLOB.size + header_bytes], [view[payload_start:]], type)
+    reader = _FirstReader(type) if magic == FIRST_MAGIC else _Reader(type)
+    value: T = reader.read(view[BLOB.size : BLOB.size + header_bytes], [view[payload_start:]])
     return value
 
 
-def _pack(value: Any) -> tuple[bytes, bytes]:
-    writer = _ArrayWriter()
-    try:
-        header = msgspec.msgpack.Encoder(enc_hook=writer.reference).encode(value)
-    except REFUSALS as error:
-        raise ProtocolError(f"cannot be sent: {error}") from error
-    return header, b"".join(writer.pieces)
-
-
-def _unpack(header: Buffer, payload: Sequence[Buffer], type: Any) -> Any:
-    reader = _READERS.by_type.get(type)
-    if reader is None:
-        reader = _READERS.by_type[type] = _Reader(type)
-    return reader.read(header, payload)
-
-
-class _ArrayWriter:
-    """Collects the arrays met while a header is encoded; `pieces` joined are the payload."""
+class _Writer:
+    """Writes headers, and sets aside the arrays that it meets. One thread only."""
 
     def __init__(self) -> None:
-        self.pieces: list[Buffer] = []
-        self.size = 0
-        self._large: list[int] = []
+        self._encode = msgspec.msgpack.Encoder(enc_hook=self._reference).encode
+        self._payload = _Payload()
 
-    def reference(self, value: Any) -> list[Any]:
+    def write(self, value: Any) -> tuple[bytes, _Payload]:
+        """Raises ProtocolError for what msgspec or the list of dtypes cannot represent."""
+        try:
+            return self._encode(value), self._payload
+        except REFUSALS as error:
+            raise ProtocolError(f"cannot be sent: {error}") from error
+        finally:
+            self._payload = _Payload()
+
+    def _reference(self, value: Any) -> int | list[int]:
         if not isinstance(value, np.ndarray):
             raise NotImplementedError(f"a value of type {type(value).__name__}")
         code = CODES.get(value.dtype)
@@ -144,28 +144,43 @@ class _ArrayWriter:
             code = CODES.get(value.dtype)
         if code is None or value.ndim > MAX_DIMENSIONS:
             raise ProtocolError(f"an array of {value.dtype.name} with shape {value.shape}")
-        offset, size = self.size, value.nbytes
+        self._payload.add(value)
+        return value.size << CODE_BITS | code if value.ndim == 1 else [code, *value.shape]
+
+
+class _Payload:
+    """The arrays of a header in its order; `pieces` joined are `size` bytes."""
+
+    __slots__ = ("_large", "pieces", "size")
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self.size = 0
+        self._large: list[tuple[int, int]] = []
+        """Place among the pieces, and in the payload."""
+
+    def add(self, array: np.ndarray) -> None:
+        size = array.nbytes
         if size >= LARGE:
-            self._large.append(len(self.pieces))
-        if size:
-            self.pieces.append(np.ascontiguousarray(value).data.cast("B"))
+            self._large.append((len(self.pieces), self.size))
+        self.pieces.append(np.ascontiguousarray(array))
         if padding := -size % ALIGNMENT:
             self.pieces.append(PADDINGS[padding])
         self.size += size + padding
-        return [code, value.shape, offset]
 
     def frames(self) -> list[Buffer]:
-        """The payload: large arrays as they are, and what lies between them joined."""
+        """Large arrays as they are, and what lies between them joined."""
         frames: list[Buffer] = []
-        start = 0
-        for place in self._large[:MOST_LARGE]:
-            if start < place:
-                frames.append(_joined(self.pieces[start:place]))
-            piece = self.pieces[place]
-            frames.append(piece if _is_fixed(piece) else bytes(piece))
-            start = place + 1 + (len(piece) % ALIGNMENT > 0)  # without its padding
-        if start < len(self.pieces):
-            frames.append(_joined(self.pieces[start:]))
+        start, done = 0, 0
+        for place, offset in self._large[:MOST_LARGE]:
+            if done < offset:
+                frames.append(_joined(self.pieces[start:place], offset - done))
+            array: np.ndarray = self.pieces[place]
+            frames.append(array.data.cast("B") if _is_fixed(array) else array.tobytes())
+            padding = -array.nbytes % ALIGNMENT  # is not sent
+            start, done = place + 1 + (padding > 0), offset + array.nbytes + padding
+        if done < self.size:
+            frames.append(_joined(self.pieces[start:], self.size - done))
         return frames
 
 
@@ -173,57 +188,96 @@ class _Reader:
     """Reads values of one type; hands out views of the payload in the order in which the header
     names them: end to end, no gap, no overlap. One thread only."""
 
+    __slots__ = ("_cursor", "_decode", "_end", "_frame", "_left", "_views")
+
     def __init__(self, type: Any) -> None:
-        self._decoder = msgspec.msgpack.Decoder(type, dec_hook=self._array)
+        self._decode = msgspec.msgpack.Decoder(type, dec_hook=self._array).decode
+        self._left: Sequence[Buffer]
+        self._forget()
 
     def read(self, header: Buffer, payload: Sequence[Buffer]) -> Any:
-        self._left = list(reversed(payload))
-        self._bytes, self._begin, self._end, self._cursor = NOTHING, 0, 0, 0
+        self._left = payload
         try:
-            value = self._decoder.decode(header)
+            value = self._decode(header)
+            rest = max(0, self._end - self._cursor) + sum(map(len, self._left))
         except (ValueError, RecursionError) as error:
             # ValueError covers DecodeError and UnicodeDecodeError.
             raise ProtocolError(f"not a message: {error}") from error
         finally:
-            # A frame lives as long as its arrays, and no longer.
-            self._bytes, left, self._left = NOTHING, self._left, []
-        if self._cursor < self._end or any(map(len, left)):
-            end = self._end + sum(map(len, left))
-            raise ProtocolError(f"the arrays of the header end at byte {self._cursor} of {end}")
+            self._forget()
+        if rest:
+            raise ProtocolError(f"{rest} bytes lie behind the arrays of the header")
         return value
+
+    def _forget(self) -> None:
+        """A frame lives as long as its arrays, and no longer."""
+        self._left = ()
+        self._enter(b"")
+
+    def _enter(self, frame: Buffer) -> None:
+        self._frame, self._cursor, self._end = frame, 0, len(frame)
+        self._views: list[np.ndarray | None] = [None, None, None, None]
 
     def _array(self, type_: type, reference: Any) -> np.ndarray:
         if type_ is not np.ndarray:
             raise ProtocolError(f"no value of type {type_.__name__} can be read")
-        dtype, shape, offset = _checked_reference(reference)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        if self._cursor >= self._end and size and self._left:
-            self._bytes = _bytes_of(self._left.pop())
-            self._begin, self._end = self._cursor, self._cursor + len(self._bytes)
-        # One without bytes lies nowhere: the frame before may end without the padding of its last.
-        if offset != self._cursor or (size and offset + size > self._end):
-            raise ProtocolError(
-                f"an array of {size} bytes at {offset} does not lie in {self._end} bytes in order"
-            )
-        self._cursor = offset + size + -size % ALIGNMENT
+        if type(reference) is int and reference >= 0:
+            return self._next(reference & CODE_MASK, reference >> CODE_BITS)
+        code, shape = _checked_reference(reference)
+        flat = self._next(code, math.prod(shape))
         try:
-            if not size:
-                return np.ndarray(shape, dtype, NOTHING)
-            return np.ndarray(shape, dtype, self._bytes, offset - self._begin)
-        except OverflowError as error:  # no elements, but a length beyond any machine's
+            return flat.reshape(shape)
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # no elements, but a length beyond any machine's
             raise ProtocolError(f"an array of shape {shape}") from error
 
+    def _next(self, code: int, count: int) -> np.ndarray:
+        """The next `count` elements of the payload."""
+        begin, shift = self._cursor, SHIFTS[code]
+        end = begin + (count << shift)
+        if end > self._end:
+            return self._in_next_frame(code, count)
+        self._cursor = _aligned(end)
+        view = self._views[code]
+        if view is None:
+            view = self._views[code] = _view_of(self._frame, code)
+        return view[begin >> shift : end >> shift]
 
-class _Readers(threading.local):
-    """The readers of one thread, by type: building one costs more than most messages."""
+    def _in_next_frame(self, code: int, count: int) -> np.ndarray:
+        if not count:  # it lies nowhere: the frame before may end without the padding of its last
+            return EMPTY[code]
+        if self._cursor < self._end or not self._left:
+            raise ProtocolError(
+                f"an array of {count << SHIFTS[code]} bytes does not lie in the "
+                f"{max(0, self._end - self._cursor)} bytes that are left of a frame"
+            )
+        frame, *self._left = self._left
+        self._enter(frame)
+        return self._next(code, count)
+
+
+class _FirstReader(_Reader):
+    """For blobs of the first version, in which an array was `[name of dtype, lengths, offset]`; its
+    offset, too, followed from the order."""
+
+    def _array(self, type_: type, reference: Any) -> np.ndarray:
+        match reference:
+            case [str(name), list(shape), int()] if name in DTYPE_NAMES:
+                return super()._array(type_, [DTYPE_NAMES.index(name), *shape])
+        raise ProtocolError("an array is [dtype, shape, offset]")
+
+
+class _Own(threading.local):
+    """What one thread has for itself: building a reader costs more than most messages."""
 
     def __init__(self) -> None:
-        self.by_type: dict[Any, _Reader] = {}
+        self.writer = _Writer()
+        self.messages = _Reader(AnyMessage)
 
 
-_READERS = _Readers()
+_OWN = _Own()
 
 
 class _Space(threading.local):
@@ -252,22 +306,22 @@ class _Space(threading.local):
 _SPACE = _Space()
 
 
-def _joined(pieces: Sequence[Buffer]) -> Buffer:
-    size = sum(map(len, pieces))
+def _joined(pieces: Sequence[Any], size: int) -> Buffer:
+    """Arrays and paddings end to end, `size` bytes in all."""
     if size < REUSED:
         return b"".join(pieces)
     space, begin = _SPACE.take(size), 0
     for piece in pieces:
-        end = begin + len(piece)
-        space[begin:end] = piece
+        raw = memoryview(piece).cast("B")
+        end = begin + len(raw)
+        space[begin:end] = raw
         begin = end
     return space.toreadonly()
 
 
-def _is_fixed(piece: Buffer) -> bool:
-    """Whether nobody can write these bytes while they are on their way: an array may be a view of
-    another that is not read-only."""
-    owner: Any = piece.obj if isinstance(piece, memoryview) else piece
+def _is_fixed(owner: Any) -> bool:
+    """Whether nobody can write an array while it is on its way: it may be a view of another that is
+    not read-only."""
     while isinstance(owner, np.ndarray):
         if owner.flags.writeable:
             return False
@@ -275,35 +329,29 @@ def _is_fixed(piece: Buffer) -> bool:
     return owner is None or isinstance(owner, bytes | memoryview)
 
 
-def _bytes_of(frame: Buffer) -> np.ndarray:
-    """The frame as read-only bytes that begin at a multiple of 8."""
-    found = np.frombuffer(frame, BYTE)
+def _view_of(frame: Buffer, code: int) -> np.ndarray:
+    """All whole elements of a frame, read-only and aligned."""
+    found = np.frombuffer(frame, DTYPES[code], len(frame) >> SHIFTS[code])
     # The transport may place a small payload anywhere inside its receive buffer.
-    if not np.frombuffer(frame, WORD, count=len(frame) // ALIGNMENT).flags.aligned:
+    if not found.flags.aligned:
         found = found.copy()
-    found.flags.writeable = False
+    found.setflags(False)
     return found
 
 
-def _checked_reference(reference: Any) -> tuple[np.dtype[Any], list[int], int]:
-    if not (type(reference) is list and len(reference) == 3):
-        raise ProtocolError("an array is [dtype, shape, offset]")
-    code, shape, offset = reference
-    dtype = DTYPES.get(code) if type(code) is str else None
-    if dtype is None:
-        raise ProtocolError(f"an array's dtype is one of {', '.join(DTYPES)}")
-    if not (type(shape) is list and len(shape) <= MAX_DIMENSIONS and _are_counts(shape, offset)):
-        raise ProtocolError(
-            f"an array has at most {MAX_DIMENSIONS} dimensions, counted by whole numbers"
-        )
-    return dtype, shape, offset
+def _checked_reference(reference: Any) -> tuple[int, list[int]]:
+    if not (type(reference) is list and reference and _are_counts(reference)):
+        raise ProtocolError("an array is 4·length + dtype or [dtype, lengths…], in whole numbers")
+    code, *shape = reference
+    if code >= len(DTYPES):
+        raise ProtocolError(f"an array's dtype is a number below {len(DTYPES)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"an array has at most {MAX_DIMENSIONS} dimensions")
+    return code, shape
 
 
-def _are_counts(shape: list[Any], offset: Any) -> bool:
-    for value in shape:
-        if type(value) is not int or value < 0:
-            return False
-    return type(offset) is int and offset >= 0
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _check_size(what: str, size: int, limit: int) -> None:
@@ -312,8 +360,4 @@ def _check_size(what: str, size: int, limit: int) -> None:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _padding(size: int) -> bytes:
-    return bytes(_aligned(size) - size)
+    return size + -size % ALIGNMENT

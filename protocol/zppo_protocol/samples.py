@@ -23,6 +23,7 @@ from msgspec import structs
 from zppo_protocol.arrays import (
     FLOAT32,
     INT32,
+    are_finite,
     check_array,
     check_ids,
     check_offsets,
@@ -166,7 +167,7 @@ def check_train_group(group: TrainGroup) -> None:
         raise ProtocolError(
             f"rewards must have one entry per completion ({completions}), got {len(group.rewards)}"
         )
-    if not np.isfinite(group.rewards).all():
+    if not are_finite(group.rewards):
         raise ProtocolError("rewards must be finite numbers")
     if group.reward_parts is not None:
         check_reward_parts(group.reward_parts, completions)
@@ -202,7 +203,7 @@ def check_reward_parts(parts_NK: np.ndarray, completions: int) -> None:
         raise ProtocolError(
             f"reward_parts must have one row per completion ({completions}), got {len(parts_NK)}"
         )
-    if not np.isfinite(parts_NK).all():
+    if not are_finite(parts_NK):
         raise ProtocolError("reward_parts must be finite numbers")
 
 

@@ -97,8 +97,7 @@ class Router:
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         """Return the next (peer, message), or None after `timeout_s` seconds. Malformed messages
         are skipped. The peer is the name of the key that it came with."""
-        for _ in _arrivals(self._socket, timeout_s):
-            route, *frames = _read_frames(self._socket, 1 + self._frames.most)
+        for route, *frames in _arrivals(self._socket, 1 + self._frames.most, timeout_s):
             peer = str(route.get("User-Id"))
             try:
                 self._follow(peer, route.bytes)
@@ -171,9 +170,10 @@ class Dealer:
     def receive(self, timeout_s: float) -> AnyMessage | None:
         """Return the next message, or None after `timeout_s` seconds. Malformed messages are
         skipped. Raises AccessError, one sentence, if the controller will not let this dealer in."""
-        for _ in _arrivals(self._socket, timeout_s, self._listen_at_the_door):
+        most, look = self._frames.most, self._listen_at_the_door
+        for frames in _arrivals(self._socket, most, timeout_s, look):
             try:
-                return self._frames.read(_read_frames(self._socket, self._frames.most))
+                return self._frames.read(frames)
             except ProtocolError as error:
                 self.rejected += 1
                 _log_rejection(self.rejected, "the controller", error)
@@ -201,7 +201,7 @@ class Dealer:
         if self._refusal is not None:
             raise self._refusal
         try:
-            while self._ear.poll(0):
+            while self._ear.get(zmq.EVENTS) & zmq.POLLIN:
                 self._doorstep.hear(self._ear.recv_multipart())
         except AccessError as refusal:
             self._refusal = refusal
@@ -359,26 +359,37 @@ def _set_bounds(socket: Any, address: str, limits: Limits) -> None:
 
 
 def _arrivals(
-    socket: zmq.Socket[bytes], timeout_s: float, look: Callable[[], float] | None = None
-) -> Iterator[None]:
-    """Yield whenever a message is there, until time is up, so that a flood of rubbish cannot keep
-    the reader. `look` is called before each wait and says how long that may be, in seconds."""
+    socket: zmq.Socket[bytes],
+    most: int,
+    timeout_s: float,
+    look: Callable[[], float] | None = None,
+) -> Iterator[list[zmq.Frame]]:
+    """Yield the frames of each message that comes until time is up, so that a flood of rubbish
+    cannot keep the reader. `look` is called before each wait and says how long that may be, in
+    seconds."""
     deadline = time.monotonic() + timeout_s
     while True:
         left = deadline - time.monotonic()
         wait = left if look is None or left <= 0.0 else min(left, look())
-        if socket.poll(max(0, round(1000 * wait))):
-            yield
+        frames = _read_frames(socket, most, max(0, round(1000 * wait)))
+        if frames:
+            yield frames
             if time.monotonic() >= deadline:
                 return
         elif wait >= left:
             return
 
 
-def _read_frames(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
-    """Read one message that is there already; of one with too many frames keep `most + 1`, enough
-    to refuse it."""
-    frames = [socket.recv(zmq.NOBLOCK, copy=False)]
+def _read_frames(socket: zmq.Socket[bytes], most: int, milliseconds: int) -> list[zmq.Frame]:
+    """Read one message, or nothing if none comes in time; of one with too many frames keep
+    `most + 1`, enough to refuse it."""
+    # A wait inside of `recv` costs a fraction of a poll before it.
+    if milliseconds:
+        socket.set(zmq.RCVTIMEO, milliseconds)
+    try:
+        frames = [socket.recv(0 if milliseconds else zmq.NOBLOCK, copy=False)]
+    except zmq.Again:
+        return []
     while frames[-1].more:
         frame = socket.recv(zmq.NOBLOCK, copy=False)
         frames[most:] = [frame]

@@ -134,7 +134,9 @@ class ResponseStart(Value, frozen=True):
 
 
 class Prompt(Value, frozen=True):
-    """What an engine is asked: chat messages and the media they refer to, in order of appearance.
+    """What an engine is asked: chat messages and the media they refer to, in order of appearance:
+    at the places that these have in the messages, or before the words of the last message of the
+    user (`zppo_protocol.places`).
 
     `chat_template_kwargs` are variables for the chat template of the model that reads it.
     """

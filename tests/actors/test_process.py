@@ -50,6 +50,21 @@ def start_tied(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
     return process, write_end
 
 
+def test_the_log_is_safe_to_show() -> None:
+    script = "import logging; from zppo_actors.process import start_log; start_log(); " + (
+        r"logging.warning('a request failed: %s', '\x1b]0;mine\x07'); logging.info('one\ntwo')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+    assert r"WARNING root: a request failed: \x1b]0;mine\x07" in done.stderr
+    assert done.stderr.endswith("INFO root: one\ntwo\n")
+
+
 def test_context_knows_its_number_and_its_key(tmp_path: Path) -> None:
     context = make_context(tmp_path, "rollout-3")
     assert context.index == 3

@@ -132,15 +132,18 @@ def reference_answer(
     settings: PolicyLossSettings,
     dtype: torch.dtype = torch.float64,
     head: tuple[float, float | None] = (1.0, None),
+    hidden_rows_T: Tensor | None = None,
 ) -> Answer:
     """Autograd through materialised logits, in float64 (the oracle) or in the dtype under test (the
-    yardstick). head: its scale and soft cap; the gradient by the logits is by those behind them."""
+    yardstick). head: its scale and soft cap; the gradient by the logits is by those behind them.
+    hidden_rows_T: the hidden state of each row, where they share them."""
     inputs = {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
     }
     leaves = case.leaves(dtype)
-    logits_TV = head_logits(leaves[0] @ leaves[1].T + leaves[2], *head)
+    hidden_TH = leaves[0] if hidden_rows_T is None else leaves[0][hidden_rows_T]
+    logits_TV = head_logits(hidden_TH @ leaves[1].T + leaves[2], *head)
     rows = prepare_rows(case.target_ids_T, like=logits_TV, settings=settings, **inputs)
     output = policy_loss_reference(logits_TV, rows, settings)
     return Answer(output, torch.autograd.grad(output.loss, (*leaves, logits_TV)))

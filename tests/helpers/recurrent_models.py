@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,38 +53,56 @@ SPECIAL = [
 ]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 """A token for every byte: AutoTokenizer reads the tokenizer of this family as one of bytes."""
-TEMPLATE = (
+PICTURES_ALONE = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}{% endfor %}"
 )
+TEMPLATE = PICTURES_ALONE.replace(
+    "{% else %}{{ part.text",
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text",
+)
 SMALLEST, LARGEST = 32 * 32, 64 * 32 * 32
 """Areas, in pixels, that its processor makes pictures of: from 1 feature to 64."""
+VIDEO_SETTINGS: dict[str, Any] = {
+    "video_processor_type": "Qwen3VLVideoProcessor",
+    "size": {"shortest_edge": 4 * SMALLEST, "longest_edge": LARGEST},
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.5, 0.6, 0.7],
+}
+"""Of its processor of videos, as save_pretrained writes them; the areas are of all frames
+together, and the values of pixels are other ones than of pictures."""
 
 
-def make_recurrent(family: str, seed: int = 0) -> Any:
+def make_recurrent(family: str, seed: int = 0, **sizes: Any) -> Any:
     """A model in float32 on whose log-probs states and convolutions show."""
     torch.manual_seed(seed)
-    config = tiny_config(family, max_position_embeddings=CONTEXT, **FAMILIES[family])
+    changes = {"max_position_embeddings": CONTEXT, **FAMILIES[family], **sizes}
+    config = tiny_config(family, **changes)
     return _lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def make_seeing(seed: int = 0, first_mark: int = 3) -> Any:
+def make_seeing(seed: int = 0, first_mark: int = 3, **sizes: Any) -> Any:
     """A Qwen3.5 with a tower for pictures; its marks have four ids from `first_mark` on, as its
-    tokenizer has them by default."""
+    tokenizer has them by default. `sizes` are of its language part."""
     torch.manual_seed(seed)
-    sizes = {"max_position_embeddings": CONTEXT, "vocab_size": len(TOKENS)}
+    sizes = {"max_position_embeddings": CONTEXT, "vocab_size": len(TOKENS), **sizes}
     text = tiny_config("qwen3_5_text", **sizes).to_dict()
+    tower = TOWER | {"out_hidden_size": text["hidden_size"]}
     names = ("vision_start", "vision_end", "image", "video")
     marks = {f"{name}_token_id": i for i, name in enumerate(names, start=first_mark)}
     config = Qwen3_5Config(
-        text_config=text, vision_config=TOWER, tie_word_embeddings=False, **marks
+        text_config=text, vision_config=tower, tie_word_embeddings=False, **marks
     )
     return _lively(Qwen3_5ForConditionalGeneration(config))
 
 
-def save_seeing(model: Any, folder: Path) -> Path:
+def save_seeing(model: Any, folder: Path, template: str = TEMPLATE) -> Path:
     """Write a model of `make_seeing` as a Hugging Face folder, with all that lies in one."""
     model.save_pretrained(folder)
     bytes_alone = BPE({token: i for i, token in enumerate(TOKENS)}, merges=[], unk_token="<pad>")
@@ -94,10 +113,10 @@ def save_seeing(model: Any, folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=SPECIAL[3:], **names
     )
-    fast.chat_template = TEMPLATE
+    fast.chat_template = template
     fast.save_pretrained(folder)
     make_image_processor().save_pretrained(folder)
-    (folder / "video_preprocessor_config.json").write_text('{"video_processor_type": "none"}')
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_SETTINGS))
     return folder
 
 

@@ -8,8 +8,9 @@ itself before it greets). The controller writes
 what it hears to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends
 the run when that incarnation has said hello, "restart NAME" asks for a restart of its first
 incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
-supervisor is there, "freeze" sends one status and stops itself. Otherwise it ends only after all peers were heard: a router cannot reach those
-that are not connected yet.
+supervisor is there, "freeze" sends one status and stops itself, "slow" does not get so far,
+"hasty" waits for nobody when it is to stop. Otherwise it ends only after all peers were heard: a
+router cannot reach those that are not connected yet.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> int:
     words = script.get(arguments.actor, ["live"])
     word = words[min(arguments.incarnation, len(words) - 1)]
     if arguments.role == "controller":
+        if "slow" in words:
+            time.sleep(60.0)
         return Controller(folder, run_dir, words).run()
     return process.guarded(lambda: act(word, arguments, folder))
 
@@ -131,6 +134,9 @@ class Controller:
                 self.router.send("supervisor", end)
                 self.router.close()
                 return 1
+            if end is not None and "hasty" in self.words:
+                self.finish(end)
+                return end.exit_code
             if self.peers == self.expected:
                 self.ask_for_restarts()
                 if end is not None:
@@ -190,6 +196,7 @@ class Controller:
     def finish(self, end: RunEnded) -> None:
         for peer in self.peers - {"supervisor"}:
             self.router.send(peer, Shutdown(reason="the run has ended"))
+        self.router.send("supervisor", self.status())
         self.router.send("supervisor", end)
         self.router.close()
 

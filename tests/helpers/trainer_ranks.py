@@ -32,6 +32,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from zppo.config.method import MethodConfig
 from zppo.data.pictures import refer
+from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
 from zppo.training import policy, tensor_file
 from zppo.training.loading import freeze_tower
 from zppo.training.ranks import ALONE, Ranks, first_row, local
@@ -39,6 +40,7 @@ from zppo.training.state import MOMENTS, exhaust, gather_moments, save_share
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
 from zppo_protocol.messages import TrainWindow
+from zppo_protocol.values import Media, VideoReference
 
 PATIENCE = 600.0
 
@@ -49,7 +51,8 @@ class Case(Struct, kw_only=True):
     `apart`: the one that finds that prompts cannot be shared.
     `given`: so many updates of random gradients in place of windows. `full`: a checkpoint is tried
     on a full disk, in this folder, and one more window is trained. `pictures`: a folder with
-    `picture.png` and the files of a model that sees; the first group of each window has it."""
+    `picture.png` and the files of a model that sees; the first group of each window has it, or if
+    `film` a video of three frames of it."""
 
     dtype: str = "float32"
     state_dtype: str = "float32"
@@ -68,6 +71,7 @@ class Case(Struct, kw_only=True):
     given: int = 0
     full: str | None = None
     pictures: str | None = None
+    film: bool = False
 
 
 class Outcome(NamedTuple):
@@ -111,12 +115,18 @@ def _windows(case: Case, step: int) -> TrainWindow:
     if case.pictures is None:
         return window
     folder = Path(case.pictures)
-    picture = refer(folder / "picture.png")
+    medium: Media = refer(folder / "picture.png")
+    if case.film:
+        medium = VideoReference(frames=(medium,) * 3, seconds=(0.0, 0.5, 1.0))
+    layout = load_picture_layout(str(folder), load_tokenizer(str(folder), "x"), "x")
+    assert layout is not None
     first, *others = window.groups
-    marks = [100, *[102] * 6, 101]
-    prompt_ids = np.array([7, *marks, *first.samples.prompt_ids], np.int32)
-    samples = msgspec.structs.replace(first.samples, prompt_ids=prompt_ids, media_tokens=[6])
-    shown = msgspec.structs.replace(first, samples=samples, media=[picture])
+    prompt_ids = np.array(
+        [7, 100, *layout.expansion(medium), 101, *first.samples.prompt_ids], np.int32
+    )
+    tokens = int(np.isin(prompt_ids, list(layout.marks)).sum())
+    samples = msgspec.structs.replace(first.samples, prompt_ids=prompt_ids, media_tokens=[tokens])
+    shown = msgspec.structs.replace(first, samples=samples, media=[medium])
     return msgspec.structs.replace(window, groups=[shown, *others])
 
 

@@ -91,14 +91,17 @@ def group(
     lengths: list[int] | None = None,
     spans: list[tuple[int, int]] | None = None,
     cut_off: set[int] = frozenset(),  # type: ignore[assignment]
+    alphabet: int = VOCABULARY,
 ) -> TrainGroup:
+    """Responses are drawn from the first tokens of the vocabulary, `alphabet` of them: from few,
+    some begin alike."""
     random = np.random.default_rng([seed, *name.encode()])
     lengths = lengths if lengths is not None else random.integers(1, 7, len(rewards)).tolist()
     total = sum(lengths)
     default_spans = [(total, 0)] if total else []
     samples = GroupSamples(
         prompt_ids=random.integers(0, VOCABULARY, int(random.integers(1, 9))).astype(np.int32),
-        token_ids=random.integers(0, VOCABULARY, total).astype(np.int32),
+        token_ids=random.integers(0, alphabet, total).astype(np.int32),
         log_probs=-random.uniform(0.1, 4, total).astype(np.float32),
         offsets=np.array([0, *itertools.accumulate(lengths)], np.int32),
         version_spans=np.array(spans if spans is not None else default_spans, np.int32).reshape(
@@ -121,7 +124,8 @@ def window(*groups: TrainGroup, step: int = 0) -> TrainWindow:
 
 
 def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
-    """Groups of every sort: mixed, all right, all wrong, of another kind."""
+    """Groups of every sort: mixed, all right, all wrong, of another kind; responses of the first
+    and the third begin alike."""
     patterns = ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0], [1, 0])
     groups = [
         group(
@@ -129,6 +133,7 @@ def mixed_window(step: int = 0, count: int = 5) -> TrainWindow:
             list(map(float, patterns[i % 5])),
             seed=step,
             kind="bcq" if i % 5 == 4 else "plain",
+            alphabet=2 if i % 5 in (0, 2) else VOCABULARY,
         )
         for i in range(count)
     ]

@@ -1,5 +1,5 @@
-"""The example on pictures, shortened: real processes train on pictures and on videos, and the report
-shows them."""
+"""The example on pictures, shortened: real processes train on pictures and on videos, before and
+between the words of questions and in earlier messages, and the report shows them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def taken(file: Path) -> dict[str, object]:
     return {"bytes": content, "path": file.name}
 
 
+def asked(kind: str, what: str, way: int) -> list[dict[str, object]]:
+    """About a picture or video between the words, or in a message before the last."""
+    if way > 0:
+        return [said("user", f"{what} is", kind, "the circle")]
+    earlier = [said("user", "where is the circle", kind), said("assistant", "left")]
+    return [*earlier, said("user", f"{what} is the circle")]
+
+
+def said(role: str, *content: str) -> dict[str, object]:
+    parts = [
+        {"type": one, "text": None} if one in ("image", "video") else {"type": "text", "text": one}
+        for one in content
+    ]
+    return {"role": role, "content": parts}
+
+
 def write_questions(folder: Path, name: str, offset: int) -> Path:
     """Six questions about a picture, and six about where a circle ends that moves in a video, which
     begins after `offset` seconds. With another offset they are others. Pictures of a `.parquet` lie
@@ -59,13 +75,13 @@ def write_questions(folder: Path, name: str, offset: int) -> Path:
             rows += [
                 {
                     "id": f"{ident}-film",
-                    "question": "where is the circle",
+                    "question": asked("video", "where", way),
                     "answer": places[-1],
                     "videos": {"frames": frames, "seconds": seconds},
                 },
                 {
                     "id": f"{ident}-board",
-                    "question": f"{'where' if offset else 'what colour'} is the circle",
+                    "question": asked("image", "where" if offset else "what colour", way),
                     "answer": places[0] if offset else colour,
                     "images": board(folder, f"{ident}.png", colour, places[0]),
                 },
@@ -107,10 +123,13 @@ def test_pictures_and_videos_are_trained_on_evaluated_and_shown(tmp_path: Path) 
     assert summary["heldout_after"] is not None
     steps = rollouts.step_files(directory / "rollouts")
     rows = [row for path in steps for row in rollouts.read_step(path)]
-    asked = {row["question_id"]: row for row in rows if row["kind"] == "plain"}
-    films = {name for name, row in asked.items() if '"kind":"video"' in row["media"]}
-    assert films and films == {name for name in asked if name.endswith("-film")}
-    by_name = {name: row["prompt_length"] for name, row in asked.items()}
+    plain = {row["question_id"]: row for row in rows if row["kind"] == "plain"}
+    films = {name for name, row in plain.items() if '"kind":"video"' in row["media"]}
+    assert films and films == {name for name in plain if name.endswith("-film")}
+    for name, row in plain.items():
+        kind, before = ("video" if name in films else "picture"), ("--1-" in name)
+        assert f"[{kind} 1]" in row["prompt"] and ("[assistant]" in row["prompt"]) == before, row
+    by_name = {name: row["prompt_length"] for name, row in plain.items()}
     assert {length for name, length in by_name.items() if name in films} != set(by_name.values())
     assert report.main([str(directory)]) == 0
     page = (directory / "report" / "index.html").read_text(encoding="utf-8")

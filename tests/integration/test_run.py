@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
     assert run.process.returncode == 130, output + run.logs()
     reached = checkpoint.find_latest(run.directory).step
     assert 1 <= reached < LONG
-    assert f"continue: python -m zppo.launch --resume {run.directory}" in output
+    assert f"continue: zppo launch --resume {run.directory}" in output
     steps = reached + 3
     resumed = Run.resume(run.directory, **{"run.steps": steps})
     output = resumed.wait()

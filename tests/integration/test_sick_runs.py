@@ -82,7 +82,7 @@ def test_a_teacher_that_falls_silent_ends_the_run(tmp_path: Path) -> None:
     assert code == 1 and "teacher_silent" in severe(report)
     assert report["verdict"] == verdict
     assert checkpoint.find_latest(directory).step == report["steps"]
-    assert f"continue: python -m zppo.launch --resume {directory}" in done.stderr
+    assert f"continue: zppo launch --resume {directory}" in done.stderr
 
 
 def test_answers_that_are_cut_off_end_the_run_where_advice_may_stop_it(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""A student with recurrent layers and a tower for pictures, trained on questions with and without
-pictures by real processes, killed and resumed."""
+"""A student with recurrent layers and a tower for pictures and videos, trained on questions with
+and without them by real processes, killed, resumed and evaluated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -18,8 +19,10 @@ from recurrent_models import make_seeing, save_seeing
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from zppo.records import checkpoint
+from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
+from zppo.records import checkpoint, rollouts
 from zppo.records.summary import read_lines, summarise
+from zppo_protocol.values import VideoReference
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 PATIENCE = 900.0
@@ -57,17 +60,22 @@ def launch_and_kill(arguments: list[str], directory: Path, step: int) -> None:
     psutil.wait_procs(everybody, timeout=30)
 
 
-def write_questions(folder: Path, count: int) -> Path:
-    """Questions with none, one and two pictures of several sizes in turn."""
-    numbers, rows = np.random.default_rng(0), []
+def write_questions(file: Path, count: int, *, films: bool = False) -> Path:
+    """Questions with none, one and two pictures of several sizes and with a video of three frames
+    in turn, or all with a video."""
+    numbers, rows = np.random.default_rng(int(films)), []
     for i in range(count):
-        names = [f"{i}-{k}.png" for k in range(i % 3)]
-        for name in names:
-            size = tuple(32 * numbers.integers(1, 4, 2))
-            pixels = numbers.integers(0, 256, (*size, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name)
-        rows.append({"id": f"q{i}", "question": f"how many {i}?", "answer": "1", "images": names})
-    file = folder / "train.jsonl"
+        turn = 3 if films else i % 4
+        sizes = [tuple(32 * numbers.integers(1, 4, 2)) for _ in range(turn)]
+        names = [f"{file.stem}-{i}-{k}.png" for k in range(turn)]
+        film = turn == 3
+        for name, size in zip(names, sizes, strict=True):
+            pixels = numbers.integers(0, 256, (*(sizes[0] if film else size), 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(file.parent / name)
+        shown = {"videos": {"frames": names, "seconds": [0.0, 0.5, 2.0]}} if film else {}
+        pictures = {} if film else {"images": names}
+        question = f"{file.stem} {i}?"
+        rows.append({"id": question, "question": question, "answer": "1", **pictures, **shown})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -81,15 +89,16 @@ def test_a_student_is_trained_on_pictures_killed_and_resumed(tmp_path: Path) -> 
         "run.steps": 100,
         "method.name": "grpo",
         "data.reward": json.dumps([{"use": f"{reward}:luck", "weight": 1.0}]),
-        "data.train": write_questions(tmp_path, 240),
+        "data.train": write_questions(tmp_path / "train.jsonl", 240),
         "data.fields": "{}",
         "data.max_prompt_tokens": 512,
-        "data.heldout": "null",
+        "data.heldout": write_questions(tmp_path / "heldout.jsonl", 4, films=True),
         "student.model": student,
         "student.sampling.max_new_tokens": 10,
         "scheduler.new_questions": 2,
         "scheduler.max_staleness": 0,
-        "evaluation.every": "null",
+        "evaluation.every": 1,
+        "evaluation.samples": 1,
         "optimizer.learning_rate": 1e-2,
         "actors.rollout.count": 1,
         "actors.rollout.engine_args.max_sequences": 12,
@@ -113,7 +122,33 @@ def test_a_student_is_trained_on_pictures_killed_and_resumed(tmp_path: Path) -> 
         assert line["train/updates"] > 0
         # Without staleness: what the engine says of its tokens is what the trainer says of them.
         assert line["train/log_prob_gap_max"] < 1e-4
+    assert summary["heldout_after"] is not None
+    check_films(directory, student)
     check_folder(checkpoint.final_folder(directory, steps) / "model", student)
+
+
+def check_films(directory: Path, student: Path) -> None:
+    """The student was shown videos as such: by the length of their prompts, in bytes but for what
+    stands in the place of the mark."""
+    tokenizer = load_tokenizer(str(student), "student.model")
+    layout = load_picture_layout(str(student), tokenizer, "student.model")
+    assert layout is not None and layout.shows_videos
+    rows = [
+        row
+        for path in rollouts.step_files(directory / "rollouts")
+        for row in rollouts.read_step(path)
+    ]
+    around = {
+        row["prompt_length"] - len(row["question_id"])
+        for row in rows
+        if row["kind"] == "plain" and row["media"] is None
+    }
+    films = [row for row in rows if '"kind":"video"' in (row["media"] or "")]
+    assert films and len(films) < len(rows)
+    for row in films:
+        [video] = msgspec.json.decode(row["media"], type=list[VideoReference])
+        tokens = len(layout.expansion(video)) + len(("start", "end"))
+        assert {row["prompt_length"] - len(row["question_id"]) - tokens} == around
 
 
 def check_folder(saved: Path, student: Path) -> None:

@@ -3,6 +3,7 @@ ProtocolError."""
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from zppo_protocol import messages as m
-from zppo_protocol.codec import LARGE, REUSED, decode, dumps, encode, loads
+from zppo_protocol.codec import (
+    BLOB_MAGIC,
+    CODES,
+    FIRST_MAGIC,
+    LARGE,
+    REUSED,
+    decode,
+    dumps,
+    encode,
+    loads,
+)
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
@@ -27,6 +38,7 @@ MESSAGE_TYPES = get_args(m.AnyMessage)
 TASK_FIELDS = inspect.type_info(m.GenerateTask).fields  # type: ignore[attr-defined]
 SHORT = {"max_size": 4}
 packed = msgspec.msgpack.encode
+INT32, FLOAT32 = CODES[np.dtype("<i4")], CODES[np.dtype("<f4")]
 
 
 # ---- any message, from its own type information --------------------------------------------------
@@ -516,11 +528,11 @@ def header_with(field: bytes, value: bytes) -> bytes:
     """The header of an empty-handed GenerateResult in which one array reference is replaced by raw
     msgpack."""
     fields = {
-        b"prompt_ids": packed(["i4", [1], 0]),
-        b"token_ids": packed(["i4", [0], 8]),
-        b"log_probs": packed(["f4", [0], 8]),
-        b"offsets": packed(["i4", [2], 8]),
-        b"version_spans": packed(["i4", [0, 2], 16]),
+        b"prompt_ids": packed(4 * 1 + INT32),
+        b"token_ids": packed(4 * 0 + INT32),
+        b"log_probs": packed(4 * 0 + FLOAT32),
+        b"offsets": packed(4 * 2 + INT32),
+        b"version_spans": packed([INT32, 0, 2]),
         b"texts": packed([""]),
         b"finish_reasons": packed(["stop"]),
     }
@@ -549,23 +561,30 @@ def test_junk_in_place_of_a_field(field: bytes, value: bytes) -> None:
 @pytest.mark.parametrize(
     "reference",
     [
-        ["i4", [1], 8],
-        ["i4", [1], -8],
-        ["i4", [1], 0.0],
-        ["i4", [1], False],
-        ["i4", [1], 2**63],
-        ["i4", [True], 0],
-        ["i4", [-1], 0],
-        ["i4", [2**53], 0],
-        ["i4", [0, 2**53], 0],
-        ["i4", [0, 2**64 - 1], 0],
-        ["i4", [2**52, 2**52], 0],
-        ["i4", [1, 1, 1], 0],
-        ["i4", 1, 0],
-        ["i4", [1]],
-        ["O", [1], 0],
-        ["f8", [1], 0],
-        [["i4"], [1], 0],
+        4 * 5 + INT32,
+        4 * 1 + FLOAT32,
+        2**64 - 1,
+        -4 + INT32,
+        -1,
+        4.0,
+        True,
+        [],
+        [INT32, True],
+        [INT32, -1],
+        [INT32, 2**53],
+        [INT32, 2**64 - 1, 2**64 - 1],
+        [INT32, 0, 2**53],
+        [INT32, 0, 2**63],
+        [INT32, 0, 2**64 - 1],
+        [INT32, 2**52, 2**52],
+        [INT32, 1, 1],
+        [INT32, 1, 1, 1],
+        [INT32, [1]],
+        [4, 1],
+        [-1, 1],
+        ["i4", 1],
+        [["i4"], 1],
+        [True, 1],
         {"i4": 1},
         "i4",
         None,
@@ -577,9 +596,47 @@ def test_array_references_that_lie(reference: Any) -> None:
         decode([header_with(b"prompt_ids", packed(reference)), bytes(16)])
 
 
-def test_one_array_cannot_be_named_twice() -> None:
-    with pytest.raises(ProtocolError, match="does not lie in 16 bytes in order"):
-        decode([header_with(b"token_ids", packed(["i4", [1], 0])), bytes(16)])
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        (4 * 5 + INT32, "an array of 20 bytes does not lie in the 16 bytes that are left"),
+        (-1, r"an array is 4·length \+ dtype or \[dtype, lengths…\], in whole numbers"),
+        ([4, 1], "an array's dtype is a number below 4"),
+        ([INT32, 1, 1, 1], "an array has at most 2 dimensions"),
+        ([INT32, 0, 2**64 - 1], "an array of shape"),
+    ],
+)
+def test_what_is_wrong_with_an_array_reference_is_said(reference: Any, sentence: str) -> None:
+    with pytest.raises(ProtocolError, match=sentence):
+        decode([header_with(b"prompt_ids", packed(reference)), bytes(16)])
+
+
+def test_what_the_arrays_leave_of_the_payload_is_said() -> None:
+    with pytest.raises(ProtocolError, match="24 bytes lie behind the arrays of the header"):
+        decode([header_with(b"texts", packed([""])), bytes(16), bytes(24)])
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Of any dtype, up to two axes, any of them empty, now and then large or a stepped view."""
+    dtype = draw(st.sampled_from(list(CODES)))
+    shape = draw(st.lists(st.integers(0, 5) | st.just(LARGE // 8 + 1), max_size=2))
+    if len(shape) == 2:
+        shape[1] = min(shape[1], 5)
+    step = draw(st.integers(1, 2))
+    values = np.arange(step * math.prod(shape)) % 251
+    return values.astype(dtype)[::step].reshape(shape)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(values=st.lists(arrays(), max_size=6))
+def test_any_arrays_come_back_from_a_blob_as_they_were(values: list[np.ndarray]) -> None:
+    found = loads(dumps(values), list[np.ndarray])
+    assert [one.dtype for one in found] == [one.dtype for one in values]
+    assert [one.shape for one in found] == [one.shape for one in values]
+    assert all(map(np.array_equal, found, values))
+    assert all(one.flags.aligned and not one.flags.writeable for one in found)
 
 
 BOMBS = {
@@ -652,7 +709,7 @@ def test_a_blob_cut_or_extended_anywhere_is_refused() -> None:
 def test_a_blob_of_another_version_or_type_is_refused() -> None:
     blob = dumps(example_result())
     with pytest.raises(ProtocolError, match="not a blob of this version"):
-        loads(b"ZPPO\x00\x00\x00\x02" + blob[8:], m.GenerateResult)
+        loads(b"ZPPO\x00\x00\x00\x03" + blob[8:], m.GenerateResult)
     with pytest.raises(ProtocolError, match="cut off"):
         loads(blob[:8] + b"\xff" * 8 + blob[16:], m.GenerateResult)
     with pytest.raises(ProtocolError):
@@ -660,10 +717,29 @@ def test_a_blob_of_another_version_or_type_is_refused() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=80))
-def test_random_blobs(data: bytes) -> None:
+@given(data=st.binary(max_size=80), magic=st.sampled_from([BLOB_MAGIC, FIRST_MAGIC]))
+def test_random_blobs(data: bytes, magic: bytes) -> None:
     with pytest.raises(ProtocolError):
-        loads(b"ZPPO\x00\x00\x00\x01" + data, State)
+        loads(magic + data, State)
+
+
+def first_blob(references: list[Any], payload: bytes) -> bytes:
+    """As the first version wrote a list of arrays."""
+    header = packed(references)
+    return (
+        FIRST_MAGIC + len(header).to_bytes(8, "little") + header + bytes(-len(header) % 8) + payload
+    )
+
+
+def test_a_blob_of_the_first_version_is_read() -> None:
+    flat, square = np.arange(3, dtype=np.int32), np.array([[1.5, -2.0]], np.float32)
+    payload = flat.tobytes() + bytes(4) + square.tobytes()
+    blob = first_blob([["i4", [3], 0], ["f4", [1, 2], 16]], payload)
+    found = loads(blob, list[np.ndarray])
+    assert np.array_equal(found[0], flat) and np.array_equal(found[1], square)
+    for reference in (["f8", [1], 0], ["i4", [-1], 0], ["i4", 1, 0], ["i4", [1]], 4, [0, 3]):
+        with pytest.raises(ProtocolError):
+            loads(first_blob([reference], bytes(16)), list[np.ndarray])
 
 
 def test_memory_of_a_frame_is_used_again_only_when_nobody_has_it() -> None:

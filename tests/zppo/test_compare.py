@@ -454,7 +454,7 @@ def test_an_interrupt_reaches_the_run_and_says_how_to_go_on(
         in said
     )
     assert (
-        "interrupted; continue with the same command: python -m zppo.compare --topology "
+        "interrupted; continue with the same command: zppo compare --topology "
         "topology.yaml --methods grpo,zppo --seeds 0 --out c\n"
     ) in said
     assert "reported" not in said

@@ -112,7 +112,7 @@ def test_a_comparison_is_interrupted_and_continued(tmp_path: Path, runtime_base:
         first.until(lambda: "stopping: the trainer finishes its step" in first.logs())
     said = first.wait()
     assert first.process.returncode == 130, said + first.logs()
-    assert "continue with the same command: python -m zppo.compare --topology" in said
+    assert "continue with the same command: zppo compare --topology" in said
     assert not (out / "comparison.html").exists()
 
     again = Comparison(out)

@@ -812,6 +812,16 @@ RESUME_MISTAKES = [
         "because the data cursor counts questions of another corpus",
     ),
     (
+        "data.heldout=train.jsonl",
+        "--resume: data.heldout was null and is now 'train.jsonl'; it cannot change, because "
+        "accuracies before and after would be of other questions",
+    ),
+    (
+        "data.system_prompt=Think.",
+        "--resume: data.system_prompt was null and is now 'Think.'; it cannot change, because the "
+        "trained steps read other prompts",
+    ),
+    (
         "student.sampling.max_new_tokens=9",
         "--resume: student.sampling.max_new_tokens was 8 and is now 9; it cannot change, because "
         "the checkpoint holds another student",
@@ -925,6 +935,35 @@ def test_resume_with_edited_questions(
     )
     assert start("--resume", "small-run") == (2, sentence)
     assert run_directory.read(interrupted) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "edited", "why"),
+    [
+        ("data.heldout", "heldout.jsonl", "results on other questions would not compare"),
+        ("data.templates", "prompts/plain.j2", "the trained steps read other prompts"),
+    ],
+)
+def test_resume_with_other_held_out_questions_or_templates(
+    start: Launch, small: Path, setting: str, edited: str, why: str
+) -> None:
+    """The path is the same; nothing else would tell that results and prompts have changed."""
+    (small / "prompts").mkdir()
+    (small / "prompts/plain.j2").write_text("{{ question }}\n")
+    (small / "heldout.jsonl").write_text('{"question": "Why?", "answer": "1"}\n')
+    given = ("data.heldout=heldout.jsonl", "data.templates=prompts", "run.steps=3")
+    start("--topology", "topology.yaml", *(part for one in given for part in ("--set", one)))
+    finish(small / "small-run", 2)
+    before = (small / edited).read_text()
+    (small / edited).write_text(before.replace("{{", "Now: {{").replace("Why", "Why not"))
+    path = edited.partition("/")[0]
+    sentence = (
+        f"{setting}: {path!r} has changed since the run began; put the old content back, because "
+        f"{why}\n"
+    )
+    assert start("--resume", "small-run") == (2, sentence)
+    (small / edited).write_text(before)
+    assert start("--resume", "small-run") == (None, "")
 
 
 EDITS = [

@@ -117,10 +117,9 @@ def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = (
 
 def gathered(visit: Visit, composition: Composition) -> GroupSamples:
     """The members' token streams end to end, behind the prompt that the student read."""
-    asked, first = _asked(visit, composition), composition.members[0][0]
-    whole = [(first, index) for index in range(len(first.the_samples.offsets) - 1)]
-    if first is asked and composition.members == whole:
-        return first.the_samples.without_texts()
+    asked = _asked(visit, composition)
+    if _is_all_of(composition, asked):
+        return asked.the_samples.without_texts()
     parts = [_rollout(group.the_samples, index) for group, index in composition.members]
     return GroupSamples(
         prompt_ids=asked.the_samples.prompt_ids,
@@ -145,12 +144,20 @@ def asked_media(visit: Visit, composition: Composition) -> list[Media]:
 def gathered_tokens(visit: Visit, composition: Composition) -> int:
     """Prompt and response tokens of `gathered`."""
     asked = _asked(visit, composition)
+    if _is_all_of(composition, asked):
+        return len(asked.the_samples.prompt_ids) + len(asked.the_samples.token_ids)
     offsets = {group.id: group.the_samples.offsets.tolist() for group, _ in composition.members}
     lengths = (
         offsets[group.id][index + 1] - offsets[group.id][index]
         for group, index in composition.members
     )
     return len(asked.the_samples.prompt_ids) + sum(lengths)
+
+
+def _is_all_of(composition: Composition, group: Group) -> bool:
+    """Whether its members are the rollouts of the group, all of them and in their order."""
+    count = len(group.the_samples.offsets) - 1
+    return composition.members == [(group, index) for index in range(count)]
 
 
 def _asked(visit: Visit, composition: Composition) -> Group:

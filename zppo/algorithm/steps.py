@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct, structs
 
-from zppo.algorithm.composition import Composition, all_same, without_failed
+from zppo.algorithm.composition import Composition, all_same, student_groups, without_failed
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.reformulations import Reformulator, merged
 from zppo.algorithm.replay_buffer import ReplayBuffer
@@ -230,10 +230,12 @@ def compose(window: Window, recipe: Recipe) -> list[tuple[Visit, Composition]]:
     its groups came back all-same: only after BCQ and NCQ had their turn.
     """
     composed = []
+    composer = recipe.method.composer
+    # A generator takes longer to make than a group to compose, and this composer draws nothing.
+    unused = random.Random(0) if composer is student_groups else None
     for visit in window.visits:
-        composed_of = recipe.method.composer(
-            visit, recipe.rng(window.index, visit.question.id, "compose")
-        )
+        rng = unused or recipe.rng(window.index, visit.question.id, "compose")
+        composed_of = composer(visit, rng)
         groups = [group for group in map(without_failed, composed_of) if group.members]
         if not (recipe.dynamic_sampling and all_same(groups)):
             composed += [(visit, group) for group in groups]

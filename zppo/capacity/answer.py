@@ -3,17 +3,20 @@ as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from msgspec import Struct
 
 from zppo.capacity.search import Candidate, Search
 from zppo.capacity.splits import changes, split_of
-from zppo.plan.plan import Plan
+from zppo.plan.plan import HostNeed, Plan
 
 HOST = "host"
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """One process of the plan; memory in bytes, the most that it needs, on each of its devices."""
+    """One process of the plan; memory in bytes, the most that it needs, on each of its devices, or
+    the least where that is said."""
 
     name: str
     host: str
@@ -22,6 +25,8 @@ class Process(Struct, frozen=True, kw_only=True):
     threads: int
     host_bytes: int
     device_bytes: int
+    host_least: bool
+    device_least: bool
 
 
 class Expected(Struct, frozen=True, kw_only=True):
@@ -40,6 +45,9 @@ class Expected(Struct, frozen=True, kw_only=True):
     staleness_max: int
     memory: dict[str, int]
     """bytes by device, and on the host; empty where it was not asked for"""
+    memory_least: list[str] = []
+    """those of its keys whose bytes are the least that is needed; of the others they are the
+    most"""
 
 
 class Best(Struct, frozen=True, kw_only=True):
@@ -103,6 +111,8 @@ def answer_of(plan: Plan, directory: str, times: Times | None) -> Answer:
                 threads=entry.threads,
                 host_bytes=size.host,
                 device_bytes=size.device,
+                host_least=size.host_least,
+                device_least=size.device_least,
             )
             for entry, size in zip(plan.processes, plan.needs, strict=True)
         ],
@@ -115,12 +125,12 @@ def times_of(found: Search, plans: tuple[Plan, Plan], source: str, replay: Repla
     """`plans` are those of the given and the best found topology."""
     given, best = plans
     steps = given.windows.steps
-    expected = _expected(found.best, steps, memory_by_device(best))
+    expected = _expected(found.best, steps, best)
     return Times(
         source=source,
         replay=replay,
-        given=_expected(found.given, steps, memory_by_device(given)),
-        bounds=[_expected(one, steps, {}) for one in found.bounds],
+        given=_expected(found.given, steps, given),
+        bounds=[_expected(one, steps) for one in found.bounds],
         best=Best(
             expected=expected,
             gain=found.gain,
@@ -133,18 +143,33 @@ def times_of(found: Search, plans: tuple[Plan, Plan], source: str, replay: Repla
 
 
 def memory_by_device(plan: Plan) -> dict[str, int]:
-    """The most that all processes need, published weights included; devices and memory of several
-    hosts are named with them."""
-    several = len(plan.hosts) > 1
+    """What all processes need, published weights included; devices and memory of several hosts are
+    named with them."""
     found: dict[str, int] = {}
-    for host in plan.hosts:
-        before = f"{host.name} " if several else ""
+    for host, before, memory in _named_hosts(plan):
         found |= {f"{before}{card}": size for card, size in host.cards.items()}
-        found[f"{before}memory" if several else HOST] = host.memory
+        found[memory] = host.memory
     return found
 
 
-def _expected(one: Candidate, steps: int, memory: dict[str, int]) -> Expected:
+def least_memory(plan: Plan) -> list[str]:
+    """The names of those sizes that are no upper estimates."""
+    found: list[str] = []
+    for host, before, memory in _named_hosts(plan):
+        found += [f"{before}{card}" for card in host.cards if card in host.cards_least]
+        found += [memory] if host.memory_least else []
+    return found
+
+
+def _named_hosts(plan: Plan) -> Iterator[tuple[HostNeed, str, str]]:
+    """Each host with what stands before its devices, and the name of its memory."""
+    several = len(plan.hosts) > 1
+    for host in plan.hosts:
+        before = f"{host.name} " if several else ""
+        yield host, before, f"{before}memory" if several else HOST
+
+
+def _expected(one: Candidate, steps: int, plan: Plan | None = None) -> Expected:
     outcome = one.outcome
     return Expected(
         max_staleness=one.bound,
@@ -157,5 +182,6 @@ def _expected(one: Candidate, steps: int, memory: dict[str, int]) -> Expected:
         trainer_wait=outcome.trainer_wait,
         staleness_mean=outcome.staleness_mean,
         staleness_max=outcome.staleness_max,
-        memory=memory,
+        memory=memory_by_device(plan) if plan is not None else {},
+        memory_least=least_memory(plan) if plan is not None else [],
     )

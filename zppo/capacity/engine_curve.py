@@ -6,7 +6,7 @@ response has M tokens lasted M + `prompt_steps` of them, however many sequences 
 T_k the time in which k-many ran and r_k the token steps a second then, that is
 M + prompt_steps = sum over k of T_k r_k: one equation a job, solved for positive r by the iteration
 of Richardson (1972) and Lucy (1974). Nothing is assumed of the curve but that more sequences never
-make a step shorter.
+make a step shorter, nor a token dearer.
 
 Shape legend: J jobs, E moments at which the number of running sequences changes, K points of the
 curve.
@@ -69,17 +69,19 @@ class _Trace(NamedTuple):
 
 def engines_of(records: Sequence[EngineRecord], slots: int, load_seconds: float) -> Engines | None:
     """What the engines of a pool are like; None where no job of known lengths was seen to run."""
-    if not any(job.lengths for record in records for job in record.jobs):
+    if not any(any(job.lengths) for record in records for job in record.jobs):
         return None
     traces: list[_Trace | None] = [None] * len(records)
+    prompt_steps = 1.0
     for _ in range(TRACES):
-        found = [_running(record, trace) for record, trace in zip(records, traces, strict=True)]
+        pairs = zip(records, traces, strict=True)
+        found = [_running(record, trace, prompt_steps) for record, trace in pairs]
         running_K = _points(found)
         parts = [_equations(*pair, running_K) for pair in zip(records, found, strict=True)]
         jobs = _Equations(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         rates_K, prompt_steps = _solved(jobs)
         traces = [_placed(trace, running_K, rates_K) for trace in found]
-    points = _rising(running_K, rates_K, jobs.seconds_JK.sum(axis=0))
+    points = _points_of(running_K, rates_K, jobs.seconds_JK.sum(axis=0))
     if not points:
         return None
     return Engines(
@@ -93,17 +95,17 @@ def engines_of(records: Sequence[EngineRecord], slots: int, load_seconds: float)
 # ---- who ran when --------------------------------------------------------------------------------
 
 
-def _running(record: EngineRecord, before: _Trace | None) -> _Trace:
+def _running(record: EngineRecord, before: _Trace | None, prompt_steps: float) -> _Trace:
     """Who ran when, as it is known; of a job of unknown lengths each response is as long as a known
-    one is on the average. Without the trace `before`, token steps pass as time does."""
+    one is on the average. A response of L tokens ends L + `prompt_steps` token steps after the
+    begin of its job. Without the trace `before`, token steps pass as time does."""
     jobs = record.jobs
-    shares = [n / max(job.lengths) for job in jobs for n in job.lengths if n]
+    shares = [share for job in jobs for share in _shares(job, prompt_steps)]
     usual = sum(shares) / len(shares) if shares else 1.0
     events: list[tuple[float, float]] = []
     for job in jobs:
         if job.lengths:
-            longest = max(1, *job.lengths)
-            ends = [(length / longest, 1.0) for length in job.lengths]
+            ends = [(share, 1.0) for share in _shares(job, prompt_steps)]
         else:
             ends = [(1.0 if job.size <= 1.0 else usual, job.size)]
         events.append((job.begin, sum(size for _, size in ends)))
@@ -113,6 +115,12 @@ def _running(record: EngineRecord, before: _Trace | None) -> _Trace:
     times_E, changes_E = np.array(sorted(events)).T
     running_E = np.maximum(np.cumsum(changes_E), 0.0)
     return _without(_Trace(times_E, running_E, times_E), record.loads)
+
+
+def _shares(job: Job, prompt_steps: float) -> list[float]:
+    """The part of the token steps of a job after which each of its known responses had ended."""
+    whole = prompt_steps + max((1, *job.lengths))
+    return [(prompt_steps + length) / whole for length in job.lengths]
 
 
 def _moment(job: Job, share: float, trace: _Trace | None) -> float:
@@ -144,8 +152,8 @@ def _placed(trace: _Trace, running_K: np.ndarray, rates_K: np.ndarray) -> _Trace
 
 
 def _points(traces: Sequence[_Trace]) -> np.ndarray:
-    """Numbers of running sequences [K], ascending whole numbers, that cut the time at work into
-    equal parts; the middle of each."""
+    """Numbers of running sequences [K], ascending whole numbers: the least, the middles of equal
+    parts of the time at work, and the most, beyond which nothing is known."""
     running = np.concatenate([trace.running_E[:-1] for trace in traces])
     seconds = np.concatenate([np.diff(trace.times_E) for trace in traces])
     busy = (running >= LEAST) & (seconds > 0.0)
@@ -154,8 +162,9 @@ def _points(traces: Sequence[_Trace]) -> np.ndarray:
         return np.ones(1)
     order = np.argsort(running, kind="stable")
     share = (np.cumsum(seconds[order]) - seconds[order] / 2) / seconds.sum()
-    places = np.searchsorted(share, (np.arange(POINTS) + 0.5) / POINTS)
-    return np.unique(np.rint(running[order][np.minimum(places, len(order) - 1)]))
+    places = np.searchsorted(share, (np.arange(POINTS - 2) + 0.5) / (POINTS - 2))
+    middles = running[order][np.minimum(places, len(order) - 1)]
+    return np.unique(np.rint([running.min(), *middles, running.max()]))
 
 
 def _equations(record: EngineRecord, trace: _Trace, running_K: np.ndarray) -> _Equations:
@@ -203,20 +212,28 @@ def _prompt_steps(steps_J: np.ndarray, longest_J: np.ndarray) -> float:
     return min(max(intercept / slope, 0.0), MOST_PROMPT_STEPS)
 
 
-def _rising(
+def _points_of(
     running_K: np.ndarray, rates_K: np.ndarray, weights_K: np.ndarray
 ) -> tuple[tuple[int, float], ...]:
-    """Points of a curve that never falls: neighbours that do are joined (pool adjacent
-    violators), so that it goes on past its end without falling."""
-    pools: list[tuple[list[int], float, float]] = []
-    for running, rate, weight in zip(running_K, rates_K, weights_K, strict=True):
-        pools.append(([max(1, int(running))], float(weight * rate), float(weight)))
-        while len(pools) > 1 and pools[-2][2] * pools[-1][1] >= pools[-1][2] * pools[-2][1]:
-            (low, steps, seconds), (high, more, longer) = pools[-2:]
-            pools[-2:] = [(low + high, steps + more, seconds + longer)]
-    return tuple(
-        (running, round(seconds / steps, 9))
-        for found, steps, seconds in pools
-        if steps > 0.0
-        for running in dict.fromkeys((found[0], found[-1]))
-    )
+    """Points of a curve on which more sequences make no step shorter and no token dearer. What was
+    found otherwise is averaged, tokens a second first, which leaves the second averages in order;
+    so a number of sequences that was seen for a moment cannot bend an end of the curve."""
+    seen_K = weights_K > 0.0
+    running_K, rates_K, weights_K = running_K[seen_K], rates_K[seen_K], weights_K[seen_K]
+    running_K = np.maximum(running_K, 1.0)
+    tokens_K = _never_falling(running_K * rates_K, weights_K)
+    rates_K = -_never_falling(-tokens_K / running_K, weights_K)
+    found = zip(running_K.tolist(), rates_K.tolist(), strict=True)
+    return tuple((int(running), round(1.0 / rate, 9)) for running, rate in found)
+
+
+def _never_falling(values_K: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    """The nearest values that never fall, by weighted squares: neighbours that do are averaged
+    (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # sum, weight, how many
+    for value, weight in zip(values_K.tolist(), weights_K.tolist(), strict=True):
+        pools.append((value * weight, weight, 1))
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] > pools[-1][0] * pools[-2][1]:
+            (low, before, few), (high, after, more) = pools[-2:]
+            pools[-2:] = [(low + high, before + after, few + more)]
+    return np.repeat([total / weight for total, weight, _ in pools], [count for *_, count in pools])

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zppo.capacity.answer import Expected, Replay, Times
-from zppo.plan.machine import gib
+from zppo.plan.machine import at_most
 
 
 def show_times(times: Times, console: Console) -> None:
@@ -67,14 +67,17 @@ def _row(one: Expected, mark: str) -> list[str]:
 
 
 def _memory(times: Times) -> Table:
-    given, best = times.given.memory, times.best.expected.memory
-    table = Table(title="memory, at most", title_justify="left")
+    given, best = times.given, times.best.expected
+    plans = [given, best] if times.best.changes else [given]
+    table = Table(title="memory", title_justify="left")
     for name in ("device", "this run", *(["best found"] if times.best.changes else [])):
         table.add_column(name)
     alike: dict[tuple[str, ...], list[str]] = {}
-    for device in dict.fromkeys([*given, *best]):
-        sizes = [given, best] if times.best.changes else [given]
-        alike.setdefault(tuple(gib(size.get(device, 0)) for size in sizes), []).append(device)
+    for device in dict.fromkeys([*given.memory, *best.memory]):
+        sizes = tuple(
+            at_most(one.memory.get(device, 0), least=device in one.memory_least) for one in plans
+        )
+        alike.setdefault(sizes, []).append(device)
     for shown, devices in alike.items():
         others = f" and {len(devices) - 2} more" if len(devices) > 3 else ""
         table.add_row(", ".join(devices[:2] if others else devices) + others, *shown)

@@ -104,13 +104,12 @@ def over_steps(results: Results) -> Drawn:
         "Held-out accuracy over steps",
         heldout_curve,
         "trained steps",
-        True,
     )
 
 
 def over_compute(results: Results) -> Drawn:
     picture = _curves(
-        results, "accuracy_flops", "Held-out accuracy over compute", cost_curve, "FLOPs spent", True
+        results, "accuracy_flops", "Held-out accuracy over compute", cost_curve, "FLOPs spent"
     )
     for axes in picture.figure.axes if picture is not None else ():
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -267,9 +266,8 @@ def _curves(
     title: str,
     of: Callable[[MethodResult], Curve],
     x: str,
-    share: bool,
 ) -> Drawn:
-    figure = curves(results.methods, of, title, x, "share correct", share)
+    figure = curves(results.methods, of, title, x, "share correct", share=True)
     return (
         None
         if figure is None

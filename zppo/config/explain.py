@@ -59,14 +59,14 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
         return Mistake(path, missing)
     value = _value_at(data, keys)
     hint = nearest(value, _literals(node)) if isinstance(value, str) and _literals(node) else ""
-    shown = _joined(prefix, dotted(keys)) or "the whole"
+    named = _joined(prefix, dotted(keys)) or "the whole"
     expected = _expectation(node)
     if not found:
         values = [
             choice.value_type for choice in choices(node) if isinstance(choice, shape.DictType)
         ]
         expected = f"each value to be {_expectation(values[0] if values else None)}"
-    return Mistake(dotted(keys), f"{shown} is {_shown(value)}; expected {expected}{hint}")
+    return Mistake(dotted(keys), f"{named} is {shown(value)}; expected {expected}{hint}")
 
 
 def _place(where: str, data: Any, root: shape.Type, outer: Sequence[Key]) -> tuple[list[Key], bool]:
@@ -112,7 +112,8 @@ def _value_at(data: Any, keys: Sequence[Key]) -> Any:
     return data
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as YAML has it, cut short, for a sentence."""
     text = (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     )

@@ -59,7 +59,8 @@ class MethodConfig(Config, frozen=True, kw_only=True):
     """steepness of the soft gate for negative advantages"""
     loss_normalisation: Literal["token", "sequence", "fixed_length", "micro_batch"] = "token"
     """token: mean over all tokens; sequence: mean over responses of their means; fixed_length: sum
-    over responses · fixed_length; micro_batch: mean over forward passes of their tokens' means"""
+    over responses · fixed_length; micro_batch: mean over forward passes of their tokens' means, so
+    it goes by actors.trainer.micro_batch_tokens and the number of ranks, as TRL's bnpo does"""
     fixed_length: Positive | None = None
     """tokens that each response counts as in fixed_length; null: student.sampling.max_new_tokens"""
     ratio: Literal["proximal", "behaviour"] = "proximal"

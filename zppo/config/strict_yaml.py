@@ -8,6 +8,7 @@ mappings; other tags (`!!binary`, `!!timestamp`, `!!set`) and merge keys are ref
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -54,7 +55,12 @@ def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
 
 
 def _construct_float(loader: Loader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node))
+    text = loader.construct_scalar(node)
+    value = float(text)
+    if math.isinf(value):  # run.json, which actors read, would hold null in its place
+        problem = f"the number {text[:40]} is too large"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return value
 
 
 # PyYAML's own constructors would read 010 as octal and 1:30 as ninety.

@@ -33,8 +33,7 @@ from zppo.curation.shards import Shard, find_shards
 from zppo.curation.sieve import PromptLengths, Sieve
 from zppo.data.media import MEDIA
 from zppo.data.sources.built import Manifest
-from zppo.data.survey import printable
-from zppo.errors import UserError, nearest
+from zppo.errors import UserError, nearest, printable
 
 BATCH = 256
 """Rows of one transaction."""

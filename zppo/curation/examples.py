@@ -17,12 +17,14 @@ from msgspec import Struct
 
 from zppo.curation.recipe import Recipe
 from zppo.curation.shards import Shard
-from zppo.data.media import cell_of, media_file, picture_entries, plain_format
+from zppo.data.media import Cell, cell_of, media_file, picture_entries, plain_format
 from zppo.data.pictures import picture_header, picture_problem, size_problem
+from zppo.data.places import IMAGE, set_places
 from zppo.data.sources.base import same_words
 from zppo.data.text import RowError, as_text, bounded
 from zppo.errors import first_line
 from zppo.grading import get_grader
+from zppo_protocol.places import PLACE
 
 RULES = {
     "bad_row": "no row that can be read",
@@ -134,25 +136,38 @@ def identity(words: Words, pictures: tuple[Picture, ...]) -> bytes:
 
 
 def _question(row: Mapping[str, Any], shard: Shard, mark: str) -> str:
+    """With `IMAGE` where its pictures stand, if the row says so of each and they do not just come
+    first."""
     value = shard.value(row, "question")
+    pictures = picture_entries(shard.value(row, "images"))
     if isinstance(value, list):
         value = _only_turn(value)
+        mark = mark or (IMAGE if pictures else "")
     text = _text(value, "question", "the question")
-    if mark:
-        text = re.sub(rf"[ \t]*{re.escape(mark)}[ \t]*", " ", text)
-    return _text(text, "question", "the question")
+    if not mark:
+        return text
+    text = text.replace(mark, IMAGE)
+    words = re.sub(rf"[ \t]*{IMAGE}[ \t]*", " ", text)
+    if text.count(IMAGE) == len(pictures) and words.strip():
+        [placed], _ = set_places([text], [], [Cell()] * len(pictures), "the question")
+        return placed.replace(PLACE, IMAGE)
+    return _text(words, "question", "the question")
 
 
 def _only_turn(messages: list[Any]) -> str:
     """The text of the one message of the user; a system message says how to answer, which is the
-    run's to say. Parts that are pictures have their own column."""
+    run's to say. A part that is a picture is a mark; the pictures have their own column."""
     turns = [one for one in messages if not isinstance(one, dict) or one.get("role") != "system"]
     if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "user":
         raise Dropped("question", f"{len(turns)} turns; expected one message of the user")
     content = turns[0].get("content")
     if not isinstance(content, list):
         return _text(content, "question", "the question")
-    parts = [part.get("text") for part in content if isinstance(part, dict)]
+    parts = [
+        IMAGE if part.get("type") == "image" else part.get("text")
+        for part in content
+        if isinstance(part, dict)
+    ]
     return "".join(part for part in parts if isinstance(part, str))
 
 

@@ -10,7 +10,7 @@ from zppo.curation.examples import RULES
 from zppo.curation.ledger import Ledger
 from zppo.curation.recipe import Recipe
 from zppo.curation.shards import Shard
-from zppo.data.survey import printable
+from zppo.errors import printable
 
 MAX_NAMES = 100
 """Sub-datasets that are counted one by one for each rule; a column of other things than names could

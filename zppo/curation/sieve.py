@@ -33,6 +33,7 @@ from zppo.curation.rules import (
     tokens_of,
 )
 from zppo.curation.shards import Shard
+from zppo.data.places import IMAGE
 from zppo.data.question import Question
 from zppo.errors import UserError, first_line, sendable
 from zppo.prompting.prompts import PromptSet
@@ -125,7 +126,7 @@ class Sieve(Struct, frozen=True, kw_only=True):
     def weigh(self, looked: Sequence[Passed | Drop]) -> list[Candidate | Drop]:
         """The length of the prompts of a batch."""
         passed = [one for one in looked if isinstance(one, Passed)]
-        questions = [one.words.question for one in passed]
+        questions = [one.words.question.replace(IMAGE, "") for one in passed]
         texts = self.lengths.measure(questions) if self.lengths else [0] * len(passed)
         weighed = iter([self._weigh(one, text) for one, text in zip(passed, texts, strict=True)])
         return [one if isinstance(one, Drop) else next(weighed) for one in looked]

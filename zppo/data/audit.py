@@ -17,6 +17,7 @@ from msgspec import Struct, field
 
 from zppo.config.topology import REASONING_GYM, DataConfig
 from zppo.data.question import Question
+from zppo.errors import printable
 from zppo.grading.boxes import BOX, last_boxed, tidy
 from zppo.grading.graders import choice_letters, shown_gold
 from zppo.grading.maths import gold_content
@@ -174,7 +175,7 @@ def _words(
 ) -> dict[str, str]:
     """What the capital words of the completions stand for; a word that has no meaning here is
     absent."""
-    words = {"GOLD": gold, "QUESTION": question.text}
+    words = {"GOLD": gold, "QUESTION": question.words}
     if question.grader.startswith(f"{REASONING_GYM}:"):
         return words  # another answer may be right too
     tries = (_gold(rng.choice(questions)) for _ in range(20))
@@ -212,7 +213,7 @@ def _is_hostile(kind: str, text: str, question: Question, gold: str) -> bool:
     """Whether a completion is wrong for this question too: not by chance its answer, nor a question
     with a box."""
     if "QUESTION" in HOSTILE[kind] and (
-        BOX.search(question.text) or gold in tidy(question.text)[:1]
+        BOX.search(question.words) or gold in tidy(question.words)[:1]
     ):
         return False
     content = last_boxed(text)
@@ -245,7 +246,7 @@ def report_text(audit: Audit) -> str:
     for example in audit.examples:
         lines += ["", f"  {example.kind}, question {example.question}", f"    gold: {example.gold}"]
         lines.append(f"    response: {' '.join(example.response.split()) or '(empty)'}")
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def report_values(audit: Audit) -> dict[str, object]:

@@ -2,13 +2,12 @@
 
 The invariant: what passes is a chat that every template can be given: perhaps a system message,
 then turns of user and assistant in alternation, the last one of the user. Content is text, or a
-list of parts `{type: text, text: …}`; the last message may have parts that are pictures as well,
-before or after its words.
+list of parts: `{type: text, text: …}`, and in all but the system message pictures and videos, each
+of which becomes a `PLACE` among the words.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,24 +15,23 @@ from typing import Any
 from msgspec import Struct
 
 from zppo.data.media import Cell, cell_of, picture_entries
+from zppo.data.places import IMAGE, VIDEO
 from zppo.data.sources.jsonl import kind_of
-from zppo.data.text import MAX_TEXT, RowError, clean
+from zppo.data.text import MAX_TEXT, RowError, words
+from zppo_protocol.places import PLACE
 from zppo_protocol.values import ChatMessage
 
 MAX_TURNS = 1000
 ROLES = ("system", "user", "assistant")
-MARK = "<image>"
-"""What some data sets write into the words where a picture belongs."""
-_MARKS = re.compile(rf"(?:\s*{MARK})*\s*")
-_OTHER_MEDIA = ("image_url", "video", "video_url", "input_image", "audio")
+_OTHER_MEDIA = ("image_url", "video_url", "input_image", "audio")
 
 
 class Conversation(Struct, frozen=True):
-    """Its turns, and the pictures of the last one in their order; None: the next one of the row's
-    own column."""
+    """Its turns, and what stands at their places in order: a picture, or `IMAGE` or `VIDEO` for the
+    next one of the row's own column."""
 
     turns: list[ChatMessage]
-    pictures: list[Cell | None]
+    inside: list[Cell | str]
 
 
 def read_conversation(value: Sequence[Any], name: str) -> Conversation:
@@ -43,76 +41,40 @@ def read_conversation(value: Sequence[Any], name: str) -> Conversation:
     read = [_message(one, f"message {i} of {name}") for i, one in enumerate(value, start=1)]
     turns = [turn for turn, _ in read]
     _check_order(turns, name)
-    early = next((i for i, (_, pictures) in enumerate(read[:-1], start=1) if pictures), None)
-    if early is not None:
-        raise RowError(
-            f"message {early} of {name} holds a picture; expected pictures in the last message only"
-        )
     length = sum(len(turn.content) for turn in turns)
     if length > MAX_TEXT:
         raise RowError(f"{name} has {length} characters; at most {MAX_TEXT} are taken")
-    return Conversation(turns, read[-1][1])
-
-
-def without_marks(text: str, pictures: int, name: str) -> str:
-    """The words of a question about so many pictures, at least one, without the marks `<image>`
-    before or behind them; these stand for the pictures, which models are shown anyway. Raises
-    RowError."""
-    marks = text.count(MARK)
-    if not marks:
-        return text
-    if marks != pictures:
-        raise RowError(
-            f"{name} holds {MARK} {_times(marks)} and the row has {pictures} "
-            f"picture{'s' * (pictures > 1)}; expected one for each picture, or none"
-        )
-    begin = _MARKS.match(text)
-    assert begin is not None, "it matches nothing at all, too"
-    words = text[begin.end() :].rstrip()
-    while words.endswith(MARK):
-        words = words.removesuffix(MARK).rstrip()
-    if not words:
-        raise RowError(f"{name} is empty but for {MARK}")
-    if MARK in words:
-        raise RowError(
-            f"{name} holds {MARK} between words; expected it before or behind them, because models "
-            "are shown pictures before the words"
-        )
-    return words
+    return Conversation(turns, [one for _, inside in read for one in inside])
 
 
 def _named(keys: Iterable[str]) -> str:
     return " and ".join(map(repr, sorted(map(str, keys))))
 
 
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
-
-
-def _message(value: Any, name: str) -> tuple[ChatMessage, list[Cell | None]]:
-    """A turn and its pictures."""
+def _message(value: Any, name: str) -> tuple[ChatMessage, list[Cell | str]]:
+    """A turn, and what stands at its places."""
     if not isinstance(value, dict):
         raise RowError(f"{name} is a {kind_of(value)}; expected {{role, content}}")
     role = value.get("role")
     if role not in ROLES:
         raise RowError(f"{name} has the role {role!r}; expected system, user or assistant")
     parts = _content(value.get("content"), name)
-    content = "".join(part for part in parts if isinstance(part, str)).strip()
+    inside = [part for kind, part in parts if kind != "text"]
+    if inside and role == "system":
+        raise RowError(
+            f"{name} is a system message with a picture or video; expected those in messages of "
+            "user and assistant"
+        )
+    content = "".join(str(part) if kind == "text" else PLACE for kind, part in parts).strip()
     if not content:
         raise RowError(f"{name} ({role}) is empty")
-    said = [i for i, part in enumerate(parts) if isinstance(part, str) and part.strip()]
-    if not all(isinstance(part, str) for part in parts[said[0] : said[-1]]):
-        raise RowError(
-            f"{name} has a picture between its words; expected pictures before or behind them, "
-            "because models are shown pictures before the words"
-        )
-    return ChatMessage(role=role, content=content), [p for p in parts if not isinstance(p, str)]
+    return ChatMessage(role=role, content=content), inside
 
 
-def _content(value: Any, name: str) -> list[str | Cell | None]:
-    """Words and pictures of a message. Tables fill absent keys of parts with nulls."""
+def _content(value: Any, name: str) -> list[tuple[str, Cell | str]]:
+    """The parts of a message, each behind its type. Tables fill absent keys of parts with nulls."""
     if isinstance(value, str):
-        return [clean(value, name)]
+        return [("text", words(value, name))]
     if value is None or not isinstance(value, list):
         raise RowError(
             f"{name} has a {kind_of(value)} as content; expected text or a list of parts"
@@ -120,10 +82,12 @@ def _content(value: Any, name: str) -> list[str | Cell | None]:
     return [_part(part, name) for part in value]
 
 
-def _part(value: Any, name: str) -> str | Cell | None:
+def _part(value: Any, name: str) -> tuple[str, Cell | str]:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "image":
-        return _picture(value, name)
+        return kind, _picture(value, name)
+    if kind == "video":
+        return kind, _video(value, name)
     if kind in _OTHER_MEDIA:
         raise RowError(
             f"{name} holds a part of the type {kind!r}, which cannot be read; expected parts of "
@@ -132,15 +96,25 @@ def _part(value: Any, name: str) -> str | Cell | None:
     text = value.get("text") if isinstance(value, dict) else None
     if kind != "text" or not isinstance(text, str):
         raise RowError(f"{name} holds a part {str(value)[:40]!r}; expected {{type: text, text: …}}")
-    return clean(text, name)
+    return kind, words(text, name)
 
 
-def _picture(part: dict[str, Any], name: str) -> Cell | None:
-    """The picture of a part; None where it is the next one of the row."""
+def _video(part: dict[str, Any], name: str) -> str:
+    held = [key for key in part if key not in ("type", "text") and picture_entries(part[key])]
+    if held:
+        raise RowError(
+            f"{name} has a video with {_named(held)}; expected {{type: video}} for the next video "
+            "of the row"
+        )
+    return VIDEO
+
+
+def _picture(part: dict[str, Any], name: str) -> Cell | str:
+    """The picture of a part; `IMAGE` where it is the next one of the row."""
     given = {key: one for key, one in part.items() if key not in ("type", "text")}
     held = {key: one for key, one in given.items() if picture_entries(one)}
     if not held:
-        return None
+        return IMAGE
     alone = set(held) == {"image"}
     cell = cell_of(held["image"] if alone else held)
     if cell is None or not (alone or set(held) <= {"path", "bytes"}):

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import Struct
 
+from zppo_protocol.places import PLACE, in_words
 from zppo_protocol.values import ChatMessage, Media, PictureReference
 
 
 class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One row of the corpus: the last turn of a user, and the conversation that led to it.
+    """One row of the corpus: the last turn of a user, and the conversation that led to it. Pictures
+    and videos have their places in the turns, or stand before the last one
+    (`zppo_protocol.places`).
 
     `grader` names a rule of `zppo.grading`; the buffer keeps questions, never responses.
     """
@@ -34,6 +37,16 @@ class Question(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def has_system(self) -> bool:
         """Whether the row brings a system message, which takes the place of the run's."""
         return bool(self.earlier) and self.earlier[0].role == "system"
+
+    @property
+    def words(self) -> str:
+        """The last turn for whoever is shown no pictures."""
+        return in_words(self.text, self.media)
+
+    @property
+    def has_places(self) -> bool:
+        """Whether its pictures and videos have places in the turns."""
+        return PLACE in self.text or any(PLACE in message.content for message in self.earlier)
 
     @property
     def characters(self) -> int:

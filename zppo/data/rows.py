@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import msgspec
+from msgspec.structs import replace
 
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, parts_of, rule_of
 from zppo.config.topology import JUDGE, DataConfig
 from zppo.data.media import Cell, PictureReader, cell_of, picture_entries
-from zppo.data.messages import MARK, read_conversation, without_marks
+from zppo.data.messages import read_conversation
 from zppo.data.pictures import PixelBounds
+from zppo.data.places import IMAGE, VIDEO, Entry, set_places
 from zppo.data.question import Question
 from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
@@ -29,9 +31,9 @@ from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.values import (
+    MAX_MEDIA,
     ChatMessage,
     Media,
-    PictureReference,
     VideoReference,
     pictures_of,
 )
@@ -42,6 +44,7 @@ MAX_ROW = 262_144
 """Characters of a row's columns as JSON: they travel with every question."""
 _WRITTEN_OUT = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 """A conversation that was turned into text on its way into a file."""
+_NOUNS = {IMAGE: "pictures", VIDEO: "videos"}
 _NAMES = {"question": "the question", "answer": "the gold answer"}
 
 
@@ -59,6 +62,7 @@ class RowReader:
             unpack=unpack,
         )
         self._columns = source.columns.names
+        self._video_name = f"the videos ({self._columns['videos']!r})"
         self._parts = parts_of(config.reward)
         _check_settings(source, config)
         self._grader = source.grader or grader_of(config)
@@ -69,14 +73,10 @@ class RowReader:
 
     def read(self, row: Mapping[str, Any]) -> Question:
         """Raises RowError."""
-        earlier, text, inside = self._asked(row)
+        turns, inside = self._asked(row)
         answer = self._gold(row)
-        cells = self._cells(row, inside)
-        text = self._words(earlier, text, len(cells))
-        media: tuple[Media, ...] = (
-            *self._shown(cells, f"the images ({self._picture_column(row)!r})"),
-            *self._videos(row),
-        )
+        turns, media = self._shown(row, turns, inside)
+        *earlier, last = turns
         grader = self._own_grader(row)
         for name in self._rules_of(grader):
             if not get_grader(name).usable(answer):
@@ -84,51 +84,40 @@ class RowReader:
                     f"the gold answer is {answer[:40]!r}, which the grader {name!r} can never meet"
                 )
         return Question(
-            id=self._id(row, text, earlier, media),
-            text=text,
+            id=self._id(row, turns, media),
+            text=last.content,
             answer=answer,
             media=media,
             grader=grader or self._grader,
             row=_as_json(row) if needs_row(self._parts) else "",
-            earlier=earlier,
+            earlier=tuple(earlier),
             own_grader=grader is not None,
         )
 
     # ---- what is asked ---------------------------------------------------------------------------
 
-    def _asked(
-        self, row: Mapping[str, Any]
-    ) -> tuple[tuple[ChatMessage, ...], str, list[Cell | None]]:
-        """The turns before the last one, the last one, and its pictures."""
+    def _asked(self, row: Mapping[str, Any]) -> tuple[list[ChatMessage], list[Cell | str]]:
+        """The turns, the system message first if there is one, and what stands at their places."""
         value, name = self._required(row, "question"), self._name("question")
-        inside = list[Cell | None]()
+        inside = list[Cell | str]()
         if isinstance(value, list):
             conversation = read_conversation(value, name)
-            *earlier, last = conversation.turns
-            text, inside = last.content, conversation.pictures
+            turns, inside = conversation.turns, conversation.inside
         else:
-            earlier, text = [], bounded(as_text(value, name), name)
+            text = bounded(as_text(value, name), name)
             if _WRITTEN_OUT.match(text):
                 raise RowError(
                     f"{name} is a list of messages written as text; expected the list itself, in "
                     "JSONL, JSON or Parquet"
                 )
+            turns = [ChatMessage(role="user", content=text)]
         system = self._system(row)
-        if system and earlier and earlier[0].role == "system":
+        if system and turns[0].role == "system":
             raise RowError(
                 f"{name} begins with a system message, and the system prompt "
                 f"({self._columns['system_prompt']!r}) is another; expected one of them"
             )
-        return (*system, *earlier), text, inside
-
-    def _words(self, earlier: Sequence[ChatMessage], text: str, pictures: int) -> str:
-        """The last turn without the marks of its pictures."""
-        if not pictures:
-            return text
-        name = self._name("question")
-        if any(MARK in turn.content for turn in earlier):
-            raise RowError(f"{name} holds {MARK} before its last message; expected it only there")
-        return without_marks(text, pictures, name)
+        return [*system, *turns], inside
 
     def _system(self, row: Mapping[str, Any]) -> list[ChatMessage]:
         value, name = self._optional(row, "system_prompt", "the system prompt")
@@ -137,19 +126,17 @@ class RowReader:
         return [ChatMessage(role="system", content=bounded(as_text(value, name), name))]
 
     def _id(
-        self,
-        row: Mapping[str, Any],
-        text: str,
-        earlier: Sequence[ChatMessage],
-        media: Sequence[Media],
+        self, row: Mapping[str, Any], turns: Sequence[ChatMessage], media: Sequence[Media]
     ) -> str:
         """The row's own id, or one made from what is asked, so that moving rows about does not
         rename them."""
         column = self._columns["id"]
         value = value_of(row, column)
         if value is None:
-            turns = [part for turn in earlier for part in (turn.role, turn.content)]
-            content = "\0".join([*turns, text, *(one.sha256 for one in pictures_of(media))])
+            *earlier, last = turns
+            told = [part for turn in earlier for part in (turn.role, turn.content)]
+            told += [last.content, *(one.sha256 for one in pictures_of(media))]
+            content = "\0".join(told)
             return f"{self._source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         name = as_text(value, f"the id ({column!r})")
         if not name.strip() or len(name) > MAX_ID or not name.isprintable():
@@ -202,27 +189,64 @@ class RowReader:
 
     # ---- pictures --------------------------------------------------------------------------------
 
-    def _cells(self, row: Mapping[str, Any], inside: Sequence[Cell | None]) -> list[Cell]:
-        """The pictures of a row, in order: those of its column, among which those of the last
-        message have their places."""
-        column = self._picture_column(row)
-        name, value = f"the images ({column!r})", value_of(row, column)
+    def _shown(
+        self, row: Mapping[str, Any], turns: list[ChatMessage], inside: Sequence[Cell | str]
+    ) -> tuple[list[ChatMessage], tuple[Media, ...]]:
+        """The turns with the places of pictures and videos, and these in their order. A system
+        message has no places, and what looks like a mark there is none."""
+        columns: dict[str, list[Entry]] = {IMAGE: self._cells(row), VIDEO: self._films(row)}
+        self._check_as_many(row, inside, columns)
+        following = {mark: iter(entries) for mark, entries in columns.items()}
+        placed = [next(following[one]) if isinstance(one, str) else one for one in inside]
+        free = [entry for entries in following.values() for entry in entries]
+        begin = int(turns[0].role == "system")
+        texts = [turn.content for turn in turns[begin:]]
+        texts, order = set_places(texts, placed, free, self._name("question"))
+        if len(order) > MAX_MEDIA:
+            raise RowError(
+                f"it has {len(order)} pictures and videos; at most {MAX_MEDIA} are taken"
+            )
+        spoken = zip(turns[begin:], texts, strict=True)
+        return (
+            [*turns[:begin], *(replace(turn, content=text) for turn, text in spoken)],
+            tuple([self._medium(row, entry) for entry in order]),
+        )
+
+    def _check_as_many(
+        self, row: Mapping[str, Any], inside: Sequence[Cell | str], columns: dict[str, list[Entry]]
+    ) -> None:
+        """Raise RowError unless parts of messages take all of a column, or none of it is theirs."""
+        pictures = [one for one in inside if one != VIDEO]
+        for kind, name, parts, mark in (
+            ("image", self._images(row), pictures, IMAGE),
+            ("video", self._video_name, [one for one in inside if one == VIDEO], VIDEO),
+        ):
+            taken, held = parts.count(mark), len(columns[mark])
+            if parts and taken != held:
+                raise RowError(
+                    f"{self._name('question')} has {taken} parts {{type: {kind}}} for the row's "
+                    f"{_NOUNS[mark]}, and {name} hold {held}; expected as many"
+                )
+
+    def _cells(self, row: Mapping[str, Any]) -> list[Cell]:
+        """The pictures of the row's column."""
+        value = value_of(row, self._picture_column(row))
         own = [cell_of(entry) for entry in picture_entries(value)]
         found = [cell for cell in own if cell is not None]
         if len(found) != len(own):
             raise RowError(
-                f"{name} are a {kind_of(value)}; expected a path or a list of paths, or bytes in "
-                "the cells of a table"
+                f"{self._images(row)} are a {kind_of(value)}; expected a path or a list of paths, "
+                "or bytes in the cells of a table"
             )
-        if not inside:
-            return found
-        if inside.count(None) != len(found):
-            raise RowError(
-                f"{self._name('question')} has {inside.count(None)} parts {{type: image}} for "
-                f"the row's pictures, and {name} hold {len(found)}; expected as many"
-            )
-        following = iter(found)
-        return [next(following) if cell is None else cell for cell in inside]
+        return found
+
+    def _films(self, row: Mapping[str, Any]) -> list[Any]:
+        """The videos of the row's column."""
+        value = value_of(row, self._columns["videos"])
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    def _images(self, row: Mapping[str, Any]) -> str:
+        return f"the images ({self._picture_column(row)!r})"
 
     def _picture_column(self, row: Mapping[str, Any]) -> str:
         """Where this row has its pictures: rows of JSONL need not be alike, and the first may have
@@ -230,16 +254,10 @@ class RowReader:
         chosen = "images" in self._source.columns.chosen
         return self._columns["images"] if chosen else picture_column(row)
 
-    def _shown(self, cells: Sequence[Cell], name: str) -> Iterator[PictureReference]:
-        for cell in cells:
-            yield self._pictures.read(cell, name)
-
-    def _videos(self, row: Mapping[str, Any]) -> Iterator[VideoReference]:
-        column = self._columns["videos"]
-        value = value_of(row, column)
-        entries = value if isinstance(value, list) else [] if value is None else [value]
-        for entry in entries:
-            yield self._video(entry, f"the videos ({column!r})")
+    def _medium(self, row: Mapping[str, Any], entry: Entry) -> Media:
+        if isinstance(entry, Cell):
+            return self._pictures.read(entry, self._images(row))
+        return self._video(entry, self._video_name)
 
     def _video(self, value: object, name: str) -> VideoReference:
         """A video as `{frames: paths of its pictures, seconds: when each is shown}`."""

@@ -11,6 +11,7 @@ from msgspec import Struct
 from zppo.config.topology import REASONING_GYM
 from zppo.data.corpus import BadRow, Corpus, held_out_overlap
 from zppo.data.question import Question
+from zppo.errors import printable
 from zppo.grading.boxes import tidy
 from zppo.grading.graders import choice_letters, shown_gold
 from zppo.grading.maths import gold_content
@@ -55,6 +56,8 @@ class Survey(Struct, frozen=True, kw_only=True):
     system_messages: int
     """Questions that bring a system message."""
     pictures: int
+    placed: int
+    """Questions whose pictures and videos have places in the turns."""
     graders: dict[str, int]
     gold_answers: dict[str, int]
     worked_solutions: int
@@ -96,6 +99,7 @@ def survey(
         conversations=sum(len(one.earlier) > one.has_system for one in questions),
         system_messages=sum(one.has_system for one in questions),
         pictures=sum(bool(one.media) for one in questions),
+        placed=sum(one.has_places for one in questions),
         graders=_counted(one.grader for one in questions),
         gold_answers=_counted(
             "of the task's own rule" if _has_own_rule(one) else kind_of_gold(gold)
@@ -162,14 +166,6 @@ def survey_text(found: Survey) -> str:
     return "".join(f"{line}\n" for line in [*_shown_lines(found), *_count_lines(found)])
 
 
-def printable(text: str) -> str:
-    """Words of a data set as a terminal may be given them: control marks are spelled out."""
-    return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
-        for one in text
-    )
-
-
 def _shown_lines(found: Survey) -> Iterator[str]:
     for one in found.shown:
         yield f"── {printable(one.id)} · gold answer: {printable(' '.join(one.gold.split())[-80:])}"
@@ -187,7 +183,8 @@ def _count_lines(found: Survey) -> Iterator[str]:
             "message",
         )
     if found.pictures:
-        yield _line("pictures", f"{found.pictures} questions have some")
+        where = f", {found.placed} of them at places in the words" if found.placed else ""
+        yield _line("pictures", f"{found.pictures} questions have some{where}")
     yield _line("graders", _listed(found.graders))
     yield _line("gold answers", _listed(found.gold_answers))
     if found.worked_solutions:

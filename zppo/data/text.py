@@ -6,6 +6,7 @@ import math
 import re
 
 from zppo.data.sources.jsonl import kind_of
+from zppo_protocol.places import without_places
 
 MAX_TEXT = 1_000_000
 """Characters of one question or answer; far above any real one, and below what a message may
@@ -22,7 +23,7 @@ class RowError(ValueError):
 def as_text(value: object, name: str) -> str:
     """Text, or a finite number as its text. `name` is what the row calls it. Raises RowError."""
     if isinstance(value, str):
-        return clean(value, name)
+        return words(value, name)
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             finite = math.isfinite(value)
@@ -49,3 +50,9 @@ def clean(value: str, name: str) -> str:
     if _UNFIT.search(value):
         raise RowError(f"{name} holds a NUL or half a surrogate pair")
     return value
+
+
+def words(value: str, name: str) -> str:
+    """The same of words, which lose the character that stands for pictures here and for nothing
+    there. Raises RowError."""
+    return without_places(clean(value, name))

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from zppo.diagnosis.examine import diagnosed
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, printable
 from zppo.records.summary import Record
 
 SHOWN = ("run", "steps", "verdict", "advice")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = {name: summary[name] for name in SHOWN}
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
     else:
-        print("\n".join(report_lines(summary)))
+        print(printable("\n".join(report_lines(summary))))
     severe = any(advisory["severity"] == "severe" for advisory in summary["advice"])
     return EXIT_FAILED if severe else 0
 

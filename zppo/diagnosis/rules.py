@@ -18,30 +18,30 @@ from zppo.diagnosis.evidence import (
     measured,
     percent,
 )
-from zppo.diagnosis.thresholds import THRESHOLDS, Thresholds
+from zppo.diagnosis.thresholds import LIMITS
 from zppo.records.metrics import KIND_TITLES, reformulated_kinds
 
-Rule = Callable[[Evidence, Thresholds], Iterator[Advisory]]
+Rule = Callable[[Evidence], Iterator[Advisory]]
 USUAL_SILENCE = 3
 """Windows after which silence is severe where `run.silent_teacher_windows` is 0."""
 
 
-def advisories(evidence: Evidence, thresholds: Thresholds = THRESHOLDS) -> list[Advisory]:
+def advisories(evidence: Evidence) -> list[Advisory]:
     """What the rules find, the severe first, causes before effects."""
-    found = [advisory for rule in RULES.values() for advisory in rule(evidence, thresholds)]
+    found = [advisory for rule in RULES.values() for advisory in rule(evidence)]
     return sorted(found, key=lambda advisory: advisory.severity != "severe")
 
 
 # ---- responses -----------------------------------------------------------------------------------
 
 
-def cut_off(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def cut_off(evidence: Evidence) -> Iterator[Advisory]:
     """Responses that hit the length limit end before their answer."""
-    share = evidence.mean("length/truncated", limits.steps)
-    if share is not None and share >= limits.many:
+    share = evidence.mean("length/truncated", LIMITS.steps)
+    if share is not None and share >= LIMITS.many:
         yield Advisory(
             rule="cut_off",
-            severity=_severity(share >= limits.most),
+            severity=_severity(share >= LIMITS.most),
             found=f"{percent(share)} of the last responses were cut off at the length limit",
             change="raise student.sampling.max_new_tokens, or let the student think less",
             settings=["student.sampling.max_new_tokens", "student.chat_template_kwargs"],
@@ -49,13 +49,13 @@ def cut_off(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def no_answer(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def no_answer(evidence: Evidence) -> Iterator[Advisory]:
     """Responses without a box earn nothing, whatever they say."""
-    share = evidence.mean("answers/missing", limits.steps)
-    if share is not None and share >= limits.many:
+    share = evidence.mean("answers/missing", LIMITS.steps)
+    if share is not None and share >= LIMITS.many:
         yield Advisory(
             rule="no_answer",
-            severity=_severity(share >= limits.most),
+            severity=_severity(share >= LIMITS.most),
             found=f"{percent(share)} of the last responses have no boxed answer",
             change="ask for a box in data.templates or data.system_prompt, or give responses room",
             settings=["data.templates", "data.system_prompt", "student.sampling.max_new_tokens"],
@@ -63,13 +63,13 @@ def no_answer(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def grading_timed_out(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def grading_timed_out(evidence: Evidence) -> Iterator[Advisory]:
     """What is not graded in time counts as wrong, right or not."""
-    share = evidence.mean("answers/timed_out", limits.long_steps)
-    if share is not None and share >= limits.grading_timeouts:
+    share = evidence.mean("answers/timed_out", LIMITS.long_steps)
+    if share is not None and share >= LIMITS.grading_timeouts:
         yield Advisory(
             rule="grading_timed_out",
-            severity=_severity(share >= limits.most_grading_timeouts),
+            severity=_severity(share >= LIMITS.most_grading_timeouts),
             found=f"the grading of {percent(share)} of the last responses ran out of time, "
             "and they count as wrong",
             change="raise actors.grader.timeout_seconds, or choose a simpler data.grader",
@@ -78,14 +78,14 @@ def grading_timed_out(evidence: Evidence, limits: Thresholds) -> Iterator[Adviso
         )
 
 
-def reward_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def reward_failed(evidence: Evidence) -> Iterator[Advisory]:
     """A response whose reward raised or timed out is neither right nor wrong: it teaches
     nothing."""
-    share = evidence.mean("answers/failed", limits.long_steps)
-    if share is not None and share >= limits.rewards_failed:
+    share = evidence.mean("answers/failed", LIMITS.long_steps)
+    if share is not None and share >= LIMITS.rewards_failed:
         yield Advisory(
             rule="reward_failed",
-            severity=_severity(share >= limits.most_rewards_failed),
+            severity=_severity(share >= LIMITS.most_rewards_failed),
             found=f"the reward of {percent(share)} of the last responses raised or ran out of "
             "time, and they are left out",
             change="see the notes in rollouts/ and logs/grader-0.log, and mend data.reward",
@@ -94,7 +94,7 @@ def reward_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def sink_failed(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def sink_failed(evidence: Evidence) -> Iterator[Advisory]:
     """A tracker misses steps; the run's own files have them all."""
     newest = evidence.last(1)
     failed, dropped = (mean(measured(newest, f"sinks/{what}")) for what in ("failed", "dropped"))
@@ -147,7 +147,7 @@ def _silence(pool: str, lines: Sequence[Line]) -> Silence:
     return Silence(pool, windows, tasks)
 
 
-def teacher_silent(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def teacher_silent(evidence: Evidence) -> Iterator[Advisory]:
     """Without its teacher a run goes on, but as another method."""
     for pool, windows, tasks in silences(evidence.newest):
         yield Advisory(
@@ -160,12 +160,12 @@ def teacher_silent(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]
         )
 
 
-def teacher_never_right(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def teacher_never_right(evidence: Evidence) -> Iterator[Advisory]:
     """A teacher that solves nothing gives no right candidate, so no BCQ, hint or prefix."""
     # Questions of windows in which it did not answer at all say nothing of its answers.
-    answered = [line for line in evidence.last(limits.steps) if "accuracy/teacher" in line]
+    answered = [line for line in evidence.last(LIMITS.steps) if "accuracy/teacher" in line]
     hard = sum(measured(answered, "window/hard"))
-    if hard >= limits.fewest and not any(line["accuracy/teacher"] for line in answered):
+    if hard >= LIMITS.fewest and not any(line["accuracy/teacher"] for line in answered):
         yield Advisory(
             rule="teacher_never_right",
             severity="severe",
@@ -181,12 +181,12 @@ def teacher_never_right(evidence: Evidence, limits: Thresholds) -> Iterator[Advi
 # ---- the signal ----------------------------------------------------------------------------------
 
 
-def all_alike(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def all_alike(evidence: Evidence) -> Iterator[Advisory]:
     """Groups that are all right or all wrong have no advantage."""
-    live = evidence.mean("train/live_rollout_share", limits.steps)
-    if live is None or live >= limits.live_rollouts:
+    live = evidence.mean("train/live_rollout_share", LIMITS.steps)
+    if live is None or live >= LIMITS.live_rollouts:
         return
-    accuracy = evidence.mean("accuracy/plain", limits.steps) or 0.0
+    accuracy = evidence.mean("accuracy/plain", LIMITS.steps) or 0.0
     too = "hard" if accuracy < 0.5 else "easy"
     yield Advisory(
         rule="all_alike",
@@ -199,14 +199,14 @@ def all_alike(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
     )
 
 
-def kind_without_signal(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def kind_without_signal(evidence: Evidence) -> Iterator[Advisory]:
     """Only groups with right and wrong replies have a gradient; accuracy does not tell."""
     kinds = dict.fromkeys(kind for line in evidence.newest for kind in reformulated_kinds(line))
     for kind in kinds:
         name, count = f"audit/{kind}/mixed", f"window/{kind}"
-        share = evidence.weighted(name, count, limits.long_steps)
-        groups = evidence.total(count, limits.long_steps)
-        if share is not None and groups >= limits.fewest and share < limits.signal:
+        share = evidence.weighted(name, count, LIMITS.long_steps)
+        groups = evidence.total(count, LIMITS.long_steps)
+        if share is not None and groups >= LIMITS.fewest and share < LIMITS.signal:
             yield Advisory(
                 rule="kind_without_signal",
                 severity="warning",
@@ -218,21 +218,21 @@ def kind_without_signal(evidence: Evidence, limits: Thresholds) -> Iterator[Advi
             )
 
 
-def picks_by_slot(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def picks_by_slot(evidence: Evidence) -> Iterator[Advisory]:
     """A student that picks by place is right as often as a coin, however its accuracy rose."""
     for kind in evidence.families("audit/", "/picked_first"):
         name, count = f"audit/{kind}/picked_first", f"window/{kind}"
         parts = {
-            part: evidence.weighted(f"{name}_{part}", count, limits.long_steps)
+            part: evidence.weighted(f"{name}_{part}", count, LIMITS.long_steps)
             for part in ("short", "long", "right_first", "right_second")
         }
         by_length = [p for part in ("short", "long") if (p := parts[part]) is not None]
         habit = mean([abs(2 * p - 1) for p in by_length])
         first, second = parts["right_first"], parts["right_second"]
-        groups = evidence.total(count, limits.long_steps)
-        if habit is None or first is None or second is None or groups < limits.fewest:
+        groups = evidence.total(count, LIMITS.long_steps)
+        if habit is None or first is None or second is None or groups < LIMITS.fewest:
             continue
-        if habit >= limits.habit and first - second < limits.judgement:
+        if habit >= LIMITS.habit and first - second < LIMITS.judgement:
             known = {part: p for part, p in parts.items() if p is not None}
             shares = ", ".join(f"{percent(p)} where {_where(part)}" for part, p in known.items())
             yield Advisory(
@@ -258,15 +258,15 @@ def _where(part: str) -> str:
 # ---- the optimizer -------------------------------------------------------------------------------
 
 
-def not_finite(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def not_finite(evidence: Evidence) -> Iterator[Advisory]:
     """An update whose loss or gradient is not finite is skipped."""
-    skipped = evidence.total("train/updates_skipped", limits.steps)
-    made = evidence.total("train/updates", limits.steps)
+    skipped = evidence.total("train/updates_skipped", LIMITS.steps)
+    made = evidence.total("train/updates", LIMITS.steps)
     if skipped:
         share = skipped / (skipped + made)
         yield Advisory(
             rule="not_finite",
-            severity=_severity(share >= limits.many),
+            severity=_severity(share >= LIMITS.many),
             found=f"{skipped:.0f} of the last {skipped + made:.0f} updates were skipped, because "
             "loss or gradient was not finite",
             change="lower optimizer.learning_rate, or set student.dtype: float32",
@@ -275,9 +275,9 @@ def not_finite(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def no_gradient(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def no_gradient(evidence: Evidence) -> Iterator[Advisory]:
     """Steps without an update change nothing in the student."""
-    updates = evidence.values("train/updates", limits.steps)
+    updates = evidence.values("train/updates", LIMITS.steps)
     if updates and not any(updates):
         yield Advisory(
             rule="no_gradient",
@@ -290,16 +290,16 @@ def no_gradient(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def entropy_gone(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def entropy_gone(evidence: Evidence) -> Iterator[Advisory]:
     """A policy without entropy samples one answer, and groups become alike."""
-    now = evidence.mean("train/entropy", limits.steps)
-    start = mean(measured(evidence.first[: limits.steps], "train/entropy"))
-    if now is None or start is None or now > limits.entropy_left * start:
+    now = evidence.mean("train/entropy", LIMITS.steps)
+    start = mean(measured(evidence.first[: LIMITS.steps], "train/entropy"))
+    if now is None or start is None or now > LIMITS.entropy_left * start:
         return
-    if now < limits.entropy_low:
+    if now < LIMITS.entropy_low:
         yield Advisory(
             rule="entropy_gone",
-            severity=_severity(now < limits.entropy_gone),
+            severity=_severity(now < LIMITS.entropy_gone),
             found=f"the policy's entropy fell from {start:.2g} to {now:.2g} nats a token",
             change="lower optimizer.learning_rate, raise method.clip_high or "
             "student.sampling.temperature",
@@ -312,16 +312,16 @@ def entropy_gone(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def mismatch(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def mismatch(evidence: Evidence) -> Iterator[Advisory]:
     """Engine and trainer disagree about what was sampled."""
-    now = evidence.mean("train/mismatch_kl", limits.steps)
-    start = mean(measured(evidence.first[: limits.steps], "train/mismatch_kl")) or 0.0
-    if now is None or now < limits.mismatch:
+    now = evidence.mean("train/mismatch_kl", LIMITS.steps)
+    start = mean(measured(evidence.first[: LIMITS.steps], "train/mismatch_kl")) or 0.0
+    if now is None or now < LIMITS.mismatch:
         return
-    if now >= limits.much_mismatch or now >= 2 * start:
+    if now >= LIMITS.much_mismatch or now >= 2 * start:
         yield Advisory(
             rule="mismatch",
-            severity=_severity(now >= limits.much_mismatch),
+            severity=_severity(now >= LIMITS.much_mismatch),
             found=f"engine and trainer are {now:.2g} nats a token apart, {start:.2g} at the start",
             change="lower scheduler.max_staleness or optimizer.learning_rate, or set "
             "student.dtype: float32",
@@ -333,10 +333,10 @@ def mismatch(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-def grader_slow(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def grader_slow(evidence: Evidence) -> Iterator[Advisory]:
     """The graders never rest while the trainer waits."""
-    busy, waits = evidence.mean("time/grader_busy", limits.long_steps), _waits(evidence, limits)
-    if busy is not None and busy >= limits.busy and waits >= limits.many:
+    busy, waits = evidence.mean("time/grader_busy", LIMITS.long_steps), _waits(evidence)
+    if busy is not None and busy >= LIMITS.busy and waits >= LIMITS.many:
         yield Advisory(
             rule="grader_slow",
             severity="warning",
@@ -348,10 +348,10 @@ def grader_slow(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def trainer_idle(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def trainer_idle(evidence: Evidence) -> Iterator[Advisory]:
     """The trainer waits for windows."""
-    waits = _waits(evidence, limits)
-    if waits >= limits.idle:
+    waits = _waits(evidence)
+    if waits >= LIMITS.idle:
         yield Advisory(
             rule="trainer_idle",
             severity="warning",
@@ -362,10 +362,10 @@ def trainer_idle(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def engines_idle(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
+def engines_idle(evidence: Evidence) -> Iterator[Advisory]:
     """The engines have room that nobody uses."""
-    idle = evidence.mean("time/rollout_idle", limits.long_steps)
-    if idle is not None and idle >= limits.idle:
+    idle = evidence.mean("time/rollout_idle", LIMITS.long_steps)
+    if idle is not None and idle >= LIMITS.idle:
         yield Advisory(
             rule="engines_idle",
             severity="warning",
@@ -381,10 +381,10 @@ def engines_idle(evidence: Evidence, limits: Thresholds) -> Iterator[Advisory]:
         )
 
 
-def _waits(evidence: Evidence, limits: Thresholds) -> float:
+def _waits(evidence: Evidence) -> float:
     """Share of the last steps that the trainer waited."""
-    steps = evidence.total("time/step", limits.long_steps)
-    return evidence.total("time/trainer_wait", limits.long_steps) / steps if steps else 0.0
+    steps = evidence.total("time/step", LIMITS.long_steps)
+    return evidence.total("time/trainer_wait", LIMITS.long_steps) / steps if steps else 0.0
 
 
 def _severity(severe: bool) -> Severity:

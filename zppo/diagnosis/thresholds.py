@@ -52,4 +52,4 @@ class Thresholds(Struct, frozen=True, kw_only=True):
     """Share of its time that the grader has work when it holds up the others."""
 
 
-THRESHOLDS = Thresholds()
+LIMITS = Thresholds()

@@ -11,6 +11,7 @@ from math import comb
 
 from msgspec import Struct
 
+from zppo.errors import printable
 from zppo.scheduling.heldout import Estimate, estimate
 from zppo_protocol.values import Sampling
 
@@ -138,7 +139,8 @@ def report_text(report: EvaluationReport) -> str:
             f"{interval}"
         )
     lines.append("  " + ", ".join(_details(report)))
-    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)]) + "\n"
+    text = "\n".join([*lines, *(f"  note: {note}" for note in report.notes)]) + "\n"
+    return printable(text)
 
 
 def _details(report: EvaluationReport) -> list[str]:

@@ -162,6 +162,15 @@ def state_numbers(text: Mapping[str, Any], layers: int) -> int:
     return carrying * _state_of_a_layer(text)
 
 
+def delta_widths(text: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Widths of a key and of a value in a gated delta rule; None for a model without one."""
+    if not setting(text, "linear_num_value_heads"):
+        return None
+    names = ("linear_key_head_dim", "linear_value_head_dim")
+    key, value = (int(setting(text, name) or 0) for name in names)
+    return key, value
+
+
 def _state_of_a_layer(text: Mapping[str, Any]) -> int:
     def number(name: str) -> int:
         return int(setting(text, name) or 0)

@@ -9,7 +9,8 @@ from itertools import groupby
 from msgspec import Struct
 from rich.table import Table
 
-from zppo.plan.machine import gib
+from zppo.plan.machine import at_most, gib
+from zppo.plan.memory import Need
 from zppo.plan.placement import bind_address, transport_kind
 from zppo.plan.plan import HostNeed, Plan
 from zppo.plan.processes import ProcessEntry
@@ -25,8 +26,8 @@ class Row(Struct, frozen=True):
     cards: tuple[str, ...]
     engine: str
     threads: int
-    memory: int
-    device_memory: int
+    memory: str
+    device_memory: str
 
 
 class Group(Struct, frozen=True):
@@ -42,7 +43,8 @@ def host_groups(plan: Plan) -> list[Group]:
     for host in plan.hosts:
         found.setdefault(_rows(host), []).append(host.name)
     first = plan.processes[0]
-    alone = Row(1, CONTROLLER, (), "-", first.threads, plan.needs[0].host, 0)
+    need = plan.needs[0]
+    alone = Row(1, CONTROLLER, (), "-", first.threads, host_memory(need), device_memory(need))
     groups = [Group(names, rows) for rows, names in found.items() if rows]
     return [Group([first.host], (alone,)), *groups]
 
@@ -51,17 +53,32 @@ def host_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """Names and values of the facts that only a run over several hosts has."""
     transport, kind = plan.topology.transport, transport_kind(plan.topology)
     port = f"port {transport.port}" if transport.port else "any free port"
-    by_need: dict[tuple[int, int], list[str]] = {}
+    by_need: dict[tuple[str, str], list[str]] = {}
     for host in plan.hosts:
-        by_need.setdefault((host.memory, host.shared), []).append(host.name)
+        size = at_most(host.memory, least=host.memory_least)
+        by_need.setdefault((size, gib(host.shared)), []).append(host.name)
     memory = "; ".join(
-        f"{gib(size)} at most on {_each(names)}, {gib(shared)} of it published weights"
+        f"{size} on {_each(names)}, {shared} of it published weights"
         for (size, shared), names in by_need.items()
     )
     yield "hosts", f"{len(plan.hosts)}, cluster.launcher {plan.topology.cluster.launcher}"
     address = bind_address(plan.topology) or f"the address of {plan.hosts[0].name}"
     yield "transport", f"{kind} with CURVE on {address}, {port}"
     yield "memory", memory
+
+
+def host_memory(need: Need) -> str:
+    """What a process needs on its host: at most so much, unless it says at least."""
+    return _size(need.host, need.host_least)
+
+
+def device_memory(need: Need) -> str:
+    """The same on each of its cards."""
+    return _size(need.device, need.device_least) if need.device or need.device_least else "-"
+
+
+def _size(size: int, least: bool) -> str:
+    return f"at least {gib(size)}" if least else gib(size)
 
 
 def processes_by_host(plan: Plan) -> Table:
@@ -79,8 +96,8 @@ def processes_by_host(plan: Plan) -> Table:
                 span(row.cards) or "-",
                 row.engine,
                 str(row.threads),
-                gib(row.memory),
-                gib(row.device_memory) if row.device_memory else "-",
+                row.memory,
+                row.device_memory,
             )
         table.add_section()
     return table
@@ -115,7 +132,7 @@ def _rows(host: HostNeed) -> tuple[Row, ...]:
 
     rows = []
     for (key, memory, device), alike in groupby(
-        placed, lambda pair: (kind(pair[0]), pair[1].host, pair[1].device)
+        placed, lambda pair: (kind(pair[0]), host_memory(pair[1]), device_memory(pair[1]))
     ):
         entries = [entry for entry, _ in alike]
         devices = [name for entry in entries for name in entry.cards or [entry.device] if name]

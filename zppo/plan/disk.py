@@ -1,8 +1,9 @@
 """How much a run writes into its directory: an estimate that is made before anything starts.
 
-A checkpoint holds the weights and AdamW's two moments, parameters · (width + 2 · state width). One
-more than `checkpoints.keep` of them lie there at once, because the oldest goes when the newest is
-whole. What else a run writes (the journal, metrics, logs) is small beside these.
+A checkpoint holds the weights and AdamW's two moments, parameters · width + trained parameters ·
+2 · state width. One more than `checkpoints.keep` of them lie there at once, because the oldest goes
+when the newest is whole. What else a run writes (the journal, metrics, logs) is small beside
+these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from zppo.config.topology import DTYPE_BYTES, Topology
+from zppo.plan.memory import trained_parameters
 from zppo.plan.model_folder import ModelFacts
 
 TOKEN_BYTES = 1
@@ -37,7 +39,8 @@ def disk_need(topology: Topology, student: ModelFacts, responses: int) -> DiskNe
     states = 2 * DTYPE_BYTES[topology.optimizer.state_dtype]
     row = topology.student.sampling.max_new_tokens * TOKEN_BYTES + ROW_BYTES
     return DiskNeed(
-        checkpoint=student.parameters * (DTYPE_BYTES[topology.student.dtype] + states),
+        checkpoint=student.parameters * DTYPE_BYTES[topology.student.dtype]
+        + trained_parameters(topology.student, student) * states,
         checkpoints=topology.checkpoints.keep + 1,
         rollouts=responses * row if topology.sinks.rollouts else 0,
     )

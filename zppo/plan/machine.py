@@ -14,7 +14,7 @@ from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Topology, TrainerConfig
 from zppo.errors import UserError
-from zppo.plan.engines.vllm import SHARE
+from zppo.plan.engines.vllm import CACHE_BYTES, SHARE
 from zppo.plan.plan import HostNeed, Plan
 from zppo.plan.processes import ProcessEntry, host_name
 
@@ -156,8 +156,16 @@ def _check_host(host: HostNeed, machine: Machine, plan: Plan) -> None:
 
 
 def gib(size: int) -> str:
-    """A size in GiB, for people."""
-    return f"{size / GIB:.1f} GiB"
+    """A size in GiB, for people, or in less where that would be next to nothing."""
+    for unit, name in ((GIB, "GiB"), (GIB >> 10, "MiB"), (GIB >> 20, "KiB")):
+        if size >= unit / 10:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def at_most(size: int, *, least: bool) -> str:
+    """A need for people: an upper estimate, or where it is none, `at least` so much."""
+    return f"{gib(size)} at {'least' if least else 'most'}"
 
 
 def _idle(topology: Topology, machine: Machine) -> str:
@@ -198,7 +206,7 @@ def _placed(index: int, free: int, host: HostNeed) -> list[Placed]:
 def _vllm_share(actor: ActorConfig) -> float:
     """`free` stands for the whole card here: what others hold already is not vLLM's to take."""
     arguments: Mapping[str, Any] = actor.engine_args
-    if actor.engine != VLLM or arguments.get("kv_cache_memory_bytes"):
+    if actor.engine != VLLM or arguments.get(CACHE_BYTES):
         return 0.0
     return float(arguments.get(SHARE) or VLLM_SHARE)
 

@@ -53,11 +53,13 @@ NEEDED = ("cards", "memory_gib", "cores")
 
 
 class DescribedModel(Config, frozen=True, kw_only=True):
-    """`config` is what config.json says; `folder` has it, and the index of the weights."""
+    """`config` is what config.json says; `folder` has it, and the index of the weights. So many of
+    its numbers are the `tower`'s, which sees pictures."""
 
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Positive] = field(default_factory=dict)
     folder: str | None = None
+    tower: NonNegative = 0
 
 
 class MachinesFile(Config, frozen=True, kw_only=True):
@@ -213,7 +215,11 @@ def _facts(model: DescribedModel, named: Path, where: str) -> ModelFacts:
             config = read_json(folder / "config.json", where)
             parameters, stored = _indexed(folder, config, where)
         refuse_no_decoder(config, named, where)
-        return facts_of(config, parameters, stored, folder, where)
+        if model.tower > parameters:
+            raise UserError(
+                f"{where}.tower is {model.tower}; expected at most {parameters}, all of its numbers"
+            )
+        return facts_of(config, parameters, stored, folder, where, model.tower)
 
 
 def _indexed(folder: Path, config: dict[str, Any], where: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from zppo.plan.architecture import (
 from zppo.plan.checks import CHECKS, check_engines
 from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
+from zppo.plan.engines.vllm_models import check_recurrent_on_cpu, check_torchvision
 from zppo.plan.loss_checks import loss_notes
 from zppo.plan.machine import Machine, check_fits, idle_cards, machines_of
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
@@ -58,9 +59,10 @@ def make_plan(
     method = get_method(topology.method.name)
     for check in CHECKS:
         check(topology, method)
-    check_engines(topology, method, installed=models is None)
+    installed = models is None
+    check_engines(topology, method, installed=installed)
     models = models or inspect_models(topology)
-    _check_served(topology, models)
+    _check_served(topology, models, installed)
     table = processes(topology, machine.cores)
     windows = _windows(topology, method, questions)
     per_window = windows.groups * topology.method.group_size
@@ -91,7 +93,7 @@ def _context(one: ServedModel, facts: ModelFacts) -> int:
     return facts.slots_context if one.actor.engine == TRANSFORMERS else facts.context
 
 
-def _check_served(topology: Topology, models: Models) -> None:
+def _check_served(topology: Topology, models: Models, installed: bool) -> None:
     """What an engine would refuse after it has loaded its model, which may take minutes."""
     for one in served_models(topology):
         facts, most = models.by_pool.get(one.pool), one.model.sampling.max_new_tokens
@@ -108,7 +110,7 @@ def _check_served(topology: Topology, models: Models) -> None:
     refuse_quantised(quantised, topology.student.model, "student.model")
     for one in [served_student(topology), *asked_teachers(topology)]:
         if (facts := models.by_pool.get(one.pool)) is not None:
-            _check_engine_of(one, facts)
+            _check_engine_of(one, facts, installed)
 
 
 def _in_trainer(topology: Topology) -> list[ServedModel]:
@@ -117,7 +119,7 @@ def _in_trainer(topology: Topology) -> list[ServedModel]:
     return [served_student(topology), *(teachers(topology)[:1] if scores else [])]
 
 
-def _check_engine_of(one: ServedModel, facts: ModelFacts) -> None:
+def _check_engine_of(one: ServedModel, facts: ModelFacts, installed: bool) -> None:
     if one.actor.engine == TRANSFORMERS:
         refuse_unknown(facts.opened_by, facts.family, one.model.model, one.model_path)
         refuse_other_state(facts.state, facts.family, one.model.model, one.model_path)
@@ -126,6 +128,9 @@ def _check_engine_of(one: ServedModel, facts: ModelFacts) -> None:
         check_vllm_sizes(one.actor.engine_args, facts, one)
         if "cpu" in one.actor.devices:
             check_prompts_read_whole(one.actor.engine_args, facts, one)
+            check_recurrent_on_cpu(one.actor.engine_args, facts, one)
+        if installed:
+            check_torchvision(facts.kind, one)
 
 
 def _check_message_size(plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """How much memory a run needs, process by process: upper estimates that are made before anything
-starts.
+starts, or the least where the size of an engine's cache is left to vLLM and where an engine is the
+user's own.
 
 Legend of the terms, all in bytes: weights = parameters · width; gradients = parameters · 4, in
 float32; optimizer = 2 · parameters · state width; activations ≈ 34 · tokens · hidden · layers at
@@ -9,10 +10,10 @@ head width; recurrent states = sequences · their numbers · 4, whatever the dty
 the trainer (a colocated teacher, the reference of the KL) adds its weights, one layer's activations
 and its logits.
 
-Of N ranks each has an N-th of weights, gradients, optimizer and frozen models, and beside it what a
-pass gathers: the embedding, the head where it is another matrix, and two layers, with gradients. (A
-frozen tower, which lies whole on every rank, is counted as if it were trained and cut as well.)
-While it loads, a rank has each model whole, once.
+A tower that is not trained has weights alone. Of N ranks each has an N-th of weights, gradients,
+optimizer and frozen models, but a frozen tower whole, and beside it what a pass gathers: the
+embedding, the head where it is another matrix, and two layers, with gradients. While it loads, a
+rank has each model whole, once.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from zppo.config.topology import (
     VLLM,
     ModelConfig,
     OptimizerConfig,
+    StudentConfig,
     TeacherConfig,
     Topology,
     TrainerConfig,
 )
 from zppo.plan.engines.own import DEFAULT_SEQUENCES
-from zppo.plan.engines.vllm import sequence_bytes
+from zppo.plan.engines.vllm import CACHE_BYTES, sequence_bytes
 from zppo.plan.model_folder import ModelFacts, inspect_model
 from zppo.plan.processes import ProcessEntry, asked_teachers, trainer_scores
 
@@ -49,7 +51,8 @@ CLIENT_LIBRARIES = 200 * MIB
 """A teacher actor whose model runs behind a server."""
 VLLM_LIBRARIES = 1800 * MIB
 """The three processes of a vLLM engine beside the actor's own libraries."""
-WITHOUT_FOLDER = ("simulated", OPENAI)
+SIMULATED = "simulated"
+WITHOUT_FOLDER = (SIMULATED, OPENAI)
 """Engines of a teacher that read no model folder."""
 RETAINED = 1.25
 """What the allocators of the trainer keep beyond what is in use."""
@@ -64,10 +67,12 @@ written."""
 
 class Need(Struct, frozen=True, kw_only=True):
     """Bytes one process needs on its device, on each of them where there are several, and on the
-    host."""
+    host: at most so many, or at least where its engine may take more."""
 
     device: int
     host: int
+    device_least: bool = False
+    host_least: bool = False
 
 
 class Models(Struct, frozen=True, kw_only=True):
@@ -121,13 +126,15 @@ def need(entry: ProcessEntry, topology: Topology, models: Models) -> Need:
         return Need(device=0, host=LIBRARIES[entry.role])
     if entry.served.actor.engine == OPENAI:
         return Need(device=0, host=CLIENT_LIBRARIES)
-    facts = models.by_pool.get(entry.pool)
+    facts, actor = models.by_pool.get(entry.pool), entry.served.actor
     if facts is None:
         return Need(device=0, host=MODEL_LIBRARIES)
     longest, scores = topology.data.max_prompt_tokens, method.needs_scores
-    if entry.served.actor.engine == VLLM:
-        return _on(entry.device, _vllm_bytes(entry, entry.served, facts))
-    return _on(entry.device, _engine_bytes(entry.served, facts, longest, scores=scores))
+    if actor.engine == VLLM:
+        least = not actor.engine_args.get(CACHE_BYTES)
+        return _on(entry.device, _vllm_bytes(entry, entry.served, facts), least=least)
+    size = _engine_bytes(entry.served, facts, longest, scores=scores)
+    return _on(entry.device, size, least=actor.engine not in (TRANSFORMERS, SIMULATED))
 
 
 def shared_bytes(student: ModelConfig, facts: ModelFacts, max_staleness: int) -> int:
@@ -135,19 +142,26 @@ def shared_bytes(student: ModelConfig, facts: ModelFacts, max_staleness: int) ->
     return (max_staleness + PUBLISHED_MARGIN) * facts.parameters * DTYPE_BYTES[student.dtype]
 
 
-def _on(device: str, size: int) -> Need:
+def trained_parameters(student: StudentConfig, facts: ModelFacts) -> int:
+    """Those with gradients and moments."""
+    return facts.parameters if student.train_tower else facts.parameters - facts.tower
+
+
+def _on(device: str, size: int, *, least: bool = False) -> Need:
     if device == "cpu":
-        return Need(device=0, host=size + MODEL_LIBRARIES)
-    return Need(device=size, host=MODEL_LIBRARIES)
+        return Need(device=0, host=size + MODEL_LIBRARIES, host_least=least)
+    return Need(device=size, host=MODEL_LIBRARIES, device_least=least)
 
 
 def _trainer_bytes(
-    trainer: TrainerConfig, student: ModelConfig, adamw: OptimizerConfig, facts: ModelFacts
+    trainer: TrainerConfig, student: StudentConfig, adamw: OptimizerConfig, facts: ModelFacts
 ) -> int:
     width, ranks = DTYPE_BYTES[student.dtype], len(trainer.rank_devices)
     weights_and_gradients = width + DTYPE_BYTES["float32"]
     optimizer = 2 * DTYPE_BYTES[adamw.state_dtype]
-    state = facts.parameters * (weights_and_gradients + optimizer) // ranks
+    trained = trained_parameters(student, facts)
+    state = trained * (weights_and_gradients + optimizer) // ranks
+    state += (facts.parameters - trained) * width
     if ranks > 1:
         state += _gathered(facts) * weights_and_gradients
     per_layer = trainer.micro_batch_tokens * facts.hidden * width
@@ -165,7 +179,8 @@ def _frozen_bytes(trainer: TrainerConfig, model: ModelConfig, facts: ModelFacts)
     """A frozen model beside the student, a teacher or the reference of the KL: nothing is kept for
     a backward pass, so one layer is alive at a time."""
     width, ranks = DTYPE_BYTES[model.dtype], len(trainer.rank_devices)
-    weights = facts.parameters // ranks + (_gathered(facts) if ranks > 1 else 0)
+    weights = (facts.parameters - facts.tower) // ranks + facts.tower
+    weights += _gathered(facts) if ranks > 1 else 0
     activations = 34 * trainer.micro_batch_tokens * facts.hidden * width // 2
     logits = LOGITS_ROWS * facts.vocabulary * 4
     return math.ceil(RETAINED * (weights * width + activations + logits))
@@ -175,7 +190,7 @@ def _gathered(facts: ModelFacts) -> int:
     """Parameters that a pass of one of several ranks has whole at once: the embedding and head, a
     layer, and the next one on its way."""
     matrices = facts.vocabulary * facts.hidden * (1 if facts.tied else 2)
-    layers = max(0, facts.parameters - matrices) // max(1, facts.layers)
+    layers = max(0, facts.parameters - facts.tower - matrices) // max(1, facts.layers)
     return min(facts.parameters, matrices + 2 * layers)
 
 
@@ -212,7 +227,7 @@ def _vllm_bytes(entry: ProcessEntry, served: ServedModel, facts: ModelFacts) -> 
     one full sequence on. Cards share weights and keys and values. On a CPU it packs the weights
     into a second copy."""
     arguments, dtype = served.actor.engine_args, served.model.dtype
-    cache = arguments.get("kv_cache_memory_bytes")  # of each card
+    cache = arguments.get(CACHE_BYTES)  # of each card
     if not cache:
         cache = sequence_bytes(arguments, facts, dtype, max(1, len(entry.cards)))
     weights = facts.quantised_bytes or facts.parameters * DTYPE_BYTES[dtype]

@@ -17,6 +17,7 @@ from zppo.errors import UserError
 from zppo.plan.model_defaults import tables
 
 AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
+SEEING: AutoClass = "AutoModelForImageTextToText"
 CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 SEEING_TABLE = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
 
@@ -29,7 +30,7 @@ def auto_class(config: Mapping[str, Any]) -> AutoClass | None:
     listed = named if isinstance(named, list) else []
     first = next((one for one in listed if one in (causal, seeing)), None)
     if seeing is not None and (first is None or first != causal):
-        return "AutoModelForImageTextToText"
+        return SEEING
     return None if causal is None else "AutoModelForCausalLM"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from zppo.plan.architecture import (
     bounded,
     caches_otherwise,
     context_of,
+    delta_widths,
     listed_layers,
     other_state,
     refuse_no_decoder,
@@ -30,26 +31,34 @@ from zppo.plan.architecture import (
     state_numbers,
     window_of,
 )
-from zppo.plan.model_class import AutoClass, auto_class
+from zppo.plan.model_class import SEEING, AutoClass, auto_class
 from zppo.plan.model_defaults import completed
 
 MAX_HEADER_BYTES = 100 << 20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXT_SECTION = "text_config"
 """Models that also see pictures keep the numbers of their language part in this section."""
+LANGUAGE_PARTS = frozenset({"language_model", "text_model", "text_decoder", "lm_head"})
+"""Parts of the names of weights of such a model's language part and head; all else is its tower."""
+BARE_LANGUAGE = ("model.embed_tokens.", "model.layers.", "model.norm.")
+"""What they begin with in folders that name no part (Qwen2-VL's as they were published)."""
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """Counts of a causal language model. `context` and `window` are in tokens, as
-    `zppo.plan.architecture` has them; `parameters` counts tied weights once. `quantised_bytes`:
+    `zppo.plan.architecture` has them; `parameters` counts tied weights once, and so many of them
+    are the `tower`'s, which sees pictures. `quantised_bytes`:
     what the weights take as they are stored, where an engine keeps them so; None where it casts
     them. `tied`: the input embedding is the head as well. `bounded`: the context ends before the
     model's positions do. `caches_otherwise`: an engine keeps something else than full keys and
     values. `state`: what layers carry that slots do not hold. `opened_by`: the class
     of transformers that opens the folder, None if it has none. `states`: numbers that a sequence
-    carries in recurrent states; `without_keys`: layers that keep no keys and values."""
+    carries in recurrent states; `without_keys`: layers that keep no keys and values;
+    `delta_widths`: of a key and a value in its gated delta rule. `family` is the kind of the
+    language part, `kind` that of the whole folder."""
 
     parameters: int
+    tower: int = 0
     context: int
     hidden: int
     layers: int
@@ -59,12 +68,14 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     quantised_bytes: int | None = None
     tied: bool = True
     family: str = ""
+    kind: str = ""
     window: int | None = None
     bounded: bool = False
     state: str | None = None
     opened_by: AutoClass | None = None
     states: int = 0
     without_keys: int = 0
+    delta_widths: tuple[int, int] | None = None
     caches_otherwise: bool = False
 
     @property
@@ -84,8 +95,10 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
     with settings_of_their_kind(folder, where):
         refuse_no_decoder(config, folder, where)
         sizes = _sizes(folder, where)
-        parameters = sum(elements for elements, _ in sizes)
-        facts = facts_of(config, parameters, sum(stored for _, stored in sizes), folder, where)
+        elements = {name: count for file, _ in sizes for name, count in file.items()}
+        stored = sum(stored for _, stored in sizes)
+        tower = tower_numbers(elements) if TEXT_SECTION in config else 0
+        facts = facts_of(config, sum(elements.values()), stored, folder, where, tower)
     _check_tokenizer(folder, where)
     return facts
 
@@ -105,17 +118,23 @@ def settings_of_their_kind(folder: Path, where: str) -> Iterator[None]:
 
 
 def facts_of(
-    config: dict[str, Any], parameters: int, stored: int, folder: Path, where: str
+    config: dict[str, Any],
+    parameters: int,
+    stored: int,
+    folder: Path,
+    where: str,
+    tower: int = 0,
 ) -> ModelFacts:
-    """Facts of a model with this config.json, so many parameters, and weights of `stored` bytes.
-    Raises UserError, and what a setting of another kind leads to."""
+    """Facts of a model with this config.json, so many parameters, of which the tower has `tower`,
+    and weights of `stored` bytes. Raises UserError, and what a setting of another kind leads
+    to."""
     text = completed(config.get(TEXT_SECTION, config))
     heads, hidden = (
         _number(text, "num_attention_heads", folder, where),
         _number(text, "hidden_size", folder, where),
     )
     layers = listed_layers(text) or _number(text, "num_hidden_layers", folder, where)
-    attending = attending_layers(text, layers)
+    attending, opened_by = attending_layers(text, layers), auto_class(config)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or hidden // heads)
     if min(kv_heads, head_dim) < 1 or not 0 <= attending <= layers:
@@ -124,16 +143,19 @@ def facts_of(
         )
     return ModelFacts(
         parameters=parameters,
+        tower=tower if opened_by == SEEING else 0,
         quantised_bytes=stored if _quantised(config, text) else None,
         context=context_of(text),
         family=str(text.get("model_type", "")),
+        kind=str(config.get("model_type", "")),
         window=window_of(text),
         bounded=bounded(text),
         state=other_state(text),
-        opened_by=auto_class(config),
+        opened_by=opened_by,
         hidden=hidden,
         layers=layers,
         states=state_numbers(text, layers),
+        delta_widths=delta_widths(text),
         without_keys=layers - attending,
         caches_otherwise=attending < layers or caches_otherwise(config.get(TEXT_SECTION, config)),
         kv_heads=kv_heads,
@@ -141,6 +163,15 @@ def facts_of(
         vocabulary=_number(text, "vocab_size", folder, where),
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))),
     )
+
+
+def tower_numbers(elements: Mapping[str, int]) -> int:
+    """How many numbers of a model that sees pictures, by the names of its weights, are its
+    tower's."""
+    language = {name for name in elements if not LANGUAGE_PARTS.isdisjoint(name.split("."))}
+    if all(name.endswith("lm_head.weight") for name in language):
+        language |= {name for name in elements if name.startswith(BARE_LANGUAGE)}
+    return sum(count for name, count in elements.items() if name not in language)
 
 
 def _nearest_folder(folder: Path) -> str:
@@ -172,6 +203,29 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     return data
 
 
+class _Token(Struct):
+    content: str
+    special: bool = False
+
+
+class _Tokenizer(Struct):
+    added_tokens: list[_Token] = []
+
+
+def special_tokens(folders: Iterable[Path]) -> set[str]:
+    """Special tokens of the tokenizers in these folders, as text; of a folder that has none,
+    nothing. Words (a few tokenizers have them as tokens) do not count."""
+    found = set[str]()
+    for file in (folder / "tokenizer.json" for folder in folders):
+        if file.is_file():
+            try:
+                tokens = msgspec.json.decode(file.read_bytes(), type=_Tokenizer).added_tokens
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{str(file)!r} cannot be read: {error}") from None
+            found |= {one.content for one in tokens if one.special}
+    return {token for token in found if len(token) > 2 and not token.isalnum()}
+
+
 def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:
     value = setting(config, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -188,9 +242,9 @@ def _quantised(*sections: Mapping[str, Any]) -> bool:
     return any(section.get(key) for section in sections for key in keys)
 
 
-def _sizes(folder: Path, where: str) -> list[tuple[int, int]]:
-    """Elements and bytes of each file that transformers would read: one, or those of an index,
-    which must all be there. Some folders hold the same weights in other files as well."""
+def _sizes(folder: Path, where: str) -> list[tuple[dict[str, int], int]]:
+    """Elements by tensor, and bytes, of each file that transformers would read: one, or those of an
+    index, which must all be there. Some folders hold the same weights in other files as well."""
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
@@ -201,8 +255,7 @@ def _sizes(folder: Path, where: str) -> list[tuple[int, int]]:
         raise UserError(
             f"{where}: {str(folder)!r} is not a model folder: it has no weights (*.safetensors)"
         )
-    found = [_tensors(file, where) for file in files]
-    return [(sum(elements.values()), stored) for elements, stored in found]
+    return [_tensors(file, where) for file in files]
 
 
 def _indexed(folder: Path, where: str) -> list[Path]:

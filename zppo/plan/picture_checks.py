@@ -1,24 +1,53 @@
-"""Whether a model can be shown the pictures of questions, and be trained on what it then says.
+"""Whether a model can be shown the pictures and videos of questions, and how, and be trained on
+what it then says.
 
 Found from the model folder's settings alone, before anything is started.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from zppo.algorithm.methods import get_method
-from zppo.config.served import ServedModel, teachers
+from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import Topology
+from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.plan.processes import trainer_scores
 from zppo.prompting.picture_families import FAMILIES
+from zppo.prompting.picture_layout import PictureLayout
 from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
+from zppo_protocol.values import VideoReference
 
 BLIND = frozenset({"simulated"})
 """Engines that show pictures to no model."""
 SCORES_TEXT = frozenset({"vllm"})
 """Engines that score responses to text alone."""
 OWN_LAYOUT = frozenset({"transformers"})
-"""Engines that lay pictures out as `zppo.prompting.picture_families` says, and know no others."""
+"""Engines that lay pictures out as `zppo.prompting.picture_layout` says, and know no others."""
+
+
+def layout_of(served: ServedModel, tokenizer: Any) -> PictureLayout | None:
+    """How `served` is shown pictures and videos, None for text alone. Raises UserError."""
+    return load_picture_layout(served.model.model, tokenizer, served.model_path)
+
+
+def has_video(question: Question) -> bool:
+    """Whether a video is among what is shown with the question."""
+    return any(isinstance(medium, VideoReference) for medium in question.media)
+
+
+def video_note(served: ServedModel, tokenizer: Any) -> list[str]:
+    """How `served` is shown videos, for whoever looks at a plan; nothing where only its engine
+    knows."""
+    layout = layout_of(served, tokenizer)
+    if layout is None:
+        return []
+    shown = f"{served.model_path}: {served.model.model!r} is shown"
+    if layout.shows_videos and layout.family.video is not None:
+        return [f"{shown} videos as videos, {layout.family.video.settings.frames} frames in one"]
+    return [f"{shown} videos as several pictures, because {layout.frames_because}"]
 
 
 def check_sees(where: str, question: str, served: ServedModel, *, trained: bool = False) -> None:
@@ -41,13 +70,14 @@ def check_sees(where: str, question: str, served: ServedModel, *, trained: bool 
     _check_known(where, question, served, cannot)
 
 
-def check_scores(where: str, question: str, topology: Topology) -> None:
-    """Raise UserError if a distillation's teacher cannot be shown the pictures of `question` when
-    it scores, in the trainer or in an engine."""
+def check_scores(where: str, questions: Sequence[Question], topology: Topology) -> None:
+    """Raise UserError if a distillation's teacher cannot be shown the pictures of these questions,
+    some of which have some, when it scores, in the trainer or in an engine."""
     method = get_method(topology.method.name)
     if not method.needs_scores or topology.teacher is None:
         return
     served = teachers(topology)[0]
+    question = next(one.id for one in questions if one.media)
     if trainer_scores(method, topology.teacher):
         model = f"{served.model.model!r} ({served.model_path})"
         _check_known(where, question, served, f"the trainer cannot show them to {model}")
@@ -57,6 +87,28 @@ def check_scores(where: str, question: str, topology: Topology) -> None:
             f"{served.actor.engine!r} scores responses to text alone; expected 'transformers', or "
             "that teacher.scoring is colocated"
         )
+    filmed = next(filter(has_video, questions), None)
+    if filmed is not None:
+        _check_reads_video(where, filmed.id, served_student(topology), served)
+
+
+def _check_reads_video(
+    where: str, question: str, student: ServedModel, teacher: ServedModel
+) -> None:
+    """Raise UserError if a teacher, which scores the student's own tokens, has no input for the
+    video of `question` where the student has one."""
+    read, scored = (
+        layout_of(one, load_tokenizer(one.model.model, one.model_path))
+        for one in (student, teacher)
+    )
+    if read is None or scored is None or not read.shows_videos or scored.family.video is not None:
+        return
+    raise UserError(
+        f"{where}: the question {question!r} has a video, which {student.model.model!r} is shown "
+        f"as a video, and {teacher.model.model!r} ({teacher.model_path}), which scores the same "
+        "tokens, reads none so; expected a teacher with the video_preprocessor_config.json of its "
+        "model, or no videos"
+    )
 
 
 def _check_known(where: str, question: str, served: ServedModel, cannot: str) -> None:

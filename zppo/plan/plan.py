@@ -51,6 +51,17 @@ class HostNeed(Struct, frozen=True, kw_only=True):
         return sum(need.host for need in self.needs) + self.shared
 
     @property
+    def memory_least(self) -> bool:
+        """Whether `memory` is the least and not the most that it needs."""
+        return any(need.host_least for need in self.needs)
+
+    @property
+    def cards_least(self) -> set[str]:
+        """Cards of which the same holds."""
+        placed = zip(self.processes, self.needs, strict=True)
+        return {card for entry, need in placed if need.device_least for card in entry.cards}
+
+    @property
     def cards(self) -> dict[str, int]:
         found = Counter[str]()
         for entry, need in zip(self.processes, self.needs, strict=True):

@@ -16,10 +16,12 @@ from zppo.config.served import ServedModel
 from zppo.data.question import Question
 from zppo.errors import UserError, first_line
 from zppo.plan.model_folder import inspect_model
+from zppo.plan.picture_checks import has_video, layout_of, video_note
 from zppo.prompting.chat_template import for_template
-from zppo.prompting.picture_families import MarkError, PictureLayout
+from zppo.prompting.picture_layout import MarkError, PictureLayout
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
+from zppo.prompting.tokenization import encode_prompts, load_tokenizer
+from zppo_protocol.places import in_words
 from zppo_protocol.values import Prompt
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
@@ -55,7 +57,7 @@ class Reader(Struct, frozen=True, kw_only=True):
         """Tokens of each prompt as this model reads it."""
         served = self.served
         own = [for_template(prompt, served.model.chat_template_kwargs) for prompt in prompts]
-        pictures = load_picture_layout(served.model.model, tokenizer, served.model_path)
+        pictures = layout_of(served, tokenizer)
         try:
             return [len(ids) for ids in encode_prompts(tokenizer, own, pictures)]
         except MarkError:
@@ -67,31 +69,48 @@ class Reader(Struct, frozen=True, kw_only=True):
                 f"{served.section}.chat_template_kwargs"
             ) from None
 
-    def notes(self, tokenizer: Any) -> list[str]:
-        """What works but may surprise."""
-        if tokenizer.chat_template is not None:
-            return []
-        return [
-            f"{self.served.model_path}: {self.served.model.model!r} has no chat template: messages "
-            "are put one below the other, and nothing tells the model whose they are"
-        ]
+    def notes(self, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
+        """What works but may surprise of a model that is asked these questions."""
+        notes = []
+        if tokenizer.chat_template is None:
+            notes.append(
+                f"{self.served.model_path}: {self.served.model.model!r} has no chat template: "
+                "messages are put one below the other, and nothing tells the model whose they are"
+            )
+        if any(map(has_video, questions)):
+            notes += video_note(self.served, tokenizer)
+        return notes
 
 
 def _marked(
     tokenizer: Any, prompts: Sequence[Prompt], pictures: PictureLayout | None, served: ServedModel
 ) -> UserError:
-    """Why the first of these prompts that holds a mark of a picture in its words cannot be read."""
+    """Why the first of these prompts whose marks are not one for each picture cannot be read."""
     for prompt in prompts:
         try:
             encode_prompts(tokenizer, [prompt], pictures)
         except MarkError as error:
-            words = prompt.messages[-1].content[:60]
+            words = in_words(prompt.messages[-1].content, prompt.media)[:60]
+            expected = (
+                "words without marks"
+                if _holds_marks(tokenizer, prompt, pictures)
+                else "pictures in messages in which its chat template shows them"
+            )
             return UserError(
                 f"{served.model_path}: {error} as {served.model.model!r} reads it, of the words "
-                f"that begin {words!r}; expected words without marks, because pictures are put "
-                "before them"
+                f"that begin {words!r}; expected {expected}"
             )
-    raise AssertionError("one of the prompts holds a mark")
+    raise AssertionError("one of the prompts has other marks than pictures")
+
+
+def _holds_marks(tokenizer: Any, prompt: Prompt, pictures: PictureLayout | None) -> bool:
+    """Whether the words of a prompt, or those that begin its response, hold a mark of a picture or
+    video."""
+    words = [message.content for message in prompt.messages]
+    words += [prompt.start.text] if prompt.start is not None else []
+    return pictures is not None and any(
+        not pictures.marks.isdisjoint(tokenizer(text)["input_ids"]) for text in words
+    )
 
 
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:
@@ -161,5 +180,5 @@ def check_teachers(
         lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])
         for question, length in zip(longest, lengths, strict=True):
             check_room("data.train", question, length, reader)
-        notes += reader.notes(tokenizer)
+        notes += reader.notes(tokenizer, questions)
     return notes

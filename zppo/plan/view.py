@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from zppo.plan.cluster_view import host_rows, processes_by_host
+from zppo.plan.cluster_view import device_memory, host_memory, host_rows, processes_by_host
 from zppo.plan.loss_checks import preset_values
-from zppo.plan.machine import gib
+from zppo.plan.machine import at_most, gib
 from zppo.plan.plan import Plan
 from zppo.plan.teacher_work import covered_steps
 
@@ -66,8 +66,8 @@ def _facts(plan: Plan, run_dir: Path) -> Table:
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     (host,) = plan.hosts
-    size, shared = gib(host.memory), gib(host.shared)
-    yield "memory", f"{size} at most on the host, {shared} of it published weights"
+    size, shared = at_most(host.memory, least=host.memory_least), gib(host.shared)
+    yield "memory", f"{size} on the host, {shared} of it published weights"
 
 
 def _work(plan: Plan) -> str:
@@ -96,7 +96,7 @@ def _processes(plan: Plan) -> Table:
             entry.device or "-",
             entry.served.actor.engine if entry.served is not None else "-",
             str(entry.threads),
-            gib(size.host),
-            gib(size.device) if size.device else "-",
+            host_memory(size),
+            device_memory(size),
         )
     return table

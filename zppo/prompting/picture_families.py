@@ -1,11 +1,11 @@
-"""What models that see pictures make of one in a prompt: the tokens in the place of its mark, and
-the tokens that no response may hold.
+"""What models that see pictures make of one in a prompt, or of a video: the tokens in the place of
+its mark, and the tokens that no response may hold.
 
-A chat template writes one mark where a picture stands. What the model reads there is its
-*expansion*, which follows from the picture's width and height and the settings of the model's
-processor alone: so engines, the trainer and the checks at launch each compute it, without a pixel,
-and it must be the same. Among its tokens those with the mark's id stand for features of the
-picture, one each.
+A chat template writes one mark where a picture or a video stands. What the model reads there is its
+*expansion*, which follows from width, height and the settings of the model's processors alone (of a
+video also from the times of its frames): so engines, the trainer and the checks at launch each
+compute it, without a pixel, and it must be the same (`zppo.prompting.picture_layout`). Among its
+tokens those with the mark's id stand for features, one each.
 
 Only the families of `FAMILIES` are known here. Every other one trains on text alone.
 """
@@ -13,13 +13,12 @@ Only the families of `FAMILIES` are known here. Every other one trains on text a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
-from zppo.prompting.picture_tokens import PictureTokens, resized
+from zppo.prompting.picture_tokens import PictureTokens, VideoTokens, resized, resized_frames
+from zppo_protocol.values import PictureReference, VideoReference
 
 UNSAMPLED = (
     *("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
@@ -29,13 +28,27 @@ UNSAMPLED = (
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 MAX_SIDE = 4096
 """Idefics3 makes no side of a picture longer, in pixels."""
+QWEN_VIDEOS = "Qwen3VLVideoProcessor"
+"""The one processor of videos that is known here, by the name in its settings."""
+QWEN_VIDEO_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
+    "cap_pixels_per_frame": None,
+    "max_video_tokens": 768,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+"""Its own values, for what a folder does not say."""
+SCALING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 Tokenizer = Any
 """A tokenizer of transformers."""
-
-
-class MarkError(ValueError):
-    """The prompt holds more or fewer marks of pictures than it has pictures."""
 
 
 class PictureFamily(Protocol):
@@ -50,6 +63,10 @@ class PictureFamily(Protocol):
     def turns(self) -> bool:
         """Whether features have positions of their own, in rows and columns (M-RoPE)."""
 
+    @property
+    def video(self) -> VideoInput | None:
+        """How the model reads a video as such; None: it reads frames as pictures."""
+
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns that a picture of so many pixels is cut into: of features where the
         family `turns`, else of tiles. Raises ValueError for a picture that it does not take."""
@@ -59,11 +76,47 @@ class PictureFamily(Protocol):
 
 
 @dataclass(frozen=True)
+class VideoInput:
+    """Qwen3.5: all frames are resized alike, and each square of `patch` · `merge` pixels in
+    `frames` of them that follow each other is a feature. Before the features of these frames stands
+    their mean time, in words; `start` and `end` enclose them. What is missing of the last frames is
+    its last one, repeated.
+
+    `resample` is Pillow's number of the filter, `scaling` what the processor is told of the values
+    of pixels.
+    """
+
+    mark: int
+    start: int
+    end: int
+    settings: VideoTokens
+    resample: int
+    scaling: Mapping[str, Any]
+
+    def size(self, video: VideoReference) -> tuple[int, int]:
+        """(width, height) in pixels to which every frame is resized. Raises ValueError for a video
+        that is not taken."""
+        first = video.frames[0]
+        return resized_frames(len(video.frames), first.width, first.height, self.settings)
+
+    def merged(self, video: VideoReference) -> Iterator[tuple[float, tuple[PictureReference, ...]]]:
+        """(mean time in seconds, frames) of every row of features."""
+        count = self.settings.frames
+        missing = -len(video.frames) % count
+        frames = (*video.frames, *video.frames[-1:] * missing)
+        seconds = (*video.seconds, *video.seconds[-1:] * missing)
+        for first in range(0, len(frames), count):
+            last = first + count
+            yield (seconds[first] + seconds[last - 1]) / 2, frames[first:last]
+
+
+@dataclass(frozen=True)
 class QwenPictures:
     """Qwen3.5: a picture is resized, and each square of `patch` · `merge` pixels is a feature."""
 
     mark: int
     settings: PictureTokens
+    video: VideoInput | None = None
 
     @property
     def turns(self) -> bool:
@@ -93,6 +146,10 @@ class IdeficsPictures:
     @property
     def turns(self) -> bool:
         return False
+
+    @property
+    def video(self) -> None:
+        return None
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         if not self.splits:
@@ -146,7 +203,9 @@ def _below(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(width, 1), max(height, 1)
 
 
-def _qwen(config: Mapping[str, Any], processor: Mapping[str, Any]) -> PictureFamily:
+def _qwen(
+    config: Mapping[str, Any], processor: Mapping[str, Any], videos: Mapping[str, Any]
+) -> PictureFamily:
     size = processor.get("size") or {}
     settings = PictureTokens(
         patch=int(processor["patch_size"]),
@@ -154,10 +213,34 @@ def _qwen(config: Mapping[str, Any], processor: Mapping[str, Any]) -> PictureFam
         min_pixels=int(processor.get("min_pixels") or size["shortest_edge"]),
         max_pixels=int(processor.get("max_pixels") or size["longest_edge"]),
     )
-    return QwenPictures(int(config["image_token_id"]), settings)
+    taken = videos.get("video_processor_type") == QWEN_VIDEOS
+    video = _qwen_video(config, videos) if taken else None
+    return QwenPictures(int(config["image_token_id"]), settings, video)
 
 
-def _idefics(config: Mapping[str, Any], processor: Mapping[str, Any]) -> PictureFamily:
+def _qwen_video(config: Mapping[str, Any], videos: Mapping[str, Any]) -> VideoInput:
+    given = {**QWEN_VIDEO_DEFAULTS, **videos}
+    settings = VideoTokens(
+        patch=int(given["patch_size"]),
+        merge=int(given["merge_size"]),
+        frames=int(given["temporal_patch_size"]),
+        min_pixels=int(given["size"]["shortest_edge"]),
+        max_pixels=int(given["size"]["longest_edge"]),
+        most_tokens=int(given["max_video_tokens"]) if given["cap_pixels_per_frame"] else None,
+    )
+    return VideoInput(
+        mark=int(config["video_token_id"]),
+        start=int(config["vision_start_token_id"]),
+        end=int(config["vision_end_token_id"]),
+        settings=settings,
+        resample=int(given["resample"]),
+        scaling={name: given[name] for name in SCALING},
+    )
+
+
+def _idefics(
+    config: Mapping[str, Any], processor: Mapping[str, Any], videos: Mapping[str, Any]
+) -> PictureFamily:
     vision = config["vision_config"]
     side = int(vision["image_size"]) // int(vision["patch_size"])
     return IdeficsPictures(
@@ -176,17 +259,19 @@ and trainer make of a picture is what transformers itself does."""
 
 
 def picture_family(
-    config: Mapping[str, Any], processor: Mapping[str, Any] | None
+    config: Mapping[str, Any],
+    processor: Mapping[str, Any] | None,
+    videos: Mapping[str, Any] | None = None,
 ) -> PictureFamily | None:
-    """How the model of this config.json and preprocessor_config.json reads pictures; None if it
-    does not, or is of a family that is not known here.
+    """How the model reads pictures whose config.json this is, whose preprocessor_config.json and
+    video_preprocessor_config.json; None if it does not, or is of a family that is not known here.
 
     Raises KeyError, TypeError or ValueError for settings that are not of their kind.
     """
     make = FAMILIES.get(str(config.get("model_type")))
     if make is None or processor is None or not config.get("vision_config"):
         return None
-    return make(config, processor)
+    return make(config, processor, videos or {})
 
 
 def unsampled_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -203,87 +288,3 @@ def unsampled_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A picture in a prompt: its features are the tokens [start, start + length) of the prompt that
-    have the mark's id, in a `grid` of rows and columns."""
-
-    start: int
-    length: int
-    grid: tuple[int, int]
-
-
-class PictureLayout:
-    """Pictures in the prompts of one model."""
-
-    def __init__(self, family: PictureFamily, tokenizer: Tokenizer) -> None:
-        self.family = family
-        self._tokenizer = tokenizer
-        self._expansions: dict[tuple[int, int], list[int]] = {}
-
-    def expansion(self, width: int, height: int) -> list[int]:
-        """Token ids of a picture of so many pixels. Raises ValueError as `grid` does."""
-        grid = self.family.grid(width, height)
-        if grid not in self._expansions:
-            self._expansions[grid] = self.family.expansion(self._tokenizer, grid)
-        return self._expansions[grid]
-
-    def expand(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """The prompt with every mark expanded; `sizes` are (width, height) of its pictures in
-        order. Raises MarkError unless there are as many marks as pictures."""
-        mark = self.family.mark
-        if ids.count(mark) != len(sizes):
-            raise MarkError(
-                f"the prompt holds {ids.count(mark)} marks of pictures for {len(sizes)} pictures"
-            )
-        expanded, pictures = list[int](), iter(sizes)
-        for one in ids:
-            expanded += self.expansion(*next(pictures)) if one == mark else [one]
-        return expanded
-
-    def features(self, width: int, height: int) -> int:
-        """How many tokens of a picture's expansion stand for its features."""
-        return self.expansion(width, height).count(self.family.mark)
-
-    def placed(self, ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Placed]:
-        """Where the pictures of a prompt [P] stand. Raises ValueError unless it is what `expand`
-        makes of them: then the ids were made with other settings of the processor, or of other
-        pictures."""
-        mark, found, cursor = self.family.mark, list[Placed](), 0
-        places = np.flatnonzero(ids == mark)
-        for number, size in enumerate(sizes, start=1):
-            expansion = self.expansion(*size)
-            ahead = places[places >= cursor]
-            start = int(ahead[0]) - expansion.index(mark) if len(ahead) else -1
-            if start < cursor or ids[start : start + len(expansion)].tolist() != expansion:
-                raise ValueError(
-                    f"picture {number} of {len(sizes)}, of {size[0]} × {size[1]} pixels, should be "
-                    f"{len(expansion)} tokens, and other ones stand in the prompt"
-                )
-            found.append(Placed(start, len(expansion), self.family.grid(*size)))
-            cursor = start + len(expansion)
-        if (places >= cursor).any():
-            raise ValueError(f"more marks of pictures follow the last of {len(sizes)} pictures")
-        return found
-
-    def positions(self, length: int, placed: Sequence[Placed]) -> tuple[np.ndarray, int]:
-        """Positions [3, P] int64 of a prompt of `length` tokens, in time, rows and columns, and
-        what is added to the place of every token behind it. Of a family that does not turn, places
-        themselves."""
-        places = np.arange(length, dtype=np.int64)
-        positions = np.broadcast_to(places, (3, length)).copy()
-        if not self.family.turns:
-            return positions, 0
-        shift = 0
-        for one in placed:
-            (rows, columns), end = one.grid, one.start + one.length
-            first = one.start + shift
-            cells = np.arange(rows * columns)
-            positions[:, one.start : end] = first
-            positions[1, one.start : end] += cells // columns
-            positions[2, one.start : end] += cells % columns
-            shift = first + max(rows, columns) - end
-            positions[:, end:] = places[end:] + shift
-        return positions, shift

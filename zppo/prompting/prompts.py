@@ -3,14 +3,17 @@ write or to judge.
 
 Templates are Jinja2 files, one for each name in `VARIABLES`; a user's folder replaces them one by
 one (docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` or
-`<hint>` element. Words of models pass through `neutral`, which takes structural tags and chat
-control marks out, so no response can close its element early, open another, or end the user's turn.
+`<hint>` element. Words of models pass through `neutral`, which takes structural tags, chat control
+marks and places of pictures out, so no response can close its element early, open another, end the
+user's turn, or take a picture of the question to itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import nlargest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +34,8 @@ from zppo.config.topology import DataConfig
 from zppo.data.question import Question
 from zppo.errors import UserError, nearest
 from zppo.grading.boxes import last_boxed
-from zppo_protocol.values import ChatMessage, Prompt, ResponseStart
+from zppo_protocol.places import PLACE, in_words, without_places
+from zppo_protocol.values import ChatMessage, Media, Prompt, ResponseStart
 
 DEFAULT_TEMPLATES = Path(__file__).parent / "templates"
 PREFIX_SHARE = MethodConfig().prefix_share
@@ -72,6 +76,11 @@ PICTURES = "pictures"
 """How many pictures and videos the question has. A request about a response (compress, hint, judge,
 rubric) is sent them if its template reads this; prompts that ask the question always are."""
 
+ASKING = ("plain.j2", "bcq.j2", "ncq.j2", "hint.j2")
+"""Those that ask the question."""
+LONGEST = 256
+"""Templates are tried on so many of the longest questions with places, by characters."""
+
 _CHAT_MARK = re.compile(r"<\|[^<>|]{1,64}\|>")
 # Possessive: after a "<" and a page of spaces there is nothing to try again.
 _STRUCTURE = re.compile(
@@ -82,18 +91,21 @@ _PASSES = 20
 angle brackets."""
 
 
-def neutral(text: str) -> str:
-    """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`) and chat marks
-    such as `<|end|>`.
+def neutral(text: str, structure: re.Pattern[str] = _STRUCTURE) -> str:
+    """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`), chat marks such
+    as `<|end|>`, and places of pictures.
 
-    Removal repeats until nothing is left to remove, since taking one tag out may join two halves of
-    another. Time is linear in the text, whatever a model wrote.
+    `structure`: these, and the special tokens of models that will read them. Removal repeats until
+    nothing is left to remove, since taking one tag out may join two halves of another. Time is
+    linear in the text, whatever a model wrote.
     """
+    text = without_places(text)
     for _ in range(_PASSES):
-        text, removed = _STRUCTURE.subn("", text)
+        text, removed = structure.subn("", text)
         if not removed:
             return text.strip()
-    return text.replace("<", "").strip()
+    # A blank in its place joins no halves, but for those of a tag, which may hold blanks.
+    return structure.sub(" ", text).replace("<", "").strip()
 
 
 def distinct_answers(answers: Iterable[str | None]) -> list[str]:
@@ -111,6 +123,27 @@ def conversation(question: Question) -> str:
     return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in turns)
 
 
+def without_strangers(prompt: Prompt, question: Question) -> Prompt:
+    """A prompt that a method made of a question. Where the question's pictures have no places,
+    those in the prompt came with the words of a model."""
+    if question.has_places:
+        return prompt  # places that are not one for each are refused where it is read
+    messages = [
+        structs.replace(message, content=without_places(message.content))
+        for message in prompt.messages
+    ]
+    return structs.replace(prompt, messages=messages)
+
+
+def digest_of(templates: Path) -> str:
+    """SHA-256 (hex) of a folder's templates, by name and content."""
+    sha = hashlib.sha256()
+    for file in sorted(templates.rglob("*.j2")):
+        name = file.relative_to(templates).as_posix()
+        sha.update(hashlib.sha256(name.encode() + b"\0" + file.read_bytes()).digest())
+    return sha.hexdigest()
+
+
 class PromptSet:
     """The templates of one run. `system_prompt` goes first in every prompt that a student or
     teacher answers, unless the question has a system message of its own.
@@ -118,6 +151,9 @@ class PromptSet:
     Prompts that ask the question keep its earlier turns as they are, and a template makes the last
     one. Prompts about a response (hint, compression, judge) are one message of their own, in which
     the whole conversation is shown (`conversation`).
+
+    Where the question's pictures have places, they keep them in every prompt that shows them, and
+    are words in the others.
     """
 
     def __init__(
@@ -125,11 +161,13 @@ class PromptSet:
         templates: Path | None = None,
         system_prompt: str | None = None,
         prefix_share: float = PREFIX_SHARE,
+        marks: Iterable[str] = (),
     ) -> None:
         """`templates` is a folder of replacements; a file that it lacks comes from the built-in
         set.
 
-        `prefix_share` is α of Algorithm 6.
+        `prefix_share` is α of Algorithm 6. `marks` are special tokens of the models that will read
+        the prompts: spelled out by a model, they would be taken for the tokens.
         """
         if templates is not None and not templates.is_dir():
             raise UserError(
@@ -138,8 +176,12 @@ class PromptSet:
         folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
         self._own = templates
         self._prefix_share = prefix_share
+        special = [re.escape(mark) for mark in sorted(marks, key=len, reverse=True)]
+        self._chat_marks = re.compile("|".join([_CHAT_MARK.pattern, *special]))
+        self._structure = re.compile("|".join([f"(?i:{_STRUCTURE.pattern})", *special]))
         self._reads: dict[str, bool] = {}
-        self._system = [ChatMessage(role="system", content=system_prompt)] if system_prompt else []
+        told = without_places(system_prompt or "")
+        self._system = [ChatMessage(role="system", content=told)] if told else []
         self._environment = ImmutableSandboxedEnvironment(
             loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
             undefined=StrictUndefined,
@@ -150,10 +192,20 @@ class PromptSet:
         )
 
     @classmethod
-    def of(cls, data: DataConfig, prefix_share: float = PREFIX_SHARE) -> PromptSet:
+    def of(
+        cls, data: DataConfig, prefix_share: float = PREFIX_SHARE, marks: Iterable[str] = ()
+    ) -> PromptSet:
         """The prompts that `data` names. Raises UserError for a folder that is not one."""
         templates = Path(data.templates) if data.templates else None
-        return cls(templates, data.system_prompt, prefix_share)
+        return cls(templates, data.system_prompt, prefix_share, marks)
+
+    def _neutral(self, text: str) -> str:
+        return neutral(text, self._structure)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the templates of the user's own; empty without any."""
+        return "" if self._own is None else digest_of(self._own)
 
     def validate(self) -> None:
         """Render every template once. Raises UserError naming file and line, or the variable that
@@ -167,6 +219,23 @@ class PromptSet:
                         f"{self._file(name)}: never shows {variable!r}; expected "
                         f"{{{{ {variable} }}}} in it"
                     )
+            if PLACE in rendered:
+                raise UserError(
+                    f"{self._file(name)}: holds the character U+FFFC, which stands for a picture; "
+                    "expected none"
+                )
+
+    def check_places(self, questions: Iterable[Question]) -> None:
+        """Raise UserError for a template that shows places of pictures more than once, or not all
+        of them."""
+        placed = [question for question in questions if question.has_places]
+        for question in nlargest(LONGEST, placed, key=lambda question: question.characters):
+            for name, variables in VARIABLES.items():
+                others = {key: one for key, one in variables.items() if key != "question"}
+                if name in ASKING:
+                    self._asking(name, question, **others)
+                else:
+                    self._about(name, question, **others)
 
     def plain(self, question: Question) -> Prompt:
         """The question as it is, with the closing instruction."""
@@ -177,7 +246,9 @@ class PromptSet:
         order to be shown."""
         if len(candidates) != 2:
             raise ValueError(f"a BCQ shows 2 candidates, got {len(candidates)}")
-        return self._asking("bcq.j2", question, candidates=[neutral(text) for text in candidates])
+        return self._asking(
+            "bcq.j2", question, candidates=[self._neutral(text) for text in candidates]
+        )
 
     def ncq(
         self,
@@ -194,19 +265,19 @@ class PromptSet:
         return self._asking(
             "ncq.j2",
             question,
-            wrong_answers=distinct_answers(neutral(answer) for answer in wrong_answers),
-            candidates=[neutral(text) for text in candidates],
+            wrong_answers=distinct_answers(self._neutral(answer) for answer in wrong_answers),
+            candidates=[self._neutral(text) for text in candidates],
             counts=counts or [1] * len(candidates),
         )
 
     def hint(self, question: Question, hint: str) -> Prompt:
         """The question with a hint that does not give the answer away (Algorithm 5)."""
-        return self._asking("hint.j2", question, hint=neutral(hint))
+        return self._asking("hint.j2", question, hint=self._neutral(hint))
 
     def prefix(self, question: Question, response: str) -> Prompt:
         """The plain question, whose answer begins with the first α of the tokens of `response`
         (Algorithm 6)."""
-        start = ResponseStart(text=_CHAT_MARK.sub("", response), share=self._prefix_share)
+        start = ResponseStart(text=self._chat_marks.sub("", response), share=self._prefix_share)
         return structs.replace(self.plain(question), start=start)
 
     def write_hint(
@@ -216,7 +287,7 @@ class PromptSet:
         return self._about(
             "write_hint.j2",
             question,
-            response=neutral(response),
+            response=self._neutral(response),
             max_tokens=max_tokens,
             max_lines=max_lines,
         )
@@ -229,7 +300,7 @@ class PromptSet:
         return self._about(
             "compress.j2",
             question,
-            response=neutral(response),
+            response=self._neutral(response),
             max_tokens=max_tokens,
             max_lines=max_lines,
         )
@@ -241,7 +312,7 @@ class PromptSet:
 
     def compare(self, question: Question, answer: str) -> Prompt:
         """Ask the teacher to compare an answer with the reference."""
-        return self._about("judge.j2", question, gold=question.answer, answer=neutral(answer))
+        return self._about("judge.j2", question, gold=question.answer, answer=self._neutral(answer))
 
     def rubric(self, question: Question, response: str, rubric: str) -> Prompt:
         """Ask the teacher how far a whole response meets a rubric."""
@@ -249,33 +320,49 @@ class PromptSet:
             "rubric.j2",
             question,
             gold=question.answer,
-            response=neutral(response),
-            rubric=rubric,
+            response=self._neutral(response),
+            rubric=without_places(rubric),
         )
 
     def _asking(self, name: str, question: Question, **variables: Value) -> Prompt:
         """The question's conversation, whose last turn the template makes."""
         system = [] if question.has_system else self._system
-        user = self._user(name, question, question.text, **variables)
+        user = self._user(name, question, question.text, question.media, variables)
         return Prompt(messages=[*system, *question.earlier, user], media=list(question.media))
 
     def _about(self, name: str, question: Question, **variables: Value) -> Prompt:
         """A task about a response to the question."""
-        user = self._user(name, question, conversation(question), **variables)
-        media = list(question.media) if self._reads_pictures(name) else []
-        return Prompt(messages=[*self._system, user], media=media)
+        media = question.media if self._reads_pictures(name) else ()
+        user = self._user(name, question, conversation(question), media, variables)
+        return Prompt(messages=[*self._system, user], media=list(media))
 
-    def _user(self, name: str, question: Question, asked: str, **variables: Value) -> ChatMessage:
+    def _user(
+        self,
+        name: str,
+        question: Question,
+        asked: str,
+        shown: Sequence[Media],
+        variables: Mapping[str, Value],
+    ) -> ChatMessage:
+        """The message that a template makes of what is `asked`, with the places of what is `shown`.
+        Raises UserError for a template that does not keep these."""
+        asked = asked if shown else in_words(asked, question.media)
         given = {"question": asked, PICTURES: len(question.media), **variables}
-        return ChatMessage(role="user", content=self._render(name, given))
+        content = self._render(name, given)
+        places, found = asked.count(PLACE), content.count(PLACE)
+        if found != places:
+            raise UserError(
+                f"{self._file(name)}: shows {found} pictures between the words of the question "
+                f"{question.id!r}, which has {places} there; expected {{{{ question }}}} once, and "
+                "as it is"
+            )
+        return ChatMessage(role="user", content=content)
 
     def _reads_pictures(self, name: str) -> bool:
         """Whether a template, or one that it includes, reads how many pictures there are."""
         if name not in self._reads:
             tree = self._environment.parse(self._file(name).read_text(encoding="utf-8"))
-            included = [
-                one for one in meta.find_referenced_templates(tree) if one and one != name
-            ]
+            included = [one for one in meta.find_referenced_templates(tree) if one and one != name]
             self._reads[name] = PICTURES in meta.find_undeclared_variables(tree) or any(
                 map(self._reads_pictures, included)
             )

@@ -4,8 +4,8 @@ checks at launch.
 A prompt goes through the chat template of the tokenizer, up to where the response starts. A
 tokenizer without a template gets the messages one below the other, and nothing behind them. A start
 that is given to the response ends the prompt: the same tokens are then read and not sampled. Where
-the model's layout of pictures is given, a prompt's pictures stand before the words of its last
-message of the user, each as the tokens that the model reads there.
+the model's layout of pictures is given, a prompt's pictures stand at their places, each as the
+tokens that the model reads there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import msgspec
 
 from zppo.config.served import ServedModel
 from zppo.errors import UserError, first_line
-from zppo.prompting.content import messages_in_parts
-from zppo.prompting.picture_families import PictureLayout, picture_family
-from zppo_protocol.values import Prompt, ResponseStart, pictures_of, share_of
+from zppo.prompting.content import messages_as_text, messages_in_parts
+from zppo.prompting.picture_families import PictureFamily, picture_family
+from zppo.prompting.picture_layout import PictureLayout
+from zppo_protocol.values import Prompt, ResponseStart, share_of
 
 _runs_models = True
 PROBE = "probe"
@@ -35,6 +36,10 @@ PROCESSOR, BUNDLE, IN_BUNDLE = (
 )
 """Where a model folder keeps the settings of its processor of pictures: a file of its own, or a
 part of another one."""
+VIDEO_PROCESSOR, VIDEO_IN_BUNDLE = "video_preprocessor_config.json", "video_processor"
+"""The same of its processor of videos."""
+NO_VIDEO_INPUT = f"its folder has no {VIDEO_PROCESSOR} of a kind that is known here"
+NO_VIDEO_MARK = "its chat template writes no mark of a video"
 
 
 def run_no_models() -> None:
@@ -74,7 +79,7 @@ def load_tokenizer(folder: str, where: str) -> Any:
         from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files raise whatever the library's parsers can
         raise UserError(
             f"{where}: {folder!r} has no tokenizer that can be loaded ({first_line(error)})"
@@ -82,22 +87,45 @@ def load_tokenizer(folder: str, where: str) -> Any:
 
 
 def load_picture_layout(folder: str, tokenizer: Any, where: str) -> PictureLayout | None:
-    """How the model in `folder` reads pictures in a prompt; None if it does not, or is of a family
-    that is trained on text alone.
+    """How the model in `folder` reads pictures and videos in a prompt; None if it does not, or is
+    of a family that is trained on text alone.
 
+    The one place that decides whether a model is shown a video as such: if its family, its folder
+    and its chat template have what that takes.
     Raises UserError, naming the setting `where`, for files that do not say what they should.
     """
     path = Path(folder)
-    config = _settings(path / "config.json", where)
-    own = _settings(path / PROCESSOR, where) or _settings(path / BUNDLE, where).get(IN_BUNDLE)
+    config, bundle = (_settings(path / name, where) for name in ("config.json", BUNDLE))
     try:
-        family = picture_family(config, own)
+        own = _settings(path / PROCESSOR, where) or bundle.get(IN_BUNDLE)
+        videos = bundle.get(VIDEO_IN_BUNDLE) or _settings(path / VIDEO_PROCESSOR, where)
+        family = picture_family(config, own, videos)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where}: {folder!r} does not say how its model reads pictures ({first_line(error)}); "
-            f"expected config.json and {PROCESSOR} as save_pretrained writes them"
+            f"expected config.json, {PROCESSOR} and {VIDEO_PROCESSOR} as save_pretrained writes "
+            "them"
         ) from error
-    return None if family is None else PictureLayout(family, tokenizer)
+    if family is None:
+        return None
+    return PictureLayout(family, tokenizer, _frames_because(family, tokenizer))
+
+
+def _frames_because(family: PictureFamily, tokenizer: Any) -> str:
+    """Why a model is shown the frames of a video as pictures; empty if it is shown the video."""
+    if family.video is None:
+        return NO_VIDEO_INPUT
+    parts = [{"type": "video"}, {"type": "text", "text": PROBE}]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception:  # a template may raise whatever Jinja2 can
+        return NO_VIDEO_MARK
+    return "" if ids.count(family.video.mark) == 1 else NO_VIDEO_MARK
 
 
 def _settings(path: Path, where: str) -> Any:
@@ -115,27 +143,23 @@ def encode_prompts(
     """Token ids of each prompt, in one batch, and behind them those of its response's start.
     Without a layout of `pictures` these are left out.
 
-    Raises ValueError for a picture that the model does not take, and MarkError for words, of the
-    prompt or of its response's start, that hold the mark of one.
+    Raises ValueError for a picture or video that the model does not take, and MarkError for words,
+    of the prompt or of its response's start, that hold the mark of one.
     """
     if not prompts:
         return []
-    seen = pictures is not None and takes_parts(tokenizer)
+    parts = pictures is not None and takes_parts(tokenizer)
+    videos = pictures is not None and pictures.shows_videos
+    chats = _encode_chats(tokenizer, prompts, parts=parts, videos=videos)
     encoded = [
         ids if prompt.start is None else ids + encode_start(tokenizer, prompt.start)
-        for prompt, ids in zip(prompts, _encode_chats(tokenizer, prompts, parts=seen), strict=True)
+        for prompt, ids in zip(prompts, chats, strict=True)
     ]
     if pictures is None:
         return encoded
     return [
-        pictures.expand(ids, sizes_of(prompt))
-        for prompt, ids in zip(prompts, encoded, strict=True)
+        pictures.expand(ids, prompt.media) for prompt, ids in zip(prompts, encoded, strict=True)
     ]
-
-
-def sizes_of(prompt: Prompt) -> list[tuple[int, int]]:
-    """(width, height) of the prompt's pictures, in order."""
-    return [(picture.width, picture.height) for picture in pictures_of(prompt.media)]
 
 
 def takes_parts(tokenizer: Any) -> bool:
@@ -187,19 +211,22 @@ def _quoted(token: str | None) -> str:
 
 
 def _encode_chats(
-    tokenizer: Any, prompts: Sequence[Prompt], *, parts: bool = False
+    tokenizer: Any, prompts: Sequence[Prompt], *, parts: bool = False, videos: bool = False
 ) -> list[list[int]]:
     if tokenizer.chat_template is None:
-        texts = ["\n".join(message.content for message in prompt.messages) for prompt in prompts]
+        texts = [
+            "\n".join(one["content"] for one in messages_as_text(prompt)) for prompt in prompts
+        ]
         bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
         framed = tokenizer(texts)["input_ids"]
         return [_open_ended(ids, inner) for ids, inner in zip(framed, bare, strict=True)]
     encoded: list[list[int]] = []
+    video = (lambda _: {"type": "video"}) if videos else None
     for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
         chats = [
-            messages_in_parts(prompt, lambda _: {"type": "image"})
+            messages_in_parts(prompt, lambda _: {"type": "image"}, video)
             if parts
-            else [{"role": one.role, "content": one.content} for one in prompt.messages]
+            else messages_as_text(prompt)
             for prompt in alike
         ]
         encoded += tokenizer.apply_chat_template(

@@ -24,9 +24,12 @@ from zppo.plan.fingerprint import fingerprint
 STUDENT = "student.model"
 MAX_STALENESS, BATCHES = "scheduler.max_staleness", "scheduler.batches"
 RANKS = "actors.trainer.ranks"
+PROMPTS = ("data.templates", "data.system_prompt", "data.min_pixels", "data.max_pixels")
 FIXED = {
     "method": "the trained steps were made by another recipe",
     "data.reward": "the trained steps were earned by other rewards",
+    "data.heldout": "accuracies before and after would be of other questions",
+    **dict.fromkeys(PROMPTS, "the trained steps read other prompts"),
     "data": "the data cursor counts questions of another corpus",
     "student": "the checkpoint holds another student",
     "run.seed": "the order of the corpus would change in the middle",
@@ -34,6 +37,12 @@ FIXED = {
     BATCHES: "what is in flight was begun for the other",
 }
 """Settings that a resumed run must keep, and why."""
+CONTENTS = {
+    "data.heldout": "results on other questions would not compare",
+    "data.templates": "the trained steps read other prompts",
+}
+"""Settings whose files must stay as they were when the run began, and why; the questions of
+`data.train` and model folders have rules of their own."""
 
 
 class MadeWith(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -110,6 +119,18 @@ def check_folders(made: MadeWith, topology: Topology, now: MadeWith, step: int) 
             raise UserError(
                 f"{where}: the files of {path!r} have changed since the checkpoint of step {step} "
                 f"was written; put the old ones back{other}"
+            )
+
+
+def check_contents(topology: Topology, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise UserError for what is not as it was `before`, when the run began: digests by setting.
+    A record of an earlier version has none."""
+    for setting, why in CONTENTS.items():
+        if before.get(setting, now[setting]) != now[setting]:
+            path = getattr(topology.data, setting.removeprefix("data."))
+            raise UserError(
+                f"{setting}: {path!r} has changed since the run began; put the old content back, "
+                f"because {why}"
             )
 
 

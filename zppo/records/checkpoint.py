@@ -81,8 +81,7 @@ def begin(run_dir: Path, step: int) -> Path:
     """Make the empty partial folder of `step`; what a crash left there under the same name goes
     away."""
     folder = partial_folder(run_dir, step)
-    if folder.exists():
-        shutil.rmtree(folder)
+    _take_away(folder)
     folder.mkdir(parents=True)
     return folder
 
@@ -122,7 +121,7 @@ def commit(run_dir: Path, step: int, made_with: MadeWith | None = None) -> Path:
     """
     partial, final = partial_folder(run_dir, step), final_folder(run_dir, step)
     write_manifest(partial, step, made_with)
-    if final.exists():
+    if os.path.lexists(final):
         _remove(final)
     os.replace(partial, final)
     _sync_directory(final.parent)
@@ -144,7 +143,7 @@ def prune(run_dir: Path, keep: int, newest: int) -> list[int]:
     for step in steps:
         _remove(final_folder(run_dir, step))
     for path in _leftovers(run_dir, newest):
-        shutil.rmtree(path)
+        _take_away(path)
     return steps
 
 
@@ -152,10 +151,18 @@ def _remove(final: Path) -> None:
     """Take the name away first, so that a crash half-way leaves no torn folder under a checkpoint's
     name."""
     hidden = final.with_name(f".{final.name}.removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
+    _take_away(hidden)
     os.replace(final, hidden)
-    shutil.rmtree(hidden)
+    _take_away(hidden)
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a folder if it is there. Of one that was moved elsewhere and linked to, the link
+    goes."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 # ---- reading -------------------------------------------------------------------------------------

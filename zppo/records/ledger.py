@@ -8,6 +8,7 @@ sees (SQLite's `user_version` holds it, 0 in a run that never lost its journal).
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from itertools import count
@@ -141,8 +142,7 @@ def read_ledger(run_dir: Path, steps: int) -> Ledger:
         return Ledger(problem=problem)
     if not _is_there(run_dir / JOURNAL):
         return Ledger(trained_twice=0, lost=0, from_step=0)
-    # Not `mode=ro`: the first reader after a crash must be able to replay the write-ahead log.
-    with closing(sqlite3.connect(run_dir / JOURNAL)) as connection:
+    with closing(_opened(run_dir / JOURNAL)) as connection:
         word = connection.execute(_LAST_WORD).fetchone()
         return Ledger(
             **journal_counts(connection)._asdict(),
@@ -161,7 +161,7 @@ def find_problem(run_dir: Path, steps: int) -> str | None:
     if not _is_there(path):
         return "is missing" if steps > 0 else None
     try:
-        with closing(sqlite3.connect(path)) as connection:
+        with closing(_opened(path)) as connection:
             checked = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
             seen = connection.execute("SELECT MAX(step) FROM trained").fetchone()[0]
             seen = first_step(connection) if seen is None else int(seen) + 1
@@ -172,6 +172,17 @@ def find_problem(run_dir: Path, steps: int) -> str | None:
     if checked != "ok":
         return f"is damaged ({checked.splitlines()[-1]})"
     return None if seen >= steps else f"ends before step {seen}"
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The journal, to be read. Where this user may write it is opened as if to be written: the
+    first reader after a crash must be able to replay the write-ahead log. Elsewhere SQLite could
+    not make the files that it reads such a journal with, and need not if there is no log."""
+    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+        return sqlite3.connect(path)
+    log = path.with_name(f"{path.name}-wal")
+    how = "mode=ro" if _is_there(log) else "immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
 
 
 def begins_anew(run_dir: Path, problem: str, step: int) -> str:

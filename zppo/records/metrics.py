@@ -233,7 +233,7 @@ def response_lengths(samples: GroupSamples) -> list[int | None]:
     """Response tokens of each of the N completions; None where only a server counted them, and
     several together."""
     if not samples.text_only:
-        return [int(length) for length in np.diff(samples.offsets)]
+        return [end - start for start, end in pairwise(samples.offsets.tolist())]
     lengths = [
         use.completion_tokens if use.completions == 1 else None
         for use in samples.usage
@@ -247,11 +247,6 @@ def prompt_length(samples: GroupSamples) -> int | None:
     if not samples.text_only:
         return int(samples.prompt_ids.size)
     return next((use.prompt_tokens for use in samples.usage if use.prompt_tokens is not None), None)
-
-
-def response_tokens(samples: GroupSamples) -> int:
-    """Response tokens of the whole group; what a server did not count is left out."""
-    return int(samples.token_ids.size) + sum(use.completion_tokens or 0 for use in samples.usage)
 
 
 def mean_accuracy(groups: Iterable[Group]) -> float | None:
@@ -428,7 +423,7 @@ def _answers(groups: Sequence[Group]) -> Scalars:
 
 
 def _tokens(group: Group) -> int:
-    return response_tokens(group.samples) if group.samples is not None else 0
+    return group.samples.written_tokens if group.samples is not None else 0
 
 
 KIND_TITLES = {"bcq": "BCQ", "ncq": "NCQ", "hint": "hint", "prefix": "prefix"}

@@ -7,8 +7,8 @@ alone. Any Parquet tool opens the files; `read_step` gives rows back as Structs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,13 +17,17 @@ import numpy as np
 from msgspec import Struct
 
 from zppo.algorithm.window import TEACHER, Group, Visit, Window
+from zppo.errors import UserError, first_line
 from zppo.grading import shown_gold
 from zppo.records.atomic_file import SUFFIX, written_whole
 from zppo.records.metrics import prompt_length, response_lengths, version_ranges
+from zppo_protocol.places import in_words
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Prompt
 
 FILE_PATTERN = "step-[0-9]*.parquet"
+ROWS_READ_AT_ONCE = 512
+"""A row group of Parquet: who reads some questions of a large step need not unpack all texts."""
 OUTCOMES = ("admitted", "kept", "graduated", "none")
 
 
@@ -109,31 +113,76 @@ def write_step(
     """
     import pyarrow.parquet as parquet
 
-    parts = [
-        part for visit in window.visits for part in _visit_columns(visit, step, outcome, trained)
-    ]
+    parts = list(_parts(_graded_groups(window, step, outcome)))
+    tables = [_to_table(part, trained) for part in parts or [[]]]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
-    with written_whole(path, synced=True) as file:
-        parquet.write_table(_to_table(parts), file, compression="zstd")
+    # Without Arrow's own schema a column reads back as its values, not as a dictionary.
+    options = {"compression": "zstd", "store_schema": False}
+    with (
+        written_whole(path, synced=True) as file,
+        parquet.ParquetWriter(file, tables[0].schema, **options) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table)
     return path
 
 
-def read_step(
-    path: Path, columns: Sequence[str] | None = None, question_ids: Collection[str] | None = None
-) -> list[dict[str, Any]]:
-    """Rows of one file as dicts; `columns` and `question_ids` read only those.
+BASIC = {"question_id", "kind", "rollout"}
+"""Columns that every version has written."""
 
-    `msgspec.convert(row, RolloutRow)` types a row that has all columns.
+
+def read_step(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    question_ids: Collection[str] | None = None,
+    *,
+    one_a_group: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows of one file as dicts; `columns` and `question_ids` read only those, `one_a_group` only
+    the first rollout of each group.
+
+    `msgspec.convert(row, RolloutRow)` types a row that has all columns. Raises UserError for a file
+    that no run has written whole.
     """
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    filters = None if question_ids is None else [("question_id", "in", set(question_ids))]
-    # The handle is ours, so nothing but this one file is ever opened.
-    with path.open("rb") as file:
-        return parquet.read_table(
-            file, columns=list(columns) if columns else None, filters=filters
-        ).to_pylist()
+    keys = ["question_id"] * (question_ids is not None) + ["rollout"] * one_a_group
+    rows: list[dict[str, Any]] = []
+    try:
+        # The handle is ours, so nothing but this one file is ever opened.
+        with path.open("rb") as file:
+            stored = parquet.ParquetFile(file)
+            if lacking := sorted(BASIC - set(stored.schema_arrow.names)):
+                raise _unreadable(path, f"it has no column {lacking[0]!r}")
+            for part in range(stored.num_row_groups):
+                chosen = _chosen(stored.read_row_group(part, keys), question_ids) if keys else None
+                if chosen is None:
+                    rows += stored.read_row_group(part, columns).to_pylist()
+                elif chosen.true_count:
+                    rows += stored.read_row_group(part, columns).filter(chosen).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(path, first_line(error)) from None
+    return rows
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: cannot be read ({reason}); remove it to go on without this step")
+
+
+def _chosen(keys: Any, question_ids: Collection[str] | None) -> Any:
+    """Which rows are of these questions and, where `rollout` is a key, the first of their group."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    chosen = pyarrow.chunked_array([pyarrow.repeat(True, len(keys))])
+    if question_ids is not None:
+        wanted = pyarrow.array(sorted(question_ids), pyarrow.string())
+        chosen = compute.is_in(keys["question_id"], value_set=wanted)
+    if "rollout" in keys.column_names:
+        chosen = compute.and_(chosen, compute.equal(keys["rollout"], 0))
+    return chosen.combine_chunks()
 
 
 def step_files(folder: Path) -> Iterator[Path]:
@@ -150,98 +199,141 @@ def roll_back(folder: Path, step: int) -> None:
             path.unlink()
 
 
-Columns: TypeAlias = Mapping[str, Sequence[Any]]
-"""Fields of `RolloutRow` by name, of equally many rows."""
+Graded: TypeAlias = tuple[Group, dict[str, Any]]
+"""A group that was sampled and graded, and the fields of `RolloutRow` that its rollouts share."""
 
 
-def _to_table(parts: Sequence[Columns]) -> Any:
-    import pyarrow
+def _parts(graded: Iterable[Graded]) -> Iterator[list[Graded]]:
+    """Whole groups of so many rows as are read at once. Each part is a row group with dictionaries
+    of its own: Parquet stores a table's whole dictionary in every row group cut out of it."""
+    part: list[Graded] = []
+    rows = 0
+    for one in graded:
+        size = len(one[0].the_grades)
+        if part and rows + size > ROWS_READ_AT_ONCE:
+            yield part
+            part, rows = [], 0
+        part.append(one)
+        rows += size
+    if part:
+        yield part
 
-    names = RolloutRow.__struct_fields__
-    types = {name: pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string")) for name in names}
-    # Texts are repeated down a group; dictionary pages of Parquet store each once.
-    columns = {
-        name: pyarrow.array(list(chain.from_iterable(part[name] for part in parts)), types[name])
-        for name in names
-    }
-    return pyarrow.table(columns)
+
+def _graded_groups(window: Window, step: int, outcome: Mapping[str, str]) -> Iterator[Graded]:
+    for visit in window.visits:
+        question = visit.question
+        of_visit = {
+            "step": step,
+            "window": visit.window,
+            "question_id": question.id,
+            "question": question.words,
+            "gold": shown_gold(question.answer, question.grader),
+            "origin": visit.origin,
+            "outcome": "none" if visit.late else outcome.get(question.id, "none"),
+            "question_accuracy": visit.accuracy,
+            "media": msgspec.json.encode(question.media).decode() if question.media else None,
+        }
+        for group, candidates in _groups(visit):
+            if group.samples is not None and group.grades is not None:
+                yield (
+                    group,
+                    {
+                        **of_visit,
+                        "group_id": group.id,
+                        "kind": group.kind,
+                        "prompt": prompt_text(group.prompt),
+                        "prompt_length": prompt_length(group.samples),
+                        "candidates": candidates,
+                    },
+                )
 
 
-def _visit_columns(
-    visit: Visit, step: int, outcome: Mapping[str, str], trained: Members
-) -> Iterator[Columns]:
-    question = visit.question
-    shared = {
-        "step": step,
-        "window": visit.window,
-        "question_id": question.id,
-        "question": question.text,
-        "gold": shown_gold(question.answer, question.grader),
-        "origin": visit.origin,
-        "outcome": "none" if visit.late else outcome.get(question.id, "none"),
-        "question_accuracy": visit.accuracy,
-        "media": msgspec.json.encode(question.media).decode() if question.media else None,
-    }
+def _groups(visit: Visit) -> Iterator[tuple[Group, str | None]]:
+    """The groups of a visit, and the candidates that a reformulated one shows, as JSON."""
     if not visit.late:
-        yield from _group_columns(visit.plain, shared, trained, None)
+        yield visit.plain, None
     for group in visit.teacher_groups():
-        yield from _group_columns(group, shared, trained, None)
+        yield group, None
     for reformulation in visit.reformulations:
         if reformulation.group is not None:
-            shown = msgspec.json.encode(reformulation.candidates).decode()
-            yield from _group_columns(reformulation.group, shared, trained, shown)
+            yield reformulation.group, msgspec.json.encode(reformulation.candidates).decode()
 
 
-def _group_columns(
-    group: Group, shared: Mapping[str, Any], trained: Members, candidates: str | None
-) -> Iterator[Columns]:
-    """One row per completion that was sampled and graded; a group still without either has none."""
-    if group.samples is None or group.grades is None:
-        return
-    samples, grades, count = group.samples, group.grades, len(group.grades)
-    ranges = version_ranges(samples) if group.kind != TEACHER else [None] * count
-    of_group = {
-        **shared,
-        "group_id": group.id,
-        "kind": group.kind,
-        "prompt": prompt_text(group.prompt),
-        "prompt_length": prompt_length(samples),
-        "candidates": candidates,
-    }
-    yield {
-        **{name: [value] * count for name, value in of_group.items()},
-        "trained": [(group.id, i) in trained for i in range(count)],
-        "rollout": range(count),
-        "response": samples.texts,
+def _to_table(graded: Sequence[Graded], trained: Members) -> Any:
+    """One row per rollout. What the rollouts of a group share becomes an Arrow value once a group,
+    and its texts travel to Parquet as a dictionary."""
+    import pyarrow
+
+    def array(name: str, values: Sequence[Any]) -> Any:
+        return pyarrow.array(values, pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string")))
+
+    groups = [group for group, _ in graded]
+    counts = [len(group.the_grades) for group in groups]
+    group_of_row = pyarrow.array(np.repeat(np.arange(len(groups)), counts))
+    own = _rollout_columns(groups, trained)
+
+    def column(name: str) -> Any:
+        if name in own:
+            return array(name, own[name])
+        of_groups = array(name, [shared[name] for _, shared in graded])
+        if name in _ARROW_TYPES:
+            return of_groups.take(group_of_row)
+        found = of_groups.dictionary_encode()
+        return pyarrow.DictionaryArray.from_arrays(
+            found.indices.take(group_of_row), found.dictionary
+        )
+
+    return pyarrow.table({name: column(name) for name in RolloutRow.__struct_fields__})
+
+
+def _rollout_columns(groups: Sequence[Group], trained: Members) -> dict[str, Sequence[Any]]:
+    """The other fields of `RolloutRow`, of all rollouts of graded groups."""
+    samples = [group.the_samples for group in groups]
+    grades = [grade for group in groups for grade in group.the_grades]
+    members = [(group.id, i) for group in groups for i in range(len(group.the_grades))]
+    ranges = [found for group in groups for found in _version_ranges(group)]
+    return {
+        "trained": [member in trained for member in members],
+        "rollout": [i for _, i in members],
+        "response": [text for one in samples for text in one.texts],
         "answer": [grade.answer for grade in grades],
         "reward": [grade.reward for grade in grades],
         "note": [grade.note for grade in grades],
-        "finish_reason": samples.finish_reasons,
-        "length": response_lengths(samples),
+        "finish_reason": [reason for one in samples for reason in one.finish_reasons],
+        "length": [length for one in samples for length in response_lengths(one)],
         "version_min": [found[0] if found else None for found in ranges],
         "version_max": [found[1] if found else None for found in ranges],
-        "log_prob_mean": _log_prob_means(samples),
-        "correct": [None if grade.failed else group.is_correct(grade) for grade in grades],
+        "log_prob_mean": [mean for one in samples for mean in _log_prob_means(one)],
+        "correct": [
+            None if grade.failed else group.is_correct(grade)
+            for group in groups
+            for grade in group.the_grades
+        ],
         "reward_parts": [
             msgspec.json.encode(grade.parts).decode() if grade.parts else None for grade in grades
         ],
     }
 
 
+def _version_ranges(group: Group) -> Sequence[tuple[int, int] | None]:
+    """As `version_ranges`; no policy has a version of what a teacher wrote."""
+    if group.kind == TEACHER:
+        return [None] * len(group.the_grades)
+    return version_ranges(group.the_samples)
+
+
 def _log_prob_means(samples: GroupSamples) -> list[float | None]:
     """Of each of the N completions; None for one without tokens."""
-    lengths = np.diff(samples.offsets)
-    filled = lengths > 0
-    means = np.full(len(lengths), np.nan)
-    if filled.any():
-        sums = np.add.reduceat(samples.log_probs, samples.offsets[:-1][filled], dtype=np.float64)
-        means[filled] = sums / lengths[filled]
-    return [mean if there else None for mean, there in zip(means.tolist(), filled, strict=True)]
+    parts = list(pairwise(samples.offsets.tolist()))
+    filled = [start for start, end in parts if start < end]
+    sums = np.add.reduceat(samples.log_probs, filled, dtype=np.float64) if filled else np.zeros(0)
+    left = iter(sums.tolist())
+    return [next(left) / (end - start) if start < end else None for start, end in parts]
 
 
 def prompt_text(prompt: Prompt) -> str:
     """The messages of a prompt as one text; the role is named where there is more than the user's
-    message."""
-    if len(prompt.messages) == 1:
-        return prompt.messages[0].content
-    return "\n".join(f"[{message.role}]\n{message.content}" for message in prompt.messages)
+    message. Places of pictures are words."""
+    texts = [f"[{message.role}]\n{message.content}" for message in prompt.messages]
+    text = prompt.messages[0].content if len(texts) == 1 else "\n".join(texts)
+    return in_words(text, prompt.media)

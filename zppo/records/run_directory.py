@@ -43,7 +43,10 @@ RECORDED_PACKAGES = (
     "numba",
     "msgspec",
     "pyzmq",
+    *("tokenizers", "vllm", "pillow"),
+    *("math-verify", "latex2sympy2_extended", "sympy", "reasoning-gym"),
 )
+"""Whose versions decide numbers: those of models, of prompts, and of grades."""
 
 
 SKELETON = ("checkpoints", "logs", "rollouts")
@@ -60,7 +63,8 @@ DEADLY = 2
 
 class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Content of `run.json`. `start_step`: the step of the checkpoint that this attempt begins
-    from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`).
+    from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`);
+    `contents`: digests of what else the steps are made of, by setting (`binding.CONTENTS`).
     `trainer_deaths`: how often the trainer died on a window that is not trained yet. `extensions`:
     identity of the user's own code, by its name in the topology (`zppo.plan.extensions`)."""
 
@@ -72,6 +76,7 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     topology: Topology
     trainer_deaths: dict[int, int] = {}
     extensions: dict[str, str] = {}
+    contents: dict[str, str] = {}
 
     @property
     def redraws(self) -> dict[int, int]:
@@ -92,7 +97,13 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def create(path: Path, topology: Topology, corpus: str = "", bad_rows: str = "") -> RunRecord:
+def create(
+    path: Path,
+    topology: Topology,
+    corpus: str = "",
+    bad_rows: str = "",
+    contents: dict[str, str] | None = None,
+) -> RunRecord:
     """Make the directory of a new run that trains on the questions of digest `corpus`; `bad_rows`
     are those left out, for its `bad_rows.txt`. One in which nothing was trained is begun again; its
     logs stay.
@@ -100,7 +111,8 @@ def create(path: Path, topology: Topology, corpus: str = "", bad_rows: str = "")
     Raises UserError if it is another's, in use, or cannot be made; then nothing is left that would
     be in the way of the next try.
     """
-    record = _new_record(topology, 0, corpus, identities(topology))
+    fresh = _new_record(topology, 0, corpus, identities(topology))
+    record = msgspec.structs.replace(fresh, contents=contents or {})
     with _made(path):
         for folder in SKELETON:
             (path / folder).mkdir(exist_ok=True)
@@ -123,12 +135,13 @@ def _made(path: Path) -> Iterator[None]:
         if lock is None:
             sentence = f"run.directory: {str(path)!r} is in use by a run that has not ended"
             raise UserError(sentence) from None
-        _clear(path)
     except OSError as error:
         raise UserError(f"run.directory: cannot make {str(path)!r}: {error.strerror}") from None
     else:
         lock = None
     try:
+        if lock is not None:
+            _clear(path)
         yield
     except OSError as error:
         if lock is None:
@@ -155,9 +168,16 @@ def _steps_recorded(path: Path) -> bool:
 
 
 def _clear(path: Path) -> None:
+    """Raises UserError for a link to a folder that holds something: that may be another's."""
     for name in RECORDS:
         entry = path / name
-        if entry.is_dir():
+        if entry.is_symlink() and entry.is_dir():  # somebody wants these on another disk
+            if any(entry.iterdir()):
+                raise UserError(
+                    f"run.directory: {str(entry)!r} leads to a folder that is not empty; empty it, "
+                    "or remove the link"
+                )
+        elif entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
@@ -176,6 +196,8 @@ def read(path: Path) -> RunRecord:
         return msgspec.json.decode(file.read_bytes(), type=RunRecord)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{str(path)!r} is not a run directory: it has no run.json") from None
+    except OSError as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error.strerror})") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{str(file)!r} is not the record of a run: {error}") from None
 
@@ -189,6 +211,7 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
     record = msgspec.structs.replace(
         _new_record(topology, start_step, old.corpus, extensions),
         created=old.created,
+        contents=old.contents,
         trainer_deaths={w: n for w, n in old.trainer_deaths.items() if w >= start_step},
     )
     write(path, record)

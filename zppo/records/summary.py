@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta, Struct
 
 from zppo.errors import UserError
 from zppo.records.ledger import read_ledger
@@ -23,12 +24,43 @@ from zppo.records.metrics import entry_name, failed_tries, reformulated_kinds
 Record = dict[str, Any]
 
 
+class Step(Struct):
+    """What every line of `metrics.jsonl` has, besides its numbers."""
+
+    step: Annotated[int, Meta(ge=0)]
+
+
+class Fated(Step):
+    """The same of `fates.jsonl`."""
+
+    question_id: str
+    fate: str
+    entry_accuracy: float
+
+
+class Evaluated(Step):
+    """The same of `heldout.jsonl`."""
+
+    accuracy: float
+
+
+SHAPES: dict[str, tuple[type[Step], Any]] = {
+    "metrics.jsonl": (Step, dict[str, float | int]),
+    "fates.jsonl": (Fated, Record),
+    "heldout.jsonl": (Evaluated, Record),
+}
+"""What a line must have and what it may hold, by file: these are read by people too, and edited."""
+
+
 def read_lines(path: Path) -> list[Record]:
-    """Records of a JSONL file; an absent file has none, and a last line cut short by a crash is
-    left out."""
+    """Records of a JSONL file of a run; an absent file has none, and a last line cut short by a
+    crash is left out. Raises UserError for a line that no run has written."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     # Only what a line feed ends was written whole, so the last piece is either empty or torn.
     return [
         _decode(line, path, number)
@@ -169,10 +201,15 @@ def topology_value(run: Record, *path: str, default: Any = None) -> Any:
 
 
 def _decode(line: bytes, path: Path, number: int) -> Record:
+    required, shape = SHAPES[path.name]
     try:
-        return msgspec.json.decode(line, type=Record)
+        record: Record = msgspec.json.decode(line, type=shape)
+        msgspec.convert(record, required)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}:{number}: is no line that a run writes ({error})") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}:{number}: is not a JSON object ({error})") from None
+    return record
 
 
 def _fates(fates: Sequence[Record]) -> Record:

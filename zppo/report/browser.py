@@ -9,8 +9,9 @@ short columns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import msgspec
@@ -97,8 +98,8 @@ def browser_data(
     hard = [question_id for question_id, tally in tallies.items() if tally.hard]
     fates = question_fates(run.fates)
     chosen = _choose(hard, tallies, fates)[:max_questions]
-    views, media = _collect(run, chosen, fates)
-    questions = list(_within([views[i] for i in chosen], max_bytes))
+    views, media = _collect(run, chosen, fates, max_bytes)
+    questions = list(_within(views, max_bytes))
     thumbnails = Thumbnails()
     for question in questions:
         question.pictures = thumbnails.shown(media.get(question.id))
@@ -130,9 +131,7 @@ def _tally(run: RunData) -> dict[str, _Tally]:
     threshold = run.setting("method", "hard_threshold", default=0.5)
     tallies: dict[str, _Tally] = {}
     for path in step_files(run.run_dir / "rollouts"):
-        for row in read_step(path, ["question_id", "kind", "rollout", "question_accuracy"]):
-            if row["rollout"] > 0:
-                continue
+        for row in read_step(path, ["question_id", "kind", "question_accuracy"], one_a_group=True):
             tally = tallies.setdefault(row["question_id"], _Tally())
             tally.hard = tally.hard or row["question_accuracy"] < threshold
             tally.visits += row["kind"] == "plain"
@@ -155,22 +154,29 @@ def _choose(
 
 
 def _collect(
-    run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]]
-) -> tuple[dict[str, QuestionView], dict[str, str]]:
-    """The questions, and the references to the pictures of those that have some."""
+    run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]], max_bytes: int
+) -> tuple[list[QuestionView], dict[str, str]]:
+    """The questions, in the order of `chosen`, and the references to the pictures of those that
+    have some. Those that cannot fit any more are dropped on the way: a long run has far more text
+    of them than a page."""
     views: dict[str, QuestionView] = {}
     media: dict[str, str] = {}
+    texts: Counter[str] = Counter()
     for path in step_files(run.run_dir / "rollouts"):
         for row in read_step(path, question_ids=chosen):
             _add_row(views, row, fates)
+            texts[row["question_id"]] += len(cut(row["response"]))
             if row.get("media"):  # files of earlier versions lack the column
                 media[row["question_id"]] = row["media"]
+        before = accumulate(texts[name] for name in chosen)
+        chosen = [name for name, size in zip(chosen, before, strict=True) if size <= max_bytes]
+        views = {name: view for name in chosen if (view := views.get(name)) is not None}
     for view in views.values():
         for visit in view.visits:
             visit.groups.sort(
                 key=lambda group: GROUP_ORDER.index(group.kind) if group.kind in GROUP_ORDER else 9
             )
-    return views, media
+    return [views[name] for name in chosen], media
 
 
 def _add_row(

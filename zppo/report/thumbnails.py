@@ -14,6 +14,7 @@ from msgspec import Struct, field
 from PIL import Image
 
 from zppo.data.pictures import PictureError, read_picture
+from zppo_protocol.places import media_names
 from zppo_protocol.values import Media, PictureReference, VideoReference
 
 SIDE = 192
@@ -43,7 +44,8 @@ class Thumbnails(Struct):
         if encoded is None:
             return []
         media = msgspec.json.decode(encoded, type=list[Media])
-        views = [view for one in media for view in _views(one)]
+        names = media_names(media) if len(media) > 1 else [""]
+        views = [view for one, name in zip(media, names, strict=True) for view in _views(one, name)]
         left_out = len(views) - MAX_PICTURES
         if left_out > 0:
             step = len(views) / MAX_PICTURES
@@ -73,11 +75,13 @@ class Thumbnails(Struct):
         self.size += len(url)
 
 
-def _views(media: Media) -> list[tuple[PictureReference, str]]:
+def _views(media: Media, name: str) -> list[tuple[PictureReference, str]]:
+    """Pictures with what is said before their size; `name` is empty where there is one medium."""
+    begin = f"{name}, " if name else ""
     if isinstance(media, VideoReference):
         shown = zip(media.frames, media.seconds, strict=True)
-        return [(frame, f"{second:.1f} s, ") for frame, second in shown]
-    return [(media, "")]
+        return [(frame, f"{begin}{second:.1f} s, ") for frame, second in shown]
+    return [(media, begin)]
 
 
 def data_url(picture: Image.Image) -> str:

@@ -12,6 +12,7 @@ Shape legend: N completions of the group, T response tokens laid end to end, S v
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -123,7 +124,7 @@ def _versions_problem(spans_S2: np.ndarray, oldest: int, published: int) -> str 
 
 
 def _lengths_problem(task: GenerateTask, samples: GroupSamples, bounds: Bounds) -> str | None:
-    longest = int(highest(samples.offsets[1:] - samples.offsets[:-1]))
+    longest = max(end - start for start, end in pairwise(samples.offsets.tolist()))
     if longest > task.sampling.max_new_tokens:
         return f"a response of {longest} tokens; expected at most {task.sampling.max_new_tokens}"
     total = len(samples.prompt_ids) + longest

@@ -366,7 +366,7 @@ def whole(window: Window, missing: Mapping[int, set[str]]) -> bool:
 
 def oldest_version(group: Group) -> int:
     """Of the tokens of a sampled group."""
-    return int(group.the_samples.version_spans[:, 1].min(initial=NEVER))
+    return min(group.the_samples.version_spans[:, 1].tolist(), default=NEVER)
 
 
 def plain_part(visit: Visit) -> Visit:

@@ -38,6 +38,7 @@ class JobFactory:
         self._topology = topology
         self._redrawn = redrawn
         self._student = topology.student.sampling
+        self._in_training = self._student.in_training
         self._teacher = topology.teacher
         self._rubric = next(
             (one.args["rubric"] for one in topology.data.reward if one.use == RUBRIC), None
@@ -113,7 +114,7 @@ class JobFactory:
         """What only rewards read, and no grader."""
         if rule_of(question.grader)[0] not in (REWARD, REWARD_AND_TEACHER):
             return {}
-        return {"question": question.text, "row": question.row}
+        return {"question": question.words, "row": question.row}
 
     def _judge(self, target: JudgeTarget, prompts: PromptSet) -> Job:
         question, response = target.question, target.group.the_samples.texts[target.response]
@@ -165,7 +166,7 @@ class JobFactory:
             )
         if group.kind == TEACHER:
             return topology.method.teacher_group_size, model.sampling
-        return topology.method.group_size, self._student.in_training
+        return topology.method.group_size, self._in_training
 
     def _generate(
         self, task_id: str, kind: str, prompt: Prompt, n: int, sampling: Sampling, min_version: int

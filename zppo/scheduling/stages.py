@@ -43,7 +43,7 @@ from zppo.config.topology import JUDGE
 from zppo.data.question import Question
 from zppo.grading import judged, parse_answer, quick_grade, scored, together
 from zppo.prompting import compression, hints
-from zppo.prompting.prompts import PromptSet
+from zppo.prompting.prompts import PromptSet, without_strangers
 from zppo.scheduling.events import Answer, Graded, Sampled, Scored
 from zppo.scheduling.jobs import JobFactory
 from zppo.scheduling.targets import (
@@ -56,6 +56,7 @@ from zppo.scheduling.targets import (
     ScoreTarget,
     Target,
 )
+from zppo_protocol.places import without_places
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import Grade, Prompt
 
@@ -202,7 +203,10 @@ class Stages:
             elif candidate.shown is None and not self._jobs.teacher_compresses:
                 self._show(visit, candidate, reformulator.preparation, None)
         if all(candidate.shown is not None for candidate in reformulation.candidates):
+            for candidate in reformulation.candidates:
+                candidate.shown = without_places(candidate.shown or "")
             prompt = reformulator.prompt(visit, reformulation.candidates, self._prompts)
+            prompt = without_strangers(prompt, visit.question)
             reformulation.group = self.group(
                 window.index, visit.question, reformulation.kind, prompt
             )

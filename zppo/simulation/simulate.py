@@ -314,9 +314,7 @@ class Simulation:
             TRAINER: trainer.fixed + tokens / trainer.tokens_per_second + trainer.publish_seconds
         }
         for pool, (count, engines) in self.world.pools().items():
-            work[pool] = (
-                share * done[pool] / (count * engines.curve.best_rate(engines.slots))
-            )
+            work[pool] = share * done[pool] / (count * engines.curve.best_rate(engines.slots))
         work[ROLLOUT_POOL] += self.world.speeds.rollout.load_seconds
         work[GRADER_POOL] = share * done[GRADER_POOL] / len(self.graders)
         return work

@@ -6,7 +6,7 @@ smaller, so it is too wide rather than too narrow. Averages of benchmarks add th
 limits in square (Newcombe 1998, "square-and-add"). Differences are paired: bootstrap over the
 questions that both models answered, percentile interval, with a fixed seed.
 
-Shape legend: Q questions, K distinct values, B resamples.
+Shape legend: Q questions, K distinct values, B resamples. A block is some of the resamples.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from msgspec import Struct
 Z = 1.959964
 RESAMPLES, SEED = 10_000, 0
 LIMITS = (2.5, 97.5)
+FEW, COUNT_COST = 64, 16
+"""Of so few distinct values counts are drawn, and of more where a count, which costs as much as so
+many questions, is still cheaper."""
+BLOCK = 1 << 20
+"""Numbers that are drawn at once."""
 
 
 class Interval(Struct, frozen=True):
@@ -51,11 +56,27 @@ def paired(differences: Sequence[Sequence[float]]) -> Interval:
     questions of each are drawn anew."""
     drawn = np.random.default_rng(SEED)
     means_B, value = np.zeros(RESAMPLES), 0.0
-    for values_Q in differences:
-        # Few values are possible, so counts of them are drawn in place of questions.
-        values_K, counts_K = np.unique(np.asarray(values_Q, dtype=float), return_counts=True)
-        counts_BK = drawn.multinomial(len(values_Q), counts_K / len(values_Q), RESAMPLES)
-        means_B += counts_BK @ values_K / len(values_Q)
-        value += sum(values_Q) / len(values_Q)
+    for values in differences:
+        means_B += _resampled_means(np.asarray(values, dtype=float), drawn)
+        value += sum(values) / len(values)
     low, high = np.percentile(means_B / len(differences), LIMITS)
     return Interval(value / len(differences), float(low), float(high))
+
+
+def _resampled_means(values_Q: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
+    """Means [B] of Q values that are drawn with replacement: time grows with Q and no faster, and
+    memory hardly. Of few distinct values counts are drawn in place of questions."""
+    questions = len(values_Q)
+    values_K, counts_K = np.unique(values_Q, return_counts=True)
+    by_count = len(values_K) <= max(FEW, questions // COUNT_COST)
+    rows = max(1, BLOCK // (len(values_K) if by_count else questions))
+    means_B = np.empty(RESAMPLES)
+    for first in range(0, RESAMPLES, rows):
+        block = means_B[first : first + rows]
+        if by_count:
+            counts_BK = drawn.multinomial(questions, counts_K / questions, len(block))
+            block[:] = counts_BK @ values_K / questions
+        else:
+            places_BQ = drawn.integers(questions, size=(len(block), questions))
+            block[:] = values_Q[places_BQ].mean(axis=1)
+    return means_B

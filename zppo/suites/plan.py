@@ -3,13 +3,13 @@ had, and the settings that a result hangs on."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from zppo.prompting.prompts import digest_of
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.pictures import server_options
 from zppo.suites.results import Column, RowResult, read_column
@@ -65,18 +65,8 @@ def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
         "judge": order.judge.model if order.judge is not None else None,
         "limit": order.limit,
         "seed": order.seed,
-        "templates": _content(order.templates),
+        "templates": order.templates and digest_of(Path(order.templates)),
     }
-
-
-def _content(templates: str | None) -> str | None:
-    """SHA-256 (hex) of a folder's templates."""
-    if templates is None:
-        return None
-    sha = hashlib.sha256()
-    for file in sorted(Path(templates).glob("*.j2")):
-        sha.update(hashlib.sha256(file.name.encode() + b"\0" + file.read_bytes()).digest())
-    return sha.hexdigest()
 
 
 def plan_lines(order: SuiteOrder, missing: Mapping[str, str], speed: float | None) -> list[str]:

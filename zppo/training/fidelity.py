@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from zppo.errors import UserError, first_line
 from zppo.plan.architecture import context_of, layer_kinds, window_of
 from zppo.training import attention
-from zppo.training.layout import PAD_ID, PROMPT, SHARED_WIDTH, attention_mask
+from zppo.training.layout import PAD_ID, SHARED_WIDTH, attention_mask
 from zppo.training.loading import is_recurrent
 
 log = logging.getLogger("zppo.trainer")
@@ -104,7 +104,8 @@ def _in_a_batch(model: Any, expected: list[Tensor]) -> float:
 
 @torch.no_grad()
 def can_share_prompts(model: Any) -> bool:
-    """Say whether two rollouts behind one prompt get the log-probs that they get one by one."""
+    """Say whether two rollouts behind one prompt, which begin with the same tokens, get the
+    log-probs that they get one by one."""
     text = model.config.get_text_config().to_dict()
     if layer_kinds(text) - {"full_attention", "attention"}:
         return False  # their windows stand in masks that ours would replace
@@ -115,17 +116,17 @@ def can_share_prompts(model: Any) -> bool:
     if model.config._attn_implementation not in ("sdpa", EAGER, attention.NAME):
         return False
     ids = _probe_rows(model)[0][:12]
-    alone = [ids[:8], torch.cat([ids[:4], ids[8:]])]
-    expected = torch.cat([_log_probs(model, input_ids=row[None])[0, 4:] for row in alone])
-    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7], device=ids.device)
-    segments = torch.tensor([PROMPT] * 4 + [1] * 4 + [2] * 4, device=ids.device)
+    alone = [ids[:8], torch.cat([ids[:6], ids[8:]])]
+    expected = torch.cat([_log_probs(model, input_ids=row[None])[0, 6:] for row in alone])
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9], device=ids.device)
+    ends = torch.tensor([12] * 6 + [8] * 2 + [12] * 4, device=ids.device)
     try:
         found = _log_probs(
             model,
             input_ids=ids[None],
             position_ids=positions[None],
-            attention_mask=attention_mask(segments[None], model.dtype),
-        )[0, 4:]
+            attention_mask=attention_mask(ends[None], model.dtype),
+        )[0, 6:]
     except FAULTS:
         return False  # a model that takes no such mask
     return _difference(found, expected) < LARGEST_DIFFERENCE[model.dtype]

@@ -1,12 +1,13 @@
 """How sequences lie in one forward pass: right-padded rows, sorted by length, rollouts of a group
-behind one prompt.
+as one tree behind one prompt.
 
 A *row* holds a prompt once and behind it one or more rollouts of its group. With one rollout it is
-an ordinary causal sequence. With several, positions restart behind the prompt and an attention mask
-keeps the rollouts apart, so each sees the prompt and itself only and its hidden states are what
-they would be alone; the prompt is computed once instead of n times, which pays where prompts are
-long against answers (BCQ and NCQ above all). Padding stands on the right, where no real token can
-see it.
+an ordinary causal sequence. With several it is their tree, branch behind branch: what rollouts
+begin with alike is there once, as the prompt is. Each branch takes up the positions where it
+leaves another, and an attention mask shows each token its own rollout's tokens before it and the
+prompt, so its hidden state is what it would be alone. That pays where prompts are long against
+answers (BCQ and NCQ above all) and where a student is sure of how answers begin. Padding stands
+on the right, where no real token can see it.
 
 Several ranks deal the rows out among themselves, so that each gets about as many positions, and
 make equally many passes.
@@ -32,8 +33,6 @@ from zppo.training.batch import Rollouts
 from zppo.training.pictures import SeenPrompt
 
 PAD_ID = 0
-PROMPT, PADDING = 0, -1
-"""Segments of a row: its prompt, rollouts from 1, and padding."""
 
 PASS_SHARE = 16
 """What a pass costs beside its positions: as much as this part of the most that it may hold."""
@@ -50,8 +49,9 @@ class MicroBatch:
     input_ids_BL: prompts and responses. rows_R: positions in the flattened [B*L] whose hidden
     states predict the response tokens. tokens_R: indices of these tokens in the window.
     sequence_ids_R: their sequence, in [0, S). sequences_S: its index in the window. positions_BL
-    and segments_BL: only when some row holds several rollouts, else None. support_RK: the tokens
-    that could have been sampled, -1 behind them (`zppo.training.supports`); None: all could.
+    and ends_BL (see `attention_mask`): only when some row holds several rollouts, else None.
+    support_RK: the tokens that could have been sampled, -1 behind them
+    (`zppo.training.supports`); None: all could.
     seen_B: the pictures of each row's prompt; empty where no row has any.
     weight: 0 for a pass that counts elsewhere, and is made here because others make one.
     """
@@ -62,7 +62,7 @@ class MicroBatch:
     sequence_ids_R: Tensor
     sequences_S: Tensor
     positions_BL: Tensor | None = None
-    segments_BL: Tensor | None = None
+    ends_BL: Tensor | None = None
     support_RK: Tensor | None = None
     seen_B: tuple[SeenPrompt | None, ...] = ()
     weight: float = 1.0
@@ -78,11 +78,12 @@ class Deal:
 
 @dataclass
 class _Row:
-    """One row in the making: its group, the sequences behind its prompt, and the positions they
-    take together."""
+    """One row in the making: its group, the sequences behind its prompt, how many tokens each
+    begins with as the one before it does, and the positions they take together."""
 
     group: int
     sequences: list[int]
+    alike: list[int]
     width: int
 
 
@@ -168,41 +169,60 @@ def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:
     """Fill rows group by group up to `limit` positions; a rollout's last token predicts nothing and
     is left out."""
     rows: list[_Row] = []
-    for sequence in sequences[np.argsort(rollouts.group_S[sequences], kind="stable")].tolist():
-        group, length = int(rollouts.group_S[sequence]), int(rollouts.lengths_S[sequence])
-        if length == 0:
-            continue
-        if rows and rows[-1].group == group and rows[-1].width + length - 1 <= limit:
-            rows[-1].sequences.append(sequence)
-            rows[-1].width += length - 1
-        else:
-            rows.append(_Row(group, [sequence], len(rollouts.prompts_G[group]) + length - 1))
+    groups_S = rollouts.group_S[sequences]
+    for group in np.unique(groups_S).tolist():
+        chosen = sequences[(groups_S == group) & (rollouts.lengths_S[sequences] > 0)].tolist()
+        inputs = {sequence: _inputs_of(rollouts, sequence) for sequence in chosen}
+        if limit:
+            # Sorted by their tokens, what is alike at the beginning stands side by side.
+            chosen.sort(key=lambda sequence: inputs[sequence][:limit].tolist())
+        for number, sequence in enumerate(chosen):
+            length, alike = len(inputs[sequence]), 0
+            if number:
+                alike = _common_length(inputs[chosen[number - 1]], inputs[sequence])
+            if number and rows[-1].width + length - alike <= limit:
+                rows[-1].sequences.append(sequence)
+                rows[-1].alike.append(alike)
+                rows[-1].width += length - alike
+            else:
+                rows.append(_Row(group, [sequence], [0], len(rollouts.prompts_G[group]) + length))
     return rows
+
+
+def _inputs_of(rollouts: Rollouts, sequence: int) -> np.ndarray:
+    """The tokens of a rollout that predict another."""
+    start, length = int(rollouts.starts_S[sequence]), int(rollouts.lengths_S[sequence])
+    return rollouts.host_ids_T[start : start + length - 1]
+
+
+def _common_length(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(one), len(other))
+    differs = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differs[0]) if len(differs) else shorter
 
 
 def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     """Write the rows into padded blocks and note where each response token is predicted."""
     shape = (len(rows), rows[0].width)
     ids_BL, positions_BL = np.full(shape, PAD_ID, np.int64), np.zeros(shape, np.int64)
-    segments_BL = np.full(shape, PADDING, np.int64)
+    ends_BL = np.full(shape, shape[1], np.int64)
     predicted, tokens = [], []
     for index, row in enumerate(rows):
         prompt = rollouts.prompts_G[row.group]
         end = len(prompt)
-        ids_BL[index, :end], positions_BL[index, :end], segments_BL[index, :end] = (
-            prompt,
-            np.arange(end),
-            PROMPT,
-        )
-        for segment, sequence in enumerate(row.sequences, start=1):
-            start, length = int(rollouts.starts_S[sequence]), int(rollouts.lengths_S[sequence])
-            part = slice(end, end + length - 1)
-            ids_BL[index, part] = rollouts.host_ids_T[start : start + length - 1]
-            positions_BL[index, part] = np.arange(len(prompt), len(prompt) + length - 1)
-            segments_BL[index, part] = segment
-            predicted.append(_predictors(index * shape[1], len(prompt), end, length))
-            tokens.append(np.arange(start, start + length))
-            end += length - 1
+        ids_BL[index, :end], positions_BL[index, :end] = prompt, np.arange(end)
+        ends_BL[index, : row.width] = row.width
+        path = np.zeros(0, np.int64)
+        for sequence, alike in zip(row.sequences, row.alike, strict=True):
+            ends_BL[index, path[alike:]] = end
+            inputs = _inputs_of(rollouts, sequence)
+            branch = np.arange(end, end + len(inputs) - alike)
+            ids_BL[index, branch] = inputs[alike:]
+            positions_BL[index, branch] = len(prompt) + np.arange(alike, len(inputs))
+            path, end = np.concatenate([path[:alike], branch]), end + len(branch)
+            predicted.append(index * shape[1] + np.concatenate([[len(prompt) - 1], path]))
+            tokens.append(rollouts.starts_S[sequence] + np.arange(len(inputs) + 1))
     sequences_S = np.array([sequence for row in rows for sequence in row.sequences])
     tokens_R = np.concatenate(tokens)
     support_RK = None if rollouts.supports is None else rollouts.supports.padded(tokens_R)
@@ -224,7 +244,7 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     )
     if len(sequences_S) == len(rows):
         return batch
-    return replace(batch, positions_BL=placed(positions_BL), segments_BL=placed(segments_BL))
+    return replace(batch, positions_BL=placed(positions_BL), ends_BL=placed(ends_BL))
 
 
 def with_row(batch: MicroBatch, ids: list[int], seen: SeenPrompt) -> MicroBatch:
@@ -237,7 +257,7 @@ def with_row(batch: MicroBatch, ids: list[int], seen: SeenPrompt) -> MicroBatch:
         padded_BL[-1, : len(row)] = torch.tensor(row, device=tensor_BL.device)
         return padded_BL
 
-    positions_BL, segments_BL = batch.positions_BL, batch.segments_BL
+    positions_BL, ends_BL = batch.positions_BL, batch.ends_BL
     return replace(
         batch,
         input_ids_BL=grown(batch.input_ids_BL, ids, PAD_ID),
@@ -245,31 +265,19 @@ def with_row(batch: MicroBatch, ids: list[int], seen: SeenPrompt) -> MicroBatch:
         positions_BL=None
         if positions_BL is None
         else grown(positions_BL, list(range(len(ids))), 0),
-        segments_BL=None
-        if segments_BL is None
-        else grown(segments_BL, [PROMPT] * len(ids), PADDING),
+        ends_BL=None if ends_BL is None else grown(ends_BL, [len(ids)] * len(ids), wider),
         seen_B=(*(batch.seen_B or (None,) * rows), seen),
     )
 
 
-def _predictors(row_start: int, prompt_length: int, start: int, length: int) -> np.ndarray:
-    """Flat positions that predict a rollout written from column `start`: the end of the prompt,
-    then its own tokens."""
-    positions = np.arange(row_start + start - 1, row_start + start + length - 1)
-    positions[0] = row_start + prompt_length - 1
-    return positions
+def attention_mask(ends_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, L, L] of rows that are trees, branch behind branch: `ends_BL` says
+    where those that stand behind a position and see it end, so i sees j if j <= i < ends[j].
 
-
-def attention_mask(segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, L, L]: a position sees earlier ones of the prompt and of its own
-    segment.
-
-    Padding sees padding, so that no row of the softmax is empty.
+    Padding ends with the row, so that no row of the softmax is empty.
     """
-    queries, keys = segments_BL[:, :, None], segments_BL[:, None, :]
-    causal_LL = torch.ones(
-        segments_BL.shape[1], segments_BL.shape[1], dtype=torch.bool, device=segments_BL.device
-    ).tril()
-    allowed_BLL = ((keys == PROMPT) | (keys == queries)) & causal_LL
-    mask_BLL = torch.zeros(allowed_BLL.shape, dtype=dtype, device=segments_BL.device)
+    places_L = torch.arange(ends_BL.shape[1], device=ends_BL.device)
+    before_LL = places_L[None, :] <= places_L[:, None]
+    allowed_BLL = before_LL & (places_L[None, :, None] < ends_BL[:, None, :])
+    mask_BLL = torch.zeros(allowed_BLL.shape, dtype=dtype, device=ends_BL.device)
     return mask_BLL.masked_fill_(~allowed_BLL, torch.finfo(dtype).min)[:, None]

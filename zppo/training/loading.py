@@ -36,7 +36,12 @@ def load_folder(folder: str, dtype: str, where: str) -> Any:
     opened_by = model_class(read_config(folder, where), folder, where)
     try:
         model, report = opened_by.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True
+            folder,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except torch.OutOfMemoryError:
         raise
@@ -54,7 +59,7 @@ def load_folder(folder: str, dtype: str, where: str) -> Any:
 def read_config(folder: str, where: str) -> Any:
     """The configuration of `folder` as transformers completes it. Raises UserError."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except FAULTS as error:
         raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
 

@@ -42,7 +42,8 @@ class Gradients:
     """Sums of gradients over micro-batches, in fp32 whatever the dtype of the weights.
 
     fp32 parameters keep theirs in `.grad`. For others a hook moves each micro-batch's `.grad` into
-    an fp32 buffer. Of sharded parameters a rank has the gradients of its share.
+    an fp32 buffer, the first of an update over what is there. Of sharded parameters a rank has the
+    gradients of its share.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks = ALONE) -> None:
@@ -58,7 +59,10 @@ class Gradients:
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._sums[name].add_(local(parameter.grad))
+            if name in self._summed:
+                self._sums[name].add_(local(parameter.grad))
+            else:
+                self._sums[name].copy_(local(parameter.grad))
             self._summed.add(name)
             parameter.grad = None
 
@@ -67,8 +71,6 @@ class Gradients:
     def clear(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
-        for name in self._summed:
-            self._sums[name].zero_()
         self._summed.clear()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,9 +126,14 @@ class AdamW:
             tensors = (local(parameter.data), self._first[name], self._second[name], gradient)
             stream = rounding_stream(self._seed, self.updates, name)
             place = first_row(parameter) * prod(parameter.shape[1:])
-            for chunk in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
+            # Where the elements of a tensor do not lie in their order, this is a copy of it.
+            flat = [tensor.reshape(-1) for tensor in tensors]
+            for chunk in zip(*(tensor.split(CHUNK) for tensor in flat), strict=True):
                 self._update(*chunk, stream=stream, place=place)
                 place += chunk[0].numel()
+            for tensor, updated in zip(tensors[:3], flat, strict=False):
+                if not tensor.is_contiguous():
+                    tensor.copy_(updated.view(tensor.shape))
 
     def _update(
         self,

@@ -1,20 +1,25 @@
-"""What a model makes of the pictures of its prompts: their features, and where these stand.
+"""What a model makes of the pictures and videos of its prompts: their features, and where these
+stand.
 
 Used by the trainer and by the engine that runs transformers, so that both compute the same. The
-layout (`zppo.prompting.picture_families`) says from sizes alone which tokens of a prompt stand for
-features; the pixels are read where they are needed, by reference, and only if the file is still
-what was referred to. A `Tower` keeps the features of a picture as long as what computes them keeps
-its weights, whatever the text half does.
+layout (`zppo.prompting.picture_layout`) says without a pixel which tokens of a prompt stand for the
+features of which view; the pixels are read where they are needed, by reference, and only if the
+file is still what was referred to. A `Tower` keeps the features of a view as long as what computes
+them keeps its weights, whatever the text half does.
+
+A tower looks at each row of merged frames alone, so a video is as many views, and these go through
+it in one pass with the pictures: every pass is one of the tower, whatever it is shown.
 
 Shape legend: B rows, L padded positions, P tokens of a prompt, N features of the pictures of a
-pass, H hidden size.
+pass, n of one view, H hidden size, F frames that are merged, C colours, S pixels of a patch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -26,28 +31,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from zppo.data.pictures import read_picture
 from zppo.errors import UserError, first_line
-from zppo.prompting.picture_families import IdeficsPictures, PictureLayout
+from zppo.prompting.picture_families import IdeficsPictures
+from zppo.prompting.picture_layout import PictureLayout, View
 from zppo.prompting.tokenization import PROCESSOR, load_picture_layout, load_tokenizer
 from zppo.training.head import trunk
-from zppo_protocol.values import Media, PictureReference, pictures_of
+from zppo_protocol.values import Media, PictureReference
 
 KEPT_BYTES = 256 << 20
 """Most bytes that a tower keeps: of features if it is frozen, else of pixels."""
 
-Key = tuple[str, int, int]
+Key = tuple[object, ...]
 Pixels = dict[str, Tensor]
-"""What the processor makes of one picture, by the name of the model's argument."""
+"""What the processor makes of one view, by the name of the model's argument."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SeenPrompt:
-    """The pictures of one prompt: `positions_3P` of its tokens in time, rows and columns, and the
-    `shift` of every token behind them; `pixels` where they have been read already."""
+    """The views of one prompt: `positions_3P` of its tokens in time, rows and columns, and the
+    `shift` of every token behind them; `media_tokens` as in `GroupSamples`; `pixels` of each view
+    where they have been read already."""
 
-    references: tuple[PictureReference, ...]
+    views: tuple[View, ...]
     positions_3P: np.ndarray
     shift: int
+    media_tokens: list[int]
     pixels: tuple[Pixels, ...] = field(default=(), repr=False)
 
 
@@ -77,13 +85,16 @@ class Kept(Generic[T]):
 
 
 class Tower:
-    """What sees pictures in one model. `frozen`: its weights stay as they are until `renew`."""
+    """What sees pictures in one model, that of `folder`, which the setting `where` names. `frozen`:
+    its weights stay as they are until `renew`."""
 
-    def __init__(self, model: Any, layout: PictureLayout, processor: Any, frozen: bool) -> None:
+    def __init__(
+        self, model: Any, layout: PictureLayout, folder: str, where: str, frozen: bool
+    ) -> None:
         self.layout = layout
         self.frozen = frozen
         self._model = model
-        self._processor = processor
+        self._folder, self._where = folder, where
         self._weights: object = None
         self._features = Kept[Tensor](_bytes)
         self._pixels = Kept[Pixels](lambda pixels: sum(map(_bytes, pixels.values())))
@@ -93,45 +104,76 @@ class Tower:
         """The tower of a model that was loaded from `folder`; None for a model without one, or of
         a family that is trained on text alone. Raises UserError, naming the setting `where`."""
         layout = load_picture_layout(folder, load_tokenizer(folder, where), where)
-        if layout is None:
-            return None
+        return None if layout is None else cls(model, layout, folder, where, frozen)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        """Loaded for the first picture: a run on text alone does without. Raises UserError."""
         try:
-            processor = AutoImageProcessor.from_pretrained(
-                folder, backend="pil", local_files_only=True
+            return AutoImageProcessor.from_pretrained(
+                self._folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # damaged files raise whatever the library's parsers can
             raise UserError(
-                f"{where}: {folder!r} has no processor of pictures that can be loaded "
-                f"({first_line(error)}); expected {PROCESSOR} as save_pretrained writes it, or, "
-                "for text alone, a folder without it"
+                f"{self._where}: {self._folder!r} has no processor of pictures that can be loaded "
+                f"({first_line(error)}), and a question has pictures; expected {PROCESSOR} as "
+                "save_pretrained writes it, or text only"
             ) from error
-        return cls(model, layout, processor, frozen)
 
     def seen(self, prompt_ids: np.ndarray, media: Sequence[Media]) -> SeenPrompt | None:
-        """The pictures of a prompt [P]; None if it has none. Raises ValueError unless the prompt is
-        what this model reads."""
-        references = tuple(pictures_of(media))
-        if not references:
+        """The pictures and videos of a prompt [P]; None if it has none. Raises ValueError unless
+        the prompt is what this model reads."""
+        if not media:
             return None
-        placed = self.layout.placed(prompt_ids, [(one.width, one.height) for one in references])
-        return SeenPrompt(references, *self.layout.positions(len(prompt_ids), placed))
+        placed = self.layout.placed(prompt_ids, media)
+        media_tokens = [0] * len(media)
+        for one in placed:
+            media_tokens[one.medium] += one.view.features
+        positions_3P, shift = self.layout.positions(len(prompt_ids), placed)
+        views = tuple(one.view for one in placed)
+        return SeenPrompt(views, positions_3P, shift, media_tokens)
 
-    def media_tokens(self, media: Sequence[Media]) -> list[int]:
-        """Features of each picture and video."""
-        return [
-            sum(self.layout.features(one.width, one.height) for one in pictures_of([whole]))
-            for whole in media
-        ]
-
-    def pixels(self, reference: PictureReference) -> Pixels:
-        """Read a picture, in any thread. Raises PictureError if its file is not what was referred
+    def pixels(self, view: View) -> Pixels:
+        """Read what is seen, in any thread. Raises PictureError if a file is not what was referred
         to."""
-        return self.processed(read_picture(reference))
+        if view.size is None:
+            return self.processed(read_picture(view.frames[0]))
+        pictures = {frame: read_picture(frame) for frame in dict.fromkeys(view.frames)}
+        return self._merged([pictures[frame] for frame in view.frames], view.size)
 
     def processed(self, picture: Image.Image) -> Pixels:
-        """What the model's processor makes of a picture."""
+        """What the model's processor makes of a picture. Raises UserError if it cannot be
+        loaded."""
         made = self._processor(images=[picture], return_tensors="pt")
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+    def _merged(self, frames: Sequence[Image.Image], size: tuple[int, int]) -> Pixels:
+        """What the model's processor of videos makes of frames that it merges.
+
+        That one needs torchvision, so the processor of pictures does its work on each frame, and
+        the frames are laid side by side where it would repeat a picture.
+        """
+        video = self.layout.family.video
+        assert video is not None, "the layout has such views for models of videos alone"
+        resized = [
+            frame if frame.size == size else frame.resize(size, Image.Resampling(video.resample))
+            for frame in frames
+        ]
+        made = self._processor(
+            images=resized,
+            do_resize=False,
+            patch_size=video.settings.patch,
+            merge_size=video.settings.merge,
+            temporal_patch_size=1,
+            return_tensors="pt",
+            **video.scaling,
+        )
+        by_frame_NCS = made["pixel_values"].unflatten(1, (3, -1)).chunk(len(frames))
+        merged_NCFS = torch.stack(by_frame_NCS, dim=2)
+        return {
+            "pixel_values": merged_NCFS.flatten(1),
+            "image_grid_thw": made["image_grid_thw"][:1],
+        }
 
     def renew(self, weights: object) -> None:
         """The tower has the weights of this identity from now on: what others made is forgotten."""
@@ -139,19 +181,19 @@ class Tower:
             self._weights = weights
             self._features.clear()
 
-    def features(self, prompts: Sequence[SeenPrompt]) -> Tensor:
-        """Features [N, H] of all pictures of these prompts, in order. Raises PictureError."""
+    def features(self, prompts: Sequence[SeenPrompt]) -> list[Tensor]:
+        """Features [n, H] of all views of these prompts, in order. Raises PictureError."""
         wanted = [
-            (reference, prompt.pixels[number] if prompt.pixels else None)
+            (view, prompt.pixels[number] if prompt.pixels else None)
             for prompt in prompts
-            for number, reference in enumerate(prompt.references)
+            for number, view in enumerate(prompt.views)
         ]
-        pictures = {_key(reference): (reference, pixels) for reference, pixels in wanted}
+        views = {_key(view): (view, pixels) for view, pixels in wanted}
         if not self.frozen:  # rows of one prompt share what was made of its pictures
-            made = self._see([self._read(*one) for one in pictures.values()])
-            trained = dict(zip(pictures, made, strict=True))
-            return torch.cat([trained[_key(one)] for one, _ in wanted])
-        missing = {key: one for key, one in pictures.items() if self._features.get(key) is None}
+            made = self._see([self._read(*one) for one in views.values()])
+            trained = dict(zip(views, made, strict=True))
+            return [trained[_key(one)] for one, _ in wanted]
+        missing = {key: one for key, one in views.items() if self._features.get(key) is None}
         fresh = dict[Key, Tensor]()
         if missing:
             with torch.no_grad():
@@ -162,7 +204,7 @@ class Tower:
         ]
         for key, features in fresh.items():
             self._features.put(key, features.clone())  # else it would hold those of its whole pass
-        return torch.cat(found)
+        return found
 
     def inputs(self, prompts: Sequence[SeenPrompt | None], positions_BL: Tensor) -> dict[str, Any]:
         """What a pass over rows that begin with these prompts takes beside its ids; `positions_BL`
@@ -171,25 +213,41 @@ class Tower:
         seen = [prompt for prompt in prompts if prompt is not None]
         if not seen:
             return {}
-        features = self.features(seen)
-        # Idefics3 takes them as a tensor, Qwen3.5 as one for each picture, which it joins.
-        tiled = isinstance(self.layout.family, IdeficsPictures)
-        pooled: Any = features if tiled else (features,)
-        output = BaseModelOutputWithPooling(pooler_output=pooled)
-        inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
+        views = [view for prompt in seen for view in prompt.views]
+        features = list(zip(views, self.features(seen), strict=True))
+        # The model puts each kind, in the order of the rows, where its own mark stands.
+        kinds = {
+            "image": [one for view, one in features if not view.of_video],
+            "video": [one for view, one in features if view.of_video],
+        }
+        inputs: dict[str, Any] = {
+            "mm_encoder_outputs": {
+                kind: self._pooled(torch.cat(parts)) for kind, parts in kinds.items() if parts
+            }
+        }
         if self.layout.family.turns:
             inputs["position_ids"] = _turned(prompts, positions_BL)
         return inputs
 
-    def _read(self, reference: PictureReference, pixels: Pixels | None) -> Pixels:
+    def _pooled(self, features_NH: Tensor) -> BaseModelOutputWithPooling:
+        """As the model's own encoder gives them: Idefics3's as a tensor, Qwen3.5's as one for each
+        picture, which the model joins."""
+        pooled: Any = features_NH if self._tiled else (features_NH,)
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+    @property
+    def _tiled(self) -> bool:
+        return isinstance(self.layout.family, IdeficsPictures)
+
+    def _read(self, view: View, pixels: Pixels | None) -> Pixels:
         if pixels is not None:
             return pixels
         if self.frozen:  # whose features are kept
-            return self.pixels(reference)
-        found = self._pixels.get(_key(reference))
+            return self.pixels(view)
+        found = self._pixels.get(_key(view))
         if found is None:
-            found = self.pixels(reference)
-            self._pixels.put(_key(reference), found)
+            found = self.pixels(view)
+            self._pixels.put(_key(view), found)
         return found
 
     def _held(self, key: Key) -> Tensor:
@@ -197,17 +255,16 @@ class Tower:
         assert features is not None, "only one thread puts features in, after it has taken these"
         return features
 
-    def _see(self, pictures: Sequence[Pixels]) -> list[Tensor]:
-        """Features [n, H] of each picture, in one pass of the tower."""
-        tiled = isinstance(self.layout.family, IdeficsPictures)
-        axis = 1 if tiled else 0
+    def _see(self, views: Sequence[Pixels]) -> list[Tensor]:
+        """Features [n, H] of each view, in one pass of the tower."""
+        axis = 1 if self._tiled else 0
         joined = {
-            name: torch.cat([one[name] for one in pictures], axis).to(self._model.device)
-            for name in pictures[0]
+            name: torch.cat([one[name] for one in views], axis).to(self._model.device)
+            for name in views[0]
         }
         output = trunk(self._model).get_image_features(**joined, return_dict=True).pooler_output
-        if tiled:
-            counts = [one["pixel_values"].shape[1] for one in pictures]
+        if self._tiled:
+            counts = [one["pixel_values"].shape[1] for one in views]
             return [part.flatten(0, 1) for part in output.split(counts)]
         return list(output)
 
@@ -227,16 +284,17 @@ def _turned(prompts: Sequence[SeenPrompt | None], positions_BL: Tensor) -> Tenso
 def blank(tower: Tower, side: int = 32) -> tuple[list[int], SeenPrompt]:
     """A prompt that is one small grey picture: for a pass that must go through the tower although
     none of its rows has a picture."""
-    ids = tower.layout.expansion(side, side)
-    placed = tower.layout.placed(np.asarray(ids), [(side, side)])
-    pixels = tower.processed(Image.new("RGB", (side, side), "grey"))
-    reference = PictureReference(path="blank", sha256="0" * 64, width=side, height=side)
-    positions, shift = tower.layout.positions(len(ids), placed)
-    return ids, SeenPrompt((reference,), positions, shift, (pixels,))
+    grey = PictureReference(path="blank", sha256="0" * 64, width=side, height=side)
+    ids = tower.layout.expansion(grey)
+    seen = tower.seen(np.asarray(ids), [grey])
+    assert seen is not None
+    return ids, replace(seen, pixels=(tower.processed(Image.new("RGB", (side, side), "grey")),))
 
 
-def _key(reference: PictureReference) -> Key:
-    return reference.sha256, reference.width, reference.height
+def _key(view: View) -> Key:
+    """Frames of a video have the size of the first one."""
+    shown = view.frames[0]
+    return *(frame.sha256 for frame in view.frames), shown.width, shown.height, view.size
 
 
 def _bytes(tensor: Tensor) -> int:

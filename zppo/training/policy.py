@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,15 @@ from zppo_kernels import (
 from zppo_protocol.samples import TrainGroup
 
 T = TypeVar("T")
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives of its response tokens, with its gradient: hidden states that
+    predict them, [R, H], or [U, H] with the one of each token, [R], where tokens share them; logits
+    [R, V] if the head is no `Head`."""
+
+    states: Tensor
+    state_R: Tensor | None = None
 
 
 class Policy:
@@ -98,8 +107,8 @@ class Policy:
         self._tower = Tower.of(self.model, folder, self._where, frozen=not train_tower)
 
     def look(self, group: TrainGroup) -> SeenPrompt | None:
-        """The pictures of a group's prompt. Raises UserError unless the prompt is what this model
-        makes of them."""
+        """The pictures and videos of a group's prompt. Raises UserError unless the prompt is what
+        this model makes of them."""
         if self._tower is None:
             raise UserError(
                 f"{self._where}: the question {group.question_id!r} has pictures, and the trainer "
@@ -108,14 +117,14 @@ class Policy:
             )
         try:
             seen = self._tower.seen(group.samples.prompt_ids, group.media)
-            counts = self._tower.media_tokens(group.media)
+            counts = [] if seen is None else seen.media_tokens
             if counts != group.samples.media_tokens:
                 raise ValueError(f"they take {counts} tokens, not {group.samples.media_tokens}")
         except ValueError as error:
             raise UserError(
                 f"{self._where}: the engine read the pictures of the question "
                 f"{group.question_id!r} as other tokens than the trainer ({error}); expected the "
-                "same preprocessor_config.json for both"
+                "same preprocessor_config.json and video_preprocessor_config.json for both"
             ) from error
         return seen
 
@@ -205,39 +214,45 @@ class Policy:
             )
         )
 
-    def outputs(self, batch: MicroBatch) -> Tensor:
-        """What predicts the response tokens, with its gradient: hidden states [R, H], logits [R, V]
-        if the head is no `Head`. For `log_probs_of` and `policy_loss_of`."""
-        return self.logits(batch) if self.head is None else self.hidden(batch)
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        """What predicts the response tokens, for `log_probs_of` and `policy_loss_of`."""
+        if self.head is None:
+            return Outputs(self.logits(batch))
+        if batch.ends_BL is None or batch.rows_R.is_cuda:
+            return Outputs(self.hidden(batch))
+        rows_U, state_R = batch.rows_R.unique(return_inverse=True)
+        return Outputs(self.hidden(replace(batch, rows_R=rows_U)), state_R)
 
     @torch.no_grad()
     def log_probs_of(
-        self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any
+        self, outputs: Outputs, target_ids_R: Tensor, **arguments: Any
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, float32 [R] each, of what one forward pass gave; `arguments` are
         those of `zppo_kernels.token_log_probs`."""
         if self.head is None:
-            return token_log_probs_from_logits(outputs, target_ids_R, **arguments)
+            return token_log_probs_from_logits(outputs.states, target_ids_R, **arguments)
         return token_log_probs(
-            outputs,
+            outputs.states,
             self.head.weight_VH,
             target_ids_R,
+            hidden_rows_T=outputs.state_R,
             bias_V=self.head.bias_V,
             **self.head.map,
             **arguments,
         )
 
     def policy_loss_of(
-        self, outputs: Tensor, target_ids_R: Tensor, **arguments: Any
+        self, outputs: Outputs, target_ids_R: Tensor, **arguments: Any
     ) -> PolicyLossOutput:
         """Policy loss of one forward pass; `arguments` are those of
         `zppo_kernels.policy_loss_from_hidden`."""
         if self.head is None:
-            return policy_loss_from_logits(outputs, target_ids_R, **arguments)
+            return policy_loss_from_logits(outputs.states, target_ids_R, **arguments)
         return policy_loss_from_hidden(
-            outputs,
+            outputs.states,
             self.head.weight_VH,
             target_ids_R,
+            hidden_rows_T=outputs.state_R,
             bias_V=self.head.bias_V,
             **self.head.map,
             **arguments,
@@ -305,9 +320,9 @@ class Policy:
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_BL}
-        if batch.segments_BL is not None and batch.positions_BL is not None:
+        if batch.ends_BL is not None and batch.positions_BL is not None:
             inputs["position_ids"] = batch.positions_BL
-            inputs["attention_mask"] = attention_mask(batch.segments_BL, self.model.dtype)
+            inputs["attention_mask"] = attention_mask(batch.ends_BL, self.model.dtype)
         if batch.seen_B:
             assert self._tower is not None, "`look` has refused such a window"
             inputs |= self._show(self._tower, batch)

@@ -29,7 +29,7 @@ from zppo.training.entropy import applied_coefficient, moved
 from zppo.training.layout import MicroBatch
 from zppo.training.loss_settings import old_log_probs
 from zppo.training.measuring import measuring_weights
-from zppo.training.policy import Policy
+from zppo.training.policy import Outputs, Policy
 from zppo.training.trainer import Counts, Trainer
 from zppo_kernels import (
     PolicyLossOutput,
@@ -123,7 +123,7 @@ class PolicyLoss:
         )
 
     def _loss_of(
-        self, outputs: Tensor, batch: MicroBatch, counts: Counts, *, own: bool
+        self, outputs: Outputs, batch: MicroBatch, counts: Counts, *, own: bool
     ) -> PolicyLossOutput:
         """`own`: policy and proximal are the same weights, and a policy sampled every token."""
         rollouts, settings, tokens_R = self._rollouts, self._trainer.settings, batch.tokens_R

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from zppo.algorithm.methods import get_method
-from zppo.config.served import ServedModel, served_student, teachers
+from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import Topology
 from zppo.data.corpus import load_questions
 from zppo.data.question import Question, digest
 from zppo.errors import UserError
 from zppo.plan.extensions import changed
 from zppo.plan.memory import WITHOUT_FOLDER, Models, inspect_models
+from zppo.plan.model_folder import special_tokens
 from zppo.prompting.prompts import PromptSet
 from zppo.records import binding, checkpoint
-from zppo.records.binding import MadeWith
+from zppo.records.binding import MadeWith, check_contents
 from zppo.records.ledger import Spending
 from zppo.records.run_directory import RunRecord
 from zppo.scheduling.admission import Bounds
@@ -47,6 +48,10 @@ def load_scheduler(
     heldout: list[Question] = []
     if topology.data.heldout is not None:
         heldout = load_questions(topology.data.heldout, topology.data, base).questions
+    marks = special_tokens(one.folder for one in served_models(topology))
+    prompts = PromptSet.of(topology.data, topology.method.prefix_share, marks)
+    now_there = {"data.heldout": digest(heldout), "data.templates": prompts.digest}
+    check_contents(topology, record.contents, now_there)
     state = load_state(context)
     state.evaluated = sorted({*state.evaluated, *measured})
     return Scheduler(
@@ -54,7 +59,7 @@ def load_scheduler(
         get_method(topology.method.name),
         questions,
         heldout,
-        PromptSet.of(topology.data, topology.method.prefix_share),
+        prompts,
         state,
         now,
         bounds_of(topology, inspect_models(topology)),

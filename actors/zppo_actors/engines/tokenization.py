@@ -9,7 +9,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from zppo.errors import UserError
-from zppo.prompting.picture_families import PictureLayout
+from zppo.prompting.picture_layout import PictureLayout
 from zppo.prompting.tokenization import encode_prompts, encode_start, load_tokenizer
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.values import Prompt, ResponseStart
@@ -63,7 +63,7 @@ class PromptTokenizer:
 def _configured_ends(folder: str) -> list[int]:
     """End ids of generation_config.json; chat models often list more than the tokenizer's one."""
     try:
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     except OSError:
         return []
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -26,6 +26,7 @@ from zppo.data.question import Question
 from zppo.evaluation.order import EvaluationOrder
 from zppo.evaluation.report import Answered, EvaluationReport, QuestionResult, Tally
 from zppo.grading import judged, quick_grade, shown_gold
+from zppo.plan.model_folder import special_tokens
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.prompts import PromptSet
 from zppo.records.metrics import response_lengths
@@ -96,7 +97,8 @@ class Evaluator:
         self._judge = None if is_procedural(data.train) else judge  # their own rules need no judge
         self._grading = grading
         self._out = out
-        self._prompts = PromptSet.of(data)
+        marks = special_tokens([order.judge.folder] if order.judge is not None else [])
+        self._prompts = PromptSet.of(data, marks=marks)
         self._tally = Tally(samples=order.samples)
         self._last_failure = ""
 
@@ -244,7 +246,7 @@ def _result(
     gold = shown_gold(question.answer, question.grader)
     return QuestionResult(
         id=question.id,
-        question=question.text,
+        question=question.words,
         gold=gold,
         responses=responses,
         mean=mean,

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Protocol
 
 from msgspec import structs
@@ -25,7 +23,7 @@ from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from zppo.signals import Interrupts
 from zppo_actors import timeline
 from zppo_actors.hosts.attempt import HostAttempt
-from zppo_actors.supervisor.fleet import GREET_ANEW
+from zppo_actors.supervisor.fleet import GREET_ANEW, versions
 from zppo_protocol.errors import AccessError
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
@@ -234,8 +232,3 @@ class Agent:
         if self._attempt is not None:
             self._attempt.close()
             self._attempt = None
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on all hosts of a run."""
-    return {"zppo": metadata.version("zppo"), "Python": platform.python_version()}

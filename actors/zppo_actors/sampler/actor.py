@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -55,6 +55,7 @@ RATE_SECONDS = 10.0
 bursts."""
 
 log = logging.getLogger("zppo.engine_actor")
+E = TypeVar("E", bound=BaseException)
 
 
 def run(context: ActorContext, served: ServedModel) -> int:
@@ -130,7 +131,8 @@ class EngineActor:
         self._idle_since = self._timeline.now()
 
     async def run(self) -> int:
-        """Greet, then serve until `Shutdown`, `Rejected` or an engine beyond repair.
+        """Greet, then serve until `Shutdown`, `Rejected` or an engine beyond repair. Raises
+        UserError for a mistake of the user that only a task has brought up.
 
         Consumes: what `_listen` takes. Produces: Hello, Goodbye, and what the three loops and the
         tasks send. Waits for: the first of its tasks to raise. Is unblocked by: `Leave`, or any
@@ -144,10 +146,14 @@ class EngineActor:
                 tasks.create_task(self._listen(tasks))
                 tasks.create_task(self._give_back())
                 tasks.create_task(self._beat())
-        except* Leave as group:
-            leave = _first_leave(group)
-        await self._dealer.send(leave.goodbye())
-        return leave.exit_code
+        except* UserError as mistakes:
+            end: Leave | UserError = _first(mistakes)
+        except* Leave as leaves:
+            end = _first(leaves)
+        if isinstance(end, UserError):
+            raise end
+        await self._dealer.send(end.goodbye())
+        return end.exit_code
 
     # ---- loops -----------------------------------------------------------------------------------
 
@@ -244,6 +250,8 @@ class EngineActor:
             return GenerateResult(task_id=task.task_id, samples=samples)
         except EngineError as error:
             return _failed(task, str(error), retryable=error.retryable)
+        except UserError:
+            raise  # which no other try mends
         except Exception as error:
             # One task must not take the others with it; the controller bounds how often it is
             # tried.
@@ -322,6 +330,6 @@ def _failed(task: GenerateTask | ScoreTask, reason: str, *, retryable: bool) -> 
     return TaskFailed(task_id=task.task_id, reason=reason[:LONGEST_REASON], retryable=retryable)
 
 
-def _first_leave(group: BaseExceptionGroup[Leave]) -> Leave:
+def _first(group: BaseExceptionGroup[E]) -> E:
     first = group.exceptions[0]
-    return first if isinstance(first, Leave) else _first_leave(first)
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -8,8 +8,10 @@ directory. Waits for nothing; the supervisor looks in between two other things.
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Unpack
 
@@ -41,6 +43,11 @@ TICK_SECONDS = 0.05
 TURN_SECONDS = 1.0
 
 log = logging.getLogger("zppo.supervisor")
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all hosts of a run."""
+    return {"zppo": metadata.version("zppo"), "Python": platform.python_version()}
 
 
 class Fleet:

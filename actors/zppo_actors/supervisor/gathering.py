@@ -7,13 +7,11 @@ starts `zppo join` on a host takes that host's file there, or finds it on a shar
 from __future__ import annotations
 
 import contextlib
-import platform
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,7 +26,7 @@ from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Child
-from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.fleet import Fleet, versions
 from zppo_actors.supervisor.listening import over_tcp
 from zppo_actors.supervisor.run_attempt import View
 from zppo_protocol import keys
@@ -188,11 +186,6 @@ def asking(hosts: list[str], key_folder: Path, seconds: float) -> str:
     lines = [f"waiting for {', '.join(hosts)}, at most {seconds:g} s; run there:"]
     lines += [f"  {host}: zppo join --key {keys.key_file(key_folder, host)}" for host in hosts]
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on all hosts of a run."""
-    return {"zppo": metadata.version("zppo"), "Python": platform.python_version()}
 
 
 def folders_of(topology: Topology) -> dict[str, dict[str, str]]:

@@ -1,12 +1,18 @@
 """The supervisor's side of the nursery (`zppo_actors.nursery`): which actors are forked, when, and
 what is left to do when that fails: they are spawned, as all others are.
+
+Consumes `READY` and the process id of each actor. Produces one `Request` an actor, in the order in
+which they were asked for. Waits for nothing; the supervisor looks in between two other things.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
+import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -22,7 +28,7 @@ NAME = "nursery"
 FEWEST = 2
 """One actor alone would start no sooner."""
 ANSWER_SECONDS = 30.0
-"""A nursery that was asked for an actor and says nothing for so long is ended."""
+"""A nursery that is ready, was asked for an actor and says nothing for so long is ended."""
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -40,13 +46,16 @@ def forked(table: Collection[ProcessEntry]) -> list[str]:
 
 
 class Nursery:
-    """One nursery. It loads until `settled`, which is when `child` may be forgotten."""
+    """One nursery, and the actors that are still to come of it."""
 
     def __init__(self, log_file: Path, env: Mapping[str, str], parent_fd: int) -> None:
         take_orphans()
+        self._parent_fd = parent_fd
+        self._asked: deque[tuple[Sequence[str], Birth]] = deque()
+        self._sent = 0  # so many of the first of them
+        self._ready, self._answer_due = False, float("inf")
         self._socket, ear = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
-        self._ready = False
         self.child = spawn(
             [sys.executable, "-P", "-m", "zppo_actors", NAME, str(ear.fileno()), ROOM],
             name=NAME,
@@ -59,38 +68,84 @@ class Nursery:
         ear.close()
 
     @property
-    def settled(self) -> bool:
-        """Whether it is ready, or has ended without ever being so."""
-        if not self._ready and not self.child.ended:
-            try:
-                self._ready = self._socket.recv(len(READY)) == READY
-            except BlockingIOError:
-                return False
-            self._socket.settimeout(ANSWER_SECONDS)
-        return True
+    def asked(self) -> list[str]:
+        """The names of the actors that are still to come."""
+        return [birth["name"] for _, birth in self._asked]
 
-    def fork(self, command: Sequence[str], **birth: Unpack[Birth]) -> Child | None:
-        """A new actor, or None: the nursery has ended, or does not answer and is ended."""
-        request = Request(list(command), dict(birth["env"]), str(birth["log"]))
-        try:
-            self._socket.send(msgspec.msgpack.encode(request))
-            answer = self._socket.recv(LONGEST_MESSAGE)
-        except OSError:  # a timeout among them, and a socket that was closed
-            answer = b""
-        if not answer.isdigit():
-            self.close()  # whoever is still to say who it is meets a closed socket, and ends
-            log.warning("the nursery is gone; %s is started without it", birth["name"])
-            return None
-        return child_of(Adopted(int(answer)), birth)
+    def ask(self, command: Sequence[str], **birth: Unpack[Birth]) -> None:
+        """Let there be this actor; it comes by a later `turn`."""
+        self._asked.append((command, birth))
+
+    def turn(self) -> list[Child]:
+        """The actors that have come since: forked, or spawned where the nursery has ended or does
+        not answer, and is ended."""
+        born: list[Child] = []
+        while self._asked and self._is_open:
+            answer = self._say_and_hear()
+            if answer is None:
+                break
+            if answer == READY:
+                self._ready = True
+            elif answer.isdigit():
+                born.append(child_of(Adopted(int(answer)), self._asked.popleft()[1]))
+                self._sent -= 1
+                self._answer_due = time.monotonic() + ANSWER_SECONDS
+            else:
+                log.warning("the nursery is gone; %s start without it", ", ".join(self.asked))
+                self._end()
+        while self._asked and not self._is_open:
+            command, birth = self._asked.popleft()
+            born.append(spawn(command, **birth, inherited=(self._parent_fd,)))
+        return born
 
     def reap_orphans(self, others: Collection[Child]) -> None:
         """Let go of the orphans that come to us because there is a nursery; `others` are the
-        supervisor's other children."""
-        living = [child for child in (self.child, *others) if not child.ended]
-        reap_orphans([child.process.pid for child in living])
+        supervisor's other children. One that may be an actor whose process id is still on its way
+        is left alone."""
+        if not self._sent:
+            living = [child for child in (self.child, *others) if not child.ended]
+            reap_orphans([child.process.pid for child in living])
 
     def close(self) -> None:
-        """End the nursery; what was forked from it lives on. May be called again."""
-        if self._socket.fileno() >= 0:
-            self._socket.close()
-            self.child.kill()
+        """End the nursery, and whatever has not come of it; what has lives on. May be called
+        again."""
+        self._asked.clear()
+        self._end()
+
+    @property
+    def _is_open(self) -> bool:
+        return self._socket.fileno() >= 0
+
+    def _say_and_hear(self) -> bytes | None:
+        """Send the requests that are due and take the next answer: None where there is none yet,
+        nothing where there will be none."""
+        try:
+            while self._ready and self._sent < len(self._asked):
+                self._send(*self._asked[self._sent])
+            return self._socket.recv(LONGEST_MESSAGE)
+        except BlockingIOError:
+            return b"" if time.monotonic() > self._answer_due else None
+        except OSError:
+            return b""
+
+    def _send(self, command: Sequence[str], birth: Birth) -> None:
+        request = Request(list(command), dict(birth["env"]), str(birth["log"]))
+        self._socket.send(msgspec.msgpack.encode(request))
+        if not self._sent:
+            self._answer_due = time.monotonic() + ANSWER_SECONDS
+        self._sent += 1
+
+    def _end(self) -> None:
+        """Whoever is still to say who it is meets a closed socket, and ends; whoever has said it
+        unheard is killed."""
+        if not self._is_open:
+            return
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            while answer := self._socket.recv(LONGEST_MESSAGE):
+                if answer.isdigit():
+                    Adopted(int(answer)).kill()
+        self._socket.close()
+        self.child.kill()
+        self._sent = 0

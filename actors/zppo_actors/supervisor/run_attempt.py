@@ -32,6 +32,7 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor import nursery as nurseries
 from zppo_actors.supervisor.children import Birth, Child
+from zppo_actors.supervisor.environment import environment
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.listening import listening
 from zppo_actors.supervisor.nursery import Nursery
@@ -58,17 +59,11 @@ LAST_WORDS_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 10.0
 TRAINERS = ("trainer", "rank")
 IRREPLACEABLE = ("controller", *TRAINERS)
+NOT_BEGUN = "stopped while it started"
 FINAL = {EXIT_USER_ERROR: EXIT_USER_ERROR, EXIT_FATAL: EXIT_FAILED}
 """Exit codes of an actor that no restart would mend, and the exit code of the run that they end."""
 
 log = logging.getLogger("zppo.supervisor")
-
-
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
-"""For glibc. By default every tensor above some megabytes is mapped anew, page by page, and
-unmapped again, which cost a quarter of the time of sampling on a CPU; now up to 2 GiB that a
-process has freed stay with it.
-"""
 
 
 class View(Protocol):
@@ -163,7 +158,6 @@ class RunAttempt:
         here = [entry for entry in self._table.values() if not self._is_further(entry)]
         self._forked = nurseries.forked(here) if commands is actor_command else []
         self._nursery: Nursery | None = None
-        self._unborn: list[str] = []
         self._reasons: dict[tuple[str, int], str] = {}
         self._ended: RunEnded | None = None
         self._end: End | None = None
@@ -180,12 +174,12 @@ class RunAttempt:
                 if self._fleet is not None:
                     self._fleet.begin(*self._for_further_hosts())
                 if self._forked:
-                    self._nursery, self._unborn = self._open_nursery(), list(self._forked)
+                    self._nursery = self._open_nursery()
                 now = time.monotonic()
                 for name, entry in self._table.items():
                     if self._is_further(entry):
                         self._restarts_due[name] = (now, 0)  # as soon as its host is there
-                    elif name not in self._unborn:
+                    else:
                         self._start(name, incarnation=0)
                 return self._watch()
             finally:
@@ -198,14 +192,14 @@ class RunAttempt:
 
     def _watch(self) -> End:
         while True:
-            self._heed_interrupts()
             self._listen(TICK_SECONDS)
+            self._heed_interrupts()
             if self._fleet is not None:
                 self._look_at(self._fleet)
             self._reap()
             self._look_for_stuck(time.monotonic())
             self._judge_the_left()
-            self._start_unborn()
+            self._take_born()
             self._start_due()
             end = self._outcome()
             if end is not None:
@@ -255,6 +249,9 @@ class RunAttempt:
             case RunEnded():
                 self._ended = message
                 self._deadline = time.monotonic() + LEAVE_SECONDS
+                # Nobody tells these to leave, and they hold nothing yet.
+                for child in self._watchdog.unheard(self._children.values()):
+                    child.kill()
 
     def _kill_stuck(self, message: RestartActor) -> None:
         child = self._children.get(message.actor)
@@ -266,11 +263,12 @@ class RunAttempt:
         if not self._watchdog.due(now):
             return
         watched = [*self._children.values()]
-        if self._nursery is not None and self._unborn:
+        unborn = self._nursery.asked if self._nursery is not None else []
+        if self._nursery is not None and unborn:
             watched.append(self._nursery.child)
         moving = self._watchdog.look(watched, now)
         if nurseries.NAME in moving:  # it does the loading of all of them
-            moving = [name for name in moving if name != nurseries.NAME] + self._unborn
+            moving = [name for name in moving if name != nurseries.NAME] + unborn
         if moving:
             self._resources.dealer.send(ActorsMoving(actors=moving))
         for child, reason in self._watchdog.stuck(watched, now, stopping=self._stopping):
@@ -281,7 +279,11 @@ class RunAttempt:
         child.kill()
 
     def _heed_interrupts(self) -> None:
-        if self._interrupts.count and not self._stopping:
+        if not self._interrupts.count or self._stopping or self._ended is not None:
+            return
+        if not self._watchdog.has_heard:
+            self._end = self._end or End(verdict=NOT_BEGUN, exit_code=EXIT_INTERRUPTED)
+        else:
             self._view.log(
                 "stopping: the trainer finishes its step, then a checkpoint; Ctrl-C again stops at "
                 "once"
@@ -299,13 +301,13 @@ class RunAttempt:
         entry = ProcessEntry(name=nurseries.NAME, role=nurseries.NAME, pool=nurseries.NAME)
         return Nursery(log_file, environment(entry), self._resources.parent_fd)
 
-    def _start_unborn(self) -> None:
-        if self._ended is not None or self._end is not None:
-            self._unborn.clear()
-        if self._unborn and self._nursery is not None and self._nursery.settled:
-            unborn, self._unborn = self._unborn, []
-            for name in unborn:
-                self._start(name, incarnation=0)
+    def _take_born(self) -> None:
+        if self._nursery is None:
+            return
+        if self._stopping or self._ended is not None or self._end is not None:
+            self._nursery.close()
+        for child in self._nursery.turn():
+            self._enter(child)
 
     def _is_further(self, entry: ProcessEntry) -> bool:
         """Whether it is a process of another host."""
@@ -357,14 +359,22 @@ class RunAttempt:
             "log": self._run_dir / "logs" / f"{name}.log",
             "env": environment(entry),
         }
-        child = None
-        if self._fleet is not None and self._fleet.has(entry.host):
-            child = self._fleet.start(entry.host, **birth)
-        elif self._nursery is not None and name in self._forked:
-            child = self._nursery.fork(command, **birth)
-        child = child or children.spawn(command, **birth, inherited=(parent_fd,))
-        self._children[name] = child
-        log.info("started %s, incarnation %d, process %d", name, incarnation, child.process.pid)
+        if self._nursery is not None and name in self._forked:
+            self._nursery.ask(command, **birth)
+        elif self._fleet is not None and self._fleet.has(entry.host):
+            self._enter(self._fleet.start(entry.host, **birth))
+        else:
+            self._enter(children.spawn(command, **birth, inherited=(parent_fd,)))
+
+    def _enter(self, child: Child) -> None:
+        """From now on this process is one of the attempt."""
+        self._children[child.name] = child
+        log.info(
+            "started %s, incarnation %d, process %d",
+            child.name,
+            child.incarnation,
+            child.process.pid,
+        )
 
     def _reap(self) -> None:
         for child in [child for child in self._children.values() if child.ended]:
@@ -479,14 +489,3 @@ class RunAttempt:
                 restarting=restarting,
             )
         )
-
-
-def environment(entry: ProcessEntry) -> dict[str, str]:
-    """Environment of an actor: its share of the CPU for every library that starts threads of its
-    own, and a C library that keeps what large tensors give back, unless the user has set it up
-    otherwise.
-    """
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    threads = dict.fromkeys(names, str(entry.threads))
-    kept = {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
-    return {**threads, **kept, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,14 @@ from pathlib import Path
 
 from msgspec import structs
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from zppo.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    PrintableFormatter,
+    UserError,
+    printable,
+)
 from zppo.records import checkpoint
 from zppo.records.run_directory import count_death, hold, read, renew
 from zppo.signals import Interrupts, keep_exit_codes
@@ -137,7 +145,7 @@ def _live_view(run_dir: Path) -> View:
 
 def _start_log(run_dir: Path) -> None:
     handler = logging.FileHandler(run_dir / "logs" / "supervisor.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
 
@@ -160,8 +168,9 @@ def _say(run_dir: Path, end: End) -> None:
             *(f"  {line}" for line in children.tail(end.log)),
         ]
     if end.exit_code == 0:
-        lines.append(f"report: python -m zppo.report {run_dir}")
+        lines.append(f"report: zppo report {shlex.quote(str(run_dir))}")
     elif checkpoint.find_latest(run_dir).folder is not None:
-        lines.append(f"continue: python -m zppo.launch --resume {run_dir}")
+        lines.append(f"continue: zppo launch --resume {shlex.quote(str(run_dir))}")
     with contextlib.suppress(OSError):  # nobody is left to read it
-        print("\n".join(lines), file=sys.stderr if _failed(end) else sys.stdout, flush=True)
+        stream = sys.stderr if _failed(end) else sys.stdout
+        print(printable("\n".join(lines)), file=stream, flush=True)

@@ -14,12 +14,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from msgspec import structs
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from zppo.errors import printable
 from zppo_actors.supervisor import panels
 from zppo_actors.supervisor.panels import History
 from zppo_protocol.messages import Status
@@ -51,9 +53,10 @@ class LiveView:
         self._live = Live(console=self._console, auto_refresh=False) if drawable else None
 
     def update(self, status: Status) -> None:
-        """Show a newer status."""
+        """Show a newer status; its words may be a server's or a model's."""
         if self._closed:
             return
+        status = _printable(status)
         previous, self._status = self._status, status
         self._history.record(status)
         if self._live is None:
@@ -89,7 +92,9 @@ class LiveView:
         )
 
     def _print(self, line: str) -> None:
-        self._show(lambda: self._console.print(Text(line), soft_wrap=True))
+        # A terminal would break words; in a file a line stays one.
+        whole = not self._console.is_terminal
+        self._show(lambda: self._console.print(Text(printable(line)), soft_wrap=whole))
 
     def _show(self, write: Callable[[], None]) -> None:
         """Write to the terminal; once it cannot be written to, never again."""
@@ -139,6 +144,14 @@ def render(status: Status, history: History, title: str, width: int, height: int
         parts.append(panels.actors(status, width, rows))
         room -= rows + 3
     return Constrain(Group(*parts, *parts_below, *_tail(status, room)), width)
+
+
+def _printable(status: Status) -> Status:
+    words = {
+        name: [printable(line) for line in getattr(status, name)]
+        for name in ("waiting", "events", "advice")
+    }
+    return structs.replace(status, phase=printable(status.phase), **words)
 
 
 def changes(previous: Status | None, status: Status) -> list[str]:

@@ -16,7 +16,7 @@ from zppo_actors.supervisor.children import Child
 from zppo_actors.supervisor.vitals import Vitals, children_by_parent
 from zppo_protocol.messages import Status
 
-CONTROLLER = "controller"
+CONTROLLER, TRAINER = "controller", "trainer"
 UNHEARD = "rank"
 """Greets nobody; when it stands still, so does the trainer, which is heard."""
 LOOK_SECONDS = 2.0
@@ -38,13 +38,30 @@ class Watchdog:
         self._no_progress_seconds = topology.run.no_progress_seconds
         self._vitals = Vitals()
         self._greeted: set[tuple[str, int]] = set()
+        self._known: set[str] = set()
         self._heard: float | None = None
         self._due = float("-inf")
 
     def heard(self, status: Status, now: float) -> None:
         """The controller lives, and says who has greeted it."""
         self._heard = now
+        self._known = {actor.actor for actor in status.actors}
         self._greeted.update((actor.actor, actor.incarnation) for actor in status.actors)
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether the controller has said anything."""
+        return self._heard is not None
+
+    def unheard(self, children: Iterable[Child]) -> list[Child]:
+        """Those that the controller did not know when it spoke last, and cannot tell anything: they
+        are still starting. A rank is told by the trainer, and shares its lot."""
+        return [
+            child
+            for child in children
+            if child.role != CONTROLLER
+            and (TRAINER if child.role == UNHEARD else child.name) not in self._known
+        ]
 
     def due(self, now: float) -> bool:
         """Whether it is time to look; if so the next time is counted from now."""

@@ -16,10 +16,12 @@ import pytest
 from worlds import samples, topology
 
 from zppo.config.topology import Topology
+from zppo.data.question import digest
 from zppo.errors import UserError
 from zppo.plan.memory import Models
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.processes import processes
+from zppo.prompting.prompts import digest_of
 from zppo.records import checkpoint, run_directory
 from zppo.records.summary import summarise
 from zppo_actors.controller import controller as controller_module
@@ -422,6 +424,22 @@ def test_a_model_that_is_swapped_between_two_lives_is_noticed(
     (tmp_path / "student/config.json").write_text('{"hidden_size": 8}')
     with pytest.raises(UserError, match=r"^student\.model: the files of '.*' have changed since"):
         Stage(stage.context.run_dir, settings, start=3)
+
+
+def test_templates_that_are_edited_between_two_lives_are_noticed(
+    settings: Topology, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "plain.j2").write_text("{{ question }}")
+    data = msgspec.structs.replace(settings.data, templates=str(prompts))
+    own = msgspec.structs.replace(settings, data=data)
+    found = {"data.heldout": digest([]), "data.templates": digest_of(prompts)}
+    run_directory.create(tmp_path / "run", own, contents=found)
+    Stage(tmp_path / "run", own)
+    (prompts / "plain.j2").write_text("{{ question }} Now!")
+    with pytest.raises(UserError, match=r"^data\.templates: '.*' has changed since the run began;"):
+        Stage(tmp_path / "run", own)
 
 
 def test_an_evaluation_of_an_earlier_life_is_kept_and_not_made_again(

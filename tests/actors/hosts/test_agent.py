@@ -31,13 +31,12 @@ from zppo.signals import Interrupts
 from zppo_actors import timeline
 from zppo_actors.supervisor import fleet as fleets
 from zppo_actors.supervisor.children import Child
-from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.fleet import Fleet, versions
 from zppo_actors.supervisor.gathering import (
     LIMITS,
     ROLE,
     Interrupted,
     looked_up,
-    versions,
     wait_for_all,
 )
 from zppo_protocol import keys

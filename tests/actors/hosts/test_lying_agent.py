@@ -11,8 +11,8 @@ import pytest
 
 from zppo_actors.supervisor import received_files
 from zppo_actors.supervisor.children import Child
-from zppo_actors.supervisor.fleet import Fleet
-from zppo_actors.supervisor.gathering import LIMITS, ROLE, versions
+from zppo_actors.supervisor.fleet import Fleet, versions
+from zppo_actors.supervisor.gathering import LIMITS, ROLE
 from zppo_protocol import keys
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.messages import PROTOCOL_VERSION, HostHello, HostReport, HostWelcome

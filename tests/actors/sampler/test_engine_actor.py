@@ -33,6 +33,7 @@ from zppo.config.topology import (
     TeacherConfig,
     Topology,
 )
+from zppo.errors import UserError
 from zppo_actors.engines.base import EngineError
 from zppo_actors.sampler.actor import CREDIT_SECONDS
 from zppo_actors.weights import shared_memory
@@ -279,6 +280,22 @@ def test_actor_leaves_when_its_engine_is_broken() -> None:
     code, line = asyncio.run(work())
     assert code == 1 and line.sent[-1] == Goodbye(reason="the device is gone")
     assert [failed.task_id for failed in line.all(TaskFailed)] == ["t"]
+
+
+class Blind(Moody):
+    """Finds with its first task that a model's folder lacks something."""
+
+    async def generate(self, task: GenerateTask, finished: Callable[[int], None]) -> GroupSamples:
+        raise UserError("teacher.model: it has no processor")
+
+
+def test_a_mistake_of_the_user_that_a_task_brings_up_ends_the_actor() -> None:
+    line = Line()
+    tasks: list[AnyMessage] = [make_task("q", task_id=name) for name in "ab"]
+    with pytest.raises(UserError) as refused:
+        asyncio.run(serve(Blind({}), line, tasks, 1))
+    assert str(refused.value) == "teacher.model: it has no processor"
+    assert not line.all(TaskFailed), "no other try would mend it"
 
 
 class Holding(Line):

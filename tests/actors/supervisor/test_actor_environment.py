@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zppo.plan.processes import ProcessEntry
-from zppo_actors.supervisor.run_attempt import KEEP_MEMORY, environment
+from zppo_actors.supervisor.environment import KEEP_MEMORY, environment
 
 PLAN = ProcessEntry(name="trainer", role="trainer", pool="trainer", threads=3)
 

@@ -22,6 +22,7 @@ from zppo.plan.processes import processes
 from zppo.records import run_directory
 from zppo.signals import PR_SET_CHILD_SUBREAPER
 from zppo_actors import nursery as inside
+from zppo_actors.supervisor import nursery as supervisor_side
 from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.nursery import Nursery, forked
 
@@ -58,8 +59,8 @@ class Ward:
         command += ["--runtime", str(self.folder / "rt"), "--actor", "grader-0"]
         return [*command, "--incarnation", "0", "--parent-fd", str(self.parent_fd)]
 
-    def fork(self, run: Path) -> Child | None:
-        return self.nursery.fork(
+    def ask(self, run: Path) -> None:
+        self.nursery.ask(
             self.command(run),
             name="grader-0",
             role="grader",
@@ -67,6 +68,15 @@ class Ward:
             log=self.log,
             env={"OMP_NUM_THREADS": "1"},
         )
+
+    def born(self, count: int) -> list[Child]:
+        """The next so many actors."""
+        deadline, found = time.monotonic() + PATIENCE, []
+        while len(found) < count:
+            assert time.monotonic() < deadline
+            found += self.nursery.turn()
+            time.sleep(0.02)
+        return found
 
 
 def zombies() -> set[int]:
@@ -109,16 +119,15 @@ def ward(tmp_path: Path) -> Iterator[Ward]:
 @pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
 def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not ward.nursery.settled:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-    refused = ward.fork(ward.folder)
-    assert refused is not None and refused.exit_code == 2
+    ward.ask(ward.folder)
+    assert ward.nursery.turn() == [], "it loads, and nobody waits for it"
+    [refused] = ward.born(1)
+    assert refused.exit_code == 2
     assert ward.log.read_text() == f"'{ward.folder}' is not a run directory: it has no run.json\n"
 
-    killed, left = ward.fork(ward.run), ward.fork(ward.run)
-    assert killed is not None and left is not None
+    ward.ask(ward.run)
+    ward.ask(ward.run)
+    killed, left = ward.born(2)
     process = psutil.Process(killed.process.pid)
     while not process.children():  # the worker that grades: it is at work
         assert time.monotonic() < deadline and not killed.ended, ward.log.read_text()
@@ -148,7 +157,55 @@ def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
         assert time.monotonic() < deadline
         ward.nursery.reap_orphans([other])
     assert other.exit_code == 3 and nursery.exit_code == -9, "these are not taken from us"
-    assert ward.fork(ward.run) is None and ward.nursery.child.ended
+    ward.ask(ward.run)
+    [spawned_instead] = ward.born(1)
+    assert spawned_instead.exit_code == 1 and ward.nursery.child.ended
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_nobody_waits_for_a_nursery_that_was_stopped(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its silence ends it; whoever was asked of it is spawned, and of those that it had forked
+    unheard nobody is left."""
+    ward.ask(ward.run)
+    [first] = ward.born(1)
+    ward.ask(ward.run)
+    ward.ask(ward.run)
+    os.kill(ward.nursery.child.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert ward.nursery.turn() == [] and ward.nursery.asked == ["grader-0", "grader-0"]
+    assert time.monotonic() - began < supervisor_side.ANSWER_SECONDS / 2
+    left_behind(began + PATIENCE)
+    ward.nursery.reap_orphans([first])
+    assert zombies(), "it might be an actor whose word is on its way"
+
+    monkeypatch.setattr(ward.nursery, "_answer_due", 0.0)
+    spawned_instead = ward.born(2)
+    assert ward.nursery.child.exit_code == -signal.SIGKILL and ward.nursery.asked == []
+    ward.nursery.reap_orphans([first, *spawned_instead])
+    assert not zombies()
+    os.close(ward.write_end)
+    assert all(child.exit_code in (1, 2) for child in (first, *spawned_instead))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_who_was_forked_unheard_ends_with_the_nursery(ward: Ward) -> None:
+    ward.ask(ward.run)
+    [first] = ward.born(1)
+    for _ in range(3):
+        ward.ask(ward.run)
+    assert len(ward.nursery.turn()) < 3
+    ward.nursery.close()
+    assert ward.nursery.asked == [] and ward.nursery.turn() == []
+    first.kill()
+    deadline = time.monotonic() + PATIENCE
+    while psutil.Process().children():
+        assert time.monotonic() < deadline
+        ward.nursery.reap_orphans([])
+        time.sleep(0.02)
 
 
 LATE = """

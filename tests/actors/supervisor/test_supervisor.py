@@ -38,7 +38,7 @@ from zppo_actors.supervisor.gathering import LIMITS
 from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
 from zppo_protocol import keys
-from zppo_protocol.messages import RunEnded
+from zppo_protocol.messages import RunEnded, Status
 from zppo_protocol.sockets import Router
 
 PATIENCE_SECONDS = 30.0
@@ -144,12 +144,44 @@ def test_ctrl_c_ends_a_run_whose_controller_is_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "STOPPING_SECONDS", 3.0)
-    interrupts = Interrupts()
-    interrupts.count = 1
     path = make_run(tmp_path / "run", {"controller": ["freeze"]}, run=3)
-    end = supervise(path, Lines(), interrupts, stub_command)
+    view = Interrupting("controller")
+    end = supervise(path, view, view.interrupts, stub_command)
     assert "said and did nothing for 3 s" in end.verdict
     assert not end.renewable
+
+
+class Interrupting(Lines):
+    """Presses Ctrl-C when the controller is heard and knows as many actors as are named."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.interrupts, self._names = Interrupts(), set(names) - {"controller"}
+
+    def update(self, status: Status) -> None:
+        if self._names <= {actor.actor for actor in status.actors}:
+            self.interrupts.count = 1
+
+
+def test_whoever_still_starts_when_the_run_ends_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would not be told: the controller has left before it greets."""
+    monkeypatch.setattr(run_attempt, "LEAVE_SECONDS", PATIENCE_SECONDS * 10)
+    script = {"controller": ["hasty"], "rollout-0": ["freeze"], "rollout-1": ["linger"]}
+    view = Interrupting("rollout-1", "trainer", "grader-0")
+    began = time.monotonic()
+    end = supervise(make_run(tmp_path / "run", script), view, view.interrupts, stub_command)
+    assert time.monotonic() - began < PATIENCE_SECONDS
+    assert (end.verdict, end.exit_code) == ("interrupted after step 3", 130)
+
+
+def test_a_controller_that_still_starts_is_not_waited_for(tmp_path: Path) -> None:
+    interrupts = Interrupts()
+    interrupts.count = 1
+    path = make_run(tmp_path / "run", {"controller": ["slow"]}, run=3)
+    end = supervise(path, Lines(), interrupts, stub_command)
+    assert end == End(verdict="stopped while it started", exit_code=130)
 
 
 def test_nothing_is_restarted_once_the_run_stops(
@@ -308,7 +340,10 @@ sys.path.insert(0, sys.argv[2])
 from supervisor_helpers import Lines, stub_command
 from zppo.signals import Interrupts
 from zppo_actors.supervisor.supervisor import supervise
-interrupts, view = Interrupts(), Lines()
+class Seen(Lines):
+    def update(self, status):
+        Path(sys.argv[1], "seen").touch()
+interrupts, view = Interrupts(), Seen()
 with interrupts.listening():
     end = supervise(Path(sys.argv[1]), view, interrupts, stub_command)
 print(end.verdict)
@@ -327,6 +362,7 @@ def supervisor(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Pat
         wait_for(
             lambda: heard.exists() and all(f"hello {name}" in heard.read_text() for name in names)
         )
+        wait_for((path / "seen").exists)
         return process, path
 
     return start

@@ -145,6 +145,24 @@ def test_text_from_the_wire_is_never_markup() -> None:
     assert any("[red]rollout-0[/red] [/nonsense]" in line for line in drawn(picture, 80, 24))
 
 
+def test_text_from_the_wire_cannot_steer_the_terminal() -> None:
+    """A server may answer whatever it likes, and its words become events, advice and verdicts."""
+    hostile, harmless = (
+        "HTTP 500: \x1b]0;mine\x07\x1b[2J\u202e",
+        r"HTTP 500: \x1b]0;mine\x07\x1b[2J\u202e",
+    )
+    for terminal in (False, True):
+        out = io.StringIO()
+        console = Console(
+            file=out, width=100, height=40, force_terminal=terminal, color_system=None
+        )
+        view = LiveView(console, "quickstart")
+        view.update(status(events=[hostile], advice=[hostile]))
+        view.log(hostile)
+        view.close(hostile)
+        assert out.getvalue().count(harmless) >= 4 and "\x1b]" not in out.getvalue()
+
+
 def plain_view() -> tuple[LiveView, io.StringIO]:
     out = io.StringIO()
     return LiveView(Console(file=out, width=40, force_terminal=False), "quickstart"), out
@@ -216,6 +234,18 @@ def test_on_a_terminal_the_picture_is_redrawn_and_the_closing_block_stays() -> N
     text = out.getvalue()
     assert "step 2/80" in text and "step 3/80" in text and "stopping" in text
     assert "interrupted" in text.rpartition("╯")[2]
+
+
+def test_a_long_line_is_broken_between_words_on_a_terminal_and_nowhere_else() -> None:
+    said = "the first one in 99 % where the question is short"
+    for terminal, lines in (
+        (True, ["the first one in 99 %", "where the question is", "short"]),
+        (False, [said]),
+    ):
+        out = io.StringIO()
+        console = Console(file=out, width=22, height=24, force_terminal=terminal, color_system=None)
+        LiveView(console, "quickstart").log(said)
+        assert [line.rstrip() for line in out.getvalue().splitlines()] == lines
 
 
 @given(st.lists(st.integers(0, 3).map(str), max_size=12), st.integers(0, 12), st.integers(1, 6))

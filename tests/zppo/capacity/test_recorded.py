@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from recorded_worlds import Recording
 from worlds import topology
 
-from zppo.capacity.engine_curve import EngineRecord, Job, engines_of
+from zppo.capacity.engine_curve import EngineRecord, Job, _points_of, engines_of
 from zppo.capacity.recorded import Recorded, read_recorded
 from zppo.errors import UserError
 from zppo.records.timeline import decoded, encoded, thinned
@@ -117,6 +121,87 @@ def test_a_replay_takes_as_long_as_the_run(recorded: Recorded) -> None:
     )
     assert recorded.warm == WARM
     assert abs(fmean(replays) - fmean(real)) < max(0.1 * fmean(real), max(real) - min(real))
+
+
+PAIRS = topology(
+    scheduler={"max_staleness": 1, "new_questions": 4, "rho_replay": 0.25, "rho_aug": 0.25},
+    method={"group_size": 4},
+    student={"model": "student", "sampling": {"max_new_tokens": 48}},
+    teacher={"model": "teacher", "sampling": {"max_new_tokens": 48}, "compression": "rule"},
+    actors={"rollout": {"count": 1}, "teacher": {"count": 1}, "grader": {"count": 1}},
+)
+SLOW = World(
+    topology=PAIRS,
+    speeds=Speeds(
+        rollout=Engines(
+            slots=96,
+            curve=Curve(fixed=0.12, per_sequence=0.01),
+            load_seconds=0.28,
+            prompt_steps=3.9,
+        ),
+        teachers=(
+            Engines(slots=32, curve=Curve(fixed=0.09, per_sequence=0.006), prompt_steps=20.0),
+        ),
+        trainer=TrainerSpeed(fixed=7.4, tokens_per_second=328.0, publish_seconds=0.54),
+    ),
+    lengths=Lengths(median=25.0, p99_ratio=2.0, cap=48),
+    accuracies=Accuracies(alpha=0.22, beta=0.57, teacher=0.16, reformulated=0.17),
+    prompt_tokens=85,
+)
+"""As a run of SmolLM2 was read (docs/plan.md): bound 1 and windows that wait for their teacher, so
+that a slow step and a quick one take turns."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_replay_of_steps_in_pairs_takes_as_long_as_the_run(tmp_path: Path, seed: int) -> None:
+    recording = Recording(SLOW, 11, seed)
+    recording.run(3)
+    found = read_recorded(recording.write(tmp_path / "run", PAIRS))
+    replay = World.of(found.topology, found.calibration)
+    replays = [simulate(replay, found.steps, one, found.warm).seconds_per_step for one in (1, 2, 3)]
+    assert fmean(replays) == pytest.approx(found.seconds_per_step, rel=0.1)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100.0), st.floats(1e-3, 1e3)), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_more_sequences_make_no_step_shorter_and_no_token_dearer(
+    found: list[tuple[float, float]], rng: random.Random
+) -> None:
+    running = np.array(sorted(rng.sample(range(1, 99), len(found))), float)
+    rates, weights = np.array(found).T
+    points = _points_of(running, rates, weights)
+    assert [n for n, _ in points] == running.tolist()
+    for (few, before), (many, after) in pairwise(points):
+        assert after >= before * (1 - 1e-6) - 1e-9
+        assert after / many <= before / few * (1 + 1e-6) + 1e-9
+
+
+def test_a_curve_in_order_stays_as_it_is() -> None:
+    running, weights = np.array([1.0, 8.0, 32.0]), np.array([1.0, 9.0, 0.1])
+    seconds = 0.1 + 0.01 * running
+    found = _points_of(running, 1.0 / seconds, weights)
+    assert found == ((1, 0.11), (8, 0.18), (32, 0.42))
+
+
+def test_a_response_ends_after_its_prompt() -> None:
+    """Short responses after long prompts: of 20 + 10 and 20 + 30 token steps the first ends after
+    three fifths of the time, not after a third."""
+    line = Curve(fixed=0.1, per_sequence=0.02)
+    jobs, now = [], 0.0
+    for alone in (False, True, False, True, False):
+        lengths = (30,) if alone else (10, 30)
+        both = 0 if alone else 20 + 10
+        end = now + both * line.seconds(2) + (20 + 30 - both) * line.seconds(1)
+        jobs.append(Job(now, end, 1.0, lengths))
+        jobs.append(Job(end + 1.0, end + 1.0 + 25 * line.seconds(1), 1.0, (5,)))
+        now = end + 20.0
+    found = engines_of([EngineRecord(jobs, [])], 8, 0.0)
+    assert found is not None and found.prompt_steps == pytest.approx(20.0, rel=0.03)
+    for running in (1, 2):
+        assert found.curve.seconds(running) == pytest.approx(line.seconds(running), rel=0.02)
 
 
 def test_what_was_merged_or_is_torn_is_left_out(run: Path, tmp_path: Path) -> None:

@@ -56,12 +56,24 @@ def test_a_faster_split_has_a_row_its_memory_and_what_to_set() -> None:
     ]
     rows = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert rows == ["1", "2 (this run)", "2 (best found)", "cuda:0", "host"]
-    assert next(line for line in lines if "cuda:0 │" in line).count("2.0 GiB") == 2
+    assert next(line for line in lines if "cuda:0 │" in line).count("2.0 GiB at most") == 2
     assert lines[-1] == (
         "best found, 2.00 times the tokens of this run in the same time: --set "
         "actors.rollout.count=1 --set 'actors.teacher.devices=[cuda:0, cuda:1]' and, in the file, "
         "more_teachers[0].actor.count=2"
     )
+
+
+def test_the_least_is_called_so() -> None:
+    """A card with an engine of vLLM that takes what there is."""
+    best = structs.replace(SPLIT, memory_least=["cuda:0"])
+    lines = shown(times(best, 2.0, "actors.rollout.count=1"))
+    table = lines[[line.strip() for line in lines].index("memory") : -1]
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in table if row[0] == "│"]
+    assert cells == [
+        ["cuda:0", "2.0 GiB at most", "2.0 GiB at least"],
+        ["host", "3.0 GiB at most", "3.0 GiB at most"],
+    ]
 
 
 def test_a_bound_that_was_tried_is_marked_in_its_row() -> None:

@@ -82,6 +82,7 @@ MISTAKES = [
     ("run: {steps: 3, steps: 4}", "t.yaml:4: run.steps is given twice, first on line 4"),
     ("data: {train: other.jsonl}", "t.yaml:4: data is given twice, first on line 1"),
     ("x: {1: 2}", "t.yaml:4: a key is not a text; expected the name of a setting"),
+    ("method: {dual_clip: 1e999}", "t.yaml:4: not YAML: the number 1e999 is too large"),
     ("run: &a [*a]", "t.yaml: is nested too deeply, or an alias refers to itself"),
     ("run: [", "t.yaml:5: not YAML: expected the node content, but found '<stream end>'"),
     (

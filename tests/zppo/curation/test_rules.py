@@ -327,3 +327,28 @@ def test_the_recipe_of_the_page_builds(tmp_path: Path) -> None:
         ("choice", "algebra"),
         ("math", "olympiad"),
     }
+
+
+HERE = {"type": "image", "text": None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ("<image> Is <image> it?", "<image> Is <image> it?"),
+        ("<image>\n<image> Is it?", "Is it?"),
+        ("Is <image> it?", "Is it?"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "Is"}, HERE, HERE]}],
+            "Is<image><image>",
+        ),
+    ],
+)
+def test_pictures_between_words_keep_their_places(tmp_path: Path, asked: object, kept: str) -> None:
+    """Where marks or parts are one for each; a corpus says so with marks, which a run reads."""
+    made(tmp_path, [first(1, question=asked, images=[png(1), png(2)])], layout="jsonl")
+    line = next(one for one in lines(tmp_path) if one["source"] == "first")
+    assert line["question"] == kept
+    corpus = load_questions("out", DataConfig(train="out"), tmp_path)
+    [question] = [one for one in corpus.questions if len(one.media) == 2]
+    assert question.has_places == ("<image>" in kept)

@@ -116,12 +116,22 @@ def test_a_conversation_is_its_last_turn_and_those_before(tmp_path: Path) -> Non
         ),
         (
             [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}],
-            "message 1 of the question ('prompt') (user) is empty",
+            "the question ('prompt') is empty but for <image>",
         ),
         (
             [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
-            "message 1 of the question ('prompt') holds a part of the type 'video', which cannot "
-            "be read; expected parts of text, and pictures as {type: image}",
+            "message 1 of the question ('prompt') has a video with 'video'; expected {type: video} "
+            "for the next video of the row",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "video_url", "video_url": "a.mp4"}]}],
+            "message 1 of the question ('prompt') holds a part of the type 'video_url', which "
+            "cannot be read; expected parts of text, and pictures as {type: image}",
+        ),
+        (
+            [{"role": "system", "content": [{"type": "image", "path": "a.png"}]}, ASK],
+            "message 1 of the question ('prompt') is a system message with a picture or video; "
+            "expected those in messages of user and assistant",
         ),
         (
             [{"role": "user", "content": [{"type": "tool"}]}],

@@ -13,7 +13,7 @@ from zppo.config.load import setting_names
 from zppo.config.topology import RunConfig
 from zppo.diagnosis.evidence import Advisory, Evidence
 from zppo.diagnosis.rules import RULES, advisories, silences
-from zppo.diagnosis.thresholds import THRESHOLDS
+from zppo.diagnosis.thresholds import LIMITS
 
 Line = dict[str, Any]
 Change = Callable[[int], Line]
@@ -137,8 +137,8 @@ def test_a_run_that_got_well_gets_no_advice(rule: str, severity: str, change: Ch
 
 def test_a_run_that_goes_on_is_not_judged_by_its_first_steps() -> None:
     dead = always(train__updates=0)
-    assert found(run_of(dead, steps=THRESHOLDS.steps - 1)) == {}
-    assert found(run_of(dead, steps=THRESHOLDS.steps)) == {"no_gradient": "severe"}
+    assert found(run_of(dead, steps=LIMITS.steps - 1)) == {}
+    assert found(run_of(dead, steps=LIMITS.steps)) == {"no_gradient": "severe"}
     assert found(run_of(dead, steps=1, ended=True)) == {"no_gradient": "severe"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import recurrent_models
 from msgspec.structs import replace
 from picture_files import coloured
 from vision_helpers import make_seeing, save_seeing
@@ -17,9 +18,17 @@ from zppo.errors import UserError
 from zppo.launch import _check_media
 from zppo.plan.picture_checks import check_scores
 from zppo.plan.prompt_checks import Reader
-from zppo.prompting.picture_families import MarkError
+from zppo.prompting.picture_layout import MarkError
 from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
-from zppo_protocol.values import ChatMessage, Prompt, ResponseStart, Sampling
+from zppo_protocol.places import PLACE
+from zppo_protocol.values import (
+    ChatMessage,
+    Media,
+    Prompt,
+    ResponseStart,
+    Sampling,
+    VideoReference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,10 @@ def prompt(text: str, **more: object) -> Prompt:
     return Prompt(messages=[ChatMessage(role="user", content=text)], **more)  # type: ignore[arg-type]
 
 
+def question_about(*media: Media) -> Question:
+    return Question(id="x", text="w3", answer="1", grader="exact", media=media)
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_mark_in_the_words_of_a_question_is_found_before_the_run(
     seeing: str, tmp_path: Path, others: int
@@ -65,8 +78,30 @@ def test_a_mark_in_the_words_of_a_question_is_found_before_the_run(
         reader.lengths(load_tokenizer(seeing, "student.model"), marked)
     assert str(refused.value) == (
         f"student.model: the prompt holds 1 marks of pictures for 0 pictures as {seeing!r} reads "
-        "it, of the words that begin 'w3 <image> w4'; expected words without marks, because "
-        "pictures are put before them"
+        "it, of the words that begin 'w3 <image> w4'; expected words without marks"
+    )
+
+
+def test_a_picture_that_the_chat_template_leaves_out_is_found_before_the_run(
+    seeing: str, tmp_path: Path
+) -> None:
+    """Some templates show the text alone of what assistants say."""
+    picture = coloured(tmp_path / "a.png", "red", (56, 56))
+    turns = [("user", "w3"), ("assistant", f"w4 {PLACE}"), ("user", "w5")]
+    messages = [ChatMessage(role=role, content=text) for role, text in turns]  # type: ignore[arg-type]
+    shown = Prompt(messages=messages, media=[picture])
+    reader = Reader(served=served_student(topology_of(seeing)), context=512, setting="context")
+    tokenizer = load_tokenizer(seeing, "student.model")
+    reader.lengths(tokenizer, [shown])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "part.type == 'image'", "part.type == 'image' and message.role == 'user'"
+    )
+    with pytest.raises(UserError) as refused:
+        reader.lengths(tokenizer, [shown])
+    assert str(refused.value) == (
+        f"student.model: the prompt holds 0 marks of pictures for 1 pictures as {seeing!r} reads "
+        "it, of the words that begin 'w5'; expected pictures in messages in which its chat "
+        "template shows them"
     )
 
 
@@ -83,22 +118,23 @@ def test_a_mark_in_the_start_of_a_response_is_refused(seeing: str) -> None:
         encode_prompts(tokenizer, started, layout)
 
 
-def test_a_teacher_that_scores_must_see(seeing: str, blind: str) -> None:
-    check_scores("data.train", "x", topology_of(seeing, seeing, scoring="colocated"))
-    check_scores("data.train", "x", topology_of(seeing))
+def test_a_teacher_that_scores_must_see(seeing: str, blind: str, tmp_path: Path) -> None:
+    asked = [question_about(coloured(tmp_path / "a.png", "red"))]
+    check_scores("data.train", asked, topology_of(seeing, seeing, scoring="colocated"))
+    check_scores("data.train", asked, topology_of(seeing))
     with pytest.raises(UserError) as unseen:
-        check_scores("data.train", "x", topology_of(seeing, blind, scoring="colocated"))
+        check_scores("data.train", asked, topology_of(seeing, blind, scoring="colocated"))
     assert str(unseen.value) == (
         "data.train: the question 'x' has pictures, and the trainer cannot show them to "
         f"{blind!r} (teacher.model); expected a model of the family idefics3 or qwen3_5 with its "
         "processor (docs/pictures.md), or text only"
     )
     remote = topology_of(seeing, seeing, scoring="remote")
-    check_scores("data.train", "x", remote)
+    check_scores("data.train", asked, remote)
     actors = ActorsConfig()
     actors = replace(actors, teacher=replace(actors.teacher, engine="vllm"))
     with pytest.raises(UserError) as text_alone:
-        check_scores("data.train", "x", replace(remote, actors=actors))
+        check_scores("data.train", asked, replace(remote, actors=actors))
     assert str(text_alone.value) == (
         "data.train: the question 'x' has pictures, and actors.teacher.engine 'vllm' scores "
         "responses to text alone; expected 'transformers', or that teacher.scoring is colocated"
@@ -107,11 +143,89 @@ def test_a_teacher_that_scores_must_see(seeing: str, blind: str) -> None:
 
 def test_held_out_questions_are_only_asked(blind: str, tmp_path: Path) -> None:
     """A model whose pictures only its engine can lay out may be evaluated on them."""
-    picture = coloured(tmp_path / "a.png", "red")
-    question = Question(id="x", text="w3", answer="1", grader="exact", media=(picture,))
+    question = question_about(coloured(tmp_path / "a.png", "red"))
     topology = topology_of(blind)
     actors = replace(topology.actors, rollout=replace(topology.actors.rollout, engine="vllm"))
     topology = replace(topology, actors=actors)
     _check_media("data.heldout", [question], topology)
     with pytest.raises(UserError, match=r"\(student.model\) cannot be trained on them"):
         _check_media("data.train", [question], topology)
+
+
+@pytest.fixture(scope="module")
+def filming(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that is shown videos as videos."""
+    model = recurrent_models.make_seeing()
+    return str(recurrent_models.save_seeing(model, tmp_path_factory.mktemp("filming")))
+
+
+def film(folder: Path) -> VideoReference:
+    frames = tuple(coloured(folder / f"{i}.png", "red", (64, 96)) for i in range(3))
+    return VideoReference(frames=frames, seconds=(0.0, 0.5, 1.0))
+
+
+def under(engine: str, topology: Topology) -> Topology:
+    actors = topology.actors
+    return replace(topology, actors=replace(actors, rollout=replace(actors.rollout, engine=engine)))
+
+
+def test_prompts_are_counted_as_videos_are_shown(filming: str, tmp_path: Path) -> None:
+    """And a plan says how that is. Two of three frames are merged, each of 6 tokens."""
+    tokenizer = load_tokenizer(filming, "student.model")
+    lengths, notes = [], []
+    for engine in ("transformers", "vllm"):
+        served = served_student(under(engine, topology_of(filming)))
+        reader = Reader(served=served, context=512, setting="context")
+        lengths += reader.lengths(tokenizer, [prompt("w", media=[film(tmp_path)])])
+        notes += reader.notes(tokenizer, [question_about(film(tmp_path))])
+    assert lengths == [len("<0.2 seconds><1.0 seconds>") + 2 * (6 + 2) + 2 + 1] * 2
+    assert notes == [f"student.model: {filming!r} is shown videos as videos, 2 frames in one"] * 2
+
+
+def test_a_plan_says_nothing_of_videos_without_one(
+    filming: str, seeing: str, blind: str, tmp_path: Path
+) -> None:
+    picture, video = coloured(tmp_path / "a.png", "red"), film(tmp_path)
+    notes = []
+    for folder, medium in ((filming, picture), (blind, video), (seeing, video)):
+        reader = Reader(served=served_student(topology_of(folder)), context=512, setting="context")
+        notes.append(
+            reader.notes(load_tokenizer(folder, "student.model"), [question_about(medium)])
+        )
+    because = "its folder has no video_preprocessor_config.json of a kind that is known here"
+    assert notes == [
+        [],
+        [],
+        [f"student.model: {seeing!r} is shown videos as several pictures, because {because}"],
+    ]
+
+
+def test_a_teacher_that_scores_must_read_the_students_videos(filming: str, tmp_path: Path) -> None:
+    model = recurrent_models.make_seeing()
+    other = recurrent_models.save_seeing(model, tmp_path / "other")
+    (other / "video_preprocessor_config.json").unlink()
+    asked = [question_about(film(tmp_path))]
+    check_scores("data.train", asked, topology_of(filming, filming, scoring="colocated"))
+    check_scores("data.train", asked, topology_of(str(other), filming, scoring="colocated"))
+    deaf = topology_of(filming, str(other), scoring="colocated")
+    pictures = [question_about(coloured(tmp_path / "a.png", "red"))]
+    check_scores("data.train", pictures, deaf)
+    with pytest.raises(UserError) as refused:
+        check_scores("data.train", asked, deaf)
+    assert str(refused.value) == (
+        f"data.train: the question 'x' has a video, which {filming!r} is shown as a video, and "
+        f"{str(other)!r} (teacher.model), which scores the same tokens, reads none so; expected a "
+        "teacher with the video_preprocessor_config.json of its model, or no videos"
+    )
+
+
+def test_the_mark_of_a_video_in_the_words_of_a_question_is_found_before_the_run(
+    filming: str,
+) -> None:
+    reader = Reader(served=served_student(topology_of(filming)), context=512, setting="context")
+    with pytest.raises(UserError) as refused:
+        reader.lengths(load_tokenizer(filming, "student.model"), [prompt("a <|video_pad|>")])
+    assert str(refused.value) == (
+        f"student.model: the prompt holds 1 marks of videos for 0 videos as {filming!r} reads it, "
+        "of the words that begin 'a <|video_pad|>'; expected words without marks"
+    )

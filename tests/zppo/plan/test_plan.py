@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import recurrent_models
+import vision_helpers
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from rich.console import Console
 
 from zppo.algorithm.methods import method_names
+from zppo.capacity.answer import answer_of, least_memory, memory_by_device
 from zppo.config.load import load
 from zppo.config.topology import (
     ENGINE_NAMES,
@@ -30,13 +36,16 @@ from zppo.plan.machine import GIB, Machine, measure_machine
 from zppo.plan.make import make_plan
 from zppo.plan.memory import (
     MODEL_LIBRARIES,
+    _frozen_bytes,
     _trainer_bytes,
     inspect_models,
     need,
     shared_bytes,
 )
-from zppo.plan.model_folder import ModelFacts, inspect_model
+from zppo.plan.model_folder import ModelFacts, inspect_model, tower_numbers
 from zppo.plan.processes import ProcessEntry, processes
+from zppo.plan.view import show
+from zppo.training.loading import tower_parameters
 from zppo_actors.engines import ENGINES
 
 MACHINE = Machine(cores=4, memory=64 * GIB, shared=8 * GIB)
@@ -165,6 +174,52 @@ def test_memory_goes_to_the_device(small: Path) -> None:
     assert on_gpu.device == 8 * 2 + cache + 64 * 16 * 4
 
 
+@pytest.mark.parametrize(
+    ("engine", "arguments", "least"),
+    [
+        ("transformers", "{}", False),
+        ("simulated", "{}", False),
+        (VLLM, "{}", True),
+        (VLLM, "{kv_cache_memory_bytes: 1000000}", False),
+        ("their_engines:Fast", "{}", True),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_least_that_an_engine_needs_is_no_upper_estimate(
+    small: Path, engine: str, arguments: str, least: bool, device: str
+) -> None:
+    topology = topology_of(
+        small,
+        f"actors.rollout.engine={engine}",
+        f"actors.rollout.devices=['{device}']",
+        f"actors.rollout.engine_args={arguments}",
+    )
+    models, table = inspect_models(topology), processes(topology, 1)
+    sizes = {entry.role: need(entry, topology, models) for entry in table}
+    on_host, on_card = sizes["rollout"].host_least, sizes["rollout"].device_least
+    assert (on_host, on_card) == (least and device == "cpu", least and device != "cpu")
+    assert not any(
+        size.host_least or size.device_least for role, size in sizes.items() if role != "rollout"
+    )
+
+
+def test_a_plan_says_where_it_shows_the_least(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "zppo.plan.checks.check_vllm_arguments", lambda served: None
+    )  # vLLM need not be installed
+    overrides = ["actors.rollout.engine=vllm", "actors.rollout.engine_args={max_model_len: 64}"]
+    out = io.StringIO()
+    plan = make_plan(topology_of(small, *overrides), 10, MACHINE)
+    show(plan, small, Console(file=out, width=200))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert "memory          3.6 GiB at least on the host, 0.0 GiB of it published weights" in lines
+    [engine] = [line for line in lines if "rollout-0" in line]
+    assert engine.split("│")[5].strip() == "at least 2.2 GiB"
+    answer = answer_of(plan, str(small), None)
+    assert [process.name for process in answer.processes if process.host_least] == ["rollout-0"]
+    assert memory_by_device(plan).keys() == {"host"} and least_memory(plan) == ["host"]
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_published_versions_in_shared_memory(small: Path, staleness: int) -> None:
     topology = topology_of(small, f"scheduler.max_staleness={staleness}")
@@ -187,7 +242,7 @@ REFUSALS = [
     (
         (),
         replace(MACHINE, shared=7),
-        "the plan keeps weights of 0.0 GiB in the runtime folder but 0.0 GiB are free there; lower "
+        "the plan keeps weights of 48 bytes in the runtime folder but 7 bytes are free there; lower "
         "scheduler.max_staleness or set ZPPO_RUNTIME_DIR to a larger folder",
     ),
     (
@@ -206,8 +261,8 @@ REFUSALS = [
         # 2 new questions, groups of 8, 8 tokens and 64 bytes beside them.
         ("checkpoints.keep=4",),
         replace(MACHINE, disk=5 * 8 * 6 + 4 * 2 * 8 * (8 + 64) - 1),
-        "the run writes 0.0 GiB into run.directory, 5 checkpoints of 0.0 GiB and 0.0 GiB of "
-        "rollouts, but 0.0 GiB are free there; lower checkpoints.keep, set sinks.rollouts to "
+        "the run writes 4.7 KiB into run.directory, 5 checkpoints of 48 bytes and 4.5 KiB of "
+        "rollouts, but 4.7 KiB are free there; lower checkpoints.keep, set sinks.rollouts to "
         "false, or name a run.directory on a larger disk",
     ),
     (
@@ -253,6 +308,48 @@ def test_a_rank_needs_less_than_the_whole_and_more_than_its_share() -> None:
     whole, share = (_trainer_bytes(t, student, OptimizerConfig(), facts) for t in (alone, eight))
     gathered = 2 * 150_000 * 4096 + 2 * (8_000_000_000 - 2 * 150_000 * 4096) // 32
     assert whole - share == pytest.approx(1.25 * (80e9 * 7 / 8 - 6 * gathered), rel=1e-6)
+
+
+@pytest.mark.parametrize("helpers", [vision_helpers, recurrent_models])
+def test_the_tower_is_what_transformers_has_outside_of_the_language_model(
+    tmp_path: Path, helpers: Any
+) -> None:
+    model = helpers.make_seeing()
+    folder = helpers.save_seeing(model, tmp_path / "model")
+    expected = sum(one.numel() for _, one in tower_parameters(model))
+    assert expected > 0 and inspect_model(folder, "student.model").tower == expected
+
+
+def test_the_tower_by_names_of_folders_as_they_were_published() -> None:
+    """Qwen2-VL's names, LLaVA's, and those of a language model alone, which has none."""
+    qwen = {"visual.blocks.0.attn.proj.weight": 5, "model.layers.0.mlp.up_proj.weight": 7}
+    head = {"model.embed_tokens.weight": 3, "model.norm.weight": 2, "lm_head.weight": 3}
+    llava = {"vision_tower.vision_model.layers.0.weight": 5, "multi_modal_projector.bias": 1}
+    words = {"language_model.model.layers.0.weight": 7, "language_model.lm_head.weight": 3}
+    assert [tower_numbers(one) for one in (qwen | head, llava | words, head)] == [5, 6, 0]
+
+
+def test_a_frozen_tower_has_weights_alone_and_lies_whole_on_every_rank() -> None:
+    """Of 9B parameters, 1B of them in the tower, with states in bfloat16: 2 bytes a frozen one, 10
+    a trained one."""
+    facts = ModelFacts(
+        parameters=9_000_000_000, tower=1_000_000_000, context=4096, hidden=4096, layers=32,
+        kv_heads=8, head_dim=128, vocabulary=150_000,
+    )  # fmt: skip
+    frozen, trained = (StudentConfig(model="x", train_tower=trains) for trains in (False, True))
+    gathered = 6 * (150_000 * 4096 + 2 * (8_000_000_000 - 150_000 * 4096) // 32)
+
+    def state(student: StudentConfig, ranks: int) -> float:
+        trainer = TrainerConfig(micro_batch_tokens=1, ranks=ranks)
+        rest = 34 * 4096 * 2 // 2 + 32 * 4096 * 2 + 2 * 1024 * 150_000 * 4  # and logits
+        return _trainer_bytes(trainer, student, OptimizerConfig(), facts) / 1.25 - rest
+
+    assert state(frozen, 1) == pytest.approx(80e9 + 2e9, rel=1e-3)
+    assert state(trained, 1) == pytest.approx(90e9, rel=1e-3)
+    assert state(frozen, 4) == pytest.approx(80e9 / 4 + 2e9 + gathered, rel=1e-3)
+    assert state(trained, 4) == pytest.approx(90e9 / 4 + gathered, rel=1e-3)
+    reference = _frozen_bytes(TrainerConfig(micro_batch_tokens=1, ranks=4), frozen, facts)
+    assert reference / 1.25 == pytest.approx((8e9 / 4 + 1e9 + gathered / 6) * 2, rel=0.15)
 
 
 @pytest.mark.parametrize(("overrides", "machine", "sentence"), REFUSALS)

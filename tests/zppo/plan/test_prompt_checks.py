@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from zppo.config.topology import (
 )
 from zppo.data.question import Question
 from zppo.errors import UserError
+from zppo.plan.model_folder import special_tokens
 from zppo.plan.processes import asked_teachers
 from zppo.plan.prompt_checks import (
     Reader,
@@ -30,6 +32,7 @@ from zppo.plan.prompt_checks import (
     check_teachers,
 )
 from zppo.prompting.prompts import PromptSet
+from zppo.prompting.tokenization import load_tokenizer
 from zppo_protocol.values import ChatMessage
 
 PLAIN = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -154,3 +157,22 @@ def test_system_prompt_that_a_teacher_leaves_out_is_refused(tmp_path: Path) -> N
         UserError, match=r"the chat template of teacher\.model, .* takes no system messages"
     ):
         check_all_teachers(run, [])
+
+
+def test_special_tokens_are_those_that_no_text_may_hold(tmp_path: Path) -> None:
+    """Of the tokenizers in the folders that are there; a spelled-out one is read as the token."""
+    student = Path(__file__).parents[3] / "examples/quickstart/student"
+    tokens = [
+        {"id": 0, "content": "</s>", "special": True},
+        {"id": 1, "content": "word", "special": True},
+        {"id": 2, "content": "<tool>"},
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {}}))
+    found = special_tokens([student, tmp_path, tmp_path / "nowhere"])
+    assert found == {"<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "</s>"}
+    tokenizer = load_tokenizer(str(student), "student.model")
+    assert tokenizer("1<eos>2", add_special_tokens=False)["input_ids"][1] == tokenizer.eos_token_id
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError) as caught:
+        special_tokens([tmp_path])
+    assert str(caught.value).startswith(f"{str(tmp_path / 'tokenizer.json')!r} cannot be read: ")

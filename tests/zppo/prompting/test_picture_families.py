@@ -17,18 +17,24 @@ from vision_helpers import make_tokenizer
 
 from zppo.prompting.picture_families import (
     IdeficsPictures,
-    PictureLayout,
     QwenPictures,
     picture_family,
     unsampled_ids,
 )
+from zppo.prompting.picture_layout import PictureLayout
 from zppo.prompting.picture_tokens import PictureTokens
+from zppo_protocol.values import PictureReference
 
 START, END, MARK, VIDEO = 3, 4, 5, 6
 """Ids of the marks of `make_seeing`."""
 QWEN = QwenPictures(MARK, PictureTokens(patch=16, merge=2, min_pixels=SMALLEST, max_pixels=LARGEST))
 SIDES = st.integers(1, 300)
 Texts = list[list[int]]
+
+
+def shown(size: tuple[int, int]) -> PictureReference:
+    """A picture of this width and height, which nobody reads."""
+    return PictureReference(path="x", sha256="0" * 64, width=size[0], height=size[1])
 
 
 def prompt(texts: Texts) -> list[int]:
@@ -68,10 +74,14 @@ def test_a_prompt_is_expanded_found_again_and_placed_as_transformers_places_it(
 ) -> None:
     texts, sizes = case
     layout = PictureLayout(QWEN, None)
-    ids = layout.expand(prompt(texts), sizes)
-    placed = layout.placed(np.asarray(ids, np.int32), sizes)
+    media = [shown(size) for size in sizes]
+    ids = layout.expand(prompt(texts), media)
+    placed = layout.placed(np.asarray(ids, np.int32), media)
     assert [ids[one.start : one.start + one.length] for one in placed] == [
-        [MARK] * layout.features(*size) for size in sizes
+        [MARK] * one.view.features for one in placed
+    ]
+    assert [(one.medium, one.view.frames) for one in placed] == [
+        (number, (medium,)) for number, medium in enumerate(media)
     ]
     if not sizes:
         assert ids == prompt(texts)
@@ -112,7 +122,8 @@ def test_idefics_tiles_are_those_of_its_processor(width: int, height: int, longe
     family = IdeficsPictures(
         tokenizer.convert_tokens_to_ids("<image>"), "<image>", 4, 56, longest, splits=True
     )
-    assert PictureLayout(family, tokenizer).expansion(width, height) == made["input_ids"][0]
+    expansion = PictureLayout(family, tokenizer).expansion(shown((width, height)))
+    assert expansion == made["input_ids"][0]
     rows, columns = family.grid(width, height)
     assert made["pixel_values"].shape[1] == rows * columns + 1
 
@@ -143,13 +154,13 @@ def test_a_prompt_made_with_other_settings_or_pictures_is_refused(
     ids: list[int], sizes: list[tuple[int, int]], sentence: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        PictureLayout(QWEN, None).placed(np.asarray(ids), sizes)
+        PictureLayout(QWEN, None).placed(np.asarray(ids), [shown(size) for size in sizes])
     assert str(caught.value) == sentence
 
 
 def test_words_cannot_stand_for_a_picture() -> None:
     with pytest.raises(ValueError) as caught:
-        PictureLayout(QWEN, None).expand([7, MARK, 9, MARK], [(32, 32)])
+        PictureLayout(QWEN, None).expand([7, MARK, 9, MARK], [shown((32, 32))])
     assert str(caught.value) == "the prompt holds 2 marks of pictures for 1 pictures"
 
 

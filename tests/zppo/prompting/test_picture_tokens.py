@@ -1,4 +1,5 @@
-"""Tokens of pictures from their size, against transformers' own resize for Qwen's processors."""
+"""Tokens of pictures and videos from their size, against transformers' own resize for Qwen's
+processors."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zppo.prompting.picture_tokens import PictureTokens, picture_tokens, resized
+from zppo.prompting.picture_tokens import (
+    PictureTokens,
+    VideoTokens,
+    picture_tokens,
+    resized,
+    resized_frames,
+)
 
 SIDES = st.one_of(st.integers(1, 300), st.integers(1, 30_000))
 LIMITS = st.sampled_from(
@@ -32,6 +39,44 @@ def test_the_resize_of_transformers() -> None:
         assert resized(width, height, ours) == theirs[::-1]
         grid = (theirs[0] // patch) * (theirs[1] // patch)  # the processor's image_grid_thw
         assert picture_tokens(width, height, ours) == grid // 2**2 + 2
+
+    same()
+
+
+@pytest.mark.slow
+def test_the_resize_of_videos() -> None:
+    """With a bound of all frames together and with one of each; a processor that merges two frames
+    takes no single one, which then is shown twice."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
+        Qwen3VLVideoProcessor,
+        smart_resize,
+    )
+
+    limits = st.sampled_from([(4_096, 25_165_824), (131_072, 786_432), (1_024, 1_024)])
+
+    @settings(max_examples=2000, deadline=None, database=None)
+    @given(st.integers(1, 9), SIDES, SIDES, limits, st.sampled_from([None, 1, 64, 768]))
+    def same(count: int, width: int, height: int, limits: tuple[int, int], cap: int | None) -> None:
+        least, most = limits
+        ours = VideoTokens(
+            patch=16, merge=2, frames=2, min_pixels=least, max_pixels=most, most_tokens=cap
+        )
+        shown = max(count, 2)
+        try:
+            w, h = resized_frames(count, width, height, ours)
+        except ValueError as error:
+            assert str(error) == "its sides are more than 200 to 1"
+            with pytest.raises(ValueError, match="aspect ratio"):
+                smart_resize(shown, height, width, 2, 32, least, most)
+            return
+        if cap is None:
+            assert (h, w) == smart_resize(shown, height, width, 2, 32, least, most)
+        theirs = Qwen3VLVideoProcessor(
+            size={"shortest_edge": least, "longest_edge": most},
+            cap_pixels_per_frame=cap is not None,
+            max_video_tokens=cap or 768,
+        ).get_num_of_video_patches(shown, height, width)
+        assert (w // 16) * (h // 16) * ((shown + 1) // 2) == theirs
 
     same()
 

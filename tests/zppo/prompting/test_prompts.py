@@ -27,15 +27,18 @@ QUESTION = Question(id="q", text="How much is 3 * 4?", answer="12", media=(PICTU
 CLOSING = r"write your final answer inside \boxed{}."
 
 
-def text_of(prompts: PromptSet, kind: str) -> str:
+def text_of(
+    prompts: PromptSet, kind: str, one: str = "one", hint: str = "Add 4 three times."
+) -> str:
     prompt = {
         "plain": lambda: prompts.plain(QUESTION),
-        "bcq": lambda: prompts.bcq(QUESTION, ["one", "two"]),
-        "ncq": lambda: prompts.ncq(QUESTION, ["10", "11", "10"], ["one", "two"]),
-        "compress": lambda: prompts.compress(QUESTION, "one", 512, 5),
+        "bcq": lambda: prompts.bcq(QUESTION, [one, "two"]),
+        "ncq": lambda: prompts.ncq(QUESTION, ["10", "11", "10"], [one, "two"]),
+        "compress": lambda: prompts.compress(QUESTION, one, 512, 5),
         "judge": lambda: prompts.judge(QUESTION, "one"),
-        "hint": lambda: prompts.hint(QUESTION, "Add 4 three times."),
-        "write_hint": lambda: prompts.write_hint(QUESTION, "one", 512, 5),
+        "compare": lambda: prompts.compare(QUESTION, one),
+        "hint": lambda: prompts.hint(QUESTION, hint),
+        "write_hint": lambda: prompts.write_hint(QUESTION, one, 512, 5),
     }[kind]()
     return prompt.messages[-1].content
 
@@ -156,7 +159,7 @@ def test_who_is_shown_the_pictures_of_a_response_goes_by_the_template(tmp_path: 
 def test_words_for_a_question_without_pictures_are_what_they_were() -> None:
     shown = PromptSet().write_hint(QUESTION, "one", 512, 5).messages[-1].content
     plain = PromptSet().write_hint(replace(QUESTION, media=()), "one", 512, 5)
-    words = "The question is about what is shown above.\n\n"
+    words = "The question is about what is shown with it.\n\n"
     assert words in shown and shown.replace(words, "") == plain.messages[-1].content
 
 
@@ -234,6 +237,32 @@ def test_system_prompt_goes_first() -> None:
 )
 def test_neutral(text: str, expected: str) -> None:
     assert neutral(text) == expected
+
+
+MARKS = ("<end_of_turn>", "</s>", "[INST]", "[/INST]", "<｜User｜>")
+
+
+@pytest.mark.parametrize("kind", ["bcq", "ncq", "hint", "write_hint", "compress", "compare"])
+@pytest.mark.parametrize("depth", [0, 3, 30])
+def test_special_tokens_of_the_readers_are_no_words(kind: str, depth: int) -> None:
+    """Families write the end of a turn as they like; spelled out by a model it would be one."""
+    hostile = "one"
+    for mark in MARKS:
+        half = len(mark) // 2
+        nested = mark[:half] * depth + mark + mark[half:] * depth
+        hostile = f"{nested} {hostile} {nested}"
+    text = text_of(PromptSet(marks=MARKS), kind, hostile, hostile)
+    assert not [mark for mark in MARKS if mark in text]
+    assert "one" in text
+
+
+def test_what_only_looks_like_a_special_token_stays() -> None:
+    assert "[inst] <S>" in text_of(PromptSet(marks=(*MARKS, "<s>")), "compare", "[inst] <S>")
+
+
+def test_a_prefix_holds_no_special_token() -> None:
+    prompt = PromptSet(marks=MARKS).prefix(QUESTION, "one </s>two<|end|>")
+    assert prompt.start is not None and prompt.start.text == "one two"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ behind it goes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from zppo.errors import UserError
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 from zppo_protocol.values import ChatMessage, Prompt, ResponseStart
 
@@ -49,6 +51,30 @@ def test_a_given_start_follows_the_prompt_at_once() -> None:
         messages=[ChatMessage(role="user", content="a")], start=ResponseStart(text="b c", share=1.0)
     )
     assert encode_prompts(tokenizer_of("<bos> $A <eos>"), [prompt]) == [[0, 3, 4, 5]]
+
+
+CODE = """from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path(__file__).with_name("ran").touch()
+class Mine(PreTrainedTokenizerFast): pass
+"""
+
+
+def test_code_in_a_model_folder_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that transformers has no tokenizer of its own for, so that it would ask on the
+    terminal."""
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    tokenizer_of("$A").save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    said |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "mine.py").write_text(CODE)
+    with pytest.raises(UserError, match=r"^student\.model: '.*' has no tokenizer that can be load"):
+        load_tokenizer(str(tmp_path), "student.model")
+    assert not (tmp_path / "ran").exists()
 
 
 WITHOUT_MODELS = """

@@ -147,6 +147,20 @@ def test_prune_keeps_the_newest(
     shutil.rmtree(run_dir)
 
 
+def test_a_checkpoint_that_was_moved_and_linked_to_stays_where_it_is(tmp_path: Path) -> None:
+    """Pruned or written again, its link goes; what it leads to is not this run's any more."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "archive"
+    elsewhere.mkdir()
+    for step in (1, 2, 3):
+        moved = shutil.move(make(run_dir, step), elsewhere)
+        (checkpoint.checkpoints_folder(run_dir) / f"step-{step}").symlink_to(moved)
+    assert find_latest(run_dir).step == 3
+    assert make(run_dir, 3).is_symlink() is False
+    assert prune(run_dir, keep=1, newest=3) == [2, 1]
+    assert list_steps(run_dir) == [3]
+    assert all(find_problem(elsewhere / f"step-{step}") is None for step in (1, 2, 3))
+
+
 def test_prune_leaves_foreign_names_alone(tmp_path: Path) -> None:
     for name in ("notes", "step-x", "step-007", ".step-3.backup"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -87,6 +87,31 @@ def test_a_journal_that_ends_too_early_vouches_for_nothing(tmp_path: Path) -> No
     assert read_ledger(tmp_path, 5) == Ledger(problem="ends before step 3")
 
 
+def test_the_journal_of_somebody_else_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would make files beside it, which a folder that may not be written does not take: one
+    that a run has left, and one that is being written."""
+    for mode in (0o555, 0o755):
+        whole = Ledger(trained_twice=0, lost=0, from_step=0, verdict="finished")
+        run = tmp_path / f"a run {mode}"
+        run.mkdir()
+        path = journal_of(run, 3)
+        writing = sqlite3.connect(path) if mode == 0o755 else None
+        if writing is not None:
+            writing.execute("INSERT INTO events VALUES (1.0, 'controller', 'checkpoint', '')")
+            writing.commit()
+        before = sorted(run.iterdir())
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        run.chmod(mode)  # which binds nobody who runs the tests as root
+        assert read_ledger(run, 3) == whole
+        assert sorted(run.iterdir()) == before
+        run.chmod(0o755)
+        monkeypatch.undo()
+        if writing is not None:
+            writing.close()
+
+
 def test_a_journal_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
     path = journal_of(tmp_path, 1)
     connection = sqlite3.connect(path, isolation_level=None)

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from zppo.algorithm.window import Candidate, Window
+from zppo.errors import UserError
 from zppo.records import rollouts
 from zppo.records.metrics import window_metrics
 from zppo.records.rollouts import RolloutRow
+from zppo_protocol.places import PLACE
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import ChatMessage, Prompt, Usage
+from zppo_protocol.values import ChatMessage, PictureReference, Prompt, Usage
 
 
 def students(window: Window) -> set[tuple[str, int]]:
@@ -153,6 +159,69 @@ def test_columns_and_questions_can_be_picked(window: Window, tmp_path: Path) -> 
     assert rows == [{"kind": "plain"}] * 8
 
 
+@pytest.mark.parametrize("question_ids", [None, ["q-0"]])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "Parquet magic bytes not found"),
+        (lambda path: path.write_bytes(b""), "Parquet file size is 0 bytes"),
+        (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+        (
+            lambda path: parquet.write_table(pyarrow.table({"kind": [""], "rollout": [0]}), path),
+            "question_id",
+        ),
+    ],
+    ids=["cut", "empty", "folder", "another's"],
+)
+def test_a_damaged_file_is_named(
+    window: Window,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    reason: str,
+    question_ids: list[str] | None,
+) -> None:
+    path = rollouts.write_step(tmp_path, 3, window, {}, set())
+    damage(path)
+    with pytest.raises(UserError) as caught:
+        rollouts.read_step(path, question_ids=question_ids)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: cannot be read (") and reason in said
+    assert said.endswith("); remove it to go on without this step")
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5, 1000])
+def test_a_file_is_read_in_parts(
+    window: Window, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    """Against all rows, picked one by one."""
+    monkeypatch.setattr(rollouts, "ROWS_READ_AT_ONCE", rows_at_once)
+    path = rollouts.write_step(tmp_path, 4, window, {}, set())
+    whole = rollouts.read_step(path)
+    assert len(whole) == 36
+    of_one = [row for row in whole if row["question_id"] == "q-0001"]
+    assert rollouts.read_step(path, question_ids={"q-0001", "q-none"}) == of_one
+    firsts = [row for row in whole if row["rollout"] == 0]
+    assert rollouts.read_step(path, one_a_group=True) == firsts
+    both = rollouts.read_step(path, ["group_id"], ["q-0001"], one_a_group=True)
+    assert both == [{"group_id": row["group_id"]} for row in firsts if row in of_one]
+    assert rollouts.read_step(path, question_ids=()) == []
+
+
+def test_a_text_is_stored_once_for_its_group_in_however_many_parts(
+    window: Window, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    distinct = 0
+    for group in window.student_groups():
+        text = rng.randbytes(20_000).hex()  # compression can make it half as long
+        group.prompt = Prompt(messages=[ChatMessage(role="user", content=text)])
+        distinct += len(text) // 2
+    monkeypatch.setattr(rollouts, "ROWS_READ_AT_ONCE", 8)
+    path = rollouts.write_step(tmp_path, 4, window, {}, set())
+    assert parquet.ParquetFile(path).num_row_groups == 5
+    assert distinct < path.stat().st_size < 1.5 * distinct
+
+
 def test_writing_leaves_nothing_aside_and_replaces_whole(window: Window, tmp_path: Path) -> None:
     rollouts.write_step(tmp_path, 4, window, {}, students(window))
     window.visits.pop()
@@ -194,3 +263,21 @@ def test_roles_are_named_when_there_is_a_system_message() -> None:
     assert (
         rollouts.prompt_text(Prompt(messages=[system, user])) == "[system]\nbe brief\n[user]\nhello"
     )
+
+
+def test_places_of_pictures_are_words(window: Window, tmp_path: Path) -> None:
+    """Of a question the last turn's, counted from those of the turns before it."""
+    picture = PictureReference(path="a.png", sha256="0" * 64, width=8, height=8)
+    visit = window.visits[0]
+    messages = [
+        ChatMessage(role="user", content=f"a {PLACE}"),
+        ChatMessage(role="user", content=PLACE),
+    ]
+    prompt = Prompt(messages=messages, media=[picture, picture])
+    visit.plain.prompt = prompt
+    visit.question = msgspec.structs.replace(
+        visit.question, text=f"Is it {PLACE}?", media=(picture, picture)
+    )
+    row = next(row for row in rows_of(window, tmp_path) if row.kind == "plain")
+    assert row.question == "Is it [picture 2]?"
+    assert row.prompt == "[user]\na [picture 1]\n[user]\n[picture 2]"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 from worlds import topology
 
+from zppo.errors import UserError
 from zppo.records import run_directory
 
 
@@ -31,3 +33,21 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     del raw["trainer_deaths"]
     (run / "run.json").write_bytes(msgspec.json.encode(raw))
     assert run_directory.read(run) == record
+
+
+def test_records_may_lie_on_another_disk(tmp_path: Path) -> None:
+    """A link to a folder is the user's, and what is in that folder may be another run's."""
+    run, elsewhere = tmp_path / "run", tmp_path / "big"
+    run.mkdir()
+    elsewhere.mkdir()
+    (run / "checkpoints").symlink_to(elsewhere)
+    run_directory.create(run, topology())
+    assert (run / "checkpoints").is_symlink()
+    (elsewhere / "mine").touch()
+    with pytest.raises(UserError) as caught:
+        run_directory.create(run, topology())
+    assert str(caught.value) == (
+        f"run.directory: {str(run / 'checkpoints')!r} leads to a folder that is not empty; empty "
+        "it, or remove the link"
+    )
+    assert (elsewhere / "mine").exists()

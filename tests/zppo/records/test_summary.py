@@ -243,6 +243,36 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}:2: is not a JSON object (")
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "reason"),
+    [
+        ("metrics.jsonl", b"[1]", "Expected `object`, got `array`"),
+        ("metrics.jsonl", b'{"window/new": 8}', "Object missing required field `step`"),
+        ("metrics.jsonl", b'{"step": -1}', "Expected `int` >= 0 - at `$.step`"),
+        (
+            "metrics.jsonl",
+            b'{"step": 1, "a": "8"}',
+            "Expected `int | float`, got `str` - at `$[...]`",
+        ),
+        ("fates.jsonl", b'{"step": 1}', "Object missing required field `question_id`"),
+        (
+            "fates.jsonl",
+            b'{"step": 1, "question_id": "q", "fate": "graduated", "entry_accuracy": null}',
+            "Expected `float`, got `null` - at `$.entry_accuracy`",
+        ),
+        ("heldout.jsonl", b'{"step": 1}', "Object missing required field `accuracy`"),
+    ],
+)
+def test_a_line_that_somebody_has_edited_is_named(
+    tmp_path: Path, file: str, line: bytes, reason: str
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(b"\n" + line + b"\n")
+    with pytest.raises(UserError) as caught:
+        read_lines(path)
+    assert str(caught.value) == f"{path}:2: is no line that a run writes ({reason})"
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         summarise(tmp_path)

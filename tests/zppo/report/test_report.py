@@ -291,6 +291,24 @@ def _moved(window: Window, index: int) -> Window:
 
 
 @pytest.mark.slow
+def test_what_cannot_fit_is_not_read_to_the_end(
+    fake_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def reading(path: Path, *rest: Any, **options: Any) -> list[dict[str, Any]]:
+        if "question_ids" in options:
+            asked.append(len(options["question_ids"]))
+        return rollouts.read_step(path, *rest, **options)
+
+    monkeypatch.setattr(browser, "read_step", reading)
+    run = load.load_run(fake_run(steps=30))
+    assert len(browser.browser_data(run).questions) == asked[-1] == asked[0]
+    asked.clear()
+    shown = len(browser.browser_data(run, max_bytes=30_000).questions)
+    assert shown <= asked[-1] < asked[0] / 2
+
+
 def test_the_browser_is_cut_to_size_with_every_fate_kept(fake_run: Callable[..., Path]) -> None:
     run = load.load_run(fake_run(steps=14))
     whole = browser.browser_data(run)
@@ -303,6 +321,7 @@ def test_the_browser_is_cut_to_size_with_every_fate_kept(fake_run: Callable[...,
     small = browser.browser_data(run, max_bytes=30_000)
     assert 0 < len(small.questions) < whole.total
     assert len(browser.embed(small)) < 60_000
+    assert small.questions == whole.questions[: len(small.questions)]
 
 
 def test_long_texts_are_cut_with_a_note() -> None:

@@ -54,7 +54,9 @@ def test_each_picture_is_carried_once_and_small(tmp_path: Path) -> None:
     large, small = refer(tmp_path / "large.png"), coloured(tmp_path / "a.png", "red")
     made = Thumbnails()
     first, _, again = made.shown(encoded(large, small, large))
-    assert first == again and len(made.copies) == 2
+    assert first.copy == again.copy and len(made.copies) == 2
+    words = [first.words, again.words]
+    assert words == ["picture 1, 900 × 600 pixels", "picture 3, 900 × 600 pixels"]
     assert first.copy is not None and opened(made.copies[first.copy]).size == (SIDE, 128)
     assert made.size == sum(map(len, made.copies.values()))
 

@@ -13,9 +13,7 @@ from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.pictures import server_options
 from zppo.suites.plan import settings_of
 
-GIVEN = {
-    "mm-processor-kwargs": '{"images_kwargs":{"min_pixels":262144,"max_pixels":1310720}}'
-}
+GIVEN = {"mm-processor-kwargs": '{"images_kwargs":{"min_pixels":262144,"max_pixels":1310720}}'}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo.errors import UserError
-from zppo.suites.intervals import Z, wilson
+from zppo.suites.intervals import BLOCK, FEW, RESAMPLES, SEED, Z, paired, wilson
 from zppo.suites.results import (
     Column,
     RowResult,
@@ -89,6 +91,44 @@ def test_a_difference_is_paired_by_question() -> None:
     low, high = np.percentile(means, [2.5, 97.5])
     assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
     assert difference(result("A", *ours), result("A", *theirs)) == found, "a fixed seed"
+
+
+@pytest.mark.parametrize("distinct", [FEW + 1, 150])
+def test_many_distinct_differences_are_drawn_one_by_one(distinct: int) -> None:
+    """Against a loop with the same numbers, question by question."""
+    values = np.random.default_rng(5).uniform(-1, 1, distinct).tolist()
+    drawn = np.random.default_rng(SEED)
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = [values[i] for i in drawn.integers(len(values), size=len(values))]
+        means.append(math.fsum(chosen) / len(values))
+    low, high = np.percentile(means, [2.5, 97.5])
+    found = paired([values])
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+    assert found.value == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
+
+
+def test_few_distinct_differences_are_drawn_by_their_counts() -> None:
+    """The numbers of one multinomial draw a resample, however many are drawn at once."""
+    values = [0.0] * 500 + [1.0] * 300 + [-1.0] * 200
+    drawn = np.random.default_rng(SEED)
+    counts = [drawn.multinomial(1000, [0.2, 0.5, 0.3]) for _ in range(RESAMPLES)]
+    low, high = np.percentile([(plus - minus) / 1000 for minus, _, plus in counts], [2.5, 97.5])
+    found = paired([values])
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+@pytest.mark.parametrize("distinct", [5, 1_000, 20_000])
+def test_memory_of_a_difference_does_not_grow_with_resamples_times_values(distinct: int) -> None:
+    values = (np.arange(20_000) % distinct / distinct).tolist()
+    tracemalloc.start()
+    try:
+        found = paired([values])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.low < found.value < found.high
+    assert peak < 40 * BLOCK
 
 
 def test_the_interval_of_a_difference_covers() -> None:

@@ -32,11 +32,11 @@ def tensors(length: int = 11, heads: int = 6, key_heads: int = 2) -> list[Tensor
 
 
 def shared_mask() -> Tensor:
-    """Two rollouts behind a prompt, and some padding."""
-    segments = torch.tensor(
-        [[0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 2, 3, 3, -1, -1]]
+    """Two rollouts behind a prompt; and three, two of which begin alike, and some padding."""
+    ends = torch.tensor(
+        [[11, 11, 11, 6, 6, 6, 11, 11, 11, 11, 11], [9, 9, 7, 5, 5, 7, 7, 9, 9, 11, 11]]
     )
-    return attention_mask(segments, torch.float64)
+    return attention_mask(ends, torch.float64)
 
 
 MASKS = {"causal": None, "shared": shared_mask(), "boolean": shared_mask() == 0}

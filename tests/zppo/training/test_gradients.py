@@ -44,9 +44,10 @@ RL_METHODS = [name for name in method_names() if get_method(name).loss == "clipp
 
 class Witness:
     """Notes, step by step, how large the gradient is at the state that predicts each response
-    token."""
+    token, which must be of that token alone."""
 
     def __init__(self, trainer: Trainer) -> None:
+        trainer.policy.shares_prompts = False
         self._hidden = trainer.policy.hidden
         self._seen: list[tuple[Tensor, Tensor]] = []
         trainer.policy.hidden = self.watch  # type: ignore[method-assign]

@@ -131,6 +131,32 @@ def test_the_fused_loop_is_the_update_in_tensor_operations(
         torch.testing.assert_close(fused, plain, rtol=2**-6, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fuses", [True, False])
+def test_how_elements_lie_does_not_show(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fuses: bool
+) -> None:
+    """A transposed weight, one with gaps, and a gradient that is one number repeated."""
+    monkeypatch.setattr(module, "fuses_adamw", lambda device: fuses)
+    config = OptimizerConfig(learning_rate=0.1)
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    laid = {
+        "in order": start.clone(),
+        "transposed": start.t().contiguous().t(),
+        "with gaps": torch.zeros(7, 10, dtype=dtype)[:, ::2].copy_(start),
+    }
+    assert [tensor.is_contiguous() for tensor in laid.values()] == [True, False, False]
+    found = []
+    for tensor in laid.values():
+        ours = AdamW({"w": nn.Parameter(tensor)}, config, seed=0)
+        ours.step({"w": gradients(0)["matrix"]})
+        ours.step({"w": torch.ones(()).expand(7, 5)})
+        found.append({"w": tensor, **dict(ours.tensors())})
+    assert not torch.equal(found[0]["w"], start)
+    for name, expected in found[0].items():
+        assert all(torch.equal(one[name], expected) for one in found[1:]), name
+
+
 def test_threads_of_the_fused_loop_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     config = OptimizerConfig(learning_rate=0.1)
     alone, shared = parameters(torch.bfloat16), parameters(torch.bfloat16)

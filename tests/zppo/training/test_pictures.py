@@ -35,11 +35,11 @@ from zppo.training.state import load_reference, load_teacher
 from zppo.training.step import train_step
 from zppo.training.trainer import Trainer
 from zppo_protocol.samples import TrainGroup
-from zppo_protocol.values import PictureReference, Sampling
+from zppo_protocol.values import PictureReference, Sampling, VideoReference
 
 pytestmark = pytest.mark.slow
 
-START, END, MARK = 3, 4, 5
+START, END, MARK, VIDEO = 3, 4, 5, 6
 MARKS = [START, *[MARK] * 6, END]
 """What a picture of 64 by 96 is in a prompt of `make_seeing`."""
 SIZE = (64, 96)
@@ -179,9 +179,37 @@ def test_what_is_kept_of_a_picture_holds_nothing_else(folder: Path, tmp_path: Pa
     seen = [tower.seen(np.array(MARKS), [one]) for one in pictures]
     tower.features([one for one in seen if one is not None])
     for picture in pictures:
-        kept = tower._features.get((picture.sha256, *SIZE))
+        kept = tower._features.get((picture.sha256, *SIZE, None))
         assert kept is not None
         assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_frames_are_kept_by_what_they_are_merged_with_and_resized_to(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The first two frames of a long video are smaller than those of a short one, whose bound they
+    share; what is kept of the one is not shown of the other."""
+    policy = Policy(make_seeing())
+    policy.open_eyes(str(folder))
+    tower = policy._tower
+    assert tower is not None
+    frames = [coloured(tmp_path / f"{i}.png", f"#{i}0{i}0f0", (190, 160)) for i in range(8)]
+    videos = [
+        VideoReference(frames=tuple(frames[:count]), seconds=tuple(map(float, range(count))))
+        for count in (2, 8, 3)
+    ]
+    turned = structs.replace(videos[0], frames=tuple(frames[1::-1]))
+    seen = []
+    for video in (*videos, turned):
+        ids = np.asarray(tower.layout.expansion(video))
+        prompt = tower.seen(ids, [video])
+        assert prompt is not None
+        assert prompt.media_tokens == [int((ids == VIDEO).sum())]
+        seen.append(prompt)
+    kept = [torch.cat(tower.features([prompt])) for prompt in seen]
+    for prompt, features in zip(seen, kept, strict=True):
+        tower._features.clear()
+        torch.testing.assert_close(torch.cat(tower.features([prompt])), features)
 
 
 def test_rows_of_one_prompt_go_through_a_trained_tower_once(folder: Path, tmp_path: Path) -> None:
@@ -196,27 +224,33 @@ def test_rows_of_one_prompt_go_through_a_trained_tower_once(folder: Path, tmp_pa
     tower._see = lambda pictures: passes.append(len(pictures)) or see(pictures)  # type: ignore[func-returns-value, method-assign]
     weight = policy.model.model.visual.patch_embed.proj.weight
     weights_N1 = torch.linspace(-1.0, 1.0, 18)[:, None]
-    (tower.features([seen] * 3) * weights_N1).sum().backward()
+    (torch.cat(tower.features([seen] * 3)) * weights_N1).sum().backward()
     together, weight.grad = weight.grad, None
     for part_n1 in weights_N1.split(6):
-        (tower.features([seen]) * part_n1).sum().backward()
+        (tower.features([seen])[0] * part_n1).sum().backward()
     torch.testing.assert_close(together, weight.grad)
     assert passes == [1] * 4 and bool(together.any())
 
 
 def test_a_processor_that_cannot_be_loaded(folder: Path) -> None:
-    """Nothing tells the model's processes that a run has no pictures, so it stops that one too: the
-    way out is in the sentence, and works."""
+    """A run on text alone does without; the first picture names it."""
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "image_processor_type": "NoSuchProcessor"}))
+    policy = Policy(make_seeing())
+    policy.open_eyes(str(folder))
+    tower = policy._tower
+    assert tower is not None and tower.seen(np.array([40, 41]), []) is None
+    seen = tower.seen(np.array(MARKS), [coloured(folder / "red.png", "red", SIZE)])
+    assert seen is not None
     with pytest.raises(UserError) as refused:
-        Tower.of(None, str(folder), "student.model")
+        tower.features([seen])
     begin, end = (
         f"student.model: {str(folder)!r} has no processor of pictures that can be loaded (",
-        "); expected preprocessor_config.json as save_pretrained writes it, or, for text alone, a "
-        "folder without it",
+        "), and a question has pictures; expected preprocessor_config.json as save_pretrained "
+        "writes it, or text only",
     )
-    assert str(refused.value).startswith(begin) and str(refused.value).endswith(end)
+    said = str(refused.value)
+    assert said.startswith(begin) and said.endswith(end) and len(said) < 800
     file.unlink()
     assert Tower.of(None, str(folder), "student.model") is None

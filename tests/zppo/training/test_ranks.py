@@ -277,16 +277,18 @@ def test_a_model_that_cannot_be_cut_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["seeing", "seeing_all"])
+@pytest.mark.parametrize(
+    ("model", "film"), [("seeing", False), ("seeing_all", False), ("seeing_all", True)]
+)
 def test_ranks_with_and_without_a_picture_make_one_update(
-    nest: Nest, tmp_path: Path, model: str
+    nest: Nest, tmp_path: Path, model: str, film: bool
 ) -> None:
-    """One group has a picture, so one rank's pass has one; with a tower that is trained the other
+    """One group has a picture, or a video, so one rank's pass has one; with a tower that is trained the other
     goes through it all the same, and nothing that it makes there counts."""
     folder = save_seeing(make_seeing(first_mark=100), tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
-    case = Case(model=model, method=ONE_UPDATE, pictures=str(folder), groups=4, last=1)
+    case = Case(model=model, method=ONE_UPDATE, pictures=str(folder), film=film, groups=4, last=1)
     one, two = (nest.trained(tmp_path / str(count), count, case) for count in (1, 2))
     check_metrics(one, two)
     gradients = first_moments(one)

@@ -42,7 +42,6 @@ from zppo.errors import UserError
 from zppo.records import checkpoint
 from zppo.training.batch import Rollouts, StalenessError, assemble, mini_batches
 from zppo.training.layout import (
-    PROMPT,
     SHARED_WIDTH,
     MicroBatch,
     attention_mask,
@@ -95,19 +94,25 @@ def test_another_step_is_another_permutation() -> None:
     lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=5),
     max_tokens=st.integers(1, 60),
     share=st.booleans(),
+    alphabet=st.integers(1, 3),
 )
 def test_micro_batches_hold_every_token_once(
-    lengths: list[list[int]], max_tokens: int, share: bool
+    lengths: list[list[int]], max_tokens: int, share: bool, alphabet: int
 ) -> None:
-    groups = [group(f"g{i}", [0.0] * len(part), lengths=part) for i, part in enumerate(lengths)]
+    groups = [
+        group(f"g{i}", [0.0] * len(part), lengths=part, alphabet=alphabet)
+        for i, part in enumerate(lengths)
+    ]
     rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
     batches = micro_batches(rollouts, np.arange(rollouts.sequences), max_tokens, share=share)
     tokens = [token for batch in batches for token in batch.tokens_R.tolist()]
     assert sorted(tokens) == list(range(rollouts.tokens))
     for batch in batches:
         assert len(batch.input_ids_BL) == 1 or batch.input_ids_BL.numel() <= max_tokens
-        assert share or batch.segments_BL is None
+        assert share or batch.ends_BL is None
         _check_layout(rollouts, batch)
+    if share:
+        _check_no_repetition(batches)
 
 
 def _check_layout(rollouts: Rollouts, batch: MicroBatch) -> None:
@@ -129,12 +134,22 @@ def _check_layout(rollouts: Rollouts, batch: MicroBatch) -> None:
             assert batch.positions_BL[row // width][seen].tolist() == list(range(int(seen.sum())))
 
 
+def _check_no_repetition(batches: list[MicroBatch]) -> None:
+    """No two positions of a row have seen the same."""
+    for batch in batches:
+        visible_BLL = _visible(batch)
+        for ids_L, visible_LL in zip(batch.input_ids_BL, visible_BLL, strict=True):
+            width = int(visible_LL[:, 0].sum())
+            seen = [tuple(ids_L[visible_LL[place]].tolist()) for place in range(width)]
+            assert len(set(seen)) == width
+
+
 def _visible(batch: MicroBatch) -> Tensor:
     """Which positions each position attends to, [B, L, L]."""
     rows, width = batch.input_ids_BL.shape
-    if batch.segments_BL is None:
+    if batch.ends_BL is None:
         return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, width, width)
-    return attention_mask(batch.segments_BL, torch.float32)[:, 0] == 0
+    return attention_mask(batch.ends_BL, torch.float32)[:, 0] == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,10 +187,38 @@ def test_rollouts_of_a_group_share_one_copy_of_the_prompt() -> None:
     task = window(group("a", [1, 0, 0], lengths=[3, 2, 4]), group("b", [1], lengths=[2]))
     rollouts = assemble(task, max_staleness=0, device=CPU)
     (batch,) = micro_batches(rollouts, np.arange(4), 1000, share=True)
-    prompt = len(rollouts.prompts_G[0])
+    prompt, end = len(rollouts.prompts_G[0]), batch.input_ids_BL.shape[1]
     assert batch.input_ids_BL.shape == (2, prompt + 2 + 1 + 3)
-    assert batch.segments_BL is not None
-    assert batch.segments_BL[0].tolist() == [PROMPT] * prompt + [1, 1, 2, 3, 3, 3]
+    assert batch.ends_BL is not None
+    widths = [len(rollouts.host_ids_T[a : a + b - 1]) for a, b in _sorted_rollouts(rollouts, 0)]
+    ends = prompt + np.cumsum(widths)
+    assert batch.ends_BL[0].tolist() == [end] * prompt + np.repeat(ends, widths).tolist()
+
+
+def _sorted_rollouts(rollouts: Rollouts, group: int) -> list[tuple[int, int]]:
+    """Start and length of a group's rollouts, as they stand in a row."""
+    chosen = np.flatnonzero(rollouts.group_S == group)
+    spans = [(int(rollouts.starts_S[one]), int(rollouts.lengths_S[one])) for one in chosen]
+    return sorted(spans, key=lambda span: rollouts.host_ids_T[span[0] : sum(span) - 1].tolist())
+
+
+def test_what_rollouts_begin_with_alike_is_there_once() -> None:
+    one = group("a", [1, 0, 0, 1, 0], lengths=[4, 2, 4, 4, 3])
+    tokens = [*(3, 4, 5, 9), *(3, 8), *(7, 1, 2, 9), *(3, 4, 5, 9), *(3, 4, 6)]
+    samples = msgspec.structs.replace(one.samples, token_ids=np.array(tokens, np.int32))
+    rollouts = assemble(
+        window(msgspec.structs.replace(one, samples=samples)), max_staleness=0, device=CPU
+    )
+    (batch,) = micro_batches(rollouts, np.arange(5), 1000, share=True)
+    prompt = len(rollouts.prompts_G[0])
+    # Without their last tokens: 3 | 3 4 | 3 4 5 | 3 4 5 | 7 1 2.
+    assert batch.input_ids_BL[0, prompt:].tolist() == [3, 4, 5, 7, 1, 2]
+    assert batch.positions_BL is not None and batch.ends_BL is not None
+    assert (batch.positions_BL[0, prompt:] - prompt).tolist() == [0, 1, 2, 0, 1, 2]
+    assert (batch.ends_BL[0] - prompt).tolist() == [6] * prompt + [3, 3, 3, 6, 6, 6]
+    assert batch.sequences_S.tolist() == [1, 4, 0, 3, 2]
+    predicted = [[-1, 0], [-1, 0, 1], [-1, 0, 1, 2], [-1, 0, 1, 2], [-1, 3, 4, 5]]
+    assert (batch.rows_R - prompt).tolist() == [place for part in predicted for place in part]
 
 
 def test_rows_are_shared_only_up_to_a_width() -> None:

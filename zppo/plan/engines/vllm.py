@@ -28,6 +28,8 @@ OWNED = {
     "tokenizer": "it is in the folder of {served.model_path}",
     "dtype": "it is the setting dtype next to {served.model_path}",
     "logprobs_mode": "training needs log-probs of the distribution that was sampled",
+    "hf_token": "models are folders, and what is set here stands in run.json and in trackers",
+    "trust_remote_code": "code of model folders is never run",
     "skip_tokenizer_init": "prompts and responses are tokenised outside of vLLM",
     "weight_transfer_config": "weights come through shared memory",
     "worker_extension_cls": "weights come through shared memory",
@@ -40,6 +42,8 @@ CHUNKED_PREFILL = "enable_chunked_prefill"
 which only those of GPUs can do, and its engine core dies."""
 SHARE = "gpu_memory_utilization"
 """What vLLM takes of a card."""
+CACHE_BYTES = "kv_cache_memory_bytes"
+"""How large its cache of keys and values is; without it, as large as there is room."""
 CLASSES = ("EngineArgs", "AsyncEngineArgs")
 BLOCK = 128
 """Tokens of one block of the key-value cache on a CPU, unless `block_size` says otherwise."""
@@ -83,15 +87,21 @@ def argument_names(where: str) -> frozenset[str]:
 def sequence_bytes(
     arguments: Mapping[str, Any], facts: ModelFacts, dtype: Dtype, cards: int = 1
 ) -> int:
-    """Bytes of the keys and values of one sequence that fills the context, in whole blocks, and of
-    its recurrent states, on each of the `cards` of an engine: a card has at least one head."""
+    """The least cache, in bytes on each of the `cards` of an engine, that takes a sequence which
+    fills the context: its keys and values in whole blocks, its recurrent states, and one block that
+    vLLM keeps for itself. A card has at least one head."""
     block = whole(arguments.get("block_size"), BLOCK)
     length = whole(arguments.get("max_model_len"), facts.context)
     heads = -(-facts.kv_heads // cards)
-    a_token = (facts.layers - facts.without_keys) * 2 * heads * facts.head_dim
-    whole_blocks = -(-length // block) * block
-    states = facts.states // cards * DTYPE_BYTES["float32"]  # Qwen3.5's mamba_ssm_dtype
-    return whole_blocks * a_token * DTYPE_BYTES[dtype] + states
+    a_token = 2 * heads * facts.head_dim * DTYPE_BYTES[dtype]  # of one layer
+    carrying = 0
+    if facts.states:
+        # Layers have pages of one size: a block gets as many tokens as a state is large.
+        carrying = facts.without_keys or facts.layers
+        state = facts.states // carrying // cards * DTYPE_BYTES["float32"]  # as mamba_ssm_dtype
+        block *= -(-state // (block * a_token))
+    blocks = -(-length // block) + 1
+    return (blocks * (facts.layers - facts.without_keys) + carrying) * block * a_token
 
 
 def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: ServedModel) -> None:
@@ -111,7 +121,7 @@ def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: Se
         )
     cards = whole(arguments.get("tensor_parallel_size"), 1)
     size, needed = (
-        arguments.get("kv_cache_memory_bytes"),
+        arguments.get(CACHE_BYTES),
         sequence_bytes(arguments, facts, model.dtype, cards),
     )
     otherwise = facts.caches_otherwise or "kv_cache_dtype" in arguments
@@ -120,7 +130,8 @@ def check_vllm_sizes(arguments: Mapping[str, Any], facts: ModelFacts, served: Se
         raise UserError(
             f"{where}.engine_args.kv_cache_memory_bytes is {size}; expected at least {needed}, "
             f"{each}the keys and values of "
-            f"one sequence of {length or facts.context} tokens (max_model_len)"
+            f"one sequence of {length or facts.context} tokens (max_model_len) and a block that "
+            "vLLM keeps for itself"
         )
 
 
@@ -147,7 +158,7 @@ def check_prompts_read_whole(
 
 
 def _check_numbers(arguments: Mapping[str, Any], where: str) -> None:
-    size, share = (arguments.get(name) for name in ("kv_cache_memory_bytes", SHARE))
+    size, share = (arguments.get(name) for name in (CACHE_BYTES, SHARE))
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise UserError(
             f"{where}.engine_args.kv_cache_memory_bytes is {size!r}; expected a whole number of "

@@ -8,7 +8,7 @@ from typing import Any
 
 from zppo.data.pictures import MAX_BYTES, PictureError, plain_bytes
 from zppo.plan.engines.openai import OpenAIArguments
-from zppo.prompting.content import messages_in_parts
+from zppo.prompting.content import messages_as_text, messages_in_parts
 from zppo_actors.engines.base import EngineError
 from zppo_protocol.messages import GenerateTask
 from zppo_protocol.values import PictureReference, Prompt, Sampling
@@ -20,17 +20,16 @@ SEEDS = 2**31
 def chat_messages(prompt: Prompt) -> list[dict[str, Any]]:
     """The messages of a request. Reads files. Raises EngineError for a picture that cannot be sent.
 
-    Pictures, and frames of videos with their times, come in their order before the text of the last
-    message of the user.
+    Pictures, and frames of videos with their times, stand as `messages_in_parts` says.
     """
     if not prompt.media:
-        return [{"role": entry.role, "content": entry.content} for entry in prompt.messages]
+        return [dict(message) for message in messages_as_text(prompt)]
     try:
         messages = messages_in_parts(prompt, _picture_part)
     except ValueError as error:
         raise EngineError(str(error), retryable=False) from error
     for message in messages:  # plain text where there is nothing else, for the simplest servers
-        if len(message["content"]) == 1:
+        if [part["type"] for part in message["content"]] == ["text"]:
             message["content"] = message["content"][0]["text"]
     return messages
 

@@ -6,11 +6,16 @@ the engine's business. A prompt is read once per group and without its last toke
 first input of every member, so the end of a prompt and a sampled token take the same step. Work per
 token is a handful of tensor operations over all rows; Python runs per sequence only.
 
-Invariant: row r of every buffer belongs to `running[r]`; rows beyond `len(running)` hold nothing
-that is read.
+Members of a group that have sampled the same tokens so far are one *branch*: the model reads their
+next token once, and each samples from the same logits with its own random number. Where these give
+several tokens, the branch is copied, one for each token.
 
-Legend: B active rows, R rows and C columns held, M prompts of one prefill, Q their padded length, V
-vocabulary.
+Invariant: row b of the cache, its bias and the next tokens belongs to branch b, row s of all other
+buffers to `running[s]`; rows beyond the last branch and sequence hold nothing that is read. Each
+branch has a running sequence, `_branch_R` says which branch each has.
+
+Legend: S running sequences, B branches, R rows and C columns held, M prompts of one prefill, Q
+their padded length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -69,10 +74,11 @@ class Decoder:
         self._hidden = mask_value(model.dtype)
         self._ids_RC, self._log_probs_RC, self._uniforms_RC = self._empty_buffers()
         self._position_R = np.zeros(max_rows, dtype=np.int64)
-        """Position of the token each row feeds next; prompt length - 1 at first."""
+        """Position of the token each sequence feeds next; prompt length - 1 at first."""
         self._shift_R = np.zeros(max_rows, dtype=np.int64)
         """What the model counts a token beyond its place, because of the pictures before it."""
         self._left_R = np.zeros(max_rows, dtype=np.int64)
+        self._branch_R = np.zeros(max_rows, dtype=np.int64)
         self._tokens_B = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._changed = True
         if self._cache.recurrent:
@@ -101,7 +107,7 @@ class Decoder:
         for batch in _batches(groups, equal=self._cache.recurrent):
             self._prefill(batch)
         if groups:
-            last_ids = [int(sequence.prompt_ids[-1]) for sequence in self.running[first:]]
+            last_ids = [int(group[0].prompt_ids[-1]) for group in groups]
             self._tokens_B = torch.cat(
                 [self._tokens_B, torch.tensor(last_ids, device=self._device)]
             )
@@ -110,16 +116,17 @@ class Decoder:
         """Sample one token for every running sequence; return those that ended with it. Their rows
         are free again."""
         self._prepare()
-        tokens_B, log_probs_B = self._sampler(
-            self._logits(), self._uniforms_RC.view(-1)[self._places_B]
+        tokens_S, log_probs_S = self._sampler(
+            self._logits().index_select(0, self._branch_S),
+            self._uniforms_RC.view(-1)[self._places_S],
         )
-        self._tokens_B = tokens_B
+        self._places_S += 1
         self._places_B += 1
         self._positions_B += 1
-        self._ids_RC.view(-1).index_copy_(0, self._places_B, tokens_B)
-        self._log_probs_RC.view(-1).index_copy_(0, self._places_B, log_probs_B)
+        self._ids_RC.view(-1).index_copy_(0, self._places_S, tokens_S)
+        self._log_probs_RC.view(-1).index_copy_(0, self._places_S, log_probs_S)
         self._note_support()
-        return self._end(tokens_B.cpu().numpy())
+        return self._end(tokens_S.cpu().numpy())
 
     def drop(self, unwanted: Callable[[Running], bool]) -> None:
         """Stop sequences nobody waits for."""
@@ -143,12 +150,15 @@ class Decoder:
         if furthest + 1 >= self._cache.cursor.columns:
             self._reserve(rows, furthest + 2)
         if self._changed:
-            columns = self._cache.cursor.columns
-            places_B = np.arange(rows, dtype=np.int64) * columns + self._position_R[:rows]
-            self._places_B = torch.from_numpy(places_B).to(self._device)
-            self._positions_B = torch.from_numpy(self._position_R[:rows] + self._shift_R[:rows]).to(
-                self._device
+            columns, branch_S = self._cache.cursor.columns, self._branch_R[:rows]
+            _, member_B = np.unique(branch_S, return_index=True)
+            position_B = self._position_R[member_B]
+            self._places_S = self._on_device(
+                np.arange(rows, dtype=np.int64) * columns + self._position_R[:rows]
             )
+            self._places_B = self._on_device(np.arange(len(position_B)) * columns + position_B)
+            self._positions_B = self._on_device(position_B + self._shift_R[member_B])
+            self._branch_S = self._on_device(branch_S)
             self._sampler = Sampler(
                 [sequence.sampling for sequence in self.running],
                 self._device,
@@ -161,6 +171,9 @@ class Decoder:
             self._places_B, min(_round_up(furthest + 1), self._cache.cursor.columns)
         )
 
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, dtype=torch.int64, device=self._device)
+
     def _note_support(self) -> None:
         """Keep what the tokens just sampled could have been. On the host: on the device it would
         take `support_limit` numbers for every column held."""
@@ -169,22 +182,22 @@ class Decoder:
                 self.running[row].support.append(ids_W[ids_W >= 0])
 
     def _seen(self) -> Tensor | None:
-        """Which tokens each row has sampled so far, [B, V] bool; None if no row is penalised for
+        """Which tokens each sequence has sampled so far, [S, V] bool; None if none is penalised for
         them."""
         if not any(sequence.sampling.presence_penalty for sequence in self.running):
             return None
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
-        seen_BV = torch.zeros(
+        seen_SV = torch.zeros(
             (len(self.running), vocabulary), dtype=torch.bool, device=self._device
         )
         for row, sequence in enumerate(self.running):
             first = len(sequence.prompt_ids)
-            seen_BV[row, self._ids_RC[row, first : first + self._count(row)]] = True
-        return seen_BV
+            seen_SV[row, self._ids_RC[row, first : first + self._count(row)]] = True
+        return seen_SV
 
     def _logits(self) -> Tensor:
         """Next-token logits [B, V]."""
-        rows, visible = len(self.running), self._cache.cursor.visible
+        rows, visible = len(self._tokens_B), self._cache.cursor.visible
         self._bias_RC.view(-1).index_fill_(0, self._places_B, 0.0)
         output = self._model(
             input_ids=self._tokens_B[:, None],
@@ -196,21 +209,22 @@ class Decoder:
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
-    def _end(self, tokens_B: np.ndarray) -> list[Ended]:
+    def _end(self, tokens_S: np.ndarray) -> list[Ended]:
         rows = len(self.running)
         self._position_R[:rows] += 1
         self._left_R[:rows] -= 1
-        stopped_B = (
-            np.isin(tokens_B, self._end_ids)
+        stopped_S = (
+            np.isin(tokens_S, self._end_ids)
             if len(self._end_ids) > 1
-            else tokens_B == self._end_ids[0]
+            else tokens_S == self._end_ids[0]
         )
-        ended_B = stopped_B | (self._left_R[:rows] == 0)
-        if not ended_B.any():
+        ended_S = stopped_S | (self._left_R[:rows] == 0)
+        self._branch_off(tokens_S, np.flatnonzero(~ended_S))
+        if not ended_S.any():
             return []
-        ended = [int(row) for row in np.flatnonzero(ended_B)]
+        ended = [int(row) for row in np.flatnonzero(ended_S)]
         results = [
-            (self.running[row], self._completion(row, "stop" if stopped_B[row] else "length"))
+            (self.running[row], self._completion(row, "stop" if stopped_S[row] else "length"))
             for row in ended
         ]
         self._remove(ended)
@@ -231,16 +245,57 @@ class Decoder:
         """Tokens sampled so far by the sequence in `row`."""
         return int(self._position_R[row]) + 1 - len(self.running[row].prompt_ids)
 
+    # ---- branches part ---------------------------------------------------------------------------
+
+    def _branch_off(self, tokens_S: np.ndarray, going_on: np.ndarray) -> None:
+        """Of the sequences that go on, give those of a branch that sampled different tokens
+        branches of their own; note the next token of each branch."""
+        branches = len(self._tokens_B)
+        parts, members = np.unique(
+            np.stack([self._branch_R[going_on], tokens_S[going_on]]), axis=1, return_inverse=True
+        )
+        old, tokens = parts
+        apart = np.flatnonzero(old[1:] == old[:-1]) + 1
+        new = old.copy()
+        new[apart] = branches + np.arange(len(apart))
+        self._branch_R[going_on] = new[members.reshape(-1)]
+        tokens_B = np.zeros(branches + len(apart), dtype=np.int64)
+        tokens_B[new] = tokens
+        self._tokens_B = self._on_device(tokens_B)
+        if len(apart):
+            self._copy_branches(old[apart], new[apart])
+
+    def _copy_branches(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy what the model has read for some branches onto others (disjoint)."""
+        rows = len(self.running)
+        from_, to = self._on_device(sources), self._on_device(targets)
+        self._cache.move(from_, to, int(self._position_R[:rows].max()))
+        self._bias_RC.index_copy_(0, to, self._bias_RC.index_select(0, from_))
+        self._changed = True
+
+    def _drop_branches(self) -> None:
+        """Free the branches that no sequence has; the last ones move into the holes."""
+        rows, branches = len(self.running), len(self._tokens_B)
+        used_B = np.zeros(branches, dtype=np.bool_)
+        used_B[self._branch_R[:rows]] = True
+        kept = int(used_B.sum())
+        holes, movers = np.flatnonzero(~used_B[:kept]), kept + np.flatnonzero(used_B[kept:])
+        if len(holes):
+            self._copy_branches(movers, holes)
+            self._tokens_B[self._on_device(holes)] = self._tokens_B[self._on_device(movers)]
+            moved_B = np.arange(branches)
+            moved_B[movers] = holes
+            self._branch_R[:rows] = moved_B[self._branch_R[:rows]]
+        self._tokens_B = self._tokens_B[:kept]
+
     # ---- rows come and go ------------------------------------------------------------------------
 
     def _prefill(self, groups: list[list[Running]]) -> None:
-        """Read each prompt once, but for its last token, and give every member of its group a
-        row."""
-        first = len(self.running)
+        """Read each prompt once, but for its last token, as a branch that every member of its group
+        has."""
+        first = self._branches
         lengths = [len(group[0].prompt_ids) - 1 for group in groups]
-        prompt_of_row = torch.tensor(
-            [m for m, group in enumerate(groups) for _ in group], device=self._device
-        )
+        prompt_of_row = torch.arange(len(groups), device=self._device)
         self._cache.at_prompts(first, prompt_of_row)
         if max(lengths) > 0:
             self._model(
@@ -258,9 +313,9 @@ class Decoder:
         self._bias_RC[new_rows] = torch.where(columns_C < seen_R1, 0.0, self._hidden).to(
             self._bias_RC.dtype
         )
-        for group in groups:
+        for branch, group in enumerate(groups, start=first):
             for sequence in group:
-                self._start(sequence)
+                self._start(sequence, branch)
 
     def _placed(self, groups: list[list[Running]], length: int) -> dict[str, Any]:
         """Positions of the prompts' tokens, and what is to be seen there."""
@@ -279,12 +334,18 @@ class Decoder:
             input_ids=first_11, position_ids=first_11, past_key_values=self._cache, use_cache=True
         )
 
-    def _start(self, sequence: Running) -> None:
+    @property
+    def _branches(self) -> int:
+        """How many there are, those included whose next token is not noted yet."""
+        return int(self._branch_R[: len(self.running)].max(initial=-1)) + 1
+
+    def _start(self, sequence: Running, branch: int) -> None:
         row = len(self.running)
         self.running.append(sequence)
         self._position_R[row] = len(sequence.prompt_ids) - 1
         self._shift_R[row] = 0 if sequence.pictures is None else sequence.pictures.shift
         self._left_R[row] = sequence.budget
+        self._branch_R[row] = branch
         sequence.sampled_by(self.version, 0)
         self._lay_out_uniforms(row)
         self._changed = True
@@ -301,8 +362,7 @@ class Decoder:
             sequence.uniforms_laid_out = wanted
 
     def _remove(self, ended: list[int]) -> None:
-        """Free rows; the last active rows move into the holes, so that the active rows stay a
-        prefix."""
+        """Free rows; the last running ones move into the holes, so that they stay a prefix."""
         if not ended:
             return
         rows, gone = len(self.running), set(ended)
@@ -311,16 +371,15 @@ class Decoder:
         movers = [row for row in range(kept, rows) if row not in gone]
         if holes:
             self._move(movers, holes)
-        self._tokens_B = self._tokens_B[:kept]
         del self.running[kept:]
+        self._drop_branches()
         self._changed = True
 
     def _move(self, movers: list[int], holes: list[int]) -> None:
         sources, targets = (torch.tensor(rows, device=self._device) for rows in (movers, holes))
-        self._cache.move(sources, targets, int(self._position_R[movers].max()) + 1)
-        for buffer in (*self._buffers(), self._tokens_B):
+        for buffer in (self._ids_RC, self._log_probs_RC, self._uniforms_RC):
             buffer.index_copy_(0, targets, buffer.index_select(0, sources))
-        for host in (self._position_R, self._shift_R, self._left_R):
+        for host in (self._position_R, self._shift_R, self._left_R, self._branch_R):
             host[holes] = host[movers]
         for source, target in zip(movers, holes, strict=True):
             self.running[target] = self.running[source]
@@ -348,7 +407,7 @@ class Decoder:
     def _hide_new_columns(self) -> None:
         """After growth: new columns of running rows are hidden, and their random numbers go on."""
         for row in range(len(self.running)):
-            self._bias_RC[row, int(self._position_R[row]) :] = self._hidden
+            self._bias_RC[self._branch_R[row], int(self._position_R[row]) :] = self._hidden
             self._lay_out_uniforms(row)
         self._changed = True
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from zppo.data.pictures import PictureError
+from zppo.errors import UserError
 from zppo.plan.engines.own import TransformersArguments, convert_arguments
 from zppo.training.loading import tower_parameters
 from zppo.training.pictures import SeenPrompt, Tower
@@ -142,7 +143,7 @@ class TransformersEngine:
         texts = self._tokenizer.decode(
             [completion.token_ids for completion in completions], task.prompt.start
         )
-        media_tokens = self._tower.media_tokens(media) if self._tower and media else []
+        media_tokens = [] if pictures is None else pictures.media_tokens
         return group_samples(prompt_ids, completions, texts, media_tokens)
 
     async def score(self, task: ScoreTask) -> TokenScores:
@@ -200,14 +201,17 @@ class TransformersEngine:
         return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
 
     def _look(self, prompt_ids: np.ndarray, media: Sequence[Media]) -> SeenPrompt:
-        """Read the pictures of a prompt. Raises EngineError if one is not what was referred to."""
+        """Read the pictures and videos of a prompt. Raises EngineError if a file is not what was
+        referred to, UserError if the model's folder cannot show any."""
         assert self._tower is not None, "a prompt with pictures has been encoded"
         try:
             seen = self._tower.seen(prompt_ids, media)
             assert seen is not None
-            if prompt_ids[-1] == self._tower.layout.family.mark:
+            if int(prompt_ids[-1]) in self._tower.layout.marks:
                 raise ValueError("the prompt ends with a picture")
-            return replace(seen, pixels=tuple(map(self._tower.pixels, seen.references)))
+            return replace(seen, pixels=tuple(map(self._tower.pixels, seen.views)))
+        except UserError:
+            raise
         except (PictureError, ValueError) as error:
             raise EngineError(str(error), retryable=False) from error
 
@@ -267,7 +271,7 @@ class TransformersEngine:
             self._scorer = self._scorer or Scorer(self._model, self._where, self._tower)
             self._progress += job.advance(self._scorer)
             self._failures = 0
-        except EngineError as error:
+        except (EngineError, UserError) as error:
             job.fail(error)
         except Exception as error:
             log.exception("task %s cannot be scored", job.task.task_id)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zppo.errors import UserError
 from zppo.training.pictures import SeenPrompt
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.score_tasks import ScoreTable
@@ -32,12 +33,12 @@ class Job:
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.settled = False
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: EngineError | UserError) -> None:
         """Settle with a reason."""
         self.settle(error)
 
     def settle(self, outcome: Any) -> None:
-        """Settle, with an EngineError or with a result."""
+        """Settle, with an EngineError, a UserError, or a result."""
         self.settled = True
         post(self.loop, resolve, self.future, outcome)
 
@@ -132,10 +133,10 @@ def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments:
 
 
 def resolve(future: asyncio.Future[Any], outcome: Any) -> None:
-    """Give the future its result or its EngineError, unless it was cancelled."""
+    """Give the future its result or its error, unless it was cancelled."""
     if future.done():
         return
-    if isinstance(outcome, EngineError):
+    if isinstance(outcome, EngineError | UserError):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

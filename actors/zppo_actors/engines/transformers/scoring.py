@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zppo.data.pictures import PictureError
+from zppo.errors import UserError
 from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.head import hidden_states, probe_head
 from zppo.training.pictures import Tower
@@ -72,7 +73,8 @@ class Scorer:
             table.put(member, ids_nK, log_probs_nK)
 
     def _seen(self, task: ScoreTask, ids_BL: Tensor) -> dict[str, Any]:
-        """The pictures of the task's prompt, which all rows begin with. Raises EngineError."""
+        """The pictures of the task's prompt, which all rows begin with. Raises EngineError, or
+        UserError if the model's folder cannot show any."""
         if not task.media:
             return {}
         if self._tower is None:
@@ -83,6 +85,8 @@ class Scorer:
             seen = self._tower.seen(task.prompt_ids, task.media)
             places_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand(ids_BL.shape)
             return self._tower.inputs([seen] * len(ids_BL), places_BL)
+        except UserError:
+            raise
         except (PictureError, ValueError) as error:
             raise EngineError(str(error), retryable=False) from error
 

@@ -35,12 +35,7 @@ from zppo.prompting.picture_families import unsampled_ids
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.sequences import Completion, group_samples
 from zppo_actors.engines.tokenization import PromptTokenizer
-from zppo_actors.engines.vllm.media import (
-    PictureTokenizer,
-    media_tokens,
-    open_pictures,
-    takes_pictures,
-)
+from zppo_actors.engines.vllm.media import PictureTokenizer, takes_pictures
 from zppo_actors.engines.vllm.publication import (
     PREPARING,
     READY,
@@ -236,14 +231,17 @@ class VllmEngine:
             return prompt, []
         if not isinstance(self._tokenizer, PictureTokenizer):
             raise EngineError(TEXT_ONLY, retryable=False)
-        pictures = await asyncio.to_thread(open_pictures, media)
-        prompt |= {"multi_modal_data": {"image": pictures}}
+        shown = self._tokenizer.shown
+        prompt |= await asyncio.to_thread(shown.open, media)
         try:
             [rendered] = await self._llm.renderer.render_cmpl_async([prompt])
         except Exception as error:
             raise self._failure(error) from error
-        places = rendered["mm_placeholders"]["image"]
-        return rendered, media_tokens(media, [place.get_num_embeds() for place in places])
+        found = {
+            kind: [place.get_num_embeds() for place in places]
+            for kind, places in rendered["mm_placeholders"].items()
+        }
+        return rendered, shown.tokens(media, found)
 
     async def _sample(
         self,

@@ -71,7 +71,9 @@ def read_layout(folder: str, dtype: str, where: str) -> Layout:
     opened_by = model_class(config, folder, where)
     try:
         with torch.device("meta"):
-            model = opened_by.from_config(config, dtype=getattr(torch, dtype))
+            model = opened_by.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=False
+            )
     except FAULTS as error:
         reason = first_line(error)
         raise UserError(f"{where}: {folder!r} is no causal language model ({reason})") from error

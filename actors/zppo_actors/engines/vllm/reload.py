@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
+from vllm.model_executor.layers.attention import (
+    Attention,
+    MMEncoderAttention,
+    is_deferred_attention_layer,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -25,6 +29,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.model_executor.model_loader.reload.sanitize import (
+    restore_layer_refs,
+    sanitize_layer_refs,
+)
 
 STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 """Attributes in which a shadow differs from its model from the start; any other one was written by
@@ -67,7 +75,9 @@ def can_shadow(model: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module) -> bool:
     if is_deferred_attention_layer(layer):
-        return type(layer) is Attention
+        # A tower's attention derives something of its weights for fp8 alone.
+        eyes = isinstance(layer, MMEncoderAttention) and not layer.fp8_enabled
+        return eyes or type(layer) is Attention
     method = getattr(layer, "quant_method", None)
     return method is None or type(method) in PLAIN_METHODS
 
@@ -85,8 +95,12 @@ def _twin(
         return modules[id(module)]
     twin = modules[id(module)] = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
-    twin._parameters = {name: _copy(tensor, tensors) for name, tensor in module._parameters.items()}
-    twin._buffers = {name: _copy(tensor, tensors) for name, tensor in module._buffers.items()}
+    twin._parameters = {
+        name: _copy(tensor, tensors, module, twin) for name, tensor in module._parameters.items()
+    }
+    twin._buffers = {
+        name: _copy(tensor, tensors, module, twin) for name, tensor in module._buffers.items()
+    }
     twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     twin._modules = {
         name: None if child is None else _twin(child, modules, tensors)
@@ -105,13 +119,19 @@ def _records(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: to_meta_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def _copy(tensor: Any, tensors: dict[int, Tensor]) -> Any:
+def _copy(tensor: Any, tensors: dict[int, Tensor], module: nn.Module, twin: nn.Module) -> Any:
     if tensor is None:
         return None
     if id(tensor) not in tensors:
         copy = tensor.detach().clone()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        tensors[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=False)
+            # Of vLLM's own kinds, with a loader that belongs to the layer. Its reload restores
+            # both from a record, but for biases.
+            copy.__class__ = tensor.__class__
+            copy.__dict__.update(tensor.__dict__)
+            copy = restore_layer_refs(sanitize_layer_refs(copy, module), twin)
+        tensors[id(tensor)] = copy
     return tensors[id(tensor)]
 
 

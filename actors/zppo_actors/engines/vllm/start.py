@@ -25,6 +25,13 @@ from zppo.plan.engines.vllm import (
     sequence_bytes,
     whole,
 )
+from zppo.plan.engines.vllm_models import (
+    PREFIX_CACHING,
+    check_recurrent_on_cpu,
+    check_torchvision,
+    torchvision_problem,
+    torchvision_sentence,
+)
 from zppo.plan.model_folder import ModelFacts, inspect_model
 from zppo_actors.engines.base import EngineSpec
 from zppo_actors.engines.vllm.media import takes_pictures
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 GROUP = "vllm.general_plugins"
+UNREADABLE = "failed to be inspected"
+"""What vLLM says of a model whose code it cannot import."""
 MAX_SEQUENCES = 64
 GIB = 1 << 30
 MAX_TOP_K = 4096
@@ -70,6 +79,8 @@ def arguments_of(spec: EngineSpec) -> dict[str, Any]:
     check_vllm_sizes(arguments, facts, spec.served)
     if spec.device == "cpu":
         check_prompts_read_whole(arguments, facts, spec.served)
+        check_recurrent_on_cpu(arguments, facts, spec.served)
+    check_torchvision(facts.kind, spec.served)
     _check_memory(arguments, facts, spec)
     return arguments
 
@@ -98,11 +109,15 @@ def defaults(spec: EngineSpec, facts: ModelFacts) -> dict[str, Any]:
         # length on the way; the next prompt with that picture then ends in an error. So nothing is
         # remembered.
         chosen["mm_processor_cache_gb"] = 0
+        # In its worker vLLM would scale the pixels of videos as those of pictures.
+        chosen["mm_device_do_normalize"] = False
     if facts.bounded:
         # Beyond it vLLM would turn all positions by other factors than the trainer does.
         chosen["max_model_len"] = facts.context
     if spec.device == "cpu":
         chosen[CHUNKED_PREFILL] = False
+        if facts.states:
+            chosen[PREFIX_CACHING] = False
     if spec.device != "cpu" or any(
         name in spec.served.actor.engine_args for name in CACHE_SETTINGS
     ):
@@ -186,6 +201,8 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
         engine_args = AsyncEngineArgs(**arguments)
         config = engine_args.create_engine_config()
     except (ValueError, TypeError, NotImplementedError) as error:
+        if UNREADABLE in str(error) and (problem := torchvision_problem()):
+            raise UserError(torchvision_sentence(problem, spec.served)) from error
         raise UserError(
             f"{spec.served.actor_path}.engine_args: vLLM refuses them: {first_sentence(error)}"
         ) from error

@@ -45,7 +45,7 @@ from zppo.plan.machine import Machine
 from zppo.plan.make import make_plan
 from zppo.plan.memory import CLIENT_LIBRARIES
 from zppo.plan.plan import Plan
-from zppo.records.metrics import prompt_length, response_lengths, response_tokens
+from zppo.records.metrics import prompt_length, response_lengths
 from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.openai import body
@@ -54,8 +54,9 @@ from zppo_actors.engines.openai.engine import OpenAIEngine
 from zppo_actors.engines.openai.reply import Events
 from zppo_actors.engines.openai.retry import LONGEST_PAUSE_SECONDS, Pauses, RetryBudget, retry_after
 from zppo_protocol.messages import GenerateResult, Heartbeat, Hello, Shutdown, TaskFailed, Welcome
+from zppo_protocol.places import PLACE
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import Prompt, VideoReference
+from zppo_protocol.values import ChatMessage, Prompt, VideoReference
 
 ROOT = Path(__file__).parents[4]
 KEY = "sk-very-secret-0123456789"
@@ -135,7 +136,7 @@ def test_a_group_in_one_request(serve: Callable[..., Server]) -> None:
     assert samples.finish_reasons == ["stop"] * 3
     assert samples.text_only and len(samples.token_ids) == 0 and samples.offsets.tolist() == [0] * 4
     assert (
-        response_tokens(samples) == 15
+        samples.written_tokens == 15
         and response_lengths(samples) == [None] * 3
         and prompt_length(samples) == 7
     )
@@ -147,13 +148,13 @@ def test_lengths_are_known_where_each_request_makes_one_choice(
     server = serve(fake.good(), fake.good(usage=False))
     samples = sample(server, n=2, choices_per_request=1)
     assert ["n" in request.body for request in server.requests] == [False, False]
-    assert sorted(response_lengths(samples), key=str) == [5, None] and response_tokens(samples) == 5
+    assert sorted(response_lengths(samples), key=str) == [5, None] and samples.written_tokens == 5
 
 
 def test_a_server_that_does_not_stream_is_understood(serve: Callable[..., Server]) -> None:
     samples = sample(serve(fake.whole()), n=2)
     assert samples.texts == ["choice 0: \\boxed{1}", "choice 1: \\boxed{1}"]
-    assert samples.finish_reasons == ["length"] * 2 and response_tokens(samples) == 9
+    assert samples.finish_reasons == ["length"] * 2 and samples.written_tokens == 9
 
 
 def test_greedy_completions_are_asked_for_one_by_one(serve: Callable[..., Server]) -> None:
@@ -193,7 +194,7 @@ def test_surplus_choices_are_left_out_and_not_counted(
         {"index": i, "message": {"content": str(i)}, "finish_reason": "stop"} for i in range(5)
     ]
     samples = sample(serve(fake.good(makes=5) if streams else fake.whole(choices=choices)), n=2)
-    assert len(samples.texts) == 2 and response_tokens(samples) == 0
+    assert len(samples.texts) == 2 and samples.written_tokens == 0
 
 
 def test_a_stream_may_end_without_its_last_marks(serve: Callable[..., Server]) -> None:
@@ -229,6 +230,30 @@ def test_pictures_travel_as_data_urls(tmp_path: Path) -> None:
         first,
     ]
     assert text == {"type": "text", "text": "What is this?"}
+
+
+def test_pictures_travel_at_their_places(tmp_path: Path) -> None:
+    """Messages with nothing but text stay plain, and one may be nothing but a picture."""
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (2, 2), "red").save(path)
+    picture = refer(path)
+    turns = [("user", PLACE), ("assistant", "Red."), ("user", f"Is {PLACE} red?")]
+    messages = [ChatMessage(role=role, content=text) for role, text in turns]  # type: ignore[arg-type]
+    first, second, third = chat_messages(Prompt(messages=messages, media=[picture, picture]))
+    [shown] = first["content"]
+    assert shown["type"] == "image_url" and second["content"] == "Red."
+    words = [{"type": "text", "text": text} for text in ("Is ", " red?")]
+    assert third["content"] == [words[0], shown, words[1]]
+
+
+def test_places_that_are_not_one_for_each_end_the_request(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (2, 2), "red").save(path)
+    messages = [ChatMessage(role="user", content=PLACE * 2)]
+    with pytest.raises(EngineError) as refused:
+        chat_messages(Prompt(messages=messages, media=[refer(path)]))
+    assert str(refused.value) == "the prompt has 2 places for 1 pictures and videos"
+    assert not refused.value.retryable
 
 
 @pytest.mark.parametrize("kind", ["palette", "deep", "turned", "bounded", "bitmap"])
@@ -709,6 +734,9 @@ def test_the_server_is_asked_for_its_models_first(serve: Callable[..., Server]) 
         == f"{WHERE}.model: the server at {server.base_url} serves no 'big-techer' (did you mean '{MODEL}'?)"
     )
     assert refusal(lambda: create(spec(server, model="x"))).endswith(f"(it serves: {MODEL}, small)")
+    hostile = serve(models=("\x1b]0;mine\x07",))
+    said = refusal(lambda: create(spec(hostile, model="x")))
+    assert said.endswith(r"serves no 'x' (it serves: \x1b]0;mine\x07)")
     create(spec(server, model="x", check_model=False))
 
 
@@ -868,7 +896,7 @@ def test_teacher_actor_behind_a_server(
     assert (
         result.task_id == "a"
         and len(result.samples.texts) == 3
-        and response_tokens(result.samples) == 15
+        and result.samples.written_tokens == 15
     )
     on.credits(3)
     while on.next(Heartbeat).progress != 15:

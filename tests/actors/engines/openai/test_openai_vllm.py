@@ -22,7 +22,7 @@ from engine_helpers import make_task, words
 from served import teacher_of
 
 from zppo.errors import UserError
-from zppo.records.metrics import prompt_length, response_lengths, response_tokens
+from zppo.records.metrics import prompt_length, response_lengths
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.openai.engine import OpenAIEngine
@@ -140,7 +140,7 @@ def test_groups_come_back_as_texts_and_are_counted(use: Callable[..., Any]) -> N
     assert first.texts == again.texts and first.texts != other.texts
     assert first.finish_reasons == ["length"] * 3 or "stop" in first.finish_reasons
     assert prompt_length(first) == 9
-    assert progress == sum(response_tokens(samples) for samples in (first, again, other))
+    assert progress == sum(samples.written_tokens for samples in (first, again, other))
 
 
 def test_one_choice_per_request_gives_the_same_group_and_its_lengths(
@@ -152,9 +152,10 @@ def test_one_choice_per_request_gives_the_same_group_and_its_lengths(
     assert (
         together.texts == apart.texts
     )  # vLLM gives member i of a group the seed of the request plus i
-    assert sum(
-        length for length in response_lengths(apart) if length is not None
-    ) == response_tokens(together)
+    assert (
+        sum(length for length in response_lengths(apart) if length is not None)
+        == together.written_tokens
+    )
 
 
 def test_greedy_groups(use: Callable[..., Any]) -> None:

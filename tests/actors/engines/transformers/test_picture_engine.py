@@ -29,6 +29,7 @@ from zppo.training.policy import Policy
 from zppo_actors.engines.base import EngineError
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
+from zppo_protocol.places import PLACE
 from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
 from zppo_protocol.values import PictureReference, PolicyManifest
 
@@ -68,12 +69,15 @@ def pictured(task: GenerateTask, *media: PictureReference) -> GenerateTask:
 
 
 def tasks_of(family: Family, folder: Path) -> list[GenerateTask]:
-    """Groups with no, one and two pictures, more sequences than the engine has slots."""
+    """Groups with no, one and two pictures, more sequences than the engine has slots; two stand
+    between the words."""
     one, two, three, four = (noise(folder, f"p{i}", size) for i, size in enumerate(SIZES))
     media = ([one], [], [two, three], [four], [one, one])
+    words = list(family.words)
+    words[2] = words[2].replace(" ", f" {PLACE} ", 2)
     return [
         pictured(
-            make_task(family.words[i % 3], n=3, task_id=f"t{i}", seed=i, max_new_tokens=6 + 2 * i),
+            make_task(words[i % 3], n=3, task_id=f"t{i}", seed=i, max_new_tokens=6 + 2 * i),
             *shown,
         )
         for i, shown in enumerate(media)
@@ -219,6 +223,35 @@ def test_a_remote_teacher_scores_responses_to_pictures(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores.log_probs, best.values.numpy(), rtol=0, atol=ROUNDING)
 
 
+def test_a_processor_that_cannot_be_loaded_stops_nothing_but_pictures(tmp_path: Path) -> None:
+    folder = recurrent_models.save_seeing(recurrent_models.make_seeing(), tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    file.write_text(file.read_text().replace("Qwen2VLImageProcessor", "NoSuchProcessor"))
+    engine, media = build(folder, max_sequences=4), [noise(tmp_path, "p", (64, 96))]
+    cannot = "has no processor of pictures that can be loaded .*, and a question has pictures"
+
+    async def work() -> list[GroupSamples]:
+        found = await sample(engine, make_task("how many", n=2))
+        with pytest.raises(UserError, match=cannot):
+            await sample(engine, pictured(make_task("how many"), *media))
+        marks = np.array([3, *[5] * 6, 4], np.int32)
+        task = ScoreTask(
+            task_id="s",
+            prompt_ids=marks,
+            token_ids=found[0].token_ids,
+            offsets=found[0].offsets,
+            top_k=4,
+            media=media,
+            media_tokens=[6],
+        )
+        with pytest.raises(UserError, match=cannot):
+            await engine.score(task)
+        return found
+
+    [found] = run(engine, work())
+    assert len(completions(found)) == 2
+
+
 def test_a_stale_feature_a_changed_pixel_and_a_mark_are_found(tmp_path: Path) -> None:
     """What the test above would find: features that outlive their weights, another picture, and a
     response that holds the mark of one."""
@@ -287,7 +320,8 @@ def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path
     assert str(refused.value) == (
         "student.model: the engine read the pictures of the question 't' as other tokens than the "
         "trainer (picture 1 of 1, of 96 × 96 pixels, should be 9 tokens, and other ones stand in "
-        "the prompt); expected the same preprocessor_config.json for both"
+        "the prompt); expected the same preprocessor_config.json and "
+        "video_preprocessor_config.json for both"
     )
     blind = Policy(engine_helpers.make_model())
     with pytest.raises(UserError) as unseen:

@@ -30,8 +30,7 @@ from zppo_actors.engines import create
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.vllm.media import (
     PictureTokenizer,
-    media_tokens,
-    open_pictures,
+    Shown,
     takes_pictures,
 )
 from zppo_actors.weights import shared_memory
@@ -48,6 +47,7 @@ from zppo_protocol.values import (
 TOLERANCE = 1e-3
 SECONDS = 1800.0
 PROMPT = "USER <image> w5 w6 w7 "
+AS_PICTURES = Shown(None, videos=False, folder="")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -116,7 +116,7 @@ def test_which_models_take_pictures(folder: Path, tmp_path: Path) -> None:
 
 def test_pictures_are_opened_in_their_order(tmp_path: Path) -> None:
     media = [picture(tmp_path, seed) for seed in (1, 2)]
-    first, second = open_pictures(media)
+    first, second = AS_PICTURES.open(media)["multi_modal_data"]["image"]
     assert first.mode == "RGB" and first.size == (90, 70)
     assert first.getpixel((0, 0)) != second.getpixel((0, 0))
 
@@ -125,15 +125,15 @@ def test_a_picture_that_is_not_what_it_was_is_refused_for_good(tmp_path: Path) -
     whole, gone = picture(tmp_path, 1), picture(tmp_path, 2)
     Path(gone.path).unlink()
     with pytest.raises(EngineError, match=r"picture-2.png' does not exist") as caught:
-        open_pictures([whole, gone])
+        AS_PICTURES.open([whole, gone])
     assert not caught.value.retryable
 
 
 def test_tokens_of_a_video_are_those_of_its_frames(tmp_path: Path) -> None:
     one = picture(tmp_path, 1)
     video = VideoReference(frames=(one, one, one), seconds=(0.0, 0.5, 1.0))
-    assert media_tokens([one, video, one], [1, 2, 3, 4, 5]) == [1, 9, 5]
-    assert len(open_pictures([one, video])) == 4
+    assert AS_PICTURES.tokens([one, video, one], {"image": [1, 2, 3, 4, 5]}) == [1, 9, 5]
+    assert len(AS_PICTURES.open([one, video])["multi_modal_data"]["image"]) == 4
 
 
 # ---- the real engine -----------------------------------------------------------------------------

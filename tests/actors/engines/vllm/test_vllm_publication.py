@@ -223,15 +223,30 @@ def test_absent_vllm_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_sequence_bytes_counts_whole_blocks() -> None:
+def test_sequence_bytes_counts_whole_blocks_and_the_one_that_vllm_keeps() -> None:
     facts = ModelFacts(
         parameters=1, context=1000, hidden=64, layers=3, kv_heads=2, head_dim=32, vocabulary=40
     )
     token = 3 * 2 * 2 * 32 * 4
-    assert sequence_bytes({}, facts, "float32") == 1024 * token
-    assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "float32") == 64 * token
-    assert sequence_bytes({"max_model_len": 33, "block_size": 32}, facts, "bfloat16") == 32 * token
-    assert sequence_bytes({"max_model_len": "auto"}, facts, "float32") == 1024 * token
+    assert sequence_bytes({}, facts, "float32") == (1024 + 128) * token
+    small = {"max_model_len": 33, "block_size": 32}
+    assert sequence_bytes(small, facts, "float32") == (64 + 32) * token
+    assert sequence_bytes(small, facts, "bfloat16") == (64 + 32) * token // 2
+    assert sequence_bytes({"max_model_len": "auto"}, facts, "float32") == (1024 + 128) * token
+
+
+def test_layers_with_states_have_pages_of_the_size_of_a_block() -> None:
+    """The sizes that vLLM 0.32 names for this model: blocks of 1,152 tokens, 147,456 bytes."""
+    config = {
+        "model_type": "qwen3_5_text", "vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "max_position_embeddings": 512, "full_attention_interval": 4,
+        "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    }  # fmt: skip
+    facts = facts_of(config, 1, 2, Path("model"), "student.model")
+    assert facts.delta_widths == (128, 128) and facts.without_keys == 3
+    assert sequence_bytes({}, facts, "bfloat16") == (3 + 1 + 1) * 147_456
 
 
 def test_a_context_that_ends_before_the_positions_is_told_to_vllm(tmp_path: Path) -> None:
@@ -261,11 +276,12 @@ def test_sizes_that_vllm_would_refuse_after_loading_the_model(tied: Path) -> Non
         "actors.rollout.engine_args.max_model_len is 1001; expected at most 1000, the context of "
         "student.model"
     )
-    needed = 512 * 3 * 2 * 2 * 32 * 4
+    needed = (512 + 128) * 3 * 2 * 2 * 32 * 4
     assert sizes(tied, max_model_len=500, kv_cache_memory_bytes=needed - 1) == (
         f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed - 1}; expected at least "
         f"{needed}, the keys and "
-        "values of one sequence of 500 tokens (max_model_len)"
+        "values of one sequence of 500 tokens (max_model_len) and a block that vLLM keeps for "
+        "itself"
     )
     # Its size is that of each card; two heads are shared by two cards, and not by four.
     for cards in (2, 4):
@@ -273,7 +289,7 @@ def test_sizes_that_vllm_would_refuse_after_loading_the_model(tied: Path) -> Non
         assert sizes(tied, **small, tensor_parallel_size=cards) == (
             f"actors.rollout.engine_args.kv_cache_memory_bytes is {needed // 2 - 1}; expected at "
             f"least {needed // 2}, each of {cards} cards' part of the keys and values of one "
-            "sequence of 500 tokens (max_model_len)"
+            "sequence of 500 tokens (max_model_len) and a block that vLLM keeps for itself"
         )
 
 

@@ -1,0 +1,89 @@
+"""What the documentation names is there: settings, modules and what they hold, files of the
+repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zppo.config.load import setting_names
+
+ROOT = Path(__file__).parents[1]
+OTHERWISE = ("CHANGELOG", "log", "from_trl", "from_verl")
+"""They tell of what was, or of other tools' settings beside ours."""
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md")
+    for page in sorted(ROOT.glob(pattern))
+    if page.stem not in OTHERWISE
+]
+PACKAGES = {
+    "zppo": ROOT / "zppo",
+    "zppo_actors": ROOT / "actors/zppo_actors",
+    "zppo_protocol": ROOT / "protocol/zppo_protocol",
+    "zppo_kernels": ROOT / "kernels/zppo_kernels",
+}
+ENTRY_POINTS = ("zppo.sources", "zppo.sinks")
+"""Groups of entry points, which look like modules."""
+FOLDERS = "zppo|actors|protocol|kernels|tests|tools|benches|examples|docs"
+SETTINGS = set(setting_names())
+MAPPINGS = tuple(f"{n}." for n in SETTINGS if not any(m.startswith(f"{n}.") for m in SETTINGS))
+"""Behind a setting that is no section may stand what the user names, `engine_args.max_length`."""
+SECTIONS = "|".join(sorted({name.partition(".")[0] for name in SETTINGS}))
+
+
+def wrong(code: str) -> bool:
+    """Whether a piece of code in a page names something that is not there."""
+    if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]+\.(?:py|md|tsv|yaml|j2)", code):
+        return not (ROOT / code).exists()
+    if code in ENTRY_POINTS:
+        return False
+    if re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", code):
+        return not is_there(*code.split("."))
+    if setting := re.fullmatch(rf"((?:{SECTIONS})(?:\.[a-z_]+)+)(?:[:=].*)?", code):
+        name = setting[1]
+        known = name in SETTINGS or name.startswith(MAPPINGS)
+        return not known and not name.endswith((".py", ".json", ".jsonl", ".yaml"))
+    return False
+
+
+def is_there(package: str, *parts: str) -> bool:
+    """A module, or a word in the module that the first parts lead to."""
+    place = PACKAGES[package]
+    for part in parts:
+        if (place / part).is_dir():
+            place /= part
+        elif (place / f"{part}.py").is_file():
+            place /= f"{part}.py"
+        else:
+            source = place if place.is_file() else place / "__init__.py"
+            return re.search(rf"\b{part}\b", source.read_text(encoding="utf-8")) is not None
+    return True
+
+
+def mistakes(page: Path) -> Iterator[str]:
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        for code in re.findall(r"`([^`]+)`", line):
+            if wrong(code):
+                yield f"{page.name}:{number}: {code}"
+
+
+def test_the_documentation_names_what_is_there() -> None:
+    assert [mistake for page in PAGES for mistake in mistakes(page)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "run.stepz: 3",
+        "method.group",
+        "zppo.config.lode",
+        "zppo_protocol.messages.ResponseStart",
+        "tests/zppo/answer_pairs_blind.tsv",
+    ],
+)
+def test_what_is_not_there_is_found(code: str) -> None:
+    assert wrong(code)
