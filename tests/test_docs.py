@@ -1,5 +1,5 @@
 """What the documentation names is there: settings, modules and what they hold, files of the
-repository."""
+repository, and what its links lead to."""
 
 from __future__ import annotations
 
@@ -87,3 +87,41 @@ def test_the_documentation_names_what_is_there() -> None:
 )
 def test_what_is_not_there_is_found(code: str) -> None:
     assert wrong(code)
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to this page may name behind `#`, as GitHub makes it of headings."""
+    text = page.read_text(encoding="utf-8")
+    headings = (re.sub(r"[`*]", "", line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    made = {re.sub(r"[^\w\- ]", "", one.strip().lower()).replace(" ", "-") for one in headings}
+    return made | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+def lost_links(page: Path, text: str) -> Iterator[str]:
+    """The links of a page's text that lead nowhere in this repository."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield f"{page.name}: {link}"
+
+
+def test_links_lead_somewhere() -> None:
+    pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    found = [link for page in pages for link in lost_links(page, page.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_links_that_lead_nowhere_are_found() -> None:
+    page = ROOT / "README.md"
+    assert list(
+        lost_links(page, "[a](docs/none.md) [b](docs/design.md#none) [c](docs/design.md)")
+    ) == [
+        "README.md: docs/none.md",
+        "README.md: docs/design.md#none",
+    ]

@@ -19,8 +19,9 @@ from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError
 from zppo.report import cli as report
 from zppo.signals import die_with_parent
 
-TOPOLOGY = Path(__file__).with_name("examples") / "quickstart.yaml"
-"""`examples` is a link to the folder at the root of the repository, and a folder in a wheel."""
+TOPOLOGY = (Path(__file__).with_name("examples") / "quickstart.yaml").resolve()
+"""`examples` is a link to the folder at the root of the repository, and a folder in a wheel; a run
+by way of the link would be another than one of `examples/quickstart.yaml`."""
 DIRECTORY = "runs/quickstart"
 
 

@@ -7,8 +7,8 @@ weight's is summed over chunks in it.
 
 A CPU has no bf16 product with a float32 result. What it has is oneDNN's leave to round float32
 operands to bf16, which changes nothing where they were bf16 before: all of a bf16 model's but the
-gradient of the logits, which a GPU rounds as well. It is 2.3 times as fast as float32 on a
-processor with bf16 instructions, and has no effect on others.
+gradient of the logits, which a GPU rounds as well. It was 2.3 times as fast as float32 on one
+processor with bf16 instructions, and has no effect on others (Zen 4, which has them, among these).
 
 Shapes: C rows of a chunk, H hidden, V vocabulary.
 """

@@ -82,9 +82,11 @@ class Recording(Simulation):
         origin = "replay" if question in self._seen else "new"
         if task.kind == "plain":
             self._seen.add(question)
-        for length, reward in zip(lengths, self.chance.rewards(task.task_id, task.n), strict=True):
+        rewards = self.chance.rewards(task.task_id, task.n)
+        for index, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
             self.rows[int(window)].append(
                 {
+                    "rollout": index,
                     "question_id": question,
                     "origin": origin,
                     "group_id": task.task_id,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from zppo.quickstart import TOPOLOGY
 
 CHILD = """
 import signal, sys, time
@@ -29,3 +32,9 @@ def test_sigterm_is_passed_on_and_ctrl_c_left_to_the_run() -> None:
     parent.send_signal(signal.SIGINT)
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(timeout=600) == 7
+
+
+def test_its_run_is_one_of_the_topology_in_examples() -> None:
+    """Else `zppo plan examples/quickstart.yaml --from-run` would find other models in it."""
+    root = Path(__file__).resolve().parents[2]
+    assert root / "examples" / "quickstart.yaml" == TOPOLOGY

@@ -158,7 +158,7 @@ def _check_host(host: HostNeed, machine: Machine, plan: Plan) -> None:
 def gib(size: int) -> str:
     """A size in GiB, for people, or in less where that would be next to nothing."""
     for unit, name in ((GIB, "GiB"), (GIB >> 10, "MiB"), (GIB >> 20, "KiB")):
-        if size >= unit / 10:
+        if size >= unit / 20:  # else it would be 0.0 of them
             return f"{size / unit:.1f} {name}"
     return f"{size} bytes"
 

@@ -34,6 +34,10 @@ from zppo.plan.architecture import (
 from zppo.plan.model_class import SEEING, AutoClass, auto_class
 from zppo.plan.model_defaults import completed
 
+FOLDER_EXPECTED = (
+    "expected a folder with config.json, a tokenizer and *.safetensors, as save_pretrained or "
+    "`hf download` writes it"
+)
 MAX_HEADER_BYTES = 100 << 20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXT_SECTION = "text_config"
@@ -88,6 +92,8 @@ def inspect_model(folder: Path, where: str) -> ModelFacts:
     """Read the facts. Raises UserError, naming `where` and what is missing, for a folder that is no
     usable model."""
     if not os.path.isdir(folder):  # false, not an error, for a path that cannot be
+        if os.path.isfile(folder):
+            raise UserError(f"{where}: {str(folder)!r} is a file; {FOLDER_EXPECTED}")
         raise UserError(
             f"{where}: there is no model folder {str(folder)!r}{_nearest_folder(folder)}"
         )
@@ -188,11 +194,17 @@ def _nearest_folder(folder: Path) -> str:
     )
 
 
+def _of_another_kind(folder: Path) -> str:
+    """What to say of a folder for another program; nothing of others."""
+    return f" but *.gguf; {FOLDER_EXPECTED}" if any(folder.glob("*.gguf")) else ""
+
+
 def read_json(path: Path, where: str) -> dict[str, Any]:
     """A JSON object of a model folder. Raises UserError."""
     if not path.is_file():  # a named pipe would be waited for
         raise UserError(
             f"{where}: {str(path.parent)!r} is not a model folder: it has no {path.name}"
+            f"{_of_another_kind(path.parent)}"
         )
     try:
         data = msgspec.json.decode(path.read_bytes())

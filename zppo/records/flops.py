@@ -7,9 +7,9 @@ formula.
 N is the parameters that multiply: all of the model folder, tied weights once, without an input
 embedding of its own. Left out are the products of attention with itself (they grow with length),
 held-out evaluations, and work that died with an actor. Every token of a group in the loss counts,
-also where this trainer saves a pass: where the advantage is 0, and where the first update stands in
-for the proximal pass. A prompt counts once for each group, because engines and trainer share it
-among the responses of the group.
+also where this trainer saves a pass: where the advantage is 0, where responses begin alike, and
+where the first update stands in for the proximal pass. A prompt counts once for each group, because
+engines and trainer share it among the responses of the group.
 """
 
 from __future__ import annotations

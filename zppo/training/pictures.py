@@ -84,6 +84,21 @@ class Kept(Generic[T]):
         self._held = 0
 
 
+def load_processor(folder: str, where: str) -> Any:
+    """The model's processor of pictures, on Pillow. Raises UserError, naming the setting
+    `where`."""
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damaged files raise whatever the library's parsers can
+        raise UserError(
+            f"{where}: {folder!r} has no processor of pictures that can be loaded "
+            f"({first_line(error)}), and a question has pictures; expected {PROCESSOR} as "
+            "save_pretrained writes it, or text only"
+        ) from error
+
+
 class Tower:
     """What sees pictures in one model, that of `folder`, which the setting `where` names. `frozen`:
     its weights stay as they are until `renew`."""
@@ -109,16 +124,7 @@ class Tower:
     @functools.cached_property
     def _processor(self) -> Any:
         """Loaded for the first picture: a run on text alone does without. Raises UserError."""
-        try:
-            return AutoImageProcessor.from_pretrained(
-                self._folder, backend="pil", local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # damaged files raise whatever the library's parsers can
-            raise UserError(
-                f"{self._where}: {self._folder!r} has no processor of pictures that can be loaded "
-                f"({first_line(error)}), and a question has pictures; expected {PROCESSOR} as "
-                "save_pretrained writes it, or text only"
-            ) from error
+        return load_processor(self._folder, self._where)
 
     def seen(self, prompt_ids: np.ndarray, media: Sequence[Media]) -> SeenPrompt | None:
         """The pictures and videos of a prompt [P]; None if it has none. Raises ValueError unless

@@ -324,7 +324,7 @@ def test_a_budget_that_is_spent_ends_the_run_and_nothing_that_was_paid_for_is_as
         (
             "rollout-0",
             {"role": "rollout", "protocol_version": 9},
-            "it speaks protocol version 9, this run speaks 6",
+            f"it speaks protocol version 9, this run speaks {messages.PROTOCOL_VERSION}",
         ),
     ],
 )

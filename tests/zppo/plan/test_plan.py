@@ -212,7 +212,7 @@ def test_a_plan_says_where_it_shows_the_least(small: Path, monkeypatch: pytest.M
     plan = make_plan(topology_of(small, *overrides), 10, MACHINE)
     show(plan, small, Console(file=out, width=200))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert "memory          3.6 GiB at least on the host, 0.0 GiB of it published weights" in lines
+    assert "memory          3.6 GiB at least on the host, 48 bytes of it published weights" in lines
     [engine] = [line for line in lines if "rollout-0" in line]
     assert engine.split("│")[5].strip() == "at least 2.2 GiB"
     answer = answer_of(plan, str(small), None)
@@ -327,6 +327,22 @@ def test_the_tower_by_names_of_folders_as_they_were_published() -> None:
     llava = {"vision_tower.vision_model.layers.0.weight": 5, "multi_modal_projector.bias": 1}
     words = {"language_model.model.layers.0.weight": 7, "language_model.lm_head.weight": 3}
     assert [tower_numbers(one) for one in (qwen | head, llava | words, head)] == [5, 6, 0]
+
+
+def test_what_other_programs_read_is_named(tmp_path: Path) -> None:
+    expected = (
+        "expected a folder with config.json, a tokenizer and *.safetensors, as save_pretrained or "
+        "`hf download` writes it"
+    )
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for named, problem in (
+        (file, f"is a file; {expected}"),
+        (tmp_path, f"is not a model folder: it has no config.json but *.gguf; {expected}"),
+    ):
+        with pytest.raises(UserError) as caught:
+            inspect_model(named, "student.model")
+        assert str(caught.value) == f"student.model: {str(named)!r} {problem}"
 
 
 def test_a_frozen_tower_has_weights_alone_and_lies_whole_on_every_rank() -> None:

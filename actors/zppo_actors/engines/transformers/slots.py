@@ -1,13 +1,14 @@
 """What a model carries from token to token: rows (slots) behind transformers' cache interface.
 
-Row r belongs to one running sequence. Of an attention layer it holds keys and values in columns 0 …
-the sequence's length - 1; what lies beyond is hidden by the attention bias and overwritten later.
-Of a recurrent layer it holds the last inputs of its convolution and its recurrent state, as they
-are behind the last token that was read: nothing hides a part of these, so prompts that are read in
-one pass must have one length, and a new row must be filled or zeroed. The active rows are always
-0 … B-1: a row that ends is filled by moving the last active row into it, so a step reads a plain
-slice and never gathers. Buffers grow in both directions as they are needed. Each head's columns lie
-side by side, [R, K, C, D], so that attention multiplies plain matrices.
+Row r belongs to one running sequence, or to several with the same tokens so far. Of an attention
+layer it holds keys and values in columns 0 … the sequence's length - 1; what lies beyond is hidden
+by the attention bias and overwritten later. Of a recurrent layer it holds the last inputs of its
+convolution and its recurrent state, as they are behind the last token that was read: nothing hides
+a part of these, so prompts that are read in one pass must have one length, and a new row must be
+filled or zeroed. The active rows are always 0 … B-1: a row that ends is filled by moving the last
+active row into it, so a step reads a plain slice and never gathers. Buffers grow in both directions
+as they are needed. Each head's columns lie side by side, [R, K, C, D], so that attention multiplies
+plain matrices.
 
 Legend: R rows held, C columns held, B active rows, M prompts of one prefill, Q their padded length,
 K key-value heads, D head width, L visible columns, W inputs that a convolution sees.

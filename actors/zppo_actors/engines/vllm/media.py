@@ -14,13 +14,14 @@ placeholder's stead as the medium has features. Two invariants:
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
 from zppo.data.pictures import PictureError, read_picture
 from zppo.errors import UserError
@@ -28,6 +29,7 @@ from zppo.prompting.content import messages_in_parts
 from zppo.prompting.picture_families import QwenPictures, VideoInput
 from zppo.prompting.picture_tokens import resized
 from zppo.prompting.tokenization import encode_start, load_picture_layout, takes_parts
+from zppo.training.pictures import load_processor
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_protocol.values import Media, PictureReference, Prompt, VideoReference, pictures_of
@@ -36,6 +38,8 @@ MARKS = ("image_token_id", "image_token_index")
 """Where configurations keep the id of the token that stands for (a part of) a picture."""
 VIDEO_MARK = "video_token_id"
 """The same for a video."""
+KINDS = ("image", "video")
+"""What vLLM calls pictures and videos."""
 Size = tuple[int, int]
 
 
@@ -66,6 +70,7 @@ class PictureTokenizer(PromptTokenizer):
             layout.family if layout and isinstance(layout.family, QwenPictures) else None,
             videos=layout is not None and layout.shows_videos,
             folder=folder,
+            where=where,
         )
         config = _config(folder)
         marks = (mark for name in MARKS if (mark := getattr(config, name, None)) is not None)
@@ -75,13 +80,17 @@ class PictureTokenizer(PromptTokenizer):
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids [P] int32 with one placeholder a picture or video.
 
-        Raises EngineError for a prompt without tokens, or one with more marks of pictures or videos
-        than it has of them: at such a mark vLLM would look for features that are not there, and its
-        engine core ends.
+        Raises EngineError for a prompt without tokens, one whose places are not one for each, or
+        one with more marks of pictures or videos than it has of them: at such a mark vLLM would
+        look for features that are not there, and its engine core ends.
         """
         video = (lambda _: {"type": "video"}) if self.shown.videos else None
+        try:
+            messages = messages_in_parts(prompt, lambda _: {"type": "image"}, video)
+        except ValueError as error:
+            raise EngineError(str(error), retryable=False) from error
         ids: list[int] = self._tokenizer.apply_chat_template(
-            messages_in_parts(prompt, lambda _: {"type": "image"}, video),
+            messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -107,10 +116,17 @@ class Shown:
     """How one model is shown pictures and videos: in which size, where that is known (`family`),
     and whether `videos` as such or as their frames."""
 
-    def __init__(self, family: QwenPictures | None, *, videos: bool, folder: str) -> None:
+    def __init__(
+        self, family: QwenPictures | None, *, videos: bool, folder: str, where: str
+    ) -> None:
         self.videos = videos
         self._family = family
-        self._filter = _filter(folder) if family is not None else None
+        self._folder, self._where = folder, where
+
+    @functools.cached_property
+    def _filter(self) -> Image.Resampling:
+        """With which the trainer resizes pictures of this model. Raises UserError."""
+        return Image.Resampling(load_processor(self._folder, self._where).resample)
 
     def split(self, media: Sequence[Media]) -> tuple[list[PictureReference], list[VideoReference]]:
         """What is shown as pictures, and as videos."""
@@ -120,7 +136,8 @@ class Shown:
 
     def open(self, media: Sequence[Media]) -> dict[str, Any]:
         """What a prompt for vLLM has beside its tokens. Raises EngineError for a file that is not
-        what was referred to, or what the model does not take."""
+        what was referred to, or what the model does not take, and UserError for a folder without
+        the processor that pictures take."""
         pictures, videos = self.split(media)
         try:
             data: dict[str, Any] = {}
@@ -158,7 +175,8 @@ class Shown:
         size = form.size(video)
         again = max(0, form.settings.frames - len(video.frames))
         frames = [
-            np.asarray(_resized(read_picture(one), size, form.resample)) for one in video.frames
+            np.asarray(_resized(read_picture(one), size, Image.Resampling(form.resample)))
+            for one in video.frames
         ]
         frames += frames[-1:] * again
         times = [*video.seconds, *video.seconds[-1:] * again]
@@ -171,18 +189,5 @@ class Shown:
         }
 
 
-KINDS = ("image", "video")
-
-
-def _filter(folder: str) -> int:
-    """Pillow's number of the filter with which the trainer resizes the pictures of a model."""
-    processor = AutoImageProcessor.from_pretrained(
-        folder, backend="pil", local_files_only=True, trust_remote_code=False
-    )
-    return int(processor.resample)
-
-
-def _resized(picture: Image.Image, size: Size, kind: int | None) -> Image.Image:
-    if picture.size == size:
-        return picture
-    return picture.resize(size, None if kind is None else Image.Resampling(kind))
+def _resized(picture: Image.Image, size: Size, by: Image.Resampling) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, by)

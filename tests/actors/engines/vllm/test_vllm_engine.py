@@ -278,7 +278,7 @@ def test_settings_that_cannot_work_are_user_errors(tmp_path: Path) -> None:
         create(spec_of(folder, max_num_seq=4))
     with pytest.raises(
         UserError,
-        match="kv_cache_memory_bytes is 1000; expected at least 524288, the keys and values",
+        match="kv_cache_memory_bytes is 1000; expected at least 540672, the keys and values",
     ):
         create(spec_of(folder, kv_cache_memory_bytes=1000))
     with pytest.raises(UserError, match=r"actors\.rollout\.engine_args: vLLM refuses them: "):

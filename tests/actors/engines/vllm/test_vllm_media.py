@@ -35,6 +35,7 @@ from zppo_actors.engines.vllm.media import (
 )
 from zppo_actors.weights import shared_memory
 from zppo_protocol.messages import GenerateTask
+from zppo_protocol.places import PLACE
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import (
     ChatMessage,
@@ -47,7 +48,7 @@ from zppo_protocol.values import (
 TOLERANCE = 1e-3
 SECONDS = 1800.0
 PROMPT = "USER <image> w5 w6 w7 "
-AS_PICTURES = Shown(None, videos=False, folder="")
+AS_PICTURES = Shown(None, videos=False, folder="", where="")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -106,6 +107,19 @@ def test_words_that_hold_the_mark_of_a_picture_are_refused(
         EngineError, match="the words of the prompt hold the mark of a picture"
     ) as caught:
         tokenizer.encode(prompt(("user", "w4 <image>"), media=media))
+    assert not caught.value.retryable
+
+
+def test_pictures_stand_at_their_places(folder: Path, tmp_path: Path) -> None:
+    """Between words and in earlier messages; places that are not one for each are refused."""
+    tokenizer = PictureTokenizer(str(folder), "teacher.model")
+    media = [picture(tmp_path, 1)] * 3
+    turns = ("user", PLACE), ("assistant", "w3"), ("user", f"w4 {PLACE} w5 {PLACE}")
+    ids = make_tokenizer()("USER <image> ASSISTANT w3 USER w4 <image> w5 <image>")["input_ids"]
+    assert tokenizer.encode(prompt(*turns, media=media)).tolist() == ids
+    with pytest.raises(EngineError) as caught:
+        tokenizer.encode(prompt(*turns, media=media[:2]))
+    assert str(caught.value) == "the prompt has 3 places for 2 pictures and videos"
     assert not caught.value.retryable
 
 
