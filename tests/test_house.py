@@ -205,7 +205,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo_protocol",
     },
     "zppo.build_data": {"zppo.curation", "zppo.errors"},
-    "zppo.sample_videos": {"zppo.config", "zppo.data", "zppo.errors"},
+    "zppo.sample_videos": {"zppo.config", "zppo.data", "zppo.errors", "zppo_protocol"},
     "zppo.timeline": {"zppo.errors", "zppo.records"},
     "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
     "zppo.cli": {"zppo.config", "zppo.errors", "zppo.prompting"},

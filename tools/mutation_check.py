@@ -59,8 +59,8 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/scheduling/stages.py",
-        "Grade(reward=0.0, answer=answer, note=note, failed=failed)",
-        "Grade(reward=0.0, note=note, failed=failed)",
+        "reward=0.0, answer=answer, note=note, failed=failed, undecided=not failed",
+        "reward=0.0, note=note, failed=failed, undecided=not failed",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -127,13 +127,18 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/reformulations.py",
-        "rng.choice(visit.plain.indices(correct=False))",
+        "rng.choice(visit.plain.found_wrong())",
         "rng.choice(range(len(visit.plain.grades)))",
     ),
     Mutant(
         "zppo/algorithm/reformulations.py",
-        "for index in visit.plain.indices(correct=False)\n",
-        "for index in visit.plain.indices(correct=False)[:2]\n",
+        "for index in visit.plain.found_wrong()]\n",
+        "for index in visit.plain.found_wrong()[:2]]\n",
+    ),
+    Mutant(
+        "zppo/algorithm/window.py",
+        "return [index for index in wrong if not self.the_grades[index].undecided]",
+        "return wrong",
     ),
     Mutant(
         "zppo/algorithm/reformulations.py",
@@ -354,8 +359,9 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/composition.py",
-        "if first is asked and composition.members == whole:",
-        "if composition.members == whole:",
+        "    if _is_all_of(composition, asked):\n        return asked.the_samples.without_texts()",
+        "    first = composition.members[0][0]\n    if _is_all_of(composition, first):\n"
+        "        return first.the_samples.without_texts()",
     ),
     Mutant(
         "zppo/algorithm/composition.py", "scores=visit.scores.get(composition.id),", "scores=None,"

@@ -64,6 +64,8 @@ def console() -> int:
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except PermissionError as error:
+        if error.filename is None:  # no file's, so nothing that its name would explain
+            raise
         print(
             f"{error.filename}: {error.strerror}; expected what this user may use", file=sys.stderr
         )
@@ -138,3 +140,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "--help": _help,
     "-h": _help,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -27,6 +27,7 @@ from zppo.data.sources.layouts import picture_column
 from zppo.data.text import RowError
 from zppo.data.videos import sample_frames
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo_protocol.values import MAX_FRAMES
 
 ROWS = "train.jsonl"
 
@@ -46,6 +47,8 @@ def sample(rows: Path, out: Path, frames: int, max_pixels: int | None) -> str:
     """Write the folder, and say what is in it. Raises UserError."""
     if out.exists():
         raise UserError(f"--out: {str(out)!r} exists already; name a new folder, or remove it")
+    if frames > MAX_FRAMES:
+        raise UserError(f"--frames is {frames}; expected at most {MAX_FRAMES}")
     aside = out.with_name(f".{out.name}.partial-{os.urandom(4).hex()}")  # two may be at work
     try:
         (aside / MEDIA).mkdir(parents=True)

@@ -24,10 +24,10 @@ class SecondLook:
     preparation: Preparation = "none"  # shown as it is; "compress" lets the teacher shorten it
 
     def admits(self, visit: Visit) -> bool:
-        return bool(visit.plain.indices(correct=False))
+        return bool(visit.plain.found_wrong())
 
     def draw(self, visit: Visit, rng: random.Random) -> list[Candidate]:
-        return [candidate("student", visit.plain, rng.choice(visit.plain.indices(correct=False)))]
+        return [candidate("student", visit.plain, rng.choice(visit.plain.found_wrong()))]
 
     def prompt(self, visit: Visit, candidates: list[Candidate], prompts: PromptSet) -> Prompt:
         plain = prompts.plain(visit.question)

@@ -198,7 +198,10 @@ def _policy_hidden(
     statistics_2T = torch.zeros(2, len(target_ids), dtype=head.accumulator, device=hidden.device)
     results, states = [], []
     for index_L, needs in parts:
-        owned = None if hidden_rows is None else Owned.of(hidden_rows, index_L, len(hidden))
+        owned = None
+        if hidden_rows is not None:
+            # Of rows that the caller names some may be masked.
+            owned = Owned.of(hidden_rows, index_L[rows.mask_T[index_L]], len(hidden))
         index_L, states_L = (index_L, index_L) if owned is None else (owned.rows_L, owned.states_U)
         states.append(states_L)
         chosen_LH = _picked(hidden, states_L)

@@ -163,7 +163,8 @@ class _Payload:
         size = array.nbytes
         if size >= LARGE:
             self._large.append((len(self.pieces), self.size))
-        self.pieces.append(np.ascontiguousarray(array))
+        if size:  # no bytes, no piece: of an empty one of two axes there is no view as bytes
+            self.pieces.append(np.ascontiguousarray(array))
         if padding := -size % ALIGNMENT:
             self.pieces.append(PADDINGS[padding])
         self.size += size + padding

@@ -383,7 +383,8 @@ def _arrivals(
 def _read_frames(socket: zmq.Socket[bytes], most: int, milliseconds: int) -> list[zmq.Frame]:
     """Read one message, or nothing if none comes in time; of one with too many frames keep
     `most + 1`, enough to refuse it."""
-    # A wait inside of `recv` costs a fraction of a poll before it.
+    # A wait inside of `recv` costs a fraction of a poll before it. A signal that a handler takes
+    # begins it anew, so waits of those who have handlers are short.
     if milliseconds:
         socket.set(zmq.RCVTIMEO, milliseconds)
     try:

@@ -34,7 +34,8 @@ GroupKind: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32)]
 NewTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1_048_576)]
 Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Side: TypeAlias = Annotated[int, Meta(ge=1, le=100_000_000)]
-Second: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e9)]
+MAX_SECONDS = 1e9
+Second: TypeAlias = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
 TemplateValue: TypeAlias = bool | int | float | str | None
 
 PART_BYTES = 2**20
@@ -199,13 +200,16 @@ Earned: TypeAlias = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]
 class Grade(Value, frozen=True, omit_defaults=True):
     """The verdict on one response: what it earns, the parsed final answer, and why if something
     went wrong. `parts`: what the reward is made of, by name. `failed`: the reward could not be had,
-    so that the response is neither right nor wrong and is left out of its group."""
+    so that the response is neither right nor wrong and is left out of its group. `undecided`:
+    it earns what it earns because it was not graded to the end, or not for what it says, so it may
+    be right and is shown to nobody as a wrong one."""
 
     reward: Earned
     answer: Text | None = None
     note: Reason = ""
     parts: dict[Name, Earned] = {}
     failed: bool = False
+    undecided: bool = False
 
 
 class TensorEntry(Value, frozen=True):

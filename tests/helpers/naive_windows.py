@@ -21,6 +21,7 @@ def naive_run(world: World) -> Run:
         order=[corpus[i].id for i in shuffled(len(corpus), config.run.seed, 0)],
         rewards=world.rewards,
         responses=world.responses,
+        undecided=world.undecided,
         new=scheduler.new_questions,
         rho_replay=scheduler.rho_replay,
         rho_aug=scheduler.rho_aug,

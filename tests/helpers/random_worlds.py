@@ -80,7 +80,7 @@ def random_world(
     **rates: float,
 ) -> AnyWorld:
     """A world of 1 to `most_questions` questions; where the method allows it, some teachers give
-    text alone."""
+    text alone. In some worlds part of the gradings comes to no end."""
     method = get_method(config.method.name)
     scores_remotely = config.teacher is not None and config.teacher.scoring == "remote"
     text_only = (
@@ -90,4 +90,12 @@ def random_world(
     )
     corpus = questions(rng.randint(1, most_questions))
     heldout = questions(rng.choice([0, 3]), "h") if rates else []
-    return kind(config, corpus, seed=seed, heldout=heldout, text_only_teachers=text_only, **rates)
+    return kind(
+        config,
+        corpus,
+        seed=seed,
+        heldout=heldout,
+        text_only_teachers=text_only,
+        undecided_rate=rng.choice([0.0, 0.0, 0.3, 0.8]),
+        **rates,
+    )

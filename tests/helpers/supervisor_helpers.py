@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 
 from zppo.plan.processes import ProcessEntry
+from zppo_protocol.messages import Status
 
 STUB = Path(__file__).with_name("stub_actor.py")
 
 
 class Lines:
-    """A view that keeps its lines."""
+    """A view that keeps its lines, and the restarts that it was to show."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.restarts: list[int] = []
 
-    def update(self, status: object) -> None: ...
+    def update(self, status: Status) -> None:
+        self.restarts.append(status.counters["restarts"])
 
     def log(self, line: str) -> None:
         self.lines.append(line)

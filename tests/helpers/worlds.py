@@ -145,13 +145,14 @@ class World:
         failure_rate: float = 0.0,
         hang_rate: float = 0.0,
         text_only_teachers: bool = False,
+        undecided_rate: float = 0.0,
     ) -> None:
         self.topology, self.corpus, self.heldout = topology, corpus, heldout or []
         self.method = get_method(topology.method.name)
         self.rng = random.Random(seed)
         self.rewards = rewards or scripted_rewards(seed)
         self.crash_rate, self.failure_rate, self.hang_rate = crash_rate, failure_rate, hang_rate
-        self.text_only_teachers = text_only_teachers
+        self.text_only_teachers, self.undecided_rate = text_only_teachers, undecided_rate
         self.now = 0.0
         self.steps: list[events.Trained] = []
         self.sent: list[TrainWindow] = []
@@ -347,8 +348,12 @@ class World:
             case GradeTask():
                 group = task_id.removesuffix("/grade")
                 rewards = self.rewards(group, len(message.responses))
-                answers = [response(group, i)[1] for i in range(len(rewards))]
-                grades = [Grade(reward=r, answer=a) for r, a in zip(rewards, answers, strict=True)]
+                grades = [
+                    Grade(
+                        reward=r, answer=response(group, i)[1], undecided=self.undecided(group, i)
+                    )
+                    for i, r in enumerate(rewards)
+                ]
                 return events.Graded(grades=grades, **reply)
             case ScoreTask():
                 return events.Scored(scores=scores(message), **reply)
@@ -372,6 +377,11 @@ class World:
     def responses(self, group_id: str, n: int) -> list[tuple[str, str]]:
         """(text, parsed answer) of each response of a group."""
         return [response(group_id, i) for i in range(n)]
+
+    def undecided(self, group_id: str, index: int) -> bool:
+        """Whether the grading of a response came to no end, so that it counts as wrong if it is not
+        right."""
+        return random.Random(f"{group_id}/{index}/undecided").random() < self.undecided_rate
 
     # ---- the trainer -----------------------------------------------------------------------------
 

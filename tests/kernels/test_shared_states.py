@@ -73,6 +73,28 @@ def test_loss_and_gradients_are_those_of_rows_apart(
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_rows_that_are_named_but_masked_say_nothing(backend: str) -> None:
+    case, hidden_rows_T = shared_case(1)
+    assert not case.inputs["mask_T"].all() and (case.target_ids_T == -100).any()
+    leaves, apart = case.leaves(torch.float32), case.leaves(torch.float32)
+    chosen = {"bias_V": case.bias_V, "live_rows_L": torch.arange(ROWS).flip(0), **case.inputs}
+    with using_backend(backend):
+        found = policy_loss_from_hidden(
+            leaves[0], leaves[1], case.target_ids_T, hidden_rows_T=hidden_rows_T, **chosen
+        )
+        expected = policy_loss_from_hidden(
+            apart[0][hidden_rows_T], apart[1], case.target_ids_T, **chosen
+        )
+        found.loss.backward()
+        expected.loss.backward()
+    torch.testing.assert_close(found.log_probs_T, expected.log_probs_T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy_T, expected.entropy_T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.metrics, expected.metrics, rtol=1e-5, atol=1e-5)
+    for one, other in zip(leaves[:2], apart[:2], strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("head", [(1.0, None), (0.5, 3.0)], ids=["linear", "capped"])
 def test_log_probs_are_those_of_rows_apart(backend: str, head: tuple[float, float | None]) -> None:
     case, hidden_rows_T = shared_case(5)

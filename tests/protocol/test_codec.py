@@ -22,6 +22,7 @@ from zppo_protocol.codec import (
     CODES,
     FIRST_MAGIC,
     LARGE,
+    MOST_LARGE,
     REUSED,
     decode,
     dumps,
@@ -256,7 +257,7 @@ def many(sizes: list[int]) -> m.TrainWindow:
             token_ids=np.arange(size, dtype=np.int32) + index,
             log_probs=-np.arange(size, dtype=np.float32) - index,
             offsets=np.array([0, size], np.int32),
-            version_spans=np.array([[size, index]], np.int32),
+            version_spans=np.array([[size, index]] * (size > 0), np.int32).reshape(-1, 2),
             texts=[],
             finish_reasons=["stop"],
         )
@@ -331,6 +332,14 @@ def test_arrays_without_elements_may_stand_behind_a_large_one(size: int) -> None
     )
     message = m.GenerateResult(task_id="t", samples=samples)
     assert plain(decode(encode(message))) == plain(message)
+
+
+@pytest.mark.parametrize("size", [LARGE // 4 - 2, LARGE // 4], ids=["joined", "large"])
+@pytest.mark.parametrize("count", [2, REUSED // LARGE, MOST_LARGE])
+def test_groups_without_tokens_may_stand_among_others(size: int, count: int) -> None:
+    """Whatever of the payload is joined, and in whichever memory."""
+    message = many([0, *[size] * count, 0])
+    assert plain(decode([bytes(frame) for frame in encode(message)])) == plain(message)
 
 
 def test_arrays_are_read_only_views_of_the_payload() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -46,3 +47,28 @@ def test_what_this_user_may_not_read_is_one_line() -> None:
 def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+NAMELESS = FORBIDDEN.replace(', "/models/student/config.json"', "")
+
+
+def test_what_has_no_name_is_no_file_that_this_user_may_not_read() -> None:
+    """As when a port is another's; its traceback says more than a sentence about files."""
+    done = subprocess.run([sys.executable, "-c", NAMELESS], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "PermissionError: [Errno 13] Permission denied"
+    assert done.returncode == 1
+
+
+def test_module_and_package_are_the_console_script() -> None:
+    said = [
+        subprocess.run(
+            [sys.executable, "-P", "-m", module, "launhc"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+        for module in ("zppo", "zppo.cli")
+    ]
+    assert {(one.returncode, one.stdout, one.stderr) for one in said} == {
+        (2, "", "zppo: there is no command 'launhc' (did you mean 'launch'?)\n")
+    }

@@ -1061,7 +1061,7 @@ def test_resume_of_a_run_that_has_not_ended(start: Launch, interrupted: Path) ->
 def test_run_record_can_be_read_by_anyone(interrupted: Path) -> None:
     record = json.loads((interrupted / "run.json").read_text())
     keys = {"run_id", "created", "start_step", "corpus", "versions", "topology"}
-    keys |= {"trainer_deaths", "extensions", "contents"}
+    keys |= {"trainer_deaths", "extensions", "contents", "journal_id"}
     assert set(record) == keys
     assert record["versions"]["zppo"]
 

@@ -139,6 +139,8 @@ def test_mistakes_in_rows(
     assert capsys.readouterr().err == (
         f"--out: {str(tmp_path)!r} exists already; name a new folder, or remove it\n"
     )
+    assert main([str(file), "--out", str(tmp_path / "made"), "--frames", "2049"]) == 2
+    assert capsys.readouterr().err == ("--frames is 2049; expected at most 2048\n")
 
 
 def test_without_pyav_it_says_what_to_install(

@@ -42,19 +42,19 @@ class Reformulator(Protocol):
 
 
 class BinaryCandidateIncluded:
-    """BCQ: one correct teacher response and one wrong student response, shuffled, without label or
-    position cue."""
+    """BCQ: one correct teacher response and one student response that was found wrong, shuffled,
+    without label or position cue."""
 
     kind = BCQ
     preparation: Preparation = "compress"
 
     def admits(self, visit: Visit) -> bool:
-        return bool(_correct_teacher(visit)) and bool(visit.plain.indices(correct=False))
+        return bool(_correct_teacher(visit)) and bool(visit.plain.found_wrong())
 
     def draw(self, visit: Visit, rng: random.Random) -> list[Candidate]:
         assert visit.teacher is not None
         right = candidate("teacher", visit.teacher, rng.choice(_correct_teacher(visit)))
-        wrong = candidate("student", visit.plain, rng.choice(visit.plain.indices(correct=False)))
+        wrong = candidate("student", visit.plain, rng.choice(visit.plain.found_wrong()))
         shown = [right, wrong]
         rng.shuffle(shown)
         return shown
@@ -64,19 +64,17 @@ class BinaryCandidateIncluded:
 
 
 class NegativeCandidateIncluded:
-    """NCQ: every wrong student response, after the list of their deduplicated answers, all said to
-    be wrong."""
+    """NCQ: every student response that was found wrong, after the list of their deduplicated
+    answers, all said to be wrong."""
 
     kind = NCQ
     preparation: Preparation = "compress"
 
     def admits(self, visit: Visit) -> bool:
-        return bool(visit.plain.indices(correct=False))
+        return bool(visit.plain.found_wrong())
 
     def draw(self, visit: Visit, rng: random.Random) -> list[Candidate]:
-        return [
-            candidate("student", visit.plain, index) for index in visit.plain.indices(correct=False)
-        ]
+        return [candidate("student", visit.plain, index) for index in visit.plain.found_wrong()]
 
     def prompt(self, visit: Visit, candidates: list[Candidate], prompts: PromptSet) -> Prompt:
         wrong_answers = [c.answer for c in candidates if c.answer is not None]

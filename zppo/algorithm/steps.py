@@ -95,14 +95,18 @@ class Recipe(Struct, frozen=True, kw_only=True):
 
 def counted(group: Group, grades: list[Grade], recipe: Recipe) -> list[Grade]:
     """The grades of a group as they count: with `method.truncated: zero` a cut-off response of the
-    student earns 0, and so does every part of its reward. An evaluation counts its responses as
-    they are graded."""
+    student earns 0, and so does every part of its reward; one that would be right is undecided.
+    An evaluation counts its responses as they are graded."""
     if group.kind in (TEACHER, EVALUATE) or not recipe.zero_truncated:
         return grades
     reasons = group.the_samples.finish_reasons
     return [
         structs.replace(
-            grade, reward=0.0, note=grade.note or CUT_OFF, parts=dict.fromkeys(grade.parts, 0.0)
+            grade,
+            reward=0.0,
+            note=grade.note or CUT_OFF,
+            parts=dict.fromkeys(grade.parts, 0.0),
+            undecided=grade.undecided or group.is_correct(grade),
         )
         if reason == "length"
         else grade

@@ -100,6 +100,13 @@ class Group(Struct, kw_only=True, omit_defaults=True):
             if not grade.failed and self.is_correct(grade) == correct
         ]
 
+    def found_wrong(self) -> list[int]:
+        """Positions of the rollouts that may be shown as wrong ones: graded, and not right. What
+        only counts as wrong, because its grading came to no end or its right answer was cut off,
+        is not among them."""
+        wrong = self.indices(correct=False)
+        return [index for index in wrong if not self.the_grades[index].undecided]
+
 
 Writer: TypeAlias = Literal["teacher", "rule"] | None
 

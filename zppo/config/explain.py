@@ -112,12 +112,16 @@ def _value_at(data: Any, keys: Sequence[Key]) -> Any:
     return data
 
 
+MOST_SHOWN = 200
+"""Characters of a value in a sentence: more than most paths have."""
+
+
 def shown(value: Any) -> str:
     """A value as YAML has it, cut short, for a sentence."""
     text = (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     )
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
 
 def _type_at(node: shape.Type, keys: Sequence[Key]) -> shape.Type:

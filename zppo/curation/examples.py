@@ -142,8 +142,8 @@ def _question(row: Mapping[str, Any], shard: Shard, mark: str) -> str:
     pictures = picture_entries(shard.value(row, "images"))
     if isinstance(value, list):
         value = _only_turn(value)
-        mark = mark or (IMAGE if pictures else "")
     text = _text(value, "question", "the question")
+    mark = mark or (IMAGE if pictures else "")  # a run would take it for one
     if not mark:
         return text
     text = text.replace(mark, IMAGE)

@@ -133,7 +133,7 @@ class Recipe(Config, frozen=True, kw_only=True, dict=True):
     filters: FiltersConfig = FiltersConfig()
     """what a row must meet"""
     picture_mark: str = ""
-    """what stands in questions where a picture belongs, to be taken out; pictures come first"""
+    """what stands in questions where a picture belongs; `<image>` if empty"""
     picture_tokens: PictureTokens = PictureTokens()
     """how the model's processor resizes pictures"""
 

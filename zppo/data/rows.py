@@ -31,7 +31,9 @@ from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.values import (
+    MAX_FRAMES,
     MAX_MEDIA,
+    MAX_SECONDS,
     ChatMessage,
     Media,
     VideoReference,
@@ -267,6 +269,14 @@ class RowReader:
             raise RowError(
                 f"{name} hold {str(value)[:40]!r}; expected {{frames: [paths of pictures], "
                 "seconds: [when each is shown]}"
+            )
+        if len(frames) > MAX_FRAMES:
+            raise RowError(
+                f"a video of {name} has {len(frames)} frames; at most {MAX_FRAMES} are taken"
+            )
+        if not all(0 <= second <= MAX_SECONDS for second in seconds):
+            raise RowError(
+                f"a video of {name} has frames at other times than 0 to {MAX_SECONDS:.0f} seconds"
             )
         try:
             return VideoReference(

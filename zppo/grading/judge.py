@@ -20,22 +20,26 @@ class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
     verdict: Literal["correct", "wrong"]
 
 
-def says_correct(reply: str) -> bool:
+def said(reply: str) -> bool | None:
     """Whether the judge's reply, after any thinking, is exactly the JSON object that says
-    `correct`."""
+    `correct`, or the one that says `wrong`; None: it is neither."""
     final = reply.rpartition("</think>")[2].strip()
     try:
         return msgspec.json.decode(final, type=Verdict).verdict == "correct"
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
-        return False
+        return None
+
+
+def says_correct(reply: str) -> bool:
+    """Whether the judge finds the answer right; a reply without a verdict counts as wrong."""
+    return said(reply) is True
 
 
 def judged(reply: str, response: str) -> Grade:
     """The grade of a response by the judge's reply on it."""
-    content = last_boxed(response)
-    return Grade(
-        reward=float(says_correct(reply)), answer=None if content is None else shown(content)
-    )
+    content, verdict = last_boxed(response), said(reply)
+    answer = None if content is None else shown(content)
+    return Grade(reward=float(verdict is True), answer=answer, undecided=verdict is None)
 
 
 class Score(Struct, frozen=True, forbid_unknown_fields=True):

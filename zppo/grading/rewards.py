@@ -257,7 +257,8 @@ def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Gra
             return one
     answer = local.answer if local.answer is not None else verdict.answer
     values = {**local.parts, of_teacher.name: verdict.reward}
-    return summed(parts, values, answer, local.note or verdict.note)
+    grade = summed(parts, values, answer, local.note or verdict.note)
+    return structs.replace(grade, undecided=verdict.undecided)
 
 
 def _number(value: object, what: str) -> float:

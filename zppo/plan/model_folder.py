@@ -235,7 +235,7 @@ def special_tokens(folders: Iterable[Path]) -> set[str]:
             except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise UserError(f"{str(file)!r} cannot be read: {error}") from None
             found |= {one.content for one in tokens if one.special}
-    return {token for token in found if len(token) > 2 and not token.isalnum()}
+    return {token for token in found if len(token.strip()) > 2 and not token.isalnum()}
 
 
 def _number(config: dict[str, Any], key: str, folder: Path, where: str) -> int:

@@ -2,7 +2,8 @@
 write or to judge.
 
 Templates are Jinja2 files, one for each name in `VARIABLES`; a user's folder replaces them one by
-one (docs/templates.md). The invariant: whatever a model wrote stays inside its `<candidate>` or
+one (docs/templates.md). All are read at the start, so what is edited later shows in no prompt. The
+invariant: whatever a model wrote stays inside its `<candidate>` or
 `<hint>` element. Words of models pass through `neutral`, which takes structural tags, chat control
 marks and places of pictures out, so no response can close its element early, open another, end the
 user's turn, or take a picture of the question to itself.
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jinja2 import (
-    ChoiceLoader,
-    FileSystemLoader,
+    FunctionLoader,
     StrictUndefined,
     TemplateError,
     TemplateNotFound,
     TemplateSyntaxError,
     meta,
 )
+from jinja2.loaders import split_template_path
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import structs
 
@@ -81,31 +82,47 @@ ASKING = ("plain.j2", "bcq.j2", "ncq.j2", "hint.j2")
 LONGEST = 256
 """Templates are tried on so many of the longest questions with places, by characters."""
 
-_CHAT_MARK = re.compile(r"<\|[^<>|]{1,64}\|>")
+_CHAT_MARK = re.compile(r"<[|｜][^<>|｜]{1,64}[|｜]>")
+"""Those of most families, and with the broad bar those of DeepSeek, some of which its tokenizers do
+not call special."""
 # Possessive: after a "<" and a page of spaces there is nothing to try again.
 _STRUCTURE = re.compile(
-    r"<\s*+/?+\s*+(?:candidate|think|hint)\b[^<>]*+>|<\|[^<>|]{1,64}\|>", re.IGNORECASE
+    rf"<\s*+/?+\s*+(?:candidate|think|hint)\b[^<>]*+>|{_CHAT_MARK.pattern}", re.IGNORECASE
 )
 _PASSES = 20
-"""Tags within tags that are taken out one by one; text that nests deeper is hostile and loses its
+"""Marks within marks that are taken out one by one; text that nests deeper is hostile and loses its
 angle brackets."""
+
+
+def _without(text: str, marks: re.Pattern[str]) -> str:
+    """A text that holds none of these marks. Removal repeats until nothing is left to remove, since
+    taking one out may join two halves of another."""
+    for _ in range(_PASSES):
+        text, removed = marks.subn("", text)
+        if not removed:
+            return text
+    # A blank in its place joins no halves, but for those of a tag, which may hold blanks; so a
+    # bracket, too, leaves a blank.
+    return marks.sub(" ", text).replace("<", " ")
+
+
+def _any_of(marks: Iterable[str]) -> list[str]:
+    """Patterns of these texts, the longest that fits first: one for each first character, so that
+    a model with a thousand of them costs no more where none begins."""
+    by_first: dict[str, list[str]] = {}
+    for mark in sorted(marks, key=len, reverse=True):
+        by_first.setdefault(mark[0], []).append(re.escape(mark[1:]))
+    return [f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in by_first.items()]
 
 
 def neutral(text: str, structure: re.Pattern[str] = _STRUCTURE) -> str:
     """A model's words without structural tags (`<candidate>`, `<think>`, `<hint>`), chat marks such
     as `<|end|>`, and places of pictures.
 
-    `structure`: these, and the special tokens of models that will read them. Removal repeats until
-    nothing is left to remove, since taking one tag out may join two halves of another. Time is
-    linear in the text, whatever a model wrote.
+    `structure`: these, and the special tokens of models that will read them. Time is linear in the
+    text, whatever a model wrote.
     """
-    text = without_places(text)
-    for _ in range(_PASSES):
-        text, removed = structure.subn("", text)
-        if not removed:
-            return text.strip()
-    # A blank in its place joins no halves, but for those of a tag, which may hold blanks.
-    return structure.sub(" ", text).replace("<", "").strip()
+    return _without(without_places(text), structure).strip()
 
 
 def distinct_answers(answers: Iterable[str | None]) -> list[str]:
@@ -173,23 +190,28 @@ class PromptSet:
             raise UserError(
                 f"data.templates: {templates} is not a folder; expected one with .j2 templates"
             )
-        folders = [DEFAULT_TEMPLATES] if templates is None else [templates, DEFAULT_TEMPLATES]
         self._own = templates
         self._prefix_share = prefix_share
-        special = [re.escape(mark) for mark in sorted(marks, key=len, reverse=True)]
+        special = _any_of(marks)
         self._chat_marks = re.compile("|".join([_CHAT_MARK.pattern, *special]))
         self._structure = re.compile("|".join([f"(?i:{_STRUCTURE.pattern})", *special]))
         self._reads: dict[str, bool] = {}
         told = without_places(system_prompt or "")
         self._system = [ChatMessage(role="system", content=told)] if told else []
         self._environment = ImmutableSandboxedEnvironment(
-            loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
+            loader=FunctionLoader(self._source),
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,
             auto_reload=False,
         )
+        self._files: dict[str, tuple[bytes, Path]] = {}
+        """Name -> content and place of every template, and of what one includes by name."""
+        for folder in [DEFAULT_TEMPLATES] if templates is None else [DEFAULT_TEMPLATES, templates]:
+            for file in folder.rglob("*.j2"):
+                self._read(file.relative_to(folder).as_posix(), file)
+        self._read_included()
 
     @classmethod
     def of(
@@ -277,7 +299,7 @@ class PromptSet:
     def prefix(self, question: Question, response: str) -> Prompt:
         """The plain question, whose answer begins with the first α of the tokens of `response`
         (Algorithm 6)."""
-        start = ResponseStart(text=self._chat_marks.sub("", response), share=self._prefix_share)
+        start = ResponseStart(text=_without(response, self._chat_marks), share=self._prefix_share)
         return structs.replace(self.plain(question), start=start)
 
     def write_hint(
@@ -361,8 +383,8 @@ class PromptSet:
     def _reads_pictures(self, name: str) -> bool:
         """Whether a template, or one that it includes, reads how many pictures there are."""
         if name not in self._reads:
-            tree = self._environment.parse(self._file(name).read_text(encoding="utf-8"))
-            included = [one for one in meta.find_referenced_templates(tree) if one and one != name]
+            tree = self._environment.parse(self._files[name][0].decode())
+            included = self._references(name) & set(self._files) - {name}
             self._reads[name] = PICTURES in meta.find_undeclared_variables(tree) or any(
                 map(self._reads_pictures, included)
             )
@@ -375,7 +397,7 @@ class PromptSet:
             place = f"{error.filename or self._file(name)}:{error.lineno}"
             raise UserError(f"{place}: broken template: {error.message}") from None
         except TemplateNotFound as error:
-            hint = nearest(str(error.name), self._environment.list_templates())
+            hint = nearest(str(error.name), sorted(self._files))
             raise UserError(
                 f"{self._place(name, error)}: includes {error.name!r}, which does not exist{hint}"
             ) from None
@@ -403,8 +425,29 @@ class PromptSet:
         return place
 
     def _file(self, name: str) -> Path:
-        own = self._own / name if self._own is not None else None
-        return own if own is not None and own.is_file() else DEFAULT_TEMPLATES / name
+        return self._files[name][1]
+
+    def _source(self, name: str) -> tuple[str, str, None] | None:
+        """A template as Jinja2 takes it: text, place, and no word on when to read it again."""
+        found = self._files.get("/".join(split_template_path(name)))
+        return None if found is None else (found[0].decode(), str(found[1]), None)
+
+    def _read(self, name: str, file: Path) -> None:
+        try:
+            if file.is_file():
+                self._files[name] = (file.read_bytes(), file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+    def _read_included(self) -> None:
+        """Read the files of other names that templates include."""
+        if self._own is None:
+            return
+        waiting = list(self._files)
+        while waiting:
+            for name in self._references(waiting.pop()) - set(self._files):
+                self._read(name, self._own / name)
+                waiting += [name] if name in self._files else []
 
     def _refuse_unknown_files(self) -> None:
         """A misspelt file name must not fall back to the built-in template in silence."""
@@ -422,14 +465,13 @@ class PromptSet:
                 )
 
     def _references(self, name: str) -> set[str]:
+        if name not in self._files:
+            return set()
         try:
-            source = self._file(name).read_text(encoding="utf-8")
-            return {
-                target
-                for target in meta.find_referenced_templates(self._environment.parse(source))
-                if target
-            }
-        except (TemplateSyntaxError, UnicodeDecodeError):
+            tree = self._environment.parse(self._files[name][0].decode())
+            targets = [target for target in meta.find_referenced_templates(tree) if target]
+            return {"/".join(split_template_path(target)) for target in targets}
+        except (TemplateSyntaxError, TemplateNotFound, UnicodeDecodeError):
             return set()  # rendering it says what is wrong, with its line
 
 

@@ -21,12 +21,14 @@ def written_whole(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when the block ends; nothing changes if the
     block fails.
 
-    `synced` puts its content on the disk first, so that not even a power cut leaves an empty file
-    under the name.
+    What lies aside already, from a writer that was killed or as a link, is removed and never
+    written to. `synced` puts its content on the disk first, so that not even a power cut leaves an
+    empty file under the name.
     """
     aside = aside_of(path)
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)
+        with aside.open("xb") as file:
             yield file
             if synced:
                 file.flush()

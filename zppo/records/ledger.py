@@ -3,7 +3,8 @@
 The journal counts, independently of the scheduler that keeps it, the promise that each question is
 trained exactly once. Invariant: it vouches only for what it saw. A journal that is missing, damaged
 or ends too early is named and counts nothing; the one that takes its place knows the first step it
-sees (SQLite's `user_version` holds it, 0 in a run that never lost its journal).
+sees (SQLite's `user_version` holds it, 0 in a run that never lost its journal). Nor does it vouch
+for another run: its `application_id` is a number that `run.json` holds too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 from zppo.errors import UserError
 
 JOURNAL = "journal.sqlite"
+MAX_JOURNAL_ID = 2**31 - 1
+"""What `application_id` can hold."""
 JOURNAL_SCHEMA = """
 CREATE TABLE IF NOT EXISTS trained (
     step INTEGER NOT NULL, window INTEGER NOT NULL, group_id TEXT NOT NULL,
@@ -131,6 +135,25 @@ def set_first_step(connection: sqlite3.Connection, step: int) -> None:
     connection.execute(f"PRAGMA user_version = {int(step)}")
 
 
+class _Owner(Struct):
+    """The part of `run.json` that names its journal."""
+
+    journal_id: int = 0
+
+
+def journal_id(run_dir: Path) -> int:
+    """The number that the journal of a run must have; 0 where `run.json` has none, or is not there
+    or damaged, which whoever reads the run will say."""
+    try:
+        return msgspec.json.decode((run_dir / "run.json").read_bytes(), type=_Owner).journal_id
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return 0
+
+
+def set_journal_id(connection: sqlite3.Connection, number: int) -> None:
+    connection.execute(f"PRAGMA application_id = {int(number)}")
+
+
 def read_ledger(run_dir: Path, steps: int) -> Ledger:
     """What vouches for the `steps` trained steps of a run. A run that trained nothing needs no
     journal.
@@ -165,12 +188,15 @@ def find_problem(run_dir: Path, steps: int) -> str | None:
             checked = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
             seen = connection.execute("SELECT MAX(step) FROM trained").fetchone()[0]
             seen = first_step(connection) if seen is None else int(seen) + 1
+            number = int(connection.execute("PRAGMA application_id").fetchone()[0])
     except sqlite3.DatabaseError as error:
         if not error.sqlite_errorname.startswith(_WRONG_CONTENT):
             raise UserError(f"{path}: cannot be opened ({error})") from None
         return f"is damaged ({error})"
     if checked != "ok":
         return f"is damaged ({checked.splitlines()[-1]})"
+    if number != (journal_id(run_dir) or number):
+        return "is that of another run"
     return None if seen >= steps else f"ends before step {seen}"
 
 

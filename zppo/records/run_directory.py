@@ -29,7 +29,7 @@ from zppo.errors import UserError
 from zppo.plan.extensions import identities
 from zppo.records.atomic_file import aside_of, written_whole
 from zppo.records.checkpoint import list_steps
-from zppo.records.ledger import JOURNAL
+from zppo.records.ledger import JOURNAL, MAX_JOURNAL_ID
 
 SOCKET_NAME = "controller.sock"
 # sun_path holds 108 bytes on Linux and 104 on macOS, with the closing zero byte.
@@ -66,7 +66,8 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     from, else 0. `corpus`: the digest of the training questions (`zppo.data.question.digest`);
     `contents`: digests of what else the steps are made of, by setting (`binding.CONTENTS`).
     `trainer_deaths`: how often the trainer died on a window that is not trained yet. `extensions`:
-    identity of the user's own code, by its name in the topology (`zppo.plan.extensions`)."""
+    identity of the user's own code, by its name in the topology (`zppo.plan.extensions`).
+    `journal_id`: a number that the run's journal has too, 0 in runs of versions that gave none."""
 
     run_id: str
     created: str
@@ -77,6 +78,7 @@ class RunRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     trainer_deaths: dict[int, int] = {}
     extensions: dict[str, str] = {}
     contents: dict[str, str] = {}
+    journal_id: int = 0
 
     @property
     def redraws(self) -> dict[int, int]:
@@ -112,7 +114,9 @@ def create(
     be in the way of the next try.
     """
     fresh = _new_record(topology, 0, corpus, identities(topology))
-    record = msgspec.structs.replace(fresh, contents=contents or {})
+    record = msgspec.structs.replace(
+        fresh, contents=contents or {}, journal_id=1 + secrets.randbelow(MAX_JOURNAL_ID)
+    )
     with _made(path):
         for folder in SKELETON:
             (path / folder).mkdir(exist_ok=True)
@@ -212,6 +216,7 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
         _new_record(topology, start_step, old.corpus, extensions),
         created=old.created,
         contents=old.contents,
+        journal_id=old.journal_id,
         trainer_deaths={w: n for w, n in old.trainer_deaths.items() if w >= start_step},
     )
     write(path, record)
@@ -246,6 +251,28 @@ def hold(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+class Place:
+    """The folder that lies at a path now. It is kept open, so that no other gets its number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def problem(self) -> str | None:
+        """The sentence for a folder that is no longer where it was, else None."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+                return None
+        return (
+            f"run.directory: {str(self._path)!r} was removed or replaced while the run went on, so "
+            "what it recorded since then is lost; begin the run again, and leave its directory in "
+            "its place"
+        )
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def runtime_base() -> Path:

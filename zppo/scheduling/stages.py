@@ -328,7 +328,9 @@ class Stages:
                 answer = parse_answer(target.group.the_samples.texts[target.response])
                 note = f"the judge failed: {reason}"[:500]
                 failed = rule_of(target.question.grader)[0] == REWARD_AND_TEACHER
-                grade = Grade(reward=0.0, answer=answer, note=note, failed=failed)
+                grade = Grade(
+                    reward=0.0, answer=answer, note=note, failed=failed, undecided=not failed
+                )
                 target.group.verdicts[target.response] = grade
             case GroupTarget(group=group, place=Place(visit=visit)) if group is visit.teacher:
                 group.grades = []

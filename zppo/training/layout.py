@@ -114,7 +114,7 @@ def deal_passes(
     limit = min(SHARED_WIDTH, max_tokens) if share else 0
     rows = sorted(_rows(rollouts, sequences, limit), key=lambda row: -row.width)
     dealt = deal_rows([row.width for row in rows], ranks)
-    passes = [_cut([rows[index] for index in own], max_tokens) for own in dealt]
+    passes = [_cut([rows[index] for index in own], max_tokens, limit) for own in dealt]
     batches = [_collate(rollouts, part) for part in passes[rank]]
     spare = max(len(own) for own in passes) - len(batches)
     if spare:
@@ -135,10 +135,18 @@ def deal_rows(widths: list[int], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def _cut(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
-    """Rows, longest first, as micro-batches of at most `max_tokens` padded positions."""
-    bounds = cuts([row.width for row in rows], max_tokens, max_tokens // PASS_SHARE)
-    return [rows[start:end] for start, end in pairwise(bounds)]
+def _cut(rows: list[_Row], max_tokens: int, limit: int) -> list[list[_Row]]:
+    """Rows, longest first, as micro-batches of at most `max_tokens` padded positions.
+
+    Rows longer than `limit`, each of one rollout, have passes of their own: the mask of a tree
+    would take the place of a sliding window there, and L * L numbers.
+    """
+    longer = sum(row.width > limit for row in rows)
+    passes = []
+    for part in (rows[:longer], rows[longer:]):
+        bounds = cuts([row.width for row in part], max_tokens, max_tokens // PASS_SHARE)
+        passes += [part[start:end] for start, end in pairwise(bounds)]
+    return passes
 
 
 def cuts(widths: list[int], max_tokens: int, pass_cost: int) -> list[int]:

@@ -61,6 +61,7 @@ class Checkpointer:
         if step != self.waiting_for:
             raise RunFailure(f"the trainer saved step {step}, which nobody asked for")
         self.waiting_for = None
+        self._recorder.check_place()
         self._recorder.journal.sync()
         self._background.submit(self._complete, step, self._state)
 

@@ -31,7 +31,7 @@ from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import NO_WORKERS, TRAINER, WEIGHTS, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
-from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, file_trouble
+from zppo_actors.controller.recorder import FILE_ERRORS, Recorder
 from zppo_actors.controller.restore import bound_to, load_scheduler
 from zppo_actors.controller.speech import SPEAKS, answer_of
 from zppo_actors.controller.status import StepClock, build_status
@@ -105,7 +105,7 @@ class Controller:
         except RunFailure as failure:
             self.verdict = messages.RunEnded(verdict=str(failure), exit_code=EXIT_FAILED)
         except FILE_ERRORS as error:
-            self.verdict = file_trouble(error)
+            self.verdict = self.recorder.trouble(error)
         return self._leave(self.verdict)
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -257,12 +257,12 @@ class Controller:
             self.background.close()
             self.recorder.close_sinks()
         except FILE_ERRORS as error:
-            verdict = file_trouble(error)
+            verdict = self.recorder.trouble(error)
         self.router.send(SUPERVISOR, self._status())
         try:
             self.recorder.close(verdict.verdict)
         except FILE_ERRORS as error:  # the last word must go out all the same
-            verdict = file_trouble(error)
+            verdict = self.recorder.trouble(error)
         for peer in self.peers.actors():
             self.router.send(peer.name, messages.Shutdown(reason=verdict.verdict))
         self.router.send(SUPERVISOR, verdict)

@@ -25,7 +25,9 @@ from zppo.records.ledger import (
     first_step,
     has_table,
     journal_counts,
+    journal_id,
     set_first_step,
+    set_journal_id,
     spent,
 )
 
@@ -50,9 +52,10 @@ class Journal:
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = NORMAL")
-        before = has_table(self._connection, "trained") and not has_table(
-            self._connection, "settled"
-        )
+        begun = has_table(self._connection, "trained")
+        before = begun and not has_table(self._connection, "settled")
+        if not begun:
+            set_journal_id(self._connection, journal_id(run_dir))
         # As a whole: a table of settled windows that is not filled would vouch for nothing.
         filled = SETTLED_IN_ORDER if before else ""
         self._connection.executescript(f"BEGIN IMMEDIATE; {JOURNAL_SCHEMA} {filled} COMMIT;")

@@ -33,9 +33,11 @@ from zppo.records.metrics import (
     trainer_metrics,
     window_metrics,
 )
+from zppo.records.run_directory import Place
 from zppo.records.summary import Record, end_gauges, plain_accuracy, read_lines
 from zppo.scheduling.events import Cost, Refused, Trained
 from zppo.scheduling.heldout import EvaluationResult
+from zppo.scheduling.scheduler import RunFailure
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.journal import Journal, TrainedRow
 from zppo_actors.controller.sinks import MetricSinks
@@ -54,14 +56,10 @@ FILE_ERRORS = (OSError, sqlite3.Error)
 """What a full disk makes of the records."""
 
 
-def file_trouble(error: Exception) -> RunEnded:
-    """The end of a run whose records cannot be written."""
-    return RunEnded(verdict=f"a file of the run: {error}", exit_code=EXIT_FAILED)
-
-
 class Recorder:
     def __init__(self, context: ActorContext, background: Background) -> None:
         start = context.start_version
+        self._place = Place(context.run_dir)
         self._background = background
         self._scored = get_method(context.topology.method.name).needs_scores
         self._has_reference = context.topology.method.kl_coefficient > 0
@@ -131,7 +129,9 @@ class Recorder:
         self, trained: Trained, message: StepTrained, buffer: ReplayBuffer, waits: Scalars
     ) -> Scalars:
         """One finished step: the journal gets what the trainer says it trained, not what it was
-        sent. Returns the step's line of metrics.jsonl."""
+        sent. Returns the step's line of metrics.jsonl. Raises RunFailure where they would be lost.
+        """
+        self.check_place()
         window, fates = trained.window, trained.fates
         rows = journal_rows(trained, message.group_ids)
         self.journal.record_trained(message.step, rows, trained.settled)
@@ -157,6 +157,17 @@ class Recorder:
         self._add(line)
         return line
 
+    def check_place(self) -> None:
+        """Raise RunFailure where the run directory is not the one that the records are in."""
+        problem = self._place.problem()
+        if problem is not None:
+            raise RunFailure(problem)
+
+    def trouble(self, error: Exception) -> RunEnded:
+        """The end of a run whose records cannot be written."""
+        verdict = self._place.problem() or f"a file of the run: {error}"
+        return RunEnded(verdict=verdict, exit_code=EXIT_FAILED)
+
     def evaluated(self, result: EvaluationResult) -> None:
         self.sinks.write_heldout(result)
         self.outlets.evaluated(result.step, result.accuracy)
@@ -180,6 +191,7 @@ class Recorder:
         self.journal.record_event(time.time(), "controller", "run_ended", verdict)
         self.journal.close()
         self.sinks.close()
+        self._place.close()
 
     def _tell(self, troubles: Iterable[tuple[str, str]]) -> None:
         for event, detail in troubles:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from zppo_actors.engines.base import EngineError
+from zppo_protocol.messages import GenerateTask
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.support import support_of
 from zppo_protocol.values import Sampling
@@ -62,6 +64,21 @@ class Running:
             (end - start, version)
             for (start, version), end in zip(self.version_starts, ends, strict=True)
         ]
+
+
+def budget_of(task: GenerateTask, prompt_ids: np.ndarray, vocabulary: int, max_length: int) -> int:
+    """Tokens a response to these ids [n] may have. Raises EngineError for a prompt that leaves no
+    room in the context or is not of this vocabulary."""
+    if len(prompt_ids) >= max_length:
+        reason = (
+            f"the prompt has {len(prompt_ids)} tokens, which leaves no room in a context of "
+            f"{max_length}"
+        )
+        raise EngineError(reason, retryable=False)
+    if (largest := int(prompt_ids.max())) >= vocabulary:
+        reason = f"the prompt holds token id {largest}, but the model has {vocabulary} tokens"
+        raise EngineError(reason, retryable=False)
+    return min(task.sampling.max_new_tokens, max_length - len(prompt_ids))
 
 
 def group_samples(

@@ -70,8 +70,7 @@ def worker_command(*sources: str | None, rewards: OwnOrder | None = None) -> lis
 
 
 def with_answer(grade: Grade, response: str) -> Grade:
-    """A worker that was killed could not parse the answer; it still belongs in what is shown, and
-    in NCQ's list."""
+    """A worker that was killed could not parse the answer; it still belongs in what is shown."""
     if not grade.note or grade.answer is not None:
         return grade
     return structs.replace(grade, answer=parse_answer(response))
@@ -251,7 +250,8 @@ class GradeWorker:
         if request is None or not over:
             return None
         note = TIMED_OUT if reason == STARVED else reason
-        return [Grade(reward=0.0, note=note, failed=self._own)] * len(request.responses)
+        grade = Grade(reward=0.0, note=note, failed=self._own, undecided=not self._own)
+        return [grade] * len(request.responses)
 
     def _count_failure(self, reason: str) -> bool:
         """Whether the failure was the last word on the response; a worker that never got to it does

@@ -136,7 +136,7 @@ def _grade(response: str, request: GradeRequest) -> Grade:
         Exception
     ) as error:  # whatever a grader trips over, the response is not shown to be right
         note = f"the grader failed: {type(error).__name__}: {words_of(error)}"[:500]
-        return Grade(reward=0.0, note=note)
+        return Grade(reward=0.0, note=note, undecided=True)
 
 
 def _private_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from zppo.plan.processes import ProcessEntry, cores, processes
@@ -243,7 +243,7 @@ class RunAttempt:
         match message:
             case Status():
                 self._watchdog.heard(message, time.monotonic())
-                self._view.update(message)
+                self._view.update(self._with_earlier_attempts(message))
             case RestartActor():
                 self._kill_stuck(message)
             case RunEnded():
@@ -252,6 +252,12 @@ class RunAttempt:
                 # Nobody tells these to leave, and they hold nothing yet.
                 for child in self._watchdog.unheard(self._children.values()):
                     child.kill()
+
+    def _with_earlier_attempts(self, status: Status) -> Status:
+        """The controller counts restarts of actors; that the run itself has begun again it does not
+        know."""
+        restarts = status.counters.get("restarts", 0) + self._number
+        return structs.replace(status, counters={**status.counters, "restarts": restarts})
 
     def _kill_stuck(self, message: RestartActor) -> None:
         child = self._children.get(message.actor)

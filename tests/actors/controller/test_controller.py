@@ -334,6 +334,35 @@ def test_who_is_not_let_in(stage: Stage, peer: str, changes: dict[str, Any], rea
     assert [m.reason for m in stage.router.to(peer, messages.Rejected)] == [reason]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_directory_is_taken_away_does_not_finish(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    folder, train, receive = stage.context.run_dir, stage.train, stage.router.receive
+
+    def train_and_remove(window: messages.TrainWindow) -> None:
+        train(window)
+        if window.step == 1:
+            folder.rename(folder.with_name("elsewhere"))
+            if replaced:
+                folder.mkdir()
+
+    def work_and_receive(timeout_s: float) -> tuple[str, AnyMessage] | None:
+        stage.work()
+        return receive(timeout_s)
+
+    monkeypatch.setattr(stage, "train", train_and_remove)
+    monkeypatch.setattr(stage.router, "receive", work_and_receive)
+    stage.everybody()
+    assert stage.controller.run() == 1
+    (ended,) = stage.router.to("supervisor", messages.RunEnded)
+    assert (ended.verdict, ended.exit_code) == (
+        f"run.directory: {str(folder)!r} was removed or replaced while the run went on, so what it "
+        "recorded since then is lost; begin the run again, and leave its directory in its place",
+        1,
+    )
+
+
 def test_an_old_incarnation_is_not_let_in(stage: Stage) -> None:
     stage.greet("rollout-0", "rollout", incarnation=2)
     stage.greet("rollout-0", "rollout", incarnation=1)

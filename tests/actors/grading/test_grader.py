@@ -424,11 +424,11 @@ def graded(worker: GradeWorker, answer: str) -> Grade:
 def test_every_response_gets_one_grade_whatever_the_worker_does(scripted: GradeWorker) -> None:
     right, wrong = Grade(reward=1.0, answer="7"), Grade(reward=0.0, answer="8")
     assert graded(scripted, "7") == right
-    assert graded(scripted, "die") == Grade(reward=0.0, note=CRASHED)
+    assert graded(scripted, "die") == Grade(reward=0.0, note=CRASHED, undecided=True)
     assert graded(scripted, "8") == wrong
-    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT)
+    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT, undecided=True)
     assert graded(scripted, "raise") == Grade(
-        reward=0.0, note="the grader failed: ValueError: no such answer"
+        reward=0.0, note="the grader failed: ValueError: no such answer", undecided=True
     )
     assert graded(scripted, "7") == right
 
@@ -478,7 +478,7 @@ def test_a_worker_that_stays_frozen_is_replaced_and_the_answer_graded_by_the_nex
 def test_a_grader_that_sleeps_is_tried_twice_and_then_counts_as_timed_out(
     scripted: GradeWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert graded(scripted, "sleep") == Grade(reward=0.0, note=TIMED_OUT)
+    assert graded(scripted, "sleep") == Grade(reward=0.0, note=TIMED_OUT, undecided=True)
     assert [STARVED in record.getMessage() for record in caplog.records] == [True, True]
     assert graded(scripted, "7") == Grade(reward=1.0, answer="7")
 
@@ -486,7 +486,7 @@ def test_a_grader_that_sleeps_is_tried_twice_and_then_counts_as_timed_out(
 def test_processor_time_is_counted_for_each_response_anew_and_burning_it_gets_no_second_try(
     scripted: GradeWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT)
+    assert graded(scripted, "burn") == Grade(reward=0.0, note=TIMED_OUT, undecided=True)
     assert [TIMED_OUT in record.getMessage() for record in caplog.records] == [True]
 
 

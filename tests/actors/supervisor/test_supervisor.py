@@ -133,10 +133,13 @@ def test_an_actor_that_freezes_while_it_starts_is_started_again(tmp_path: Path) 
 
 
 def test_a_frozen_controller_ends_its_attempt_and_the_run_begins_again(tmp_path: Path) -> None:
-    end, heard, said = live(tmp_path / "run", {"controller": ["freeze"]}, lease=4, run=1)
+    run, view = make_run(tmp_path / "run", {"controller": ["freeze"]}, lease=4, run=1), Lines()
+    end = supervise(run, view, Interrupts(), stub_command)
+    heard = (run / "heard.txt").read_text().splitlines()
     verdict = "controller was killed by SIGKILL because it said and did nothing for 4 s"
     assert (end.verdict, end.exit_code) == (verdict, 1)
-    assert f"{verdict}; the run begins again from step 0" in said
+    assert f"{verdict}; the run begins again from step 0" in view.lines
+    assert view.restarts == [0, 1]
     assert heard.count("hello supervisor 1") == 1
 
 

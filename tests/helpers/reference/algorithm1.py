@@ -26,7 +26,7 @@ def algorithm1(
     limit = cap(run, step)
     admits: dict[str, list[str]] = {q: [] for q in step.x}
     for q in step.hard:
-        wrong = any(r < 1 for r in step.plain[q])
+        wrong = found_wrong(run, step, q)
         if "bcq" in kinds and wrong and teacher and any(r >= 1 for r in taught[q][1]):
             admits[q].append("bcq")
         if "ncq" in kinds and wrong:
@@ -45,13 +45,19 @@ def algorithm1(
     return step
 
 
+def found_wrong(run: Run, step: Step, q: str) -> list[int]:
+    """The plain rollouts that were graded to the end, and wrong."""
+    name = f"{step.t}/{q}/plain"
+    return [i for i, r in enumerate(step.plain[q]) if r < 1 and not run.undecided(name, i)]
+
+
 def check_candidates(
     run: Run, step: Step, oracle: Oracle, q: str, kind: str, taught: list[float]
 ) -> None:
-    """A BCQ shows one wrong student response and one correct teacher response, an NCQ every wrong
-    response."""
+    """A BCQ shows one student response that was found wrong and one correct teacher response, an NCQ
+    every response that was found wrong."""
     drawn = oracle["candidates"][q, kind]
-    wrong = [i for i, r in enumerate(step.plain[q]) if r < 1]
+    wrong = found_wrong(run, step, q)
     right = [i for i, r in enumerate(taught) if r >= 1]
     if kind == "bcq":
         assert sorted(source for source, _, _ in drawn) == ["student", "teacher"]

@@ -15,6 +15,8 @@ Rewards = Callable[[str, int], list[float]]
 """(group id, size) -> rewards."""
 Responses = Callable[[str, int], list[tuple[str, str]]]
 """(group id, size) -> (text, parsed answer) of each."""
+Undecided = Callable[[str, int], bool]
+"""(group id, index) -> whether the grading of this response came to no end."""
 Oracle = dict[str, Any]
 """What chance drew: `replayed` ids · `first_teacher` {id: number} · `candidates` {(id, kind):
 [(source, index, count)]} · `members` {id of a trained group: [(group, index)]}."""
@@ -29,6 +31,7 @@ class Run:
     order: list[str]
     rewards: Rewards
     responses: Responses
+    undecided: Undecided
     new: int
     rho_replay: float
     rho_aug: float

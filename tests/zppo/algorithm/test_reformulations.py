@@ -8,8 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from worlds import PROMPTS
+from msgspec import structs
+from worlds import PROMPTS, topology
 
+from zppo.algorithm.methods import get_method
 from zppo.algorithm.reformulations import (
     BinaryCandidateIncluded,
     Hint,
@@ -17,10 +19,11 @@ from zppo.algorithm.reformulations import (
     Prefix,
     merged,
 )
+from zppo.algorithm.steps import Recipe, counted
 from zppo.algorithm.window import Candidate, Group, Visit
 from zppo.data.question import Question
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.values import Grade
+from zppo_protocol.values import TIMED_OUT, Grade
 
 
 def group(kind: str, answers: list[tuple[float, str | None]]) -> Group:
@@ -73,6 +76,36 @@ def test_which_visits_admit_which_reformulation(
     seen = visit(plain, teacher)
     assert BinaryCandidateIncluded().admits(seen) == bcq
     assert NegativeCandidateIncluded().admits(seen) == ncq
+
+
+def graded(*grades: Grade) -> Visit:
+    """A visit with these grades and a correct teacher response."""
+    seen = visit([(grade.reward, grade.answer) for grade in grades], [(1.0, "1")])
+    seen.plain.grades = list(grades)
+    return seen
+
+
+def test_what_may_be_right_is_never_shown_as_wrong() -> None:
+    timed_out = Grade(reward=0.0, answer="1", note=TIMED_OUT, undecided=True)
+    seen = graded(timed_out, Grade(reward=0.0, answer="2"), Grade(reward=1.0, answer="1"))
+    assert seen.accuracy == 1 / 3, "it counts as wrong all the same"
+    assert [c.index for c in NegativeCandidateIncluded().draw(seen, random.Random(0))] == [1]
+    for i in range(20):
+        pair = BinaryCandidateIncluded().draw(seen, random.Random(i))
+        assert {(c.source, c.index) for c in pair} == {("student", 1), ("teacher", 0)}
+    alone = graded(timed_out, Grade(reward=1.0, answer="1"))
+    assert not BinaryCandidateIncluded().admits(alone)
+    assert not NegativeCandidateIncluded().admits(alone)
+
+
+def test_a_right_answer_that_was_cut_off_earns_nothing_and_is_not_shown_as_wrong() -> None:
+    config = topology(method={"name": "zppo", "truncated": "zero"})
+    seen = graded(*(Grade(reward=reward, answer="1") for reward in (1.0, 0.0, 1.0)))
+    plain = seen.plain
+    plain.samples = structs.replace(plain.the_samples, finish_reasons=["length", "length", "stop"])
+    plain.grades = counted(plain, plain.the_grades, Recipe.of(config, get_method("zppo")))
+    assert plain.rewards.tolist() == [0.0, 0.0, 1.0]
+    assert plain.found_wrong() == [1], "cut off, and wrong as far as it goes"
 
 
 def test_bcq_draws_uniformly_and_its_order_tells_nothing() -> None:

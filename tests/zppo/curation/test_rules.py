@@ -352,3 +352,14 @@ def test_pictures_between_words_keep_their_places(tmp_path: Path, asked: object,
     corpus = load_questions("out", DataConfig(train="out"), tmp_path)
     [question] = [one for one in corpus.questions if len(one.media) == 2]
     assert question.has_places == ("<image>" in kept)
+
+
+@pytest.mark.parametrize("mark", ["", "<image>", "[pic]"])
+def test_marks_of_a_corpus_are_one_for_each_picture(tmp_path: Path, mark: str) -> None:
+    """Whatever the recipe calls them: what a run would take for a mark is one, or not there."""
+    asked = ["Is <image> an <image>?", "See <image> now.", "<image> What is it?"]
+    rows = [first(i, question=one, images=[png(i)]) for i, one in enumerate(asked, start=1)]
+    made(tmp_path, rows, layout="jsonl", picture_mark=mark)
+    corpus = load_questions("out", DataConfig(train="out"), tmp_path)
+    texts = {question.words for question in corpus.questions}
+    assert {"Is an ?", "See [picture 1] now.", "What is it?"} <= texts

@@ -287,6 +287,18 @@ def test_a_video_is_frames_and_times(tmp_path: Path) -> None:
             "(1), got 2",
         ),
         ({"frames": ["gone.png"], "seconds": [0]}, "image 'gone.png' does not exist"),
+        (
+            {"frames": ["square.png"] * 2049, "seconds": list(range(2049))},
+            "a video of the videos ('videos') has 2049 frames; at most 2048 are taken",
+        ),
+        *(
+            (
+                {"frames": ["square.png"] * 2, "seconds": seconds},
+                "a video of the videos ('videos') has frames at other times than 0 to 1000000000 "
+                "seconds",
+            )
+            for seconds in ([-0.5, 1.0], [0.0, 1.1e9], [0, 10**400])
+        ),
     ],
 )
 def test_what_is_no_video(tmp_path: Path, film: object, reason: str) -> None:

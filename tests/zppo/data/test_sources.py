@@ -133,6 +133,37 @@ def test_bad_rows_of_a_table_are_numbered_by_row(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        (r'{"question": "a", "answer": 1, "answer": 2}', "answer"),
+        (r'{"question" : "a", "answer" : 1, "answer": 2}', "answer"),
+        (r'{"question": "a", "answer": 1, "more": [{"b": {"c": 1, "\u0063": 2}}]}', "c"),
+        (r'{"question": "a", "answer": 1, "x\\": 1, "answer": 2}', "answer"),
+        (r'{"question": "a", "answer": 1, "question": ": b"}', "question"),
+    ],
+)
+def test_a_row_that_holds_a_key_twice_is_a_bad_one(tmp_path: Path, row: str, key: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f'{{"question": "q", "answer": 1}}\n{row}\n')
+    corpus = load(tmp_path / "t.jsonl", max_bad_rows=1)
+    assert bad_rows_text(corpus) == f"line 2: the key {key!r} stands in it twice; expected once\n"
+    (tmp_path / "t.json").write_text(f"[{row}]")
+    assert refusal(tmp_path / "t.json") == (
+        f"{tmp_path / 't.json'}: an object in it holds the key {key!r} twice; expected once"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [r"a: \"b\": c", r"a \\", '": b', "{'a': 1, 'a': 2}", r"{\"a\": 1, \"a\": 2}"]
+)
+def test_what_looks_like_a_key_in_a_text_is_none(tmp_path: Path, text: str) -> None:
+    escaped = text.replace('": b', r"\": b")
+    (tmp_path / "t.jsonl").write_text(
+        f'{{"question": "{escaped}", "answer": 1, "more": {{"answer": [1e9, {{"more": 2}}]}}}}\n'
+    )
+    assert not load(tmp_path / "t.jsonl").bad_rows
+
+
 @pytest.mark.parametrize("value", [b"raw", {"a": 1}, ["x"]])
 def test_values_that_are_no_answers_are_bad_rows(tmp_path: Path, value: object) -> None:
     write_parquet(tmp_path / "t.parquet", [{"question": "a", "answer": value}])

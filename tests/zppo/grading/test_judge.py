@@ -29,6 +29,14 @@ def test_what_counts_as_correct(reply: str, correct: bool) -> None:
     assert says_correct(reply) == correct
 
 
+@pytest.mark.parametrize(
+    ("reply", "undecided"),
+    [('{"verdict": "correct"}', False), ('{"verdict": "wrong"}', False), ("I think so", True)],
+)
+def test_a_reply_without_a_verdict_decides_nothing(reply: str, undecided: bool) -> None:
+    assert judged(reply, r"\boxed{a fox}").undecided == undecided
+
+
 def test_only_open_cases_reach_the_judge() -> None:
     assert quick_grade("no box here", "a red fox", JUDGE) is not None
     same = quick_grade(r"so \boxed{A red  fox}", "a red fox", JUDGE)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import recurrent_models
 import vision_helpers
@@ -42,7 +43,7 @@ from zppo.plan.memory import (
     need,
     shared_bytes,
 )
-from zppo.plan.model_folder import ModelFacts, inspect_model, tower_numbers
+from zppo.plan.model_folder import ModelFacts, inspect_model, special_tokens, tower_numbers
 from zppo.plan.processes import ProcessEntry, processes
 from zppo.plan.view import show
 from zppo.training.loading import tower_parameters
@@ -665,3 +666,12 @@ def test_only_variables_of_templates_can_be_set(small: Path, override: str, sent
 def test_every_engine_can_be_planned_for() -> None:
     # The arguments of vLLM are vLLM's own.
     assert {*ENGINE_ARGUMENTS, VLLM} == set(ENGINES) == set(ENGINE_NAMES)
+
+
+def test_only_what_no_text_holds_by_chance_is_a_special_token(tmp_path: Path) -> None:
+    """A model writes brackets, blanks and numbers, whatever a tokenizer calls them."""
+    marks, words = {"</s>", "[INST]", "<unk>"}, ["", "[", "▁", "\n\n\n", "    ", "123", "user"]
+    tokens = [{"content": word, "special": True} for word in [*marks, *words]]
+    tokens.append({"content": "<tool_call>", "special": False})
+    (tmp_path / "tokenizer.json").write_bytes(msgspec.json.encode({"added_tokens": tokens}))
+    assert special_tokens([tmp_path, tmp_path / "none"]) == marks

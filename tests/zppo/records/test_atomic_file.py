@@ -59,3 +59,13 @@ def test_a_killed_writer_leaves_the_old_content_and_the_next_one_is_not_disturbe
 def test_a_folder_that_is_missing_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "nowhere" / "x") as file:
         file.write(b"")
+
+
+def test_a_link_that_lies_aside_is_not_followed(tmp_path: Path) -> None:
+    path, other = tmp_path / "page.html", tmp_path / "other"
+    other.write_bytes(b"another's")
+    aside_of(path).symlink_to(other)
+    with written_whole(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+    assert other.read_bytes() == b"another's" and not aside_of(path).exists()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
+from worlds import topology
 
 from zppo.errors import UserError
+from zppo.records import run_directory
 from zppo.records.ledger import Ledger, begins_anew, find_problem, read_ledger
 from zppo.records.summary import summarise
 from zppo.report.load import load_run
@@ -158,6 +163,36 @@ def test_a_missing_journal_begins_anew_and_reaches_back_when_the_run_does(tmp_pa
     journal.roll_back(4)  # of two checkpoints the later one was torn
     journal.close()
     assert read_ledger(tmp_path, 4).from_step == 4
+
+
+def test_a_journal_of_another_run_vouches_for_nothing(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for run in (mine, other):
+        run_directory.create(run, topology())
+        journal_of(run, 3)
+        assert find_problem(run, 3) is None
+    shutil.copy(other / "journal.sqlite", mine / "journal.sqlite")
+    assert read_ledger(mine, 3) == Ledger(problem="is that of another run")
+    run_directory.renew(mine, 3)
+    journal = Journal(mine, 3)
+    assert journal.renewed == (
+        f"{mine}/journal.sqlite is that of another run: a new one counts from step 3 on, the old "
+        "one is kept as journal.damaged-1.sqlite"
+    )
+    journal.close()
+    assert find_problem(mine, 3) is None, "the new one is its own"
+
+
+def test_a_run_of_a_version_that_bound_no_journals_goes_on_with_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    record = run_directory.create(run, topology())
+    run_directory.write(run, msgspec.structs.replace(record, journal_id=0))
+    with closing(sqlite3.connect(journal_of(run, 3))) as connection:
+        assert connection.execute("PRAGMA application_id").fetchone() == (0,)
+    run_directory.renew(run, 3)
+    journal = Journal(run, 3)
+    assert journal.renewed is None and find_problem(run, 3) is None
+    journal.close()
 
 
 @pytest.mark.slow

@@ -348,7 +348,7 @@ def test_without_faults_every_task_is_handed_out_once() -> None:
     assert len(set(world.dispatched)) == len(world.dispatched)
 
 
-def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
+def test_a_response_whose_judge_failed_keeps_its_answer_and_is_not_shown_as_wrong() -> None:
     config = topology(
         method={"name": "grpo_replay_ncq", "group_size": 2},
         scheduler={"new_questions": 2, "rho_aug": 1.0},
@@ -362,10 +362,8 @@ def test_a_response_whose_judge_failed_keeps_its_answer_for_ncq() -> None:
     grades = [grade for visit in window.visits for grade in visit.plain.grades or []]
     assert {grade.note for grade in grades} == {"the judge failed: too long"}
     assert all(grade.answer for grade in grades)
-    for visit in window.visits:
-        [ncq] = [group for group in visit.student_groups() if group.kind == "ncq"]
-        shown = ncq.prompt.messages[-1].content
-        assert all(f"\\boxed{{{grade.answer}}}" in shown for grade in visit.plain.grades or [])
+    assert window.hard_questions == 2
+    assert [group.kind for group in window.student_groups()] == ["plain", "plain"]
 
 
 def test_a_teacher_whose_answers_need_no_judge_hands_on_to_the_next_one() -> None:

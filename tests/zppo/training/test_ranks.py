@@ -34,7 +34,7 @@ from zppo.training.surrogate import step_advantages
 LOW = MethodConfig(updates_per_step=4)
 """Four updates of each window, so that three windows make twelve."""
 ONE_UPDATE = MethodConfig(updates_per_step=1)
-SPARE = Case(method=MethodConfig(updates_per_step=2), groups=20, last=1)
+SPARE = Case(method=MethodConfig(updates_per_step=2), groups=20, last=1, micro_batch_tokens=40)
 """Its first update, which measures the proximal log-probs, has a spare pass on the second rank."""
 ROUNDING = 1e-5
 """What the order of sums in float32 may make of weights up to 2, and of moments, in a dozen updates:

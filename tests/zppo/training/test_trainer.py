@@ -21,6 +21,7 @@ from training_cases import (
     MODELS,
     OPTIMIZER,
     SETTINGS,
+    SMALL,
     gemma2_with_soft_cap,
     group,
     llama,
@@ -34,7 +35,7 @@ from training_cases import (
     trainer_of,
     window,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from zppo.config.method import MethodConfig
 from zppo.config.topology import DataConfig, OptimizerConfig, StudentConfig, Topology
@@ -304,6 +305,31 @@ def test_prompts_are_shared_where_attention_allows_it() -> None:
     # Gemma 2 alternates full attention with sliding windows, which a mask over one row cannot
     # express.
     assert not Policy(gemma2_with_soft_cap()).shares_prompts
+
+
+def test_a_long_rollout_keeps_its_window_beside_others_that_share_a_prompt() -> None:
+    torch.manual_seed(0)
+    shape = SMALL | dict(num_key_value_heads=1, initializer_range=0.5)
+    config = MistralConfig(**shape, sliding_window=SHARED_WIDTH)
+    config.max_position_embeddings = 2048
+    policy = Policy(MistralForCausalLM(config))
+    assert policy.shares_prompts
+    task = window(
+        group("long", [1.0], lengths=[1200]), group("short", [1.0, 0.0], lengths=[480, 480])
+    )
+    rollouts = assemble(task, max_staleness=0, device=CPU)
+    batches = micro_batches(rollouts, np.arange(3), 10_000, share=True)
+    assert [batch.ends_BL is None for batch in batches] == [True, False]
+    for batch in batches:
+        found, _ = policy.log_probs(batch, rollouts.token_ids_T[batch.tokens_R], temperature=1.0)
+        in_order = torch.zeros(rollouts.tokens).index_copy(0, batch.tokens_R, found)
+        for sequence in batch.sequences_S.tolist():
+            g, index = task.groups[rollouts.group_S[sequence]], int(sequence == 2)
+            expected = longhand_log_probs(policy.model, g.samples, index, 1.0).detach()
+            start, length = rollouts.starts_S[sequence], rollouts.lengths_S[sequence]
+            torch.testing.assert_close(
+                in_order[start : start + length].double(), expected, rtol=1e-3, atol=1e-3
+            )
 
 
 def test_the_probe_itself_finds_a_model_that_mixes_rollouts(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from zppo.data.sources.base import Source, by_first_row
-from zppo.data.sources.jsonl import as_row, kind_of, open_jsonl
+from zppo.data.sources.jsonl import as_row, key_twice, kind_of, open_jsonl
 from zppo.data.sources.layouts import Wanted
 from zppo.data.sources.streams import stem_of, whole_of
 from zppo.errors import UserError
@@ -53,6 +53,7 @@ def _list(file: Path, data: bytes) -> list[Any]:
     try:
         data.decode("utf-8")
         value = msgspec.json.decode(data)
+        twice = key_twice(data, value)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{file}:{line}: not UTF-8 text; expected JSON") from None
@@ -60,6 +61,8 @@ def _list(file: Path, data: bytes) -> list[Any]:
         found = _BYTE.search(str(error))
         line = data[: int(found[1]) if found else len(data)].count(b"\n") + 1
         raise UserError(f"{file}:{line}: not JSON ({error}); expected a list of objects") from None
+    if twice is not None:
+        raise UserError(f"{file}: an object in it holds the key {twice!r} twice; expected once")
     rows = value.get(LIST) if isinstance(value, dict) else value
     if not isinstance(rows, list):
         what = f"a {kind_of(value)}" + (f" without a list {LIST!r}" if value is not rows else "")

@@ -34,7 +34,7 @@ from zppo.training.loading import tower_parameters
 from zppo.training.pictures import SeenPrompt, Tower
 from zppo_actors.engines.base import EngineError, EngineSpec
 from zppo_actors.engines.score_tasks import check_scorable
-from zppo_actors.engines.sequences import Running, group_samples
+from zppo_actors.engines.sequences import Running, budget_of, group_samples
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers.decoder import Decoder, Ended
 from zppo_actors.engines.transformers.jobs import Job, SampleJob, ScoreJob, post, resolve
@@ -136,7 +136,8 @@ class TransformersEngine:
         sequences have ended."""
         self._refuse_if_broken()
         prompt_ids = self._tokenizer.encode(task.prompt)
-        budget, media = self._budget(task, prompt_ids), task.prompt.media
+        budget = budget_of(task, prompt_ids, self._vocabulary, self._max_length)
+        media = task.prompt.media
         pictures = await asyncio.to_thread(self._look, prompt_ids, media) if media else None
         job = SampleJob(task, prompt_ids, budget, finished or _ignore, pictures)
         completions = await self._outcome(job, self._waiting)
@@ -183,22 +184,6 @@ class TransformersEngine:
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
             raise EngineError(self._broken, retryable=True)
-
-    def _budget(self, task: GenerateTask, prompt_ids: np.ndarray) -> int:
-        """Tokens a response may have. Raises EngineError for a prompt that leaves no room or is not
-        of this model."""
-        if len(prompt_ids) >= self._max_length:
-            reason = (
-                f"the prompt has {len(prompt_ids)} tokens, which leaves no room in a context of "
-                f"{self._max_length}"
-            )
-            raise EngineError(reason, retryable=False)
-        if (largest := int(prompt_ids.max())) >= self._vocabulary:
-            reason = (
-                f"the prompt holds token id {largest}, but the model has {self._vocabulary} tokens"
-            )
-            raise EngineError(reason, retryable=False)
-        return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
 
     def _look(self, prompt_ids: np.ndarray, media: Sequence[Media]) -> SeenPrompt:
         """Read the pictures and videos of a prompt. Raises EngineError if a file is not what was

@@ -33,7 +33,7 @@ import numpy as np
 from zppo.plan.engines.vllm import KV_POLICY, KvPolicy
 from zppo.prompting.picture_families import unsampled_ids
 from zppo_actors.engines.base import EngineError, EngineSpec
-from zppo_actors.engines.sequences import Completion, group_samples
+from zppo_actors.engines.sequences import Completion, budget_of, group_samples
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.vllm.media import PictureTokenizer, takes_pictures
 from zppo_actors.engines.vllm.publication import (
@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("zppo.engine")
 
 TEXT_ONLY = "the model takes text only, but the prompt has pictures or videos"
+SINGLE = (
+    "the prompt has a single token, of which vLLM's engine core dies on a CPU where layers are "
+    "recurrent"
+)
 DEAD = "the engine core of vLLM has died"
 CLOSE_SECONDS = 2.0
 """How long vLLM may take to end its processes by itself; whatever is left then is killed."""
@@ -125,6 +129,8 @@ class VllmEngine:
         unsampled = unsampled_ids(config.model_config.hf_config.to_dict())
         self._left_out = dict.fromkeys(unsampled, LEAST_BIAS)
         self._max_sequences = int(config.scheduler_config.max_num_seqs)
+        on_cpu = config.device_config.device_type == "cpu"
+        self._least_length = 2 if on_cpu and config.model_config.is_hybrid else 1
         self._numbers = itertools.count()
         self._version = FROZEN
         self._broken: str | None = None
@@ -156,7 +162,8 @@ class VllmEngine:
         ended."""
         self._refuse_if_broken()
         prompt_ids = self._tokenizer.encode(task.prompt)
-        budget = self._budget(task, prompt_ids)
+        self._refuse_single(prompt_ids)
+        budget = budget_of(task, prompt_ids, self._vocabulary, self._max_length)
         # The salt is the newest version that is loaded for sure: nothing older than it can lie
         # under it.
         prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": f"policy-{self._version}"}
@@ -175,6 +182,7 @@ class VllmEngine:
     async def score(self, task: ScoreTask) -> TokenScores:
         """The model's most probable tokens at each token of the responses; see `vllm_score`."""
         self._refuse_if_broken()
+        self._refuse_single(task.prompt_ids)
         return await self._while_alive(score(self._llm, task, self._counter, self._failure))
 
     async def load_policy(self, manifest: PolicyManifest) -> str:
@@ -204,21 +212,9 @@ class VllmEngine:
 
     # ---- sampling --------------------------------------------------------------------------------
 
-    def _budget(self, task: GenerateTask, prompt_ids: np.ndarray) -> int:
-        """Tokens a response may have. Raises EngineError for a prompt that leaves no room or is not
-        of this model."""
-        if len(prompt_ids) >= self._max_length:
-            reason = (
-                f"the prompt has {len(prompt_ids)} tokens, which leaves no room in a context of "
-                f"{self._max_length}"
-            )
-            raise EngineError(reason, retryable=False)
-        if (largest := int(prompt_ids.max())) >= self._vocabulary:
-            reason = (
-                f"the prompt holds token id {largest}, but the model has {self._vocabulary} tokens"
-            )
-            raise EngineError(reason, retryable=False)
-        return min(task.sampling.max_new_tokens, self._max_length - len(prompt_ids))
+    def _refuse_single(self, prompt_ids: np.ndarray) -> None:
+        if len(prompt_ids) < self._least_length:
+            raise EngineError(SINGLE, retryable=False)
 
     async def _with_pictures(
         self, task: GenerateTask, prompt: dict[str, Any]

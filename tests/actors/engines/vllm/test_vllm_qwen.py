@@ -199,6 +199,25 @@ def test_vllm_makes_the_pixels_that_the_trainer_makes(student: World) -> None:
         np.testing.assert_allclose(made, wanted.numpy(), atol=2**-7)  # the last bit of bfloat16
 
 
+def test_a_prompt_of_one_token_fails_alone(student: World) -> None:
+    """On a CPU the engine core would die of it, and every engine after that."""
+    asked = to_score([9, 4])
+    single = [
+        (generate, structs.replace(about(), prompt=make_task("q").prompt)),
+        (score, structs.replace(asked, prompt_ids=asked.prompt_ids[:1])),
+    ]
+    for work, task in single:
+        with pytest.raises(RuntimeError) as refused:
+            student.process.run(work, "seeing", task)
+        assert str(refused.value).endswith(
+            "EngineError: the prompt has a single token, of which vLLM's engine core dies on a CPU "
+            "where layers are recurrent\n"
+        )
+    two = structs.replace(about(), prompt=make_task("qq").prompt)
+    [samples] = student.process.run(generate, "seeing", two)
+    assert len(samples.prompt_ids) == 2
+
+
 # ---- new weights ---------------------------------------------------------------------------------
 
 
