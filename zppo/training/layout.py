@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -177,10 +177,11 @@ def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:
     """Fill rows group by group up to `limit` positions; a rollout's last token predicts nothing and
     is left out."""
     rows: list[_Row] = []
-    groups_S = rollouts.group_S[sequences]
-    for group in np.unique(groups_S).tolist():
-        chosen = sequences[(groups_S == group) & (rollouts.lengths_S[sequences] > 0)].tolist()
-        inputs = {sequence: _inputs_of(rollouts, sequence) for sequence in chosen}
+    sequences = sequences[rollouts.lengths_S[sequences] > 0]
+    by_group = sequences[np.argsort(rollouts.group_S[sequences], kind="stable")].tolist()
+    for group, members in groupby(by_group, key=lambda sequence: int(rollouts.group_S[sequence])):
+        inputs = {sequence: _inputs_of(rollouts, sequence) for sequence in members}
+        chosen = list(inputs)
         if limit:
             # Sorted by their tokens, what is alike at the beginning stands side by side.
             chosen.sort(key=lambda sequence: inputs[sequence][:limit].tolist())
