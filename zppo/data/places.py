@@ -19,7 +19,7 @@ IMAGE, VIDEO = "<image>", "<video>"
 """What data sets write into the words where a picture, or a video, belongs."""
 Entry: TypeAlias = Any
 """A picture of a row, which is a Cell, or else a video as its column holds it."""
-_NOUNS = {IMAGE: "picture", VIDEO: "video"}
+NOUNS = {IMAGE: "picture", VIDEO: "video"}
 _FIRST = re.compile(rf"[{PLACE}\s]*")
 
 
@@ -81,7 +81,7 @@ def _is_marked(
     )
     if not count or not placed + wanted:
         return False
-    noun = _NOUNS[mark]
+    noun = NOUNS[mark]
     if placed:
         raise RowError(
             f"{name} holds {mark} in its words and {noun}s as parts; expected one of the two"

@@ -20,7 +20,7 @@ from zppo.config.topology import JUDGE, DataConfig
 from zppo.data.media import Cell, PictureReader, cell_of, picture_entries
 from zppo.data.messages import read_conversation
 from zppo.data.pictures import PixelBounds
-from zppo.data.places import IMAGE, VIDEO, Entry, set_places
+from zppo.data.places import IMAGE, NOUNS, VIDEO, Entry, set_places
 from zppo.data.question import Question
 from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
@@ -46,7 +46,6 @@ MAX_ROW = 262_144
 """Characters of a row's columns as JSON: they travel with every question."""
 _WRITTEN_OUT = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 """A conversation that was turned into text on its way into a file."""
-_NOUNS = {IMAGE: "pictures", VIDEO: "videos"}
 _NAMES = {"question": "the question", "answer": "the gold answer"}
 
 
@@ -227,7 +226,7 @@ class RowReader:
             if parts and taken != held:
                 raise RowError(
                     f"{self._name('question')} has {taken} parts {{type: {kind}}} for the row's "
-                    f"{_NOUNS[mark]}, and {name} hold {held}; expected as many"
+                    f"{NOUNS[mark]}s, and {name} hold {held}; expected as many"
                 )
 
     def _cells(self, row: Mapping[str, Any]) -> list[Cell]:
