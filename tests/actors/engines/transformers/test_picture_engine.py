@@ -16,6 +16,7 @@ import recurrent_models
 import torch
 import vision_helpers
 from engine_helpers import completions, make_task
+from media_helpers import about, moved, noise, of_sampled, read_by, sampled_and_scored
 from msgspec import structs
 from PIL import Image
 from transformers import AutoImageProcessor
@@ -23,14 +24,12 @@ from transformers_helpers import build, run, sample
 
 from zppo.data.pictures import refer
 from zppo.errors import UserError
-from zppo.training.batch import assemble
-from zppo.training.layout import micro_batches
 from zppo.training.policy import Policy
 from zppo_actors.engines.base import EngineError
 from zppo_actors.weights import shared_memory
-from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
+from zppo_protocol.messages import GenerateTask, ScoreTask
 from zppo_protocol.places import PLACE
-from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
+from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import PictureReference, PolicyManifest
 
 pytestmark = pytest.mark.slow
@@ -56,18 +55,6 @@ FAMILIES = {
 }
 
 
-def noise(folder: Path, name: str, size: tuple[int, int]) -> PictureReference:
-    """A picture of coloured noise."""
-    file = folder / f"{name}.png"
-    pixels = np.random.default_rng([*name.encode()]).integers(0, 256, (size[1], size[0], 3))
-    Image.fromarray(pixels.astype(np.uint8)).save(file)
-    return refer(file)
-
-
-def pictured(task: GenerateTask, *media: PictureReference) -> GenerateTask:
-    return structs.replace(task, prompt=structs.replace(task.prompt, media=list(media)))
-
-
 def tasks_of(family: Family, folder: Path) -> list[GenerateTask]:
     """Groups with no, one and two pictures, more sequences than the engine has slots; two stand
     between the words."""
@@ -76,7 +63,7 @@ def tasks_of(family: Family, folder: Path) -> list[GenerateTask]:
     words = list(family.words)
     words[2] = words[2].replace(" ", f" {PLACE} ", 2)
     return [
-        pictured(
+        about(
             make_task(words[i % 3], n=3, task_id=f"t{i}", seed=i, max_new_tokens=6 + 2 * i),
             *shown,
         )
@@ -91,16 +78,6 @@ def seen(folder: Path, media: list[PictureReference]) -> dict[str, torch.Tensor]
     processor = AutoImageProcessor.from_pretrained(folder)
     images = [Image.open(one.path).convert("RGB") for one in media]
     return dict(processor(images=images, return_tensors="pt"))
-
-
-def alone(
-    model: Any, folder: Path, samples: GroupSamples, media: list[PictureReference]
-) -> np.ndarray:
-    """Log-probs [T] of a group's tokens, as `distributions` has them."""
-    log_probs_TV = distributions(model, folder, samples, media)
-    return log_probs_TV.gather(1, torch.from_numpy(samples.token_ids.astype(np.int64))[:, None])[
-        :, 0
-    ].numpy()
 
 
 def distributions(
@@ -125,46 +102,6 @@ def distributions(
     return torch.cat(parts)
 
 
-def trained(task: GenerateTask, samples: GroupSamples) -> TrainGroup:
-    return TrainGroup(
-        group_id=task.task_id,
-        question_id=task.task_id,
-        kind="plain",
-        samples=samples,
-        rewards=np.arange(task.n, dtype=np.float32) % 2,
-        media=task.prompt.media,
-    )
-
-
-def read_by(policy: Policy, tasks: list[GenerateTask], found: list[GroupSamples]) -> np.ndarray:
-    """The trainer's log-probs of all tokens, pictures and text in the same passes."""
-    groups = [trained(*pair) for pair in zip(tasks, found, strict=True)]
-    rollouts = assemble(
-        TrainWindow(step=9, groups=groups),
-        max_staleness=9,
-        device=torch.device("cpu"),
-        look=policy.look,
-    )
-    log_probs_T = torch.zeros(rollouts.tokens)
-    batches = micro_batches(
-        rollouts, np.arange(rollouts.sequences), 200, share=policy.shares_prompts
-    )
-    for batch in batches:
-        targets_R = rollouts.token_ids_T[batch.tokens_R]
-        log_probs_T[batch.tokens_R] = policy.log_probs(batch, targets_R, temperature=1.0)[0]
-    return log_probs_T.numpy()
-
-
-@torch.no_grad()
-def moved(model: Any, seed: int) -> Any:
-    """Another version of a model: text, head and tower are all other ones."""
-    other = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    for parameter in other.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return other
-
-
 def published(model: Any, version: int, folder: Path) -> PolicyManifest:
     return shared_memory.publish(model.state_dict(), version, folder)
 
@@ -176,7 +113,7 @@ def test_engine_and_trainer_read_pictures_as_transformers_does(name: str, tmp_pa
     family, (folder, shared) = FAMILIES[name], (tmp_path / "model", tmp_path / "shared")
     shared.mkdir()
     first = family.make()
-    second = moved(first, 1)
+    second = moved(first)
     family.save(first, folder)
     engine, tasks = build(folder, max_sequences=5), tasks_of(family, tmp_path)
 
@@ -189,14 +126,14 @@ def test_engine_and_trainer_read_pictures_as_transformers_does(name: str, tmp_pa
         behaviour = np.concatenate([group.log_probs for group in found])
         expected = np.concatenate(
             [
-                alone(model, folder, group, task.prompt.media)
+                of_sampled(distributions(model, folder, group, task.prompt.media), group)
                 for task, group in zip(tasks, found, strict=True)
             ]
         )
         policy = Policy(copy.deepcopy(model))
         policy.open_eyes(str(folder))
         assert np.abs(behaviour - expected).max() < ROUNDING
-        assert np.abs(read_by(policy, tasks, found) - expected).max() < ROUNDING
+        assert np.abs(read_by(policy, tasks, found, 200) - expected).max() < ROUNDING
 
 
 def test_a_remote_teacher_scores_responses_to_pictures(tmp_path: Path) -> None:
@@ -204,20 +141,8 @@ def test_a_remote_teacher_scores_responses_to_pictures(tmp_path: Path) -> None:
     folder = recurrent_models.save_seeing(model, tmp_path / "model")
     engine, media = build(folder, max_sequences=4), [noise(tmp_path, "p", (64, 96))]
 
-    async def work() -> tuple[GroupSamples, TokenScores]:
-        [found] = await sample(engine, pictured(make_task("how many", n=3), *media))
-        task = ScoreTask(
-            task_id="s",
-            prompt_ids=found.prompt_ids,
-            token_ids=found.token_ids,
-            offsets=found.offsets,
-            top_k=4,
-            media=media,
-            media_tokens=found.media_tokens,
-        )
-        return found, await engine.score(task)
-
-    found, scores = run(engine, work())
+    task = about(make_task("how many", n=3), *media)
+    found, scores = run(engine, sampled_and_scored(engine, task, 4))
     best = distributions(model, folder, found, media).topk(4)
     np.testing.assert_array_equal(scores.token_ids, best.indices.numpy())
     np.testing.assert_allclose(scores.log_probs, best.values.numpy(), rtol=0, atol=ROUNDING)
@@ -233,7 +158,7 @@ def test_a_processor_that_cannot_be_loaded_stops_nothing_but_pictures(tmp_path: 
     async def work() -> list[GroupSamples]:
         found = await sample(engine, make_task("how many", n=2))
         with pytest.raises(UserError, match=cannot):
-            await sample(engine, pictured(make_task("how many"), *media))
+            await sample(engine, about(make_task("how many"), *media))
         marks = np.array([3, *[5] * 6, 4], np.int32)
         task = ScoreTask(
             task_id="s",
@@ -260,11 +185,11 @@ def test_a_stale_feature_a_changed_pixel_and_a_mark_are_found(tmp_path: Path) ->
     first = recurrent_models.make_seeing()
     with torch.no_grad():  # a model that would write marks of pictures, and nothing else
         first.lm_head.weight[3:7] *= 40
-    second = moved(first, 1)
+    second = moved(first)
     recurrent_models.save_seeing(first, folder)
     engine = build(folder, max_sequences=4)
     picture = noise(tmp_path, "p", (64, 96))
-    task = pictured(make_task("how many", n=3, max_new_tokens=8), picture)
+    task = about(make_task("how many", n=3, max_new_tokens=8), picture)
 
     async def work() -> tuple[GroupSamples, GroupSamples]:
         [before] = await sample(engine, task)
@@ -276,24 +201,39 @@ def test_a_stale_feature_a_changed_pixel_and_a_mark_are_found(tmp_path: Path) ->
     assert not np.isin(before.token_ids, [3, 4, 5, 6]).any()
     assert before.media_tokens == [6]
     media = task.prompt.media
-    assert np.abs(before.log_probs - alone(first, folder, before, media)).max() < ROUNDING
-    assert np.abs(stale.log_probs - alone(second, folder, stale, media)).max() > 100 * ROUNDING
+    assert (
+        np.abs(
+            before.log_probs - of_sampled(distributions(first, folder, before, media), before)
+        ).max()
+        < ROUNDING
+    )
+    assert (
+        np.abs(
+            stale.log_probs - of_sampled(distributions(second, folder, stale, media), stale)
+        ).max()
+        > 100 * ROUNDING
+    )
 
     pixels = np.asarray(Image.open(picture.path)).copy()
     pixels[:32, :32] = 255 - pixels[:32, :32]
     Image.fromarray(pixels).save(tmp_path / "other.png")
     other = [refer(tmp_path / "other.png")]
-    assert np.abs(before.log_probs - alone(first, folder, before, other)).max() > 100 * ROUNDING
+    assert (
+        np.abs(
+            before.log_probs - of_sampled(distributions(first, folder, before, other), before)
+        ).max()
+        > 100 * ROUNDING
+    )
     policy = Policy(copy.deepcopy(first))
     policy.open_eyes(str(folder))
-    as_trained = read_by(policy, [pictured(task, *other)], [before])
+    as_trained = read_by(policy, [about(task, *other)], [before], 200)
     assert np.abs(before.log_probs - as_trained).max() > 100 * ROUNDING
 
 
 def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path: Path) -> None:
     folder = recurrent_models.save_seeing(recurrent_models.make_seeing(), tmp_path / "model")
     engine, picture = build(folder, max_sequences=4), noise(tmp_path, "p", (64, 96))
-    task = pictured(make_task("how many", n=2, max_new_tokens=4), picture)
+    task = about(make_task("how many", n=2, max_new_tokens=4), picture)
     marked = make_task("how <|image_pad|> many")
     policy = Policy(recurrent_models.make_seeing())
     policy.open_eyes(str(folder))
@@ -313,10 +253,10 @@ def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path
     assert changed.startswith(start)
     assert words == "the prompt holds 1 marks of pictures for 0 pictures"
     with pytest.raises(UserError, match=re.escape(f"data.train: {start}")):
-        read_by(policy, [task], [found])
+        read_by(policy, [task], [found], 200)
     wider = structs.replace(picture, width=96)
     with pytest.raises(UserError) as refused:
-        read_by(policy, [pictured(task, wider)], [found])
+        read_by(policy, [about(task, wider)], [found], 200)
     assert str(refused.value) == (
         "student.model: the engine read the pictures of the question 't' as other tokens than the "
         "trainer (picture 1 of 1, of 96 × 96 pixels, should be 9 tokens, and other ones stand in "
@@ -325,7 +265,7 @@ def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path
     )
     blind = Policy(engine_helpers.make_model())
     with pytest.raises(UserError) as unseen:
-        read_by(blind, [task], [found])
+        read_by(blind, [task], [found], 200)
     assert str(unseen.value) == (
         "student.model: the question 't' has pictures, and the trainer shows none to '' (qwen3); "
         "expected a family that docs/pictures.md names"

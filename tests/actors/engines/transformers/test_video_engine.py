@@ -14,6 +14,7 @@ import pytest
 import recurrent_models
 import torch
 from engine_helpers import completions, make_task
+from media_helpers import about, moved, noise, of_sampled, read_by, sampled_and_scored
 from msgspec import structs
 from PIL import Image
 from transformers_helpers import build, run, sample
@@ -23,14 +24,12 @@ from zppo.data.pictures import refer
 from zppo.errors import UserError
 from zppo.prompting.picture_layout import PictureLayout
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
-from zppo.training.batch import assemble
-from zppo.training.layout import micro_batches
 from zppo.training.policy import Policy
 from zppo_actors.engines.base import EngineError
 from zppo_actors.weights import shared_memory
-from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
-from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
-from zppo_protocol.values import Media, PictureReference, PolicyManifest, VideoReference
+from zppo_protocol.messages import GenerateTask
+from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import Media, PolicyManifest, VideoReference
 
 pytestmark = pytest.mark.slow
 
@@ -39,23 +38,11 @@ UNSAMPLED = [3, 4, 5, 6]
 SIZE = (64, 96)
 
 
-def noise(folder: Path, name: str, size: tuple[int, int] = SIZE) -> PictureReference:
-    """A picture of coloured noise."""
-    file = folder / f"{name}.png"
-    pixels = np.random.default_rng([*name.encode()]).integers(0, 256, (size[1], size[0], 3))
-    Image.fromarray(pixels.astype(np.uint8)).save(file)
-    return refer(file)
-
-
 def film(
     folder: Path, name: str, count: int, size: tuple[int, int] = SIZE, step: float = 0.7
 ) -> VideoReference:
     frames = tuple(noise(folder, f"{name}-{i}", size) for i in range(count))
     return VideoReference(frames=frames, seconds=tuple(step * i for i in range(count)))
-
-
-def about(task: GenerateTask, *media: Media) -> GenerateTask:
-    return structs.replace(task, prompt=structs.replace(task.prompt, media=list(media)))
 
 
 def tasks_of(folder: Path) -> list[GenerateTask]:
@@ -99,53 +86,10 @@ def distributions(
     return torch.cat(parts)
 
 
-def alone(model: Any, folder: Path, samples: GroupSamples, media: Sequence[Media]) -> np.ndarray:
-    log_probs_TV = distributions(model, folder, samples, media)
-    ids_T = torch.from_numpy(samples.token_ids.astype(np.int64))
-    return log_probs_TV.gather(1, ids_T[:, None])[:, 0].numpy()
-
-
-def read_by(policy: Policy, tasks: list[GenerateTask], found: list[GroupSamples]) -> np.ndarray:
-    """The trainer's log-probs of all tokens, pictures, videos and text in the same passes."""
-    groups = [
-        TrainGroup(
-            group_id=task.task_id,
-            question_id=task.task_id,
-            kind="plain",
-            samples=samples,
-            rewards=np.arange(task.n, dtype=np.float32) % 2,
-            media=task.prompt.media,
-        )
-        for task, samples in zip(tasks, found, strict=True)
-    ]
-    rollouts = assemble(
-        TrainWindow(step=9, groups=groups),
-        max_staleness=9,
-        device=torch.device("cpu"),
-        look=policy.look,
-    )
-    log_probs_T = torch.zeros(rollouts.tokens)
-    every = np.arange(rollouts.sequences)
-    for batch in micro_batches(rollouts, every, 300, share=policy.shares_prompts):
-        targets_R = rollouts.token_ids_T[batch.tokens_R]
-        log_probs_T[batch.tokens_R] = policy.log_probs(batch, targets_R, temperature=1.0)[0]
-    return log_probs_T.numpy()
-
-
 def policy_of(model: Any, folder: Path, **settings: Any) -> Policy:
     policy = Policy(copy.deepcopy(model))
     policy.open_eyes(str(folder), **settings)
     return policy
-
-
-@torch.no_grad()
-def moved(model: Any) -> Any:
-    """Another version of a model: text, head and tower are all other ones."""
-    other = copy.deepcopy(model)
-    torch.manual_seed(1)
-    for parameter in other.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return other
 
 
 def published(model: Any, version: int, folder: Path) -> PolicyManifest:
@@ -171,7 +115,7 @@ def test_engine_and_trainer_read_videos_as_transformers_does(tmp_path: Path) -> 
         behaviour = np.concatenate([group.log_probs for group in groups])
         expected = np.concatenate(
             [
-                alone(model, folder, group, task.prompt.media)
+                of_sampled(distributions(model, folder, group, task.prompt.media), group)
                 for task, group in zip(tasks, groups, strict=True)
             ]
         )
@@ -181,7 +125,7 @@ def test_engine_and_trainer_read_videos_as_transformers_does(tmp_path: Path) -> 
         for train_tower in (False, True):
             policy = policy_of(model, folder, train_tower=train_tower)
             for _ in range(2):
-                assert np.abs(read_by(policy, tasks, groups) - behaviour).max() < 2 * ROUNDING
+                assert np.abs(read_by(policy, tasks, groups, 300) - behaviour).max() < 2 * ROUNDING
 
 
 def test_a_trained_tower_learns_from_every_frame(tmp_path: Path) -> None:
@@ -214,20 +158,8 @@ def test_a_remote_teacher_scores_responses_to_videos(tmp_path: Path) -> None:
     folder = recurrent_models.save_seeing(model, tmp_path / "model")
     engine, media = build(folder, max_sequences=4), [film(tmp_path, "f", 3)]
 
-    async def work() -> tuple[GroupSamples, TokenScores]:
-        [found] = await sample(engine, about(make_task("how many", n=3), *media))
-        task = ScoreTask(
-            task_id="s",
-            prompt_ids=found.prompt_ids,
-            token_ids=found.token_ids,
-            offsets=found.offsets,
-            top_k=4,
-            media=media,
-            media_tokens=found.media_tokens,
-        )
-        return found, await engine.score(task)
-
-    found, scores = run(engine, work())
+    task = about(make_task("how many", n=3), *media)
+    found, scores = run(engine, sampled_and_scored(engine, task, 4))
     assert found.media_tokens == [12]
     best = distributions(model, folder, found, media).topk(4)
     np.testing.assert_array_equal(scores.token_ids, best.indices.numpy())
@@ -256,12 +188,12 @@ def test_one_patch_of_one_frame_is_seen_and_the_order_of_frames(tmp_path: Path) 
         (third, last, first, second),
     ]
     policy = policy_of(model, folder)
-    assert np.abs(read_by(policy, [task], [found]) - found.log_probs).max() < ROUNDING
+    assert np.abs(read_by(policy, [task], [found], 300) - found.log_probs).max() < ROUNDING
     for frames in others:
         other = about(task, structs.replace(video, frames=frames))
-        read = read_by(policy, [other], [found])
+        read = read_by(policy, [other], [found], 300)
         assert np.abs(read - found.log_probs).max() > 100 * ROUNDING
-        expected = alone(model, folder, found, other.prompt.media)
+        expected = of_sampled(distributions(model, folder, found, other.prompt.media), found)
         assert np.abs(read - expected).max() < ROUNDING
 
 
@@ -286,10 +218,10 @@ def test_other_frames_or_times_than_were_referred_to_are_refused_by_both_sides(
     start = f"the picture {changed.path!r} has changed since the data was read"
     assert said.startswith(start)
     with pytest.raises(UserError, match=re.escape(f"data.train: {start}")):
-        read_by(policy_of(model, folder), [task], [found])
+        read_by(policy_of(model, folder), [task], [found], 300)
     later = structs.replace(video, seconds=(0.0, 0.7, 2.4))
     with pytest.raises(UserError) as refused:
-        read_by(policy_of(model, folder), [about(task, later)], [found])
+        read_by(policy_of(model, folder), [about(task, later)], [found], 300)
     assert str(refused.value) == (
         "student.model: the engine read the pictures of the question 't' as other tokens than the "
         "trainer (video 1 of 1, of 3 frames of 64 × 96 pixels, should be 42 tokens, and other ones "
@@ -318,4 +250,4 @@ def test_what_an_engine_showed_as_frames_is_trained_on_as_frames(tmp_path: Path)
     tokenizer = load_tokenizer(str(folder), "student.model")
     frames = PictureLayout(policy._tower.layout.family, tokenizer, "asked to")
     assert encode_prompts(tokenizer, [task.prompt], frames) == [found.prompt_ids.tolist()]
-    assert np.abs(read_by(policy, [task], [found]) - found.log_probs).max() < ROUNDING
+    assert np.abs(read_by(policy, [task], [found], 300) - found.log_probs).max() < ROUNDING
