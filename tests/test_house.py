@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from zppo.cli import DOORS, READ_TOKENIZERS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "zppo_protocol": ROOT / "protocol/zppo_protocol",
@@ -633,9 +635,31 @@ def test_light_modules_stay_light(modules: str, absent: str) -> None:
         f"import sys, {modules}; print([m for m in '{absent}'.split(', ') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=600
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def reached(module: str, known: dict[str, Path], seen: set[str]) -> set[str]:
+    """Modules of ours that one imports, at any depth, itself among them."""
+    while module and module not in known:
+        module = module.rpartition(".")[0]  # a name in a module
+    if module and module not in seen:
+        seen.add(module)
+        for name in imports(known[module]):
+            reached(name, known, seen)
+    return seen
+
+
+def test_commands_that_read_tokenizers_are_told_to_load_no_torch() -> None:
+    names = {path: name_of(path).removesuffix(".py").replace("/", ".") for path in sources()}
+    known = {name.removesuffix(".__init__"): path for path, name in names.items()}
+    readers = [
+        command
+        for command, door in DOORS.items()
+        if "zppo.prompting.tokenization" in reached(door, known, set())
+    ]
+    assert sorted(readers) == list(READ_TOKENIZERS)
 
 
 def test_readme_names_the_commands_of_the_makefile() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -85,8 +86,9 @@ def test_ctrl_c_ends_what_runs_beside(house: Path) -> None:
     making = make(house, "test", suite="sleep 600", mypy="sleep 600")
     while ran(house) != ["mypy", "ruff", "suite"]:
         assert making.poll() is None
+        time.sleep(0.02)
     tree = psutil.Process(making.pid).children(recursive=True)
     os.killpg(making.pid, signal.SIGINT)  # as a terminal does
     making.communicate()
     assert making.returncode != 0
-    assert not psutil.wait_procs(tree, timeout=60)[1]
+    assert not psutil.wait_procs(tree, timeout=600)[1]

@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM
 from zppo.config.topology import OptimizerConfig
 from zppo.data.question import Question
 from zppo.errors import UserError
+from zppo.plan.machine import cpu_dtype
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 from zppo.training.layout import PAD_ID, attention_mask
@@ -343,7 +344,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--max-new-tokens", type=positive, default=64, help="longest answer when measuring (64)"
     )
-    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    made.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=cpu_dtype(),
+        help="default: bfloat16, or float32 where the processor is slow in it",
+    )
     made.add_argument("--threads", type=positive, help="CPU threads")
     made.add_argument("--epochs", type=float, default=2.0, help="passes over the lessons (2)")
     made.add_argument("--batch-lessons", type=positive, default=32, help="lessons an update (32)")

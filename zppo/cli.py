@@ -54,8 +54,8 @@ def console() -> int:
     while its modules are still imported, ends it with one line; so does a file or folder, met
     anywhere, that this user may not read or write."""
     try:
-        if sys.argv[1:2] in (["launch"], ["data"], ["build-data"]):
-            # Imported late: most commands read no tokenizer.
+        if sys.argv[1:2] and sys.argv[1] in READ_TOKENIZERS:
+            # Imported late: the other commands read no tokenizer.
             from zppo.prompting.tokenization import run_no_models
 
             run_no_models()
@@ -120,25 +120,30 @@ def _help(arguments: list[str]) -> int:
     return 0
 
 
+DOORS = {
+    "quickstart": "zppo.quickstart",
+    "data": "zppo.data_command",
+    "build-data": "zppo.build_data",
+    "sample-videos": "zppo.sample_videos",
+    "launch": "zppo.launch",
+    "join": "zppo.join",
+    "render": "zppo.render",
+    "plan": "zppo.plan_command",
+    "evaluate": "zppo.evaluate",
+    "compare": "zppo.compare",
+    "grade": "zppo.grade",
+    "report": "zppo.report.cli",
+    "timeline": "zppo.timeline",
+    "doctor": "zppo.diagnosis.doctor",
+}
+READ_TOKENIZERS = ("build-data", "compare", "data", "evaluate", "launch", "plan")
+"""They run no model themselves: what does is a process of its own."""
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "quickstart": _door("zppo.quickstart"),
     "init": _init,
-    "data": _door("zppo.data_command"),
-    "build-data": _door("zppo.build_data"),
-    "sample-videos": _door("zppo.sample_videos"),
-    "launch": _door("zppo.launch"),
-    "join": _door("zppo.join"),
-    "render": _door("zppo.render"),
-    "plan": _door("zppo.plan_command"),
-    "evaluate": _door("zppo.evaluate"),
-    "compare": _door("zppo.compare"),
-    "grade": _door("zppo.grade"),
-    "report": _door("zppo.report.cli"),
-    "timeline": _door("zppo.timeline"),
-    "doctor": _door("zppo.diagnosis.doctor"),
     "--version": _version,
     "--help": _help,
     "-h": _help,
+    **{name: _door(module) for name, module in DOORS.items()},
 }
 
 

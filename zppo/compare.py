@@ -259,9 +259,9 @@ class Session:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             shown = self._show_steps(pair, shown)
-            # One a round, because the child would take two that come together for one.
             if told < self._interrupts.count:
-                process.send_signal(signal.SIGINT)
+                # The kernel takes two of one signal that come together for one.
+                process.send_signal((signal.SIGINT, signal.SIGTERM)[told % 2])
                 told += 1
                 if told == 1:
                     say(

@@ -8,6 +8,7 @@ import difflib
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -33,12 +34,19 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Words of others (of data, a model, a server) as a terminal may be given them: control marks
-    are spelled out."""
+    """Words of others (of data, a model, a server) as a terminal may be given them: what steers it
+    or turns the direction of writing is spelled out. Blanks of any width, tabs and the joiners of
+    emoji and of Persian are words."""
+    if text.isprintable():
+        return text
     return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
-        for one in text
+        one if _is_harmless(one) else one.encode("unicode_escape").decode() for one in text
     )
+
+
+def _is_harmless(one: str) -> bool:
+    """Of a single character."""
+    return one.isprintable() or one in "\n\t\u200c\u200d" or unicodedata.category(one) == "Zs"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

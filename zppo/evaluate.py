@@ -43,6 +43,7 @@ from zppo.evaluation.order import (
     served_folder,
 )
 from zppo.plan.engines.openai import read_openai_arguments
+from zppo.plan.machine import SLOW_BFLOAT16, cpu_dtype
 from zppo.plan.picture_checks import check_sees
 from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_own_system, check_system_prompt
 from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
@@ -142,6 +143,8 @@ def _served(
     model, notes = served_folder(located, sampling, dtype, engine, "--model", variables)
     if engine == "simulated" and sampling.presence_penalty:
         notes.append("the engine 'simulated' knows no presence penalty")
+    if (arguments.device, model.dtype, cpu_dtype()) == ("cpu", "bfloat16", "float32"):
+        notes.append(f"{SLOW_BFLOAT16}: give --dtype float32")
     return served_as("--model", model, _actor(arguments, engine, engine_args)), notes
 
 

@@ -36,6 +36,9 @@ from zppo.records.timeline import (
 )
 
 FLUSH_SECONDS = 1.0
+CLOSE_SECONDS = 5.0
+"""A disk that does not answer is waited for so long at the end; on a busy machine one that does may
+take more than a second."""
 """A killed process loses the spans of so long."""
 MOST_SPANS = 64
 """of one flush, or one of each kind; at about 70 bytes each, 4.5 kB/s at the very most"""
@@ -131,10 +134,10 @@ class Timeline:
             self._waiting.append(Room(capacity))
 
     def close(self) -> None:
-        """Write what is left; a disk that does not answer is not waited for."""
+        """Write what is left, within `CLOSE_SECONDS`."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(FLUSH_SECONDS)
+            self._thread.join(CLOSE_SECONDS)
             if self.lost:
                 log.warning("%s: spans lost: %d", self._path, self.lost)
 

@@ -318,7 +318,7 @@ class LoadPolicy(Message, frozen=True):
 
 
 class ReleasePolicy(Message, frozen=True):
-    """No engine reads this version any more; its file may go."""
+    """No engine reads this version any more; its file may be written over."""
 
     version: Count
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import stat
 import threading
 import time
@@ -184,11 +185,14 @@ class Dealer:
         ProtocolError if unfit, AccessError as `receive` does."""
         frames = self._frames.write(message)
         self._listen_at_the_door()
-        try:
-            self._socket.send_multipart(frames, copy=False)
-        except zmq.Again as error:
-            self._listen_at_the_door()
-            raise _stalled(self.limits) from error
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                return
+            except zmq.Again as error:
+                if not _is_ready(self._socket, zmq.POLLOUT, self.limits.send_seconds):
+                    self._listen_at_the_door()
+                    raise _stalled(self.limits) from error
 
     def close(self) -> None:
         """Give unsent messages `linger_seconds`, then free the socket. Safe to call twice."""
@@ -371,7 +375,7 @@ def _arrivals(
     while True:
         left = deadline - time.monotonic()
         wait = left if look is None or left <= 0.0 else min(left, look())
-        frames = _read_frames(socket, most, max(0, round(1000 * wait)))
+        frames = _read_frames(socket, most, wait)
         if frames:
             yield frames
             if time.monotonic() >= deadline:
@@ -380,21 +384,34 @@ def _arrivals(
             return
 
 
-def _read_frames(socket: zmq.Socket[bytes], most: int, milliseconds: int) -> list[zmq.Frame]:
+def _read_frames(socket: zmq.Socket[bytes], most: int, wait_s: float) -> list[zmq.Frame]:
     """Read one message, or nothing if none comes in time; of one with too many frames keep
     `most + 1`, enough to refuse it."""
-    # A wait inside of `recv` costs a fraction of a poll before it. A signal that a handler takes
-    # begins it anew, so waits of those who have handlers are short.
-    if milliseconds:
-        socket.set(zmq.RCVTIMEO, milliseconds)
+    if wait_s > 0.0 and not _is_ready(socket, zmq.POLLIN, wait_s):
+        return []
     try:
-        frames = [socket.recv(0 if milliseconds else zmq.NOBLOCK, copy=False)]
+        frames = [socket.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:
         return []
     while frames[-1].more:
         frame = socket.recv(zmq.NOBLOCK, copy=False)
         frames[most:] = [frame]
     return frames
+
+
+def _is_ready(socket: zmq.Socket[bytes], event: int, wait_s: float) -> bool:
+    """Wait until a message can be read (POLLIN) or queued (POLLOUT); False when time is up."""
+    # ZeroMQ's own waits begin anew after each signal that a handler takes, and its poll as pyzmq
+    # calls it then counts whole seconds; Python's poll keeps to its time.
+    deadline = time.monotonic() + wait_s
+    poll = select.poll()
+    poll.register(socket.FD, select.POLLIN)  # says only that something has happened
+    while not socket.get(zmq.EVENTS) & event:
+        left = deadline - time.monotonic()
+        if left <= 0.0:
+            return False
+        poll.poll(1000.0 * left)
+    return True
 
 
 def _is_newer(route: bytes, known: bytes) -> bool:

@@ -17,7 +17,7 @@ from zppo_actors import runtime
 from zppo_actors.process import ActorContext, guarded
 
 pytestmark = pytest.mark.slow
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 600
 
 TIED = """
 import sys, time
@@ -26,7 +26,7 @@ from zppo_actors import process
 process.tie_to_supervisor(int(sys.argv[1]), Path(sys.argv[2]), kernel_too=False)
 process.set_signals()
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -35,7 +35,7 @@ from zppo_protocol.messages import (
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.sockets import Router
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 600.0
 Wanted = TypeVar("Wanted")
 
 

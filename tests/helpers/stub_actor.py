@@ -3,14 +3,14 @@ scripted behaviour.
 
 `RUN_DIR/script.json` says what each incarnation of an actor does: "live" (until told to leave),
 "die" (exit 3), "leave" (exit 0), "refuse" (a user error), "break" (a broken promise), "spawn"
-(live, with a child of its own), "linger" (as "live", but it leaves late), "freeze" (stops
-itself before it greets). The controller writes
-what it hears to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends
-the run when that incarnation has said hello, "restart NAME" asks for a restart of its first
-incarnation, "deaf" ignores stop requests, "fail" ends the run with exit code 1 as soon as the
-supervisor is there, "freeze" sends one status and stops itself, "slow" does not get so far,
-"hasty" waits for nobody when it is to stop. Otherwise it ends only after all peers were heard: a
-router cannot reach those that are not connected yet.
+(live, with a child of its own, whose process id stands in `RUN_DIR/spawned.txt`), "linger" (as
+"live", but it leaves late), "freeze" (stops itself before it greets). The controller writes what it
+hears to `RUN_DIR/heard.txt`, a line each, and obeys its words: "finish when NAME N" ends the run
+when that incarnation has said hello and the end of the one before was heard of, "restart NAME" asks
+for a restart of its first incarnation, "deaf" ignores stop requests, "fail" ends the run with exit
+code 1 as soon as the supervisor is there, "freeze" sends one status and stops itself, "slow" does
+not get so far, "hasty" waits for nobody when it is to stop. Otherwise it ends only after all peers
+were heard: a router cannot reach those that are not connected yet.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from zppo_protocol.messages import (
 )
 from zppo_protocol.sockets import Dealer, Router
 
+LINGER_SECONDS = 2.0
+
 STATUS = Status(
     phase="training",
     step=0,
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
     word = words[min(arguments.incarnation, len(words) - 1)]
     if arguments.role == "controller":
         if "slow" in words:
-            time.sleep(60.0)
+            time.sleep(600.0)
         return Controller(folder, run_dir, words).run()
     return process.guarded(lambda: act(word, arguments, folder))
 
@@ -74,6 +76,9 @@ def main(argv: list[str]) -> int:
 def act(word: str, arguments: object, folder: Path) -> int:
     if word == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if word == "spawn":  # before it greets: who has heard it finds the child
+        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        Path(arguments.run, "spawned.txt").write_text(str(child.pid))
     dealer = Dealer(runtime.credentials(folder, arguments.actor))
     dealer.send(hello(arguments))
     try:
@@ -87,12 +92,10 @@ def act(word: str, arguments: object, folder: Path) -> int:
         if word == "break":
             print("step 3: the stub is stale", file=sys.stderr, flush=True)
             return EXIT_FATAL
-        if word == "spawn":
-            subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         while not isinstance(dealer.receive(60.0), Shutdown):
             pass
         if word == "linger":
-            time.sleep(1.0)
+            time.sleep(LINGER_SECONDS)
         return 0
     finally:
         dealer.close()
@@ -116,6 +119,7 @@ class Controller:
         self.run_dir, self.words = run_dir, words
         self.peers: set[str] = set()
         self.greeted: dict[str, int] = {}
+        self.exited: set[tuple[str, int]] = set()
         plans = processes(read(run_dir).topology, available_cores=1)
         self.expected = {"supervisor", *(plan.name for plan in plans if plan.role != "controller")}
 
@@ -173,17 +177,27 @@ class Controller:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 if "fail" in self.words and actor == "supervisor":
                     return RunEnded(verdict="nothing moved for 3 s", exit_code=1)
-                if f"finish when {actor} {incarnation}" in self.words:
-                    return RunEnded(verdict="finished", exit_code=0)
+                return self.finished(actor)
             case ActorExited(
                 actor=actor, incarnation=incarnation, verdict=verdict, restarting=restarting
             ):
                 self.note(f"exited {actor} {incarnation} {restarting}: {verdict}")
+                self.exited.add((actor, incarnation))
+                return self.finished(actor)
             case StopRequested(reason=reason):
                 self.note(f"stop: {reason}")
                 if "deaf" not in self.words:
                     return RunEnded(verdict="interrupted after step 3", exit_code=130)
         return None
+
+    def finished(self, actor: str) -> RunEnded | None:
+        """The end that is due to an actor. That it was started anew and that it had ended are heard
+        on two lines, in any order."""
+        now = self.greeted.get(actor)
+        if now is None or f"finish when {actor} {now}" not in self.words:
+            return None
+        known = now == 0 or (actor, now - 1) in self.exited
+        return RunEnded(verdict="finished", exit_code=0) if known else None
 
     def ask_for_restarts(self) -> None:
         for word in [word for word in self.words if word.startswith("restart ")]:

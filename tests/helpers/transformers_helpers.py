@@ -24,7 +24,7 @@ def run(engine: Engine, work: Coroutine[Any, Any, Any]) -> Any:
 
     async def bounded() -> Any:
         try:
-            return await asyncio.wait_for(work, 120.0)
+            return await asyncio.wait_for(work, 600.0)
         finally:
             await engine.close()
 

@@ -1,7 +1,10 @@
-"""The keys of a small run, for tests of sockets, and a port that nobody listens on."""
+"""The keys of a small run, for tests of sockets, and ports that nobody listens on."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,20 @@ from zppo_protocol.keys import Credentials
 ROLES = {"rollout-0": "rollout", "rollout-1": "rollout", "trainer": "trainer"}
 
 
+FIRST_PORT, PORTS = 12_000, 20_000
+"""Below those that the system hands out by itself: nobody gets one of them between the look here and
+its use, and no connection that is tried in vain meets itself there."""
+
+_offsets = itertools.count(os.getpid() * 101)  # each process of tests begins elsewhere
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine on which nothing listens."""
+    while True:
+        port = FIRST_PORT + next(_offsets) % PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Wire:

@@ -17,7 +17,7 @@ from zppo.records.rollouts import read_step, step_files
 from zppo.records.summary import read_lines, summarise
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
-SECONDS = 240
+SECONDS = 900
 SETTINGS = {
     "run.steps": 2,
     "scheduler.new_questions": 12,

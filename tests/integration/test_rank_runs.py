@@ -3,6 +3,7 @@ another number of them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -67,11 +68,11 @@ def until(run: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
 
 def rank(run: subprocess.Popen[str], name: str) -> psutil.Process:
     """The process of an actor, by the name on its command line."""
-    return next(
-        child
-        for child in psutil.Process(run.pid).children(recursive=True)
-        if name in child.cmdline()
-    )
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if name in child.cmdline():
+                return child
+    raise AssertionError(f"there is no {name}")
 
 
 def logs(directory: Path) -> str:
@@ -84,15 +85,13 @@ def test_a_rank_killed_in_a_step_and_a_resume_with_one(tmp_path: Path) -> None:
     settings = {**SMALL, "run.directory": directory, "run.steps": 4, "actors.trainer.ranks": 2}
     run = started("--topology", str(QUICKSTART), **settings)
     until(run, lambda: checkpoint.find_latest(directory).step >= 1)
-    # The collectives listen on this host alone.
-    second = rank(run, "trainer-1")
-    addresses = {
-        c.laddr.ip for one in (rank(run, "trainer"), second) for c in one.net_connections()
-    }
-    assert addresses and all(ip.startswith("127.") or ip == "::1" for ip in addresses)
-
+    first, second = rank(run, "trainer"), rank(run, "trainer-1")
     marker = runtime_folder(read(directory).run_id, runtime_base()) / "training"
     until(run, marker.exists)
+    second.suspend()  # so that the run waits for what is looked at
+    # The collectives listen on this host alone.
+    addresses = {c.laddr.ip for one in (first, second) for c in one.net_connections()}
+    assert addresses and all(ip.startswith("127.") or ip == "::1" for ip in addresses)
     second.kill()
     said = wait(run)
     assert run.returncode == 0, said + logs(directory)

@@ -17,7 +17,7 @@ from openai_server import MODEL, Request, Server, running
 from zppo.records import checkpoint
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
-PATIENCE = 240.0
+PATIENCE = 900.0
 SMALL = {
     "run.steps": 40,
     "scheduler.new_questions": 8,

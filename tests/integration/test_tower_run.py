@@ -3,6 +3,7 @@ and without them by real processes, killed, resumed and evaluated."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -55,9 +56,10 @@ def launch_and_kill(arguments: list[str], directory: Path, step: int) -> None:
         *psutil.Process(process.pid).children(recursive=True),
     ]
     for one in everybody:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended because another one has
+            one.kill()
     process.communicate()
-    psutil.wait_procs(everybody, timeout=30)
+    psutil.wait_procs(everybody, timeout=PATIENCE)
 
 
 def write_questions(file: Path, count: int, *, films: bool = False) -> Path:

@@ -25,7 +25,7 @@ from zppo_protocol.limits import PIECE_BYTES, Limits
 from zppo_protocol.pieces import cut
 from zppo_protocol.sockets import AsyncDealer, Dealer, Router
 
-PATIENCE = 20.0
+PATIENCE = 300.0
 BRIEF = Limits(handshake_seconds=0.2)
 
 

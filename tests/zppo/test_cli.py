@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 INTERRUPTED = """\
 import os, signal, sys
@@ -72,3 +75,20 @@ def test_module_and_package_are_the_console_script() -> None:
     assert {(one.returncode, one.stdout, one.stderr) for one in said} == {
         (2, "", "zppo: there is no command 'launhc' (did you mean 'launch'?)\n")
     }
+
+
+PLANNED = """\
+import sys
+from zppo.cli import console
+sys.argv = ["zppo", "plan", {topology!r}, "--json"]
+code = console()
+print(code, "transformers" in sys.modules, "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_loads_tokenizers_and_no_torch() -> None:
+    topology = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    script = PLANNED.format(topology=topology)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert done.stderr == "0 True False\n"

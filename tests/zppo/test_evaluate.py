@@ -84,6 +84,24 @@ def test_code_that_a_run_names_is_not_imported(start: Start, small: Path) -> Non
 # ---- orders --------------------------------------------------------------------------------------
 
 
+def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (
+        "this processor has no AVX-512 and is some 50 times slower in bfloat16 than in float32: "
+        "give --dtype float32"
+    )
+    call = ("--model", "student", "--data", "train.jsonl")
+    for fast in ("float32", "bfloat16"):
+        monkeypatch.setattr("zppo.evaluate.cpu_dtype", lambda fast=fast: fast)
+        for dtype in ("float32", "bfloat16"):
+            order, _ = start(*call, "--dtype", dtype)
+            assert order is not None
+            assert (said in order.notes) == ((fast, dtype) == ("float32", "bfloat16"))
+    order, _ = start(*call, "--dtype", "bfloat16", "--device", "cuda")
+    assert order is not None and said not in order.notes
+
+
 def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> None:
     order, said = start("--model", "student", "--data", "train.jsonl")
     assert order is not None and said == ""

@@ -524,7 +524,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(
         "--dry-run",
     ]
     chosen = [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr.replace(f"{small}/", "")) == (2, sentence + "\n")
 
 
@@ -725,7 +725,7 @@ def test_exit_code_of_the_real_command(small: Path) -> None:
         "--set",
         "run.steps=0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert (
         done.stderr

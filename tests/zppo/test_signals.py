@@ -12,7 +12,7 @@ import pytest
 
 from zppo.signals import Interrupts
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 600
 PARENT = """
 import signal, subprocess, sys, time
 from functools import partial

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from msgspec import Struct
 
 from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.served import served_models
-from zppo.config.topology import VLLM, ActorConfig, Topology, TrainerConfig
+from zppo.config.topology import VLLM, ActorConfig, Dtype, Topology, TrainerConfig
 from zppo.errors import UserError
 from zppo.plan.engines.vllm import CACHE_BYTES, SHARE
 from zppo.plan.plan import HostNeed, Plan
@@ -22,6 +24,13 @@ GIB = 1 << 30
 NO_LIMIT = 1 << 62
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Lists the cards of this machine without any library."""
+PROCESSOR = Path("/proc/cpuinfo")
+BFLOAT16 = frozenset(("avx512bw", "avx512dq", "avx512vl"))
+"""What an x86 processor needs for oneDNN to multiply matrices of bfloat16; without, torch does it
+element by element."""
+SLOW_BFLOAT16 = (
+    "this processor has no AVX-512 and is some 50 times slower in bfloat16 than in float32"
+)
 VLLM_SHARE = 0.92
 """What vLLM takes of a card unless it is told otherwise."""
 Placed = tuple[ProcessEntry, int]
@@ -31,9 +40,10 @@ Placed = tuple[ProcessEntry, int]
 class Machine(Struct, frozen=True, kw_only=True):
     """What the machine can give: cores, free bytes in memory, in the runtime folder, on the disk of
     the run directory, and of each CUDA device. `gpus` is None where nobody has said; `cards` counts
-    those that are there, whether they were looked at or not."""
+    those that are there, whether they were looked at or not. `dtype`: `cpu_dtype` there."""
 
     cores: int
+    dtype: Dtype = "bfloat16"
     memory: int = NO_LIMIT
     shared: int = NO_LIMIT
     disk: int = NO_LIMIT
@@ -65,12 +75,23 @@ def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bo
     memory = min(psutil.virtual_memory().available, _control_group_free())
     return Machine(
         cores=cores,
+        dtype=cpu_dtype(),
         memory=memory,
         shared=shutil.disk_usage(runtime_base).free,
         disk=_disk_free(run_dir),
         gpus=gpus,
         cards=len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0,
     )
+
+
+def cpu_dtype(processor: Path = PROCESSOR) -> Dtype:
+    """The dtype that this machine's processor is fast with: bfloat16, but float32 on an x86
+    processor without AVX-512, on Linux. Elsewhere nobody is asked."""
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^flags\s*:(.*)$", processor.read_text(), re.MULTILINE)
+        if flags and not BFLOAT16.issubset(flags[1].split()):
+            return "float32"
+    return "bfloat16"
 
 
 def _disk_free(run_dir: Path) -> int:

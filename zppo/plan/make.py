@@ -10,6 +10,7 @@ import math
 
 from zppo.algorithm.methods import Method, get_method
 from zppo.algorithm.steps import Recipe
+from zppo.config.cluster import LOCALHOST
 from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import TRANSFORMERS, VLLM, Topology
@@ -26,7 +27,7 @@ from zppo.plan.disk import disk_need
 from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.engines.vllm_models import check_recurrent_on_cpu, check_torchvision
 from zppo.plan.loss_checks import loss_notes
-from zppo.plan.machine import Machine, check_fits, idle_cards, machines_of
+from zppo.plan.machine import SLOW_BFLOAT16, Machine, check_fits, idle_cards, machines_of
 from zppo.plan.memory import Models, inspect_models, need, shared_bytes
 from zppo.plan.model_class import refuse_unknown
 from zppo.plan.model_folder import ModelFacts
@@ -34,6 +35,7 @@ from zppo.plan.plan import Plan, Windows
 from zppo.plan.processes import (
     ProcessEntry,
     asked_teachers,
+    host_name,
     processes,
     trainer_scores,
     uses_teacher,
@@ -203,6 +205,8 @@ def _host_notes(topology: Topology, table: list[ProcessEntry], machine: Machine)
             "see "
             "actors.trainer.device and actors.rollout.devices"
         )
+    if slow := _slow_dtypes(topology, table, machine):
+        notes.append(f"{SLOW_BFLOAT16}: set {' and '.join(slow)} to float32")
     if unused := [name for name in topology.cluster.hosts if name not in used]:
         notes.append(f"no process runs on {', '.join(unused)} of cluster.hosts")
     further = list(machines_of(topology, machine).items())[1:]
@@ -213,6 +217,18 @@ def _host_notes(topology: Topology, table: list[ProcessEntry], machine: Machine)
             "memory there are not checked before the run"
         )
     return notes
+
+
+def _slow_dtypes(topology: Topology, table: list[ProcessEntry], machine: Machine) -> list[str]:
+    """The settings by which a processor that is slow in bfloat16 computes in it; of `machine`
+    alone, the first host, something is known."""
+    if machine.dtype == "bfloat16":
+        return []
+    student, first = served_student(topology), host_name(topology, LOCALHOST)
+    here = [entry for entry in table if entry.device == "cpu" and entry.host in (LOCALHOST, first)]
+    served = dict.fromkeys((entry.served or student).section for entry in here)
+    models = {one.section: one.model for one in served_models(topology)}
+    return [f"{name}.dtype" for name in served if models[name].dtype == "bfloat16"]
 
 
 def _has(names: list[str]) -> str:

@@ -62,7 +62,7 @@ SCORED_TOKENS, SCORED_ROWS = 8192, 256
 """Tokens of one scoring pass of an engine, and rows of its logits that exist at once, twice."""
 PUBLISHED_MARGIN = 2
 """Policy versions in shared memory beyond max_staleness: the newest one and the one being
-written."""
+written, or the file of a released one that is kept for it."""
 
 
 class Need(Struct, frozen=True, kw_only=True):

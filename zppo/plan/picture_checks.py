@@ -9,28 +9,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from zppo.algorithm.methods import get_method
 from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import Topology
 from zppo.data.question import Question
-from zppo.errors import UserError
+from zppo.errors import UserError, first_line
 from zppo.plan.processes import trainer_scores
 from zppo.prompting.picture_families import FAMILIES
 from zppo.prompting.picture_layout import PictureLayout
-from zppo.prompting.tokenization import load_picture_layout, load_tokenizer
-from zppo_protocol.values import VideoReference
+from zppo.prompting.tokenization import (
+    PROCESSOR,
+    VIDEO_PROCESSOR,
+    load_picture_layout,
+    load_processor,
+    load_tokenizer,
+)
+from zppo_protocol.values import Media, PictureReference, VideoReference, pictures_of
 
 BLIND = frozenset({"simulated"})
 """Engines that show pictures to no model."""
 SCORES_TEXT = frozenset({"vllm"})
 """Engines that score responses to text alone."""
+PROBED = PictureReference(path="probe", sha256="0" * 64, width=100, height=70)
+"""A picture on which processors are tried; no model's patches divide it."""
 OWN_LAYOUT = frozenset({"transformers"})
 """Engines that lay pictures out as `zppo.prompting.picture_layout` says, and know no others."""
 
 
 def layout_of(served: ServedModel, tokenizer: Any) -> PictureLayout | None:
-    """How `served` is shown pictures and videos, None for text alone. Raises UserError."""
-    return load_picture_layout(served.model.model, tokenizer, served.model_path)
+    """How `served` is shown pictures and videos, None for text alone. Raises UserError, also for
+    settings of pictures that cannot be used where the engine reads them for text, too."""
+    layout = load_picture_layout(served.model.model, tokenizer, served.model_path)
+    if layout is not None and served.actor.engine not in OWN_LAYOUT:
+        layout.check()
+    return layout
+
+
+def text_alone_note(served: ServedModel, tokenizer: Any) -> list[str]:
+    """That `served` could be shown no picture, for whoever looks at a plan for text."""
+    layout = layout_of(served, tokenizer)
+    return (
+        [] if layout is None or not layout.problem else [f"{layout.problem}; text does not need it"]
+    )
 
 
 def has_video(question: Question) -> bool:
@@ -87,21 +109,51 @@ def check_scores(where: str, questions: Sequence[Question], topology: Topology) 
             f"{served.actor.engine!r} scores responses to text alone; expected 'transformers', or "
             "that teacher.scoring is colocated"
         )
-    filmed = next(filter(has_video, questions), None)
-    if filmed is not None:
-        _check_reads_video(where, filmed.id, served_student(topology), served)
+    _check_same_tokens(where, questions, served_student(topology), served)
 
 
-def _check_reads_video(
-    where: str, question: str, student: ServedModel, teacher: ServedModel
+def _check_same_tokens(
+    where: str, questions: Sequence[Question], student: ServedModel, teacher: ServedModel
 ) -> None:
-    """Raise UserError if a teacher, which scores the student's own tokens, has no input for the
-    video of `question` where the student has one."""
+    """Raise UserError unless a teacher, which scores the student's own tokens, would make the same
+    ones of every picture and video of these questions."""
     read, scored = (
         layout_of(one, load_tokenizer(one.model.model, one.model_path))
         for one in (student, teacher)
     )
-    if read is None or scored is None or not read.shows_videos or scored.family.video is not None:
+    if read is None or scored is None:
+        return
+    for question in questions:
+        for medium in question.media:
+            if isinstance(medium, VideoReference) and read.shows_videos:
+                _check_reads_video(where, question.id, student, teacher, scored)
+            expected, found = (
+                sum(map(len, one.shown_as(medium, as_video=read.shows_videos)))
+                for one in (read, scored)
+            )
+            if expected != found:
+                raise UserError(
+                    f"{where}: the question {question.id!r} has a {_sized(medium)}, which is "
+                    f"{expected} tokens for {student.model.model!r} and {found} for "
+                    f"{teacher.model.model!r} ({teacher.model_path}), which scores the same "
+                    f"tokens; expected one size in {PROCESSOR} and {VIDEO_PROCESSOR} of both"
+                )
+
+
+def _sized(medium: Media) -> str:
+    frame = next(pictures_of([medium]))
+    size = f"{frame.width} × {frame.height} pixels"
+    if isinstance(medium, VideoReference):
+        return f"video of {len(medium.frames)} frames of {size}"
+    return f"picture of {size}"
+
+
+def _check_reads_video(
+    where: str, question: str, student: ServedModel, teacher: ServedModel, scored: PictureLayout
+) -> None:
+    """Raise UserError if a teacher, which scores the student's own tokens, has no input for the
+    video of `question`, which the student is shown as such."""
+    if scored.family.video is not None:
         return
     raise UserError(
         f"{where}: the question {question!r} has a video, which {student.model.model!r} is shown "
@@ -113,11 +165,36 @@ def _check_reads_video(
 
 def _check_known(where: str, question: str, served: ServedModel, cannot: str) -> None:
     folder, setting = served.model.model, served.model_path
-    if load_picture_layout(folder, load_tokenizer(folder, setting), setting) is None:
+    layout = load_picture_layout(folder, load_tokenizer(folder, setting), setting)
+    if layout is None:
         raise UserError(
             f"{where}: the question {question!r} has pictures, and {cannot}; expected a model of "
             f"the family {' or '.join(sorted(FAMILIES))} with its processor (docs/pictures.md), or "
             "text only"
+        )
+    layout.check()
+    _check_processor(layout, folder, setting)
+
+
+def _check_processor(layout: PictureLayout, folder: str, where: str) -> None:
+    """Raise UserError unless the model's processor can be loaded, and makes as much of a picture as
+    its settings say."""
+    processor = load_processor(folder, where)
+    expected = layout.expansion(PROBED).count(layout.family.mark)
+    try:
+        made = processor(
+            images=[Image.new("RGB", (PROBED.width, PROBED.height))], return_tensors="np"
+        )
+        found = layout.family.features_of(made)
+    except Exception as error:  # settings that nobody foresaw raise whatever NumPy can
+        raise UserError(
+            f"{where}: the processor of pictures of {folder!r} fails ({first_line(error)}); "
+            f"expected {PROCESSOR} as save_pretrained writes it"
+        ) from error
+    if found != expected:
+        raise UserError(
+            f"{where}: the processor of pictures of {folder!r} makes {found} features of a picture "
+            f"of {PROBED.width} × {PROBED.height} pixels; expected {expected}, as {PROCESSOR} says"
         )
 
 

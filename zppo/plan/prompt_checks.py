@@ -16,7 +16,7 @@ from zppo.config.served import ServedModel
 from zppo.data.question import Question
 from zppo.errors import UserError, first_line
 from zppo.plan.model_folder import inspect_model
-from zppo.plan.picture_checks import has_video, layout_of, video_note
+from zppo.plan.picture_checks import has_video, layout_of, text_alone_note, video_note
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.picture_layout import MarkError, PictureLayout
 from zppo.prompting.prompts import PromptSet
@@ -62,6 +62,8 @@ class Reader(Struct, frozen=True, kw_only=True):
             return [len(ids) for ids in encode_prompts(tokenizer, own, pictures)]
         except MarkError:
             raise _marked(tokenizer, own, pictures, served) from None
+        except UserError:
+            raise
         except Exception as error:  # a template may raise whatever Jinja2 can
             raise UserError(
                 f"{served.model_path}: the chat template of {served.model.model!r} fails "
@@ -77,6 +79,7 @@ class Reader(Struct, frozen=True, kw_only=True):
                 f"{self.served.model_path}: {self.served.model.model!r} has no chat template: "
                 "messages are put one below the other, and nothing tells the model whose they are"
             )
+        notes += text_alone_note(self.served, tokenizer)
         if any(map(has_video, questions)):
             notes += video_note(self.served, tokenizer)
         return notes

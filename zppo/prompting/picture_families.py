@@ -7,7 +7,9 @@ video also from the times of its frames): so engines, the trainer and the checks
 compute it, without a pixel, and it must be the same (`zppo.prompting.picture_layout`). Among its
 tokens those with the mark's id stand for features, one each.
 
-Only the families of `FAMILIES` are known here. Every other one trains on text alone.
+Only the families of `FAMILIES` are known here. Every other one trains on text alone. Settings of a
+processor under which the expansion would be another one, or that do not suit the model, are refused
+here (`SettingsError`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from zppo.errors import UserError
 from zppo.prompting.picture_tokens import PictureTokens, VideoTokens, resized, resized_frames
 from zppo_protocol.values import PictureReference, VideoReference
 
@@ -28,6 +31,17 @@ UNSAMPLED = (
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 MAX_SIDE = 4096
 """Idefics3 makes no side of a picture longer, in pixels."""
+PICTURES, VIDEOS = "its processor of pictures has", "its processor of videos has"
+QWEN_PATCHES = {
+    "patch_size": ("patch_size", 16),
+    "merge_size": ("spatial_merge_size", 2),
+    "temporal_patch_size": ("temporal_patch_size", 2),
+}
+"""Settings of Qwen's processors -> what the model's `vision_config` calls the same, and its own
+value."""
+QWEN_PICTURE_DEFAULTS: Mapping[str, Any] = {"temporal_patch_size": 2}
+"""What the processor of pictures takes for what a folder does not say. It would take patches of
+other models, too."""
 QWEN_VIDEOS = "Qwen3VLVideoProcessor"
 """The one processor of videos that is known here, by the name in its settings."""
 QWEN_VIDEO_DEFAULTS: Mapping[str, Any] = {
@@ -49,6 +63,10 @@ SCALING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_
 
 Tokenizer = Any
 """A tokenizer of transformers."""
+
+
+class SettingsError(ValueError):
+    """What is wrong with the settings of a processor, as the end of a sentence."""
 
 
 class PictureFamily(Protocol):
@@ -73,6 +91,28 @@ class PictureFamily(Protocol):
 
     def expansion(self, tokenizer: Tokenizer, grid: tuple[int, int]) -> list[int]:
         """Token ids in the place of the mark."""
+
+    def features_of(self, made: Mapping[str, Any]) -> int:
+        """How many features one picture has, of which the model's processor has `made` this."""
+
+
+@dataclass(frozen=True)
+class UnreadPictures:
+    """A model whose settings of pictures are `problem`, a whole sentence: it reads text alone."""
+
+    mark: int
+    problem: str
+    turns: bool = False
+    video: None = None
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        raise UserError(self.problem)
+
+    def expansion(self, tokenizer: Tokenizer, grid: tuple[int, int]) -> list[int]:
+        raise UserError(self.problem)
+
+    def features_of(self, made: Mapping[str, Any]) -> int:
+        raise UserError(self.problem)
 
 
 @dataclass(frozen=True)
@@ -130,6 +170,9 @@ class QwenPictures:
     def expansion(self, tokenizer: Tokenizer, grid: tuple[int, int]) -> list[int]:
         return [self.mark] * (grid[0] * grid[1])
 
+    def features_of(self, made: Mapping[str, Any]) -> int:
+        return math.prod(map(int, made["image_grid_thw"][0])) // self.settings.merge**2
+
 
 @dataclass(frozen=True)
 class IdeficsPictures:
@@ -181,6 +224,9 @@ class IdeficsPictures:
         ]
         return ids
 
+    def features_of(self, made: Mapping[str, Any]) -> int:
+        return int(made["pixel_values"].shape[1]) * self.features
+
 
 def _to_longest(width: int, height: int, longest: int) -> tuple[int, int]:
     """Idefics3's first resize: the longer side becomes `longest`, the other one even."""
@@ -206,6 +252,8 @@ def _below(width: int, height: int, longest: int) -> tuple[int, int]:
 def _qwen(
     config: Mapping[str, Any], processor: Mapping[str, Any], videos: Mapping[str, Any]
 ) -> PictureFamily:
+    _check_kind(processor, "Qwen2VLImageProcessor")
+    _check_patches(PICTURES, {**QWEN_PICTURE_DEFAULTS, **processor}, config["vision_config"])
     size = processor.get("size") or {}
     settings = PictureTokens(
         patch=int(processor["patch_size"]),
@@ -213,6 +261,7 @@ def _qwen(
         min_pixels=int(processor.get("min_pixels") or size["shortest_edge"]),
         max_pixels=int(processor.get("max_pixels") or size["longest_edge"]),
     )
+    _check_areas(PICTURES, settings.min_pixels, settings.max_pixels)
     taken = videos.get("video_processor_type") == QWEN_VIDEOS
     video = _qwen_video(config, videos) if taken else None
     return QwenPictures(int(config["image_token_id"]), settings, video)
@@ -220,6 +269,7 @@ def _qwen(
 
 def _qwen_video(config: Mapping[str, Any], videos: Mapping[str, Any]) -> VideoInput:
     given = {**QWEN_VIDEO_DEFAULTS, **videos}
+    _check_patches(VIDEOS, given, config["vision_config"])
     settings = VideoTokens(
         patch=int(given["patch_size"]),
         merge=int(given["merge_size"]),
@@ -228,6 +278,7 @@ def _qwen_video(config: Mapping[str, Any], videos: Mapping[str, Any]) -> VideoIn
         max_pixels=int(given["size"]["longest_edge"]),
         most_tokens=int(given["max_video_tokens"]) if given["cap_pixels_per_frame"] else None,
     )
+    _check_areas(VIDEOS, settings.min_pixels, settings.max_pixels)
     return VideoInput(
         mark=int(config["video_token_id"]),
         start=int(config["vision_start_token_id"]),
@@ -241,16 +292,61 @@ def _qwen_video(config: Mapping[str, Any], videos: Mapping[str, Any]) -> VideoIn
 def _idefics(
     config: Mapping[str, Any], processor: Mapping[str, Any], videos: Mapping[str, Any]
 ) -> PictureFamily:
+    _check_kind(processor, "Idefics3ImageProcessor")
     vision = config["vision_config"]
+    splits = bool(processor.get("do_image_splitting", True))
+    tile = int(processor["max_image_size"]["longest_edge"])
+    if splits:
+        _check_resizes(PICTURES, processor)
+    if tile != int(vision["image_size"]):
+        raise SettingsError(
+            f"{PICTURES} max_image_size {tile}; expected {vision['image_size']}, the image_size of "
+            "config.json"
+        )
     side = int(vision["image_size"]) // int(vision["patch_size"])
     return IdeficsPictures(
         mark=int(config["image_token_id"]),
         mark_text="<image>",
         features=side**2 // int(config["scale_factor"]) ** 2,
-        tile=int(processor["max_image_size"]["longest_edge"]),
+        tile=tile,
         longest=int(processor["size"]["longest_edge"]),
-        splits=bool(processor.get("do_image_splitting", True)),
+        splits=splits,
     )
+
+
+def _check_kind(processor: Mapping[str, Any], expected: str) -> None:
+    """Raise SettingsError for the processor of another family. Names of classes may say on what
+    they run."""
+    kind = processor.get("image_processor_type", expected)
+    if kind not in (expected, f"{expected}Fast", f"{expected}Pil"):
+        raise SettingsError(f"{PICTURES} image_processor_type {kind!r}; expected {expected!r}")
+
+
+def _check_resizes(what: str, settings: Mapping[str, Any]) -> None:
+    if settings.get("do_resize") is False:
+        raise SettingsError(
+            f"{what} do_resize false; expected true, because only pictures of some sizes could be "
+            "cut into patches"
+        )
+
+
+def _check_patches(what: str, settings: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    """Raise SettingsError unless the pixels are cut into the patches that the model's tower
+    takes."""
+    _check_resizes(what, settings)
+    for name, (of_tower, default) in QWEN_PATCHES.items():
+        found, own = settings[name], vision.get(of_tower, default)
+        if type(found) is not int or found != own:
+            raise SettingsError(
+                f"{what} {name} {found!r}; expected {own}, the {of_tower} of config.json"
+            )
+
+
+def _check_areas(what: str, least: int, most: int) -> None:
+    if not 0 < least <= most:
+        raise SettingsError(
+            f"{what} sizes of {least} to {most} pixels; expected 1 or more, the larger one last"
+        )
 
 
 FAMILIES = {"qwen3_5": _qwen, "idefics3": _idefics}
@@ -266,12 +362,18 @@ def picture_family(
     """How the model reads pictures whose config.json this is, whose preprocessor_config.json and
     video_preprocessor_config.json; None if it does not, or is of a family that is not known here.
 
-    Raises KeyError, TypeError or ValueError for settings that are not of their kind.
+    Raises KeyError, TypeError or ValueError for settings that are not of their kind, and
+    SettingsError for those that cannot be used.
     """
-    make = FAMILIES.get(str(config.get("model_type")))
-    if make is None or processor is None or not config.get("vision_config"):
+    if processor is None or not is_known(config):
         return None
-    return make(config, processor, videos or {})
+    return FAMILIES[str(config["model_type"])](config, processor, videos or {})
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the model of this config.json has a tower for pictures, and is of a family that is
+    known here."""
+    return config.get("model_type") in FAMILIES and bool(config.get("vision_config"))
 
 
 def unsampled_ids(config: Mapping[str, Any]) -> tuple[int, ...]:

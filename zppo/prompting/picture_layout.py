@@ -21,8 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zppo.errors import UserError
 from zppo.prompting.content import frame_time
-from zppo.prompting.picture_families import PictureFamily, Tokenizer, VideoInput
+from zppo.prompting.picture_families import (
+    PictureFamily,
+    Tokenizer,
+    UnreadPictures,
+    VideoInput,
+)
 from zppo_protocol.values import Media, PictureReference, VideoReference, pictures_of
 
 
@@ -83,6 +89,17 @@ class PictureLayout:
         return self.family.video is not None and not self.frames_because
 
     @property
+    def problem(self) -> str:
+        """Why no picture and no video can be shown to the model, as a whole sentence; empty if they
+        can."""
+        return self.family.problem if isinstance(self.family, UnreadPictures) else ""
+
+    def check(self) -> None:
+        """Raise UserError if there is a `problem`."""
+        if self.problem:
+            raise UserError(self.problem)
+
+    @property
     def marks(self) -> frozenset[int]:
         """Ids of tokens that stand for features."""
         video = self.family.video
@@ -92,6 +109,12 @@ class PictureLayout:
         """Token ids in the place of the mark of a picture, or of a video that is shown as such.
         Raises ValueError for what the model does not take."""
         return [one for stretch in self._stretches(medium) for one in stretch.ids]
+
+    def shown_as(self, medium: Media, *, as_video: bool) -> list[list[int]]:
+        """The expansion of a picture or video, or with `as_video` false those of its frames. Raises
+        ValueError as `expansion` does."""
+        whole = as_video or not isinstance(medium, VideoReference)
+        return [self.expansion(one) for one in ([medium] if whole else pictures_of([medium]))]
 
     def expand(self, ids: Sequence[int], media: Sequence[Media]) -> list[int]:
         """The prompt with every mark expanded; `media` are its pictures and videos in order.

@@ -152,15 +152,6 @@ def without_strangers(prompt: Prompt, question: Question) -> Prompt:
     return structs.replace(prompt, messages=messages)
 
 
-def digest_of(templates: Path) -> str:
-    """SHA-256 (hex) of a folder's templates, by name and content."""
-    sha = hashlib.sha256()
-    for file in sorted(templates.rglob("*.j2")):
-        name = file.relative_to(templates).as_posix()
-        sha.update(hashlib.sha256(name.encode() + b"\0" + file.read_bytes()).digest())
-    return sha.hexdigest()
-
-
 class PromptSet:
     """The templates of one run. `system_prompt` goes first in every prompt that a student or
     teacher answers, unless the question has a system message of its own.
@@ -226,8 +217,16 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the templates of the user's own; empty without any."""
-        return "" if self._own is None else digest_of(self._own)
+        """SHA-256 (hex) of the files of the user's own that were read, by name and content: the
+        templates, and what they include. Empty without a folder."""
+        own, sha = self._own, hashlib.sha256()
+        if own is None:
+            return ""
+        read = sorted((file, name, content) for name, (content, file) in self._files.items())
+        for file, name, content in read:
+            if file == own / name:
+                sha.update(hashlib.sha256(name.encode() + b"\0" + content).digest())
+        return sha.hexdigest()
 
     def validate(self) -> None:
         """Render every template once. Raises UserError naming file and line, or the variable that
@@ -454,7 +453,7 @@ class PromptSet:
         if self._own is None:
             return
         files = sorted(path.relative_to(self._own).as_posix() for path in self._own.rglob("*.j2"))
-        included = {target for name in {*files, *VARIABLES} for target in self._references(name)}
+        included = {target for name in self._files for target in self._references(name)}
         for name in files:
             if not (self._own / name).is_file():
                 raise UserError(f"{self._own / name}: is no file; expected a Jinja2 template")

@@ -23,7 +23,13 @@ import msgspec
 from zppo.config.served import ServedModel
 from zppo.errors import UserError, first_line
 from zppo.prompting.content import messages_as_text, messages_in_parts
-from zppo.prompting.picture_families import PictureFamily, picture_family
+from zppo.prompting.picture_families import (
+    PictureFamily,
+    SettingsError,
+    UnreadPictures,
+    is_known,
+    picture_family,
+)
 from zppo.prompting.picture_layout import PictureLayout
 from zppo_protocol.values import Prompt, ResponseStart, share_of
 
@@ -91,24 +97,57 @@ def load_picture_layout(folder: str, tokenizer: Any, where: str) -> PictureLayou
     of a family that is trained on text alone.
 
     The one place that decides whether a model is shown a video as such: if its family, its folder
-    and its chat template have what that takes.
-    Raises UserError, naming the setting `where`, for files that do not say what they should.
+    and its chat template have what that takes. Settings of its processors that cannot be used are
+    no obstacle to text: `PictureLayout.problem` says what is wrong with them.
+    Raises UserError, naming the setting `where`, for a config.json that cannot be read.
     """
-    path = Path(folder)
-    config, bundle = (_settings(path / name, where) for name in ("config.json", BUNDLE))
-    try:
-        own = _settings(path / PROCESSOR, where) or bundle.get(IN_BUNDLE)
-        videos = bundle.get(VIDEO_IN_BUNDLE) or _settings(path / VIDEO_PROCESSOR, where)
-        family = picture_family(config, own, videos)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{where}: {folder!r} does not say how its model reads pictures ({first_line(error)}); "
-            f"expected config.json, {PROCESSOR} and {VIDEO_PROCESSOR} as save_pretrained writes "
-            "them"
-        ) from error
+    config = _settings(Path(folder) / "config.json", where)
+    family = _family(folder, config, where)
     if family is None:
         return None
     return PictureLayout(family, tokenizer, _frames_because(family, tokenizer))
+
+
+def _family(folder: str, config: Any, where: str) -> PictureFamily | None:
+    if not (isinstance(config, dict) and is_known(config)):
+        return None
+    path, mark = Path(folder), config.get("image_token_id")
+    try:
+        bundle = _settings(path / BUNDLE, where)
+        own = _settings(path / PROCESSOR, where) or bundle.get(IN_BUNDLE)
+        videos = bundle.get(VIDEO_IN_BUNDLE) or _settings(path / VIDEO_PROCESSOR, where)
+        return picture_family(config, own, videos)
+    except SettingsError as error:
+        problem = f"{where}: {folder!r} cannot be shown pictures: {error}"
+    except UserError as error:
+        problem = str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = (
+            f"{where}: {folder!r} does not say how its model reads pictures ({first_line(error)}); "
+            f"expected config.json, {PROCESSOR} and {VIDEO_PROCESSOR} as save_pretrained writes "
+            "them"
+        )
+    if not isinstance(mark, int):
+        raise UserError(problem)
+    return UnreadPictures(mark, problem)
+
+
+def load_processor(folder: str, where: str) -> Any:
+    """The model's processor of pictures, on Pillow. Raises UserError, naming the setting
+    `where`."""
+    with _torch_hidden():
+        from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damaged files raise whatever the library's parsers can
+        raise UserError(
+            f"{where}: {folder!r} has no processor of pictures that can be loaded "
+            f"({first_line(error)}), and a question has pictures; expected {PROCESSOR} as "
+            "save_pretrained writes it, or text only"
+        ) from error
 
 
 def _frames_because(family: PictureFamily, tokenizer: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -16,19 +16,25 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{SUFFIX}")
 
 
+def _new(aside: Path) -> BinaryIO:
+    return aside.open("xb")
+
+
 @contextmanager
-def written_whole(path: Path, *, synced: bool = False) -> Iterator[BinaryIO]:
+def written_whole(
+    path: Path, *, synced: bool = False, begun: Callable[[Path], BinaryIO] = _new
+) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when the block ends; nothing changes if the
     block fails.
 
     What lies aside already, from a writer that was killed or as a link, is removed and never
     written to. `synced` puts its content on the disk first, so that not even a power cut leaves an
-    empty file under the name.
+    empty file under the name. `begun` makes the file aside, where it need not be a new one.
     """
     aside = aside_of(path)
     try:
         aside.unlink(missing_ok=True)
-        with aside.open("xb") as file:
+        with begun(aside) as file:
             yield file
             if synced:
                 file.flush()

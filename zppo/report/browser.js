@@ -18,7 +18,8 @@
   const counted = (group, verdict) => group.rollouts.filter((rollout) => rollout.right === verdict).length;
   const score = (group) => `${counted(group, true)}/${group.rollouts.length - counted(group, null)}`;
   const plain = (visit) => visit.groups.find((group) => group.kind === "plain");
-  const trail = (question) => question.visits.map((visit) => score(plain(visit))).join(" → ");
+  const trail = (question) =>
+    question.visits.map((visit) => score(plain(visit))).join(" → ") + (question.later ? " → …" : "");
   const percent = (share) => `${Math.round(1000 * share) / 10} %`;
   const OUTCOMES = {
     admitted: "admitted to the buffer", kept: "stays in the buffer", graduated: "graduates", none: "buffer unchanged",
@@ -67,8 +68,14 @@
       make("div", "dim", `right answer ${question.gold} · ${question.id} · ${question.fate}${entered}`),
       ...pictures(question),
       ...question.visits.map(visitView),
+      ...(question.later ? [make("p", "dim", laterVisits(question.later))] : []),
     );
     detail.scrollTop = 0;
+  }
+
+  function laterVisits(count) {
+    const visits = count === 1 ? "1 later visit is" : `${count} later visits are`;
+    return `${visits} in the rollout store and not here, where one question may not take too much of the page.`;
   }
 
   function pictures(question) {

@@ -1,17 +1,17 @@
 """The data of the question browser: hard questions with all their visits, small enough to be
 carried in the page.
 
-A run may hold more text than a page can carry. Whole questions are taken, those with the richest
-history first and each fate in turn, until the size is reached; what was left out is said. Very long
-texts are cut with a note. Only two passes over the rollout store are made, the first over a few
-short columns.
+A run may hold more text than a page can carry. Questions are taken, those with the richest history
+first and each fate in turn, until the size is reached, and at least one; what was left out is said.
+Very long texts are cut with a note; of a question that would take too much of the page the later
+visits are left out. Only two passes over the rollout store are made, the first over a few short
+columns.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, chain, islice, zip_longest
 from typing import Any
 
 import msgspec
@@ -24,6 +24,8 @@ from zppo.report.thumbnails import Shown, Thumbnails
 
 MAX_QUESTIONS = 400
 MAX_BYTES = 6_000_000
+MAX_OF_ONE = MAX_BYTES // 10
+"""Characters of responses of one question after which no further visit is shown."""
 MAX_TEXT = 8_000
 """Characters of one prompt or response."""
 
@@ -71,6 +73,8 @@ class QuestionView(Struct, kw_only=True):
     entry: str | None
     """Accuracy at its latest admission."""
     visits: list[VisitView] = field(default_factory=list)
+    later: int = 0
+    """Visits behind these that are left out."""
     pictures: list[Shown] = field(default_factory=list)
 
 
@@ -91,14 +95,17 @@ class _Tally(Struct):
 
 
 def browser_data(
-    run: RunData, max_questions: int = MAX_QUESTIONS, max_bytes: int = MAX_BYTES
+    run: RunData,
+    max_questions: int = MAX_QUESTIONS,
+    max_bytes: int = MAX_BYTES,
+    max_of_one: int = MAX_OF_ONE,
 ) -> BrowserData:
     """The questions that were hard at some visit, as many as fit."""
     tallies = _tally(run)
     hard = [question_id for question_id, tally in tallies.items() if tally.hard]
     fates = question_fates(run.fates)
     chosen = _choose(hard, tallies, fates)[:max_questions]
-    views, media = _collect(run, chosen, fates, max_bytes)
+    views, media = _collect(run, chosen, fates, (max_bytes, max_of_one))
     questions = list(_within(views, max_bytes))
     thumbnails = Thumbnails()
     for question in questions:
@@ -154,60 +161,83 @@ def _choose(
 
 
 def _collect(
-    run: RunData, chosen: list[str], fates: Mapping[str, tuple[str, str]], max_bytes: int
+    run: RunData,
+    chosen: list[str],
+    fates: Mapping[str, tuple[str, str]],
+    most: tuple[int, int],
 ) -> tuple[list[QuestionView], dict[str, str]]:
     """The questions, in the order of `chosen`, and the references to the pictures of those that
-    have some. Those that cannot fit any more are dropped on the way: a long run has far more text
-    of them than a page."""
-    views: dict[str, QuestionView] = {}
-    media: dict[str, str] = {}
-    texts: Counter[str] = Counter()
+    have some. `most`: characters of the responses of all questions, and of one.
+
+    Those that cannot fit any more are dropped on the way: a long run has far more text of them
+    than a page.
+    """
+    gathered = {name: _Gathered() for name in chosen}
     for path in step_files(run.run_dir / "rollouts"):
-        for row in read_step(path, question_ids=chosen):
-            _add_row(views, row, fates)
-            texts[row["question_id"]] += len(cut(row["response"]))
-            if row.get("media"):  # files of earlier versions lack the column
-                media[row["question_id"]] = row["media"]
-        before = accumulate(texts[name] for name in chosen)
-        chosen = [name for name, size in zip(chosen, before, strict=True) if size <= max_bytes]
-        views = {name: view for name in chosen if (view := views.get(name)) is not None}
-    for view in views.values():
-        for visit in view.visits:
+        for row in read_step(path, question_ids=list(gathered)):
+            gathered[row["question_id"]].add(row, fates, most[1])
+        before = accumulate(one.characters for one in gathered.values())
+        fit = [size <= most[0] for size in before]
+        gathered = {
+            name: one for (name, one), fits in zip(gathered.items(), fit, strict=True) if fits
+        } or dict(islice(gathered.items(), 1))
+    found = {name: one for name, one in gathered.items() if one.view is not None}
+    media = {name: one.media for name, one in found.items() if one.media}
+    return [one.finished() for one in found.values()], media
+
+
+class _Gathered(Struct):
+    """What the second pass gathers of a question."""
+
+    view: QuestionView | None = None
+    media: str = ""
+    characters: int = 0
+    """Of its responses: less than what it takes in the page."""
+    left_out: set[int] = field(default_factory=set)
+    """Windows of the visits that are not shown."""
+
+    def add(self, row: Mapping[str, Any], fates: Mapping[str, tuple[str, str]], most: int) -> None:
+        """Rows come in step order and, within a step, group by group; those of a visit that are
+        trained in a later step than its plain group join it."""
+        if self.view is None:
+            name = row["question_id"]
+            fate, entry = fates.get(name, ("never admitted", None))
+            self.view = QuestionView(
+                id=name, text=cut(row["question"]), gold=cut(row["gold"]), fate=fate, entry=entry
+            )
+        self.media = row.get("media") or self.media  # files of earlier versions lack the column
+        visit = self._visit_of(self.view.visits, row, most)
+        if visit is None:
+            return
+        groups = visit.groups
+        if not groups or groups[-1].kind != row["kind"]:
+            groups.append(_group(row))
+        groups[-1].rollouts.append(_rollout(row))
+        self.characters += len(groups[-1].rollouts[-1].response)
+
+    def _visit_of(
+        self, visits: list[VisitView], row: Mapping[str, Any], most: int
+    ) -> VisitView | None:
+        """The visit that a row belongs to, or None where it is not shown."""
+        known = next((one for one in reversed(visits) if one.window == row["window"]), None)
+        if known is not None:
+            return known
+        if row["kind"] != "plain":
+            return None  # of a visit that is left out, or whose plain group's file was removed
+        if visits and self.characters > most:
+            self.left_out.add(row["window"])
+            return None
+        visits.append(_visit(row))
+        return visits[-1]
+
+    def finished(self) -> QuestionView:
+        assert self.view is not None
+        self.view.later = len(self.left_out)
+        for visit in self.view.visits:
             visit.groups.sort(
                 key=lambda group: GROUP_ORDER.index(group.kind) if group.kind in GROUP_ORDER else 9
             )
-    return [views[name] for name in chosen], media
-
-
-def _add_row(
-    views: dict[str, QuestionView], row: Mapping[str, Any], fates: Mapping[str, tuple[str, str]]
-) -> None:
-    """Rows come in step order and, within a step, group by group; those of a visit that are trained
-    in a later step than its plain group join it."""
-    name = row["question_id"]
-    if name not in views:
-        fate, entry = fates.get(name, ("never admitted", None))
-        views[name] = QuestionView(
-            id=name, text=cut(row["question"]), gold=cut(row["gold"]), fate=fate, entry=entry
-        )
-    visits = views[name].visits
-    visit = next((one for one in reversed(visits) if one.window == row["window"]), None)
-    if visit is None:
-        if row["kind"] != "plain":
-            return  # somebody removed the file that its plain group was in
-        visit = _visit(row)
-        visits.append(visit)
-    groups = visit.groups
-    if not groups or groups[-1].kind != row["kind"]:
-        groups.append(
-            GroupView(
-                kind=row["kind"],
-                step=row["step"],
-                prompt=cut(row["prompt"]),
-                candidates=_candidates(row["candidates"]),
-            )
-        )
-    groups[-1].rollouts.append(_rollout(row))
+        return self.view
 
 
 def _visit(row: Mapping[str, Any]) -> VisitView:
@@ -218,6 +248,15 @@ def _visit(row: Mapping[str, Any]) -> VisitView:
         origin=row["origin"],
         outcome=row["outcome"],
         accuracy=accuracy,
+    )
+
+
+def _group(row: Mapping[str, Any]) -> GroupView:
+    return GroupView(
+        kind=row["kind"],
+        step=row["step"],
+        prompt=cut(row["prompt"]),
+        candidates=_candidates(row["candidates"]),
     )
 
 
@@ -259,9 +298,10 @@ def cut(text: str, limit: int = MAX_TEXT) -> str:
 
 
 def _within(views: Iterable[QuestionView], max_bytes: int) -> Iterator[QuestionView]:
+    """Those that fit, and at least the first."""
     size = 0
-    for view in views:
+    for place, view in enumerate(views):
         size += len(msgspec.json.encode(view))
-        if size > max_bytes:
+        if size > max_bytes and place:
             return
         yield view

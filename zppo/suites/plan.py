@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from zppo.prompting.prompts import digest_of
+from zppo.prompting.prompts import PromptSet
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.pictures import server_options
 from zppo.suites.results import Column, RowResult, read_column
@@ -65,7 +65,7 @@ def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
         "judge": order.judge.model if order.judge is not None else None,
         "limit": order.limit,
         "seed": order.seed,
-        "templates": order.templates and digest_of(Path(order.templates)),
+        "templates": order.templates and PromptSet(Path(order.templates)).digest,
     }
 
 

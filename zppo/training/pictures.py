@@ -26,14 +26,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from zppo.data.pictures import read_picture
-from zppo.errors import UserError, first_line
 from zppo.prompting.picture_families import IdeficsPictures
 from zppo.prompting.picture_layout import PictureLayout, View
-from zppo.prompting.tokenization import PROCESSOR, load_picture_layout, load_tokenizer
+from zppo.prompting.tokenization import load_picture_layout, load_processor, load_tokenizer
 from zppo.training.head import trunk
 from zppo_protocol.values import Media, PictureReference
 
@@ -82,21 +80,6 @@ class Kept(Generic[T]):
     def clear(self) -> None:
         self._values.clear()
         self._held = 0
-
-
-def load_processor(folder: str, where: str) -> Any:
-    """The model's processor of pictures, on Pillow. Raises UserError, naming the setting
-    `where`."""
-    try:
-        return AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # damaged files raise whatever the library's parsers can
-        raise UserError(
-            f"{where}: {folder!r} has no processor of pictures that can be loaded "
-            f"({first_line(error)}), and a question has pictures; expected {PROCESSOR} as "
-            "save_pretrained writes it, or text only"
-        ) from error
 
 
 class Tower:

@@ -177,11 +177,13 @@ def name_of_signal(number: int) -> str:
 
 def reap_orphans(own: Collection[int]) -> None:
     """Let go of the processes that were given to this one when their parents ended, as
-    `zppo.signals.take_orphans` asks for, and that have ended too: all but our `own`."""
+    `zppo.signals.take_orphans` asks for, and that have ended too: all but our `own`, those of whom
+    it is not known that they have ended. One of these that has ended just now hides the orphans
+    behind it until it was asked for its exit code, and somebody does before the next call."""
     with contextlib.suppress(ChildProcessError):
         while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if found.si_pid in own:
-                return  # whoever asks for its exit code is to have it
+                return
             os.waitpid(found.si_pid, 0)
 
 

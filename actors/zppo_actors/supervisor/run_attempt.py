@@ -399,7 +399,9 @@ class RunAttempt:
             elif self._ended is None:
                 self._on_death(child)
         if self._nursery is not None:
-            self._nursery.reap_orphans(self._children.values())
+            keeper = self._fleet.keeper if self._fleet is not None else None
+            others = [*self._children.values(), *([keeper] if keeper is not None else [])]
+            self._nursery.reap_orphans(others)
 
     def _hear_last_words(self) -> None:
         """What an ended controller had sent may still be on its way through the socket."""

@@ -14,6 +14,7 @@ from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.weights.fetcher import Fetcher
 from zppo_actors.weights.layout import weight_path
+from zppo_actors.weights.recycling import set_aside
 from zppo_actors.weights.server import WeightServer
 from zppo_protocol.addresses import TCP, scheme_of, tcp_endpoint
 from zppo_protocol.messages import (
@@ -154,7 +155,7 @@ class Carrying(_WeightActor):
             case LoadPolicy():
                 self._want(message.manifest)
             case ReleasePolicy():
-                weight_path(self._context.runtime, message.version).unlink(missing_ok=True)
+                set_aside(weight_path(self._context.runtime, message.version))
             case _:
                 super()._heed(message)
 

@@ -18,6 +18,7 @@ import xxhash
 from zppo_actors.weights.fetch import WeightFetch
 from zppo_actors.weights.layout import file_size, weight_path
 from zppo_actors.weights.line import Line, LineCut, connect
+from zppo_actors.weights.recycling import begun, opened
 from zppo_protocol.messages import WeightSource
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
@@ -153,8 +154,10 @@ class _Arrival:
         self.version = manifest.version
         self._final = weight_path(folder, manifest.version)
         self._partial = self._final.with_name(self._final.name + PARTIAL)
-        with self._partial.open("w+b") as file:
+        self._partial.unlink(missing_ok=True)
+        with begun(self._partial) as file:
             try:
+                file.truncate(self.fetch.size)
                 # Room for all of it now: a write to memory that turns out not to be there kills.
                 os.posix_fallocate(file.fileno(), 0, self.fetch.size)
             except OSError as error:
@@ -186,7 +189,7 @@ class _Arrival:
 def _is_here(folder: Path, manifest: PolicyManifest) -> bool:
     """Whether the version lies whole in `folder`, brought by a fetcher that has died since."""
     try:
-        with weight_path(folder, manifest.version).open("rb") as file:
+        with opened(weight_path(folder, manifest.version)) as file:
             memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError):
         return False

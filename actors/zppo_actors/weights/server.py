@@ -29,6 +29,7 @@ from zppo_actors.weights.line import (
     serving_context,
     tune,
 )
+from zppo_actors.weights.recycling import opened
 from zppo_protocol.messages import WeightSource
 
 STRANGERS = 32
@@ -138,7 +139,7 @@ class WeightServer:
         """So much of a version, nothing if it is not here (any more). The file is not kept open: a
         version that is released is gone."""
         try:
-            with weight_path(self._folder, version).open("rb", buffering=0) as file:
+            with opened(weight_path(self._folder, version)) as file:
                 return os.pread(file.fileno(), size, start)
         except (OSError, OverflowError):
             return b""

@@ -2,9 +2,10 @@
 engine.
 
 How a weight file is laid out says `zppo_actors.weights.layout`; names, dtypes, shapes and digests
-travel in the `PolicyManifest`. The invariant: a file under its final name is whole and
-never changes again (it is written aside and renamed), and an engine verifies everything before it
-touches its first parameter, so a bad publication leaves the old weights serving.
+travel in the `PolicyManifest`. The invariant: a file under its final name is whole (it is written
+aside and renamed) and does not change while anybody maps it (`zppo_actors.weights.recycling`), and
+an engine verifies everything before it touches its first parameter, so a bad publication leaves the
+old weights serving.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from zppo_actors.weights.layout import (
     weight_path,
     whole_digest,
 )
+from zppo_actors.weights.recycling import begun, opened, set_aside
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -70,19 +72,20 @@ def publish_each(
     """The same for tensors that come one at a time, none of them twice, such as those that several
     ranks gather."""
     path = weight_path(folder, version)
-    with written_whole(path) as file:
+    with written_whole(path, begun=begun) as file:
         # One tensor after the other, so that the host never holds a second model.
         entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in tensors]
         _pad(file)
+        file.truncate()  # an earlier version on these pages may have been longer
     return PolicyManifest(
         version=version, path=str(path), tensors=entries, digest=whole_digest(entries)
     )
 
 
 def remove(folder: Path, version: int) -> None:
-    """Unlink the file of `version`; engines that still map it keep their mapping. Silent if it is
-    gone."""
-    weight_path(folder, version).unlink(missing_ok=True)
+    """Give the file of `version` up to the next one that is published; engines that still map it
+    keep what they map. Silent if it is gone."""
+    set_aside(weight_path(folder, version))
 
 
 def untied(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -129,7 +132,7 @@ def open_policy(manifest: PolicyManifest) -> dict[str, Tensor]:
     """
     with _refusals(manifest):
         size = file_size(manifest)
-        with Path(manifest.path).open("rb") as file:
+        with opened(Path(manifest.path)) as file:
             if (found := os.fstat(file.fileno()).st_size) != size:
                 raise ValueError(f"the file has {found} bytes where the manifest needs {size}")
             # ACCESS_COPY gives writable pages, which torch wants; they are private, so nobody else

@@ -26,7 +26,7 @@ from zppo_actors.calibrator.training import Windows
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "examples" / "quickstart.yaml")
 SMALL = [
-    *("--set", "scheduler.new_questions=4", "--seconds", "5"),
+    *("--set", "scheduler.new_questions=4", "--seconds", "20"),  # of which little is used
     *("--set", "actors.rollout.engine_args.max_sequences=16"),
     *("--set", "actors.teacher.engine_args.max_sequences=8"),
 ]
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_everything(runtime_base: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, error) == (130, "", "zppo plan: stopped\n")
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert not alive and not os.listdir(tmp_path)
     assert not list(runtime_base.glob("*zppo-*"))
 

@@ -21,7 +21,7 @@ from zppo.errors import UserError
 from zppo.plan.memory import Models
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.processes import processes
-from zppo.prompting.prompts import digest_of
+from zppo.prompting.prompts import PromptSet
 from zppo.records import checkpoint, run_directory
 from zppo.records.summary import summarise
 from zppo_actors.controller import controller as controller_module
@@ -455,18 +455,20 @@ def test_a_model_that_is_swapped_between_two_lives_is_noticed(
         Stage(stage.context.run_dir, settings, start=3)
 
 
+@pytest.mark.parametrize("edited", ["plain.j2", "parts/ask.txt"])
 def test_templates_that_are_edited_between_two_lives_are_noticed(
-    settings: Topology, tmp_path: Path
+    settings: Topology, tmp_path: Path, edited: str
 ) -> None:
     prompts = tmp_path / "prompts"
-    prompts.mkdir()
-    (prompts / "plain.j2").write_text("{{ question }}")
+    (prompts / "parts").mkdir(parents=True)
+    (prompts / "plain.j2").write_text('{{ question }} {% include "parts/ask.txt" %}')
+    (prompts / "parts/ask.txt").write_text("Think.")
     data = msgspec.structs.replace(settings.data, templates=str(prompts))
     own = msgspec.structs.replace(settings, data=data)
-    found = {"data.heldout": digest([]), "data.templates": digest_of(prompts)}
+    found = {"data.heldout": digest([]), "data.templates": PromptSet(prompts).digest}
     run_directory.create(tmp_path / "run", own, contents=found)
     Stage(tmp_path / "run", own)
-    (prompts / "plain.j2").write_text("{{ question }} Now!")
+    (prompts / edited).write_text("{{ question }} Now!")
     with pytest.raises(UserError, match=r"^data\.templates: '.*' has changed since the run began;"):
         Stage(tmp_path / "run", own)
 

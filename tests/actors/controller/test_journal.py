@@ -258,7 +258,7 @@ journal.record_trained(1, rows(), [1])
 def test_a_killed_writer_leaves_whole_steps(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", WRITER, str(tmp_path)], env=environment, timeout=60
+        [sys.executable, "-c", WRITER, str(tmp_path)], env=environment, timeout=600
     )
     assert done.returncode == -signal.SIGKILL
     journal = Journal(tmp_path)

@@ -244,7 +244,7 @@ def test_a_cancelled_task_leaves_and_closing_fails_the_others(
         await engine.close()
         return [scores, *await asyncio.gather(unwanted, waiting, return_exceptions=True)]
 
-    scores, unwanted, waiting = asyncio.run(asyncio.wait_for(play(), 120.0))
+    scores, unwanted, waiting = asyncio.run(asyncio.wait_for(play(), 600.0))
     assert_scores(scores, forward(make_model(), to_score([2, 3], seed=5)), 6)
     assert isinstance(unwanted, asyncio.CancelledError)
     assert str(waiting) == "the engine was closed" and engine.progress < 30 * 400
@@ -390,7 +390,7 @@ async def converse(answer: Callable[[ScoreTask], TokenScores]) -> Line:
     end."""
     line, engine = Line(), Scoring(answer)
     actor = start_actor(engine, line, [to_score([1, 2, 0, 3])], heartbeat_seconds=0.01)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(600):
         while not any(
             beat.tasks == ["s"] and beat.stats["running"] == 4 for beat in line.all(Heartbeat)
         ):

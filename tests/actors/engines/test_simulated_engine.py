@@ -106,14 +106,14 @@ def test_compression_keeps_the_last_answer(tmp_path: Path) -> None:
 
 
 def test_versions_change_in_mid_sentence(tmp_path: Path) -> None:
-    engine = build(tmp_path, {"default": {"tokens": 30}, "seconds_per_token": 0.001})
+    engine = build(tmp_path, {"default": {"tokens": 30}, "seconds_per_token": 0.02})
 
     async def work() -> GroupSamples:
         await engine.load_policy(shared_memory.publish({"a": torch.ones(3)}, 2, tmp_path))
+        manifest = shared_memory.publish({"a": torch.zeros(3)}, 3, tmp_path)
         running = asyncio.create_task(engine.generate(make_task("q", n=2, max_new_tokens=30)))
         while engine.progress < 10:
-            await asyncio.sleep(0)
-        manifest = shared_memory.publish({"a": torch.zeros(3)}, 3, tmp_path)
+            await asyncio.sleep(0.001)
         assert await engine.load_policy(manifest) == manifest.digest
         return await running
 

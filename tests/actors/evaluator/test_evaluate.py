@@ -26,7 +26,7 @@ from zppo_protocol.samples import GroupSamples
 
 pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parents[3] / "examples/quickstart"
-LIMIT = 120
+LIMIT = 600
 
 
 def write_set(folder: Path, script: dict[str, Any], count: int = 12) -> list[str]:

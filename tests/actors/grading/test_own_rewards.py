@@ -256,20 +256,27 @@ def test_length_and_format(graded: Grading) -> None:
 @pytest.mark.slow
 def test_code_passes_if_its_tests_run_to_their_end(graded: Grading) -> None:
     row = '{"tests": "assert double(3) == 6"}'
-    programs = {
-        "def double(x):\n    return 2 * x": 1.0,
-        "def double(x):\n    return x": 0.0,
-        "import sys; sys.exit(0)": 0.0,
-        "while True: pass": 0.0,
-        "import time; time.sleep(600)": 0.0,
-        "x = bytearray(2**31)": 0.0,
-        "open('large', 'wb').write(bytes(2**26))": 0.0,
+    right = [
+        "def double(x):\n    return 2 * x",
         "import os; assert os.listdir() == ['program.py'] and len(os.environ) < 6\n"
-        "def double(x): return 6": 1.0,
-    }
-    responses = [f"Here:\n```python\n{program}\n```\n" for program in programs]
-    grades = graded({"code": {"seconds": 1.0, "memory_mib": 512}}, *responses, row=row)
-    assert [grade.reward for grade in grades] == list(programs.values()), grades
+        "def double(x): return 6",
+    ]
+    wrong = [
+        "def double(x):\n    return x",
+        "import sys; sys.exit(0)",
+        "x = bytearray(2**31)",
+        "open('large', 'wb').write(bytes(2**26))",
+    ]
+    endless = ["while True: pass", "import time; time.sleep(600)"]
+    for programs, seconds, reward in (
+        (right, 300.0, 1.0),
+        (wrong, 300.0, 0.0),
+        (endless, 1.0, 0.0),
+    ):
+        responses = [f"Here:\n```python\n{program}\n```\n" for program in programs]
+        limits = {"seconds": seconds, "memory_mib": 512}
+        grades = graded({"code": limits}, *responses, row=row)
+        assert [grade.reward for grade in grades] == [reward] * len(programs), grades
     [none] = graded({"code": {}}, "no block", row=row)
     assert (none.reward, none.note) == (0.0, "no program")
     [failed] = graded({"code": {}}, responses[0])
@@ -343,7 +350,7 @@ def test_whatever_a_reward_does_every_response_gets_one_grade(
         pass
     [child] = living
     assert ask(worker, "fork and burn") == timed_out
-    child.wait(60)
+    child.wait(600)
     assert ask(worker, "fine") == fine
     assert [ask(worker, text).failed for text in ("nan", "text", "raise")] == [True] * 3
     assert ask(worker, "delete") == fine

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wires import free_port
 from worlds import topology
 
 from zppo.config.topology import Topology
@@ -155,7 +156,7 @@ def test_a_sink_that_hangs_holds_up_nothing(
 ) -> None:
     monkeypatch.setattr(outlet_module, "QUEUED", 3)
     hang = "self.note('step'); __import__('threading').Event().wait()"
-    chosen = settings(use=[own(tmp_path, "stuck", step=hang), own(tmp_path)], close_seconds=0.1)
+    chosen = settings(use=[own(tmp_path, "stuck", step=hang), own(tmp_path)], close_seconds=1.0)
     outlets = Outlets(chosen, tmp_path / "run", 0)
     for line in lines(0, 1, 2):
         outlets.step(line)
@@ -163,6 +164,7 @@ def test_a_sink_that_hangs_holds_up_nothing(
     for line in lines(3, 4, 5):
         outlets.step(line)
     assert outlets.dropped == 2
+    until(lambda: len(heard(tmp_path)) == 7)  # it has nothing left to do but to close
     assert list(outlets.news()) == [
         (
             "sink_slow",
@@ -173,7 +175,7 @@ def test_a_sink_that_hangs_holds_up_nothing(
     assert list(outlets.close()) == [
         (
             "sink_left",
-            "sinks.own-stuck.Sink: it did not close in 0.1 s (sinks.close_seconds) and had 3 to "
+            "sinks.own-stuck.Sink: it did not close in 1 s (sinks.close_seconds) and had 3 to "
             "take; metrics.jsonl has all steps",
         )
     ]
@@ -259,12 +261,6 @@ def test_two_runs_on_one_port_cost_the_second_its_sink(tmp_path: Path) -> None:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def scrape(port: int, path: str = "/metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30.0) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=600.0) as answer:
         return str(answer.read().decode())

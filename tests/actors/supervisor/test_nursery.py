@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -15,16 +16,22 @@ from typing import Any
 
 import psutil
 import pytest
+from supervisor_helpers import Lines, stub_command
 
 from zppo.config.load import load
 from zppo.config.topology import DataConfig, StudentConfig, Topology
 from zppo.plan.processes import processes
 from zppo.records import run_directory
-from zppo.signals import PR_SET_CHILD_SUBREAPER
+from zppo.signals import PR_SET_CHILD_SUBREAPER, Interrupts
 from zppo_actors import nursery as inside
 from zppo_actors.supervisor import nursery as supervisor_side
 from zppo_actors.supervisor.children import Child, spawn
+from zppo_actors.supervisor.fleet import Fleet
+from zppo_actors.supervisor.gathering import LIMITS
 from zppo_actors.supervisor.nursery import Nursery, forked
+from zppo_actors.supervisor.run_attempt import RunAttempt
+from zppo_protocol import keys
+from zppo_protocol.sockets import Router
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
 PATIENCE = 600.0
@@ -196,22 +203,44 @@ def test_nobody_waits_for_a_nursery_that_was_stopped(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
 def test_who_was_forked_unheard_ends_with_the_nursery(ward: Ward) -> None:
-    others = {
-        one for one in psutil.Process().children() if one.pid != ward.nursery.child.process.pid
-    }
+    nursery = ward.nursery.child.process.pid
+    others = {one for one in psutil.Process().children() if one.pid != nursery}
     ward.ask(ward.run)
     [first] = ward.born(1)
     for _ in range(3):
         ward.ask(ward.run)
-    assert len(ward.nursery.turn()) < 3
+    os.kill(nursery, signal.SIGSTOP)  # else all three might be heard in this one turn
+    assert ward.nursery.turn() == []
+    known, deadline = set(psutil.Process().children()), time.monotonic() + PATIENCE
+    os.kill(nursery, signal.SIGCONT)
+    while not set(psutil.Process().children()) - known:
+        assert time.monotonic() < deadline
     ward.nursery.close()
     assert ward.nursery.asked == [] and ward.nursery.turn() == []
     first.kill()
-    deadline = time.monotonic() + PATIENCE
     while set(psutil.Process().children()) - others:
         assert time.monotonic() < deadline
         ward.nursery.reap_orphans([])
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux only")
+def test_the_process_that_holds_the_hosts_is_no_orphan(ward: Ward) -> None:
+    """Its exit code says why they do not come back."""
+    sockets = ward.folder / "sockets"
+    sockets.mkdir(mode=0o700)
+    access, _ = keys.issue(f"ipc://{sockets / 'hosts.sock'}", {})
+    with contextlib.closing(Router(access, LIMITS)) as router:
+        fleet = Fleet(router, {}, {}, ward.run, 20.0)
+        record = run_directory.read(ward.run)
+        attempt = RunAttempt(ward.run, record, 0, Lines(), Interrupts(), stub_command, fleet)
+        attempt._nursery = ward.nursery
+        fleet.keeper = spawned(ward, "exit 3")
+        while psutil.Process(fleet.keeper.process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+        attempt._reap()
+    assert fleet.keeper.exit_code == 3
 
 
 LATE = """

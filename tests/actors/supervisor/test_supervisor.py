@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from msgspec.structs import replace
+from stub_actor import LINGER_SECONDS
 from supervisor_helpers import STUB, Lines, stub_command
 
 from zppo.config.topology import (
@@ -41,7 +42,7 @@ from zppo_protocol import keys
 from zppo_protocol.messages import RunEnded, Status
 from zppo_protocol.sockets import Router
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 300.0
 pytestmark = pytest.mark.slow
 
 
@@ -91,16 +92,15 @@ def test_dead_rollout_actor_is_restarted_and_reported(tmp_path: Path) -> None:
     end, heard, said = live(tmp_path / "run", script)
     assert end.exit_code == 0
     assert "exited rollout-0 0 True: rollout-0 ended with exit code 3" in heard
-    assert heard.index("hello rollout-0 1") > heard.index(
-        "exited rollout-0 0 True: rollout-0 ended with exit code 3"
-    )
+    assert "hello rollout-0 1" in heard
     assert said == ["restarting rollout-0 in 0.5 s"]
 
 
 def test_budget_of_restarts_ends_the_run_with_the_log(tmp_path: Path) -> None:
     end, heard, _ = live(tmp_path / "run", {"rollout-1": ["die"]}, actor=1)
     assert (end.verdict, end.exit_code) == ("rollout-1 ended with exit code 3 after 1 restarts", 1)
-    assert heard[-2:] == [
+    # Whoever starts slowly may greet after the last word.
+    assert [line for line in heard if not line.startswith("hello")][-2:] == [
         "exited rollout-1 1 False: rollout-1 ended with exit code 3 after 1 restarts",
         "stop: rollout-1 ended with exit code 3 after 1 restarts",
     ]
@@ -124,11 +124,11 @@ def test_broken_promise_ends_the_run_in_its_first_life(tmp_path: Path) -> None:
 
 def test_an_actor_that_freezes_while_it_starts_is_started_again(tmp_path: Path) -> None:
     script = {"controller": ["finish when rollout-0 1"], "rollout-0": ["freeze", "live"]}
-    end, heard, _ = live(tmp_path / "run", script, start=4)
+    end, heard, _ = live(tmp_path / "run", script, start=8)
     assert end.exit_code == 0
     assert (
         "exited rollout-0 0 True: rollout-0 was killed by SIGKILL because it neither computed nor "
-        "read for 4 s while it started"
+        "read for 8 s while it started"
     ) in heard
 
 
@@ -170,7 +170,7 @@ def test_whoever_still_starts_when_the_run_ends_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would not be told: the controller has left before it greets."""
-    monkeypatch.setattr(run_attempt, "LEAVE_SECONDS", PATIENCE_SECONDS * 10)
+    monkeypatch.setattr(run_attempt, "LEAVE_SECONDS", PATIENCE_SECONDS * 2)
     script = {"controller": ["hasty"], "rollout-0": ["freeze"], "rollout-1": ["linger"]}
     view = Interrupting("rollout-1", "trainer", "grader-0")
     began = time.monotonic()
@@ -191,7 +191,7 @@ def test_nothing_is_restarted_once_the_run_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Ctrl-C comes while the restart is due; the controller ends the attempt long after that."""
-    monkeypatch.setattr(run_attempt, "backoff_seconds", lambda restarts: 0.2)
+    monkeypatch.setattr(run_attempt, "backoff_seconds", lambda restarts: LINGER_SECONDS / 2)
     interrupts, started = Interrupts(), []
 
     class Impatient(Lines):
@@ -314,15 +314,23 @@ def test_actor_that_leaves_unasked_is_restarted(
 
 
 def test_log_says_of_nobody_that_it_was_not_told_to_leave(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log is written before it is known who was."""
     caplog.set_level(logging.INFO, "zppo.supervisor")
+    monkeypatch.setattr(run_attempt, "LEAVE_SECONDS", PATIENCE_SECONDS)
     end, _, _ = live(tmp_path / "run", {"controller": ["finish when rollout-0 0"]})
     assert end.exit_code == 0
     said = [record.getMessage() for record in caplog.records]
     assert "rollout-0 left (incarnation 0, exit code 0)" in said
     assert not any("without being told to" in line for line in said)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:
@@ -331,7 +339,9 @@ def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:
         "rollout-0": ["spawn"],
     }
     end, _, _ = live(tmp_path / "run", script)
-    assert end.exit_code == 0  # and the hygiene fixture looks for the orphans
+    assert end.exit_code == 0
+    pid = int((tmp_path / "run/spawned.txt").read_text())
+    wait_for(lambda: is_gone(pid))
 
 
 # ---- signals: the supervisor as a process of its own ---------------------------------------------

@@ -23,7 +23,7 @@ from zppo_protocol.codec import LARGE
 from zppo_protocol.messages import AnyMessage, SaveCheckpoint, Shutdown, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 
 
 def orders() -> list[AnyMessage | None]:

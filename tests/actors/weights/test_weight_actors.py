@@ -22,7 +22,7 @@ from zppo_protocol.messages import AnyMessage
 from zppo_protocol.sockets import Router
 from zppo_protocol.values import PolicyManifest
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 
 class Stage:

@@ -160,7 +160,7 @@ def test_a_build_that_is_stopped_goes_on(tmp_path: Path) -> None:
         time.sleep(0.15 * attempt)
         number = (signal.SIGINT, signal.SIGKILL)[attempt % 2]
         process.send_signal(number)
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
         if (out / "corpus.json").exists():  # stopped, if at all, when all was done
             break
         stopped += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,179 @@ def test_a_teacher_that_scores_must_read_the_students_videos(filming: str, tmp_p
         f"{str(other)!r} (teacher.model), which scores the same tokens, reads none so; expected a "
         "teacher with the video_preprocessor_config.json of its model, or no videos"
     )
+
+
+PICTURES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+DOES_NOT_SAY = (
+    "student.model: {folder!r} does not say how its model reads pictures ({why}); expected "
+    "config.json, preprocessor_config.json and video_preprocessor_config.json as save_pretrained "
+    "writes them"
+)
+CANNOT = "student.model: {folder!r} cannot be shown pictures: its processor of {why}"
+CANNOT_WITH = CANNOT.removesuffix("{why}")
+RESIZES = "expected true, because only pictures of some sizes could be cut into patches"
+
+
+def changed(folder: str, copy: Path, file: str, **settings: object) -> str:
+    """A copy of a model's folder in which one file has other settings; `...`: not there."""
+    shutil.copytree(folder, copy)
+    found = json.loads((copy / file).read_text())
+    part = found.get("image_processor", found)  # of the file that bundles several processors
+    part.update(settings)
+    for name in [name for name, value in settings.items() if value is ...]:
+        del part[name]
+    (copy / file).write_text(json.dumps(found))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "sentence"),
+    [
+        (PICTURES, {"do_resize": False}, f"{CANNOT_WITH}pictures has do_resize false; {RESIZES}"),
+        (VIDEOS, {"do_resize": False}, f"{CANNOT_WITH}videos has do_resize false; {RESIZES}"),
+        (
+            PICTURES,
+            {"patch_size": 14},
+            f"{CANNOT_WITH}pictures has patch_size 14; expected 16, the patch_size of config.json",
+        ),
+        (
+            PICTURES,
+            {"temporal_patch_size": 1},
+            f"{CANNOT_WITH}pictures has temporal_patch_size 1; expected 2, the "
+            "temporal_patch_size of config.json",
+        ),
+        (
+            VIDEOS,
+            {"merge_size": 1},
+            f"{CANNOT_WITH}videos has merge_size 1; expected 2, the spatial_merge_size of "
+            "config.json",
+        ),
+        (
+            PICTURES,
+            {"patch_size": "16"},
+            f"{CANNOT_WITH}pictures has patch_size '16'; expected 16, the patch_size of "
+            "config.json",
+        ),
+        (
+            PICTURES,
+            {"min_pixels": 4096, "max_pixels": 1024},
+            f"{CANNOT_WITH}pictures has sizes of 4096 to 1024 pixels; expected 1 or more, the "
+            "larger one last",
+        ),
+        (
+            PICTURES,
+            {"image_processor_type": "SiglipImageProcessor"},
+            f"{CANNOT_WITH}pictures has image_processor_type 'SiglipImageProcessor'; expected "
+            "'Qwen2VLImageProcessor'",
+        ),
+        (PICTURES, {"patch_size": ...}, DOES_NOT_SAY.replace("{why}", "'patch_size'")),
+        (
+            PICTURES,
+            {"do_resize": None},
+            "student.model: the processor of pictures of {folder!r} fails (",
+        ),
+        (
+            PICTURES,
+            {"size": {"shortest_edge": 1024, "longest_edge": 65536, "min_pixels": 1}},
+            "student.model: {folder!r} has no processor of pictures that can be loaded (",
+        ),
+    ],
+)
+def test_settings_under_which_pictures_are_other_tokens(
+    filming: str, tmp_path: Path, file: str, settings: dict[str, object], sentence: str
+) -> None:
+    """Some of them were found by the first pass over a picture, some by nobody: transformers takes
+    them, and makes other features than were laid out, or fails. Text can be trained on."""
+    folder = changed(filming, tmp_path / "changed", file, **settings)
+    topology = topology_of(folder)
+    with pytest.raises(UserError) as refused:
+        _check_media("data.train", [question_about(coloured(tmp_path / "a.png", "red"))], topology)
+    assert str(refused.value).startswith(sentence.format(folder=folder))
+    reader = Reader(served=served_student(topology), context=512, setting="context")
+    assert reader.lengths(load_tokenizer(folder, "student.model"), [prompt("w")]) == [1]
+
+
+def test_text_is_trained_on_whatever_the_settings_of_pictures_say(
+    filming: str, tmp_path: Path
+) -> None:
+    """A torn file stops pictures, and an engine that reads it for text, too; a note says so."""
+    folder = tmp_path / "torn"
+    shutil.copytree(filming, folder)
+    file = folder / PICTURES
+    file.write_text(file.read_text()[:40])
+    topology = topology_of(str(folder))
+    reader = Reader(served=served_student(topology), context=512, setting="context")
+    tokenizer = load_tokenizer(str(folder), "student.model")
+    assert reader.lengths(tokenizer, [prompt("w")]) == [1]
+    asked = question_about(coloured(tmp_path / "a.png", "red"))
+    said = f"student.model: {str(file)!r} cannot be read: Input data was truncated"
+    assert reader.notes(tokenizer, [question_about()]) == [f"{said}; text does not need it"]
+    with pytest.raises(UserError) as refused:
+        _check_media("data.train", [asked], topology)
+    assert str(refused.value) == said
+    with pytest.raises(UserError) as shown:
+        reader.lengths(tokenizer, [prompt("w", media=asked.media)])
+    assert str(shown.value) == said
+    reader = replace(reader, served=served_student(under("vllm", topology)))
+    with pytest.raises(UserError) as read:
+        reader.lengths(tokenizer, [prompt("w")])
+    assert str(read.value) == said
+    with pytest.raises(UserError, match="holds 1 marks of pictures for 0 pictures"):
+        Reader(served=served_student(topology), context=512, setting="context").lengths(
+            tokenizer, [prompt("a <|image_pad|>")]
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"max_image_size": {"longest_edge": 112}},
+            "pictures has max_image_size 112; expected 56, the image_size of config.json",
+        ),
+        (
+            {"do_image_splitting": True, "do_resize": False},
+            f"pictures has do_resize false; {RESIZES}",
+        ),
+    ],
+)
+def test_settings_of_tiles_that_do_not_suit_the_model(
+    seeing: str, tmp_path: Path, settings: dict[str, object], sentence: str
+) -> None:
+    file = "processor_config.json"
+    folder = changed(seeing, tmp_path / "changed", file, **settings)
+    asked = [question_about(coloured(tmp_path / "a.png", "red"))]
+    with pytest.raises(UserError) as refused:
+        _check_media("data.train", asked, topology_of(folder))
+    assert str(refused.value) == CANNOT.format(folder=folder, why=sentence)
+    whole = changed(seeing, tmp_path / "whole", file, do_resize=False)
+    _check_media("data.train", asked, topology_of(whole))
+
+
+def test_a_teacher_that_scores_must_make_the_students_tokens(filming: str, tmp_path: Path) -> None:
+    """A picture, or a video, that another size makes of more tokens was found in the first step."""
+    small = {"shortest_edge": 1024, "longest_edge": 4096}
+    pictured = [question_about(coloured(tmp_path / "a.png", "red", (96, 128)))]
+    filmed = [question_about(film(tmp_path))]
+    for asked, other, what in (
+        (pictured, PICTURES, "picture of 96 × 128 pixels, which is 12 tokens"),
+        (filmed, VIDEOS, "video of 3 frames of 64 × 96 pixels, which is 42 tokens"),
+    ):
+        teacher = changed(filming, tmp_path / f"small-{other}", other, size=small)
+        fits = filmed if asked is pictured else pictured
+        for scoring in ("colocated", "remote"):
+            topology = topology_of(filming, teacher, scoring=scoring)
+            check_scores("data.train", fits, topology)
+            with pytest.raises(UserError) as refused:
+                check_scores("data.train", asked, topology)
+            said = str(refused.value)
+            assert said.startswith(
+                f"data.train: the question 'x' has a {what} for {filming!r} and "
+            )
+            assert said.endswith(
+                f" for {teacher!r} (teacher.model), which scores the same tokens; expected one "
+                "size in preprocessor_config.json and video_preprocessor_config.json of both"
+            )
 
 
 def test_the_mark_of_a_video_in_the_words_of_a_question_is_found_before_the_run(

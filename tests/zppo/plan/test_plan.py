@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import recurrent_models
+import torch
 import vision_helpers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ from zppo.config.topology import (
 )
 from zppo.errors import UserError
 from zppo.plan.checks import ENGINE_ARGUMENTS
-from zppo.plan.machine import GIB, Machine, measure_machine
+from zppo.plan.machine import GIB, Machine, cpu_dtype, measure_machine
 from zppo.plan.make import make_plan
 from zppo.plan.memory import (
     MODEL_LIBRARIES,
@@ -105,6 +107,54 @@ def test_notes_say_what_may_surprise(small: Path) -> None:
         "responses",
         "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ([], "student.dtype and teacher.dtype"),
+        (["teacher.dtype=float32"], "student.dtype"),
+        (["student.dtype=float32", "actors.teacher.devices=[cpu,'cuda:0']"], "teacher.dtype"),
+        (["student.dtype=float32", "method.name=grpo"], None),
+        (["student.dtype=float32", "actors.teacher.devices=['cuda:0']"], None),
+    ],
+)
+def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
+    small: Path, settings: list[str], named: str | None
+) -> None:
+    here = replace(MACHINE, gpus=[64 * GIB], cards=1)
+    two = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", "actors.teacher.count=2"]
+    topology = topology_of(small, *two, *settings)
+    fast = make_plan(topology, 10, here).notes
+    slow = make_plan(topology, 10, replace(here, dtype="float32")).notes
+    said = [
+        "this processor has no AVX-512 and is some 50 times slower in bfloat16 than in float32: "
+        f"set {named} to float32"
+    ]
+    assert [note for note in slow if note not in fast] == (said if named else [])
+    assert set(fast) <= set(slow)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 sse4a\n", "float32"),
+        ("flags : avx2 avx512f avx512bw avx512vl avx512dq\nbugs : none\n", "bfloat16"),
+        ("flags : avx2 avx512f\nflags : avx512bw avx512vl avx512dq\n", "float32"),
+        ("processor : 0\nFeatures : fp asimd bf16\n", "bfloat16"),
+        (None, "bfloat16"),
+    ],
+)
+def test_the_dtype_of_a_processor(tmp_path: Path, text: str | None, dtype: str) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_dtype(tmp_path / "cpuinfo") == dtype
+
+
+def test_the_dtype_of_this_processor_is_the_one_that_torch_has_products_for() -> None:
+    if torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
+        fast: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert cpu_dtype() == ("bfloat16" if fast else "float32")
 
 
 @given(

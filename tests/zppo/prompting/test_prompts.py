@@ -438,3 +438,30 @@ def test_a_template_that_is_edited_before_its_first_use_is_as_it_was(tmp_path: P
     asked = prompts.bcq(QUESTION, ["a", "b"]).messages[-1].content
     assert asked == f"Which one? Box it. {QUESTION.text} ['a', 'b']"
     assert prompts.compress(QUESTION, "so", 5, 5).media == [], "it does not read how many there are"
+
+
+def test_the_digest_covers_whatever_is_included_and_nothing_else(tmp_path: Path) -> None:
+    """Under any name and by any of Jinja's ways; what nothing includes shows in no prompt."""
+    parts = {"base.txt": "{% block ask %}{% endblock %}", "macros": "", "deep.j2": "Box it."}
+    (tmp_path / "plain.j2").write_text(
+        '{% extends "base.txt" %}{% import "macros" as m %}'
+        '{% block ask %}{{ question }}{% include "words.txt" %}{% endblock %}'
+    )
+    for name, text in {**parts, "words.txt": '{% include "deep.j2" %}', "NOTES": ""}.items():
+        (tmp_path / name).write_text(text)
+    PromptSet(tmp_path).validate()
+    digests = [PromptSet(tmp_path).digest]
+    for name in (*parts, "words.txt"):
+        with (tmp_path / name).open("a") as file:
+            file.write("{# edited #}")
+        digests.append(PromptSet(tmp_path).digest)
+    (tmp_path / "NOTES").write_text("of no prompt")
+    assert len(set(digests)) == len(digests) == 5
+    assert PromptSet(tmp_path).digest == digests[-1]
+
+
+def test_a_digest_is_of_what_was_read(tmp_path: Path) -> None:
+    prompts = PromptSet(folder(tmp_path, plain="{{ question }}"))
+    before = prompts.digest
+    (tmp_path / "plain.j2").write_text("{{ question }} EDITED")
+    assert prompts.digest == before != PromptSet(tmp_path).digest

@@ -18,7 +18,7 @@ from zppo.records import rollouts
 from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
-from zppo.report.page import digest, render_page
+from zppo.report.page import browser_note, digest, render_page
 from zppo.scheduling.filling import plain_part
 from zppo_protocol.values import Grade
 
@@ -322,6 +322,33 @@ def test_the_browser_is_cut_to_size_with_every_fate_kept(fake_run: Callable[...,
     assert 0 < len(small.questions) < whole.total
     assert len(browser.embed(small)) < 60_000
     assert small.questions == whole.questions[: len(small.questions)]
+
+
+def test_a_question_may_not_take_the_page_from_the_others(
+    fake_run: Callable[..., Path], window: Window
+) -> None:
+    """One that is never solved is visited again and again; a group that a visit has already begun
+    with is shown whole."""
+    run_dir = fake_run(steps=0)
+    for step in (2, 5, 9, 11):
+        write_window(run_dir, _moved(window, step), step)
+    run = load.load_run(run_dir)
+    whole = browser.browser_data(run).questions[0]
+    one_visit = sum(len(r.response) for g in whole.visits[0].groups for r in g.rollouts)
+    cut = browser.browser_data(run, max_of_one=one_visit).questions[0]
+    assert (len(whole.visits), whole.later) == (4, 0)
+    assert (cut.visits, cut.later) == (whole.visits[:2], 2)
+    least = browser.browser_data(run, max_of_one=0).questions[0]
+    assert (least.visits, least.later) == (whole.visits[:1], 3)
+
+
+def test_a_question_larger_than_the_page_is_shown_all_the_same(
+    fake_run: Callable[..., Path],
+) -> None:
+    run = load.load_run(fake_run(steps=14))
+    whole, small = browser.browser_data(run), browser.browser_data(run, max_bytes=10)
+    assert small.questions == whole.questions[:1] and small.total == whole.total > 1
+    assert browser_note(small).startswith(f"1 of {whole.total} questions that were hard")
 
 
 def test_long_texts_are_cut_with_a_note() -> None:

@@ -28,8 +28,12 @@ from zppo.errors import UserError
 from zppo.prompting.content import messages_in_parts
 from zppo.prompting.picture_families import QwenPictures, VideoInput
 from zppo.prompting.picture_tokens import resized
-from zppo.prompting.tokenization import encode_start, load_picture_layout, takes_parts
-from zppo.training.pictures import load_processor
+from zppo.prompting.tokenization import (
+    encode_start,
+    load_picture_layout,
+    load_processor,
+    takes_parts,
+)
 from zppo_actors.engines.base import EngineError
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_protocol.values import Media, PictureReference, Prompt, VideoReference, pictures_of
@@ -66,6 +70,8 @@ class PictureTokenizer(PromptTokenizer):
                 "template that takes messages of text and pictures"
             )
         layout = load_picture_layout(folder, self._tokenizer, where)
+        if layout is not None:
+            layout.check()
         self.shown = Shown(
             layout.family if layout and isinstance(layout.family, QwenPictures) else None,
             videos=layout is not None and layout.shows_videos,

@@ -27,6 +27,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 
 from zppo_actors.engines.vllm.publication import PREPARING, READY, FileIdentity, Update
 from zppo_actors.engines.vllm.reload import adopt, can_shadow, load, make_shadow
+from zppo_actors.weights.recycling import opened
 from zppo_actors.weights.shared_memory import DTYPES
 from zppo_protocol.values import TensorEntry
 
@@ -129,7 +130,7 @@ def map_file(update: Update) -> mmap.mmap:
     verified."""
     path = update.manifest.path
     try:
-        with Path(path).open("rb") as file:
+        with opened(Path(path)) as file:
             if FileIdentity.of(os.fstat(file.fileno())) != update.file:
                 raise ValueError("the file was replaced or changed after it had been verified")
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

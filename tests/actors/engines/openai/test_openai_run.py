@@ -24,7 +24,7 @@ RESPONSE_TOKENS, COMPRESSED_TOKENS = 24, 16
 """What examples/quickstart.yaml allows the teacher; the server tells the kinds of work apart by
 them."""
 STEPS = 2
-PATIENCE = 240.0
+PATIENCE = 900.0
 SMALL = {
     "run.steps": STEPS,
     "scheduler.new_questions": 8,

