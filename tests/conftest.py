@@ -4,8 +4,10 @@ they leave behind."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +38,9 @@ LEAVE_SECONDS = 60.0
 
 
 VLLM_SECONDS = 2400.0
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
 
 LONGEST_FIRST = (
@@ -101,6 +106,23 @@ def hygiene(runtime_base: Path) -> Iterator[None]:
         shutil.rmtree(runtime_base / name, ignore_errors=True)
     assert not commands, f"processes left behind: {commands}"
     assert not folders, f"runtime folders left behind: {folders}"
+
+
+@pytest.fixture(autouse=True)
+def process_wide() -> Iterator[None]:
+    """A command that is called in the process of the tests takes its signals and its log over; the
+    next test has them as they were."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    log = logging.getLogger("zppo")
+    level, handlers = log.level, list(log.handlers)
+    yield
+    log.setLevel(level)
+    for handler in [handler for handler in log.handlers if handler not in handlers]:
+        log.removeHandler(handler)
+        handler.close()
+    for number, action in before.items():
+        if signal.getsignal(number) != action:
+            signal.signal(number, action)
 
 
 def _left_folders(base: Path) -> list[str]:

@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TRAIN_PICTURES, HELD_OUT_PICTURES, QUESTIONS = 384, 48, 5
+TRAIN_PICTURES, HELD_OUT_PICTURES, QUESTIONS = 384, 120, 5
 SEED = 48
 EMBEDDING_STD = 0.3
 MAX_NEGATIVES = 4
@@ -105,13 +106,14 @@ class Recipe(NamedTuple):
 
 
 TOWER = Recipe(250, {"plain": 128}, learning_rate=2e-3)
-STUDENT = (Recipe(240, {"plain": 64, "bcq": 24, "ncq": 12}),)
 TEACHER = (
     Recipe(260, {"plain": 96}),
     Recipe(260, {"plain": 96}, learning_rate=2e-3),
     Recipe(300, {"plain": 96}, 2e-3, kinds=("colour", "place", *2 * ("digit",), *4 * ("count",))),
 )
 """One stage after the other, each with an optimizer of its own. Counting is learnt last."""
+STUDENT = tuple(stage._replace(batch={"plain": 64, "bcq": 24, "ncq": 12}) for stage in TEACHER[:2])
+"""As the teacher, but for its last stage, and with prompts of all shapes."""
 
 
 class Example(NamedTuple):
@@ -416,6 +418,15 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def asked_about(facts: list[Fact], rng: np.random.Generator) -> list[Fact]:
+    """The facts of one picture that are asked about, in order. All kinds that it has are drawn
+    alike often: most facts of a picture are counts."""
+    kinds = Counter(fact.kind for fact in facts)
+    shares = np.array([1 / kinds[fact.kind] for fact in facts]) / len(kinds)
+    drawn = rng.choice(len(facts), size=min(QUESTIONS, len(facts)), replace=False, p=shares)
+    return [facts[index] for index in sorted(drawn.tolist())]
+
+
 def write_data(out: Path, seed: int) -> None:
     """Pictures as PNG, and JSONL rows ``{"id", "question", "answer", "images"}``."""
     rng = np.random.default_rng(seed + 1)
@@ -427,8 +438,7 @@ def write_data(out: Path, seed: int) -> None:
             file = f"media/{name}-{number:03d}.png"
             Image.fromarray(draw(things)).quantize(8).save(out / file, optimize=True)
             facts = facts_of(things)
-            for index in sorted(rng.permutation(len(facts))[:QUESTIONS].tolist()):
-                fact = facts[index]
+            for fact in asked_about(facts, rng):
                 rows.append(
                     {
                         "id": f"{name}-{number:03d}-{fact.kind}-{fact.subject}",

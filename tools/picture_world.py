@@ -37,7 +37,7 @@ PLACES = (
 )
 PAPER = (250, 248, 242)
 COUNTS = ("1", "2", "3", "4")
-SHARE_MISPRINTED = 0.35
+SHARE_MISPRINTED = 0.5
 DIGIT_ROWS = {
     "0": ("111", "101", "101", "101", "111"),
     "1": ("010", "110", "010", "010", "111"),
@@ -185,12 +185,12 @@ def true_belief() -> Belief:
 
 
 def misprinted_belief(rng: np.random.Generator) -> Belief:
-    """Of every three facts about one is printed wrong: as two fixed wrong answers, and hardly ever
-    as the truth."""
+    """Every second fact is printed wrong: as two fixed wrong answers, and hardly ever as the
+    truth."""
     belief = dict(true_belief())
     facts = all_facts()
     order = rng.permutation(len(facts))
-    for rank, index in enumerate(order[: int(SHARE_MISPRINTED * len(facts))]):
+    for rank, index in enumerate(order[: round(SHARE_MISPRINTED * len(facts))]):
         fact = facts[index]
         true_share = (0.003, 0.03, 0.003, float(rng.uniform(0.1, 0.5)))[rank % 4]
         others = [answer for answer in ANSWERS[fact.kind] if answer != fact.truth]

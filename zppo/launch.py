@@ -31,8 +31,8 @@ from zppo.data.corpus import (
     bad_rows_text,
     gold_notes,
     held_out_overlap,
-    layout_notes,
     load_questions,
+    source_notes,
 )
 from zppo.data.question import Question, digest
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
@@ -196,7 +196,7 @@ def check(topology: Topology, *, unpack: bool = False) -> Checked:
     checked = _check(topology, run_folder(topology), unpack=unpack)
     notes = [
         *checked.plan.notes,
-        *layout_notes("data.train", checked.corpus),
+        *source_notes("data.train", checked.corpus),
         *gold_notes("data.train", checked.corpus.questions),
         *_check_prompts(topology, checked),
     ]

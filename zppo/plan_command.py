@@ -85,7 +85,7 @@ def _plan(asked: argparse.Namespace) -> int:
     source = _read_source(asked)
     planned = _planned(topology, asked)
     if asked.calibrate:
-        source = _measure(planned, asked.within)
+        source = _measure(planned, asked.within or CALIBRATE_SECONDS)
     world = _world(planned, source) if source is not None else None
     if source is not None and asked.write is not None:
         write_calibration(asked.write, source.calibration, source.name)
@@ -97,7 +97,7 @@ def _plan(asked: argparse.Namespace) -> int:
         launch.show_plan(planned.plan, directory, offline)
     times = None
     if source is not None and world is not None:
-        times = _times(planned, world, source, asked.seconds)
+        times = _times(planned, world, source, asked.seconds or SEARCH_SECONDS)
     if asked.json:
         answer = answer_of(planned.plan, str(directory), times)
         print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
@@ -144,6 +144,10 @@ def _check_options(asked: argparse.Namespace) -> None:
             "--calibrate: measures this machine, and --machines describes others; expected "
             "--calibration FILE or --from-run RUN with --machines"
         )
+    if asked.within is not None and not asked.calibrate:
+        raise UserError("--within: limits --calibrate, which is not given; leave it out")
+    if asked.seconds is not None and not given:
+        raise UserError(f"--seconds: there is nothing to search with; {WITHOUT}")
     if asked.write is not None:
         if given not in (["--from-run"], ["--calibrate"]):
             raise UserError(
@@ -241,7 +245,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--within",
         type=seconds,
-        default=CALIBRATE_SECONDS,
         metavar="SECONDS",
         help=f"the most that --calibrate takes, loading included ({CALIBRATE_SECONDS:g})",
     )
@@ -254,7 +257,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=seconds,
-        default=SEARCH_SECONDS,
         metavar="SECONDS",
         help=f"the most that the search for a faster split takes ({SEARCH_SECONDS:g})",
     )

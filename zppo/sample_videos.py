@@ -1,10 +1,10 @@
 """`zppo sample-videos ROWS --out FOLDER`: the videos of a question file, sampled to frames once and
 for all.
 
-ROWS is a JSONL file whose column `videos` holds a path, or a list of paths, relative to the file.
-FOLDER receives the same rows with the frames and times of each video in its place, the frames as
-PNG files, and copies of the pictures that `images` or `image` names, all named by their content. It
-is whole or not there.
+ROWS is a JSONL file whose column `videos`, or else `video`, holds a path, or a list of paths,
+relative to the file. FOLDER receives the same rows with the frames and times of each video in its
+place (`videos`), the frames as PNG files, and copies of the pictures that `images` or `image`
+names, all named by their content. It is whole or not there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from zppo.errors import EXIT_USER_ERROR, Parser, UserError
 from zppo_protocol.values import MAX_FRAMES
 
 ROWS = "train.jsonl"
+FILMS = ("videos", "video")
+"""The first of these columns that a row has holds its videos."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +73,16 @@ class _Writer:
         self.videos = 0
 
     def row(self, place: str, row: dict[str, Any]) -> str:
-        value = row.get("videos")
+        films = next((name for name in FILMS if name in row), FILMS[0])
+        value = row.get(films)
         paths = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise UserError(
-                f"{place}: videos is {str(value)[:40]!r}; expected a path or a list of paths"
+                f"{place}: {films} is {str(value)[:40]!r}; expected a path or a list of paths"
             )
         if paths:
-            row = {**row, "videos": [self._video(place, path) for path in paths]}
+            rest = {name: one for name, one in row.items() if name != films}
+            row = {**rest, FILMS[0]: [self._video(place, path) for path in paths]}
         column = picture_column(row)
         entries = picture_entries(row.get(column))
         if entries and all(isinstance(path, str) for path in entries):

@@ -36,10 +36,10 @@ from zppo.records.timeline import (
 )
 
 FLUSH_SECONDS = 1.0
+"""A killed process loses the spans of so long."""
 CLOSE_SECONDS = 5.0
 """A disk that does not answer is waited for so long at the end; on a busy machine one that does may
 take more than a second."""
-"""A killed process loses the spans of so long."""
 MOST_SPANS = 64
 """of one flush, or one of each kind; at about 70 bytes each, 4.5 kB/s at the very most"""
 MOST_WAITING = 65_536

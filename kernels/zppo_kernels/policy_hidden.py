@@ -141,7 +141,13 @@ def policy_loss_from_hidden(
 
 
 def _may_share(hidden_TH: Tensor, rows: RowInputs, settings: PolicyLossSettings) -> bool:
-    """Whether rows of one hidden state are computed together."""
+    """Whether rows of one hidden state are computed together.
+
+    On a GPU they are not: T hidden states of H numbers and as many gradients in float32 are held in
+    place of U, and the head's three products are over T rows. Sharing them would wait for the
+    device in each chunk, whose rows are found on it, and would add the gradients of a state's
+    targets in the dtype of a bf16 head, where those of a sure state nearly cancel.
+    """
     return (
         not hidden_TH.is_cuda
         and rows.support_ids_TK is None

@@ -50,7 +50,6 @@ SHIFTS = [dtype.itemsize.bit_length() - 1 for dtype in DTYPES]
 """An element has two to the power of this many bytes."""
 BLOB = struct.Struct("<8sQ")
 BLOB_MAGIC, FIRST_MAGIC = b"ZPPO\x00\x00\x00\x02", b"ZPPO\x00\x00\x00\x01"
-EMPTY = [np.frombuffer(b"", dtype) for dtype in DTYPES]
 DEFAULT_LIMITS = Limits()
 PADDINGS = [bytes(count) for count in range(ALIGNMENT)]
 REFUSALS = (ValueError, TypeError, OverflowError, RecursionError, NotImplementedError)
@@ -71,8 +70,7 @@ def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]
     except REFUSALS as error:
         raise ProtocolError(f"cannot be sent: {error}") from error
     header, payload = _OWN.writer.write(checked)
-    _check_size("header", len(header), limits.header_bytes)
-    _check_size("payload", payload.size, limits.payload_bytes)
+    _check_sizes(len(header), payload.size, limits)
     return [header, *payload.frames()]
 
 
@@ -82,8 +80,7 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMess
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise ProtocolError(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
     header, *payload = frames
-    _check_size("header", len(header), limits.header_bytes)
-    _check_size("payload", sum(map(len, payload)), limits.payload_bytes)
+    _check_sizes(len(header), sum(map(len, payload)), limits)
     message: AnyMessage = _OWN.messages.read(header, payload)
     return message
 
@@ -189,18 +186,21 @@ class _Reader:
     """Reads values of one type; hands out views of the payload in the order in which the header
     names them: end to end, no gap, no overlap. One thread only."""
 
-    __slots__ = ("_cursor", "_decode", "_end", "_frame", "_left", "_views")
+    __slots__ = ("_cursor", "_decode", "_end", "_frame", "_left")
 
     def __init__(self, type: Any) -> None:
         self._decode = msgspec.msgpack.Decoder(type, dec_hook=self._array).decode
         self._left: Sequence[Buffer]
+        self._frame: Buffer
         self._forget()
 
     def read(self, header: Buffer, payload: Sequence[Buffer]) -> Any:
         self._left = payload
         try:
             value = self._decode(header)
-            rest = max(0, self._end - self._cursor) + sum(map(len, self._left))
+            rest = max(0, self._end - self._cursor)
+            if self._left:
+                rest += sum(map(len, self._left))
         except (ValueError, RecursionError) as error:
             # ValueError covers DecodeError and UnicodeDecodeError.
             raise ProtocolError(f"not a message: {error}") from error
@@ -213,50 +213,40 @@ class _Reader:
     def _forget(self) -> None:
         """A frame lives as long as its arrays, and no longer."""
         self._left = ()
-        self._enter(b"")
-
-    def _enter(self, frame: Buffer) -> None:
-        self._frame, self._cursor, self._end = frame, 0, len(frame)
-        self._views: list[np.ndarray | None] = [None, None, None, None]
+        self._frame, self._cursor, self._end = b"", 0, 0
 
     def _array(self, type_: type, reference: Any) -> np.ndarray:
         if type_ is not np.ndarray:
             raise ProtocolError(f"no value of type {type_.__name__} can be read")
+        shape: int | list[int]
         if type(reference) is int and reference >= 0:
-            return self._next(reference & CODE_MASK, reference >> CODE_BITS)
-        code, shape = _checked_reference(reference)
-        flat = self._next(code, math.prod(shape))
+            code, shape = reference & CODE_MASK, reference >> CODE_BITS
+            size = shape << SHIFTS[code]
+        else:
+            code, shape = _checked_reference(reference)
+            size = math.prod(shape) << SHIFTS[code]
+        begin = self._cursor
+        if begin + size > self._end:
+            begin = self._in_next_frame(size)
+        self._cursor = begin + size + ALIGNMENT - 1 & -ALIGNMENT
         try:
-            return flat.reshape(shape)
-        except (
-            ValueError,
-            OverflowError,
-        ) as error:  # no elements, but a length beyond any machine's
+            return np.ndarray(shape, DTYPES[code], self._frame, begin)
+        except (ValueError, OverflowError) as error:
+            # no elements, but a length beyond any machine's
             raise ProtocolError(f"an array of shape {shape}") from error
 
-    def _next(self, code: int, count: int) -> np.ndarray:
-        """The next `count` elements of the payload."""
-        begin, shift = self._cursor, SHIFTS[code]
-        end = begin + (count << shift)
-        if end > self._end:
-            return self._in_next_frame(code, count)
-        self._cursor = _aligned(end)
-        view = self._views[code]
-        if view is None:
-            view = self._views[code] = _view_of(self._frame, code)
-        return view[begin >> shift : end >> shift]
-
-    def _in_next_frame(self, code: int, count: int) -> np.ndarray:
-        if not count:  # it lies nowhere: the frame before may end without the padding of its last
-            return EMPTY[code]
+    def _in_next_frame(self, size: int) -> int:
+        """Where an array begins that is not in what is left of this frame."""
+        if not size:  # nowhere: the frame may end without the padding of its last array
+            return self._end
         if self._cursor < self._end or not self._left:
             raise ProtocolError(
-                f"an array of {count << SHIFTS[code]} bytes does not lie in the "
+                f"an array of {size} bytes does not lie in the "
                 f"{max(0, self._end - self._cursor)} bytes that are left of a frame"
             )
         frame, *self._left = self._left
-        self._enter(frame)
-        return self._next(code, count)
+        self._frame, self._cursor, self._end = _fixed(frame), 0, len(frame)
+        return 0 if size <= self._end else self._in_next_frame(size)
 
 
 class _FirstReader(_Reader):
@@ -330,14 +320,12 @@ def _is_fixed(owner: Any) -> bool:
     return owner is None or isinstance(owner, bytes | memoryview)
 
 
-def _view_of(frame: Buffer, code: int) -> np.ndarray:
-    """All whole elements of a frame, read-only and aligned."""
-    found = np.frombuffer(frame, DTYPES[code], len(frame) >> SHIFTS[code])
-    # The transport may place a small payload anywhere inside its receive buffer.
-    if not found.flags.aligned:
-        found = found.copy()
-    found.setflags(False)
-    return found
+def _fixed(frame: Buffer) -> Buffer:
+    """The bytes of a frame, read-only and aligned: the transport may place a small payload anywhere
+    inside its receive buffer."""
+    if len(frame) < ALIGNMENT or not np.frombuffer(frame, np.int64, 1).flags.aligned:
+        return bytes(frame)
+    return memoryview(frame).toreadonly()
 
 
 def _checked_reference(reference: Any) -> tuple[int, list[int]]:
@@ -352,12 +340,18 @@ def _checked_reference(reference: Any) -> tuple[int, list[int]]:
 
 
 def _are_counts(values: list[Any]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return set(map(type, values)) == {int} and min(values) >= 0
 
 
-def _check_size(what: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise ProtocolError(f"a {what} of {size} bytes is over the limit of {limit}")
+def _check_sizes(header: int, payload: int, limits: Limits) -> None:
+    if header > limits.header_bytes:
+        raise _over_the_limit("header", header, limits.header_bytes)
+    if payload > limits.payload_bytes:
+        raise _over_the_limit("payload", payload, limits.payload_bytes)
+
+
+def _over_the_limit(what: str, size: int, limit: int) -> ProtocolError:
+    return ProtocolError(f"a {what} of {size} bytes is over the limit of {limit}")
 
 
 def _aligned(size: int) -> int:

@@ -33,6 +33,8 @@ def in_words(text: str, media: Sequence[Media]) -> str:
     """A text for whoever is not shown the `media` of its question or prompt: `[picture 1]` for a
     place. The text may lack the beginning, so its places are those of the last ones."""
     places = text.count(PLACE)
+    if not places:
+        return text
     if places > len(media):
         return without_places(text)
     words, *others = text.split(PLACE)

@@ -13,7 +13,6 @@ end to end, S version spans, K most probable tokens of a teacher.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,7 +27,6 @@ from zppo_protocol.arrays import (
     check_ids,
     check_offsets,
     highest,
-    lowest,
 )
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.support import Support, check_holds
@@ -36,6 +34,11 @@ from zppo_protocol.values import FROZEN, GroupKind, Media, Name, Positive, Text,
 
 MAX_LOG_PROB = 1e-3
 """A log-probability is at most 0; a float32 log-softmax may end up a rounding error above it."""
+_MINUS_INF, _MOST = (
+    int(np.float32(value).view(np.int32))
+    for value in (-np.inf, np.nextafter(np.float32(MAX_LOG_PROB), np.float32(0)))
+)
+"""The bits of -inf and of the largest log-prob, as whole numbers."""
 
 
 class GroupSamples(Value, frozen=True):
@@ -251,9 +254,21 @@ def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
         raise ProtocolError(
             f"log_probs must have one entry per token ({tokens}), got {len(log_probs_T)}"
         )
-    # Every comparison with NaN is false: two looks find NaN, ±inf and positives.
-    if tokens and not (lowest(log_probs_T) > -math.inf and highest(log_probs_T) <= MAX_LOG_PROB):
+    if tokens and not _are_log_probs(log_probs_T):
         raise ProtocolError(f"log_probs must be finite and at most {MAX_LOG_PROB}")
+
+
+def _are_log_probs(log_probs_T: np.ndarray) -> bool:
+    """Whether all are finite and at most `MAX_LOG_PROB`.
+
+    Read as whole numbers with a sign, floats are in order from 0 on; below 0 lie the negative ones,
+    the smallest first and -inf and NaN last, nearest to 0. So one look is enough where there is no
+    0 and no positive one, and a second, without the sign, finds what may hide below them.
+    """
+    most = highest(log_probs_T.view(np.int32))
+    if most < 0:
+        return bool(most < _MINUS_INF)
+    return bool(most <= _MOST and highest(log_probs_T.view(np.uint32)) < _MINUS_INF + 2**32)
 
 
 def _check_offsets(offsets: np.ndarray, tokens: int) -> None:

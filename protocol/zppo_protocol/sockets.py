@@ -399,7 +399,7 @@ def _read_frames(socket: zmq.Socket[bytes], most: int, wait_s: float) -> list[zm
     return frames
 
 
-def _is_ready(socket: zmq.Socket[bytes], event: int, wait_s: float) -> bool:
+def _is_ready(socket: Any, event: int, wait_s: float) -> bool:
     """Wait until a message can be read (POLLIN) or queued (POLLOUT); False when time is up."""
     # ZeroMQ's own waits begin anew after each signal that a handler takes, and its poll as pyzmq
     # calls it then counts whole seconds; Python's poll keeps to its time.

@@ -22,7 +22,7 @@ from zppo_actors.process import ActorContext
 from zppo_actors.trainer.meeting import is_loss, meet
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-LIMIT_SECONDS = 20.0
+LIMIT_SECONDS = 40.0
 CASE = Case(method=MethodConfig(updates_per_step=2), groups=20, last=1)
 
 

@@ -31,6 +31,8 @@ SETTINGS = {
 pytestmark = pytest.mark.slow
 ELSEWHERE = {
     "zppo": "with a cascade, below",
+    "grpo": "on pictures, test_tower_run.py",
+    "off_distill": "its groups are those of off_distill_replay, its local scores those of on_distill",
     "grpo_both": "its groups are those of zppo",
     "grpo_replay_bcq": "its groups are some of zppo's",
     "grpo_replay_ncq": "its groups are some of zppo's",

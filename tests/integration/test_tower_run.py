@@ -140,6 +140,7 @@ def check_films(directory: Path, student: Path) -> None:
         for path in rollouts.step_files(directory / "rollouts")
         for row in rollouts.read_step(path)
     ]
+    assert {row["kind"] for row in rows if row["trained"]} == {"plain"}
     around = {
         row["prompt_length"] - len(row["question_id"])
         for row in rows

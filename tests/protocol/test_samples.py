@@ -3,17 +3,20 @@ names the field."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zppo_protocol import messages as m
 from zppo_protocol.arrays import SHORT
 from zppo_protocol.codec import decode, dumps, encode, loads
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.samples import GroupSamples, TokenScores, TrainGroup
+from zppo_protocol.samples import MAX_LOG_PROB, GroupSamples, TokenScores, TrainGroup
 from zppo_protocol.values import (
     FROZEN,
     PictureReference,
@@ -191,6 +194,36 @@ def test_a_wrong_log_prob_of_many_is_found_wherever_it_is(place: int, value: flo
     many["log_probs"][place] = value
     with pytest.raises(ProtocolError, match="log_probs must be finite"):
         GroupSamples(**{**GOOD, **many})
+
+
+MINUS_INF = 0xFF800000
+ANY_BITS = st.one_of(
+    st.floats(width=32, max_value=0.0).map(lambda value: int(np.float32(value).view(np.uint32))),
+    st.integers(0, 2**32 - 1),
+    *(
+        st.integers(edge - 2, edge + 2)
+        for edge in (2, 2**31, MINUS_INF, int(np.float32(MAX_LOG_PROB).view(np.uint32)))
+    ),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(ANY_BITS, min_size=1, max_size=5), st.booleans())
+def test_log_probs_are_taken_as_one_by_one(bits: list[int], many: bool) -> None:
+    """The look at bits against the definition, for any float32 there is."""
+    found = np.array(bits, np.uint32).view(np.float32)
+    log_probs = np.concatenate([found, np.full(SHORT if many else 0, -1.0, np.float32)])
+    changed = {
+        "token_ids": np.zeros(len(log_probs), np.int32),
+        "log_probs": log_probs,
+        "offsets": int32(0, 1, len(log_probs)),
+        "version_spans": int32([len(log_probs), 7]),
+    }
+    if all(math.isfinite(one) and one <= MAX_LOG_PROB for one in found.tolist()):
+        assert GroupSamples(**{**GOOD, **changed}).log_probs is log_probs
+    else:
+        with pytest.raises(ProtocolError, match=r"log_probs must be finite and at most 0\.001"):
+            GroupSamples(**{**GOOD, **changed})
 
 
 def test_texts_may_be_left_out_for_the_trainer_but_not_in_an_answer() -> None:

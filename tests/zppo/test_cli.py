@@ -52,6 +52,33 @@ def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+PIPED = """\
+import sys
+from zppo import cli
+
+cli.COMMANDS["doctor"] = lambda arguments: print("a" * {length}) or 0
+sys.argv = ["zppo", "doctor"]
+sys.exit(cli.console())
+"""
+
+
+@pytest.mark.parametrize("length", [1, 10**6])
+def test_a_reader_that_has_gone_is_no_traceback(length: int) -> None:
+    """With `| head`; short words are only written when the command ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", PIPED.format(length=length)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_another_pipe_that_breaks_is_no_reader_that_has_gone() -> None:
+    script = PIPED.replace('print("a" * {length}) or 0', "(_ for _ in ()).throw(BrokenPipeError)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "BrokenPipeError"
+
+
 NAMELESS = FORBIDDEN.replace(', "/models/student/config.json"', "")
 
 

@@ -69,6 +69,7 @@ def test_what_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "system_messages": 1,
         "pictures": 0,
         "placed": 0,
+        "unshown": {},
         "graders": {"math": 2},
         "gold_answers": {"whole number": 2},
         "worked_solutions": 1,

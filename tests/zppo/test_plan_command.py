@@ -134,6 +134,15 @@ def test_a_curve_that_is_none_is_refused(curve: str, reason: str, tmp_path: Path
             "zppo plan: --calibration and --from-run are given; expected one of them\n",
         ),
         (
+            ["--calibration", "speeds.yaml", "--within", "9"],
+            "--within: limits --calibrate, which is not given; leave it out\n",
+        ),
+        (
+            ["--seconds", "9"],
+            "--seconds: there is nothing to search with; how long a step takes is not said without "
+            "measured speeds: --from-run RUN, --calibrate or --calibration FILE\n",
+        ),
+        (
             ["--write", "new.yaml"],
             "--write: there is nothing to write; expected --from-run RUN or --calibrate with it\n",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -118,6 +119,56 @@ def test_a_torn_video_gives_what_it_has_or_one_sentence(
     file = rows(tmp_path, {**ROW, "videos": "film.mp4"})
     assert main([str(file), "--out", str(tmp_path / "made")]) == 2
     assert "cannot be read (" in capsys.readouterr().err
+
+
+@needs_av
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("film.mkv", r"it ends after \d+\.\d of 30\.0 seconds"),
+        ("film.avi", r"it ends after \d+ of 120 frames"),
+    ],
+)
+def test_the_begin_of_a_torn_video_is_not_taken_for_all_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, why: str
+) -> None:
+    """Of a download that broke off, decoders say nothing but that it has ended."""
+    film = dot_film(tmp_path / name, frames=120)
+    whole = film.read_bytes()
+    file = rows(tmp_path, {**ROW, "videos": name})
+    assert main([str(file), "--out", str(tmp_path / "made")]) == 0
+    film.write_bytes(whole[: len(whole) * 6 // 10])
+    assert main([str(file), "--out", str(tmp_path / "torn")]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        re.escape(f"{file}:1: the video {str(film)!r} cannot be read (") + why + r"\)\n", said
+    )
+
+
+@needs_av
+def test_a_video_whose_times_begin_again_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two streams one behind the other: of the second every frame would be left out."""
+    film = dot_film(tmp_path / "film.ts")
+    film.write_bytes(film.read_bytes() * 2)
+    file = rows(tmp_path, {**ROW, "videos": "film.ts"})
+    assert main([str(file), "--out", str(tmp_path / "made")]) == 2
+    assert capsys.readouterr().err == (
+        f"{file}:1: the video {str(film)!r} cannot be read (12 of its 24 frames are not later than "
+        "those before them)\n"
+    )
+
+
+@needs_av
+def test_the_column_of_one_video(tmp_path: Path) -> None:
+    """As `image` is read where there is no `images`; rows that it passed by were left unsampled."""
+    dot_film(tmp_path / "film.mp4")
+    file = rows(tmp_path, {**ROW, "video": "film.mp4"})
+    assert main([str(file), "--out", str(tmp_path / "made")]) == 0
+    [question] = load_questions("made/train.jsonl", DataConfig(train=""), tmp_path).questions
+    assert [one.kind for one in question.media] == ["video"]
+    assert "video" not in json.loads((tmp_path / "made/train.jsonl").read_text())
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,10 @@ class Composition(Struct, frozen=True, kw_only=True):
     def parts_NK(self, names: Sequence[str]) -> np.ndarray | None:
         """The parts of these names of each reward, [N, K] float32; None where the question's row
         has a rule of its own in place of them."""
+        if not names:
+            return None
         parts = [group.the_grades[index].parts for group, index in self.members]
-        if not names or not all(name in part for part in parts for name in names):
+        if not all(name in part for part in parts for name in names):
             return None
         return np.array([[part[name] for name in names] for part in parts], dtype=np.float32)
 

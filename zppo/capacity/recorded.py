@@ -66,6 +66,7 @@ class Recorded(Struct, frozen=True, kw_only=True):
     warm: int
     """steps at its begin that `seconds_per_step` leaves out, as a simulation of it does"""
     seconds_per_step: float
+    """without steps whose time holds the start of an attempt"""
 
 
 class Group(Struct):
@@ -116,8 +117,19 @@ def read_recorded(run_dir: Path) -> Recorded:
         calibration=calibration,
         steps=len(lines),
         warm=warm,
-        seconds_per_step=fmean(line["time/step"] for line in lines[warm:]),
+        seconds_per_step=_seconds_per_step(timeline, lines[warm:]),
     )
+
+
+def _seconds_per_step(timeline: Timeline, lines: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over steps, but for the first of each attempt, whose time holds its start."""
+    started: set[int] = set()
+    for track in timeline.tracks:
+        trained = [span for span in track.spans if span.kind == TRAIN]
+        for begin, _ in track.lives:
+            started.update([span.step for span in trained if span.begin >= begin][:1])
+    within = [line["time/step"] for line in lines if line["step"] not in started]
+    return fmean(within or [line["time/step"] for line in lines])
 
 
 # ---- questions -----------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ def _replayed(replay: Replay) -> str:
 def _expectations(times: Times) -> Table:
     table = Table()
     for name in (
-        "max_staleness", "engines", "s/step", "hours", "bottleneck", "busy", "staleness",
+        "bound", "engines", "s/step", "hours", "bottleneck", "busy", "staleness",
     ):  # fmt: skip
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "bottleneck")  # one word, and no long ones
     best, known = times.best.expected, False
     for one in times.bounds:
         marks = " (this run)" if one.max_staleness == times.given.max_staleness else ""

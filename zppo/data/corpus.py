@@ -10,7 +10,8 @@ above `data.max_bad_rows`. Where rows come from, files, folders or procedures, i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from zppo.data.sources import Source, open_source
 from zppo.data.sources.base import Unit, same_words
 from zppo.data.sources.layouts import Columns, Wanted
 from zppo.data.text import RowError
+from zppo.data.unshown import unshown_texts
 from zppo.errors import UserError
 from zppo.grading.maths import gold_answer
 from zppo.grading.rewards import needs_gold, needs_row
@@ -51,6 +53,8 @@ class Corpus(Struct, frozen=True, kw_only=True):
     bad_rows: list[BadRow]
     unit: Unit
     columns: Columns
+    unshown: Mapping[str, int] = {}
+    """Column -> how many questions are asked without the pictures or videos that it holds."""
 
 
 def load_questions(path: str, config: DataConfig, base: Path, *, unpack: bool = False) -> Corpus:
@@ -88,6 +92,7 @@ class _CorpusBuilder:
         self.reader = RowReader(source, config, unpack=unpack)
         self.questions: list[Question] = []
         self.bad_rows: list[BadRow] = []
+        self.unshown = Counter[str]()
         self.line_of_id: dict[str, int] = {}
         self.line_of_text: dict[tuple[object, ...], int] = {}
 
@@ -102,6 +107,8 @@ class _CorpusBuilder:
             self.bad_rows.append(BadRow(line=line, reason=str(error), repeats=repeats))
         else:
             self.questions.append(question)
+            if not question.media and (column := self.reader.unshown(row)) is not None:
+                self.unshown[column] += 1
 
     def finish(self) -> Corpus:
         self._refuse_too_many()
@@ -116,6 +123,7 @@ class _CorpusBuilder:
             bad_rows=self.bad_rows,
             unit=self.source.unit,
             columns=self.source.columns,
+            unshown=dict(self.unshown),
         )
 
     def _refuse_too_many(self) -> None:
@@ -167,14 +175,16 @@ def held_out_overlap(train: Iterable[Question], heldout: Iterable[Question]) -> 
     return [question.id for question in train if _asked(question) in held]
 
 
-def layout_notes(where: str, corpus: Corpus) -> list[str]:
-    """That names were taken which nobody asked for. `where` is the setting of their source."""
+def source_notes(where: str, corpus: Corpus) -> list[str]:
+    """That names were taken which nobody asked for, or pictures left. `where` is the setting of
+    their source."""
     columns = corpus.columns
+    left = [f"{where}: {one}" for one in unshown_texts(corpus.unshown)]
     if not columns.recognised:
-        return []
+        return left
     read = [field for field in ("question", "answer") if field not in columns.optional]
     names = ", ".join(f"{field}: {columns.names[field]}" for field in read)
-    return [f"{where}: read as {columns.layout.name}'s ({names})"]
+    return [f"{where}: read as {columns.layout.name}'s ({names})", *left]
 
 
 def gold_notes(where: str, questions: Iterable[Question]) -> list[str]:

@@ -26,6 +26,7 @@ from zppo.data.sources import Source
 from zppo.data.sources.jsonl import kind_of
 from zppo.data.sources.layouts import Wanted, paths_of, picture_column, settle, value_of
 from zppo.data.text import RowError, as_text, bounded
+from zppo.data.unshown import unshown_column
 from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
 from zppo.grading.rewards import needs_row
@@ -65,6 +66,7 @@ class RowReader:
         self._columns = source.columns.names
         self._video_name = f"the videos ({self._columns['videos']!r})"
         self._parts = parts_of(config.reward)
+        self._needs_row = needs_row(self._parts)
         _check_settings(source, config)
         self._grader = source.grader or grader_of(config)
         rules = [part.use for part in self._parts if part.use in GRADERS]
@@ -90,10 +92,19 @@ class RowReader:
             answer=answer,
             media=media,
             grader=grader or self._grader,
-            row=_as_json(row) if needs_row(self._parts) else "",
+            row=_as_json(row) if self._needs_row else "",
             earlier=tuple(earlier),
             own_grader=grader is not None,
         )
+
+    def unshown(self, row: Mapping[str, Any]) -> str | None:
+        """The column of pictures or videos of a row that shows none; None without one, or where the
+        user has said what the columns are."""
+        columns = self._source.columns
+        if not columns.chosen.isdisjoint({"images", "videos"}):
+            return None
+        read = {*columns.names.values(), self._picture_column(row)}
+        return unshown_column({**self._source.pictured, **row}, read)
 
     # ---- what is asked ---------------------------------------------------------------------------
 
@@ -196,6 +207,8 @@ class RowReader:
         """The turns with the places of pictures and videos, and these in their order. A system
         message has no places, and what looks like a mark there is none."""
         columns: dict[str, list[Entry]] = {IMAGE: self._cells(row), VIDEO: self._films(row)}
+        if not inside and not any(columns.values()):
+            return turns, ()
         self._check_as_many(row, inside, columns)
         following = {mark: iter(entries) for mark, entries in columns.items()}
         placed = [next(following[one]) if isinstance(one, str) else one for one in inside]

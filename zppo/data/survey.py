@@ -11,6 +11,7 @@ from msgspec import Struct
 from zppo.config.topology import REASONING_GYM
 from zppo.data.corpus import BadRow, Corpus, held_out_overlap
 from zppo.data.question import Question
+from zppo.data.unshown import unshown_texts
 from zppo.errors import printable
 from zppo.grading.boxes import tidy
 from zppo.grading.graders import choice_letters, shown_gold
@@ -58,6 +59,8 @@ class Survey(Struct, frozen=True, kw_only=True):
     pictures: int
     placed: int
     """Questions whose pictures and videos have places in the turns."""
+    unshown: dict[str, int]
+    """Column -> how many questions are asked without the pictures or videos that it holds."""
     graders: dict[str, int]
     gold_answers: dict[str, int]
     worked_solutions: int
@@ -100,6 +103,7 @@ def survey(
         system_messages=sum(one.has_system for one in questions),
         pictures=sum(bool(one.media) for one in questions),
         placed=sum(one.has_places for one in questions),
+        unshown=dict(corpus.unshown),
         graders=_counted(one.grader for one in questions),
         gold_answers=_counted(
             "of the task's own rule" if _has_own_rule(one) else kind_of_gold(gold)
@@ -185,6 +189,8 @@ def _count_lines(found: Survey) -> Iterator[str]:
     if found.pictures:
         where = f", {found.placed} of them at places in the words" if found.placed else ""
         yield _line("pictures", f"{found.pictures} questions have some{where}")
+    for text in unshown_texts(found.unshown):
+        yield _line("not shown", printable(text))
     yield _line("graders", _listed(found.graders))
     yield _line("gold answers", _listed(found.gold_answers))
     if found.worked_solutions:

@@ -21,6 +21,9 @@ from zppo.errors import UserError, first_line
 
 MAX_DECODED = 1_000_000
 """Frames of a video that is read at all: over nine hours at 30 a second."""
+WHOLE = 0.95
+"""A file that holds less than this share of the frames that its header says, or of the seconds less
+one, is torn: headers are written before the end is known, and last frames may have no length."""
 NEEDS_AV = (
     "videos are read with PyAV, which is not installed; install it with: pip install zppo[video]"
 )
@@ -55,7 +58,8 @@ def sample_frames(file: Path, count: int, bounds: PixelBounds) -> list[Frame]:
 
 def _decoded(av: Any, file: Path) -> Iterator[tuple[float, Any]]:
     """(time in seconds, frame) of the first video stream; frames without a rising time are left
-    out."""
+    out. Raises ValueError for a file that ends before it says, or of which many frames were left
+    out, once all that is there was given."""
     with av.open(str(file), mode="r") as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")
@@ -63,15 +67,46 @@ def _decoded(av: Any, file: Path) -> Iterator[tuple[float, Any]]:
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise ValueError(f"its frames have more than {MAX_PIXELS} pixels")
-        last = -1.0
-        for number, frame in enumerate(container.decode(stream)):
-            if number >= MAX_DECODED:
-                raise ValueError(f"it has more than {MAX_DECODED} frames")
-            if frame.time is not None and frame.time > last:
-                last = float(frame.time)
-                yield last, frame
+        last, decoded, given, end = -1.0, 0, 0, _End()
+        for packet in container.demux():
+            end.pass_by(packet, stream)
+            for frame in packet.decode() if packet.stream_index == stream.index else []:
+                decoded += 1
+                if frame.time is not None and frame.time > last:
+                    last, given = float(frame.time), given + 1
+                    yield last, frame
         if last < 0:
             raise ValueError("no frame of it can be decoded")
+        if given < WHOLE * decoded:
+            raise ValueError(
+                f"{decoded - given} of its {decoded} frames are not later than those before them"
+            )
+        end.check(stream.frames, (container.duration or 0) / av.time_base)
+
+
+class _End:
+    """Where a file ends: decoders take the end of a torn one for the end of the film."""
+
+    def __init__(self) -> None:
+        self._frames, self._second = 0, 0.0
+
+    def pass_by(self, packet: Any, stream: Any) -> None:
+        """Of any stream, because the sound may be longer than the film. Raises ValueError for more
+        frames of `stream` than are taken."""
+        if packet.stream_index == stream.index and packet.size:
+            self._frames += 1
+        if self._frames > MAX_DECODED:
+            raise ValueError(f"it has more than {MAX_DECODED} frames")
+        if packet.pts is not None and packet.time_base is not None:
+            ends = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            self._second = max(self._second, ends)
+
+    def check(self, frames: int, seconds: float) -> None:
+        """Raise ValueError unless it reaches what its header says, 0 where that says nothing."""
+        if self._frames < WHOLE * frames:
+            raise ValueError(f"it ends after {self._frames} of {frames} frames")
+        if self._second < WHOLE * seconds - 1.0:
+            raise ValueError(f"it ends after {self._second:.1f} of {seconds:.1f} seconds")
 
 
 def _evenly(times: list[float], count: int) -> set[int]:

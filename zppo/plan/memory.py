@@ -14,6 +14,9 @@ A tower that is not trained has weights alone. Of N ranks each has an N-th of we
 optimizer and frozen models, but a frozen tower whole, and beside it what a pass gathers: the
 embedding, the head where it is another matrix, and two layers, with gradients. While it loads, a
 rank has each model whole, once.
+
+A head that `zppo.training.head` does not take apart is seen by loading the model alone, so its
+logits of all positions of a pass are not counted.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ server are left out: only the server knows their template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from heapq import nlargest
 from typing import Any
 
 from msgspec import Struct
@@ -22,12 +23,13 @@ from zppo.prompting.picture_layout import MarkError, PictureLayout
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
 from zppo_protocol.places import in_words
-from zppo_protocol.values import Prompt
+from zppo_protocol.values import Prompt, pictures_of
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
 """Engines that read a model folder, and their argument that makes the context shorter."""
 LONGEST = 256
-"""A teacher's tokenizer is tried on so many of the longest questions, by characters."""
+"""A teacher's tokenizer is tried on so many of the longest questions, by characters, and as many by
+pixels."""
 SYSTEM_PROBE = "zppo-system-probe"
 
 
@@ -163,6 +165,16 @@ def check_room(where: str, question: Question, length: int, reader: Reader) -> N
         )
 
 
+def _longest(questions: Sequence[Question]) -> list[Question]:
+    """Those with the most words, and those with the most pictures, by their pixels."""
+    most: tuple[Callable[[Question], int], ...] = (
+        lambda question: question.characters,
+        lambda question: sum(one.width * one.height for one in pictures_of(question.media)),
+    )
+    found = {one.id: one for key in most for one in nlargest(LONGEST, questions, key=key)}
+    return list(found.values())
+
+
 def check_teachers(
     asked: Sequence[ServedModel],
     system_prompt: str | None,
@@ -170,9 +182,10 @@ def check_teachers(
     questions: Sequence[Question],
 ) -> list[str]:
     """Every teacher that is asked, and whose tokenizer is here, takes the system prompt, and has
-    room for a response to the longest questions of data.train. Raises UserError. Returns notes."""
+    room for a response to the longest questions of data.train, in words or pictures. Raises
+    UserError. Returns notes."""
     notes = []
-    longest = sorted(questions, key=lambda question: question.characters, reverse=True)[:LONGEST]
+    longest = _longest(questions)
     for served in asked:
         if served.actor.engine not in LENGTH_ARGUMENTS:
             continue

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from heapq import nlargest
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jinja2 import (
     FunctionLoader,
@@ -152,6 +152,14 @@ def without_strangers(prompt: Prompt, question: Question) -> Prompt:
     return structs.replace(prompt, messages=messages)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja2's, with the global names of a template in one dict: the chain of two that it makes of
+    them takes half of the time of a short prompt to walk."""
+
+    def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
+        return {**self.globals, **(d or {})}
+
+
 class PromptSet:
     """The templates of one run. `system_prompt` goes first in every prompt that a student or
     teacher answers, unless the question has a system message of its own.
@@ -189,7 +197,7 @@ class PromptSet:
         self._reads: dict[str, bool] = {}
         told = without_places(system_prompt or "")
         self._system = [ChatMessage(role="system", content=told)] if told else []
-        self._environment = ImmutableSandboxedEnvironment(
+        self._environment = _Environment(
             loader=FunctionLoader(self._source),
             undefined=StrictUndefined,
             trim_blocks=True,

@@ -10,6 +10,7 @@ tokens that the model reads there.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,25 +51,32 @@ NO_VIDEO_MARK = "its chat template writes no mark of a video"
 
 def run_no_models() -> None:
     """Say that this process loads tokenizers and no model. transformers is then imported without
-    torch, in a third of the time, and for the whole of the process."""
+    torch, in a third of the time, and for the whole of the process. What it has to say of
+    configurations, which may be its own defaults, is in the logs of those that run the models."""
     global _runs_models
     _runs_models = False
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
 
 
 @contextmanager
 def _torch_hidden() -> Iterator[None]:
-    """Imports meanwhile find no torch, unless it or transformers is there already."""
-    if _runs_models or "torch" in sys.modules or "transformers" in sys.modules:
+    """Where no models are run, imports meanwhile find no torch, unless it or transformers is there
+    already, and transformers does not say that there is none: it loads itself again for some of its
+    parts."""
+    if _runs_models:
         yield
         return
-    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # which would be that there is no torch
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(advice)
     os.environ[advice] = "1"
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    hidden = "torch" not in sys.modules and "transformers" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        if hidden:
+            del sys.modules["torch"]
         del os.environ[advice]
         os.environ.update({} if before is None else {advice: before})
 

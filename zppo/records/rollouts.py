@@ -92,6 +92,17 @@ _ARROW_TYPES = {
     "question_accuracy": "float32", "reward": "float32", "log_prob_mean": "float32",
     "trained": "bool", "correct": "bool",
 }  # fmt: skip
+_LONG = {
+    "question", "gold", "prompt", "response", "answer", "note", "candidates", "reward_parts",
+    "media",
+}  # fmt: skip
+"""Columns of texts of any length. The others are a few hundred bytes of a row group, and what
+makes ready to pack them takes longer than to write them."""
+_WRITTEN = {
+    "compression": dict.fromkeys(_LONG, "zstd"),
+    "write_statistics": [name for name in RolloutRow.__struct_fields__ if name not in _LONG],
+    "store_schema": False,  # with Arrow's own a column would read back as a dictionary
+}
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -117,11 +128,9 @@ def write_step(
     tables = [_to_table(part, trained) for part in parts or [[]]]
     folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
-    # Without Arrow's own schema a column reads back as its values, not as a dictionary.
-    options = {"compression": "zstd", "store_schema": False}
     with (
         written_whole(path, synced=True) as file,
-        parquet.ParquetWriter(file, tables[0].schema, **options) as writer,
+        parquet.ParquetWriter(file, tables[0].schema, **_WRITTEN) as writer,
     ):
         for table in tables:
             writer.write_table(table)
@@ -260,30 +269,34 @@ def _groups(visit: Visit) -> Iterator[tuple[Group, str | None]]:
 
 
 def _to_table(graded: Sequence[Graded], trained: Members) -> Any:
-    """One row per rollout. What the rollouts of a group share becomes an Arrow value once a group,
-    and its texts travel to Parquet as a dictionary."""
+    """One row per rollout. What the rollouts of a group share is looked at once a group, and its
+    texts travel to Parquet as a dictionary."""
     import pyarrow
 
-    def array(name: str, values: Sequence[Any]) -> Any:
-        return pyarrow.array(values, pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string")))
-
     groups = [group for group, _ in graded]
-    counts = [len(group.the_grades) for group in groups]
-    group_of_row = pyarrow.array(np.repeat(np.arange(len(groups)), counts))
+    group_of_row = np.repeat(np.arange(len(groups)), [len(group.the_grades) for group in groups])
     own = _rollout_columns(groups, trained)
 
     def column(name: str) -> Any:
+        kind = pyarrow.type_for_alias(_ARROW_TYPES.get(name, "string"))
         if name in own:
-            return array(name, own[name])
-        of_groups = array(name, [shared[name] for _, shared in graded])
+            return pyarrow.array(own[name], kind)
+        of_groups = [shared[name] for _, shared in graded]
         if name in _ARROW_TYPES:
-            return of_groups.take(group_of_row)
-        found = of_groups.dictionary_encode()
-        return pyarrow.DictionaryArray.from_arrays(
-            found.indices.take(group_of_row), found.dictionary
-        )
+            return pyarrow.array(np.array(of_groups, object)[group_of_row], kind)
+        places, codes = _numbered(of_groups)
+        indices = pyarrow.array(codes[group_of_row], mask=codes[group_of_row] < 0)
+        return pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(places, kind))
 
     return pyarrow.table({name: column(name) for name in RolloutRow.__struct_fields__})
+
+
+def _numbered(texts: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """The distinct texts, and the place of each text among them, -1 for None. Arrow can do this as
+    well, but only after it has made all of its functions, which takes longer than a step's file."""
+    places: dict[str, int] = {}
+    codes = [-1 if text is None else places.setdefault(text, len(places)) for text in texts]
+    return list(places), np.array(codes, np.int32)
 
 
 def _rollout_columns(groups: Sequence[Group], trained: Members) -> dict[str, Sequence[Any]]:

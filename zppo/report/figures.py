@@ -175,9 +175,6 @@ def rewards(run: RunData) -> _Sketch | None:
 
 def composition(run: RunData) -> _Sketch | None:
     """Groups in the loss by what they are (Fig. 5a)."""
-    if not run.steps:
-        return None
-    figure, [axes] = plots.canvas()
     hard = run.column("window/hard")
     layers = {
         "plain, easy": (run.column("window/new") + run.column("window/replayed") - hard, SKY),
@@ -188,6 +185,9 @@ def composition(run: RunData) -> _Sketch | None:
         "prefix": (run.column("window/prefix"), BLUE),
     }
     present = {name: layer for name, layer in layers.items() if layer[0].any()}
+    if not present:
+        return None
+    figure, [axes] = plots.canvas()
     values, colours = (
         [layer for layer, _ in present.values()],
         [colour for _, colour in present.values()],

@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -79,19 +80,49 @@ class Deal:
 @dataclass
 class _Row:
     """One row in the making: its group, the sequences behind its prompt, how many tokens each
-    begins with as the one before it does, and the positions they take together."""
+    begins with as the one before it does, the positions they take together, and how many tokens
+    these predict."""
 
     group: int
     sequences: list[int]
     alike: list[int]
     width: int
+    tokens: int
+
+    def add(self, sequence: int, length: int, alike: int) -> None:
+        """Another sequence, which takes `length` positions where it is alone."""
+        self.sequences.append(sequence)
+        self.alike.append(alike)
+        self.width += length - alike
+        self.tokens += length + 1
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a row of several rollouts may hold: `width` positions, 0 for no such rows, and unless
+    it may be `crowded`, one predicted token for each."""
+
+    width: int
+    crowded: bool
+
+    def takes(self, row: _Row, length: int, alike: int) -> bool:
+        """Whether a sequence of `length` positions, `alike` of which are there, may be added."""
+        width = row.width + length - alike
+        return width <= self.width and (self.crowded or row.tokens + length + 1 <= width)
 
 
 def micro_batches(
-    rollouts: Rollouts, sequences: np.ndarray, max_tokens: int, *, share: bool
+    rollouts: Rollouts,
+    sequences: np.ndarray,
+    max_tokens: int,
+    *,
+    share: bool,
+    crowded: bool = True,
 ) -> list[MicroBatch]:
     """The passes of a rank that is alone."""
-    return deal_passes(rollouts, sequences, max_tokens, share=share, rank=0, ranks=1).batches
+    return deal_passes(
+        rollouts, sequences, max_tokens, share=share, crowded=crowded, rank=0, ranks=1
+    ).batches
 
 
 def deal_passes(
@@ -100,6 +131,7 @@ def deal_passes(
     max_tokens: int,
     *,
     share: bool,
+    crowded: bool = True,
     rank: int,
     ranks: int,
 ) -> Deal:
@@ -108,13 +140,15 @@ def deal_passes(
 
     Sequences without response tokens are left out; a row that is longer than `max_tokens` goes
     alone. `share` allows several rollouts behind one prompt, as far as the row stays within
-    `max_tokens` and `SHARED_WIDTH`. A rank with fewer passes than another repeats its last one,
-    or, if it has none, another rank's, with weight 0.
+    `max_tokens` and `SHARED_WIDTH`, and unless `crowded` as far as a row predicts no more tokens
+    than it has positions: the memory of logits that are there for each token grows with them. A
+    rank with fewer passes than another repeats its last one, or, if it has none, another
+    rank's, with weight 0.
     """
-    limit = min(SHARED_WIDTH, max_tokens) if share else 0
-    rows = sorted(_rows(rollouts, sequences, limit), key=lambda row: -row.width)
+    room = _Room(min(SHARED_WIDTH, max_tokens) if share else 0, crowded)
+    rows = sorted(_rows(rollouts, sequences, room), key=lambda row: -row.width)
     dealt = deal_rows([row.width for row in rows], ranks)
-    passes = [_cut([rows[index] for index in own], max_tokens, limit) for own in dealt]
+    passes = [_cut([rows[index] for index in own], max_tokens, room.width) for own in dealt]
     batches = [_collate(rollouts, part) for part in passes[rank]]
     spare = max(len(own) for own in passes) - len(batches)
     if spare:
@@ -159,12 +193,11 @@ def cuts(widths: list[int], max_tokens: int, pass_cost: int) -> list[int]:
     """
     count, widths_N = len(widths), np.array(widths, np.int64)
     least_N, before_N = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    first = 0
+    first, rows_N = 0, np.arange(count, 0, -1)
     for end in range(1, count + 1):
         while first < end - 1 and (end - first) * widths[first] > max_tokens:
             first += 1
-        starts = np.arange(first, end)
-        costs = least_N[first:end] + (end - starts) * widths_N[first:end] + pass_cost
+        costs = least_N[first:end] + rows_N[first - end :] * widths_N[first:end] + pass_cost
         best = int(costs.argmin())
         least_N[end], before_N[end] = costs[best], first + best
     bounds = [count]
@@ -173,28 +206,28 @@ def cuts(widths: list[int], max_tokens: int, pass_cost: int) -> list[int]:
     return bounds[::-1]
 
 
-def _rows(rollouts: Rollouts, sequences: np.ndarray, limit: int) -> list[_Row]:
-    """Fill rows group by group up to `limit` positions; a rollout's last token predicts nothing and
-    is left out."""
+def _rows(rollouts: Rollouts, sequences: np.ndarray, room: _Room) -> list[_Row]:
+    """Fill rows group by group as far as there is room; a rollout's last token predicts nothing
+    and is left out."""
     rows: list[_Row] = []
     sequences = sequences[rollouts.lengths_S[sequences] > 0]
-    by_group = sequences[np.argsort(rollouts.group_S[sequences], kind="stable")].tolist()
-    for group, members in groupby(by_group, key=lambda sequence: int(rollouts.group_S[sequence])):
-        inputs = {sequence: _inputs_of(rollouts, sequence) for sequence in members}
-        chosen = list(inputs)
-        if limit:
+    sequences = sequences[np.argsort(rollouts.group_S[sequences], kind="stable")]
+    grouped = zip(rollouts.group_S[sequences].tolist(), sequences.tolist(), strict=True)
+    for group, members in groupby(grouped, key=itemgetter(0)):
+        chosen = [(_inputs_of(rollouts, sequence), sequence) for _, sequence in members]
+        if room.width:
             # Sorted by their tokens, what is alike at the beginning stands side by side.
-            chosen.sort(key=lambda sequence: inputs[sequence][:limit].tolist())
-        for number, sequence in enumerate(chosen):
-            length, alike = len(inputs[sequence]), 0
-            if number:
-                alike = _common_length(inputs[chosen[number - 1]], inputs[sequence])
-            if number and rows[-1].width + length - alike <= limit:
-                rows[-1].sequences.append(sequence)
-                rows[-1].alike.append(alike)
-                rows[-1].width += length - alike
-            else:
-                rows.append(_Row(group, [sequence], [0], len(rollouts.prompts_G[group]) + length))
+            chosen.sort(key=lambda one: one[0][: room.width].tolist())
+        before: np.ndarray | None = None
+        for inputs, sequence in chosen:
+            length, alike = len(inputs), 0
+            if before is not None and rows[-1].width <= room.width:
+                alike = _common_length(before, inputs)
+            if before is None or not room.takes(rows[-1], length, alike):
+                rows.append(_Row(group, [], [], len(rollouts.prompts_G[group]), 0))
+                alike = 0
+            rows[-1].add(sequence, length, alike)
+            before = inputs
     return rows
 
 
@@ -215,23 +248,23 @@ def _collate(rollouts: Rollouts, rows: list[_Row]) -> MicroBatch:
     """Write the rows into padded blocks and note where each response token is predicted."""
     shape = (len(rows), rows[0].width)
     ids_BL, positions_BL = np.full(shape, PAD_ID, np.int64), np.zeros(shape, np.int64)
-    ends_BL = np.full(shape, shape[1], np.int64)
+    ends_BL, places = np.full(shape, shape[1], np.int64), np.arange(shape[1])
     predicted, tokens = [], []
     for index, row in enumerate(rows):
         prompt = rollouts.prompts_G[row.group]
         end = len(prompt)
-        ids_BL[index, :end], positions_BL[index, :end] = prompt, np.arange(end)
+        ids_BL[index, :end], positions_BL[index, :end] = prompt, places[:end]
         ends_BL[index, : row.width] = row.width
-        path = np.zeros(0, np.int64)
+        path = places[end - 1 : end]  # what predicts the tokens of a rollout
         for sequence, alike in zip(row.sequences, row.alike, strict=True):
-            ends_BL[index, path[alike:]] = end
+            ends_BL[index, path[alike + 1 :]] = end
             inputs = _inputs_of(rollouts, sequence)
-            branch = np.arange(end, end + len(inputs) - alike)
-            ids_BL[index, branch] = inputs[alike:]
-            positions_BL[index, branch] = len(prompt) + np.arange(alike, len(inputs))
-            path, end = np.concatenate([path[:alike], branch]), end + len(branch)
-            predicted.append(index * shape[1] + np.concatenate([[len(prompt) - 1], path]))
-            tokens.append(rollouts.starts_S[sequence] + np.arange(len(inputs) + 1))
+            begin, length, end = end, len(inputs), end + len(inputs) - alike
+            ids_BL[index, begin:end] = inputs[alike:]
+            positions_BL[index, begin:end] = places[len(prompt) + alike :][: end - begin]
+            path = np.concatenate([path[: alike + 1], places[begin:end]])
+            predicted.append(index * shape[1] + path)
+            tokens.append(rollouts.starts_S[sequence] + places[: length + 1])
     sequences_S = np.array([sequence for row in rows for sequence in row.sequences])
     tokens_R = np.concatenate(tokens)
     support_RK = None if rollouts.supports is None else rollouts.supports.padded(tokens_R)

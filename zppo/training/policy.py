@@ -9,7 +9,8 @@ whether a model computes either as it would compute the rollouts alone.
 
 A head that is more than a matrix, a bias, a scale and a soft cap goes through the model's own
 logits instead (`zppo.training.head`): right for every model, at the price of logits for all
-positions.
+positions. Its rows predict no more tokens than they have positions, because each token has logits
+of its own.
 
 The weights of a sharded model are whole within a pass only (`Policy.within`).
 
@@ -69,7 +70,8 @@ class Policy:
 
     def __init__(self, model: Any, where: str = "student.model") -> None:
         """`model` is a transformers causal LM; it is put into evaluation mode, because dropout
-        would bend the ratio.
+        would bend the ratio. `shares_prompts`: several rollouts may lie behind one prompt;
+        `shares_states`: the tokens that one hidden state predicts need no logits each.
 
         Raises UserError, naming the setting `where`, if its logits are not finite, or not those of
         a decoder.
@@ -80,6 +82,7 @@ class Policy:
             self.head: Head | None = probe_head(model, where)
             hold_to_eager(model, where)
             self.shares_prompts = can_share_prompts(model)
+        self.shares_states = self.head is not None
         self.unsampled: tuple[int, ...] = ()
         self.leave_out(unsampled_ids(model.config.to_dict()))
         self._where = where
@@ -181,8 +184,9 @@ class Policy:
                 f"{self.model.name_or_path!r} cannot be sharded: {first_line(error)}"
             ) from error
         # Each has asked its own kernels, but rows must lie alike on all of them.
-        able = ranks.sum(torch.tensor(float(self.shares_prompts), device=self.device))
-        self.shares_prompts = float(able) == ranks.count
+        able = [float(self.shares_prompts), float(self.shares_states)]
+        counts = ranks.sum(torch.tensor(able, device=self.device)).tolist()
+        self.shares_prompts, self.shares_states = (count == ranks.count for count in counts)
 
     def within(self, work: Callable[[], T]) -> T:
         """Do `work`, a pass and what is computed from its outputs and the head. All ranks must, and
@@ -247,7 +251,8 @@ class Policy:
         """Policy loss of one forward pass; `arguments` are those of
         `zppo_kernels.policy_loss_from_hidden`."""
         if self.head is None:
-            return policy_loss_from_logits(outputs.states, target_ids_R, **arguments)
+            # The logits are a copy of the model's own, read for the last time.
+            return policy_loss_from_logits(outputs.states, target_ids_R, in_place=True, **arguments)
         return policy_loss_from_hidden(
             outputs.states,
             self.head.weight_VH,

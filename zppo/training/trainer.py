@@ -101,18 +101,17 @@ class Trainer:
     def __post_init__(self) -> None:
         """What one model of a distillation leaves out of its softmax both do, or the divergence
         would be infinite."""
-        for model in (self.policy, self.teacher):
-            if model is not None:
-                model.leave_out(self.reach.unsampled)
+        for model in self._compared():
+            model.leave_out(self.reach.unsampled)
 
     @property
     def reach(self) -> Reach:
         """What all models of the trainer can read."""
-        models = [self.policy] if self.teacher is None else [self.policy, self.teacher]
+        reaches = [model.reach for model in self._compared()]
         return Reach(
-            vocabulary=min(model.reach.vocabulary for model in models),
-            context=min(model.reach.context for model in models),
-            unsampled=tuple(sorted({one for model in models for one in model.reach.unsampled})),
+            vocabulary=min(reach.vocabulary for reach in reaches),
+            context=min(reach.context for reach in reaches),
+            unsampled=tuple(sorted({one for reach in reaches for one in reach.unsampled})),
         )
 
     def look(self, group: TrainGroup) -> SeenPrompt | None:
@@ -129,15 +128,20 @@ class Trainer:
     def deal(self, rollouts: Rollouts, sequences: np.ndarray) -> Deal:
         """The same, and how many passes all ranks make; laid out so that every model that reads
         them can."""
-        share = self.policy.shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
+        models = self._compared()
         return deal_passes(
             rollouts,
             sequences,
             self.settings.micro_batch_tokens,
-            share=share,
+            share=all(model.shares_prompts for model in models),
+            crowded=all(model.shares_states for model in models),
             rank=self.ranks.rank,
             ranks=self.ranks.count,
         )
+
+    def _compared(self) -> list[Policy]:
+        """The policy, and the teacher that it is compared with, if there is one here."""
+        return [self.policy] if self.teacher is None else [self.policy, self.teacher]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ another name; what has come of it outlives a cut line.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from zppo_actors.weights.fetch import WeightFetch
+from zppo_actors.weights.fetch import Chunk, WeightFetch
 from zppo_actors.weights.layout import file_size, weight_path
 from zppo_actors.weights.line import Line, LineCut, connect
 from zppo_actors.weights.recycling import begun, opened
@@ -23,6 +24,8 @@ from zppo_protocol.messages import WeightSource
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
 PARTIAL = ".part"
+POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux: make all pages of a range writable now."""
 SILENT_SECONDS = 60.0
 """A line on which nothing comes for so long is taken for cut."""
 RETRY_SECONDS = (0.1, 5.0)
@@ -110,6 +113,7 @@ class Fetcher:
                     continue
                 for chunk in wanted.fetch.requests():
                     line.ask(wanted.version, chunk)
+                    wanted.expect(chunk)
                 arrived = line.receive(wanted.version, wanted.memory, left)
                 if arrived is not None:
                     self.bytes_total += arrived.size
@@ -147,7 +151,7 @@ class Fetcher:
 
 
 class _Arrival:
-    """A version in the making: its plan and its memory."""
+    """A version in the making: its plan and its memory, which holds the file's lock."""
 
     def __init__(self, folder: Path, manifest: PolicyManifest) -> None:
         self.fetch = WeightFetch(manifest)
@@ -166,7 +170,13 @@ class _Arrival:
                     f"{folder} has no room for {self.fetch.size} bytes ({error.strerror}); set "
                     "ZPPO_RUNTIME_DIR there to a larger folder, or lower scheduler.max_staleness"
                 ) from error
-            self.memory = memoryview(mmap.mmap(file.fileno(), self.fetch.size))
+            self._mapped = mmap.mmap(file.fileno(), self.fetch.size)
+        self.memory = memoryview(self._mapped)
+
+    def expect(self, chunk: Chunk) -> None:
+        """Make the pages of a chunk that was asked for writable in one go."""
+        with contextlib.suppress(OSError):  # kernels before 5.14 cannot; then pages come one by one
+            self._mapped.madvise(POPULATE_WRITE, chunk.start, chunk.size)
 
     def check(self, tensors: list[TensorEntry]) -> None:
         """Ask again for those whose bytes are wrong. Raises ValueError if there is no end to it."""

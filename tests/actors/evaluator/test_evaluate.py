@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_ctrl_c_leaves_whole_lines_and_no_process(tmp_path: Path) -> None:
             (tmp_path / "by.jsonl").exists()
             and len((tmp_path / "by.jsonl").read_text().splitlines()) == 11
         ):
-            os.sched_yield()
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out) == (130, "")

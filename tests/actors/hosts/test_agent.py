@@ -95,7 +95,7 @@ class Stage:
         while not condition():
             assert time.monotonic() < deadline, (self.said, self.logs())
             self.said += self.fleet.turn()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def begin(self, attempt: str = "attempt1", *, secrets: bool = True) -> None:
         self.until(lambda: self.fleet.is_there(HOST))
@@ -134,7 +134,7 @@ class Stage:
         self.router.close()
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (left := self.running()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.05)
         shutil.rmtree(self.base)
         assert left == []
 

@@ -205,8 +205,10 @@ def test_windows_become_policies_and_a_checkpoint_continues_bit_for_bit(
         assert trained.step == 0 and trained.group_ids == ["0/0", "0/1", "0/2"]
         assert trained.metrics["updates"] == 2 and trained.metrics["accuracy_plain"] == 0.5
 
+        pages = Path(first.manifest.path).stat().st_ino
         controller.say(ReleasePolicy(version=0))
         third, _ = controller.train(window(1))
+        assert Path(third.manifest.path).stat().st_ino == pages, "written over the released one"
         assert not Path(first.manifest.path).exists() and Path(second.manifest.path).exists()
         controller.say(SaveCheckpoint(step=2))
         assert controller.expect(CheckpointSaved) == CheckpointSaved(step=2)

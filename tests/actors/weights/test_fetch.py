@@ -35,7 +35,7 @@ def covers(chunks: list[Chunk], size: int) -> bool:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=8).filter(any),
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=8).filter(any),
     chunk_bytes=st.sampled_from([64, 100, 512, 4096]),
     in_flight=st.integers(1, 4),
     data=st.data(),

@@ -19,6 +19,7 @@ import torch
 from zppo_actors.weights import fetch, fetcher, line, server, shared_memory
 from zppo_actors.weights.fetcher import Fetcher
 from zppo_actors.weights.layout import weight_path
+from zppo_actors.weights.recycling import set_aside
 from zppo_actors.weights.server import WeightServer
 from zppo_protocol import messages
 from zppo_protocol.values import PolicyManifest
@@ -59,13 +60,13 @@ def address_of(serving: WeightServer) -> tuple[str, int]:
     return serving.source.host, serving.source.port
 
 
-def published(home: Path, version: int, *, seed: int = 0) -> PolicyManifest:
+def published(home: Path, version: int, *, seed: int = 0, tensors: int = 6) -> PolicyManifest:
     generator = torch.Generator().manual_seed(seed + version)
-    tensors = {
+    found = {
         f"t{number}": torch.randn(number * 7, 501, generator=generator).to(torch.bfloat16)
-        for number in range(6)
+        for number in range(tensors)
     }
-    return shared_memory.publish(tensors, version, home)
+    return shared_memory.publish(found, version, home)
 
 
 def arrived(fetching: Fetcher) -> PolicyManifest:
@@ -93,6 +94,22 @@ def test_a_version_comes_as_it_was_published(home: Path, away: Path, served: Wei
     assert sorted(path.name for path in away.iterdir()) == ["policy-1.bin", "policy-2.bin"]
     assert sorted(path.name for path in home.iterdir()) == ["policy-1.bin", "policy-2.bin"]
     assert served.refused == 0
+    fetching.close()
+
+
+def test_a_version_comes_onto_the_pages_of_a_released_one(
+    home: Path, away: Path, served: WeightServer
+) -> None:
+    fetching, inodes = Fetcher(away), []
+    fetching.come_from(served.source)
+    for version, tensors in ((1, 6), (2, 5), (3, 4), (4, 6)):
+        fetching.want(published(home, version, tensors=tensors))
+        arrived(fetching)
+        there = weight_path(away, version)
+        assert there.read_bytes() == weight_path(home, version).read_bytes()
+        inodes.append(there.stat().st_ino)
+        set_aside(weight_path(away, version - 1))
+    assert inodes[2:] == inodes[:2] and inodes[0] != inodes[1]
     fetching.close()
 
 

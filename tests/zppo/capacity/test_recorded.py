@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from recorded_worlds import Recording
 from worlds import topology
 
 from zppo.capacity.engine_curve import EngineRecord, Job, _points_of, engines_of
 from zppo.capacity.recorded import Recorded, read_recorded
 from zppo.errors import UserError
-from zppo.records.timeline import decoded, encoded, thinned
+from zppo.records.timeline import MICRO, TRAIN, Life, Line, Span, decoded, encoded, thinned
 from zppo.simulation import (
     Accuracies,
     Curve,
@@ -215,6 +217,36 @@ def test_what_was_merged_or_is_torn_is_left_out(run: Path, tmp_path: Path) -> No
     for running in (8, 16, 32):
         true = WORLD.speeds.rollout.curve.seconds(running)
         assert found.seconds(running) == pytest.approx(true, rel=0.35)
+
+
+def test_the_start_of_a_further_attempt_is_no_step(
+    run: Path, recorded: Recorded, tmp_path: Path
+) -> None:
+    """A run that was killed before step 8 and took a minute to go on."""
+    copied, step = _copy(run, tmp_path), 8
+    file = copied / "timeline" / "trainer.jsonl"
+    [life, *spans], _ = decoded(file.read_bytes())
+    assert isinstance(life, Life)
+    before = [s for s in spans if isinstance(s, Span) and s.begin < _of_step(spans, step).begin]
+    after = [s for s in spans if isinstance(s, Span) and s not in before]
+    late = [replace(s, begin=s.begin - before[-1].end, end=s.end - before[-1].end) for s in after]
+    started = life.monotonic + before[-1].end / MICRO
+    again = replace(
+        life, run_id="again", monotonic=started, wall=life.wall + before[-1].end / MICRO
+    )
+    file.write_bytes(encoded([life, *before, again, *late]))
+    metrics = copied / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[step]["time/step"] += 60.0
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    others = [line["time/step"] for line in lines[WARM:] if line["step"] != step]
+    found = read_recorded(copied)
+    assert found.seconds_per_step == pytest.approx(fmean(others))
+    assert found.calibration.speeds.trainer == recorded.calibration.speeds.trainer
+
+
+def _of_step(spans: Iterable[Line], step: int) -> Span:
+    return next(s for s in spans if isinstance(s, Span) and s.kind == TRAIN and s.step == step)
 
 
 def _copy(run: Path, tmp_path: Path) -> Path:

@@ -39,9 +39,9 @@ def times(best: Expected, gain: float, *changes: str) -> Times:
     )
 
 
-def shown(one: Times) -> list[str]:
+def shown(one: Times, width: int = 200) -> list[str]:
     out = io.StringIO()
-    show_times(one, Console(file=out, width=200))
+    show_times(one, Console(file=out, width=width))
     return out.getvalue().splitlines()
 
 
@@ -95,3 +95,12 @@ def test_what_is_best_already_and_a_search_that_had_too_little_time() -> None:
         "note: the search ended after 9 simulations, before all was tried; --seconds gives it more "
         "time",
     ]
+
+
+def test_no_heading_is_cut_in_the_width_of_a_pipe() -> None:
+    busy = {"rollout": 0.74, "teacher": 0.96, "grader": 0.19, "trainer": 0.77}
+    lines = shown(times(structs.replace(GIVEN, busy=busy, seconds_per_step=1234.5), 1.0), 80)
+    headings = ("bound", "engines", "s/step", "hours", "bottleneck", "busy", "staleness")
+    [cells] = [line.strip("┃").split("┃") for line in lines if "bottleneck" in line]
+    assert tuple(cell.strip() for cell in cells) == headings
+    assert "…" not in "".join(lines)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from zppo.config.topology import DataConfig
-from zppo.data.corpus import Corpus, held_out_overlap, layout_notes, load_questions
+from zppo.data.corpus import Corpus, held_out_overlap, load_questions, source_notes
 from zppo.data.question import Question, digest
 from zppo.errors import UserError
 from zppo.grading import grade
@@ -204,7 +204,7 @@ def test_verl(tmp_path: Path) -> None:
     corpus = load(table)
     (question,) = corpus.questions
     assert (question.text, question.answer) == (ASK["content"], "12") and question.has_system
-    assert layout_notes("data.train", corpus) == [
+    assert source_notes("data.train", corpus) == [
         "data.train: read as verl's (question: prompt, answer: reward_model.ground_truth)"
     ]
     assert load(jsonl(tmp_path, VERL)).questions == [question]
@@ -217,7 +217,7 @@ def test_trl(tmp_path: Path, prompt: Any, answer: str) -> None:
     (question,) = corpus.questions
     assert question.text == ASK["content"] and not question.earlier
     assert grade(r"\boxed{12}", question.answer, "math").reward == 1.0
-    assert layout_notes("data.train", corpus) == [
+    assert source_notes("data.train", corpus) == [
         f"data.train: read as TRL's (question: prompt, answer: {answer})"
     ]
 
@@ -225,7 +225,7 @@ def test_trl(tmp_path: Path, prompt: Any, answer: str) -> None:
 def test_gsm8k(tmp_path: Path) -> None:
     row = {"question": "How much?", "answer": "He has <<6*7=42>>42 and 1,000.\n#### 1,042"}
     corpus = load(parquet(tmp_path / "train.parquet", [row]))
-    assert layout_notes("data.train", corpus) == []
+    assert source_notes("data.train", corpus) == []
     gold = corpus.questions[0].answer
     assert grade(r"\boxed{1042}", gold, "math").reward == 1.0
     assert grade(r"\boxed{42}", gold, "math").reward == 0.0
@@ -260,7 +260,7 @@ def test_fields_win_over_a_layout(tmp_path: Path) -> None:
     assert [(one.id, one.text, one.answer) for one in corpus.questions] == [
         ("7", ASK["content"], "13")
     ]
-    assert layout_notes("data.train", corpus) == []
+    assert source_notes("data.train", corpus) == []
 
 
 def test_a_column_of_that_very_name_wins_over_a_path(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from picture_files import coloured
 from vision_helpers import make_seeing, save_seeing
 
 from zppo.config.method import MethodConfig
-from zppo.config.served import served_student
+from zppo.config.served import served_student, teachers
 from zppo.config.topology import ActorsConfig, DataConfig, StudentConfig, TeacherConfig, Topology
 from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.launch import _check_media
 from zppo.plan.picture_checks import check_scores
-from zppo.plan.prompt_checks import Reader
+from zppo.plan.prompt_checks import LONGEST, Reader, check_teachers
 from zppo.prompting.picture_layout import MarkError
+from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
 from zppo_protocol.places import PLACE
 from zppo_protocol.values import (
@@ -218,6 +220,28 @@ def test_a_teacher_that_scores_must_read_the_students_videos(filming: str, tmp_p
         f"data.train: the question 'x' has a video, which {filming!r} is shown as a video, and "
         f"{str(other)!r} (teacher.model), which scores the same tokens, reads none so; expected a "
         "teacher with the video_preprocessor_config.json of its model, or no videos"
+    )
+
+
+def test_a_teacher_has_room_for_the_questions_with_the_most_pictures(
+    seeing: str, tmp_path: Path
+) -> None:
+    """Which are not those with the most words."""
+    run = topology_of(seeing, seeing)
+    actors = ActorsConfig()
+    teacher = replace(actors.teacher, engine="transformers", engine_args={"max_length": 100})
+    run = replace(run, actors=replace(actors, teacher=teacher))
+    words = [Question(id=f"{i}", text=f"w{i} w4 w5", answer="1") for i in range(LONGEST)]
+    [asked], prompts = teachers(run)[:1], PromptSet.of(run.data)
+    check_teachers([asked], None, prompts, words)
+    picture = coloured(tmp_path / "a.png", "red", (56, 56))
+    pictured = Question(id="many", text="w3", answer="1", media=(picture,) * 13)
+    with pytest.raises(UserError) as refused:
+        check_teachers([asked], None, prompts, [*words, pictured])
+    assert re.fullmatch(
+        r"data\.train: the question 'many' makes a prompt of 1\d\d tokens; expected less than 100, "
+        r"actors\.teacher\.engine_args\.max_length",
+        str(refused.value),
     )
 
 

@@ -84,21 +84,26 @@ from zppo.prompting import tokenization
 tokenization.run_no_models()
 tokenizer = tokenization.load_tokenizer({folder!r}, "student.model")
 print(tokenizer.apply_chat_template({chat}, add_generation_prompt=True, return_dict=False))
+tokenization.load_processor({seeing!r}, "student.model")
 print("torch" in sys.modules)
 import torch
 print(torch.ones(2).sum().item())
 """
 
 
-@pytest.mark.parametrize(("before", "loaded"), [("", False), ("import torch", True)])
-def test_a_process_without_models_needs_no_torch(before: str, loaded: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "loaded", "example"),
+    [("", False, "pictures"), ("import torch", True, "quickstart")],
+)
+def test_a_process_without_models_needs_no_torch(before: str, loaded: bool, example: str) -> None:
     """And gives the same ids, says nothing, and may import torch later."""
-    folder = str(Path(__file__).parents[3] / "examples" / "quickstart" / "student")
+    examples = Path(__file__).parents[3] / "examples"
+    folder, seeing = (str(examples / name / "student") for name in (example, "pictures"))
     chat = [{"role": "user", "content": "1 + 1 = ?"}]
     here = load_tokenizer(folder, "student.model").apply_chat_template(
         chat, add_generation_prompt=True, return_dict=False
     )
-    script = WITHOUT_MODELS.format(before=before, folder=folder, chat=chat)
+    script = WITHOUT_MODELS.format(before=before, folder=folder, chat=chat, seeing=seeing)
     command = [sys.executable, "-P", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout.splitlines(), done.stderr) == ([str(here), str(loaded), "2.0"], "")

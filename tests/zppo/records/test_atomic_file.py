@@ -69,3 +69,21 @@ def test_a_link_that_lies_aside_is_not_followed(tmp_path: Path) -> None:
         file.write(b"new")
     assert path.read_bytes() == b"new" and not path.is_symlink()
     assert other.read_bytes() == b"another's" and not aside_of(path).exists()
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """As `--out /dev/stdout`, which an administrator could replace by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with written_whole(pipe) as file:
+        file.write(b"new")
+    assert os.read(reader, 10) == b"new" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, Path()):
+        with pytest.raises(IsADirectoryError), written_whole(folder) as file:
+            file.write(b"")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from zppo.errors import UserError
 from zppo.records import rollouts
 from zppo.records.metrics import window_metrics
 from zppo.records.rollouts import RolloutRow
+from zppo_protocol.codec import dumps
 from zppo_protocol.places import PLACE
 from zppo_protocol.samples import GroupSamples
 from zppo_protocol.values import ChatMessage, PictureReference, Prompt, Usage
@@ -220,6 +223,41 @@ def test_a_text_is_stored_once_for_its_group_in_however_many_parts(
     path = rollouts.write_step(tmp_path, 4, window, {}, set())
     assert parquet.ParquetFile(path).num_row_groups == 5
     assert distinct < path.stat().st_size < 1.5 * distinct
+
+
+def test_only_columns_of_any_length_are_packed(window: Window, tmp_path: Path) -> None:
+    path = rollouts.write_step(tmp_path, 4, window, {}, set())
+    stored = parquet.read_metadata(path).row_group(0)
+    columns = [stored.column(place) for place in range(stored.num_columns)]
+    packed = {one.path_in_schema for one in columns if one.compression == "ZSTD"}
+    assert packed == {
+        "question", "gold", "prompt", "response", "answer", "note", "candidates", "reward_parts",
+        "media",
+    }  # fmt: skip
+    assert {one.path_in_schema for one in columns if one.is_stats_set} == {
+        one.path_in_schema for one in columns
+    } - packed
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from zppo.algorithm.window import Window
+from zppo.records.rollouts import write_step
+from zppo_protocol.codec import loads
+blob, folder = map(Path, sys.argv[1:])
+write_step(folder, 4, loads(blob.read_bytes(), Window), {}, set())
+sys.exit("pyarrow.compute" in sys.modules)
+"""
+
+
+def test_a_step_is_written_without_all_functions_of_arrow(window: Window, tmp_path: Path) -> None:
+    """To make them takes as long as a file of two thousand rollouts."""
+    blob = tmp_path / "window"
+    blob.write_bytes(dumps(window))
+    command = [sys.executable, "-P", "-c", WRITES, str(blob), str(tmp_path)]
+    subprocess.run(command, check=True)
+    assert rollouts.step_path(tmp_path, 4).exists()
 
 
 def test_writing_leaves_nothing_aside_and_replaces_whole(window: Window, tmp_path: Path) -> None:

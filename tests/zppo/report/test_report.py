@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import copy
 import html.parser
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -322,6 +323,18 @@ def test_the_browser_is_cut_to_size_with_every_fate_kept(fake_run: Callable[...,
     assert 0 < len(small.questions) < whole.total
     assert len(browser.embed(small)) < 60_000
     assert small.questions == whole.questions[: len(small.questions)]
+
+
+def test_a_run_of_another_version_may_lack_metrics(fake_run: Callable[..., Path]) -> None:
+    run_dir = fake_run(steps=3)
+    metrics = run_dir / "metrics.jsonl"
+    kept = [
+        {key: value for key, value in json.loads(line).items() if key in ("step", "wall_seconds")}
+        for line in metrics.read_text().splitlines()
+    ]
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    page = render_page(load.load_run(run_dir))
+    assert "Batch composition" not in page and "Graduation and eviction" in page
 
 
 def test_a_question_may_not_take_the_page_from_the_others(

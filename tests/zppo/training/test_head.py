@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_cases import (
+    CPU,
     SMALL,
     gemma2_with_soft_cap,
+    group,
     llama,
     mixed_window,
     phi_with_head_bias,
     trainer_of,
+    window,
 )
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from zppo.training.batch import assemble
 from zppo.training.head import probe_head
+from zppo.training.layout import MicroBatch, micro_batches
 from zppo.training.step import train_step
 
 
@@ -79,3 +85,55 @@ def test_a_step_is_that_of_the_models_own_logits(name: str) -> None:
         assert found["updates"] == expected["updates"] >= 2
         for key in ("loss", "grad_norm", "entropy", "approximate_kl"):
             assert found[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-6), key
+
+
+def with_unnamed_scale() -> Any:
+    model = llama()
+    model.lm_head.register_forward_hook(lambda _, __, logits_BLV: 1.01 * logits_BLV)
+    return model
+
+
+BEGIN_ALIKE = window(
+    *(group(f"alike {i}", [1, 0] * 4, lengths=[3] * 8, alphabet=2, seed=i) for i in range(3))
+)
+
+
+def test_rows_whose_logits_are_the_models_own_give_the_update_of_rows_apart() -> None:
+    """And no pass has more rows of logits than it has positions, where rows of a `Head` would."""
+    together, apart = trainer_of(with_unnamed_scale()), trainer_of(with_unnamed_scale())
+    assert together.policy.head is None
+    assert together.policy.shares_prompts and not together.policy.shares_states
+    apart.policy.shares_prompts = False
+    passes: list[MicroBatch] = []
+    logits = together.policy.logits
+
+    def watch(batch: MicroBatch) -> torch.Tensor:
+        passes.append(batch)
+        return logits(batch)
+
+    together.policy.logits = watch  # type: ignore[method-assign]
+    found, expected = (train_step(one, BEGIN_ALIKE) for one in (together, apart))
+    assert found["updates"] == expected["updates"] >= 2
+    assert any(batch.ends_BL is not None for batch in passes)
+    assert all(_is_roomy(batch) for batch in passes)
+    rollouts = assemble(BEGIN_ALIKE, max_staleness=0, device=CPU)
+    crowded = micro_batches(rollouts, np.arange(rollouts.sequences), 10_000, share=True)
+    assert not all(_is_roomy(batch) for batch in crowded)
+    for key in ("loss", "grad_norm", "entropy", "approximate_kl"):
+        assert found[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-6), key
+    weights = together.policy.parameters()
+    for name, weight in apart.policy.parameters().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def _is_roomy(batch: MicroBatch) -> bool:
+    return len(batch.tokens_R) <= batch.input_ids_BL.numel()
+
+
+def test_a_teacher_whose_logits_are_its_own_decides_for_the_student() -> None:
+    rollouts = assemble(BEGIN_ALIKE, max_staleness=0, device=CPU)
+    everyone = np.arange(rollouts.sequences)
+    alone, taught = trainer_of(llama()), trainer_of(llama(), teacher=with_unnamed_scale())
+    assert not all(map(_is_roomy, alone.micro_batches(rollouts, everyone)))
+    batches = taught.micro_batches(rollouts, everyone)
+    assert all(map(_is_roomy, batches)) and any(one.ends_BL is not None for one in batches)

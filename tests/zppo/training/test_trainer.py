@@ -95,22 +95,26 @@ def test_another_step_is_another_permutation() -> None:
     lengths=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=5),
     max_tokens=st.integers(1, 60),
     share=st.booleans(),
+    crowded=st.booleans(),
     alphabet=st.integers(1, 3),
 )
 def test_micro_batches_hold_every_token_once(
-    lengths: list[list[int]], max_tokens: int, share: bool, alphabet: int
+    lengths: list[list[int]], max_tokens: int, share: bool, crowded: bool, alphabet: int
 ) -> None:
     groups = [
         group(f"g{i}", [0.0] * len(part), lengths=part, alphabet=alphabet)
         for i, part in enumerate(lengths)
     ]
     rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
-    batches = micro_batches(rollouts, np.arange(rollouts.sequences), max_tokens, share=share)
+    batches = micro_batches(
+        rollouts, np.arange(rollouts.sequences), max_tokens, share=share, crowded=crowded
+    )
     tokens = [token for batch in batches for token in batch.tokens_R.tolist()]
     assert sorted(tokens) == list(range(rollouts.tokens))
     for batch in batches:
         assert len(batch.input_ids_BL) == 1 or batch.input_ids_BL.numel() <= max_tokens
         assert share or batch.ends_BL is None
+        assert (share and crowded) or len(batch.tokens_R) <= batch.input_ids_BL.numel()
         _check_layout(rollouts, batch)
     if share:
         _check_no_repetition(batches)

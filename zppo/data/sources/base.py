@@ -7,7 +7,7 @@ rows can be read; what makes a row a question is decided in one place, `zppo.dat
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -36,6 +36,8 @@ class Source(Struct, frozen=True, kw_only=True):
     columns: Columns
     grader: str | None = None
     """The rule that scores its questions, if the source brings its own."""
+    pictured: Mapping[str, Any] = {}
+    """A row that stands for the columns of pictures of a table of which none is read."""
     named_by_content: bool = False
     """Whether the name of each picture's file is the SHA-256 of what is in it."""
 

@@ -22,6 +22,8 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """Rows are read so many at a time, fewer where they are large: rows with pictures."""
 SUFFIXES = (".parquet", ".arrow")
+NO_PIXELS = {"bytes": b"", "path": None}
+"""Stands for a picture in a column that is not read."""
 
 
 def open_table(file: Path, wanted: Wanted) -> Source:
@@ -32,7 +34,8 @@ def open_table(file: Path, wanted: Wanted) -> Source:
 def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) -> Source:
     """Open several files as one source that messages call `name`; the first says which layout it
     has. Raises UserError."""
-    columns = settle(wanted, _schema(files[0]).names)
+    first = _schema(files[0])
+    columns = settle(wanted, first.names)
     for file in files:
         schema = _schema(file)
         _refuse_twice(file, schema.names)
@@ -44,7 +47,25 @@ def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) ->
         unit="row",
         rows=_numbered(files, columns),
         columns=columns,
+        pictured=_pictured(first, columns),
     )
+
+
+def _pictured(schema: Any, columns: Columns) -> dict[str, Any]:
+    """See `Source.pictured`. A table whose pictures are read may have others: which of its rows has
+    one is not looked at."""
+    if columns.names["images"] in schema.names:
+        return {}
+    return {one.name: NO_PIXELS for one in schema if _is_pictures(one.type)}
+
+
+def _is_pictures(kind: Any) -> bool:
+    """Whether a type is that of pictures as the Hub has them: `{bytes, path}`, or a list of it."""
+    import pyarrow as pa
+
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return pa.types.is_struct(kind) and {one.name for one in kind} == set(NO_PIXELS)
 
 
 def table_columns(file: Path) -> list[str]:

@@ -42,6 +42,9 @@ PREFILL_TOKENS = 8192
 """Padded prompt tokens of one pass; bounds the activations and how long the running sequences
 wait."""
 
+TOKEN_BITS = 32
+"""A branch and a token as one number: the token has the low bits."""
+
 Ended = tuple[Running, Completion]
 
 
@@ -251,14 +254,14 @@ class Decoder:
         """Of the sequences that go on, give those of a branch that sampled different tokens
         branches of their own; note the next token of each branch."""
         branches = len(self._tokens_B)
-        parts, members = np.unique(
-            np.stack([self._branch_R[going_on], tokens_S[going_on]]), axis=1, return_inverse=True
+        pairs, members = np.unique(
+            self._branch_R[going_on] << TOKEN_BITS | tokens_S[going_on], return_inverse=True
         )
-        old, tokens = parts
+        old, tokens = pairs >> TOKEN_BITS, pairs & ((1 << TOKEN_BITS) - 1)
         apart = np.flatnonzero(old[1:] == old[:-1]) + 1
         new = old.copy()
         new[apart] = branches + np.arange(len(apart))
-        self._branch_R[going_on] = new[members.reshape(-1)]
+        self._branch_R[going_on] = new[members]
         tokens_B = np.zeros(branches + len(apart), dtype=np.int64)
         tokens_B[new] = tokens
         self._tokens_B = self._on_device(tokens_B)
