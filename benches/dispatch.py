@@ -7,7 +7,7 @@ Each number is a count of engines. To compare two trees, run it in turns with PY
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 from zppo.scheduling.dispatch import Dispatcher, Job
@@ -38,5 +38,7 @@ def microseconds_per_job(engines: int) -> float:
 
 
 if __name__ == "__main__":
-    for engines in map(int, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("engines", nargs="+", type=int)
+    for engines in parser.parse_args().engines:
         print(f"{engines:5d} engines: {microseconds_per_job(engines):6.1f} µs a job")

@@ -156,10 +156,15 @@ def row(bound: int, batches: Batches, runs: list[Outcome]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", type=Path, default=SETTINGS)
-    parser.add_argument("--bounds", default="0,1,2,4,8,16")
+    parser.add_argument("--bounds", type=numbers, default="0,1,2,4,8,16")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--batches", default="windows", help="windows, filled or both")
@@ -167,7 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="a sixteenth of each setting")
     parser.add_argument("--share", type=float, help="this share of the questions and slots")
     options = parser.parse_args(arguments)
-    bounds = [int(bound) for bound in options.bounds.split(",")]
     kinds = msgspec.convert(options.batches.split(","), list[Batches])
     for path in options.settings:
         world = read_world(path)
@@ -178,12 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n### {path.stem}\n\n{HEADER}")
         runs: dict[tuple[int, Batches], list[Outcome]] = {}
         begin = time.process_time()
-        for bound, batches, found in runs_of(world, bounds, kinds, options.steps, options.seeds):
+        for bound, batches, found in runs_of(
+            world, options.bounds, kinds, options.steps, options.seeds
+        ):
             print(row(bound, batches, found), flush=True)
             runs[bound, batches] = found
         if {"windows", "filled"} <= set(kinds):
             print(f"\n{COMPARED}")
-            for bound in filter(None, bounds):
+            for bound in filter(None, options.bounds):
                 print(compared(bound, runs[bound, "windows"], runs[bound, "filled"]), flush=True)
         for (_, batches), found in runs.items() if options.by_step else ():
             print("", BY_STEP, *by_step(batches, found), sep="\n", flush=True)

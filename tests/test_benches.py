@@ -17,6 +17,7 @@ BENCHES = {
     "engine": ["--slots", "4", "--sequences", "8", "--tokens", "8", "--repeats", "1"],
     "trainer": ["--steps", "2", "--groups", "6"],
     "padding": ["--questions", "4", "--seeds", "1"],
+    "long_rows": ["--width=64", "--prompt=400", "--response=500", "--group=3", "--repeats=1"],
     "ranks": ["--layers=1", "--hidden=64", "--vocabulary=128", "--tokens=512", "--repeats=1"],
     "weights_hosts": ["--tensors=2", "--rows=256", "--repeats=1"],
     "weight_load": ["--layers=2", "--width=128", "--repeats=1"],

@@ -419,8 +419,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def asked_about(facts: list[Fact], rng: np.random.Generator) -> list[Fact]:
-    """The facts of one picture that are asked about, in order. All kinds that it has are drawn
-    alike often: most facts of a picture are counts."""
+    """The facts of one picture that are asked about, in order. All kinds that it has weigh the same
+    in each draw, because most facts of a picture are counts."""
     kinds = Counter(fact.kind for fact in facts)
     shares = np.array([1 / kinds[fact.kind] for fact in facts]) / len(kinds)
     drawn = rng.choice(len(facts), size=min(QUESTIONS, len(facts)), replace=False, p=shares)

@@ -63,7 +63,7 @@ def console() -> int:
 
             run_no_models()
         exit_code = main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike a method of `sys.stdout`, also where that is closed
         return exit_code
     except BrokenPipeError:
         if not _nobody_reads():
@@ -85,6 +85,8 @@ def console() -> int:
 
 def _nobody_reads() -> bool:
     """Whether the other end of our output is closed."""
+    if sys.stdout is None:  # it never was open (`>&-`)
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(found & select.POLLERR for _, found in poll.poll(0))

@@ -8,7 +8,6 @@ long, questions that are held out too), 2 a user error.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
     text = msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
-    _write(text if order.json else survey_text(found))
+    print(text if order.json else survey_text(found), end="")
     return 0 if found.usable else EXIT_FAILED
 
 
@@ -123,7 +122,7 @@ def look(order: Order) -> Survey:
     """Read both sources and count. Raises UserError for one that cannot be read at all."""
     data, eyes = order.data, Eyes.of(order)
     corpus = _load(data.train, order)
-    heldout = _load(data.heldout, order).questions if data.heldout is not None else None
+    heldout = _load(data.heldout, order) if data.heldout is not None else None
     return survey(
         data.train,
         corpus,
@@ -136,16 +135,6 @@ def look(order: Order) -> Survey:
 
 def _load(source: str, order: Order) -> Corpus:
     return load_questions(source, replace(order.data, max_bad_rows=ANY), order.base)
-
-
-def _write(text: str) -> None:
-    """To a pipe whose reader may have seen enough."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would try to flush once more at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- the order -----------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from zppo.config.topology import (
     is_own_source,
     is_procedural,
 )
-from zppo.data.corpus import Corpus, load_questions
+from zppo.data.corpus import load_questions, source_notes
+from zppo.data.question import Question
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
 from zppo.evaluation.order import (
     DTYPES,
@@ -62,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_out(order.out)
         prompts = PromptSet.of(order.data)
         prompts.validate()
-        _check_questions(load_questions(order.data.train, order.data, Path.cwd()), order, prompts)
+        corpus = load_questions(order.data.train, order.data, Path.cwd())
+        corpus = replace(corpus, questions=corpus.questions[: order.limit])
+        _check_questions(corpus.questions, order, prompts)
+        notes = [*order.notes, *source_notes(order.data.train, corpus)]
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
-    become_evaluator(order)
+    become_evaluator(replace(order, notes=notes))
 
 
 def become_evaluator(order: EvaluationOrder) -> NoReturn:
@@ -243,8 +247,9 @@ def _check_out(out: str | None) -> None:
         raise UserError(f"--out: there is no folder {str(path.absolute().parent)!r}")
 
 
-def _check_questions(corpus: Corpus, order: EvaluationOrder, prompts: PromptSet) -> None:
-    chosen = corpus.questions[: order.limit]
+def _check_questions(
+    chosen: Sequence[Question], order: EvaluationOrder, prompts: PromptSet
+) -> None:
     prompts.check_places(chosen)
     pictured = next((question.id for question in chosen if question.media), None)
     if pictured is not None:

@@ -41,7 +41,7 @@ from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
 from zppo.plan.memory import WITHOUT_FOLDER
-from zppo.plan.picture_checks import check_scores, check_sees, check_tower
+from zppo.plan.picture_checks import check_media, check_tower
 from zppo.plan.placement import refuse_unbuilt
 from zppo.plan.plan import Plan
 from zppo.plan.processes import asked_teachers, cores
@@ -67,12 +67,16 @@ memory."""
 
 
 class Checked(Struct, frozen=True, kw_only=True):
-    """What the checks have read and laid out. `heldout` is empty without `data.heldout`."""
+    """What the checks have read and laid out. `held` is None without `data.heldout`."""
 
     corpus: Corpus
-    heldout: list[Question]
+    held: Corpus | None
     prompts: PromptSet
     plan: Plan
+
+    @property
+    def heldout(self) -> list[Question]:
+        return [] if self.held is None else self.held.questions
 
     @property
     def contents(self) -> dict[str, str]:
@@ -197,6 +201,7 @@ def check(topology: Topology, *, unpack: bool = False) -> Checked:
     notes = [
         *checked.plan.notes,
         *source_notes("data.train", checked.corpus),
+        *([] if checked.held is None else source_notes("data.heldout", checked.held)),
         *gold_notes("data.train", checked.corpus.questions),
         *_check_prompts(topology, checked),
     ]
@@ -210,33 +215,19 @@ def _check(topology: Topology, directory: Path, *, unpack: bool) -> Checked:
     base = run_directory.runtime_base()
     run_directory.runtime_folder(run_directory.new_run_id(), base)
     corpus = load_questions(topology.data.train, topology.data, Path.cwd(), unpack=unpack)
-    _check_media("data.train", corpus.questions, topology)
+    check_media("data.train", corpus.questions, topology, trained=True)
     check_tower(topology, pictured=any(question.media for question in corpus.questions))
-    heldout: list[Question] = []
+    held = None
     if topology.data.heldout is not None:
         held = load_questions(topology.data.heldout, topology.data, Path.cwd(), unpack=unpack)
-        _check_media("data.heldout", held.questions, topology)
+        check_media("data.heldout", held.questions, topology)
         _check_overlap(corpus, held)
-        heldout = held.questions
     prompts = PromptSet.of(topology.data, topology.method.prefix_share)
     prompts.validate()
-    prompts.check_places([*corpus.questions, *heldout])
+    prompts.check_places([*corpus.questions, *(held.questions if held else [])])
     machine = measure_machine(cores(), base, directory, wants_gpu(topology))
     plan = make_plan(topology, len(corpus.questions), machine)
-    return Checked(corpus=corpus, heldout=heldout, prompts=prompts, plan=plan)
-
-
-def _check_media(where: str, questions: Sequence[Question], topology: Topology) -> None:
-    """Whoever is asked a question with pictures can be shown them; what comes of those of
-    data.train can be trained."""
-    first = next((question.id for question in questions if question.media), None)
-    if first is not None:
-        trained = where == "data.train"
-        check_sees(where, first, served_student(topology), trained=trained)
-        for teacher in asked_teachers(topology):
-            check_sees(where, first, teacher)
-        if trained:
-            check_scores(where, questions, topology)
+    return Checked(corpus=corpus, held=held, prompts=prompts, plan=plan)
 
 
 def check_vocabularies(topology: Topology, method: Method) -> None:

@@ -1,7 +1,7 @@
 """`zppo sample-videos ROWS --out FOLDER`: the videos of a question file, sampled to frames once and
 for all.
 
-ROWS is a JSONL file whose column `videos`, or else `video`, holds a path, or a list of paths,
+ROWS is a JSONL file whose column `videos` or `video` holds a path, or a list of paths,
 relative to the file. FOLDER receives the same rows with the frames and times of each video in its
 place (`videos`), the frames as PNG files, and copies of the pictures that `images` or `image`
 names, all named by their content. It is whole or not there.
@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from zppo.config.options import positive
-from zppo.data.media import MEDIA, Cell, PictureReader, media_file, picture_entries, plain_format
+from zppo.data.media import (
+    MEDIA,
+    Cell,
+    PictureReader,
+    cell_of,
+    is_address,
+    media_file,
+    picture_entries,
+    plain_format,
+)
 from zppo.data.pictures import NO_BOUNDS, PictureError, PixelBounds, picture_header, read_bytes
 from zppo.data.sources.layouts import picture_column
 from zppo.data.text import RowError
@@ -31,7 +40,7 @@ from zppo_protocol.values import MAX_FRAMES
 
 ROWS = "train.jsonl"
 FILMS = ("videos", "video")
-"""The first of these columns that a row has holds its videos."""
+"""One of these columns holds the videos of a row."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +82,10 @@ class _Writer:
         self.videos = 0
 
     def row(self, place: str, row: dict[str, Any]) -> str:
-        films = next((name for name in FILMS if name in row), FILMS[0])
+        filled = [name for name in FILMS if row.get(name)]
+        if len(filled) > 1:
+            raise UserError(f"{place}: has {' and '.join(filled)}; expected one of them")
+        films = filled[0] if filled else FILMS[0]
         value = row.get(films)
         paths = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
@@ -81,15 +93,21 @@ class _Writer:
                 f"{place}: {films} is {str(value)[:40]!r}; expected a path or a list of paths"
             )
         if paths:
-            rest = {name: one for name, one in row.items() if name != films}
+            rest = {name: one for name, one in row.items() if name not in FILMS}
             row = {**rest, FILMS[0]: [self._video(place, path) for path in paths]}
         column = picture_column(row)
-        entries = picture_entries(row.get(column))
-        if entries and all(isinstance(path, str) for path in entries):
-            row = {**row, column: [self._copied(place, path) for path in entries]}
+        cells = [cell_of(entry) for entry in picture_entries(row.get(column))]
+        paths = [cell.path for cell in cells if cell is not None and cell.path is not None]
+        if paths and len(paths) == len(cells):
+            row = {**row, column: [self._copied(place, path) for path in paths]}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
     def _video(self, place: str, path: str) -> dict[str, Any]:
+        if is_address(path):
+            raise UserError(
+                f"{place}: the video {path[:40]!r} is an address, and addresses are not read; save "
+                f"it as a file in {str(self._base)!r} and give its path"
+            )
         try:
             sampled = sample_frames(self._base / path, self._frames, self._bounds)
         except UserError as error:

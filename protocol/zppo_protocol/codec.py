@@ -218,19 +218,22 @@ class _Reader:
     def _array(self, type_: type, reference: Any) -> np.ndarray:
         if type_ is not np.ndarray:
             raise ProtocolError(f"no value of type {type_.__name__} can be read")
-        shape: int | list[int]
+        shape: list[int] | None = None
         if type(reference) is int and reference >= 0:
-            code, shape = reference & CODE_MASK, reference >> CODE_BITS
-            size = shape << SHIFTS[code]
+            code, count = reference & CODE_MASK, reference >> CODE_BITS
         else:
             code, shape = _checked_reference(reference)
-            size = math.prod(shape) << SHIFTS[code]
-        begin = self._cursor
+            count = math.prod(shape)
+        size, begin = count << SHIFTS[code], self._cursor
         if begin + size > self._end:
             begin = self._in_next_frame(size)
         self._cursor = begin + size + ALIGNMENT - 1 & -ALIGNMENT
+        # `np.ndarray` would hold the owner of the frame alone: that could be resized or changed.
+        flat = np.frombuffer(self._frame, DTYPES[code], count, begin)
+        if shape is None:
+            return flat
         try:
-            return np.ndarray(shape, DTYPES[code], self._frame, begin)
+            return flat.reshape(shape)
         except (ValueError, OverflowError) as error:
             # no elements, but a length beyond any machine's
             raise ProtocolError(f"an array of shape {shape}") from error

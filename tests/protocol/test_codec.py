@@ -12,6 +12,7 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
@@ -316,6 +317,16 @@ def test_a_large_view_of_what_can_be_written_is_copied() -> None:
         for one in (frames, encode(decode(frames)))
     )
     assert any(np.shares_memory(sent[2], frame) for frame in forwarded)
+
+
+def test_what_came_over_a_socket_is_sent_on_from_where_it_lies() -> None:
+    came = [zmq.Frame(frame).buffer for frame in encode(many([LARGE // 4]))]
+    _, *payload = encode(decode(came))
+    places = [
+        {np.frombuffer(frame, np.uint8).ctypes.data for frame in one if len(frame) >= LARGE}
+        for one in (came, payload)
+    ]
+    assert len(places[0]) == 2 and places[1] == places[0]
 
 
 @pytest.mark.parametrize("size", [LARGE // 4, LARGE // 4 + 1])
@@ -754,13 +765,13 @@ def test_a_blob_of_the_first_version_is_read() -> None:
 def test_memory_of_a_frame_is_used_again_only_when_nobody_has_it() -> None:
     """A frame may wait in a queue, and arrays that were read from it may be kept."""
     messages = [many([LARGE // 4 - number] * 9) for number in (1, 2, 3)]
-    frames = encode(messages[0])
-    kept, read = encode(messages[1]), decode(encode(messages[2]))
+    read = decode(encode(messages[0]))
+    frames, kept = encode(messages[1]), encode(messages[2])
     assert len(kept[1]) > REUSED
-    for message, found in zip(messages, (decode(frames), decode(kept), read), strict=True):
+    for message, found in zip(messages, (read, decode(frames), decode(kept)), strict=True):
         assert plain(found) == plain(message)
     places = {np.frombuffer(encode(messages[0])[1], np.uint8).ctypes.data for _ in range(9)}
-    assert len(places) == 1
+    assert len(places) <= 2, "the second time it may have to grow"
 
 
 def test_memory_of_frames_is_not_shared_by_threads() -> None:

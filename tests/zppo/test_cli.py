@@ -73,6 +73,12 @@ def test_a_reader_that_has_gone_is_no_traceback(length: int) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_an_output_that_is_closed_is_no_error() -> None:
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-P", "-m", "zppo", "--version"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_another_pipe_that_breaks_is_no_reader_that_has_gone() -> None:
     script = PIPED.replace('print("a" * {length}) or 0', "(_ for _ in ()).throw(BrokenPipeError)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

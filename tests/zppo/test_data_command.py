@@ -83,6 +83,7 @@ def test_what_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             "above": 0,
         },
         "held_out": 2,
+        "held_out_unshown": {},
         "overlap": ["plain"],
     }
     assert [one["id"] for one in shown] == ["chat", "plain"]

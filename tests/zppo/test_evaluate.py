@@ -102,6 +102,18 @@ def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
     assert order is not None and said not in order.notes
 
 
+def test_pictures_that_are_not_shown_are_said(start: Start, small: Path) -> None:
+    rows = [{"id": f"{i}", "question": f"{i} + 1?", "answer": i + 1} for i in range(3)]
+    text = "".join(json.dumps({**row, "picture": "a.png"}) + "\n" for row in rows)
+    (small / "pictured.jsonl").write_text(text)
+    for limit, asked in (("1", "1 question is"), ("9", "3 questions are")):
+        order, _ = start("--model", "student", "--data", "pictured.jsonl", "--limit", limit)
+        assert order is not None and order.notes[-1] == (
+            f"pictured.jsonl: {asked} asked without the picture or video of the column 'picture'; "
+            "name it in data.fields (images or videos), or leave it out of the file"
+        )
+
+
 def test_a_model_folder_is_asked_as_in_the_paper(start: Start, small: Path) -> None:
     order, said = start("--model", "student", "--data", "train.jsonl")
     assert order is not None and said == ""

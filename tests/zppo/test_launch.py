@@ -585,8 +585,12 @@ def test_notes_are_said_when_a_run_starts(
         {"id": "y", "question": "Where?", "answer": "Paris"},
     ]
     (small / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = {"id": "z", "question": "What is it?", "answer": "1", "picture": "a.png"}
+    (small / "held.jsonl").write_text(json.dumps(held))
     (small / "teacher/chat_template.jinja").write_text("{{ messages[0].content }}")
     expected = {
+        "data.heldout: 1 question is asked without the picture or video of the column 'picture'; "
+        "name it in data.fields (images or videos), or leave it out of the file",
         "optimizer.learning_rate is 100000: AdamW moves every weight by about as much in each "
         "update, and weights of language models are about 0.02; the paper's is 1e-06",
         "data.train: 1 gold answer is words, not mathematics, first 'I do not know.' of the "
@@ -596,7 +600,9 @@ def test_notes_are_said_when_a_run_starts(
     }
     monkeypatch.setattr(os, "execv", lambda *given: sys.exit(0))
     with pytest.raises(SystemExit):
-        launch.main(["--topology", "topology.yaml", "--set", "optimizer.learning_rate=1e5"])
+        settings = ("optimizer.learning_rate=1e5", "data.heldout=held.jsonl")
+        given = [part for one in settings for part in ("--set", one)]
+        launch.main(["--topology", "topology.yaml", *given])
     said = capsys.readouterr().err.splitlines()
     assert all(line.startswith("note: ") for line in said)
     notes = {line.removeprefix("note: ") for line in said}

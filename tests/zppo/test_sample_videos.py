@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from picture_files import coloured
 from PIL import Image
 
 from zppo.config.topology import DataConfig
@@ -169,11 +170,34 @@ def test_the_column_of_one_video(tmp_path: Path) -> None:
     [question] = load_questions("made/train.jsonl", DataConfig(train=""), tmp_path).questions
     assert [one.kind for one in question.media] == ["video"]
     assert "video" not in json.loads((tmp_path / "made/train.jsonl").read_text())
+    file = rows(tmp_path, {**ROW, "videos": None, "video": "film.mp4"})
+    assert main([str(file), "--out", str(tmp_path / "again")]) == 0
+    again = (tmp_path / "again/train.jsonl").read_text()
+    assert again == (tmp_path / "made/train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("form", ["a.png", {"image": "a.png"}, {"bytes": None, "path": "a.png"}])
+def test_pictures_are_copied_whatever_names_them(tmp_path: Path, form: object) -> None:
+    coloured(tmp_path / "a.png", "red")
+    file = rows(tmp_path, {**ROW, "image": [form]})
+    assert main([str(file), "--out", str(tmp_path / "made")]) == 0
+    [question] = load_questions("made/train.jsonl", DataConfig(train=""), tmp_path).questions
+    [path] = [one.path for one in pictures_of(question.media)]
+    assert Path(path).is_relative_to(tmp_path / "made") and Path(path).is_file()
 
 
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
+        (
+            '{"videos": ["a.mp4"], "video": "a.mp4"}',
+            "rows.jsonl:1: has videos and video; expected one of them",
+        ),
+        (
+            '{"videos": "https://example.com/film.mp4"}',
+            "rows.jsonl:1: the video 'https://example.com/film.mp4' is an address, and addresses "
+            "are not read; save it as a file in '",
+        ),
         ('{"videos": 7}', "rows.jsonl:1: videos is '7'; expected a path or a list of paths"),
         ("[1]", "rows.jsonl:1: is a list; expected an object"),
         ("{", "rows.jsonl:1: is not JSON ("),

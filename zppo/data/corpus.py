@@ -53,8 +53,13 @@ class Corpus(Struct, frozen=True, kw_only=True):
     bad_rows: list[BadRow]
     unit: Unit
     columns: Columns
-    unshown: Mapping[str, int] = {}
-    """Column -> how many questions are asked without the pictures or videos that it holds."""
+    unshown: Mapping[str, str] = {}
+    """Id of a question -> the column whose pictures or videos it is asked without."""
+
+    def count_unshown(self) -> dict[str, int]:
+        """Column -> how many of the questions are asked without what it holds."""
+        ids = (one.id for one in self.questions)
+        return dict(Counter(self.unshown[one] for one in ids if one in self.unshown))
 
 
 def load_questions(path: str, config: DataConfig, base: Path, *, unpack: bool = False) -> Corpus:
@@ -92,7 +97,7 @@ class _CorpusBuilder:
         self.reader = RowReader(source, config, unpack=unpack)
         self.questions: list[Question] = []
         self.bad_rows: list[BadRow] = []
-        self.unshown = Counter[str]()
+        self.unshown = dict[str, str]()
         self.line_of_id: dict[str, int] = {}
         self.line_of_text: dict[tuple[object, ...], int] = {}
 
@@ -107,8 +112,8 @@ class _CorpusBuilder:
             self.bad_rows.append(BadRow(line=line, reason=str(error), repeats=repeats))
         else:
             self.questions.append(question)
-            if not question.media and (column := self.reader.unshown(row)) is not None:
-                self.unshown[column] += 1
+            if (column := self.reader.unshown(row, question)) is not None:
+                self.unshown[question.id] = column
 
     def finish(self) -> Corpus:
         self._refuse_too_many()
@@ -123,7 +128,7 @@ class _CorpusBuilder:
             bad_rows=self.bad_rows,
             unit=self.source.unit,
             columns=self.source.columns,
-            unshown=dict(self.unshown),
+            unshown=self.unshown,
         )
 
     def _refuse_too_many(self) -> None:
@@ -179,7 +184,7 @@ def source_notes(where: str, corpus: Corpus) -> list[str]:
     """That names were taken which nobody asked for, or pictures left. `where` is the setting of
     their source."""
     columns = corpus.columns
-    left = [f"{where}: {one}" for one in unshown_texts(corpus.unshown)]
+    left = [f"{where}: {one}" for one in unshown_texts(corpus.count_unshown())]
     if not columns.recognised:
         return left
     read = [field for field in ("question", "answer") if field not in columns.optional]

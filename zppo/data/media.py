@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ SUFFIXES = {
     "TIFF": ".tiff",
 }
 """Format -> the suffix of its files."""
-_NO_PICTURE = {"bytes": None, "path": None}
+_KEYS = ("bytes", "path")
+_NO_PICTURES = ({"bytes": None, "path": None}, {"image": None})
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:[^,]*,", re.IGNORECASE)
 
 
 class Cell(Struct, frozen=True):
@@ -47,21 +50,28 @@ def picture_entries(value: object) -> list[Any]:
     """The pictures of a row, as its column holds them: one or a list. Tables of the Hub fill the
     place of one that is not there with nulls."""
     entries = value if isinstance(value, list) else [value]
-    return [entry for entry in entries if entry is not None and entry != _NO_PICTURE]
+    return [entry for entry in entries if entry is not None and entry not in _NO_PICTURES]
 
 
 def cell_of(entry: object) -> Cell | None:
-    """What an entry of a column of pictures says: a path, bytes, or `{bytes, path}` with one of
-    them; None where it is something else."""
+    """What an entry of a column of pictures says: a path, bytes, `{bytes, path}` with one of them,
+    or `{image: path}` as verl has it; None where it is something else."""
     if isinstance(entry, bytes):
         return Cell(entry)
+    if isinstance(entry, dict) and set(entry) == {"image"}:
+        entry = entry["image"]
     if isinstance(entry, str):
         return Cell(None, entry)
-    content, path = (entry.get(key) if isinstance(entry, dict) else None for key in _NO_PICTURE)
+    content, path = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
     named = path if isinstance(path, str) else None
     if isinstance(content, bytes):
         return Cell(content, named)
     return Cell(None, named) if content is None and named is not None else None
+
+
+def is_address(path: str) -> bool:
+    """Whether it is an address (`https://`, `file://`, `data:`) and not the path of a file."""
+    return _ADDRESS.match(path) is not None
 
 
 def plain_format(kind: str) -> str:
@@ -110,6 +120,11 @@ class PictureReader:
         return self._at(cell.path)
 
     def _at(self, path: str) -> PictureReference:
+        if is_address(path):
+            raise RowError(
+                f"image {path[:40]!r} is an address, and addresses are not read; save the picture "
+                f"as a file in {str(self._folder)!r} and give its path"
+            )
         full = self._named(Path(clean(path, "an image path")))
         try:
             real = full.resolve()

@@ -23,8 +23,14 @@ from zppo.data.pictures import PixelBounds
 from zppo.data.places import IMAGE, NOUNS, VIDEO, Entry, set_places
 from zppo.data.question import Question
 from zppo.data.sources import Source
-from zppo.data.sources.jsonl import kind_of
-from zppo.data.sources.layouts import Wanted, paths_of, picture_column, settle, value_of
+from zppo.data.sources.layouts import (
+    ONE_IMAGE,
+    Wanted,
+    paths_of,
+    picture_column,
+    settle,
+    value_of,
+)
 from zppo.data.text import RowError, as_text, bounded
 from zppo.data.unshown import unshown_column
 from zppo.errors import UserError, nearest, sendable
@@ -97,14 +103,20 @@ class RowReader:
             own_grader=grader is not None,
         )
 
-    def unshown(self, row: Mapping[str, Any]) -> str | None:
-        """The column of pictures or videos of a row that shows none; None without one, or where the
-        user has said what the columns are."""
+    def unshown(self, row: Mapping[str, Any], question: Question) -> str | None:
+        """The column of pictures or videos of a row that shows none, or `image` where it holds
+        others than are shown; None without one, or where the user has said what the columns
+        are."""
         columns = self._source.columns
         if not columns.chosen.isdisjoint({"images", "videos"}):
             return None
-        read = {*columns.names.values(), self._picture_column(row)}
-        return unshown_column({**self._source.pictured, **row}, read)
+        column = self._picture_column(row)
+        held = {**self._source.pictured, **row}
+        if question.media:  # any other column may hold what they were made of
+            shown = self._cells(row)
+            others = picture_entries(held.get(ONE_IMAGE))
+            held = {ONE_IMAGE: [one for one in others if cell_of(one) not in shown]}
+        return unshown_column(held, {*columns.names.values(), column})
 
     # ---- what is asked ---------------------------------------------------------------------------
 
@@ -245,13 +257,15 @@ class RowReader:
     def _cells(self, row: Mapping[str, Any]) -> list[Cell]:
         """The pictures of the row's column."""
         value = value_of(row, self._picture_column(row))
-        own = [cell_of(entry) for entry in picture_entries(value)]
-        found = [cell for cell in own if cell is not None]
-        if len(found) != len(own):
-            raise RowError(
-                f"{self._images(row)} are a {kind_of(value)}; expected a path or a list of paths, "
-                "or bytes in the cells of a table"
-            )
+        found = list[Cell]()
+        for entry in picture_entries(value):
+            cell = cell_of(entry)
+            if cell is None:
+                raise RowError(
+                    f"{self._images(row)} hold {str(entry)[:40]!r}; expected a path, {{image: "
+                    "path}, a list of these, or bytes in the cells of a table"
+                )
+            found.append(cell)
         return found
 
     def _films(self, row: Mapping[str, Any]) -> list[Any]:

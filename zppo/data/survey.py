@@ -68,6 +68,8 @@ class Survey(Struct, frozen=True, kw_only=True):
     lengths: Lengths
     held_out: int | None
     """Questions of the held-out source; None without one."""
+    held_out_unshown: dict[str, int]
+    """As `unshown`, of the held-out source."""
     overlap: list[str]
     shown: list[Shown]
 
@@ -81,7 +83,7 @@ class Survey(Struct, frozen=True, kw_only=True):
 def survey(
     source: str,
     corpus: Corpus,
-    heldout: Sequence[Question] | None,
+    heldout: Corpus | None,
     *,
     measured: Lengths,
     shown: list[Shown],
@@ -103,7 +105,7 @@ def survey(
         system_messages=sum(one.has_system for one in questions),
         pictures=sum(bool(one.media) for one in questions),
         placed=sum(one.has_places for one in questions),
-        unshown=dict(corpus.unshown),
+        unshown=corpus.count_unshown(),
         graders=_counted(one.grader for one in questions),
         gold_answers=_counted(
             "of the task's own rule" if _has_own_rule(one) else kind_of_gold(gold)
@@ -111,8 +113,9 @@ def survey(
         ),
         worked_solutions=sum(gold_content(gold) != gold for gold in golds),
         lengths=measured,
-        held_out=None if heldout is None else len(heldout),
-        overlap=held_out_overlap(questions, heldout or []),
+        held_out=None if heldout is None else len(heldout.questions),
+        held_out_unshown={} if heldout is None else heldout.count_unshown(),
+        overlap=held_out_overlap(questions, [] if heldout is None else heldout.questions),
         shown=shown,
     )
 
@@ -204,6 +207,8 @@ def _count_lines(found: Survey) -> Iterator[str]:
             "held out", f"{found.held_out} questions, {len(found.overlap)} of them here as well"
         )
         yield from _some(found.overlap)
+        for text in unshown_texts(found.held_out_unshown):
+            yield _line("", printable(text))
 
 
 def _length_lines(lengths: Lengths) -> Iterator[str]:

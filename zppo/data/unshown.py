@@ -2,7 +2,8 @@
 
 Which columns hold what is recognised by name (`zppo.data.sources.layouts`), so a data set with
 `picture` or `image_1` would be trained on as text alone, and nothing would fail. What is looked for
-here are rows without a picture beside whose columns one lies, to say so.
+here are rows that show no picture and have one in another column, and rows with pictures in both
+`images` and `image`, of which one is read, to say so.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from zppo.data.media import MAX_PATH, picture_entries
+from zppo.data.media import MAX_PATH, is_address, picture_entries
 
 _FILE = re.compile(
     r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|m4v|mov|mkv|webm|avi)", re.IGNORECASE
 )
-_ADDRESS = re.compile(r"\w+://")
 _CELL = frozenset({"bytes", "path"})
 _VIDEO = frozenset({"frames", "seconds"})
 
@@ -33,9 +33,11 @@ def _holds(value: object) -> bool:
 
 
 def _is_one(entry: object) -> bool:
+    if isinstance(entry, dict) and set(entry) == {"image"}:
+        entry = entry["image"]
     if isinstance(entry, str):
         named = len(entry) <= MAX_PATH and _FILE.fullmatch(entry) is not None
-        return named and _ADDRESS.match(entry) is None
+        return named and not is_address(entry)
     return isinstance(entry, dict) and (set(entry) == _CELL or set(entry) >= _VIDEO)
 
 

@@ -25,9 +25,12 @@ NO_LIMIT = 1 << 62
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Lists the cards of this machine without any library."""
 PROCESSOR = Path("/proc/cpuinfo")
-BFLOAT16 = frozenset(("avx512bw", "avx512dq", "avx512vl"))
-"""What an x86 processor needs for oneDNN to multiply matrices of bfloat16; without, torch does it
-element by element."""
+BFLOAT16 = (
+    frozenset(("avx512bw", "avx512dq", "avx512vl")),
+    frozenset(("avx_vnni_int8", "avx_ne_convert")),
+)
+"""What an x86 processor needs for oneDNN to multiply matrices of bfloat16, one of them; without,
+torch does it element by element."""
 SLOW_BFLOAT16 = (
     "this processor has no AVX-512 and is some 50 times slower in bfloat16 than in float32"
 )
@@ -86,10 +89,10 @@ def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bo
 
 def cpu_dtype(processor: Path = PROCESSOR) -> Dtype:
     """The dtype that this machine's processor is fast with: bfloat16, but float32 on an x86
-    processor without AVX-512, on Linux. Elsewhere nobody is asked."""
+    processor that has nothing for it (`BFLOAT16`), on Linux. Elsewhere nobody is asked."""
     with contextlib.suppress(OSError):
         flags = re.search(r"^flags\s*:(.*)$", processor.read_text(), re.MULTILINE)
-        if flags and not BFLOAT16.issubset(flags[1].split()):
+        if flags and not any(needed.issubset(flags[1].split()) for needed in BFLOAT16):
             return "float32"
     return "bfloat16"
 

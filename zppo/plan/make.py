@@ -28,7 +28,7 @@ from zppo.plan.engines.vllm import check_prompts_read_whole, check_vllm_sizes
 from zppo.plan.engines.vllm_models import check_recurrent_on_cpu, check_torchvision
 from zppo.plan.loss_checks import loss_notes
 from zppo.plan.machine import SLOW_BFLOAT16, Machine, check_fits, idle_cards, machines_of
-from zppo.plan.memory import Models, inspect_models, need, shared_bytes
+from zppo.plan.memory import WITHOUT_FOLDER, Models, inspect_models, need, shared_bytes
 from zppo.plan.model_class import refuse_unknown
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan, Windows
@@ -224,11 +224,15 @@ def _slow_dtypes(topology: Topology, table: list[ProcessEntry], machine: Machine
     alone, the first host, something is known."""
     if machine.dtype == "bfloat16":
         return []
-    student, first = served_student(topology), host_name(topology, LOCALHOST)
-    here = [entry for entry in table if entry.device == "cpu" and entry.host in (LOCALHOST, first)]
-    served = dict.fromkeys((entry.served or student).section for entry in here)
-    models = {one.section: one.model for one in served_models(topology)}
-    return [f"{name}.dtype" for name in served if models[name].dtype == "bfloat16"]
+    first, computed = host_name(topology, LOCALHOST), list[ServedModel]()
+    for entry in table:
+        if entry.device == "cpu" and entry.host in (LOCALHOST, first):
+            if entry.served is None:
+                computed += _in_trainer(topology)
+            elif entry.served.actor.engine not in WITHOUT_FOLDER:
+                computed.append(entry.served)
+    slow = (one.section for one in computed if one.model.dtype == "bfloat16")
+    return [f"{section}.dtype" for section in dict.fromkeys(slow)]
 
 
 def _has(names: list[str]) -> str:

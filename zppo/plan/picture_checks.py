@@ -16,7 +16,7 @@ from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import Topology
 from zppo.data.question import Question
 from zppo.errors import UserError, first_line
-from zppo.plan.processes import trainer_scores
+from zppo.plan.processes import asked_teachers, trainer_scores
 from zppo.prompting.picture_families import FAMILIES
 from zppo.prompting.picture_layout import PictureLayout
 from zppo.prompting.tokenization import (
@@ -70,6 +70,22 @@ def video_note(served: ServedModel, tokenizer: Any) -> list[str]:
     if layout.shows_videos and layout.family.video is not None:
         return [f"{shown} videos as videos, {layout.family.video.settings.frames} frames in one"]
     return [f"{shown} videos as several pictures, because {layout.frames_because}"]
+
+
+def check_media(
+    where: str, questions: Sequence[Question], topology: Topology, *, trained: bool = False
+) -> None:
+    """Raise UserError unless whoever is asked these questions, of the source of the setting
+    `where`, can be shown their pictures and videos; and, if they are `trained` on, can be trained
+    on them."""
+    first = next((question.id for question in questions if question.media), None)
+    if first is None:
+        return
+    check_sees(where, first, served_student(topology), trained=trained)
+    for teacher in asked_teachers(topology):
+        check_sees(where, first, teacher)
+    if trained:
+        check_scores(where, questions, topology)
 
 
 def check_sees(where: str, question: str, served: ServedModel, *, trained: bool = False) -> None:

@@ -12,7 +12,7 @@ Shape legend: L positions, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,22 @@ def can_share_prompts(model: Any) -> bool:
         return False
     if model.config._attn_implementation not in ("sdpa", EAGER, attention.NAME):
         return False
+    return _same_in_a_tree(model, lambda ends_BL: attention_mask(ends_BL, model.dtype))
+
+
+@torch.no_grad()
+def can_share_long_rows(model: Any) -> bool:
+    """Say whether a model that can share prompts does so in rows longer than `SHARED_WIDTH` as
+    well: by our own attention, branch by branch, in which there are no windows."""
+    if model.config._attn_implementation != attention.NAME:
+        return False
+    if window_of(model.config.get_text_config().to_dict()):
+        return False
+    return _same_in_a_tree(model, lambda ends_BL: ends_BL[:, None, None])
+
+
+def _same_in_a_tree(model: Any, mask_of: Callable[[Tensor], Tensor]) -> bool:
+    """Whether two probe rows that begin alike get, with this mask, their own log-probs."""
     ids = _probe_rows(model)[0][:12]
     alone = [ids[:8], torch.cat([ids[:6], ids[8:]])]
     expected = torch.cat([_log_probs(model, input_ids=row[None])[0, 6:] for row in alone])
@@ -125,7 +141,7 @@ def can_share_prompts(model: Any) -> bool:
             model,
             input_ids=ids[None],
             position_ids=positions[None],
-            attention_mask=attention_mask(ends[None], model.dtype),
+            attention_mask=mask_of(ends[None]),
         )[0, 6:]
     except FAULTS:
         return False  # a model that takes no such mask

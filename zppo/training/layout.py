@@ -3,11 +3,11 @@ as one tree behind one prompt.
 
 A *row* holds a prompt once and behind it one or more rollouts of its group. With one rollout it is
 an ordinary causal sequence. With several it is their tree, branch behind branch: what rollouts
-begin with alike is there once, as the prompt is. Each branch takes up the positions where it
-leaves another, and an attention mask shows each token its own rollout's tokens before it and the
-prompt, so its hidden state is what it would be alone. That pays where prompts are long against
-answers (BCQ and NCQ above all) and where a student is sure of how answers begin. Padding stands
-on the right, where no real token can see it.
+begin with alike is there once, as the prompt is. Each branch takes up the positions where it leaves
+another, and a mask, or in long rows attention that goes branch by branch, shows each token its own
+rollout's tokens before it and the prompt, so its hidden state is what it would be alone. That pays
+where prompts are long against answers (BCQ and NCQ above all) and where a student is sure of how
+answers begin. Padding stands on the right, where no real token can see it.
 
 Several ranks deal the rows out among themselves, so that each gets about as many positions, and
 make equally many passes.
@@ -39,8 +39,8 @@ PASS_SHARE = 16
 """What a pass costs beside its positions: as much as this part of the most that it may hold."""
 
 SHARED_WIDTH = 1024
-"""Longest row with several rollouts. The mask makes attention dense, L*L a row, so long rows would
-lose again."""
+"""Longest row with several rollouts whose attention has a mask. That makes it dense, L*L a row, so
+long rows would lose again; in those a model must do without (`tree_mask`)."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,19 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Room:
-    """What a row of several rollouts may hold: `width` positions, 0 for no such rows, and unless
-    it may be `crowded`, one predicted token for each."""
+    """What a row of several rollouts may hold: `width` positions, 0 for no such rows, `longest` if
+    it needs no mask, and unless it may be `crowded`, one predicted token for each."""
 
     width: int
+    longest: int
     crowded: bool
+
+    def of_group(self, prompt: int, lengths: list[int]) -> _Room:
+        """That of a group's rows, which need no mask if two of its mean length do not fit a row
+        with one: where they do, attention branch by branch is slower than with a mask."""
+        if prompt + 2 * sum(lengths) / len(lengths) > self.width:
+            return replace(self, width=self.longest)
+        return self
 
     def takes(self, row: _Row, length: int, alike: int) -> bool:
         """Whether a sequence of `length` positions, `alike` of which are there, may be added."""
@@ -117,12 +125,14 @@ def micro_batches(
     max_tokens: int,
     *,
     share: bool,
+    long: bool = False,
     crowded: bool = True,
 ) -> list[MicroBatch]:
     """The passes of a rank that is alone."""
-    return deal_passes(
-        rollouts, sequences, max_tokens, share=share, crowded=crowded, rank=0, ranks=1
-    ).batches
+    dealt = deal_passes(
+        rollouts, sequences, max_tokens, share=share, long=long, crowded=crowded, rank=0, ranks=1
+    )
+    return dealt.batches
 
 
 def deal_passes(
@@ -131,6 +141,7 @@ def deal_passes(
     max_tokens: int,
     *,
     share: bool,
+    long: bool = False,
     crowded: bool = True,
     rank: int,
     ranks: int,
@@ -140,12 +151,13 @@ def deal_passes(
 
     Sequences without response tokens are left out; a row that is longer than `max_tokens` goes
     alone. `share` allows several rollouts behind one prompt, as far as the row stays within
-    `max_tokens` and `SHARED_WIDTH`, and unless `crowded` as far as a row predicts no more tokens
-    than it has positions: the memory of logits that are there for each token grows with them. A
-    rank with fewer passes than another repeats its last one, or, if it has none, another
-    rank's, with weight 0.
+    `max_tokens` and `SHARED_WIDTH`, or, if `long`, within `max_tokens` alone where two of the group
+    do not fit otherwise, and unless `crowded` as far as a row predicts no more tokens than it has
+    positions: the memory of logits that are there for each token grows with them. A rank with fewer
+    passes than another repeats its last one, or, if it has none, another rank's, with weight 0.
     """
-    room = _Room(min(SHARED_WIDTH, max_tokens) if share else 0, crowded)
+    masked = min(SHARED_WIDTH, max_tokens) if share else 0
+    room = _Room(masked, max_tokens if share and long else masked, crowded)
     rows = sorted(_rows(rollouts, sequences, room), key=lambda row: -row.width)
     dealt = deal_rows([row.width for row in rows], ranks)
     passes = [_cut([rows[index] for index in own], max_tokens, room.width) for own in dealt]
@@ -172,8 +184,8 @@ def deal_rows(widths: list[int], ranks: int) -> list[list[int]]:
 def _cut(rows: list[_Row], max_tokens: int, limit: int) -> list[list[_Row]]:
     """Rows, longest first, as micro-batches of at most `max_tokens` padded positions.
 
-    Rows longer than `limit`, each of one rollout, have passes of their own: the mask of a tree
-    would take the place of a sliding window there, and L * L numbers.
+    Rows longer than `limit` have passes of their own: the mask of a tree would take the place of a
+    sliding window there, and L * L numbers. They are of one rollout each, or trees without a mask.
     """
     longer = sum(row.width > limit for row in rows)
     passes = []
@@ -215,16 +227,18 @@ def _rows(rollouts: Rollouts, sequences: np.ndarray, room: _Room) -> list[_Row]:
     grouped = zip(rollouts.group_S[sequences].tolist(), sequences.tolist(), strict=True)
     for group, members in groupby(grouped, key=itemgetter(0)):
         chosen = [(_inputs_of(rollouts, sequence), sequence) for _, sequence in members]
-        if room.width:
+        prompt = len(rollouts.prompts_G[group])
+        own = room.of_group(prompt, [len(inputs) for inputs, _ in chosen])
+        if own.width:
             # Sorted by their tokens, what is alike at the beginning stands side by side.
-            chosen.sort(key=lambda one: one[0][: room.width].tolist())
+            chosen.sort(key=lambda one: one[0][: own.width].tolist())
         before: np.ndarray | None = None
         for inputs, sequence in chosen:
             length, alike = len(inputs), 0
-            if before is not None and rows[-1].width <= room.width:
+            if before is not None and rows[-1].width <= own.width:
                 alike = _common_length(before, inputs)
-            if before is None or not room.takes(rows[-1], length, alike):
-                rows.append(_Row(group, [], [], len(rollouts.prompts_G[group]), 0))
+            if before is None or not own.takes(rows[-1], length, alike):
+                rows.append(_Row(group, [], [], prompt, 0))
                 alike = 0
             rows[-1].add(sequence, length, alike)
             before = inputs
@@ -323,3 +337,12 @@ def attention_mask(ends_BL: Tensor, dtype: torch.dtype) -> Tensor:
     allowed_BLL = before_LL & (places_L[None, :, None] < ends_BL[:, None, :])
     mask_BLL = torch.zeros(allowed_BLL.shape, dtype=dtype, device=ends_BL.device)
     return mask_BLL.masked_fill_(~allowed_BLL, torch.finfo(dtype).min)[:, None]
+
+
+def tree_mask(ends_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a model gets as attention mask of rows that are trees: the dense one, or in rows longer
+    than `SHARED_WIDTH` their ends themselves, int64 [B, 1, 1, L], for attention that goes branch
+    by branch (`zppo.training.trees`)."""
+    if ends_BL.shape[1] <= SHARED_WIDTH:
+        return attention_mask(ends_BL, dtype)
+    return ends_BL[:, None, None]

@@ -34,9 +34,14 @@ from zppo.plan.architecture import context_of
 from zppo.prompting.picture_families import unsampled_ids
 from zppo.training import attention
 from zppo.training.batch import Reach
-from zppo.training.fidelity import can_share_prompts, hold_to_eager, refusals
+from zppo.training.fidelity import (
+    can_share_long_rows,
+    can_share_prompts,
+    hold_to_eager,
+    refusals,
+)
 from zppo.training.head import Head, hidden_states, probe_head
-from zppo.training.layout import MicroBatch, attention_mask, with_row
+from zppo.training.layout import MicroBatch, tree_mask, with_row
 from zppo.training.pictures import SeenPrompt, Tower, blank
 from zppo.training.ranks import Ranks, Root, gathered
 from zppo_kernels import (
@@ -71,7 +76,8 @@ class Policy:
     def __init__(self, model: Any, where: str = "student.model") -> None:
         """`model` is a transformers causal LM; it is put into evaluation mode, because dropout
         would bend the ratio. `shares_prompts`: several rollouts may lie behind one prompt;
-        `shares_states`: the tokens that one hidden state predicts need no logits each.
+        `shares_long_rows`: in rows longer than `SHARED_WIDTH` as well; `shares_states`: the tokens
+        that one hidden state predicts need no logits each.
 
         Raises UserError, naming the setting `where`, if its logits are not finite, or not those of
         a decoder.
@@ -82,6 +88,7 @@ class Policy:
             self.head: Head | None = probe_head(model, where)
             hold_to_eager(model, where)
             self.shares_prompts = can_share_prompts(model)
+            self.shares_long_rows = self.shares_prompts and can_share_long_rows(model)
         self.shares_states = self.head is not None
         self.unsampled: tuple[int, ...] = ()
         self.leave_out(unsampled_ids(model.config.to_dict()))
@@ -184,9 +191,11 @@ class Policy:
                 f"{self.model.name_or_path!r} cannot be sharded: {first_line(error)}"
             ) from error
         # Each has asked its own kernels, but rows must lie alike on all of them.
-        able = [float(self.shares_prompts), float(self.shares_states)]
-        counts = ranks.sum(torch.tensor(able, device=self.device)).tolist()
-        self.shares_prompts, self.shares_states = (count == ranks.count for count in counts)
+        able = [self.shares_prompts, self.shares_long_rows, self.shares_states]
+        able_A = torch.tensor(able, dtype=torch.float32, device=self.device)
+        self.shares_prompts, self.shares_long_rows, self.shares_states = (
+            count == ranks.count for count in ranks.sum(able_A).tolist()
+        )
 
     def within(self, work: Callable[[], T]) -> T:
         """Do `work`, a pass and what is computed from its outputs and the head. All ranks must, and
@@ -327,7 +336,7 @@ class Policy:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_BL}
         if batch.ends_BL is not None and batch.positions_BL is not None:
             inputs["position_ids"] = batch.positions_BL
-            inputs["attention_mask"] = attention_mask(batch.ends_BL, self.model.dtype)
+            inputs["attention_mask"] = tree_mask(batch.ends_BL, self.model.dtype)
         if batch.seen_B:
             assert self._tower is not None, "`look` has refused such a window"
             inputs |= self._show(self._tower, batch)

@@ -134,6 +134,7 @@ class Trainer:
             sequences,
             self.settings.micro_batch_tokens,
             share=all(model.shares_prompts for model in models),
+            long=all(model.shares_long_rows for model in models),
             crowded=all(model.shares_states for model in models),
             rank=self.ranks.rank,
             ranks=self.ranks.count,

@@ -19,7 +19,7 @@ import xxhash
 from zppo_actors.weights.fetch import Chunk, WeightFetch
 from zppo_actors.weights.layout import file_size, weight_path
 from zppo_actors.weights.line import Line, LineCut, connect
-from zppo_actors.weights.recycling import begun, opened
+from zppo_actors.weights.recycling import begun, opened, written
 from zppo_protocol.messages import WeightSource
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
@@ -151,7 +151,7 @@ class Fetcher:
 
 
 class _Arrival:
-    """A version in the making: its plan and its memory, which holds the file's lock."""
+    """A version in the making: its plan, its file and its memory."""
 
     def __init__(self, folder: Path, manifest: PolicyManifest) -> None:
         self.fetch = WeightFetch(manifest)
@@ -159,18 +159,19 @@ class _Arrival:
         self._final = weight_path(folder, manifest.version)
         self._partial = self._final.with_name(self._final.name + PARTIAL)
         self._partial.unlink(missing_ok=True)
-        with begun(self._partial) as file:
-            try:
-                file.truncate(self.fetch.size)
-                # Room for all of it now: a write to memory that turns out not to be there kills.
-                os.posix_fallocate(file.fileno(), 0, self.fetch.size)
-            except OSError as error:
-                self._partial.unlink(missing_ok=True)
-                raise OSError(
-                    f"{folder} has no room for {self.fetch.size} bytes ({error.strerror}); set "
-                    "ZPPO_RUNTIME_DIR there to a larger folder, or lower scheduler.max_staleness"
-                ) from error
-            self._mapped = mmap.mmap(file.fileno(), self.fetch.size)
+        self._file = begun(self._partial)
+        try:
+            self._file.truncate(self.fetch.size)
+            # Room for all of it now: a write to memory that turns out not to be there kills.
+            os.posix_fallocate(self._file.fileno(), 0, self.fetch.size)
+        except OSError as error:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            raise OSError(
+                f"{folder} has no room for {self.fetch.size} bytes ({error.strerror}); set "
+                "ZPPO_RUNTIME_DIR there to a larger folder, or lower scheduler.max_staleness"
+            ) from error
+        self._mapped = mmap.mmap(self._file.fileno(), self.fetch.size)
         self.memory = memoryview(self._mapped)
 
     def expect(self, chunk: Chunk) -> None:
@@ -188,11 +189,14 @@ class _Arrival:
     def finish(self) -> None:
         """All is here: give the file its name."""
         self.memory.release()
+        written(self._file)
+        self._file.close()
         self._partial.rename(self._final)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         self.memory.release()
+        self._file.close()
         self._partial.unlink(missing_ok=True)
 
 

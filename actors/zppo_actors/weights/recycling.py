@@ -3,16 +3,17 @@ one.
 
 To fill new pages of shared memory and to give them back costs a multiple of a copy of what they
 hold. So a released file stays as the *spare* of its folder, at most one, under a name that nobody
-reads, and the next version is written onto its pages. The invariant: what is in a file changes only
-while its writer holds the file's lock alone, and whoever reads holds the same lock with other
-readers, for as long as the mapping lives. So no reader sees a change, however late it is. A spare
-that is still read is not waited for: it loses its name, its pages go with the last mapping, and a
-new file is made. Locks of processes that died are gone with them.
+reads, and the next version is written onto its pages. The invariant: what is in a file that was a
+version changes only while one writer holds the file's lock alone, and whoever reads holds the same
+lock with other readers, for as long as the mapping lives. So no reader sees a change, however late
+it is. A spare that is still read is not waited for: it loses its name, its pages go with the last
+mapping, and a new file is made. Locks of processes that died are gone with them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import BinaryIO
 
 SPARE = ".policy-spare"
 """The file name of a folder's spare."""
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a file system without locks says. There no writer gets one either, so nothing is written
+over."""
 
 
 def set_aside(path: Path) -> None:
@@ -31,21 +35,28 @@ def set_aside(path: Path) -> None:
 
 def begun(aside: Path) -> BinaryIO:
     """A file named `aside`, which must not exist, to be written: the spare with its old bytes if
-    there is one that nobody reads, else a new one. It is locked until it is closed and no mapping
-    of it is left; whoever writes sets its length."""
-    spare = aside.with_name(SPARE)
+    there is one that nobody reads, else a new one, whose name nobody knows. A spare is locked until
+    it is `written`; whoever writes sets its length."""
     try:
-        file = spare.open("r+b")
+        # Of several writers only one gets the name, and with it the file.
+        aside.with_name(SPARE).rename(aside)
     except FileNotFoundError:
         return aside.open("xb+")
+    file = aside.open("r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        spare.replace(aside)
-    except BlockingIOError:
+    except OSError:  # somebody still reads it, or there are no locks here
         file.close()
-        spare.unlink()
+        aside.unlink()
         return aside.open("xb+")
     return file
+
+
+def written(file: BinaryIO) -> None:
+    """Nothing more is written to a file of `begun`: readers may lock it, though a duplicate of its
+    descriptor, and so of the lock, may live on in a mapping or in a process that was forked."""
+    with contextlib.suppress(OSError):  # no locks here
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def opened(path: Path) -> BinaryIO:
@@ -56,7 +67,7 @@ def opened(path: Path) -> BinaryIO:
     """
     file = path.open("rb", buffering=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock_with_readers(file)
         # The lock may have come after the file had become another version's.
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise FileNotFoundError(f"{path} was replaced while it was opened")
@@ -64,3 +75,11 @@ def opened(path: Path) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def _lock_with_readers(file: BinaryIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise

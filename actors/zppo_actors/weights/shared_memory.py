@@ -32,7 +32,7 @@ from zppo_actors.weights.layout import (
     weight_path,
     whole_digest,
 )
-from zppo_actors.weights.recycling import begun, opened, set_aside
+from zppo_actors.weights.recycling import begun, opened, set_aside, written
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -77,6 +77,7 @@ def publish_each(
         entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in tensors]
         _pad(file)
         file.truncate()  # an earlier version on these pages may have been longer
+        written(file)
     return PolicyManifest(
         version=version, path=str(path), tensors=entries, digest=whole_digest(entries)
     )

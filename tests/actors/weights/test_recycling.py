@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +42,14 @@ def content(manifest: PolicyManifest) -> Tensor:
 
 def inode(version: int, folder: Path) -> int:
     return weight_path(folder, version).stat().st_ino
+
+
+def inode_of(descriptor: int) -> int | None:
+    """None where it is not open."""
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:
+        return None
 
 
 def names(folder: Path) -> list[str]:
@@ -169,3 +182,65 @@ def test_a_file_that_became_another_version_after_it_was_found_is_not_opened(
     with pytest.raises(FileNotFoundError, match=r"policy-1\.bin"):
         opened(Released(weight_path(tmp_path, 1)))
     assert inode(2, tmp_path) == first, "the file that was found holds another version now"
+
+
+def test_a_spare_has_one_writer_of_several(tmp_path: Path) -> None:
+    """As where a trainer starts anew while the one before it dies slowly."""
+
+    def write(writer: int) -> None:
+        for version in range(writer, 400, 4):
+            manifest = publish(version, tmp_path)
+            assert torch.equal(content(manifest), torch.full((5000,), version))
+            shared_memory.remove(tmp_path, version)
+
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(write, range(4)))
+    assert names(tmp_path) == [SPARE]
+
+
+def test_a_version_can_be_read_whoever_inherited_the_lock_of_its_writer(tmp_path: Path) -> None:
+    """As a process that was forked while the file was written."""
+    publish(1, tmp_path)
+    first = inode(1, tmp_path)
+    shared_memory.remove(tmp_path, 1)
+    inherited: list[int] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        writers = [number for number in range(1024) if inode_of(number) == first]
+        inherited.extend(map(os.dup, writers))
+        yield "a", torch.full((5000,), 2)
+
+    manifest = shared_memory.publish_each(tensors(), 2, tmp_path)
+    assert inode(2, tmp_path) == first and len(inherited) == 1
+    assert torch.equal(content(manifest), torch.full((5000,), 2))
+    os.close(inherited[0])
+
+
+def test_nothing_is_written_over_where_a_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held = content(publish(1, tmp_path))
+    first = inode(1, tmp_path)
+    shared_memory.remove(tmp_path, 1)
+    manifest = publish(2, tmp_path)
+    assert inode(2, tmp_path) != first and torch.equal(held, torch.full((5000,), 1))
+    assert torch.equal(content(manifest), torch.full((5000,), 2))
+    assert names(tmp_path) == ["policy-2.bin"]
+
+
+def test_a_reader_that_gets_no_lock_where_there_are_some_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer could get one."""
+
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    manifest = publish(1, tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(PublicationRefused, match="No locks available"):
+        shared_memory.open_policy(manifest)

@@ -116,8 +116,13 @@ def test_a_missing_id_comes_from_the_content(tmp_path: Path) -> None:
         ),
         (
             {"id": "b", "question": "?", "answer": "2", "images": 3},
-            "the images ('images') are a number; expected a path or a list of paths, or bytes in "
-            "the cells of a table",
+            "the images ('images') hold '3'; expected a path, {image: path}, a list of these, or "
+            "bytes in the cells of a table",
+        ),
+        (
+            {"id": "b", "question": "?", "answer": "2", "images": [{"image": "a.png", "size": 2}]},
+            "the images ('images') hold \"{'image': 'a.png', 'size': 2}\"; expected a path, {image: "
+            "path}, a list of these, or bytes in the cells of a table",
         ),
         (
             {"id": "b", "question": "?", "answer": "2", "images": "no.png"},

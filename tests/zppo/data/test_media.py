@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         ),
         (
             {"bytes": base64.b64encode(RED).decode(), "path": "a.png"},
-            "the images ('image') are a JSON object; expected a path or a list of paths, or bytes in "
-            "the cells of a table",
+            "the images ('image') hold \"{'bytes': 'iVBORw0KGgoAAAANSUhEUgAAACgAA\"; expected a "
+            "path, {image: path}, a list of these, or bytes in the cells of a table",
         ),
     ],
 )
@@ -230,6 +231,35 @@ def test_a_path_that_is_a_link_to_itself(tmp_path: Path) -> None:
         "image 'loop.png' is a link that leads to itself",
         "image 'loop.png' does not exist",
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["https://example.com/red.png", "FILE:///data/red.png", "data:image/png;base64,iVBORw0KGgo="],
+)
+@pytest.mark.parametrize("form", [lambda path: path, lambda path: [{"image": path}]])
+def test_addresses_are_not_read(tmp_path: Path, path: str, form: Callable[[str], Any]) -> None:
+    assert reason(tmp_path, {**ROW, "images": form(path)}) == (
+        f"image {path[:40]!r} is an address, and addresses are not read; save the picture as a "
+        f"file in {str(tmp_path)!r} and give its path"
+    )
+
+
+def test_a_colon_makes_no_address(tmp_path: Path) -> None:
+    for name in ("a:b.png", "data:b.png"):
+        (tmp_path / name).write_bytes(RED)
+        assert shas(load_lines(tmp_path, {**ROW, "images": name})) == [sha(RED)]
+
+
+def test_cells_as_verl_has_them(tmp_path: Path) -> None:
+    """Of one that is not there nothing is read."""
+    (tmp_path / "red.png").write_bytes(RED)
+    for value in ({"image": "red.png"}, [{"image": "red.png"}, {"image": None}]):
+        for corpus in (
+            load(tmp_path, {**ROW, "images": value}),
+            load_lines(tmp_path, {**ROW, "images": value}),
+        ):
+            assert shas(corpus) == [sha(RED)]
 
 
 # ---- messages ------------------------------------------------------------------------------------

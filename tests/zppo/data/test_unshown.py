@@ -50,6 +50,7 @@ def parquet(folder: Path, **columns: Any) -> Path:
         ("video", "films/a.mp4"),
         ("film", FILM),
         ("pictures", [{"bytes": None, "path": "a.webp"}]),
+        ("picture", {"image": "a.png"}),
     ],
 )
 def test_a_column_that_nobody_reads(tmp_path: Path, column: str, value: object) -> None:
@@ -65,6 +66,20 @@ def test_an_empty_column_beside_one_with_a_picture(tmp_path: Path) -> None:
     assert notes(jsonl(tmp_path, {"images": [], "image": "a.png"})) == [f"data.train: {said}"]
 
 
+def test_both_columns_of_pictures(tmp_path: Path) -> None:
+    """Those of `images` are shown; what else lies in `image` is said."""
+    said = LEFT.format(asked="1 question is", column="image")
+    coloured(tmp_path / "b.png", "blue")
+    both = {"images": ["a.png"], "image": "b.png"}
+    assert notes(jsonl(tmp_path, both)) == [f"data.train: {said}"]
+    assert notes(jsonl(tmp_path, {**both, "images": ["a.png", {"image": "b.png"}]})) == []
+    assert notes(jsonl(tmp_path, {**both, "image": "blue"})) == []
+    assert notes(jsonl(tmp_path, both), fields={"images": "images"}) == []
+    cell = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    assert notes(parquet(tmp_path, images=[cell], image=cell)) == [f"data.train: {said}"]
+    assert notes(parquet(tmp_path, images=[cell], image="b.png", thumbnail=cell)) == []
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -73,6 +88,7 @@ def test_an_empty_column_beside_one_with_a_picture(tmp_path: Path) -> None:
         {"url": "https://example.com/a.png"},
         {"source": "see a.png and b.png\nor c.png", "score": 3, "tags": ["png", None], "more": {}},
         {"picture": {"bytes": None, "path": None}},
+        {"picture": {"image": "https://example.com/a.png"}, "more": {"image": "a picture"}},
         {"question": "Which of a.png", "answer": "b.png"},
     ],
 )
@@ -97,7 +113,15 @@ def test_a_column_of_pictures_in_a_table(tmp_path: Path) -> None:
 
 
 def test_looking_at_data_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = jsonl(tmp_path, {"question": "And this?", "film": "a.mp4"}).rename(
+        tmp_path / "held.jsonl"
+    )
     file = jsonl(tmp_path, {"picture": "a.png"})
+    assert data_command.main([str(file), "--heldout", str(held)]) == 0
+    said = LEFT.format(asked="1 question is", column="film")
+    assert capsys.readouterr().out.endswith(
+        f"  held out      1 questions, 0 of them here as well\n                {said}\n"
+    )
     assert data_command.main([str(file)]) == 0
     said = LEFT.format(asked="1 question is", column="picture")
     assert f"  not shown     {said}\n" in capsys.readouterr().out

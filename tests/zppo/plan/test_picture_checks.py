@@ -18,8 +18,7 @@ from zppo.config.served import served_student, teachers
 from zppo.config.topology import ActorsConfig, DataConfig, StudentConfig, TeacherConfig, Topology
 from zppo.data.question import Question
 from zppo.errors import UserError
-from zppo.launch import _check_media
-from zppo.plan.picture_checks import check_scores
+from zppo.plan.picture_checks import check_media, check_scores
 from zppo.plan.prompt_checks import LONGEST, Reader, check_teachers
 from zppo.prompting.picture_layout import MarkError
 from zppo.prompting.prompts import PromptSet
@@ -151,9 +150,9 @@ def test_held_out_questions_are_only_asked(blind: str, tmp_path: Path) -> None:
     topology = topology_of(blind)
     actors = replace(topology.actors, rollout=replace(topology.actors.rollout, engine="vllm"))
     topology = replace(topology, actors=actors)
-    _check_media("data.heldout", [question], topology)
+    check_media("data.heldout", [question], topology)
     with pytest.raises(UserError, match=r"\(student.model\) cannot be trained on them"):
-        _check_media("data.train", [question], topology)
+        check_media("data.train", [question], topology, trained=True)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +328,12 @@ def test_settings_under_which_pictures_are_other_tokens(
     folder = changed(filming, tmp_path / "changed", file, **settings)
     topology = topology_of(folder)
     with pytest.raises(UserError) as refused:
-        _check_media("data.train", [question_about(coloured(tmp_path / "a.png", "red"))], topology)
+        check_media(
+            "data.train",
+            [question_about(coloured(tmp_path / "a.png", "red"))],
+            topology,
+            trained=True,
+        )
     assert str(refused.value).startswith(sentence.format(folder=folder))
     reader = Reader(served=served_student(topology), context=512, setting="context")
     assert reader.lengths(load_tokenizer(folder, "student.model"), [prompt("w")]) == [1]
@@ -351,7 +355,7 @@ def test_text_is_trained_on_whatever_the_settings_of_pictures_say(
     said = f"student.model: {str(file)!r} cannot be read: Input data was truncated"
     assert reader.notes(tokenizer, [question_about()]) == [f"{said}; text does not need it"]
     with pytest.raises(UserError) as refused:
-        _check_media("data.train", [asked], topology)
+        check_media("data.train", [asked], topology, trained=True)
     assert str(refused.value) == said
     with pytest.raises(UserError) as shown:
         reader.lengths(tokenizer, [prompt("w", media=asked.media)])
@@ -386,10 +390,10 @@ def test_settings_of_tiles_that_do_not_suit_the_model(
     folder = changed(seeing, tmp_path / "changed", file, **settings)
     asked = [question_about(coloured(tmp_path / "a.png", "red"))]
     with pytest.raises(UserError) as refused:
-        _check_media("data.train", asked, topology_of(folder))
+        check_media("data.train", asked, topology_of(folder), trained=True)
     assert str(refused.value) == CANNOT.format(folder=folder, why=sentence)
     whole = changed(seeing, tmp_path / "whole", file, do_resize=False)
-    _check_media("data.train", asked, topology_of(whole))
+    check_media("data.train", asked, topology_of(whole), trained=True)
 
 
 def test_a_teacher_that_scores_must_make_the_students_tokens(filming: str, tmp_path: Path) -> None:

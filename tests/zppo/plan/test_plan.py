@@ -116,6 +116,11 @@ def test_notes_say_what_may_surprise(small: Path) -> None:
         (["teacher.dtype=float32"], "student.dtype"),
         (["student.dtype=float32", "actors.teacher.devices=[cpu,'cuda:0']"], "teacher.dtype"),
         (["student.dtype=float32", "method.name=grpo"], None),
+        (["student.dtype=float32", "actors.teacher.engine=simulated"], None),
+        (
+            ["method.name=on_distill", "teacher.scoring=colocated"],
+            "student.dtype and teacher.dtype",
+        ),
         (["student.dtype=float32", "actors.teacher.devices=['cuda:0']"], None),
     ],
 )
@@ -141,6 +146,8 @@ def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
         ("processor\t: 0\nflags\t\t: fpu avx2 sse4a\n", "float32"),
         ("flags : avx2 avx512f avx512bw avx512vl avx512dq\nbugs : none\n", "bfloat16"),
         ("flags : avx2 avx512f\nflags : avx512bw avx512vl avx512dq\n", "float32"),
+        ("flags : avx2 avx_vnni avx_vnni_int8 avx_ne_convert\n", "bfloat16"),
+        ("flags : avx2 avx_vnni\n", "float32"),
         ("processor : 0\nFeatures : fp asimd bf16\n", "bfloat16"),
         (None, "bfloat16"),
     ],

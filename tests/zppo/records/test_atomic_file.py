@@ -82,6 +82,42 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     os.close(reader)
 
 
+WRITES = """
+import sys
+from pathlib import Path
+from zppo.records.atomic_file import written_whole
+
+print("before", flush=True)
+with written_whole(Path(sys.argv[1])) as file:
+    file.write(b"whole\\n")
+print("after")
+"""
+
+
+def test_what_stands_for_the_output_is_written_to_where_that_is_a_file(tmp_path: Path) -> None:
+    """As `--out /dev/stdout >> log`: nothing is lost, and the link stays one."""
+    link, log = tmp_path / "link", tmp_path / "log"
+    link.symlink_to("/dev/stdout")
+    log.write_text("earlier\n")
+    command = [sys.executable, "-P", "-c", WRITES, str(link)]
+    with log.open("ab") as output:
+        subprocess.run(command, stdout=output, check=True)
+    assert log.read_text() == "earlier\nbefore\nwhole\nafter\n"
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Bad file descriptor" in done.stderr
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, log]
+
+
+def test_links_in_a_circle_are_replaced(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.symlink_to(other)
+    other.symlink_to(path)
+    with written_whole(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, Path()):
         with pytest.raises(IsADirectoryError), written_whole(folder) as file:

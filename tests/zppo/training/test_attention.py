@@ -90,7 +90,9 @@ def test_the_scale_is_the_model_s_own() -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reason", ["long", "dropout", "not causal", "softcap", "keys of before"])
+@pytest.mark.parametrize(
+    "reason", [*["long", "dropout", "not causal", "softcap"], "keys of before", "device"]
+)
 def test_everything_else_goes_to_transformers(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
@@ -108,6 +110,8 @@ def test_everything_else_goes_to_transformers(reason: str, monkeypatch: pytest.M
         more["softcap"] = 30.0
     if reason == "keys of before":
         query = query[:, :, -1:]
+    if reason == "device":
+        query, key, value = (one.to("meta") for one in (query, key, value))
     attention.products_attention(Layer(), query, key, value, attention_mask=None, **more)
     assert asked == [reason]
 

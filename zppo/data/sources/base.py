@@ -37,7 +37,7 @@ class Source(Struct, frozen=True, kw_only=True):
     grader: str | None = None
     """The rule that scores its questions, if the source brings its own."""
     pictured: Mapping[str, Any] = {}
-    """A row that stands for the columns of pictures of a table of which none is read."""
+    """A row that stands for the columns of pictures of a table that are not read, and should be."""
     named_by_content: bool = False
     """Whether the name of each picture's file is the SHA-256 of what is in it."""
 

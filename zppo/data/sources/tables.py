@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from zppo.data.sources.base import RawRow, Source
-from zppo.data.sources.layouts import Columns, Wanted, check_columns, settle, top_level
+from zppo.data.sources.layouts import (
+    ONE_IMAGE,
+    Columns,
+    Wanted,
+    check_columns,
+    settle,
+    top_level,
+)
 from zppo.errors import UserError, first_line
 
 BATCH_ROWS = 1024
@@ -52,11 +59,16 @@ def open_tables(name: Path, stem: str, files: Sequence[Path], wanted: Wanted) ->
 
 
 def _pictured(schema: Any, columns: Columns) -> dict[str, Any]:
-    """See `Source.pictured`. A table whose pictures are read may have others: which of its rows has
-    one is not looked at."""
-    if columns.names["images"] in schema.names:
-        return {}
-    return {one.name: NO_PIXELS for one in schema if _is_pictures(one.type)}
+    """See `Source.pictured`: which of its rows has one is not looked at. A table whose pictures are
+    read may have others, but for `image` beside `images`."""
+    read = columns.names["images"]
+    return {
+        one.name: NO_PIXELS
+        for one in schema
+        if one.name != read
+        and (read not in schema.names or one.name == ONE_IMAGE)
+        and _is_pictures(one.type)
+    }
 
 
 def _is_pictures(kind: Any) -> bool:
