@@ -34,13 +34,19 @@ WIDEST = 1024
 
 def adopt(model: Any) -> None:
     """Let a model that uses transformers' `sdpa` use this; another one is left as it is. One that
-    caps its scores uses transformers' `eager`, because `sdpa` leaves the cap out."""
+    caps its scores uses transformers' `eager`, because `sdpa` leaves the cap out. One that finds
+    by an index which keys a token sees keeps its `sdpa`: it puts them into the mask for no other
+    attention than transformers' own two."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
-    elif model.config._attn_implementation == "sdpa":
+    elif model.config._attn_implementation == "sdpa" and not _is_indexed(model):
         AttentionInterface.register(NAME, products_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+def _is_indexed(model: nn.Module) -> bool:
+    return any(getattr(module, "indexer", None) is not None for module in model.modules())
 
 
 def products_attention(

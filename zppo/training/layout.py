@@ -339,10 +339,11 @@ def attention_mask(ends_BL: Tensor, dtype: torch.dtype) -> Tensor:
     return mask_BLL.masked_fill_(~allowed_BLL, torch.finfo(dtype).min)[:, None]
 
 
-def tree_mask(ends_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a model gets as attention mask of rows that are trees: the dense one, or in rows longer
-    than `SHARED_WIDTH` their ends themselves, int64 [B, 1, 1, L], for attention that goes branch
-    by branch (`zppo.training.trees`)."""
-    if ends_BL.shape[1] <= SHARED_WIDTH:
-        return attention_mask(ends_BL, dtype)
-    return ends_BL[:, None, None]
+def tree_mask(ends_BL: Tensor, dtype: torch.dtype, *, long: bool) -> Tensor:
+    """What a model gets as attention mask of rows that are trees: the dense one, or, in rows longer
+    than `SHARED_WIDTH` and if it shares `long` ones, their ends themselves, int64 [B, 1, 1, L], for
+    attention that goes branch by branch (`zppo.training.trees`). Rows of another model may be as
+    long where a picture that nobody reads was added to them (`with_row`)."""
+    if long and ends_BL.shape[1] > SHARED_WIDTH:
+        return ends_BL[:, None, None]
+    return attention_mask(ends_BL, dtype)

@@ -336,7 +336,9 @@ class Policy:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_BL}
         if batch.ends_BL is not None and batch.positions_BL is not None:
             inputs["position_ids"] = batch.positions_BL
-            inputs["attention_mask"] = tree_mask(batch.ends_BL, self.model.dtype)
+            inputs["attention_mask"] = tree_mask(
+                batch.ends_BL, self.model.dtype, long=self.shares_long_rows
+            )
         if batch.seen_B:
             assert self._tower is not None, "`look` has refused such a window"
             inputs |= self._show(self._tower, batch)

@@ -128,7 +128,7 @@ class Trainer:
     def deal(self, rollouts: Rollouts, sequences: np.ndarray) -> Deal:
         """The same, and how many passes all ranks make; laid out so that every model that reads
         them can."""
-        models = self._compared()
+        models = self._compared() + ([] if self.reference is None else [self.reference])
         return deal_passes(
             rollouts,
             sequences,

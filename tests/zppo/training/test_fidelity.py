@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    DeepseekV32Config,
     Gemma2Config,
     MistralConfig,
 )
@@ -83,6 +84,19 @@ def test_a_cap_of_the_scores_means_the_reference() -> None:
     assert Policy(made(config)).model.config._attn_implementation == "eager"
     config = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, attn_logit_softcapping=None)
     assert Policy(made(config)).model.config._attn_implementation == attention.NAME
+
+
+@torch.no_grad()
+def test_a_model_that_looks_up_which_keys_to_see_keeps_to_them() -> None:
+    widths = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    index = {"index_topk": 48, "index_head_dim": 8, "index_n_heads": 4}
+    heads = {"num_key_value_heads": 2, "v_head_dim": 8, "initializer_range": 0.5}
+    policy = Policy(made(DeepseekV32Config(**SMALL, **widths, **experts, **index, **heads)))
+    ids = torch.arange(120)[None] * 7 % SMALL["vocab_size"]  # the probes are shorter than 48
+    found = policy.model(ids, use_cache=False).logits
+    policy.model.set_attn_implementation("eager")
+    torch.testing.assert_close(found, policy.model(ids, use_cache=False).logits)
 
 
 def test_a_model_whose_tokens_see_those_behind_them_is_refused() -> None:

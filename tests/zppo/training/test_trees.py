@@ -3,6 +3,7 @@ whole model against transformers' eager on each sequence alone, and which rows a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from training_cases import CPU, SMALL, group, llama, longhand_log_probs, qwen3, window
+from training_cases import CPU, SMALL, group, llama, longhand_log_probs, qwen3, trainer_of, window
 from transformers import MistralConfig, MistralForCausalLM
 
 from zppo.training import attention, trees
 from zppo.training.batch import assemble
-from zppo.training.layout import SHARED_WIDTH, MicroBatch, attention_mask, micro_batches
+from zppo.training.layout import (
+    SHARED_WIDTH,
+    MicroBatch,
+    attention_mask,
+    micro_batches,
+    with_row,
+)
+from zppo.training.pictures import SeenPrompt
 from zppo.training.policy import Policy
+from zppo.training.trainer import Trainer
 from zppo.training.trees import branches, in_two_calls, side_by_side
 from zppo_protocol.messages import TrainWindow
 
@@ -214,6 +223,37 @@ def test_a_model_with_another_attention_shares_short_rows_only() -> None:
     model.set_attn_implementation("eager")
     policy = Policy(model)
     assert policy.shares_prompts and not policy.shares_long_rows
+
+
+@pytest.mark.parametrize("reader", ["teacher", "reference"])
+def test_rows_are_only_as_long_as_every_model_that_reads_them_takes(reader: str) -> None:
+    trainer = trainer_of(roomy(llama()))
+    rollouts = assemble(LONG, max_staleness=0, device=CPU)
+
+    def trees_of(trainer: Trainer) -> list[bool]:
+        batches = trainer.micro_batches(rollouts, np.arange(rollouts.sequences))
+        return [
+            one.input_ids_BL.shape[1] > SHARED_WIDTH for one in batches if one.ends_BL is not None
+        ]
+
+    other = Policy(roomy(llama()))
+    assert any(trees_of(replace(trainer, **{reader: other})))
+    other.shares_long_rows = False
+    assert not any(trees_of(replace(trainer, **{reader: other})))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_long_row_beside_trees_changes_none_of_them(implementation: str) -> None:
+    model = roomy(llama())
+    model.set_attn_implementation(implementation)
+    policy = Policy(model)
+    assert policy.shares_long_rows is (implementation == "sdpa")
+    (batch,) = batches_of(policy, window(group("a", [1.0, 0.0], lengths=[9, 8])))[1]
+    assert batch.ends_BL is not None
+    blank = SeenPrompt((), np.zeros((3, 1)), 0, [])
+    wider = replace(with_row(batch, [3] * (SHARED_WIDTH + 1), blank), seen_B=())
+    torch.testing.assert_close(policy.hidden(wider), policy.hidden(batch))
 
 
 class Layer(nn.Module):
