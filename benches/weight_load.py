@@ -3,14 +3,14 @@
     python -P benches/weight_load.py [--layers 32] [--width 2048] [--dtype bfloat16] [--repeats 5]
     [--folder /dev/shm] [--json FILE]
 
-*load* is what an engine does: map the file, compare every digest, look for values that are not
-finite, copy the tensors into a model that is there. Its parts are measured alone as well: *map*
+*load* is what an engine does: map the file, compare every digest, copy the tensors into a model
+that is there. Its parts are measured alone as well: *map*
 maps the file anew, touches every page and gives it back; *verify* is all before the first parameter
 is touched, with the map; *digests* are taken of memory that is mapped already. *copy* copies the
 tensors from memory that is mapped already. *publish* writes a version over one that was released,
-as a trainer does; *publish anew* has no such file, so it makes one and gives an old one up.
-Processor times of one thread, in milliseconds, medians
-of turns; the last column is in copies.
+as a trainer does: it looks for values that are not finite, takes digests and writes. *publish anew*
+has no such file, so it makes one and gives an old one up. Processor times of one thread, in
+milliseconds, medians of turns; the last column is in copies.
 """
 
 from __future__ import annotations

@@ -174,6 +174,16 @@ class AdamW:
             if stored.dtype == torch.bfloat16 and bits is not None:
                 stored.copy_(round_stochastically(value, bits >> number * NOISE_BITS))
 
+    def overflow(self, found: object) -> str:
+        """That updates have left the weights as `found` says, and the settings that bring it about:
+        too long a step, a decay that grows, a division by an epsilon that is 0 in float32."""
+        c = self.config
+        return (
+            f"after its updates {found}; lower optimizer.learning_rate ({c.learning_rate:g}) or "
+            f"optimizer.weight_decay ({c.weight_decay:g}), or raise optimizer.epsilon "
+            f"({c.epsilon:g})"
+        )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The moments, named `first.NAME` and `second.NAME`; sharded as their parameters are."""
         for prefix, moments in (("first", self._first), ("second", self._second)):

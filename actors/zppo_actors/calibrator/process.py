@@ -25,6 +25,7 @@ from zppo.capacity.measuring import AT, MeasuredHere, Order
 from zppo.capacity.settings import speed_settings
 from zppo.config.served import ServedModel, served_student
 from zppo.data.corpus import load_questions
+from zppo.errors import UserError
 from zppo.grading import quick_grade
 from zppo.plan.processes import asked_teachers
 from zppo.prompting.prompts import PromptSet
@@ -38,13 +39,15 @@ from zppo.simulation import (
     TrainerSpeed,
 )
 from zppo.training.state import build_trainer
+from zppo.training.trainer import Trainer
 from zppo_actors import engines
 from zppo_actors.calibrator.load import Answered, Loader
 from zppo_actors.calibrator.training import Windows, trained
 from zppo_actors.engines import Engine, EngineSpec
 from zppo_actors.process import private_stdout
-from zppo_actors.weights import shared_memory
+from zppo_actors.weights import NotFinite, shared_memory
 from zppo_protocol.samples import GroupSamples
+from zppo_protocol.values import PolicyManifest
 
 MEASURED_SHARE = 0.7
 """Part of the time that is left after the first load which is measured in; the rest is for loading
@@ -157,7 +160,7 @@ class Calibrator:
         times, loads, folder = list[float](), list[float](), Path(self._order.folder)
         for version in (1, 2):
             begin = time.perf_counter()
-            manifest = shared_memory.publish(trainer.policy.model.state_dict(), version, folder)
+            manifest = published(trainer, version, folder)
             times.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             await engine.load_policy(manifest)
@@ -204,6 +207,14 @@ class Calibrator:
         left = max(0.0, self._end - time.perf_counter()) * MEASURED_SHARE
         self._parts -= 1
         return left / (self._parts + 1)
+
+
+def published(trainer: Trainer, version: int, folder: Path) -> PolicyManifest:
+    """Raises UserError if training has left weights that are not finite."""
+    try:
+        return shared_memory.publish(trainer.policy.model.state_dict(), version, folder)
+    except NotFinite as error:
+        raise UserError(f"--calibrate: {trainer.optimizer.overflow(error)}") from error
 
 
 def _right(gold: str, grader: str, samples: GroupSamples) -> list[bool]:

@@ -1,9 +1,10 @@
 """The trainer: takes whole windows, updates the student, publishes one policy version per step.
 
 Invariant: version t + 1 is announced once, after step t, and holds only updates whose loss and
-gradient were finite. The trainer keeps nothing that must not be lost: a run continues from its last
-checkpoint, of which the trainer writes the model, the optimizer state and the counters, and the
-controller the rest.
+gradient were finite. Weights that are not finite are neither published nor saved, because only what
+was published is saved. The trainer keeps nothing that must not be lost: a run continues from its
+last checkpoint, of which the trainer writes the model, the optimizer state and the counters, and
+the controller the rest.
 
 This is the first rank, and mostly the only one. Others (`zppo_actors.trainer.rank`) are told each
 order before it is obeyed here, and take their part in it.
@@ -30,7 +31,7 @@ from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.trainer.checkpoint import starting_checkpoint
 from zppo_actors.trainer.meeting import Meeting, is_loss, meet
-from zppo_actors.weights import shared_memory
+from zppo_actors.weights import NotFinite, shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
     CheckpointFailed,
@@ -230,12 +231,25 @@ class TrainerActor:
         self.timeline.span("train", begin, end, step=step, size=metrics["tokens_trained"])
 
     def _publish(self, trainer: Trainer) -> None:
-        """Write the present weights into shared memory and announce them."""
+        """Write the present weights into shared memory and announce them. Raises UserError for
+        weights that are not finite: nobody hears of them."""
         with self.timeline.during("publish", step=self.version):
-            self.published = shared_memory.publish_each(
-                trainer.policy.weights(), self.version, self.context.runtime
-            )
+            try:
+                self.published = shared_memory.publish_each(
+                    trainer.policy.weights(), self.version, self.context.runtime
+                )
+            except NotFinite as error:
+                raise UserError(self._origin(trainer, error)) from error
             self.dealer.send(PolicyPublished(manifest=self.published))
+
+    def _origin(self, trainer: Trainer, error: NotFinite) -> str:
+        """Where weights that are not finite come from, and what to do about it."""
+        if self.version > self.context.start_version:
+            return f"step {self.version - 1}: {trainer.optimizer.overflow(error)}"
+        if (folder := starting_checkpoint(self.context)) is not None:
+            return f"{folder}: {error}; remove this checkpoint, and the one before it is resumed"
+        model = self.context.topology.student.model
+        return f"student.model: {error} in {model!r}; expected weights that are not damaged"
 
     def _save(self, trainer: Trainer, order: SaveCheckpoint) -> None:
         """Write the trainer's share of the checkpoint of a step; the controller adds its own and

@@ -12,3 +12,10 @@ class PublicationRefused(RuntimeError):
         super().__init__(
             f"policy version {manifest.version} ({manifest.path}) is refused: {reason}"
         )
+
+
+class NotFinite(ValueError):
+    """A tensor that was to be published holds NaN or infinity; nothing was published."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"tensor {name!r} holds values that are not finite")

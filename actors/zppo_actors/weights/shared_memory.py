@@ -6,6 +6,10 @@ travel in the `PolicyManifest`. The invariant: a file under its final name is wh
 aside and renamed) and does not change while anybody maps it (`zppo_actors.weights.recycling`), and
 an engine verifies everything before it touches its first parameter, so a bad publication leaves the
 old weights serving.
+
+The publisher alone looks for values that are not finite, because there a fault arises, and once:
+the digest is of the very bytes that it has looked at, so who finds the digest right need not look
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import xxhash
 from torch import Tensor, nn
 
 from zppo.records.atomic_file import written_whole
-from zppo_actors.weights import PublicationRefused
+from zppo_actors.weights import NotFinite, PublicationRefused
 from zppo_actors.weights.layout import (
     ALIGNMENT,
     ITEM_BYTES,
@@ -57,8 +61,9 @@ def publish(
     them.
 
     Tied tensors are written once, under their first name. `dtype` casts floating tensors on the
-    way, for a trainer that keeps wider masters. Raises OSError if the folder is full (nothing is
-    left behind), TypeError for an odd dtype.
+    way, for a trainer that keeps wider masters. Raises OSError if the folder is full, NotFinite for
+    a value that is NaN or infinite as it would be written, TypeError for an odd dtype; nothing is
+    left behind.
     """
     return publish_each(untied(tensors), version, folder, dtype)
 
@@ -100,21 +105,14 @@ def untied(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return unique
 
 
-def inspected(raw: memoryview, dtype: torch.dtype) -> tuple[str, bool]:
-    """The xxh3-128 digest of a tensor's bytes, and whether it holds no NaN and no infinity, exactly
-    (whole numbers never do). A block is in the cache when it is looked at again."""
-    digest, finite = xxhash.xxh3_128(), True
-    for start in range(0, len(raw), BLOCK):
-        block = raw[start : start + BLOCK]
-        digest.update(block)
-        finite = finite and _is_finite(block, dtype)
-    return digest.hexdigest(), finite
+def is_finite(block: memoryview, dtype: torch.dtype) -> bool:
+    """Whether these bytes of a tensor, at least one element, hold no NaN and no infinity, exactly;
+    whole numbers never do.
 
-
-def _is_finite(block: memoryview, dtype: torch.dtype) -> bool:
-    """What is not finite has all exponent bits set, so as whole numbers such values lie above all
+    What is not finite has all exponent bits set, so as whole numbers such values lie above all
     others: among the positive ones where the sign bit counts as a sign, among the negative ones
-    where it counts as the highest bit."""
+    where it counts as the highest bit.
+    """
     if dtype not in INFINITY_BITS:
         return True
     signed, unsigned, infinity = INFINITY_BITS[dtype]
@@ -128,8 +126,7 @@ def open_policy(manifest: PolicyManifest) -> dict[str, Tensor]:
     """Map the file of `manifest` and return its tensors by name (CPU, no copy, private to this
     process).
 
-    Raises PublicationRefused unless size, bounds, dtypes and every digest are as the manifest says,
-    and every value is finite.
+    Raises PublicationRefused unless size, bounds, dtypes and every digest are as the manifest says.
     """
     with _refusals(manifest):
         size = file_size(manifest)
@@ -199,16 +196,25 @@ def _append(file: BinaryIO, name: str, tensor: Tensor) -> TensorEntry:
         if tensor.numel()
         else memoryview(b"")
     )
-    start = _pad(file)
-    file.write(raw)
+    start, digest = _pad(file), xxhash.xxh3_128()
+    for block in _blocks(raw):
+        if not is_finite(block, tensor.dtype):
+            raise NotFinite(name)
+        digest.update(block)
+        file.write(block)
     return TensorEntry(
         name=name,
         dtype=DTYPE_NAMES[tensor.dtype],
         shape=list(tensor.shape),
         start=start,
         size=raw.nbytes,
-        digest=xxhash.xxh3_128_hexdigest(raw),
+        digest=digest.hexdigest(),
     )
+
+
+def _blocks(raw: memoryview) -> Iterator[memoryview]:
+    """All of `raw`, in pieces of which each is in the cache when it is read again."""
+    return (raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK))
 
 
 def _pad(file: BinaryIO) -> int:
@@ -231,13 +237,11 @@ def _refusals(manifest: PolicyManifest) -> Iterator[None]:
 
 def _tensor_at(memory: mmap.mmap | bytes, entry: TensorEntry) -> Tensor:
     with memoryview(memory) as whole, whole[entry.start : entry.start + entry.size] as raw:
-        digest, finite = inspected(raw, DTYPES[entry.dtype])
+        digest = xxhash.xxh3_128_hexdigest(raw)
     if digest != entry.digest:
         raise ValueError(
             f"tensor {entry.name!r} has digest {digest} where the manifest says {entry.digest}"
         )
-    if not finite:
-        raise ValueError(f"tensor {entry.name!r} holds values that are not finite")
     count, dtype = math.prod(entry.shape), DTYPES[entry.dtype]
     if count == 0:
         return torch.empty(entry.shape, dtype=dtype)

@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from worlds import topology
 
 from zppo import plan_command
 from zppo.capacity.calibration_file import read_calibration
 from zppo.capacity.measuring import calibration_folder
 from zppo.config.topology import Topology
+from zppo.errors import UserError
 from zppo.simulation import Accuracies
+from zppo.training.state import build_trainer
 from zppo_actors import runtime
+from zppo_actors.calibrator.process import published
 from zppo_actors.calibrator.training import Windows
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "examples" / "quickstart.yaml")
+STUDENT = str(ROOT / "examples" / "quickstart" / "student")
 SMALL = [
     *("--set", "scheduler.new_questions=4", "--seconds", "20"),  # of which little is used
     *("--set", "actors.rollout.engine_args.max_sequences=16"),
@@ -129,6 +134,25 @@ def test_the_weights_of_a_killed_calibration_are_taken_away_by_the_next_run(
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == -signal.SIGKILL
     [left] = runtime_base.iterdir()
     assert runtime.sweep() == [left] and not list(runtime_base.iterdir())
+
+
+@pytest.mark.slow
+def test_settings_under_which_training_overflows_are_named(tmp_path: Path) -> None:
+    optimizer = {"learning_rate": 1e10, "weight_decay": 1e25}
+    settings = topology(optimizer=optimizer, student={"model": STUDENT, "dtype": "float32"})
+    trainer = build_trainer(settings, time.perf_counter)
+    ones = {name: torch.ones_like(one) for name, one in trainer.policy.parameters().items()}
+    trainer.optimizer.step(ones)
+    published(trainer, 1, tmp_path)
+    trainer.optimizer.step(ones)
+    with pytest.raises(UserError) as caught:
+        published(trainer, 2, tmp_path)
+    assert str(caught.value) == (
+        "--calibrate: after its updates tensor 'model.embed_tokens.weight' holds values that are "
+        "not finite; lower optimizer.learning_rate (1e+10) or optimizer.weight_decay (1e+25), or "
+        "raise optimizer.epsilon (1e-08)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["policy-1.bin"]
 
 
 def made(**sections: object) -> Topology:

@@ -32,9 +32,10 @@ from zppo.config.topology import (
     Topology,
     TrainerConfig,
 )
-from zppo.errors import EXIT_FATAL, UserError
+from zppo.errors import EXIT_FATAL, EXIT_USER_ERROR, UserError
 from zppo.records import checkpoint, run_directory
 from zppo.training.batch import StalenessError
+from zppo.training.state import build_trainer
 from zppo_actors import runtime
 from zppo_actors.process import ActorContext
 from zppo_actors.trainer.actor import TrainerActor, starting_checkpoint
@@ -369,6 +370,53 @@ def test_a_stale_window_ends_the_process_so_that_nobody_retries_it(
         assert reason == Goodbye(reason="step 0: group '0/0' holds tokens of the later version 1")
         assert controller.process.wait(PATIENCE_SECONDS) == EXIT_FATAL
     assert errors.read_text().splitlines()[-1] == reason.reason
+
+
+def test_weights_that_an_update_makes_infinite_are_published_to_nobody(
+    tmp_path: Path, runtime_base: Path
+) -> None:
+    """Loss and norm of the update are finite, so it is not skipped."""
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    absurd = OptimizerConfig(learning_rate=1e10, weight_decay=1e30)
+    run_directory.create(run, structs.replace(topology(), optimizer=absurd))
+    with trainer_process(run, runtime_base, errors) as controller:
+        first = controller.greet()
+        controller.say(window(0))
+        reason = controller.expect(Goodbye)
+        assert reason == Goodbye(
+            reason="step 0: after its updates tensor 'model.embed_tokens.weight' holds values that "
+            "are not finite; lower optimizer.learning_rate (1e+10) or optimizer.weight_decay "
+            "(1e+30), or raise optimizer.epsilon (1e-08)"
+        )
+        assert controller.process.wait(PATIENCE_SECONDS) == EXIT_USER_ERROR
+        served = Path(first.manifest.path)
+        assert [one.name for one in served.parent.glob("*policy*")] == [served.name]
+        _same_weights(shared_memory.open_policy(first.manifest), STUDENT)
+    assert errors.read_text().splitlines()[-1] == reason.reason
+
+
+def test_weights_that_are_damaged_from_the_start_are_named_by_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first looks at a model do not meet them."""
+    damaged = build_trainer(topology(), time.perf_counter)
+    with torch.no_grad():
+        damaged.policy.model.model.norm.weight[5] = torch.inf
+    found = "tensor 'model.norm.weight' holds values that are not finite"
+    folder = checkpoint.final_folder(tmp_path, 3)
+    folder.mkdir(parents=True)
+    sentences = {
+        0: f"student.model: {found} in {str(STUDENT)!r}; expected weights that are not damaged",
+        3: f"{folder}: {found}; remove this checkpoint, and the one before it is resumed",
+    }
+    for version, sentence in sentences.items():
+        trainer, dealer = actor(tmp_path, Welcome(heartbeat_seconds=60), start_version=version)
+        monkeypatch.setattr(trainer, "_load", lambda: damaged)
+        with pytest.raises(UserError) as caught:
+            trainer.run()
+        assert str(caught.value) == sentence
+        assert dealer.sent[-1] == Goodbye(reason=sentence)
+        assert not any(isinstance(message, PolicyPublished) for message in dealer.sent)
 
 
 def test_orders_are_obeyed_in_turn(tmp_path: Path) -> None:

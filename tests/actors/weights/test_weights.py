@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zppo_actors.weights import PublicationRefused, shared_memory
+from zppo_actors.weights import NotFinite, PublicationRefused, shared_memory
 from zppo_actors.weights.layout import whole_digest
 from zppo_protocol.values import PolicyManifest
 
@@ -188,15 +188,10 @@ def of_other_shape(tensors: dict[str, Tensor]) -> None:
     tensors["model.norm.weight"] = torch.ones(31)
 
 
-def not_finite(tensors: dict[str, Tensor]) -> None:
-    tensors["model.norm.weight"] = torch.full((32,), torch.nan)
-
-
 MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "missing": (without_last, r"tensor 'model.norm.weight' is missing \(1 in all\)"),
     "dtype": (of_other_dtype, "has dtype torch.float16, the model wants torch.float32"),
     "shape": (of_other_shape, r"has shape \[31\], the model wants \[32\]"),
-    "finite": (not_finite, "tensor 'model.norm.weight' holds values that are not finite"),
 }
 
 
@@ -217,16 +212,14 @@ def test_whole_files_that_do_not_fit_are_refused(misfit: str, tmp_path: Path) ->
 
 def is_finite(tensor: Tensor) -> bool:
     raw = memoryview(tensor.view(torch.uint8).numpy())
-    digest, finite = shared_memory.inspected(raw, tensor.dtype)
-    assert digest == xxhash.xxh3_128_hexdigest(raw)
-    return finite
+    return shared_memory.is_finite(raw, tensor.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_pattern_of_16_bits_is_told_apart_as_torch_does(dtype: torch.dtype) -> None:
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = patterns[torch.isfinite(patterns)]
-    assert is_finite(finite) and is_finite(finite[:0])
+    assert is_finite(finite)
     for value in patterns[~torch.isfinite(patterns)]:
         assert not is_finite(torch.stack([finite[0], value, finite[-1]]))
 
@@ -234,17 +227,52 @@ def test_every_pattern_of_16_bits_is_told_apart_as_torch_does(dtype: torch.dtype
 @pytest.mark.parametrize(
     "bits", [0x7F800000, 0x7F800001, 0x7FFFFFFF, -0x00800000, -0x007FFFFF, -1], ids=hex
 )
-def test_infinities_and_nans_of_32_bits_are_found_wherever_they_are(bits: int) -> None:
+def test_infinities_and_nans_of_32_bits_are_not_published_wherever_they_are(
+    bits: int, tmp_path: Path
+) -> None:
     greatest = torch.finfo(torch.float32).max
     block = shared_memory.BLOCK // 4
     tensor = torch.tensor([greatest, -greatest, 0.0, -0.0]).repeat(block // 2)
-    assert is_finite(tensor)
+    shared_memory.publish({"a": tensor}, 1, tmp_path)
     for place in (0, block - 1, block, len(tensor) - 1):
         broken = tensor.clone()
         broken.view(torch.int32)[place] = bits
-        assert not is_finite(broken)
         assert not torch.isfinite(broken).all()
+        with pytest.raises(NotFinite):
+            shared_memory.publish({"b": torch.ones(3), "a": broken}, 2, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["policy-1.bin"]
 
 
-def test_whole_numbers_are_finite() -> None:
-    assert is_finite(torch.full((3,), -1, dtype=torch.int32))
+def test_what_is_not_finite_once_it_is_cast_is_named(tmp_path: Path) -> None:
+    tensors = {"n": torch.full((3,), -1), "w": torch.tensor([1.0, 1e38, -1e38])}
+    shared_memory.publish(tensors, 0, tmp_path, torch.bfloat16)
+    with pytest.raises(NotFinite) as caught:
+        shared_memory.publish(tensors, 1, tmp_path, torch.float16)
+    assert str(caught.value) == "tensor 'w' holds values that are not finite"
+
+
+def test_a_file_that_is_being_written_over_is_given_up_with_what_is_not_finite(
+    tmp_path: Path,
+) -> None:
+    """Its old bytes are gone by then."""
+    shared_memory.publish({"a": torch.ones(9)}, 1, tmp_path)
+    shared_memory.remove(tmp_path, 1)
+    with pytest.raises(NotFinite):
+        shared_memory.publish({"a": torch.ones(9), "b": torch.tensor(torch.nan)}, 2, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tensor", [torch.full((3,), -1, dtype=torch.int32), torch.zeros(0, 2)])
+def test_whole_numbers_and_tensors_without_values_are_finite(
+    tensor: Tensor, tmp_path: Path
+) -> None:
+    manifest = shared_memory.publish({"a": tensor}, 0, tmp_path)
+    assert torch.equal(shared_memory.open_policy(manifest)["a"], tensor)
+
+
+def test_tensors_of_several_blocks_come_back_bit_for_bit(tmp_path: Path) -> None:
+    """With the digest of all their bytes, which others take in one go."""
+    tensor = torch.arange(2 * shared_memory.BLOCK + 5, dtype=torch.int32).view(torch.uint8)
+    manifest = shared_memory.publish({"a": tensor}, 0, tmp_path)
+    assert manifest.tensors[0].digest == xxhash.xxh3_128_hexdigest(tensor.numpy().data)
+    assert torch.equal(shared_memory.open_policy(manifest)["a"], tensor)

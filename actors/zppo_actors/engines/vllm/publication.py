@@ -4,8 +4,8 @@ model that is served.
 vLLM keeps other tensors than the trainer (projections are fused, weights may be packed), so a
 publication is compared with the *layout* of the Hugging Face model: names, shapes and dtypes as
 `state_dict` has them, tied tensors under their first name alone. The invariant: what `verify` lets
-pass covers the model exactly and is finite, and `FileIdentity` tells a worker whether it opens the
-file that was verified.
+pass covers the model exactly, and `FileIdentity` tells a worker whether it opens the file that was
+verified.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def verify(layout: Layout, manifest: PolicyManifest) -> Update:
     """Check all of a publication; nothing is loaded.
 
     Raises PublicationRefused for a file that is torn or replaced, a digest that is wrong, a name
-    too many or too few, another shape or dtype, or a value that is not finite.
+    too many or too few, or another shape or dtype.
     """
     before = _identity(manifest)
     published = shared_memory.open_policy(manifest)

@@ -94,12 +94,6 @@ def narrow(found: Tensors) -> None:
     found["model.norm.weight"] = found["model.norm.weight"].bfloat16()
 
 
-def poison(found: Tensors) -> None:
-    found["model.norm.weight"] = (
-        found["model.norm.weight"].clone().index_fill_(0, torch.tensor([5]), float("nan"))
-    )
-
-
 def rename(found: Tensors) -> None:
     found["lm_head.weight"] = found.pop("model.embed_tokens.weight")
 
@@ -114,7 +108,6 @@ def rename(found: Tensors) -> None:
             narrow,
             "tensor 'model.norm.weight' has dtype torch.bfloat16, the model wants torch.float32",
         ),
-        (poison, "tensor 'model.norm.weight' holds values that are not finite"),
         (
             rename,
             (
