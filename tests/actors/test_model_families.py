@@ -39,6 +39,14 @@ HOLDS: dict[str, tuple[str, dict[str, Any]]] = {
     "values narrower than keys": ("deepseek_v3", {}),
     "the same, other projections": ("minicpm3", {}),
     "chunks, and layers without positions": ("llama4_text", {}),
+    "scores that grow with the length": (
+        "llama4_text",
+        {"attention_chunk_size": 64, "floor_scale": 64},
+    ),
+    "the same in layers that see everything": (
+        "llama4_text",
+        {"no_rope_layers": [0] * 4, "floor_scale": 64},
+    ),
     "learned positions": ("gpt2", {}),
     "a cap of the logits, a head of its own scale": ("cohere2", {}),
 }

@@ -31,6 +31,9 @@ WINDOWS = (
     "window_size",
 )
 """Settings that bound how far back a layer looks, in tokens."""
+COLUMN_STEP = 32
+"""The engine 'transformers' reads a multiple of this many columns of its slots, which also keeps
+its bias aligned for fused kernels."""
 OTHER_CACHES = ("kv_lora_rank", "sliding_window")
 """Settings of a model that keeps less than all keys and values."""
 LENGTH_DEPENDENT = ("longrope", "su")
@@ -115,6 +118,23 @@ def window_of(text: Mapping[str, Any]) -> int | None:
         names = [name for name in names if not name.startswith("sliding_window")]
     sizes = [text[name] for name in names if isinstance(text[name], int)]
     return min(sizes, default=None)
+
+
+def tempered_from(text: Mapping[str, Any]) -> int | None:
+    """Of how many tokens on a layer scales its queries by their number (Llama 4); None for a model
+    without such layers. It counts places of a row or of a cache and asks for no positions, so rows
+    of several rollouts, and slots, must end before."""
+    places = text.get("floor_scale")
+    return int(places) if places and text.get("attn_temperature_tuning") else None
+
+
+def slots_window_of(text: Mapping[str, Any]) -> int | None:
+    """Longest sequence that the slots of the engine 'transformers' hold; None if the context alone
+    bounds it. They know no windows, and count for every sequence the columns that are read for the
+    longest one."""
+    tempered = tempered_from(text)
+    bounds = (window_of(text), None if tempered is None else max(1, tempered - COLUMN_STEP))
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def other_state(text: Mapping[str, Any]) -> str | None:

@@ -28,8 +28,8 @@ from zppo.plan.architecture import (
     other_state,
     refuse_no_decoder,
     setting,
+    slots_window_of,
     state_numbers,
-    window_of,
 )
 from zppo.plan.model_class import SEEING, AutoClass, auto_class
 from zppo.plan.model_defaults import completed
@@ -50,9 +50,9 @@ BARE_LANGUAGE = ("model.embed_tokens.", "model.layers.", "model.norm.")
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """Counts of a causal language model. `context` and `window` are in tokens, as
-    `zppo.plan.architecture` has them; `parameters` counts tied weights once, and so many of them
-    are the `tower`'s, which sees pictures. `quantised_bytes`:
-    what the weights take as they are stored, where an engine keeps them so; None where it casts
+    `zppo.plan.architecture` has them, the latter for slots; `parameters` counts tied weights once,
+    and so many of them are the `tower`'s, which sees pictures. `quantised_bytes`: what the weights
+    take as they are stored, where an engine keeps them so; None where it casts
     them. `tied`: the input embedding is the head as well. `bounded`: the context ends before the
     model's positions do. `caches_otherwise`: an engine keeps something else than full keys and
     values. `state`: what layers carry that slots do not hold. `opened_by`: the class
@@ -84,7 +84,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
 
     @property
     def slots_context(self) -> int:
-        """Longest sequence in the engine 'transformers', whose slots know no windows."""
+        """Longest sequence in the engine 'transformers'."""
         return min(self.context, self.window or self.context)
 
 
@@ -154,7 +154,7 @@ def facts_of(
         context=context_of(text),
         family=str(text.get("model_type", "")),
         kind=str(config.get("model_type", "")),
-        window=window_of(text),
+        window=slots_window_of(text),
         bounded=bounded(text),
         state=other_state(text),
         opened_by=opened_by,

@@ -83,7 +83,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("compute/teacher_draws_written", "tokens", "Response tokens of the teacher's answers."),
     Metric("compute/teacher_other_read", "tokens", "Prompt tokens of compressions, hints and the judge's verdicts."),
     Metric("compute/teacher_other_written", "tokens", "What the teacher wrote for them."),
-    Metric("compute/teacher_scored", "tokens", "Tokens at which the teacher gave its distribution (distillation)."),
+    Metric("compute/teacher_scored", "tokens", "Tokens that the teacher read to give its distribution (distillation)."),
     Metric("compute/proximal", "tokens", "Tokens of a proximal pass over all groups, prompts once for each."),
     Metric("compute/trained", "tokens", "Tokens of the groups in the loss, prompts once for each group."),
     Metric("compute/reference", "tokens", "With method.kl_coefficient: tokens that the frozen reference reads."),

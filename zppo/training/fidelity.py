@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from zppo.errors import UserError, first_line
-from zppo.plan.architecture import context_of, layer_kinds, window_of
+from zppo.plan.architecture import context_of, layer_kinds, tempered_from, window_of
 from zppo.training import attention
 from zppo.training.layout import PAD_ID, SHARED_WIDTH, attention_mask
 from zppo.training.loading import is_recurrent
@@ -34,6 +35,8 @@ that is 1e-4; in 16 bits the bound is chosen below what another computation gave
 and more), and not measured on large ones. Caps at their usual 50 give 0.02, and are therefore read
 from the configuration."""
 PROBE_LENGTHS = (40, 13, 2)
+BRANCHING = 6
+"""So many tokens the two rows of a probe of trees begin with."""
 EAGER = "eager"
 FAULTS = (
     *(NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError),
@@ -111,8 +114,12 @@ def can_share_prompts(model: Any) -> bool:
         return False  # their windows stand in masks that ours would replace
     if is_recurrent(model):
         return False  # a state goes on from one rollout of a row into the next
+    if "position_ids" not in signature(model.forward).parameters:
+        return False  # it counts places (ALiBi)
     if (window_of(text) or SHARED_WIDTH) < SHARED_WIDTH:
         return False
+    if (tempered_from(text) or SHARED_WIDTH + 1) <= SHARED_WIDTH:
+        return False  # a place in a row with several rollouts is no position
     if model.config._attn_implementation not in ("sdpa", EAGER, attention.NAME):
         return False
     return _same_in_a_tree(model, lambda ends_BL: attention_mask(ends_BL, model.dtype))
@@ -124,27 +131,35 @@ def can_share_long_rows(model: Any) -> bool:
     well: by our own attention, branch by branch, in which there are no windows."""
     if model.config._attn_implementation != attention.NAME:
         return False
-    if window_of(model.config.get_text_config().to_dict()):
+    text = model.config.get_text_config().to_dict()
+    if window_of(text) or tempered_from(text):
         return False
     return _same_in_a_tree(model, lambda ends_BL: ends_BL[:, None, None])
 
 
 def _same_in_a_tree(model: Any, mask_of: Callable[[Tensor], Tensor]) -> bool:
-    """Whether two probe rows that begin alike get, with this mask, their own log-probs."""
-    ids = _probe_rows(model)[0][:12]
-    alone = [ids[:8], torch.cat([ids[:6], ids[8:]])]
-    expected = torch.cat([_log_probs(model, input_ids=row[None])[0, 6:] for row in alone])
-    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9], device=ids.device)
-    ends = torch.tensor([12] * 6 + [8] * 2 + [12] * 4, device=ids.device)
+    """Whether two probe rows that begin alike get, with this mask, their own log-probs.
+
+    The first is long, so that the second stands far behind its positions: what a model makes of
+    places then shows in 16 bits as well."""
+    first = _probe_rows(model)[0]
+    second = torch.cat([first[:BRANCHING], first[-4:]])
+    expected = torch.cat(
+        [_log_probs(model, input_ids=row[None])[0, BRANCHING:][:4] for row in (first, second)]
+    )
+    places = torch.arange(len(first) + len(second) - BRANCHING, device=first.device)
+    behind = places >= len(first)
+    ends = torch.where((places >= BRANCHING) & ~behind, len(first), len(places))
     try:
         found = _log_probs(
             model,
-            input_ids=ids[None],
-            position_ids=positions[None],
+            input_ids=torch.cat([first, second[BRANCHING:]])[None],
+            position_ids=torch.where(behind, places - len(first) + BRANCHING, places)[None],
             attention_mask=mask_of(ends[None]),
-        )[0, 6:]
+        )[0]
     except FAULTS:
         return False  # a model that takes no such mask
+    found = torch.cat([found[BRANCHING:][:4], found[len(first) :]])
     return _difference(found, expected) < LARGEST_DIFFERENCE[model.dtype]
 
 

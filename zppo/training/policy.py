@@ -166,11 +166,18 @@ class Policy:
         checkpointing).
 
         transformers does so in training mode only; the layers alone are put into it, so that
-        dropout stays off.
+        dropout stays off. Raises UserError for an architecture whose layers cannot.
         """
-        self.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        try:
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        except ValueError as error:
+            raise UserError(
+                "actors.trainer.gradient_checkpointing is true; expected false, because the layers "
+                f"of {self.model.name_or_path!r} ({self.model.config.model_type}) cannot be "
+                "computed again"
+            ) from error
         for layer in self.model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True

@@ -18,6 +18,7 @@ from zppo.plan.architecture import (
     context_of,
     other_state,
     setting,
+    slots_window_of,
     window_of,
 )
 from zppo.plan.machine import Machine
@@ -90,6 +91,21 @@ def test_window_is_how_far_the_shortest_sighted_layer_looks(
     config: dict[str, Any], window: int | None
 ) -> None:
     assert window_of(config) == window
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"sliding_window": 4096, "floor_scale": 8192}, 4096),
+        ({"floor_scale": 8192, "attn_temperature_tuning": False}, None),
+        ({"floor_scale": 8192, "attn_temperature_tuning": True}, 8160),
+        ({"floor_scale": 20, "attn_temperature_tuning": True}, 1),
+    ],
+)
+def test_slots_end_before_the_number_of_tokens_changes_what_a_layer_computes(
+    config: dict[str, Any], window: int | None
+) -> None:
+    assert slots_window_of(config) == window
 
 
 def test_state_that_slots_do_not_hold() -> None:

@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    CTRLConfig,
     DeepseekV32Config,
     Gemma2Config,
     MistralConfig,
+    MptConfig,
 )
 
 from zppo.errors import UserError
@@ -43,6 +45,35 @@ def test_prompts_are_shared_only_where_no_window_ends_within_a_row(
     sliding_window: int | None, shares: bool
 ) -> None:
     assert Policy(mistral(sliding_window)).shares_prompts is shares
+
+
+def mpt() -> Any:
+    """It counts places (ALiBi)."""
+    return made(MptConfig(vocab_size=31, d_model=16, n_heads=4, n_layers=2, max_seq_len=64))
+
+
+def test_a_model_that_takes_no_positions_shares_no_prompts() -> None:
+    """Under weights as small as these no probe would show it."""
+    assert not Policy(mpt()).shares_prompts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_counts_places_all_the_same_shares_no_prompts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is wrong by grows with what stands between two rollouts; by two places it is less
+    than what rounding in 16 bits may be."""
+    model = mpt()
+    for parameter in model.parameters():
+        parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+    forward = model.forward
+
+    def deaf(position_ids: Any = None, **inputs: Any) -> Any:
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", deaf)
+    assert not Policy(model.to(dtype)).shares_prompts
 
 
 @pytest.mark.slow
@@ -128,4 +159,14 @@ def test_a_model_that_fails_on_the_probe_is_refused_in_a_sentence(
         Policy(model, "teacher.model")
     assert str(caught.value) == (
         "teacher.model: the trainer cannot use '' (llama) (IndexError: index out of range in self)"
+    )
+
+
+def test_layers_that_cannot_be_computed_again_are_refused_in_a_sentence() -> None:
+    config = CTRLConfig(vocab_size=31, n_positions=64, n_embd=16, dff=24, n_layer=1, n_head=2)
+    with pytest.raises(UserError) as caught:
+        Policy(made(config)).recompute_layers()
+    assert str(caught.value) == (
+        "actors.trainer.gradient_checkpointing is true; expected false, because the layers of '' "
+        "(ctrl) cannot be computed again"
     )

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zppo.plan.architecture import COLUMN_STEP
 from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.pictures import Tower
 from zppo_actors.engines.sequences import Completion, Running
@@ -35,9 +36,6 @@ from zppo_actors.engines.transformers.sampling import Sampler
 from zppo_actors.engines.transformers.slots import SlotCache, grown
 from zppo_protocol.values import FROZEN
 
-COLUMN_STEP = 32
-"""Attention reads a multiple of this many columns, which also keeps the bias aligned for fused
-kernels."""
 PREFILL_TOKENS = 8192
 """Padded prompt tokens of one pass; bounds the activations and how long the running sequences
 wait."""

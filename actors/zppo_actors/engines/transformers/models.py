@@ -15,7 +15,7 @@ from zppo.plan.architecture import (
     context_of,
     other_state,
     refuse_other_state,
-    window_of,
+    slots_window_of,
 )
 from zppo.prompting.picture_families import unsampled_ids
 from zppo.training.fidelity import EAGER, FAULTS, LARGEST_DIFFERENCE
@@ -54,11 +54,11 @@ def refuse_unserved(config: Any, folder: str, where: str) -> None:
 
 
 def context_length(config: Any) -> int:
-    """The longest sequence that slots can hold: the model's context, or its sliding window where
-    that is shorter. `config` is that of the text part."""
+    """The longest sequence that slots can hold: the model's context, or what
+    `zppo.plan.architecture.slots_window_of` says. `config` is that of the text part."""
     text = config.to_dict()
     context = context_of(text)
-    return min(context, window_of(text) or context)
+    return min(context, slots_window_of(text) or context)
 
 
 @torch.inference_mode()
