@@ -89,16 +89,16 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "any(_admitted(v, recipe))], limit\n",
-        "any(_admitted(v, recipe))], len(window.visits)\n",
+        "any(_admitted(visit, recipe))], limit)",
+        "any(_admitted(visit, recipe))], len(hard))",
         "the post-cap keeps the same groups",
     ),
     Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk"),
     Mutant("zppo/algorithm/steps.py", "return walk[:limit]", "return walk[:limit + 1]"),
     Mutant(
         "zppo/algorithm/steps.py",
-        "return recipe.reformulated(window.new_count, hard)",
-        "return recipe.reformulated(len(window.visits), hard)",
+        "limit = recipe.reformulated(window.new_count, len(hard))",
+        "limit = recipe.reformulated(len(window.visits), len(hard))",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -108,7 +108,9 @@ MUTANTS = (
     ),
     Mutant("zppo/algorithm/steps.py", "    for entry in buffer.evict():", "    for entry in []:"),
     Mutant(
-        "zppo/algorithm/steps.py", "if is_hard(v, recipe) and any(_admitted", "if any(_admitted"
+        "zppo/algorithm/steps.py",
+        "pre_cap(hard, recipe, limit), recipe",
+        "pre_cap(window.visits, recipe, limit), recipe",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
@@ -162,10 +164,10 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/scheduling/free_workers.py",
-        "if top is not None and -top[0] >= cost else None",
-        "if top is not None else None",
+        "if best is not None and -best[0] >= cost else None",
+        "if best is not None else None",
     ),
-    Mutant("zppo/scheduling/free_workers.py", " if version >= min_version]", "]"),
+    Mutant("zppo/scheduling/free_workers.py", " if version >= min_version else None", ""),
     Mutant(
         "zppo/data/cursor.py",
         "if question_id in in_flight or question_id in taken:",
@@ -248,16 +250,18 @@ MUTANTS = (
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "hard = [visit for visit in window.visits if is_hard(visit, recipe)]",
-        "hard = list(window.visits)",
-    ),
-    Mutant(
-        "zppo/algorithm/steps.py", "chosen = hardest(hard, cap(window, recipe))", "chosen = hard"
+        "hard = hard_visits(window, recipe)\n    chosen",
+        "hard = list(window.visits)\n    chosen",
     ),
     Mutant(
         "zppo/algorithm/steps.py",
-        "chosen = hardest(hard, cap(window, recipe))",
-        "chosen = hard[: cap(window, recipe)]",
+        "chosen = hardest(hard, recipe.reformulated(window.new_count, len(hard)))",
+        "chosen = hard",
+    ),
+    Mutant(
+        "zppo/algorithm/steps.py",
+        "chosen = hardest(hard, recipe.reformulated(window.new_count, len(hard)))",
+        "chosen = hard[: recipe.reformulated(window.new_count, len(hard))]",
     ),
     Mutant(
         "zppo/scheduling/stages.py",

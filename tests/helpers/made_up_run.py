@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from zppo.algorithm.composition import student_groups
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.steps import Recipe, refresh_buffer
@@ -28,8 +29,9 @@ from zppo.config.topology import (
     Topology,
 )
 from zppo.data.question import Question
-from zppo.records.metrics import buffer_metrics, outcomes, trainer_metrics, window_metrics
+from zppo.records.metrics import buffer_metrics, trainer_metrics, window_metrics
 from zppo.records.run_directory import create
+from zppo.scheduling.events import Trained
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.journal import Journal
 from zppo_actors.controller.sinks import MetricSinks
@@ -269,5 +271,6 @@ class FakeRun:
             },
         )
         sinks.write_fate(step, fates)
-        members = {(g.id, i) for g in window.student_groups() for i in range(len(g.rewards))}
-        sinks.write_rollouts(step, window, outcomes(fates), members)
+        composed = [(v, group) for v in window.visits for group in student_groups(v, self.rng)]
+        trained = Trained(window=window, composed=composed, tokens=0, fates=fates, settled=[step])
+        sinks.write_rollouts(step, trained)

@@ -82,11 +82,10 @@ def correct_teacher_responses(visit: Visit, rng: random.Random) -> list[Composit
 
 def without_failed(composition: Composition) -> Composition:
     """The group without the rollouts whose reward could not be had; perhaps without any."""
-    if not any(group.the_grades[index].failed for group, index in composition.members):
+    failed = [group.the_grades[index].failed for group, index in composition.members]
+    if not any(failed):
         return composition
-    members = [
-        (group, index) for group, index in composition.members if not group.the_grades[index].failed
-    ]
+    members = [member for member, out in zip(composition.members, failed, strict=True) if not out]
     return structs.replace(composition, members=members)
 
 
@@ -105,12 +104,13 @@ def trained_members(compositions: Iterable[Composition]) -> set[tuple[str, int]]
 def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = ()) -> TrainGroup:
     """What the trainer gets: token streams and rewards, no texts; the remote teacher's scores if
     there are any, and the `parts` of the rewards."""
+    asked = _asked(visit, composition)
     return TrainGroup(
         group_id=composition.id,
-        media=asked_media(visit, composition),
+        media=asked.prompt.media,
         question_id=visit.question.id,
         kind=composition.kind,
-        samples=gathered(visit, composition),
+        samples=_gathered(asked, composition),
         rewards=composition.rewards,
         scores=visit.scores.get(composition.id),
         reward_parts=composition.parts_NK(parts),
@@ -119,7 +119,10 @@ def train_group(visit: Visit, composition: Composition, parts: Sequence[str] = (
 
 def gathered(visit: Visit, composition: Composition) -> GroupSamples:
     """The members' token streams end to end, behind the prompt that the student read."""
-    asked = _asked(visit, composition)
+    return _gathered(_asked(visit, composition), composition)
+
+
+def _gathered(asked: Group, composition: Composition) -> GroupSamples:
     if _is_all_of(composition, asked):
         return asked.the_samples.without_texts()
     parts = [_rollout(group.the_samples, index) for group, index in composition.members]
@@ -143,17 +146,9 @@ def asked_media(visit: Visit, composition: Composition) -> list[Media]:
     return _asked(visit, composition).prompt.media
 
 
-def gathered_tokens(visit: Visit, composition: Composition) -> int:
-    """Prompt and response tokens of `gathered`."""
-    asked = _asked(visit, composition)
-    if _is_all_of(composition, asked):
-        return len(asked.the_samples.prompt_ids) + len(asked.the_samples.token_ids)
-    offsets = {group.id: group.the_samples.offsets.tolist() for group, _ in composition.members}
-    lengths = (
-        offsets[group.id][index + 1] - offsets[group.id][index]
-        for group, index in composition.members
-    )
-    return len(asked.the_samples.prompt_ids) + sum(lengths)
+def tokens_of(group: TrainGroup) -> int:
+    """Its tokens: those of the prompt once, and those of all responses."""
+    return len(group.samples.prompt_ids) + len(group.samples.token_ids)
 
 
 def _is_all_of(composition: Composition, group: Group) -> bool:

@@ -172,8 +172,8 @@ def select(window: Window, recipe: Recipe) -> list[Visit]:
     """X_aug of Algorithms 5 and 6: the hardest questions, on which alone the teacher is asked."""
     if recipe.method.teacher_draws != "selected":
         return []
-    hard = [visit for visit in window.visits if is_hard(visit, recipe)]
-    chosen = hardest(hard, cap(window, recipe))
+    hard = hard_visits(window, recipe)
+    chosen = hardest(hard, recipe.reformulated(window.new_count, len(hard)))
     for visit in chosen:
         visit.selected = True
     return chosen
@@ -181,9 +181,10 @@ def select(window: Window, recipe: Recipe) -> list[Visit]:
 
 def add_reformulations(window: Window, recipe: Recipe) -> None:
     """Decide the window's reformulated groups: pre-cap, post-cap, draw of the candidates."""
-    window.hard_questions = sum(is_hard(visit, recipe) for visit in window.visits)
-    limit = cap(window, recipe)
-    for visit, reformulator in post_cap(pre_cap(window, recipe, limit), recipe, limit):
+    hard = hard_visits(window, recipe)
+    window.hard_questions = len(hard)
+    limit = recipe.reformulated(window.new_count, len(hard))
+    for visit, reformulator in post_cap(pre_cap(hard, recipe, limit), recipe, limit):
         candidates = reformulator.draw(
             visit, recipe.rng(window.index, visit.question.id, reformulator.kind)
         )
@@ -192,17 +193,14 @@ def add_reformulations(window: Window, recipe: Recipe) -> None:
         visit.reformulations.append(Reformulation(kind=reformulator.kind, candidates=candidates))
 
 
-def cap(window: Window, recipe: Recipe) -> int:
-    """Most reformulated groups of this window, known once its plain groups are graded."""
-    hard = sum(is_hard(visit, recipe) for visit in window.visits)
-    return recipe.reformulated(window.new_count, hard)
+def hard_visits(window: Window, recipe: Recipe) -> list[Visit]:
+    """All with r̄_x < τ, known once the window's plain groups are graded."""
+    return [visit for visit in window.visits if is_hard(visit, recipe)]
 
 
-def pre_cap(window: Window, recipe: Recipe, limit: int) -> list[Visit]:
+def pre_cap(hard: list[Visit], recipe: Recipe, limit: int) -> list[Visit]:
     """The `limit` hardest base questions (ascending r̄_x) that admit at least one reformulation."""
-    return hardest(
-        [v for v in window.visits if is_hard(v, recipe) and any(_admitted(v, recipe))], limit
-    )
+    return hardest([visit for visit in hard if any(_admitted(visit, recipe))], limit)
 
 
 def hardest(visits: list[Visit], limit: int) -> list[Visit]:

@@ -6,6 +6,7 @@ whether their arguments fit, is checked where rewards are known (`zppo.grading`,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ def parts_of(entries: Sequence[RewardConfig]) -> list[Part]:
     return parts
 
 
+@functools.lru_cache(maxsize=64)
 def rule_of(grader: str) -> tuple[str, str]:
     """The grader of a question without, and the name of, the part that its row names."""
     rule, _, part = grader.partition(":")

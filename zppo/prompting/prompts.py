@@ -204,6 +204,7 @@ class PromptSet:
             lstrip_blocks=True,
             autoescape=False,
             auto_reload=False,
+            cache_size=-1,  # all of them, with no account of which was used last
         )
         self._files: dict[str, tuple[bytes, Path]] = {}
         """Name -> content and place of every template, and of what one includes by name."""

@@ -74,7 +74,8 @@ def mixed(group: Group) -> bool:
 
 def unanimous(group: Group) -> bool:
     """Whether all replies of a graded group end in the same answer."""
-    answers = {_written(grade.answer) for grade in group.grades or ()}
+    answers = {grade.answer for grade in group.grades or ()}
+    answers = set(map(_written, answers))
     return len(answers) == 1 and None not in answers
 
 

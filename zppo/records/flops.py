@@ -15,12 +15,10 @@ engines and trainer share it among the responses of the group.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import starmap
 
 from msgspec import Struct
 
-from zppo.algorithm.composition import Composition, gathered_tokens
-from zppo.algorithm.window import Group, Visit, Window
+from zppo.algorithm.window import Group, Window
 from zppo.plan.model_folder import ModelFacts
 from zppo_protocol.samples import GroupSamples
 
@@ -50,17 +48,17 @@ def multiplying(facts: ModelFacts) -> int:
 
 def token_counts(
     window: Window,
-    composed: Iterable[tuple[Visit, Composition]],
+    trained: int,
     *,
     scored: bool,
     reference: bool = False,
 ) -> dict[str, float | int]:
-    """The `compute/` metrics of a trained window. `composed` are the groups in the loss; `scored`
-    says whether the teacher gives its distribution at their tokens, in which case there is no
-    proximal pass; `reference` whether the loss has a KL to a frozen student."""
+    """The `compute/` metrics of a trained window. `trained` are the prompt and response tokens of
+    the groups in the loss; `scored` says whether the teacher gives its distribution at these, in
+    which case there is no proximal pass; `reference` whether the loss has a KL to a frozen
+    student."""
     student = _samples(window.student_groups())
     teacher = _samples(group for visit in window.visits for group in visit.teacher_groups())
-    passed = sum(starmap(gathered_tokens, composed))
     return {
         "compute/student_read": sum(samples.read_tokens for samples in student),
         "compute/student_written": sum(samples.written_tokens for samples in student),
@@ -68,10 +66,10 @@ def token_counts(
         "compute/teacher_draws_written": sum(samples.written_tokens for samples in teacher),
         "compute/teacher_other_read": window.spent.get("read", 0),
         "compute/teacher_other_written": window.spent.get("written", 0),
-        "compute/teacher_scored": passed if scored else 0,
-        "compute/proximal": 0 if scored else passed,
-        "compute/trained": passed,
-        **({"compute/reference": passed} if reference else {}),
+        "compute/teacher_scored": trained if scored else 0,
+        "compute/proximal": 0 if scored else trained,
+        "compute/trained": trained,
+        **({"compute/reference": trained} if reference else {}),
     }
 
 

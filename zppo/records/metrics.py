@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -252,8 +252,9 @@ def prompt_length(samples: GroupSamples) -> int | None:
 def mean_accuracy(groups: Iterable[Group]) -> float | None:
     """Share of correct rollouts of the groups (each group counts by its size); None without
     rollouts."""
-    correct = [right for group in groups for right in group.correctness()]
-    return sum(correct) / len(correct) if correct else None
+    correct = [group.correctness() for group in groups]
+    count = sum(map(len, correct))
+    return sum(map(sum, correct)) / count if count else None
 
 
 def mean_reward(groups: Iterable[Group]) -> float | None:
@@ -269,7 +270,7 @@ def window_metrics(window: Window, step: int) -> Scalars:
     return {
         **_composition(window),
         **_accuracies(window.visits),
-        **_rewards(window),
+        **_rewards(window.visits, sampled),
         **staleness_metrics(sampled, step),
         **_compression(window.visits),
         **_lengths(sampled),
@@ -286,15 +287,16 @@ def staleness_metrics(groups: Iterable[Group], step: int) -> Scalars:
     """staleness/: step − version over tokens, split per rollout into versions missed while sampled
     and while queued."""
     samples = [group.samples for group in groups if group.samples is not None]
-    ranges = [r for s in samples for r in version_ranges(s) if r is not None]
+    ranges = Counter(filter(None, chain.from_iterable(map(version_ranges, samples))))
     if not ranges:
         return {}
     tokens, versions = np.concatenate([s.version_spans for s in samples]).astype(np.int64).T
+    counts, total = ranges.items(), ranges.total()
     return {
         "staleness/mean": float((step - versions) @ tokens / tokens.sum()),
         "staleness/max": step - int(versions.min()),
-        "staleness/in_flight": float(np.mean([high - low for low, high in ranges])),
-        "staleness/in_queue": float(np.mean([step - high for _, high in ranges])),
+        "staleness/in_flight": sum(n * (high - low) for (low, high), n in counts) / total,
+        "staleness/in_queue": sum(n * (step - high) for (_, high), n in counts) / total,
     }
 
 
@@ -351,14 +353,15 @@ def _accuracies(visits: Sequence[Visit]) -> Scalars:
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-def _rewards(window: Window) -> Scalars:
+def _rewards(visits: Sequence[Visit], sampled: Sequence[Group]) -> Scalars:
     """What rollouts earn, whole and by part, and the share whose reward could not be had; nothing
     where a grader alone says what is right, since there reward and correctness are the same."""
-    grades = [grade for group in window.student_groups() for grade in group.grades or ()]
+    grades = [grade for group in sampled for grade in group.grades or ()]
     if not any(grade.parts or grade.failed for grade in grades):
         return {}
-    means = {f"reward/{f}": mean_reward(groups) for f, groups in _families(window.visits).items()}
-    plain = [grade for visit in window.plain_visits for grade in visit.plain.grades or ()]
+    families = _families(visits)
+    means = {f"reward/{f}": mean_reward(groups) for f, groups in families.items()}
+    plain = [grade for group in families["plain"] for grade in group.grades or ()]
     known = [grade.parts for grade in plain if not grade.failed]
     names = dict.fromkeys(name for parts in known for name in parts)
     return {

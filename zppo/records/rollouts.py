@@ -336,10 +336,11 @@ def _version_ranges(group: Group) -> Sequence[tuple[int, int] | None]:
 
 
 def _log_prob_means(samples: GroupSamples) -> list[float | None]:
-    """Of each of the N completions; None for one without tokens."""
+    """Of each of the N completions; None for one without tokens. numpy adds in pairs, so float32
+    keeps what the column holds."""
     parts = list(pairwise(samples.offsets.tolist()))
     filled = [start for start, end in parts if start < end]
-    sums = np.add.reduceat(samples.log_probs, filled, dtype=np.float64) if filled else np.zeros(0)
+    sums = np.add.reduceat(samples.log_probs, filled) if filled else np.zeros(0)
     left = iter(sums.tolist())
     return [next(left) / (end - start) if start < end else None for start, end in parts]
 

@@ -12,7 +12,7 @@ Shape legend: N completions of the group, T response tokens laid end to end, S v
 
 from __future__ import annotations
 
-from itertools import pairwise
+import operator
 from typing import TypeAlias
 
 import numpy as np
@@ -124,7 +124,8 @@ def _versions_problem(spans_S2: np.ndarray, oldest: int, published: int) -> str 
 
 
 def _lengths_problem(task: GenerateTask, samples: GroupSamples, bounds: Bounds) -> str | None:
-    longest = max(end - start for start, end in pairwise(samples.offsets.tolist()))
+    offsets = samples.offsets.tolist()
+    longest = max(map(operator.sub, offsets[1:], offsets))
     if longest > task.sampling.max_new_tokens:
         return f"a response of {longest} tokens; expected at most {task.sampling.max_new_tokens}"
     total = len(samples.prompt_ids) + longest

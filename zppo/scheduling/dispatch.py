@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from msgspec import Struct
@@ -65,7 +66,7 @@ class Dispatcher:
         self.workers: dict[str, Worker] = {}
         self.reissued = 0
         self._credits = CreditBook()
-        self._free: dict[str, FreeWorkers] = {}
+        self._free: defaultdict[str, FreeWorkers] = defaultdict(FreeWorkers)
         self._leases: LeaseLedger[Job] = LeaseLedger(lease_seconds)
         self._queues: dict[str, list[tuple[tuple[int, ...], int, str]]] = {}
         self._queued: dict[str, Job] = {}
@@ -79,7 +80,6 @@ class Dispatcher:
         again. Returns their ids."""
         lost = self.leave(name) if name in self.workers else []
         self.workers[name] = Worker(name=name, pool=pool, incarnation=incarnation, version=version)
-        self._free.setdefault(pool, FreeWorkers())
         self._changed(name)
         return lost
 
@@ -205,25 +205,19 @@ class Dispatcher:
 
     def _assign(self, pool: str, now: float) -> list[Assignment]:
         assignments = []
-        queue = self._queues[pool]
+        queue, free = self._queues[pool], self._free[pool]
         while queue:
             job = self._current(self._queued[queue[0][2]])
-            worker = self._choose(job)
-            if worker is None or not self._admits(job):
+            name = free.best(job.min_version, job.cost)
+            if name is None or not self._admits(job):
                 break
             heapq.heappop(queue)
             del self._queued[job.id]
-            self._credits.spend(worker.name, job.cost)
-            self._changed(worker.name)
-            self._leases.issue(job.id, worker.name, worker.incarnation, now, job)
-            assignments.append(Assignment(worker.name, job))
+            self._credits.spend(name, job.cost)
+            self._changed(name)
+            self._leases.issue(job.id, name, self.workers[name].incarnation, now, job)
+            assignments.append(Assignment(name, job))
         return assignments
-
-    def _choose(self, job: Job) -> Worker | None:
-        """The fitting worker with the most free credit; names break ties, so that runs repeat."""
-        free = self._free.get(job.pool)
-        name = free.best(job.min_version, job.cost) if free is not None else None
-        return self.workers[name] if name is not None else None
 
     def _changed(self, name: str) -> None:
         """What a worker has loaded or may be given is another than before."""

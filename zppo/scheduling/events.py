@@ -220,11 +220,13 @@ class Opened(Struct, frozen=True):
 
 
 class Trained(Struct, frozen=True, kw_only=True):
-    """What the end of a step did. `composed` are the groups that were sent to the trainer,
-    `settled` the windows of which nothing is left to train."""
+    """What the end of a step did. `composed` are the groups that were sent to the trainer, with
+    `tokens` of prompts and responses in all; `settled` the windows of which nothing is left to
+    train."""
 
     window: Window
     composed: list[tuple[Visit, Composition]]
+    tokens: int
     fates: list[Fate]
     settled: list[int]
 

@@ -63,8 +63,8 @@ class Filling(Protocol):
     def opened(self, window: Window) -> None:
         """A window is in flight now, new or restored."""
 
-    def began(self, visit: Visit, group: Group, version: int) -> None:
-        """The oldest token of a group is of this version, or will be."""
+    def began(self, visit: Visit, group: Group, version: int | None = None) -> None:
+        """The oldest token of a group will be of this version; None: its samples are there."""
 
     def lost(self, group_id: str) -> None:
         """The group is not under way any more, and has no samples."""
@@ -99,7 +99,7 @@ class InOrder:
     def opened(self, window: Window) -> None:
         pass
 
-    def began(self, visit: Visit, group: Group, version: int) -> None:
+    def began(self, visit: Visit, group: Group, version: int | None = None) -> None:
         pass
 
     def lost(self, group_id: str) -> None:
@@ -206,11 +206,12 @@ class Filled:
         for visit in window.visits:
             for group in visit.student_groups() if visit.trained != "all" else ():
                 if group.samples is not None:
-                    self.began(visit, group, oldest_version(group))
+                    self.began(visit, group)
 
-    def began(self, visit: Visit, group: Group, version: int) -> None:
+    def began(self, visit: Visit, group: Group, version: int | None = None) -> None:
+        oldest = oldest_version(group) if version is None else version
         new = visit.origin == "new" and group.kind == PLAIN
-        (self._new_begun if new else self._others_begun).put(group.id, version)
+        (self._new_begun if new else self._others_begun).put(group.id, oldest)
 
     def lost(self, group_id: str) -> None:
         self._new_begun.drop(group_id)

@@ -21,7 +21,7 @@ SLACK = 64
 
 class FreeWorkers:
     """`best` gives the worker with the most free credit; of equal ones that whose name sorts
-    last."""
+    last, so that runs repeat."""
 
     def __init__(self) -> None:
         self._present: dict[str, tuple[int, int]] = {}
@@ -42,9 +42,12 @@ class FreeWorkers:
 
     def best(self, min_version: int, cost: int) -> str | None:
         """The worker to choose among those that have loaded `min_version` and can pay `cost`."""
-        tops = [self._top(version) for version in list(self._heaps) if version >= min_version]
-        top = min((top for top in tops if top is not None), default=None)
-        return top[2] if top is not None and -top[0] >= cost else None
+        best: Entry | None = None
+        for version in list(self._heaps):
+            top = self._top(version) if version >= min_version else None
+            if top is not None and (best is None or top < best):
+                best = top
+        return best[2] if best is not None and -best[0] >= cost else None
 
     def _top(self, version: int) -> Entry | None:
         """The first entry of a version that is so now; those before it are thrown away."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from msgspec import structs
-
 from zppo.algorithm.composition import asked_media, gathered
 from zppo.algorithm.window import EVALUATE, TEACHER, WRITE_HINT, Group
 from zppo.config.rewards import REWARD, REWARD_AND_TEACHER, RUBRIC, rule_of
@@ -93,10 +91,14 @@ class JobFactory:
         n, sampling = self._decoding(group, model)
         prompt = for_template(group.prompt, model.chat_template_kwargs)
         message = self._generate(
-            target.task_id, group.kind, prompt, n, sampling, FROZEN if teacher else min_version
+            target.task_id,
+            group.kind,
+            prompt,
+            n,
+            sampling,
+            min_version=FROZEN if teacher else min_version,
+            with_support=self._student.truncates and not teacher and group.kind != EVALUATE,
         )
-        if not teacher and group.kind != EVALUATE:
-            message = structs.replace(message, with_support=self._student.truncates)
         pool = teacher_pool(group.teacher) if teacher else ROLLOUT_POOL
         return _job(target, pool, n, message)
 
@@ -138,7 +140,7 @@ class JobFactory:
     ) -> Job:
         """One reply of the first teacher about one response."""
         prompt = for_template(prompt, self._when_writing)
-        message = self._generate(target.task_id, kind, prompt, 1, sampling, FROZEN)
+        message = self._generate(target.task_id, kind, prompt, 1, sampling)
         return _job(target, TEACHER_POOL, 1, message)
 
     def _score(self, target: ScoreTarget) -> Job:
@@ -169,7 +171,15 @@ class JobFactory:
         return topology.method.group_size, self._in_training
 
     def _generate(
-        self, task_id: str, kind: str, prompt: Prompt, n: int, sampling: Sampling, min_version: int
+        self,
+        task_id: str,
+        kind: str,
+        prompt: Prompt,
+        n: int,
+        sampling: Sampling,
+        *,
+        min_version: int = FROZEN,
+        with_support: bool = False,
     ) -> GenerateTask:
         return GenerateTask(
             task_id=task_id,
@@ -179,6 +189,7 @@ class JobFactory:
             sampling=sampling,
             seed=seed_of(self._topology.run.seed, self._drawn(task_id, kind)),
             min_version=min_version,
+            with_support=with_support,
         )
 
     def _drawn(self, task_id: str, kind: str) -> str:

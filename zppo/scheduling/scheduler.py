@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from zppo.algorithm.composition import Composition, train_group
+from zppo.algorithm.composition import Composition, tokens_of, train_group
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.steps import Recipe, compose, draw_replayed, refresh_buffer
@@ -57,7 +57,7 @@ from zppo.scheduling.events import (
     TrainerFree,
     WorkerStuck,
 )
-from zppo.scheduling.filling import Filled, Filling, InOrder, oldest_version, whole
+from zppo.scheduling.filling import Filled, Filling, InOrder, whole
 from zppo.scheduling.heldout import Evaluation, EvaluationResult
 from zppo.scheduling.jobs import ROLLOUT_POOL, JobFactory
 from zppo.scheduling.pacing import Pacer
@@ -116,8 +116,8 @@ class Scheduler:
         self.evaluated = list(state.evaluated)
         self.stopping = False
         self.in_trainer: Window | None = None
-        self._composed: list[tuple[Visit, Composition]] = []
-        """What is trained now, and what of it the trainer has been sent."""
+        self._sent: tuple[list[tuple[Visit, Composition]], int] = [], 0
+        """What is trained now; what of it the trainer has been sent, and how many tokens."""
         self.trainer_idle_since: float | None = None
         self.targets: dict[str, Target] = {}
         """What has been asked for, by task id."""
@@ -338,13 +338,15 @@ class Scheduler:
             raise RunFailure(
                 f"the trainer reports step {done.step}, but step {self.training} was shipped"
             )
-        composed, self._composed = self._composed, []
+        (composed, tokens), self._sent = self._sent, ([], 0)
         settled = self.filling.trained(window)
         self.in_trainer = None
         self._step_seconds = done.seconds
         self.trained = done.step + 1
         fates = refresh_buffer(self.buffer, window, self.recipe)
-        return Trained(window=window, composed=composed, fates=fates, settled=settled)
+        return Trained(
+            window=window, composed=composed, tokens=tokens, fates=fates, settled=settled
+        )
 
     def _next_window(self, now: float) -> list[TrainWindow]:
         """What to train next, once; nothing while the trainer is busy or that is not known."""
@@ -357,9 +359,10 @@ class Scheduler:
             return []
         self.pacer.shipped(now - idle_since, now - batch.since, self._step_seconds)
         self.in_trainer, self.trainer_idle_since = batch.window, None
-        self._composed = compose(batch.window, self.recipe)
+        composed = compose(batch.window, self.recipe)
         names = self.recipe.part_names
-        groups = [train_group(visit, composition, names) for visit, composition in self._composed]
+        groups = [train_group(visit, composition, names) for visit, composition in composed]
+        self._sent = composed, sum(map(tokens_of, groups))
         return [TrainWindow(step=step, groups=groups)]
 
     # ---- acting ----------------------------------------------------------------------------------
@@ -428,8 +431,7 @@ class Scheduler:
         if self.missing[window.index]:
             return
         while not self.missing[window.index] and window.phase != "composed":
-            self.stages.proceed(window)
-            self._ask(self.stages.missing(window))
+            self._ask(self.stages.proceed(window))
         self.filling.window_moved(window, now)
 
     # ---- evaluation ------------------------------------------------------------------------------
@@ -482,7 +484,6 @@ class Scheduler:
     def _began(self, target: Target, pool: str, version: int | None = None) -> None:
         """A group of the student is under way from this version on; None: its samples are there."""
         if isinstance(target, SampleTarget) and target.place and pool == ROLLOUT_POOL:
-            version = oldest_version(target.group) if version is None else version
             self.filling.began(target.place.visit, target.group, version)
 
     def _min_version(self, place: Place | None) -> int:

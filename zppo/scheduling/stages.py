@@ -110,19 +110,24 @@ class Stages:
 
     # ---- what has become possible ----------------------------------------------------------------
 
-    def proceed(self, window: Window) -> None:
+    def proceed(self, window: Window) -> Iterator[Target]:
         """Nothing of the window is missing: take its next decision, and all that follows from
-        it."""
+        it; what is missing now. The visits that it does not concern stand where they stood."""
+        concerned: list[Visit] = []
         match window.phase:
             case "plain":
                 select(window, self._recipe)
                 window.phase = "selected"
+                concerned = [visit for visit in window.visits if visit.selected]
             case "selected":
                 add_reformulations(window, self._recipe)
                 window.phase = "reformulated"
+                concerned = [visit for visit in window.visits if visit.reformulations]
             case "reformulated":
                 window.phase = "composed"
-        self.advance(window)
+        for visit in concerned:
+            self.advance_visit(window, visit)
+        return self._missing(window, concerned)
 
     def advance(self, window: Window) -> None:
         """`advance_visit` for all visits."""
@@ -218,7 +223,11 @@ class Stages:
 
     def missing(self, window: Window) -> Iterator[Target]:
         """All that the window still has to be given before it can proceed; changes nothing."""
-        for visit in window.visits:
+        return self._missing(window, window.visits)
+
+    def _missing(self, window: Window, visits: Iterable[Visit]) -> Iterator[Target]:
+        """The part of `missing` that is of these visits, and the scores."""
+        for visit in visits:
             yield from self.missing_of_visit(Place(window, visit))
         if (
             window.phase == "composed"

@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 
-from zppo.algorithm.composition import trained_members
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import PLAIN, Window
@@ -27,7 +26,6 @@ from zppo.records.metrics import (
     buffer_metrics,
     entry_name,
     failed_tries,
-    outcomes,
     reformulated_kinds,
     spent_costs,
     trainer_metrics,
@@ -139,7 +137,7 @@ class Recorder:
         metrics = {
             **window_metrics(window, message.step),
             **token_counts(
-                window, trained.composed, scored=self._scored, reference=self._has_reference
+                window, trained.tokens, scored=self._scored, reference=self._has_reference
             ),
             **buffer_metrics(len(buffer), buffer.capacity, by_entry_accuracy(buffer), lasting),
             **trainer_metrics(message.metrics),
@@ -150,10 +148,7 @@ class Recorder:
         line = self.sinks.write(message.step, metrics)
         self.outlets.step(line)
         self.sinks.write_fate(message.step, lasting)
-        members = trained_members(composition for _, composition in trained.composed)
-        self._background.submit(
-            self.sinks.write_rollouts, message.step, window, outcomes(fates), members
-        )
+        self._background.submit(self.sinks.write_rollouts, message.step, trained)
         self._add(line)
         return line
 

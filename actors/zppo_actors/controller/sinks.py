@@ -20,13 +20,14 @@ from typing import Any
 
 import msgspec
 
+from zppo.algorithm.composition import trained_members
 from zppo.algorithm.steps import Fate
-from zppo.algorithm.window import Window
 from zppo.config.sinks import SinksConfig
 from zppo.records import rollouts
 from zppo.records.atomic_file import written_whole
-from zppo.records.metrics import LASTING_FATES, Scalars
+from zppo.records.metrics import LASTING_FATES, Scalars, outcomes
 from zppo.records.summary import read_lines
+from zppo.scheduling.events import Trained
 from zppo.scheduling.heldout import EvaluationResult
 
 
@@ -108,12 +109,12 @@ class MetricSinks:
         """Write an evaluation of the policy after `result.step` trained steps."""
         self._heldout.write(msgspec.structs.asdict(result))
 
-    def write_rollouts(
-        self, step: int, window: Window, outcome: Mapping[str, str], trained: rollouts.Members
-    ) -> None:
-        """Write the window to the rollout store, if the topology asks for it."""
+    def write_rollouts(self, step: int, trained: Trained) -> None:
+        """Write what was trained to the rollout store, if the topology asks for it."""
         if self._rollouts is not None:
-            rollouts.write_step(self._rollouts, step, window, outcome, trained)
+            members = trained_members(composition for _, composition in trained.composed)
+            outcome = outcomes(trained.fates)
+            rollouts.write_step(self._rollouts, step, trained.window, outcome, members)
 
     def sync(self) -> None:
         """Force everything written so far to the disk; called before a checkpoint is committed."""

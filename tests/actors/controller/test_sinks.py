@@ -8,6 +8,7 @@ from zppo.algorithm.steps import Fate
 from zppo.algorithm.window import Window
 from zppo.config.sinks import SinksConfig
 from zppo.records.summary import read_lines
+from zppo.scheduling.events import Trained
 from zppo.scheduling.heldout import EvaluationResult
 from zppo_actors.controller.sinks import LineSink, MetricSinks
 
@@ -24,6 +25,12 @@ def evaluation(step: int) -> EvaluationResult:
 
 def fate(name: str, question_id: str = "q") -> Fate:
     return Fate(question_id=question_id, fate=name, entry_accuracy=0.25, visits=2)  # type: ignore[arg-type]
+
+
+def trained(step: int) -> Trained:
+    """A step that trained nothing."""
+    window = Window(index=step, visits=[])
+    return Trained(window=window, composed=[], tokens=0, fates=[], settled=[step])
 
 
 class Clock:
@@ -63,7 +70,7 @@ def test_resume_cuts_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None:
         sinks.write_heldout(evaluation(step))
         sinks.write(step, {})
         sinks.write_fate(step, [fate("admitted")])
-        sinks.write_rollouts(step, Window(index=step, visits=[]), {}, set())
+        sinks.write_rollouts(step, trained(step))
     sinks.close()
     clock.now += 1000.0
     sinks = MetricSinks(tmp_path, chosen(), resume_step=2, clock=clock)
@@ -124,6 +131,6 @@ def test_only_fates_that_changed_the_buffer_have_a_line(tmp_path: Path) -> None:
 def test_a_rollout_store_that_is_off_is_not_written(tmp_path: Path) -> None:
     sinks = MetricSinks(tmp_path, chosen(rollouts=False))
     sinks.write(0, {})
-    sinks.write_rollouts(0, Window(index=0, visits=[]), {}, set())
+    sinks.write_rollouts(0, trained(0))
     sinks.close()
     assert not (tmp_path / "rollouts").exists()

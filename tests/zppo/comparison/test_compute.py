@@ -10,8 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from zppo.algorithm.composition import Composition, correct_teacher_responses, student_groups
-from zppo.algorithm.window import Visit, Window
+from zppo.algorithm.composition import (
+    Composer,
+    correct_teacher_responses,
+    student_groups,
+    tokens_of,
+    train_group,
+)
+from zppo.algorithm.window import Window
 from zppo.plan.model_folder import inspect_model
 from zppo.records.flops import (
     PART_NAMES,
@@ -26,9 +32,14 @@ from zppo_protocol.values import Usage
 SIZES = Sizes(student=10, teacher=1000)
 
 
-def composed(window: Window) -> list[tuple[Visit, Composition]]:
+def trained(window: Window, composer: Composer = student_groups) -> list[int]:
+    """Tokens of each group that a composer makes."""
     rng = random.Random(0)
-    return [(visit, group) for visit in window.visits for group in student_groups(visit, rng)]
+    return [
+        tokens_of(train_group(visit, composition))
+        for visit in window.visits
+        for composition in composer(visit, rng)
+    ]
 
 
 def text_only(texts: list[str], *usage: Usage) -> GroupSamples:
@@ -64,7 +75,7 @@ def words(window: Window, *kinds: str) -> tuple[int, int]:
 
 
 def test_tokens_are_counted_by_who_reads_and_writes_them(window: Window) -> None:
-    counts = token_counts(window, composed(window), scored=False)
+    counts = token_counts(window, sum(trained(window)), scored=False)
     read, written = words(window, "plain", "bcq", "ncq")
     assert (counts["compute/student_read"], counts["compute/student_written"]) == (read, written)
     assert read == 4 * 6
@@ -75,11 +86,8 @@ def test_tokens_are_counted_by_who_reads_and_writes_them(window: Window) -> None
 
 
 def test_distillation_scores_what_is_trained_and_makes_no_proximal_pass(window: Window) -> None:
-    rng = random.Random(0)
-    learnt = [
-        (visit, group) for visit in window.visits for group in correct_teacher_responses(visit, rng)
-    ]
-    counts = token_counts(window, learnt, scored=True)
+    learnt = trained(window, correct_teacher_responses)
+    counts = token_counts(window, sum(learnt), scored=True)
     teacher = window.visits[0].teacher
     assert teacher is not None
     lengths = np.diff(teacher.the_samples.offsets)
@@ -91,8 +99,8 @@ def test_distillation_scores_what_is_trained_and_makes_no_proximal_pass(window: 
 
 
 def test_the_reference_of_a_kl_reads_what_is_trained(window: Window) -> None:
-    plain = token_counts(window, composed(window), scored=False)
-    held = token_counts(window, composed(window), scored=False, reference=True)
+    plain = token_counts(window, sum(trained(window)), scored=False)
+    held = token_counts(window, sum(trained(window)), scored=False, reference=True)
     assert held == plain | {"compute/reference": plain["compute/trained"]}
     sizes = Sizes(student=10, teacher=20)
     one, other = flops(plain, sizes), flops(held, sizes)
@@ -101,8 +109,8 @@ def test_the_reference_of_a_kl_reads_what_is_trained(window: Window) -> None:
 
 
 def test_a_group_that_is_not_trained_still_costs_its_samples(window: Window) -> None:
-    some = token_counts(window, composed(window)[:1], scored=False)
-    every = token_counts(window, composed(window), scored=False)
+    some = token_counts(window, trained(window)[0], scored=False)
+    every = token_counts(window, sum(trained(window)), scored=False)
     assert some["compute/student_written"] == every["compute/student_written"]
     assert some["compute/trained"] < every["compute/trained"]
 
@@ -113,7 +121,7 @@ def test_what_leaves_no_group_is_spent_with_the_window(window: Window) -> None:
     for _ in range(2):
         window.spend(teacher.the_samples)
     window.spend(text_only(["yes"], Usage(completions=1, completion_tokens=7, prompt_tokens=50)))
-    counts = token_counts(window, composed(window), scored=False)
+    counts = token_counts(window, sum(trained(window)), scored=False)
     read, written = words(window, "teacher")
     assert counts["compute/teacher_other_read"] == 2 * read + 50
     assert counts["compute/teacher_other_written"] == 2 * written + 7
@@ -135,11 +143,11 @@ def test_a_server_counts_for_the_group(window: Window) -> None:
 
 
 def test_a_teacher_that_failed_has_worked_too(window: Window) -> None:
-    once = token_counts(window, composed(window), scored=False)
+    once = token_counts(window, sum(trained(window)), scored=False)
     teacher = window.visits[0].teacher
     assert teacher is not None
     window.visits[0].failed_teachers.append(teacher)
-    twice = token_counts(window, composed(window), scored=False)
+    twice = token_counts(window, sum(trained(window)), scored=False)
     for name in ("compute/teacher_draws_read", "compute/teacher_draws_written"):
         assert twice[name] == 2 * once[name] > 0
 

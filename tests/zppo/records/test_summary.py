@@ -161,7 +161,8 @@ def trained_window(index: int, name: str, *, correct: dict[str, bool]) -> Traine
     recipe = Recipe.of(
         topology(method={"name": name, "dynamic_sampling": name == "zppo"}), get_method(name)
     )
-    return Trained(window=window, composed=compose(window, recipe), fates=[], settled=[index])
+    composed = compose(window, recipe)
+    return Trained(window=window, composed=composed, tokens=0, fates=[], settled=[index])
 
 
 def graded(name: str, kind: str) -> Group:
