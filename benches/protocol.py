@@ -7,9 +7,11 @@ The message is one `GenerateResult` of `--completions` completions of `--tokens`
 and lists end with numpy arrays that have passed the same checks, which is what a controller needs;
 pickle (protocol 5, of the fields) checks nothing. The last rows send the message through a real
 socket pair in one process, each end with an I/O thread of its own: ours over `ipc` (a key shown
-once) and over `tcp` (CURVE), and the same frames through bare sockets, with and without CURVE.
-*fresh and read* are bare sockets whose sender makes the frames anew each time and whose receiver
-looks at each byte once: what any use of them costs. Times are processor times of all threads, the
+once) and over `tcp` (CURVE), and the same frames through bare sockets, with and without CURVE; all
+copy a frame below the same size, since pyzmq wakes a thread for each that it does not copy.
+*fresh and read* are bare sockets whose sender copies the frames each time and whose receiver looks
+at each byte once; *encoded and decoded* are bare sockets with this codec at both ends, so what ours
+take beyond that is names, bounds and waits that end. Times are processor times of all threads, the
 best of `--repeats`, in milliseconds; each action is repeated until it takes 20 ms.
 """
 
@@ -35,7 +37,7 @@ from zppo_protocol.keys import issue
 from zppo_protocol.limits import Limits
 from zppo_protocol.messages import GenerateResult
 from zppo_protocol.samples import GroupSamples
-from zppo_protocol.sockets import Dealer, Router
+from zppo_protocol.sockets import COPIED, Dealer, Router
 from zppo_protocol.values import Usage
 
 LEAST_SECONDS = 0.02
@@ -127,12 +129,17 @@ def address_of(kind: str, folder: str) -> str:
 
 
 def bare_ms(
-    frames: list[Any], repeats: int, kind: str, *, curve: bool = False, used: bool = False
+    make: Callable[[], list[Any]],
+    read: Callable[[list[zmq.Frame]], Any],
+    repeats: int,
+    kind: str,
+    *,
+    curve: bool = False,
 ) -> float:
-    """The same frames through bare sockets: no message, no checks, no names. `used`: they are
-    written before and read behind."""
+    """What `make` returns through bare sockets, without names, to `read`."""
     contexts = zmq.Context(), zmq.Context()
     router, dealer = contexts[0].socket(zmq.ROUTER), contexts[1].socket(zmq.DEALER)
+    dealer.copy_threshold = COPIED
     if curve:
         (public, secret), (own_public, own_secret) = zmq.curve_keypair(), zmq.curve_keypair()
         router.curve_server, router.curve_secretkey = 1, secret
@@ -144,16 +151,11 @@ def bare_ms(
         dealer.connect(address)
 
         def trip() -> None:
-            dealer.send_multipart(frames, copy=False)
-            router.recv_multipart(copy=False)
-
-        def trip_and_use() -> None:
-            dealer.send_multipart([bytes(frame) for frame in frames], copy=False)
-            for frame in router.recv_multipart(copy=False):
-                np.frombuffer(frame.buffer, np.uint8).max()
+            dealer.send_multipart(make(), copy=False)
+            read(router.recv_multipart(copy=False)[1:])
 
         try:
-            return best_ms(trip_and_use if used else trip, repeats)
+            return best_ms(trip, repeats)
         finally:
             for context in contexts:
                 context.destroy(linger=0)
@@ -180,6 +182,7 @@ def socket_ms(result: GenerateResult, repeats: int, kind: str) -> float:
 def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
     result, limits = make_result(completions, tokens), Limits(header_bytes=2**30)
     frames, data = encode(result, limits), encode_lists(result)
+    received = [zmq.Frame(frame, copy=True).buffer for frame in frames]
     fields = msgspec.structs.asdict(result.samples)
     pickled = pickle.dumps(fields, protocol=5)
     actions: dict[str, tuple[Callable[[], Any], ...]] = {
@@ -189,7 +192,7 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
             lambda: pickle.dumps(fields, protocol=5),
         ),
         "decode": (
-            lambda: decode(frames, limits),
+            lambda: decode(received, limits),
             lambda: decode_lists(data),
             lambda: pickle.loads(pickled),
         ),
@@ -198,11 +201,22 @@ def measure(completions: int, tokens: int, repeats: int) -> dict[str, Any]:
     rows["both"] = [sum(pair) for pair in zip(*rows.values(), strict=True)]
     ours = {kind: socket_ms(result, repeats, kind) for kind in KINDS}
     bare = {
-        f"{kind}{', CURVE' * curve}": bare_ms(frames, repeats, kind, curve=curve)
+        f"{kind}{', CURVE' * curve}": bare_ms(lambda: frames, len, repeats, kind, curve=curve)
         for kind in KINDS
         for curve in (False, True)
     }
-    bare["ipc, fresh and read"] = bare_ms(frames, repeats, "ipc", used=True)
+    bare["ipc, fresh and read"] = bare_ms(
+        lambda: [bytearray(frame) for frame in frames],
+        lambda found: [np.frombuffer(frame.buffer, np.uint8).max() for frame in found],
+        repeats,
+        "ipc",
+    )
+    bare["ipc, encoded and decoded"] = bare_ms(
+        lambda: encode(result, limits),
+        lambda found: decode([frame.buffer for frame in found], limits),
+        repeats,
+        "ipc",
+    )
     return {
         "completions": completions,
         "tokens": tokens,
@@ -229,7 +243,7 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(f"{f'over {kind} (ms)':18}{time_ms:10.3f}")
     whole = measured["socket_milliseconds"]["ipc"]
     for kind, time_ms in measured["bare_milliseconds"].items():
-        lines.append(f"{f'bare {kind} (ms)':30}{time_ms:6.3f}{time_ms / whole:10.0%} of our ipc")
+        lines.append(f"{f'bare {kind} (ms)':36}{time_ms:6.3f}{time_ms / whole:10.0%} of our ipc")
     return "\n".join(lines)
 
 

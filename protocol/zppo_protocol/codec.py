@@ -6,13 +6,16 @@ only what it is: one of one axis is the whole number 4·length + dtype, any othe
 dtype and its lengths, where a dtype is its place in `DTYPES`. The payload is one frame, or several
 end to end: an array of at least `LARGE` bytes has one of its own, so that it is sent from where it
 lies (a copy of it where somebody else may write there); the padding behind the last array of a
-frame may be left out.
+frame may be left out. A header below `LARGE` bytes and what lies before the first array of such
+size are one frame, since each frame costs more than its copy: the length of the header, 8 bytes
+that begin with a 0, the header, padded to 8 bytes, and the payload.
 Invariants: `decode` raises nothing but `ProtocolError`, whatever the bytes; `decode(encode(m))`
 equals `m`; and `encode` refuses what `decode` would refuse, so a mistake shows at its origin and
 never as a lost answer.
 
-Arrays that come out are read-only views into the payload and keep their frame alive; copy what is
-to be changed or kept long.
+Arrays that come out are views into the payload and keep their frame alive; copy what is to be
+changed or kept long. They are read-only: those of a blob from the start, those of a message once
+they were checked (`arrays`).
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 CODE_BITS, CODE_MASK = 2, 3
 SHIFTS = [dtype.itemsize.bit_length() - 1 for dtype in DTYPES]
 """An element has two to the power of this many bytes."""
+LENGTH = struct.Struct(">Q")
 BLOB = struct.Struct("<8sQ")
 BLOB_MAGIC, FIRST_MAGIC = b"ZPPO\x00\x00\x00\x02", b"ZPPO\x00\x00\x00\x01"
 DEFAULT_LIMITS = Limits()
@@ -71,7 +75,7 @@ def encode(message: AnyMessage, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]
         raise ProtocolError(f"cannot be sent: {error}") from error
     header, payload = _OWN.writer.write(checked)
     _check_sizes(len(header), payload.size, limits)
-    return [header, *payload.frames()]
+    return payload.frames(header)
 
 
 def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMessage:
@@ -79,7 +83,7 @@ def decode(frames: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> AnyMess
     ProtocolError only."""
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise ProtocolError(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
-    header, *payload = frames
+    header, payload = _parted(frames)
     _check_sizes(len(header), sum(map(len, payload)), limits)
     message: AnyMessage = _OWN.messages.read(header, payload)
     return message
@@ -93,14 +97,13 @@ def dumps(value: Any) -> bytes:
     represent.
     """
     header, payload = _OWN.writer.write(value)
-    head = [BLOB.pack(BLOB_MAGIC, len(header)), header, PADDINGS[-len(header) % ALIGNMENT]]
-    return b"".join([*head, *payload.pieces])
+    return b"".join([BLOB.pack(BLOB_MAGIC, len(header)), *_padded(header), *payload.pieces])
 
 
 def loads(data: Buffer, type: type[T]) -> T:
     """Return the `type` that `dumps` wrote; arrays are read-only views of `data`. Raises
     ProtocolError only."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data).cast("B").toreadonly()
     if len(view) < BLOB.size:
         raise ProtocolError(f"a blob has at least {BLOB.size} bytes, got {len(view)}")
     magic, header_bytes = BLOB.unpack(view[: BLOB.size])
@@ -120,13 +123,18 @@ class _Writer:
     """Writes headers, and sets aside the arrays that it meets. One thread only."""
 
     def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder(enc_hook=self._reference).encode
+        self._encode_into = msgspec.msgpack.Encoder(enc_hook=self._reference).encode_into
+        self._header = bytearray()
         self._payload = _Payload()
 
-    def write(self, value: Any) -> tuple[bytes, _Payload]:
-        """Raises ProtocolError for what msgspec or the list of dtypes cannot represent."""
+    def write(self, value: Any) -> tuple[bytearray, _Payload]:
+        """The header, until the next call, and what belongs to it. Raises ProtocolError for what
+        msgspec or the list of dtypes cannot represent."""
+        if len(self._header) >= LARGE:
+            self._header = _unless_held(self._header)
         try:
-            return self._encode(value), self._payload
+            self._encode_into(value, self._header)
+            return self._header, self._payload
         except REFUSALS as error:
             raise ProtocolError(f"cannot be sent: {error}") from error
         finally:
@@ -166,11 +174,18 @@ class _Payload:
             self.pieces.append(PADDINGS[padding])
         self.size += size + padding
 
-    def frames(self) -> list[Buffer]:
-        """Large arrays as they are, and what lies between them joined."""
-        frames: list[Buffer] = []
-        start, done = 0, 0
-        for place, offset in self._large[:MOST_LARGE]:
+    def frames(self, header: bytearray) -> list[Buffer]:
+        """Large arrays as they are, and what lies between them joined; a short header is joined
+        with what lies before the first of them."""
+        large = self._large[:MOST_LARGE]
+        start, done = large[0] if large else (len(self.pieces), self.size)
+        if done and len(header) < LARGE:
+            head = [LENGTH.pack(len(header)), *_padded(header)]
+            size = LENGTH.size + _aligned(len(header)) + done
+            frames = [_joined([*head, *self.pieces[:start]], size)]
+        else:
+            frames, start, done = [_on_its_way(header)], 0, 0
+        for place, offset in large:
             if done < offset:
                 frames.append(_joined(self.pieces[start:place], offset - done))
             array: np.ndarray = self.pieces[place]
@@ -218,25 +233,18 @@ class _Reader:
     def _array(self, type_: type, reference: Any) -> np.ndarray:
         if type_ is not np.ndarray:
             raise ProtocolError(f"no value of type {type_.__name__} can be read")
-        shape: list[int] | None = None
         if type(reference) is int and reference >= 0:
-            code, count = reference & CODE_MASK, reference >> CODE_BITS
+            code, count, shape = reference & CODE_MASK, reference >> CODE_BITS, None
         else:
             code, shape = _checked_reference(reference)
             count = math.prod(shape)
         size, begin = count << SHIFTS[code], self._cursor
         if begin + size > self._end:
             begin = self._in_next_frame(size)
-        self._cursor = begin + size + ALIGNMENT - 1 & -ALIGNMENT
+        self._cursor = begin + size + ALIGNMENT - 1 & -ALIGNMENT  # `_aligned` without the call
         # `np.ndarray` would hold the owner of the frame alone: that could be resized or changed.
         flat = np.frombuffer(self._frame, DTYPES[code], count, begin)
-        if shape is None:
-            return flat
-        try:
-            return flat.reshape(shape)
-        except (ValueError, OverflowError) as error:
-            # no elements, but a length beyond any machine's
-            raise ProtocolError(f"an array of shape {shape}") from error
+        return flat if shape is None else _shaped(flat, shape)
 
     def _in_next_frame(self, size: int) -> int:
         """Where an array begins that is not in what is left of this frame."""
@@ -248,7 +256,7 @@ class _Reader:
                 f"{max(0, self._end - self._cursor)} bytes that are left of a frame"
             )
         frame, *self._left = self._left
-        self._frame, self._cursor, self._end = _fixed(frame), 0, len(frame)
+        self._frame, self._cursor, self._end = _placed(frame), 0, len(frame)
         return 0 if size <= self._end else self._in_next_frame(size)
 
 
@@ -275,23 +283,14 @@ _OWN = _Own()
 
 
 class _Space(threading.local):
-    """Memory that large frames of one thread are joined in, one after the other.
-
-    Fresh memory costs several times what is copied into it: the kernel hands it out page by page.
-    A frame is a view of it, and while anybody has one (ZeroMQ until the frame has gone, an array
-    that was read from it) Python refuses to resize the memory; then a new one takes its place.
-    """
+    """Memory that large frames of one thread are joined in, one after the other."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def take(self, size: int) -> memoryview:
         """`size` bytes that nobody else reads."""
-        try:
-            self._bytes.append(0)
-            self._bytes.pop()
-        except BufferError:
-            self._bytes = bytearray()
+        self._bytes = _unless_held(self._bytes)
         if len(self._bytes) < size:
             self._bytes = bytearray(size)
         return memoryview(self._bytes)[:size]
@@ -313,6 +312,46 @@ def _joined(pieces: Sequence[Any], size: int) -> Buffer:
     return space.toreadonly()
 
 
+def _unless_held(memory: bytearray) -> bytearray:
+    """Memory to use again, or new where somebody has it.
+
+    Fresh memory costs several times what is copied into it: the kernel hands it out page by page.
+    A frame is a view of it, and while anybody has one (ZeroMQ until the frame has gone, an array
+    that was read from it) Python refuses to resize the memory.
+    """
+    try:
+        memory.append(0)
+        memory.pop()
+    except BufferError:
+        return bytearray()
+    return memory
+
+
+def _on_its_way(header: bytearray) -> Buffer:
+    """A header as a frame, whose memory `_Writer` uses again."""
+    return bytes(header) if len(header) < LARGE else memoryview(header).toreadonly()
+
+
+def _padded(header: bytearray) -> tuple[bytearray, bytes]:
+    """A header and what lies between it and the payload."""
+    return header, PADDINGS[-len(header) % ALIGNMENT]
+
+
+def _parted(frames: Sequence[Buffer]) -> tuple[Buffer, Sequence[Buffer]]:
+    """The header and the payload of a message. Raises ProtocolError."""
+    first, *others = frames
+    if not len(first) or first[0]:  # a header is a map, which no 0 begins
+        return first, others
+    if len(first) < LENGTH.size:
+        raise ProtocolError(f"a length has {LENGTH.size} bytes, got {len(first)}")
+    (size,) = LENGTH.unpack_from(first)
+    view, end = memoryview(first), LENGTH.size + size
+    if end > len(view):
+        left = len(view) - LENGTH.size
+        raise ProtocolError(f"a header of {size} bytes does not fit into {left}")
+    return view[LENGTH.size : end], [view[_aligned(end) :], *others]
+
+
 def _is_fixed(owner: Any) -> bool:
     """Whether nobody can write an array while it is on its way: it may be a view of another that is
     not read-only."""
@@ -323,16 +362,20 @@ def _is_fixed(owner: Any) -> bool:
     return owner is None or isinstance(owner, bytes | memoryview)
 
 
-def _fixed(frame: Buffer) -> Buffer:
-    """The bytes of a frame, read-only and aligned: the transport may place a small payload anywhere
-    inside its receive buffer."""
+def _placed(frame: Buffer) -> Buffer:
+    """The bytes of a frame, aligned: the transport may place a small payload anywhere inside its
+    receive buffer."""
     if len(frame) < ALIGNMENT or not np.frombuffer(frame, np.int64, 1).flags.aligned:
         return bytes(frame)
-    return memoryview(frame).toreadonly()
+    return frame
+
+
+_NUMBERS = {int}
+"""The types in a list of whole numbers; a bool is none."""
 
 
 def _checked_reference(reference: Any) -> tuple[int, list[int]]:
-    if not (type(reference) is list and reference and _are_counts(reference)):
+    if type(reference) is not list or {*map(type, reference)} != _NUMBERS or min(reference) < 0:
         raise ProtocolError("an array is 4·length + dtype or [dtype, lengths…], in whole numbers")
     code, *shape = reference
     if code >= len(DTYPES):
@@ -342,8 +385,12 @@ def _checked_reference(reference: Any) -> tuple[int, list[int]]:
     return code, shape
 
 
-def _are_counts(values: list[Any]) -> bool:
-    return set(map(type, values)) == {int} and min(values) >= 0
+def _shaped(flat: np.ndarray, shape: list[int]) -> np.ndarray:
+    try:
+        return flat.reshape(shape)
+    except (ValueError, OverflowError) as error:
+        # no elements, but a length beyond any machine's
+        raise ProtocolError(f"an array of shape {shape}") from error
 
 
 def _check_sizes(header: int, payload: int, limits: Limits) -> None:
@@ -358,4 +405,4 @@ def _over_the_limit(what: str, size: int, limit: int) -> ProtocolError:
 
 
 def _aligned(size: int) -> int:
-    return size + -size % ALIGNMENT
+    return size + ALIGNMENT - 1 & -ALIGNMENT

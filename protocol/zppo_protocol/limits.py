@@ -15,6 +15,8 @@ MIB = 2**20
 MAX_FRAMES = 64
 MAX_DIMENSIONS = 2
 MAX_KEY_FILE_BYTES = 4 * MIB
+JOINT_BYTES = 16
+"""What holds header and payload together where both are in one frame."""
 MAX_IPC_PATH_BYTES = 107
 """`sun_path` of a Unix socket holds 108 bytes with its final zero."""
 PIECE_BYTES = 2**16
@@ -44,9 +46,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     handshake_seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
 
     @property
-    def frame_bytes(self) -> int:
-        """The larger of the two parts: a frame above it is refused before it is allocated."""
-        return max(self.header_bytes, self.payload_bytes)
+    def message_bytes(self) -> int:
+        """Both parts, which may be in one frame: one above it is refused before it is allocated."""
+        return self.header_bytes + JOINT_BYTES + self.payload_bytes
 
 
 def limits_for(max_message_mib: int) -> Limits:

@@ -52,7 +52,7 @@ from zppo_protocol.values import (
     Value,
 )
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag=True):

@@ -32,7 +32,7 @@ def join(
     """The frames of a message. A frame of one piece is that piece; others are copied. Raises
     ProtocolError for anything that `cut` does not write."""
     lengths = _lengths(pieces[0])
-    if sum(lengths) > limits.header_bytes + limits.payload_bytes:
+    if sum(lengths) > limits.message_bytes:
         raise ProtocolError(f"a message of {sum(lengths)} bytes is over the limit")
     counts = [-(-length // piece) for length in lengths]
     if 1 + sum(counts) != len(pieces):
@@ -48,7 +48,7 @@ def join(
 
 def most_pieces(limits: Limits, piece: int = PIECE_BYTES) -> int:
     """How many pieces a message within `limits` has at most, with its table."""
-    return 1 + MAX_FRAMES + (limits.header_bytes + limits.payload_bytes) // piece
+    return 1 + MAX_FRAMES + limits.message_bytes // piece
 
 
 def _lengths(table: memoryview) -> tuple[int, ...]:

@@ -141,15 +141,16 @@ class TrainGroup(Value, frozen=True):
 def check_samples(samples: GroupSamples) -> None:
     """Check one group of completions; cost O(T) without copies. Raises ProtocolError naming the
     field."""
-    check_array("prompt_ids", samples.prompt_ids, INT32)
-    check_array("token_ids", samples.token_ids, INT32)
-    check_array("log_probs", samples.log_probs, FLOAT32)
+    check_array("prompt_ids", samples.prompt_ids, INT32, 1, check_ids)
+    check_array("token_ids", samples.token_ids, INT32, 1, check_ids)
+    check_array("log_probs", samples.log_probs, FLOAT32, 1, _check_log_probs)
     check_array("offsets", samples.offsets, INT32)
-    check_array("version_spans", samples.version_spans, INT32, dimensions=2)
+    check_array("version_spans", samples.version_spans, INT32, 2)
     tokens, completions = len(samples.token_ids), len(samples.offsets) - 1
-    check_ids("prompt_ids", samples.prompt_ids)
-    check_ids("token_ids", samples.token_ids)
-    _check_log_probs(samples.log_probs, tokens)
+    if len(samples.log_probs) != tokens:
+        raise ProtocolError(
+            f"log_probs must have one entry per token ({tokens}), got {len(samples.log_probs)}"
+        )
     _check_offsets(samples.offsets, tokens)
     _check_spans(samples.version_spans, tokens)
     if samples.support is not None:
@@ -201,7 +202,7 @@ def check_media_tokens(media_tokens: Sequence[int], prompt_ids: np.ndarray) -> N
 
 def check_reward_parts(parts_NK: np.ndarray, completions: int) -> None:
     """Check that every completion has a finite value of every part. Raises ProtocolError."""
-    check_array("reward_parts", parts_NK, FLOAT32, dimensions=2)
+    check_array("reward_parts", parts_NK, FLOAT32, 2)
     if len(parts_NK) != completions:
         raise ProtocolError(
             f"reward_parts must have one row per completion ({completions}), got {len(parts_NK)}"
@@ -213,27 +214,25 @@ def check_reward_parts(parts_NK: np.ndarray, completions: int) -> None:
 def check_responses(prompt_ids: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray) -> None:
     """Check that there is a prompt and that `offsets` cut the tokens into responses. Raises
     ProtocolError."""
-    for name, value in (("prompt_ids", prompt_ids), ("token_ids", token_ids), ("offsets", offsets)):
-        check_array(name, value, INT32)
+    check_array("prompt_ids", prompt_ids, INT32, 1, check_ids)
+    check_array("token_ids", token_ids, INT32, 1, check_ids)
+    check_array("offsets", offsets, INT32)
     if not len(prompt_ids):
         raise ProtocolError("prompt_ids must hold at least one token")
-    check_ids("prompt_ids", prompt_ids)
-    check_ids("token_ids", token_ids)
     _check_offsets(offsets, len(token_ids))
 
 
 def check_scores(scores: TokenScores) -> None:
     """Check that ids and log-probs belong together and no row sums to more than 1. Raises
     ProtocolError."""
-    check_array("token_ids", scores.token_ids, INT32, dimensions=2)
-    check_array("log_probs", scores.log_probs, FLOAT32, dimensions=2)
+    check_array("token_ids", scores.token_ids, INT32, 2)
+    check_array("log_probs", scores.log_probs, FLOAT32, 2, _check_log_probs)
     if scores.token_ids.shape != scores.log_probs.shape:
         raise ProtocolError(
             f"log_probs must have the shape {scores.token_ids.shape}, got {scores.log_probs.shape}"
         )
     if scores.token_ids.size and scores.token_ids.min() < -1:
         raise ProtocolError(f"token_ids must be at least -1, got {scores.token_ids.min()}")
-    _check_log_probs(scores.log_probs.reshape(-1), scores.log_probs.size)
     mass_T = np.where(scores.token_ids >= 0, np.exp(scores.log_probs, dtype=np.float64), 0.0).sum(
         axis=1
     )
@@ -249,26 +248,22 @@ def check_result(samples: GroupSamples) -> None:
         raise ProtocolError(f"texts must have {completions} entries, got {len(samples.texts)}")
 
 
-def _check_log_probs(log_probs_T: np.ndarray, tokens: int) -> None:
-    if len(log_probs_T) != tokens:
-        raise ProtocolError(
-            f"log_probs must have one entry per token ({tokens}), got {len(log_probs_T)}"
-        )
-    if tokens and not _are_log_probs(log_probs_T):
-        raise ProtocolError(f"log_probs must be finite and at most {MAX_LOG_PROB}")
+def _check_log_probs(name: str, log_probs: np.ndarray) -> None:
+    if log_probs.size and not _are_log_probs(log_probs):
+        raise ProtocolError(f"{name} must be finite and at most {MAX_LOG_PROB}")
 
 
-def _are_log_probs(log_probs_T: np.ndarray) -> bool:
+def _are_log_probs(log_probs: np.ndarray) -> bool:
     """Whether all are finite and at most `MAX_LOG_PROB`.
 
     Read as whole numbers with a sign, floats are in order from 0 on; below 0 lie the negative ones,
     the smallest first and -inf and NaN last, nearest to 0. So one look is enough where there is no
     0 and no positive one, and a second, without the sign, finds what may hide below them.
     """
-    most = highest(log_probs_T.view(np.int32))
+    most = highest(log_probs.view(np.int32))
     if most < 0:
         return bool(most < _MINUS_INF)
-    return bool(most <= _MOST and highest(log_probs_T.view(np.uint32)) < _MINUS_INF + 2**32)
+    return bool(most <= _MOST and highest(log_probs.view(np.uint32)) < _MINUS_INF + 2**32)
 
 
 def _check_offsets(offsets: np.ndarray, tokens: int) -> None:

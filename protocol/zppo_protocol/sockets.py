@@ -49,7 +49,11 @@ ROUTE_BYTES = 5
 HEARTBEATS = 6
 """ZeroMQ's own heartbeats in the silence after which a connection is given up."""
 LOOK_SECONDS = 0.2
-"""A dealer that has not been let in yet looks so often at whether it has been refused."""
+"""A dealer that sends, or has not been let in yet, looks so often at whether it was refused."""
+NOW, MORE_NOW, READABLE, WRITABLE = map(
+    int, (zmq.NOBLOCK, zmq.NOBLOCK | zmq.SNDMORE, zmq.POLLIN, zmq.POLLOUT)
+)
+"""As numbers: an operator of pyzmq's enumerations costs as much as a small message."""
 
 
 class Router:
@@ -76,6 +80,7 @@ class Router:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         guard(self._socket, access, limits)
         self._keeper = Doorkeeper(self._context, self._socket, access)
+        self._line = _Line(self._socket)
         self._close = _close_when_dropped(self, self._socket, self._context, self._keeper.thread)
         try:
             self._socket.bind(access.address)
@@ -98,7 +103,7 @@ class Router:
     def receive(self, timeout_s: float) -> tuple[str, AnyMessage] | None:
         """Return the next (peer, message), or None after `timeout_s` seconds. Malformed messages
         are skipped. The peer is the name of the key that it came with."""
-        for route, *frames in _arrivals(self._socket, 1 + self._frames.most, timeout_s):
+        for route, *frames in self._line.arrivals(1 + self._frames.most, timeout_s):
             peer = str(route.get("User-Id"))
             try:
                 self._follow(peer, route.bytes)
@@ -119,7 +124,7 @@ class Router:
         if route is None:
             return False
         try:
-            self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
+            self._line.write([route, *frames])
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -159,7 +164,9 @@ class Dealer:
         self._doorstep = Doorstep(credentials, limits)
         self._context = zmq.Context()
         self._socket, self._ear = _connected(self._context, credentials, limits)
+        self._line = _Line(self._socket)
         self._refusal: AccessError | None = None
+        self._next_look = 0.0
         self._close = _close_when_dropped(self, self._socket, self._context, None, self._ear)
 
     @property
@@ -172,7 +179,7 @@ class Dealer:
         """Return the next message, or None after `timeout_s` seconds. Malformed messages are
         skipped. Raises AccessError, one sentence, if the controller will not let this dealer in."""
         most, look = self._frames.most, self._listen_at_the_door
-        for frames in _arrivals(self._socket, most, timeout_s, look):
+        for frames in self._line.arrivals(most, timeout_s, look):
             try:
                 return self._frames.read(frames)
             except ProtocolError as error:
@@ -184,13 +191,15 @@ class Dealer:
         """Queue `message`. Raises TimeoutError if the queue stays full for `send_seconds`,
         ProtocolError if unfit, AccessError as `receive` does."""
         frames = self._frames.write(message)
-        self._listen_at_the_door()
+        if time.monotonic() >= self._next_look:
+            self._listen_at_the_door()
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._line.write(frames)
                 return
             except zmq.Again as error:
-                if not _is_ready(self._socket, zmq.POLLOUT, self.limits.send_seconds):
+                self._listen_at_the_door()
+                if not self._line.is_writable(self.limits.send_seconds):
                     self._listen_at_the_door()
                     raise _stalled(self.limits) from error
 
@@ -205,11 +214,12 @@ class Dealer:
         if self._refusal is not None:
             raise self._refusal
         try:
-            while self._ear.get(zmq.EVENTS) & zmq.POLLIN:
+            while self._ear.get(zmq.EVENTS) & READABLE:
                 self._doorstep.hear(self._ear.recv_multipart())
         except AccessError as refusal:
-            self._refusal = refusal
+            self._refusal, self._next_look = refusal, 0.0
             raise
+        self._next_look = time.monotonic() + LOOK_SECONDS
         return float("inf") if self._doorstep.admitted else LOOK_SECONDS
 
 
@@ -294,14 +304,76 @@ class _Frames:
         frames = encode(message, self._limits)
         return cut(frames) if self._in_pieces else frames
 
-    def read(self, found: Sequence[zmq.Frame]) -> AnyMessage:
+    def read(self, found: Sequence[Any]) -> AnyMessage:
         """The message in these frames. Raises ProtocolError for anything else."""
-        frames = [frame.buffer for frame in found]
+        frames = [memoryview(frame) for frame in found]
         if self._in_pieces:
             if not 1 < len(frames) <= self.most:
                 raise ProtocolError(f"a message has 2 to {self.most} pieces, got {len(frames)}")
             frames = join(frames, self._limits)
         return decode(frames, self._limits)
+
+
+class _Line:
+    """A socket that is only waited for by Python's poll.
+
+    ZeroMQ's own waits begin anew after each signal that a handler takes, and its poll as pyzmq
+    calls it then counts whole seconds; Python's poll keeps to its time. And it is asked only where
+    nothing is there: to ask a socket what has happened costs more than to read a message.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._poll = select.poll()
+        self._poll.register(socket.FD, select.POLLIN)  # says only that something has happened
+
+    def arrivals(
+        self, most: int, timeout_s: float, look: Callable[[], float] | None = None
+    ) -> Iterator[list[zmq.Frame]]:
+        """Yield the frames of each message that comes until time is up, so that a flood of rubbish
+        cannot keep the reader; of one with too many frames `most + 1`, enough to refuse it. `look`
+        is called before each wait and says how long that may be, in seconds."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if frames := self._read(most):
+                yield frames
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                return
+            if not frames:
+                self._wait(left if look is None else min(left, look()))
+
+    def write(self, frames: Sequence[Buffer]) -> None:
+        """Queue one message. Raises zmq.Again where the queue is full."""
+        *first, last = frames
+        for frame in first:
+            self._socket.send(frame, MORE_NOW, False)
+        self._socket.send(last, NOW, False)
+
+    def is_writable(self, wait_s: float) -> bool:
+        """Wait until a message can be queued; False when time is up."""
+        deadline = time.monotonic() + wait_s
+        while not self._socket.get(zmq.EVENTS) & WRITABLE:
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                return False
+            self._wait(left)
+        return True
+
+    def _read(self, most: int) -> list[zmq.Frame]:
+        """The frames of a message that is there, or nothing."""
+        receive = self._socket.recv
+        try:
+            frames = [receive(NOW, False)]
+        except zmq.Again:
+            return []
+        while frames[-1].more:
+            frames[most:] = [receive(NOW, False)]
+        return frames
+
+    def _wait(self, wait_s: float) -> None:
+        """Wait until something has happened since the socket was last found empty or full."""
+        self._poll.poll(1000.0 * wait_s)
 
 
 def _close_when_dropped(
@@ -359,59 +431,7 @@ def _set_bounds(socket: Any, address: str, limits: Limits) -> None:
         socket.set(zmq.HEARTBEAT_IVL, max(1, silence // HEARTBEATS))
         socket.set(zmq.HEARTBEAT_TIMEOUT, silence)
     else:
-        socket.set(zmq.MAXMSGSIZE, limits.frame_bytes)
-
-
-def _arrivals(
-    socket: zmq.Socket[bytes],
-    most: int,
-    timeout_s: float,
-    look: Callable[[], float] | None = None,
-) -> Iterator[list[zmq.Frame]]:
-    """Yield the frames of each message that comes until time is up, so that a flood of rubbish
-    cannot keep the reader. `look` is called before each wait and says how long that may be, in
-    seconds."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        left = deadline - time.monotonic()
-        wait = left if look is None or left <= 0.0 else min(left, look())
-        frames = _read_frames(socket, most, wait)
-        if frames:
-            yield frames
-            if time.monotonic() >= deadline:
-                return
-        elif wait >= left:
-            return
-
-
-def _read_frames(socket: zmq.Socket[bytes], most: int, wait_s: float) -> list[zmq.Frame]:
-    """Read one message, or nothing if none comes in time; of one with too many frames keep
-    `most + 1`, enough to refuse it."""
-    if wait_s > 0.0 and not _is_ready(socket, zmq.POLLIN, wait_s):
-        return []
-    try:
-        frames = [socket.recv(zmq.NOBLOCK, copy=False)]
-    except zmq.Again:
-        return []
-    while frames[-1].more:
-        frame = socket.recv(zmq.NOBLOCK, copy=False)
-        frames[most:] = [frame]
-    return frames
-
-
-def _is_ready(socket: Any, event: int, wait_s: float) -> bool:
-    """Wait until a message can be read (POLLIN) or queued (POLLOUT); False when time is up."""
-    # ZeroMQ's own waits begin anew after each signal that a handler takes, and its poll as pyzmq
-    # calls it then counts whole seconds; Python's poll keeps to its time.
-    deadline = time.monotonic() + wait_s
-    poll = select.poll()
-    poll.register(socket.FD, select.POLLIN)  # says only that something has happened
-    while not socket.get(zmq.EVENTS) & event:
-        left = deadline - time.monotonic()
-        if left <= 0.0:
-            return False
-        poll.poll(1000.0 * left)
-    return True
+        socket.set(zmq.MAXMSGSIZE, limits.message_bytes)
 
 
 def _is_newer(route: bytes, known: bytes) -> bool:

@@ -78,9 +78,8 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 def check_support(support: Support) -> None:
     """Check one support; cost O(M). Raises ProtocolError naming the field."""
-    check_array("support.ids", support.ids, INT32)
+    check_array("support.ids", support.ids, INT32, 1, check_ids)
     check_array("support.offsets", support.offsets, INT32)
-    check_ids("support.ids", support.ids)
     check_offsets("support.offsets", support.offsets, len(support.ids))
     starts = np.zeros(len(support.ids) + 1, dtype=np.bool_)
     starts[support.offsets] = True

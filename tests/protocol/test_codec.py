@@ -19,10 +19,12 @@ from msgspec import inspect
 
 from zppo_protocol import messages as m
 from zppo_protocol.codec import (
+    ALIGNMENT,
     BLOB_MAGIC,
     CODES,
     FIRST_MAGIC,
     LARGE,
+    LENGTH,
     MOST_LARGE,
     REUSED,
     decode,
@@ -212,6 +214,13 @@ def plain(value: Any) -> Any:
     )
 
 
+def are_fixed(value: Any) -> bool:
+    """Whether no array in a value can be written."""
+    found: list[bool] = []
+    msgspec.to_builtins(value, enc_hook=lambda array: found.append(array.flags.writeable))
+    return found != [] and not any(found)
+
+
 def example_result(texts: tuple[str, ...] = ("four", "5")) -> m.GenerateResult:
     samples = GroupSamples(
         prompt_ids=np.array([1, 2, 3], np.int32),
@@ -223,6 +232,13 @@ def example_result(texts: tuple[str, ...] = ("four", "5")) -> m.GenerateResult:
         finish_reasons=["stop", "length"],
     )
     return m.GenerateResult(task_id="12/q-17/bcq", samples=samples)
+
+
+def apart(message: m.AnyMessage) -> tuple[bytes, bytes]:
+    """Header and payload of a message that came in one frame; so they may come as well."""
+    [frame] = map(bytes, encode(message))
+    header = LENGTH.size + int.from_bytes(frame[: LENGTH.size], "big")
+    return frame[LENGTH.size : header], frame[header + -header % ALIGNMENT :]
 
 
 # ---- what goes in comes out ----------------------------------------------------------------------
@@ -242,11 +258,43 @@ def test_every_message_survives_the_trip(cls: type, data: st.DataObject) -> None
     assert plain(loads(dumps(message), cls)) == plain(message)
 
 
-def test_a_message_without_arrays_is_one_frame_and_with_arrays_two() -> None:
+def test_a_message_with_small_arrays_is_one_frame_too() -> None:
     assert len(encode(m.Credits(count=3))) == 1
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     assert len(payload) == 16 + 24 + 24 + 16 + 16
     assert b"\x07\x00\x00\x00" not in header, "numbers of arrays belong to the payload"
+
+
+def test_header_and_payload_may_come_in_frames_of_their_own() -> None:
+    message = example_result()
+    assert plain(decode(apart(message))) == plain(decode(encode(message))) == plain(message)
+
+
+@pytest.mark.parametrize(("length", "frames"), [(LARGE - 1000, 1), (LARGE, 2)])
+def test_a_long_header_is_not_copied_into_another_frame(length: int, frames: int) -> None:
+    messages = [example_result(("x" * length, text)) for text in "ab"]
+    sent = [encode(message) for message in messages]
+    assert list(map(len, sent)) == [frames] * 2
+    for message, one in zip(messages, sent, strict=True):
+        assert plain(decode(one)) == plain(message), "what is on its way stays as it is"
+
+
+def test_memory_of_a_long_header_is_used_again() -> None:
+    message = example_result(("x" * LARGE, ""))
+    places = {np.frombuffer(encode(message)[0], np.uint8).ctypes.data for _ in range(9)}
+    assert len(places) <= 2, "the second time it may have to grow"
+
+
+def test_frames_stay_as_they_are_when_more_are_made() -> None:
+    sent = [encode(m.Credits(count=count)) for count in (1, 2)]
+    assert [decode(one) for one in sent] == [m.Credits(count=1), m.Credits(count=2)]
+
+
+def test_arrays_cannot_be_written_wherever_they_came_in() -> None:
+    for message in (example_result(), many([3, LARGE // 4])):
+        assert are_fixed(decode([bytearray(frame) for frame in encode(message)]))
+    blob = bytearray(dumps([np.arange(3)]))
+    assert are_fixed(loads(blob, list[np.ndarray]))
 
 
 def many(sizes: list[int]) -> m.TrainWindow:
@@ -270,10 +318,10 @@ def many(sizes: list[int]) -> m.TrainWindow:
 @pytest.mark.parametrize(
     ("sizes", "frames"),
     [
-        ([LARGE // 4 - 1], 2),
-        ([LARGE // 4], 5),
-        ([LARGE // 4 + 1, 5, LARGE // 4], 8),
-        ([LARGE // 4 + 1] * 40, 49),
+        ([LARGE // 4 - 1], 1),
+        ([LARGE // 4], 4),
+        ([LARGE // 4 + 1, 5, LARGE // 4], 7),
+        ([LARGE // 4 + 1] * 40, 48),
     ],
     ids=["none large", "two large", "odd sizes", "more than have a frame"],
 )
@@ -354,7 +402,7 @@ def test_groups_without_tokens_may_stand_among_others(size: int, count: int) -> 
 
 
 def test_arrays_are_read_only_views_of_the_payload() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     samples = decode([header, payload]).samples
     base = np.frombuffer(payload, np.uint8)
     for array in (samples.token_ids, samples.log_probs, samples.version_spans):
@@ -362,7 +410,7 @@ def test_arrays_are_read_only_views_of_the_payload() -> None:
 
 
 def test_a_payload_at_an_odd_address_still_gives_aligned_arrays() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     shifted = memoryview(b"x" + payload)[1:]
     decoded = decode([header, shifted])
     assert decoded.samples.token_ids.flags.aligned
@@ -431,7 +479,7 @@ def test_a_field_of_a_value_inside_a_message_is_checked_when_it_is_sent() -> Non
 
 
 def test_a_payload_does_not_outlive_its_arrays_in_the_decoder() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     held = bytearray(payload)
     decode([header, held])
     held.extend(b"x")  # refused with BufferError while any view of it lives
@@ -481,7 +529,7 @@ def test_wrong_number_of_frames(count: int) -> None:
 
 
 def test_truncation_at_every_byte_is_refused() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     for cut in range(len(header)):
         with pytest.raises(ProtocolError):
             decode([header[:cut], payload])
@@ -490,8 +538,43 @@ def test_truncation_at_every_byte_is_refused() -> None:
             decode([header, payload[:cut]])
 
 
+def test_a_frame_of_header_and_payload_cut_or_extended_anywhere_is_refused() -> None:
+    [frame] = map(bytes, encode(example_result()))
+    for cut in range(len(frame)):
+        with pytest.raises(ProtocolError):
+            decode([frame[:cut]])
+    for frames in ([frame + bytes(8)], [frame, bytes(8)], [frame[:-8], frame[-8:]]):
+        with pytest.raises(ProtocolError):
+            decode(frames)
+
+
+@pytest.mark.parametrize(
+    ("frame", "sentence"),
+    [
+        (b"", "not a message"),
+        (bytes(7), "a length has 8 bytes, got 7"),
+        (bytes(8), "not a message"),
+        (b"\x00" * 7 + b"\x09" + bytes(8), "a header of 9 bytes does not fit into 8"),
+        (b"\x00" + b"\xff" * 15, f"a header of {2**56 - 1} bytes does not fit into 8"),
+    ],
+)
+def test_a_length_that_lies(frame: bytes, sentence: str) -> None:
+    with pytest.raises(ProtocolError, match=sentence):
+        decode([frame])
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(flips=st.lists(st.integers(0, 10_000), min_size=1, max_size=8))
+def test_flipped_bits_in_a_frame_of_header_and_payload(flips: list[int]) -> None:
+    broken = bytearray(encode(example_result())[0])
+    for flip in flips:
+        broken[flip // 8 % len(broken)] ^= 1 << flip % 8
+    refused_or_fine([bytes(broken)])
+
+
 def test_trailing_bytes_are_refused() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     for frames in (
         [header + b"\x00", payload],
         [header, payload + bytes(8)],
@@ -503,7 +586,7 @@ def test_trailing_bytes_are_refused() -> None:
 
 @pytest.mark.slow
 def test_every_header_byte_replaced_by_every_other() -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     for at in range(len(header)):
         for byte in range(0, 256, 3):
             refused_or_fine([header[:at] + bytes([byte]) + header[at + 1 :], payload])
@@ -513,7 +596,7 @@ def test_every_header_byte_replaced_by_every_other() -> None:
 @settings(max_examples=300, deadline=None)
 @given(flips=st.lists(st.integers(0, 10_000), min_size=1, max_size=8))
 def test_flipped_bits_in_the_header(flips: list[int]) -> None:
-    header, payload = encode(example_result())
+    header, payload = apart(example_result())
     broken = bytearray(header)
     for flip in flips:
         broken[flip // 8 % len(broken)] ^= 1 << flip % 8
@@ -767,10 +850,10 @@ def test_memory_of_a_frame_is_used_again_only_when_nobody_has_it() -> None:
     messages = [many([LARGE // 4 - number] * 9) for number in (1, 2, 3)]
     read = decode(encode(messages[0]))
     frames, kept = encode(messages[1]), encode(messages[2])
-    assert len(kept[1]) > REUSED
+    assert len(kept[0]) > REUSED
     for message, found in zip(messages, (read, decode(frames), decode(kept)), strict=True):
         assert plain(found) == plain(message)
-    places = {np.frombuffer(encode(messages[0])[1], np.uint8).ctypes.data for _ in range(9)}
+    places = {np.frombuffer(encode(messages[0])[0], np.uint8).ctypes.data for _ in range(9)}
     assert len(places) <= 2, "the second time it may have to grow"
 
 
@@ -781,7 +864,7 @@ def test_memory_of_frames_is_not_shared_by_threads() -> None:
 
         def place(_: int) -> int:
             met.wait(60)
-            frame = np.frombuffer(encode(message)[1], np.uint8)
+            frame = np.frombuffer(encode(message)[0], np.uint8)
             met.wait(60)
             return frame.ctypes.data
 

@@ -161,6 +161,19 @@ def test_a_controller_with_another_key(tcp: Wire, opened: Any) -> None:
     still_serves(router, tcp)
 
 
+def test_who_only_sends_hears_of_a_refusal(wire: Wire, opened: Any) -> None:
+    """An actor that was let in, and whose controller another life has followed at the address."""
+    router, left_over = Router(wire.access), opened(Dealer(wire["rollout-0"], BRIEF))
+    left_over.send(m.Credits(count=1))
+    assert router.receive(PATIENCE) == ("rollout-0", m.Credits(count=1))
+    router.close()
+    opened(Router(Wire(wire.address).access))
+    with pytest.raises(AccessError, match=r"let rollout-0 in|breaks off every handshake"):
+        until(lambda: left_over.send(m.Credits(count=1)) is not None)
+    with pytest.raises(AccessError):
+        left_over.send(m.Credits(count=1))
+
+
 def test_what_listens_is_no_controller(tcp: Wire, opened: Any) -> None:
     with socket.create_server(("127.0.0.1", int(tcp.address.rpartition(":")[2]))) as server:
 

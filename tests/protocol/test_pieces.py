@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo_protocol.errors import ProtocolError
-from zppo_protocol.limits import MAX_FRAMES, PIECE_BYTES, Limits
+from zppo_protocol.limits import JOINT_BYTES, MAX_FRAMES, PIECE_BYTES, Limits
 from zppo_protocol.pieces import cut, join, most_pieces
 
 FRAMES = st.lists(st.binary(max_size=40), min_size=1, max_size=MAX_FRAMES)
@@ -55,6 +55,13 @@ def test_what_nobody_cut_is_refused_or_read_as_something(
 def test_a_table_that_lies(table: bytes, sentence: str) -> None:
     with pytest.raises(ProtocolError, match=sentence):
         join(views([table, b"abcd", b"ef"]), LIMITS)
+
+
+def test_header_and_payload_may_come_in_one_frame() -> None:
+    frame = bytes(1000 + JOINT_BYTES + 4000)
+    assert join(views(cut([frame])), LIMITS) == [frame]
+    with pytest.raises(ProtocolError, match="a message of 5017 bytes is over the limit"):
+        join(views(cut([frame + b"x"])), LIMITS)
 
 
 def test_a_frame_that_fits_is_not_copied() -> None:

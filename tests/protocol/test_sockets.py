@@ -474,6 +474,16 @@ def test_an_oversize_frame_never_reaches_the_router(unix: Wire, opened: Any) -> 
     assert got == ("rollout-0", m.Credits(count=2)), "the peer connects anew"
 
 
+def test_a_message_as_large_as_the_limits_comes_through(wire: Wire, opened: Any) -> None:
+    message = result(5000)
+    [frame] = encode(message)
+    header = int.from_bytes(frame[:8], "big")
+    limits = Limits(header_bytes=header, payload_bytes=len(frame) - 8 - header - -header % 8)
+    router = opened(Router(wire.access, limits))
+    opened(Dealer(wire["rollout-0"], limits)).send(message)
+    assert heard(router)[1].task_id == message.task_id
+
+
 def test_an_oversize_header_below_the_frame_limit_is_rejected(wire: Wire, opened: Any) -> None:
     limits = Limits(header_bytes=1_000, payload_bytes=100_000)
     router, peer = opened(Router(wire.access, limits)), opened(Dealer(wire["rollout-0"]))
