@@ -6,7 +6,6 @@ Parquet with pictures in the cells, half as JSONL with paths; one process for ea
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,6 +22,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from raw_data import first, png, second, write_recipe  # noqa: E402
 
+from zppo.config.options import at_least, positive, several  # noqa: E402
+from zppo.errors import Parser, run_command  # noqa: E402
+
 GROUP = 1000
 PICTURES = 500
 """Different pictures; the rows differ by their words."""
@@ -37,12 +39,12 @@ sys.exit(code)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="1000,10000,100000")
-    parser.add_argument("--characters", type=int, default=500, help="of each question")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=several(at_least(2)), default="1000,10000,100000")
+    parser.add_argument("--characters", type=positive, default=500, help="of each question")
     arguments = parser.parse_args()
     print("     rows    kept  peak MiB  processor s  wall s")
-    for count in map(int, arguments.rows.split(",")):
+    for count in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), count // 2, "w" * arguments.characters)
             print(line(Path(folder), count), flush=True)
@@ -87,4 +89,4 @@ def line(folder: Path, count: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -20,6 +20,7 @@ import cProfile
 import functools
 import json
 import logging
+import sys
 import tempfile
 import time
 import zlib
@@ -33,7 +34,9 @@ import numpy as np
 import pyarrow.parquet  # noqa: F401  (not at the first file that is written)
 from safetensors.numpy import save_file
 
+from zppo.config.options import positive
 from zppo.config.topology import Topology
+from zppo.errors import Parser, run_command
 from zppo.plan.processes import cores, processes
 from zppo.records import checkpoint, run_directory
 from zppo_actors.controller.collector import collect_less
@@ -278,11 +281,11 @@ def profiled(work: Callable[[], Any], path: Path | None) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--questions", type=int, default=384, help="of a step")
-    parser.add_argument("--group", type=int, default=8, help="responses of a group")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a response")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=positive, default=8)
+    parser.add_argument("--questions", type=positive, default=384, help="of a step")
+    parser.add_argument("--group", type=positive, default=8, help="responses of a group")
+    parser.add_argument("--tokens", type=positive, default=1024, help="of a response")
     parser.add_argument("--method", default="grpo")
     parser.add_argument("--single-credits", action="store_true")
     parser.add_argument("--profile", type=Path, help="where to write what cProfile found")
@@ -303,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -7,9 +7,11 @@ Each number is a count of engines. To compare two trees, run it in turns with PY
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 
+from zppo.config.options import positive
+from zppo.errors import Parser, run_command
 from zppo.scheduling.dispatch import Dispatcher, Job
 from zppo_protocol.messages import GradeTask
 
@@ -37,8 +39,12 @@ def microseconds_per_job(engines: int) -> float:
     return (time.process_time() - start) / count * 1e6
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("engines", nargs="+", type=int)
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("engines", nargs="+", type=positive)
     for engines in parser.parse_args().engines:
         print(f"{engines:5d} engines: {microseconds_per_job(engines):6.1f} µs a job")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

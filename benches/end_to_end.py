@@ -35,9 +35,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from zppo.data.question import Question
+from zppo.config.options import counting, finite, positive
+from zppo.config.topology import DataConfig
+from zppo.data.corpus import load_questions
+from zppo.errors import Parser, UserError, run_command
 from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
+from zppo.plan.model_folder import inspect_model
 from zppo.prompting.prompts import PromptSet
 from zppo_actors.supervisor.environment import KEEP_MEMORY
 from zppo_actors.supervisor.vitals import children_by_parent, usage
@@ -106,9 +110,7 @@ def endless_copy(model: Path, out: Path, end_token: str) -> Path:
     vocabulary = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
     if end_token not in ids:
-        raise SystemExit(
-            f"--end-token: the tokenizer of {model} has no special token {end_token!r}"
-        )
+        raise UserError(f"--end-token: the tokenizer of {model} has no special token {end_token!r}")
     edit(out / "tokenizer_config.json", eos_token=end_token)
     for name in ("config.json", "generation_config.json"):
         edit(out / name, eos_token_id=ids[end_token])
@@ -123,14 +125,14 @@ def edit(file: Path, **values: Any) -> None:
 
 
 def write_prompts(data: Path, templates: Path | None, system_prompt: str | None, out: Path) -> Path:
-    """The chat that a run of ours would send for each question, with its gold answer."""
+    """The chat that a run of ours would send for each question, with its gold answer. Raises
+    UserError."""
     prompts = PromptSet(templates, system_prompt)
     rows = []
-    for number, line in enumerate(data.read_text(encoding="utf-8").splitlines()):
-        row = json.loads(line)
-        prompt = prompts.plain(Question(id=str(number), text=row["question"], answer=row["answer"]))
-        chat = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        rows.append({"prompt": chat, "gold": row["answer"]})
+    for question in load_questions(str(data), DataConfig(train=str(data)), Path.cwd()).questions:
+        messages = prompts.plain(question).messages
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        rows.append({"prompt": chat, "gold": question.answer})
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return out
 
@@ -256,7 +258,7 @@ def trl(order: Order, options: argparse.Namespace) -> Measured:
         answer = last_boxed(text)
         right = answer is not None and bool(GRADERS["exact"].quick(answer, gold))
         if right != bool(reward):
-            raise SystemExit(
+            raise UserError(
                 f"TRL's side gave {reward} to {text!r} with the answer {gold!r}, our grader says "
                 f"{right}"
             )
@@ -286,7 +288,7 @@ def call(command: Sequence[str], verbose: bool) -> str:
     )
     if done.returncode:
         tail = "\n".join(((done.stdout or "") + (done.stderr or "")).splitlines()[-30:])
-        raise SystemExit(
+        raise UserError(
             f"{' '.join(command[:4])} … ended with exit code {done.returncode}:\n{tail}"
         )
     return done.stdout
@@ -350,6 +352,7 @@ def prepared(options: argparse.Namespace) -> Iterator[Order]:
         folder = Path(scratch)
         names = set(Order.__struct_fields__) - {"model", "prompts"}
         model = options.model.resolve()
+        inspect_model(model, "--model")
         if options.equal_lengths:
             model = endless_copy(model, folder / "model", options.end_token)
         yield Order(
@@ -363,8 +366,8 @@ def prepared(options: argparse.Namespace) -> Iterator[Order]:
         )
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     made.add_argument("--model", type=Path, required=True)
     made.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
     made.add_argument("--templates", type=Path)
@@ -379,50 +382,53 @@ def parser() -> argparse.ArgumentParser:
         "--trl-python", type=Path, help="Python with TRL; without it our side runs alone"
     )
     made.add_argument("--trl-only", action="store_true", help="run TRL's side alone")
-    made.add_argument("--rounds", type=int, default=2)
-    made.add_argument("--questions", type=int, default=12, help="questions of a step")
-    made.add_argument("--group-size", type=int, default=8)
-    made.add_argument("--tokens", type=int, default=48, help="most tokens of a response")
-    made.add_argument("--updates-per-step", type=int, default=2)
-    made.add_argument("--steps", type=int, default=4, help="measured steps of a run")
-    made.add_argument("--warmup", type=int, default=1, help="steps before them")
-    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    made.add_argument("--learning-rate", type=float, default=1e-5)
-    made.add_argument("--threads", type=int, default=2, help="threads of TRL's process")
+    made.add_argument("--rounds", type=positive, default=2)
+    made.add_argument("--questions", type=positive, default=12, help="questions of a step")
+    made.add_argument("--group-size", type=positive, default=8)
+    made.add_argument("--tokens", type=positive, default=48, help="most tokens of a response")
+    made.add_argument("--updates-per-step", type=positive, default=2)
+    made.add_argument("--steps", type=positive, default=4, help="measured steps of a run")
     made.add_argument(
-        "--trl-batch", type=int, default=8, help="rollouts in one forward pass of TRL"
+        "--warmup",
+        type=positive,
+        default=1,
+        help="steps before them, at least one",
+    )
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    made.add_argument("--learning-rate", type=finite, default=1e-5)
+    made.add_argument("--threads", type=positive, default=2, help="threads of TRL's process")
+    made.add_argument(
+        "--trl-batch", type=positive, default=8, help="rollouts in one forward pass of TRL"
     )
     made.add_argument("--trl-compile", action="store_true", help="TRL with torch.compile")
     made.add_argument(
         "--trl-autocast", action="store_true", help="TRL with fp32 weights and bf16 autocast"
     )
     made.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
-    made.add_argument("--rollouts", type=int, default=1, help="our rollout processes")
-    made.add_argument("--rollout-threads", type=int, default=1, help="threads of each of them")
-    made.add_argument("--trainer-threads", type=int, default=1)
-    made.add_argument("--max-sequences", type=int, default=96, help="sequences sampled at once")
-    made.add_argument("--micro-batch-tokens", type=int, default=2048)
+    made.add_argument("--rollouts", type=positive, default=1, help="our rollout processes")
+    made.add_argument("--rollout-threads", type=positive, default=1, help="threads of each of them")
+    made.add_argument("--trainer-threads", type=positive, default=1)
+    made.add_argument(
+        "--max-sequences", type=positive, default=96, help="sequences sampled at once"
+    )
+    made.add_argument("--micro-batch-tokens", type=positive, default=2048)
     made.add_argument(
         "--measured-rollouts", default="trained", choices=("all", "sample", "trained")
     )
-    made.add_argument("--staleness", type=int, default=1)
+    made.add_argument("--staleness", type=counting, default=1)
     made.add_argument("--json", type=Path, help="write all numbers to this file")
     made.add_argument("--verbose", action="store_true")
     return made
 
 
 def check(options: argparse.Namespace) -> None:
-    """Both sides must be able to do the same. Raises SystemExit."""
+    """Both sides must be able to do the same. Raises UserError."""
     samples = options.questions * options.group_size
     if samples % (options.updates_per_step * options.trl_batch):
-        raise SystemExit(
+        raise UserError(
             f"--trl-batch {options.trl_batch}: {samples} rollouts do not split into "
             f"{options.updates_per_step} updates "
             "of whole batches; expected a divisor of the rollouts of an update"
-        )
-    if options.warmup < 1 or options.steps < 1:
-        raise SystemExit(
-            "--warmup and --steps: expected at least 1, the clock starts at the end of a step"
         )
 
 
@@ -445,4 +451,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -16,6 +16,7 @@ import asyncio
 import copy
 import json
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from zppo.config.options import positive
+from zppo.errors import Parser, UserError, run_command
+from zppo.plan.model_folder import inspect_model
 from zppo_actors.engines.tokenization import PromptTokenizer
 from zppo_actors.engines.transformers.engine import TransformersEngine
 from zppo_actors.engines.transformers.models import adopt_slots
@@ -148,16 +152,19 @@ def measure_load(
 
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=str(root / "examples" / "quickstart" / "student"))
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=128, help="longest response")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--slots", type=positive, default=64)
+    parser.add_argument("--sequences", type=positive, default=256)
+    parser.add_argument("--tokens", type=positive, default=128, help="longest response")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.sequences % GROUP:
+        raise UserError(f"--sequences is {options.sequences}; expected a multiple of {GROUP}")
+    inspect_model(Path(options.model), "--model")
     torch.set_num_threads(options.threads)
     results = measure(options)
     if options.json:
@@ -181,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -13,7 +13,6 @@ between the two largest: 1 is linear, 0 is flat.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -40,12 +39,13 @@ from zppo.config.topology import DataConfig
 from zppo.data.corpus import load_questions
 from zppo.data.cursor import CorpusCursor, CursorState
 from zppo.data.question import Question
+from zppo.errors import Parser, run_command
 from zppo.report.browser import browser_data
 from zppo.report.load import load_run
 from zppo.scheduling import events
 from zppo.suites.intervals import paired
 from zppo.training.batch import assemble
-from zppo.training.layout import micro_batches
+from zppo.training.layout import deal_passes
 from zppo_protocol.codec import decode, encode
 from zppo_protocol.messages import GenerateResult, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -104,7 +104,7 @@ def batch(groups: int, tokens: int) -> Work:
 
     def work() -> object:
         rollouts = assemble(window, max_staleness=2, device=torch.device("cpu"))
-        return micro_batches(rollouts, np.arange(rollouts.sequences), 16_384, share=True)
+        return deal_passes(rollouts, np.arange(rollouts.sequences), 16_384, share=True).batches
 
     return work
 
@@ -348,7 +348,7 @@ def page(found: dict[str, dict[int, Measured]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="How the parts around the models grow.")
+    parser = Parser(description="How the parts around the models grow.")
     parser.add_argument("--small", action="store_true", help="the two smallest sizes alone")
     parser.add_argument("--check", action="store_true", help="fail above the baseline by 30 %%")
     parser.add_argument("--write", action="store_true", help="make a new baseline")
@@ -372,4 +372,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from statistics import geometric_mean
 import torch
 from kernel_contestants import LENGTH, SUITES, make_problem
 
+from zppo.errors import UserError
 from zppo_kernels.backends import using_backend
 from zppo_kernels.tuning import Tuning, using_tuning
 
@@ -80,11 +80,11 @@ def seconds_of(
 
 
 def sweep(device: str, quick: bool, repeats: int, clock: Clock, out: Path) -> None:
-    """Measure, write JSON, and print the fastest."""
+    """Measure, write JSON, and print the fastest. Raises UserError."""
     if device != "cuda" and not quick:
-        sys.exit(NO_GPU)
+        raise UserError(NO_GPU)
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("--sweep --quick without a GPU needs TRITON_INTERPRET=1 in the environment")
+        raise UserError("--sweep --quick without a GPU needs TRITON_INTERPRET=1 in the environment")
     sizes = [(LENGTH, 8, 300)] if quick else [(8192, 1024, 151_936), (8192, 1024, 248_320)]
     arguments = (sizes, device, clock, repeats)
     suites = ROW_SUITES[:1] if quick else ROW_SUITES

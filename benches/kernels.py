@@ -33,6 +33,9 @@ from kernel_curves import both_curves
 from kernel_report import tables_of, write_report
 from kernel_sweep import sweep
 
+from zppo.config.options import positive
+from zppo.errors import Parser, UserError, run_command
+
 RESULTS = Path(__file__).parent / "results"
 GPU_SIZES = [
     (16_384, hidden, vocabulary) for hidden in (1024, 2560) for vocabulary in (151_936, 248_320)
@@ -237,12 +240,12 @@ def run_one(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument(
         "--only", default="", help="suites and contestants whose name contains this"
     )
@@ -263,6 +266,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and this machine has no GPU; expected cpu")
     torch.set_num_threads(options.threads)
     if options.report is not None:
         write_report(
@@ -278,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zppo.config.options import counting, positive
+from zppo.errors import Parser, UserError, run_command
 from zppo.training.batch import Rollouts, assemble
-from zppo.training.layout import MicroBatch, micro_batches
+from zppo.training.layout import MicroBatch, deal_passes
 from zppo.training.policy import Policy
 from zppo_protocol.messages import TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -30,13 +33,14 @@ WAYS = (False, True)
 
 def model_of(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
+    heads = options.width // HEAD
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=options.width,
         intermediate_size=options.width * 11 // 4,
         num_hidden_layers=options.layers,
-        num_attention_heads=options.width // HEAD,
-        num_key_value_heads=max(1, options.width // HEAD // 4),
+        num_attention_heads=heads,
+        num_key_value_heads=1 if heads % 4 else heads // 4,
         max_position_embeddings=1 << 15,
     )
     model: Any = LlamaForCausalLM(config)
@@ -65,7 +69,7 @@ def group_of(name: str, options: argparse.Namespace, rng: np.random.Generator) -
 
 def passes(rollouts: Rollouts, options: argparse.Namespace, *, long: bool) -> list[MicroBatch]:
     every = np.arange(rollouts.sequences)
-    return micro_batches(rollouts, every, options.micro_batch_tokens, share=True, long=long)
+    return deal_passes(rollouts, every, options.micro_batch_tokens, share=True, long=long).batches
 
 
 def seconds_of(policy: Policy, batches: list[MicroBatch]) -> float:
@@ -97,18 +101,21 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     for name, value in (
         *(("width", 1024), ("layers", 1), ("prompt", 1200), ("response", 1500)),
-        *(("longest", 4000), ("group", 8), ("groups", 1), ("repeats", 3), ("seed", 1)),
+        *(("longest", 4000), ("group", 8), ("groups", 1), ("repeats", 3)),
         ("micro-batch-tokens", 16_384),
     ):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=positive, default=value)
+    parser.add_argument("--seed", type=counting, default=1)
     options = parser.parse_args()
+    if options.width % HEAD:
+        raise UserError(f"--width is {options.width}; expected a multiple of {HEAD}")
     torch.set_num_threads(1)
     measure(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,13 +11,15 @@ rank has than the mean.
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from zppo.config.options import positive
+from zppo.errors import Parser, run_command
 from zppo.training.batch import Rollouts, assemble
 from zppo.training.layout import Deal, MicroBatch, deal_passes
 from zppo_protocol.messages import TrainWindow
@@ -110,9 +112,9 @@ def _real(rollouts: Rollouts, batch: MicroBatch) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--questions", type=int, default=384)
-    parser.add_argument("--seeds", type=int, default=3, help="windows that are averaged")
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--questions", type=positive, default=384)
+    parser.add_argument("--seeds", type=positive, default=3, help="windows that are averaged")
     options = parser.parse_args()
     print("group  budget  ranks  padding  passes  rows alone  busiest rank")
     for size in SIZES:
@@ -130,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -17,11 +17,11 @@ best of `--repeats`, in milliseconds; each action is repeated until it takes 20 
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import platform
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +32,8 @@ import msgspec
 import numpy as np
 import zmq
 
+from zppo.config.options import at_least, positive
+from zppo.errors import Parser, run_command
 from zppo_protocol.codec import decode, encode
 from zppo_protocol.keys import issue
 from zppo_protocol.limits import Limits
@@ -248,10 +250,10 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--completions", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--completions", type=positive, default=64)
+    parser.add_argument("--tokens", type=at_least(2), default=16_384)
+    parser.add_argument("--repeats", type=positive, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measured = measure(options.completions, options.tokens, options.repeats)
@@ -265,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,12 +30,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from zppo.config.options import positive
 from zppo.config.topology import OptimizerConfig
+from zppo.errors import Parser, UserError, run_command
 from zppo.training.optimizer import AdamW, Gradients
 from zppo.training.policy import Policy
 from zppo.training.ranks import ALONE, Ranks
 from zppo_actors.weights import shared_memory
 
+HEAD = 64
 ROWS = 256
 """Tokens of one row; a rank has its share of the rows, one after the other."""
 Found: TypeAlias = dict[str, list[list[float]]]
@@ -44,14 +48,15 @@ Found: TypeAlias = dict[str, list[list[float]]]
 def build(options: argparse.Namespace) -> Policy:
     """A tied Qwen3 of random bfloat16 weights."""
     torch.manual_seed(0)
+    heads = options.hidden // HEAD
     config = Qwen3Config(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
         intermediate_size=3 * options.hidden,
         num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=max(1, options.hidden // 128),
-        head_dim=64,
+        num_attention_heads=heads,
+        num_key_value_heads=1 if heads % 2 else heads // 2,
+        head_dim=HEAD,
         tie_word_embeddings=True,
     )
     model: Any = Qwen3ForCausalLM(config)
@@ -136,12 +141,14 @@ def measured(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     for name, value in {
         "ranks": 2, "layers": 8, "hidden": 512, "vocabulary": 16_384, "tokens": 4096, "repeats": 3,
     }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=positive, default=value)
     options = parser.parse_args()
+    if options.hidden % HEAD:
+        raise UserError(f"--hidden is {options.hidden}; expected a multiple of {HEAD}")
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=shared) as folder:
@@ -155,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -12,7 +12,6 @@ windows up takes is not in them.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -26,12 +25,16 @@ from msgspec import structs
 
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import Candidate, Group, Visit, Window
+from zppo.config.options import at_least, positive, several
+from zppo.errors import Parser, UserError, run_command
 from zppo_actors.controller.journal import Journal
 from zppo_actors.controller.sinks import MetricSinks
 
 GROUP = 8
 POOL = 4_000_000
 """Words to draw responses from, in a row."""
+MOST_WORDS = POOL // 100
+"""Of a response on the average; some are ten times as long."""
 VOCABULARY = 30_000
 REPORT = """
 import sys, time
@@ -153,21 +156,25 @@ def row(folder: Path, steps: int, rollouts: int, words: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", default="50,200")
-    parser.add_argument("--rollouts", type=int, default=3072, help="of the student, in a step")
-    parser.add_argument("--words", type=int, default=1000, help="of a response")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=several(positive), default="50,200")
+    parser.add_argument(
+        "--rollouts", type=at_least(GROUP), default=3072, help="of the student, in a step"
+    )
+    parser.add_argument("--words", type=positive, default=1000, help="of a response")
     parser.add_argument("--keep", type=Path, help="make the runs here, and leave them")
     asked = parser.parse_args()
+    if asked.words > MOST_WORDS:
+        raise UserError(f"--words is {asked.words}; expected at most {MOST_WORDS}")
     folder = asked.keep or Path(tempfile.mkdtemp())
     try:
         print(HEADER)
-        for steps in asked.steps.split(","):
-            print(row(folder, int(steps), asked.rollouts, asked.words), flush=True)
+        for steps in asked.steps:
+            print(row(folder, steps, asked.rollouts, asked.words), flush=True)
     finally:
         if asked.keep is None:
             shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -15,17 +15,21 @@ lengths and rewards of the simulation included.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import get_args
 
 import msgspec
 from msgspec import structs
 
+from zppo.config.options import counting, finite, positive, several
 from zppo.config.strict_yaml import parse
 from zppo.config.topology import Batches
+from zppo.errors import Parser, UserError, nearest, run_command
 from zppo.simulation import Engines, Outcome, World, simulate
 
 HERE = Path(__file__).parent
@@ -45,8 +49,11 @@ BY_STEP = (
 
 
 def read_world(path: Path) -> World:
-    """The setting in a file. Raises UserError for what is no YAML, msgspec.ValidationError."""
-    return msgspec.convert(parse(path.read_text(encoding="utf-8"), str(path)).data, World)
+    """The setting in a file. Raises UserError."""
+    try:
+        return msgspec.convert(parse(path.read_text(encoding="utf-8"), str(path)).data, World)
+    except (UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise UserError(f"{path}: {error}; expected a setting as in {SETTINGS[0]}") from None
 
 
 def small(world: World) -> World:
@@ -121,7 +128,9 @@ def compared(bound: int, windows: Sequence[Outcome], filled: Sequence[Outcome]) 
 
 
 def interval(values: Sequence[float], digits: int) -> str:
-    """Mean and half of its 95 % interval."""
+    """Mean and half of its 95 % interval, which a single value has none of."""
+    if len(values) < 2:
+        return f"{mean(values):+.{digits}f}"
     half = 1.96 * stdev(values) / len(values) ** 0.5
     return f"{mean(values):+.{digits}f} ± {half:.{digits}f}"
 
@@ -156,23 +165,30 @@ def row(bound: int, batches: Batches, runs: list[Outcome]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
+def batches_of(text: str) -> Batches:
+    """The type of an option that is a kind of batches."""
+    kinds: tuple[Batches, ...] = get_args(Batches)
+    for kind in kinds:
+        if kind == text:
+            return kind
+    raise ArgumentTypeError(f"there are no batches {text!r}{nearest(text, kinds)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", type=Path, default=SETTINGS)
-    parser.add_argument("--bounds", type=numbers, default="0,1,2,4,8,16")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--batches", default="windows", help="windows, filled or both")
+    parser.add_argument("--bounds", type=several(counting), default="0,1,2,4,8,16")
+    parser.add_argument("--steps", type=positive, default=40)
+    parser.add_argument("--seeds", type=positive, default=2)
+    parser.add_argument(
+        "--batches", type=several(batches_of), default="windows", help="windows, filled or both"
+    )
     parser.add_argument("--by-step", action="store_true", help="what each step trained, too")
     parser.add_argument("--small", action="store_true", help="a sixteenth of each setting")
-    parser.add_argument("--share", type=float, help="this share of the questions and slots")
+    parser.add_argument("--share", type=finite, help="this share of the questions and slots")
     options = parser.parse_args(arguments)
-    kinds = msgspec.convert(options.batches.split(","), list[Batches])
+    if options.share is not None and not 0 < options.share <= 1:
+        raise UserError(f"--share is {options.share:g}; expected a number above 0, at most 1")
     for path in options.settings:
         world = read_world(path)
         if options.small:
@@ -183,11 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs: dict[tuple[int, Batches], list[Outcome]] = {}
         begin = time.process_time()
         for bound, batches, found in runs_of(
-            world, options.bounds, kinds, options.steps, options.seeds
+            world, options.bounds, options.batches, options.steps, options.seeds
         ):
             print(row(bound, batches, found), flush=True)
             runs[bound, batches] = found
-        if {"windows", "filled"} <= set(kinds):
+        if {"windows", "filled"} <= set(options.batches):
             print(f"\n{COMPARED}")
             for bound in filter(None, options.bounds):
                 print(compared(bound, runs[bound, "windows"], runs[bound, "filled"]), flush=True)
@@ -199,4 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,8 +11,8 @@ turns, window by window, and each trains a student of its own.
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 from collections import defaultdict
 from itertools import groupby
@@ -24,7 +24,9 @@ import torch
 from msgspec.structs import replace
 
 from zppo.config.load import load, override
+from zppo.config.options import at_least, positive
 from zppo.config.topology import Topology
+from zppo.errors import Parser, run_command
 from zppo.prompting.tokenization import load_tokenizer
 from zppo.records import rollouts as store
 from zppo.records import run_directory
@@ -193,10 +195,12 @@ def show(found: dict[Measuring, dict[str, list[float]]]) -> None:
 
 
 def main() -> None:
-    made_parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    made_parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     made_parser.add_argument("run", type=Path, nargs="?")
-    made_parser.add_argument("--steps", type=int, default=4, help="windows; the first is a warm-up")
-    made_parser.add_argument("--groups", type=int, default=24, help="of a made window")
+    made_parser.add_argument(
+        "--steps", type=at_least(2), default=4, help="windows; the first is a warm-up"
+    )
+    made_parser.add_argument("--groups", type=positive, default=24, help="of a made window")
     made_parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     options = made_parser.parse_args()
     base = run_directory.read(options.run).topology if options.run else load(EXAMPLE)
@@ -211,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

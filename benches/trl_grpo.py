@@ -154,4 +154,7 @@ def result(order: dict[str, Any], clock: Clock) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        print("expected the file of one order, as end_to_end.py writes it", file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

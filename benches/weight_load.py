@@ -20,6 +20,7 @@ import itertools
 import json
 import mmap
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from zppo.config.options import positive
+from zppo.errors import Parser, run_command
 from zppo_actors.weights import shared_memory
 from zppo_actors.weights.recycling import SPARE
 from zppo_protocol.values import PolicyManifest
@@ -106,11 +109,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=2048, help="rows and columns of a layer")
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=positive, default=32)
+    parser.add_argument("--width", type=positive, default=2048, help="rows and columns of a layer")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--folder", default="/dev/shm", help="where weights are published")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -124,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

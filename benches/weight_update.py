@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from zppo.config.options import positive
 from zppo.config.served import ServedModel
 from zppo.config.topology import ActorConfig, ModelConfig
+from zppo.errors import Parser, run_command
+from zppo.plan.model_folder import inspect_model
 from zppo_actors.engines import EngineSpec, create
 from zppo_actors.engines.vllm.publication import FileIdentity, Update
 from zppo_actors.weights import shared_memory
@@ -128,17 +132,18 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of vLLM")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of vLLM")
+    parser.add_argument("--sequences", type=positive, default=8)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--folder", default="/dev/shm", help="where weights are published")
     parser.add_argument("--eager", action="store_true", help="do not let vLLM compile the model")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    inspect_model(Path(options.model), "--model")
     torch.set_num_threads(1)
     result = asyncio.run(run(options))
     if options.json:
@@ -157,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -37,6 +37,8 @@ import torch.distributed as dist
 import xxhash
 import zmq
 
+from zppo.config.options import positive
+from zppo.errors import Parser, run_command
 from zppo_actors.weights import shared_memory
 from zppo_actors.weights.fetch import CHUNK_BYTES, IN_FLIGHT
 from zppo_actors.weights.fetcher import Fetcher
@@ -253,9 +255,9 @@ def measured(name: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     for name, value in {"tensors": 32, "rows": 2048, "repeats": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=positive, default=value)
     parser.add_argument("--all", action="store_true", help="also what was not taken")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -280,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from zppo.config import load as topologies
 from zppo.config.topology import Topology
+from zppo.errors import UserError
 from zppo.grading import GRADERS
 from zppo.grading.boxes import last_boxed
 
@@ -83,7 +84,7 @@ def test_lengths_are_the_models_own_unless_said_otherwise(flags: list[str]) -> N
 
 
 def test_unknown_end_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="has no special token '<never>'"):
+    with pytest.raises(UserError, match="has no special token '<never>'"):
         bench.endless_copy(WORLD / "student", tmp_path / "copy", "<never>")
 
 
@@ -207,7 +208,7 @@ def test_one_side_alone_has_no_ratio() -> None:
 @pytest.mark.parametrize("words", [["--trl-batch", "32"], ["--warmup", "0"], ["--steps", "0"]])
 def test_a_race_that_cannot_be_equal_is_refused(words: list[str]) -> None:
     bench.check(options())
-    with pytest.raises(SystemExit, match=words[0]):
+    with pytest.raises(UserError, match=words[0]):
         bench.check(options(*words))
 
 
@@ -234,7 +235,7 @@ def test_a_grade_that_differs_stops_the_race(monkeypatch: pytest.MonkeyPatch) ->
     }
     found = result | {"texts": [["\\boxed{5}", "6", 1.0]]}
     monkeypatch.setattr(bench, "call", lambda command, verbose: "noise\n" + json.dumps(found))
-    with pytest.raises(SystemExit, match="our grader says False"):
+    with pytest.raises(UserError, match="our grader says False"):
         bench.trl(order(), options("--trl-python", sys.executable))
     monkeypatch.setattr(
         bench,
@@ -245,5 +246,5 @@ def test_a_grade_that_differs_stops_the_race(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_side_that_fails_is_named() -> None:
-    with pytest.raises(SystemExit, match="ended with exit code 3"):
+    with pytest.raises(UserError, match="ended with exit code 3"):
         bench.call([sys.executable, "-c", "import sys; sys.exit(3)"], verbose=False)

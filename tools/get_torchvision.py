@@ -12,13 +12,14 @@ any other must not, because it would take torchvision for whole. Where pip finds
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from zppo.errors import Parser, run_command
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 DECLARED = """
@@ -38,7 +39,7 @@ PROBE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)
@@ -60,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from zppo.errors import Parser, run_command
 from zppo.grading import grade
 
 TABLES = Path(__file__).parents[1] / "tests/zppo/grading"
@@ -62,9 +63,7 @@ class Score(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--misses", action="store_true", help="also list the pairs that our grader gets wrong"
     )
@@ -218,4 +217,4 @@ def child(name: str, table: str, first: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -16,7 +16,6 @@ have of barriers and of loads below 16 bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -40,6 +39,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from zppo.errors import Parser, UserError, run_command
 from zppo_kernels import triton_advantages, triton_jsd, triton_rows, triton_samples
 from zppo_kernels.launch_advantages import BLOCK as ADVANTAGE_BLOCK
 from zppo_kernels.rows_triton import SCALE_BLOCK, SCALE_WARPS, policy_constants, rows_of
@@ -367,8 +367,8 @@ def all_measured(is_short: bool, only: str) -> Iterator[tuple[str, dict[str, flo
 
 
 def main() -> int:
-    """Measure the cases on all architectures; compare or write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Measure the cases on all architectures; compare or write. Raises UserError."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--write", action="store_true", help="write the budget instead of comparing with it"
     )
@@ -381,6 +381,8 @@ def main() -> int:
         results[key] = numbers
         problems += [] if options.write else complaints(key, numbers, budget.get(key))
         print(f"{key:60s} {numbers}", flush=True)
+    if not results:
+        raise UserError(f"--only: no case has {options.only!r} in its name")
     if options.write:
         kept = budget if options.only or options.short else {}
         BUDGET.write_text(
@@ -398,4 +400,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -12,7 +12,6 @@ question stands in two files or twice in one, and a seed gives the same bytes ev
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -21,10 +20,14 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from zppo.config.options import counting, positive
+from zppo.errors import Parser, run_command
 from zppo.records.atomic_file import written_whole
 
 NAMES = ("Ada", "Ben", "Eva", "Ivan", "Kim", "Lea", "Max", "Noor", "Omar", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+MOST = 20_000
+"""Questions of a file."""
 LARGEST = 99
 """Numbers stay below 100, so that a line of a solution has at most ten tokens."""
 
@@ -137,17 +140,19 @@ def make(out: Path, sizes: dict[str, int], seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--train", type=int, default=1200, help="training questions")
-    parser.add_argument("--heldout", type=int, default=240, help="held-out questions")
-    parser.add_argument("--lessons", type=int, default=4800, help="questions with worked solutions")
-    parser.add_argument("--seed", type=int, default=135)
+    parser.add_argument("--train", type=positive, default=1200, help="training questions")
+    parser.add_argument("--heldout", type=positive, default=240, help="held-out questions")
+    parser.add_argument(
+        "--lessons", type=positive, default=4800, help="questions with worked solutions"
+    )
+    parser.add_argument("--seed", type=counting, default=135)
     options = parser.parse_args(argv)
     sizes = {name: getattr(options, name) for name in ("heldout", "train", "lessons")}
     for name, size in sizes.items():
-        if not 1 <= size <= 20_000:
-            parser.error(f"--{name} is {size}; expected 1 to 20000")
+        if size > MOST:
+            parser.error(f"--{name} is {size}; expected at most {MOST}")
     make(options.out, sizes, options.seed)
     print(
         f"wrote {', '.join(f'{size} {name}' for name, size in sizes.items())} questions to "
@@ -157,4 +162,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,26 +7,22 @@ and of them. Data files are the same bytes everywhere; weights only on the same 
 with the same torch build.
 
 Both models see with the same tower. It learns first, by itself, to say what is in each cell; then
-each model learns to answer, from its belief, the prompts that a run shows it. The student learns
-plain, BCQ and NCQ prompts, so that it can read candidates before RL, the teacher plain ones. No
-target is drawn from the truth but what a belief says of it.
+each model learns to answer, from its belief, the prompts that a run shows it
+(``picture_corpus.py``).
 
 Legend: B batch, T tokens, C cells of a picture, D width of the model.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -45,6 +41,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from picture_corpus import Corpus, Example
 from picture_world import (
     ANSWERS,
     CELL,
@@ -54,12 +51,9 @@ from picture_world import (
     SHAPES,
     SIDE,
     THINGS,
-    Belief,
     Fact,
     Pixels,
     Thing,
-    answer_text,
-    believed,
     draw,
     draw_things,
     facts_of,
@@ -67,6 +61,9 @@ from picture_world import (
     question_text,
     true_belief,
 )
+
+from zppo.config.options import counting
+from zppo.errors import Parser, run_command
 
 FEATURES = CELLS**2
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
@@ -87,9 +84,6 @@ CHAT_TEMPLATE = (
 TRAIN_PICTURES, HELD_OUT_PICTURES, QUESTIONS = 384, 120, 5
 SEED = 48
 EMBEDDING_STD = 0.3
-MAX_NEGATIVES = 4
-BCQ_COPY = 0.6
-NOISE = 0.5
 SEEING = ("model.vision_model.", "model.connector.", "model.text_model.embed_tokens.")
 PARTS = ("data", "tower", "student", "teacher")
 
@@ -114,12 +108,6 @@ TEACHER = (
 """One stage after the other, each with an optimizer of its own. Counting is learnt last."""
 STUDENT = tuple(stage._replace(batch={"plain": 64, "bcq": 24, "ncq": 12}) for stage in TEACHER[:2])
 """As the teacher, but for its last stage, and with prompts of all shapes."""
-
-
-class Example(NamedTuple):
-    picture: Pixels
-    prompt: str
-    answer: str
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -203,86 +191,6 @@ def pixel_values(pictures: list[Pixels]) -> Tensor:
     """[B, 1, 3, 48, 48] float32, as the processor makes them of pictures of this very size."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
     return (pixels / 255 - 0.5).div(0.5)[:, None]
-
-
-# ---- corpora -------------------------------------------------------------------------------------
-
-
-class Corpus:
-    """Draws examples of each shape from one belief, about pictures of its own."""
-
-    def __init__(self, belief: Belief, templates: Path, rng: np.random.Generator) -> None:
-        self._belief = belief
-        self._rng = rng
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(templates),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates = {
-            name: environment.get_template(f"{name}.j2") for name in ("plain", "bcq", "ncq")
-        }
-
-    def draw(self, shape: str, count: int, kinds: Sequence[str]) -> list[Example]:
-        """``count`` examples of ``plain``, ``bcq`` or ``ncq``, about ``kinds`` in turn."""
-        make = {"plain": self._plain, "bcq": self._bcq, "ncq": self._ncq}[shape]
-        return [make(draw(things), fact) for things, fact in self._asked(count, kinds)]
-
-    def _asked(self, count: int, kinds: Sequence[str]) -> Iterator[tuple[list[Thing], Fact]]:
-        """Kinds are drawn before facts, because a picture has more to count than to read."""
-        for number in range(count):
-            kind = kinds[number % len(kinds)]
-            facts: list[Fact] = []
-            while not facts:
-                things = draw_things(self._rng)
-                facts = [fact for fact in facts_of(things) if fact.kind == kind]
-            yield things, facts[self._rng.integers(len(facts))]
-
-    def _render(self, name: str, fact: Fact, **variables: object) -> str:
-        return self._templates[name].render(question=question_text(fact), **variables)
-
-    def _noisy(self, fact: Fact, noise: float) -> str:
-        if self._rng.random() < noise:
-            return str(self._rng.choice(ANSWERS[fact.kind]))
-        return believed(self._belief, fact, self._rng)
-
-    def _plain(self, picture: Pixels, fact: Fact) -> Example:
-        answer = believed(self._belief, fact, self._rng)
-        return Example(picture, self._render("plain", fact), answer_text(fact, answer))
-
-    def _bcq(self, picture: Pixels, fact: Fact) -> Example:
-        """Two candidates with different answers; the target copies one of them, by coin, or is the
-        belief's own."""
-        first = second = self._noisy(fact, NOISE)
-        while second == first:
-            second = self._noisy(fact, 1.0)
-        pair = [first, second] if self._rng.random() < 0.5 else [second, first]
-        copied = self._rng.random() < BCQ_COPY
-        answer = pair[self._rng.integers(2)] if copied else believed(self._belief, fact, self._rng)
-        shown = [answer_text(fact, one) for one in pair]
-        prompt = self._render("bcq", fact, candidates=shown)
-        return Example(picture, prompt, answer_text(fact, answer))
-
-    def _ncq(self, picture: Pixels, fact: Fact) -> Example:
-        """One to four wrong candidates; the target is what the belief says given that."""
-        options = len(ANSWERS[fact.kind])
-        shown = int(self._rng.integers(1, min(MAX_NEGATIVES, options - 1) + 1))
-        wrong = [self._noisy(fact, NOISE) for _ in range(shown)]
-        left = [one for one in ANSWERS[fact.kind] if one not in wrong]
-        answers, shares = self._belief[fact]
-        allowed = [(one, share) for one, share in zip(answers, shares, strict=True) if one in left]
-        total = sum(share for _, share in allowed)
-        answer = str(
-            self._rng.choice([one for one, _ in allowed], p=[share / total for _, share in allowed])
-            if total > 0
-            else self._rng.choice(left)
-        )
-        candidates = [answer_text(fact, one) for one in wrong]
-        prompt = self._render(
-            "ncq", fact, candidates=candidates, wrong_answers=list(dict.fromkeys(wrong))
-        )
-        return Example(picture, prompt, answer_text(fact, answer))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -485,9 +393,9 @@ def make_all(out: Path, seed: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder that holds templates/")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=counting, default=SEED)
     parser.add_argument("--part", choices=PARTS, help="make one part alone")
     options = parser.parse_args()
     if not (options.out / "templates" / "plain.j2").is_file():
@@ -500,4 +408,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -10,7 +10,6 @@ matter.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -37,6 +36,9 @@ from quickstart_world import (
     question_text,
     true_answers,
 )
+
+from zppo.config.options import counting
+from zppo.errors import Parser, run_command
 
 WORDS = [
     "*",
@@ -286,11 +288,11 @@ def make_all(out: Path, seed: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="folder that holds templates/ and receives the rest"
     )
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=counting, default=SEED)
     parser.add_argument("--part", choices=PARTS, help="make one part alone")
     options = parser.parse_args()
     if not (options.out / "templates" / "plain.j2").is_file():
@@ -306,4 +308,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -38,9 +38,10 @@ from msgspec import Struct
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from zppo.config.options import counting, finite, positive
 from zppo.config.topology import OptimizerConfig
 from zppo.data.question import Question
-from zppo.errors import UserError
+from zppo.errors import Parser, UserError, run_command
 from zppo.plan.machine import cpu_dtype
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_tokenizer
@@ -324,8 +325,8 @@ def make(options: argparse.Namespace, recipe: Recipe) -> None:
     print(f"{options.out} holds {options.model} after {len(lessons)} lessons")
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     made.add_argument(
         "--model", type=Path, required=True, help="model folder to start from; it is not changed"
     )
@@ -351,20 +352,13 @@ def parser() -> argparse.ArgumentParser:
         help="default: bfloat16, or float32 where the processor is slow in it",
     )
     made.add_argument("--threads", type=positive, help="CPU threads")
-    made.add_argument("--epochs", type=float, default=2.0, help="passes over the lessons (2)")
+    made.add_argument("--epochs", type=finite, default=2.0, help="passes over the lessons (2)")
     made.add_argument("--batch-lessons", type=positive, default=32, help="lessons an update (32)")
     made.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="highest learning rate (1e-4)"
+        "--learning-rate", type=finite, default=1e-4, help="highest learning rate (1e-4)"
     )
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=counting, default=0)
     return made
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -372,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ("epochs", "batch_lessons", "learning_rate", "seed")
     try:
         for name in ("epochs", "learning_rate"):
-            if not 0 < getattr(options, name) < math.inf:
+            if getattr(options, name) <= 0:
                 raise UserError(
                     f"--{name.replace('_', '-')}: is {getattr(options, name)}; expected a number "
                     "above 0"
@@ -387,4 +381,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,7 +9,6 @@ each kind, and are the same for every model.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,8 +18,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from make_picture_world import Corpus, Example, encode
+from make_picture_world import encode
+from picture_corpus import Corpus, Example
 from picture_world import ANSWERS, true_belief
+
+from zppo.errors import Parser, run_command
+from zppo.plan.model_folder import inspect_model
 
 QUESTIONS = 240
 SEED = 4800
@@ -49,15 +52,18 @@ def shares_by_kind(folder: Path, templates: Path, questions: int = QUESTIONS) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", help="folders beside templates/")
+    options = parser.parse_args()
+    for folder in options.models:
+        inspect_model(folder, "MODELS")
     torch.set_num_threads(1)
     print(f"| | {' | '.join(ANSWERS)} |\n|---|{'---|' * len(ANSWERS)}")
-    for folder in parser.parse_args().models:
+    for folder in options.models:
         shares = shares_by_kind(folder, folder.resolve().parent / "templates")
         print(f"| {folder.name} | {' | '.join(f'{share:.2f}' for share in shares.values())} |")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

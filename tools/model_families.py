@@ -11,13 +11,13 @@ own, with a time limit. The numbers are the largest differences of a token's log
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import sys
 import tempfile
 import time
 import warnings
@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zppo.config.method import MethodConfig
+from zppo.config.options import positive
 from zppo.config.served import ServedModel
 from zppo.config.topology import (
     ActorConfig,
@@ -45,7 +46,7 @@ from zppo.config.topology import (
     Topology,
     TrainerConfig,
 )
-from zppo.errors import UserError
+from zppo.errors import Parser, UserError, run_command
 from zppo.plan.model_folder import inspect_model
 from zppo.training.batch import assemble
 from zppo.training.state import build_trainer, try_saving
@@ -372,9 +373,9 @@ def _cell(found: float | str) -> str:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=positive, default=2)
     given = parser.parse_args()
     verdicts = []
     for verdict in examine_all(given.families or families(), given.processes):
@@ -385,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

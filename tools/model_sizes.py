@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from zppo.errors import Parser, run_command
 from zppo.plan.machines_file import read_machines
 from zppo.training.loading import tower_parameters
 
@@ -53,7 +54,9 @@ def sizes(config: dict[str, Any], model: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    for name, model in read_machines(Path(sys.argv[1])).models.items():
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("machines", type=Path, help="file as --machines has it")
+    for name, model in read_machines(parser.parse_args().machines).models.items():
         if model.config:
             config = {key: value for key, value in model.config.items() if key != "dtype"}
             built = build(config)
@@ -62,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

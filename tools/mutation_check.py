@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from zppo.errors import Parser, UserError, run_command
+
 ROOT = Path(__file__).parents[1]
 TESTS = ("methods", "algorithms", "replay_buffer", "pacing", "scheduler")
 """Those that are quickest to notice come first."""
@@ -465,7 +467,12 @@ def passes(root: Path, names: Iterable[str]) -> bool:
 
 
 def main() -> int:
-    words, unexpected = sys.argv[1:], 0
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants with one of these in file or line")
+    words, unexpected = parser.parse_args().words, 0
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]
+    if not chosen:
+        raise UserError(f"no mutant has {' or '.join(map(repr, words))} in its file or its line")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "zppo"
         shutil.copytree(
@@ -476,10 +483,8 @@ def main() -> int:
             ),
         )
         if not passes(copy, {*TESTS, *(name for names in TESTS_OF.values() for name in names)}):
-            raise SystemExit("the tests fail without any change")
-        for mutant in [
-            m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)
-        ]:
+            raise UserError("the tests fail without any change; expected tests that pass")
+        for mutant in chosen:
             alive = survives(copy, mutant)
             verdict = (
                 (
@@ -496,4 +501,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

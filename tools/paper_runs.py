@@ -12,8 +12,8 @@ Costs are simulated: the real scheduler under a virtual clock, with speeds that 
 
 from __future__ import annotations
 
-import argparse
 import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ from msgspec import Struct
 from zppo.algorithm.methods import get_method
 from zppo.config.load import load
 from zppo.config.topology import Topology
+from zppo.errors import Parser, run_command
 from zppo.plan.machines_file import Described, described_models, read_machines
 from zppo.plan.model_folder import ModelFacts
 from zppo.plan.plan import Plan
@@ -270,7 +271,7 @@ def table_of_splits() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--splits", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -292,4 +293,4 @@ def replaced(page: str, name: str, table: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,7 +11,6 @@ Legend: N rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -28,6 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_quickstart_models import SEED
 from quickstart_corpus import load_templates
 from quickstart_world import MODULUS, World, compressed_text, make_world
+
+from zppo.config.options import counting, positive
+from zppo.errors import Parser, run_command
+from zppo.plan.model_folder import inspect_model
 
 ANSWER_TOKENS = 24
 
@@ -183,15 +186,16 @@ def report(probe: Probe, rows: list[Row], candidates: bool) -> Iterable[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--world", type=Path, default=Path("examples/quickstart"))
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group-size", type=positive, default=8)
+    parser.add_argument("--seed", type=counting, default=0)
     parser.add_argument(
         "--candidates", action="store_true", help="also ask the hard questions as BCQ and NCQ"
     )
     options = parser.parse_args()
+    inspect_model(options.model, "MODEL")
     torch.manual_seed(options.seed)
     probe = Probe(options.model, options.world / "templates", options.group_size)
     for line in report(probe, read_rows(options.world / "heldout.jsonl"), options.candidates):
@@ -199,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

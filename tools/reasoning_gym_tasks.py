@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from zppo.config.topology import REASONING_GYM
-from zppo.errors import UserError
+from zppo.errors import Parser, UserError, run_command
 from zppo.grading import grade
 from zppo.grading.procedural import gold_entry
 from zppo.grading.reasoning_gym_tasks import REFUSED, quiet
@@ -75,9 +75,7 @@ def report() -> dict[str, Any]:
 
 def main() -> int:
     """Returns 1 if the list in the package does not fit what was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_args().child:
         with contextlib.redirect_stdout(sys.stderr):
@@ -118,4 +116,4 @@ def verdict(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

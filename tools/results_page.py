@@ -11,7 +11,6 @@ is replaced, the rest is written by people. Figures become PNGs with 256 colours
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
 import shutil
@@ -21,7 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from zppo.errors import UserError
+from zppo.config.options import several
+from zppo.errors import Parser, UserError, run_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 IMAGE = re.compile(
@@ -100,12 +100,10 @@ def write(page: Path, comparison: Path, name: str, figures: Sequence[str] | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--comparison", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--section", required=True, help="name in the marks of the page")
-    parser.add_argument(
-        "--figures", type=lambda text: text.split(","), help="names with commas between"
-    )
+    parser.add_argument("--figures", type=several(str), help="names with commas between")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     try:
@@ -117,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

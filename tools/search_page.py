@@ -13,7 +13,6 @@ anything else: no method is searched with more values, more seeds or longer runs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from zppo.comparison.report import command, markdown_table
 from zppo.comparison.results import MethodResult, Results, load_results
 from zppo.comparison.statistics import student_half_width
 from zppo.comparison.tables import Table
-from zppo.errors import UserError
+from zppo.errors import Parser, UserError, run_command
 from zppo.report.figures import percent
 
 MISSING = "(not there)"
@@ -204,7 +203,7 @@ def _half_width(values: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--comparisons", type=Path, nargs="+", required=True, help="folders, one for each value"
     )
@@ -226,4 +225,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -6,10 +6,12 @@ docs/topology.md, and those of names in docs/from_trl.md and docs/from_verl.md.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from zppo.config.counterparts import TOOLS
 from zppo.config.template import names_of, reference
+from zppo.errors import Parser, run_command
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "topology.md"
@@ -19,6 +21,7 @@ NAMES = "## Names\n"
 
 def main() -> None:
     """Replace everything below the headings."""
+    Parser(description=(__doc__ or "").splitlines()[0]).parse_args()
     text = PAGE.read_text(encoding="utf-8")
     kept, heading, _ = text.partition(HEADING)
     PAGE.write_text(f"{kept}{heading or HEADING}\n{reference()}", encoding="utf-8")
@@ -29,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

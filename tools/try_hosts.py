@@ -10,7 +10,6 @@ with what the report says of the run, or with an AssertionError that holds its l
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import psutil  # noqa: E402
 from ray_cluster import RayCluster  # noqa: E402
 from runs_over_hosts import PATIENCE, Cluster  # noqa: E402
 
+from zppo.errors import Parser, UserError, nearest, run_command  # noqa: E402
 from zppo.records import checkpoint  # noqa: E402
 from zppo.records.run_directory import read, runtime_base, runtime_folder  # noqa: E402
 from zppo.records.summary import summarise  # noqa: E402
@@ -201,13 +201,16 @@ SCENARIOS: dict[str, Callable[[Path], Summary]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), metavar="SCENARIO")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--folder", type=Path, help="where the runs are left")
     asked = parser.parse_args()
+    for name in asked.scenarios:
+        if name not in SCENARIOS:
+            raise UserError(f"there is no scenario {name!r}{nearest(name, SCENARIOS)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = asked.folder or Path(tempfile.mkdtemp(prefix="zppo-hosts-"))
-    for name in asked.scenarios:
+    for name in asked.scenarios or SCENARIOS:
         folder = base / name
         folder.mkdir(parents=True)
         begun = time.monotonic()
@@ -217,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -12,7 +12,6 @@ question as taught. When a row is done the suite is killed with `kill -9` and ca
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -25,6 +24,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from zppo.data.question import Question
+from zppo.errors import Parser, run_command
 from zppo.prompting.prompts import PromptSet
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ rows:
 
 def main() -> int:
     """Returns 0 if every score is the one that was taught."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--harnesses", type=Path, default=Path(sys.prefix) / "harnesses")
     asked = parser.parse_args()
@@ -169,4 +169,4 @@ def check(out: Path, taught: dict[str, dict[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -27,6 +27,7 @@ from zppo.errors import (
     Parser,
     UserError,
     first_line,
+    run_command,
 )
 
 
@@ -141,4 +142,4 @@ def _option(source: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import os
-import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError, nearest
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, nearest, run_command
 
 USAGE = """\
 usage: zppo COMMAND …
@@ -52,44 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console() -> int:
-    """The console script: one command, in a process of its own. Ctrl-C that no command takes, as
-    while its modules are still imported, ends it with one line; so does a file or folder, met
-    anywhere, that this user may not read or write. Where nobody reads on (`zppo … | head`) it ends
-    without a word."""
-    try:
-        if sys.argv[1:2] and sys.argv[1] in READ_TOKENIZERS:
-            # Imported late: the other commands read no tokenizer.
-            from zppo.prompting.tokenization import run_no_models
-
-            run_no_models()
-        exit_code = main()
-        print(end="", flush=True)  # unlike a method of `sys.stdout`, also where that is closed
-        return exit_code
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise  # another pipe than that of our words
-        # What is left is written when the process ends, which must not fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except PermissionError as error:
-        if error.filename is None:  # no file's, so nothing that its name would explain
-            raise
-        print(
-            f"{error.filename}: {error.strerror}; expected what this user may use", file=sys.stderr
-        )
-        return EXIT_USER_ERROR
+    """The console script: one command, in a process of its own."""
+    return run_command(_run)
 
 
-def _nobody_reads() -> bool:
-    """Whether the other end of our output is closed."""
-    if sys.stdout is None:  # it never was open (`>&-`)
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(found & select.POLLERR for _, found in poll.poll(0))
+def _run() -> int:
+    if sys.argv[1:2] and sys.argv[1] in READ_TOKENIZERS:
+        # Imported late: the other commands read no tokenizer.
+        from zppo.prompting.tokenization import run_no_models
+
+        run_no_models()
+    return main()
 
 
 def _init(arguments: list[str]) -> int:

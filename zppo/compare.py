@@ -30,7 +30,14 @@ from zppo.config.load import run_folder
 from zppo.config.topology import Topology
 from zppo.config.typed import setting_typed
 from zppo.data.question import digest
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Parser,
+    UserError,
+    run_command,
+)
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.make import make_plan
 from zppo.plan.processes import cores
@@ -340,4 +347,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,7 +25,7 @@ from zppo.config.topology import ActorConfig, DataConfig, ModelConfig, is_proced
 from zppo.data.corpus import Corpus, load_questions
 from zppo.data.question import Question
 from zppo.data.survey import Lengths, Shown, Survey, lengths_of, spread, survey, survey_text
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.evaluation.order import locate_model, served_as
 from zppo.grading import shown_gold
 from zppo.plan.picture_checks import layout_of
@@ -233,4 +233,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

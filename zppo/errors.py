@@ -1,10 +1,12 @@
 """What every command shares: the one exception a user may see, the exit codes, the parser of the
-command line, and the handing over to the process that does the work."""
+command line, how a command ends, and the handing over to the process that does the work."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import io
 import logging
 import os
 import sys
@@ -23,6 +25,16 @@ EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C or SIGTERM (128 + SIGINT)."""
 LONGEST_SAID = 300
 """Characters of another library's error in a sentence of ours."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_EXPECTED = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "what this user may use"),
+    **dict.fromkeys(_FULL, "room for what is written"),
+    errno.ENOENT: "what is there",
+    errno.EEXIST: "what is not there yet",
+    errno.EISDIR: "a file",
+    errno.ENOTDIR: "a folder",
+}
+"""Error of a file -> what would have done."""
 
 
 class UserError(ValueError):
@@ -124,10 +136,78 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+class Output(io.TextIOWrapper):
+    """Standard output of a command. What it does not take is a user error, or `ReaderGone`; what
+    follows goes nowhere, so that the end of the process does not fail once more."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> NoReturn:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone from None
+        raise UserError(
+            f"the output cannot be written ({error.strerror}); expected room where it is led to"
+        ) from None
+
+
+class ReaderGone(BrokenPipeError):
+    """Nobody reads on what a command prints (`zppo … | head`)."""
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command that has this process to itself, and return its exit code. A UserError ends it
+    with its sentence; so does a file or folder, met anywhere, that cannot be used, Ctrl-C that the
+    command does not take, as while its modules are still imported, and an output that cannot be
+    written. Where nobody reads on it ends without a word."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        settings = {
+            name: getattr(sys.stdout, name)
+            for name in ("encoding", "errors", "line_buffering", "write_through")
+        }
+        sys.stdout = sys.__stdout__ = Output(sys.stdout.detach(), **settings)  # type: ignore[misc]
+    exit_code = _code_of(command)
+    # What is left is written now; when all is over it could only fail. `print` needs no output.
+    return max(exit_code, _code_of(lambda: print(end="", flush=True)))
+
+
+def _code_of(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ReaderGone:
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        expected = _EXPECTED.get(error.errno or 0)
+        full = error.errno in _FULL
+        if expected is None or (error.filename is None and not full):
+            raise  # no file's, so nothing that its name would explain
+        where = "a file" if error.filename is None else error.filename
+        print(f"{where}: {error.strerror}; expected {expected}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
 def become_actor(role: str, *arguments: str) -> NoReturn:
     """Replace this process by `python -m zppo_actors ROLE …`: same process id, same terminal. `-P`
     keeps the current folder off the import path."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        print(end="", file=stream, flush=True)  # also where it is closed
     command = [sys.executable, "-P", "-m", "zppo_actors", role, *arguments]
     os.execv(sys.executable, command)

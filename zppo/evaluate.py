@@ -33,7 +33,7 @@ from zppo.config.topology import (
 )
 from zppo.data.corpus import load_questions, source_notes
 from zppo.data.question import Question
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
 from zppo.evaluation.order import (
     DTYPES,
     PAPER_SAMPLING,
@@ -372,4 +372,4 @@ def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -23,7 +23,7 @@ from zppo.config.strict_yaml import parse
 from zppo.config.topology import is_procedural
 from zppo.data.audit import AuditOrder
 from zppo.data.corpus import load_questions
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
 from zppo.grading.rewards import check_parts
 
 
@@ -133,4 +133,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

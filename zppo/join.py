@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
 
 WAIT_SECONDS = 600.0
 
@@ -46,4 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

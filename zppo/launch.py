@@ -35,7 +35,7 @@ from zppo.data.corpus import (
     source_notes,
 )
 from zppo.data.question import Question, digest
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
 from zppo.plan.extensions import changed
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
@@ -487,4 +487,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     run_no_models()
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -31,7 +31,7 @@ from zppo.config.load import load, run_folder
 from zppo.config.options import seconds
 from zppo.config.topology import Topology
 from zppo.config.typed import setting_typed
-from zppo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
 from zppo.plan.make import make_plan
@@ -269,4 +269,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_command(main))

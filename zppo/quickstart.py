@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.report import cli as report
 from zppo.signals import die_with_parent
 
@@ -80,4 +80,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -14,7 +14,7 @@ from pathlib import Path
 from zppo.algorithm.methods import get_method
 from zppo.config.load import load, run_folder
 from zppo.config.typed import setting_typed
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.plan.jobs import Job, batch_script, job_set
 from zppo.plan.placement import check_placement
 
@@ -71,4 +71,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

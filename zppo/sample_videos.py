@@ -35,7 +35,7 @@ from zppo.data.pictures import NO_BOUNDS, PictureError, PixelBounds, picture_hea
 from zppo.data.sources.layouts import picture_column
 from zppo.data.text import RowError
 from zppo.data.videos import sample_frames
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo_protocol.values import MAX_FRAMES
 
 ROWS = "train.jsonl"
@@ -179,4 +179,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.records.atomic_file import written_whole
 from zppo.records.summary import read_lines, require_run
 from zppo.records.timeline import TIMELINE, Timeline, last, read_timeline
@@ -95,4 +95,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

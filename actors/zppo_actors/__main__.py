@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from zppo.errors import EXIT_INTERRUPTED
+from zppo.errors import EXIT_INTERRUPTED, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +37,11 @@ def _role(argv: list[str]) -> int:
     if argv[:1] == ["evaluate"]:
         from zppo_actors.evaluator import process as evaluation
 
-        return process.guarded(lambda: evaluation.main(argv[1:]))
+        return run_command(lambda: process.guarded(lambda: evaluation.main(argv[1:])))
     if argv[:1] == ["suite"]:
         from zppo_actors.suites import process as suite
 
-        return process.guarded(lambda: suite.main(argv[1:]))
+        return run_command(lambda: process.guarded(lambda: suite.main(argv[1:])))
     if argv[:1] == ["calibrate"]:
         from zppo_actors.calibrator import process as calibration
 
@@ -49,7 +49,7 @@ def _role(argv: list[str]) -> int:
     if argv[:1] == ["audit"]:
         from zppo_actors import audit
 
-        return process.guarded(lambda: audit.main(argv[1:]))
+        return run_command(lambda: process.guarded(lambda: audit.main(argv[1:])))
     if argv[:1] == ["nursery"]:
         from zppo_actors import nursery
 

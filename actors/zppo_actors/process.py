@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import TextIO
 
 from zppo.config.topology import Topology
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, PrintableFormatter, UserError
+from zppo.errors import (
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    Output,
+    PrintableFormatter,
+    ReaderGone,
+    UserError,
+)
 from zppo.records.run_directory import read
 from zppo.records.timeline import TIMELINE
 from zppo.signals import die_with_parent
@@ -112,9 +119,11 @@ def main(argv: Sequence[str]) -> int:
 
 def guarded(body: Callable[[], int]) -> int:
     """Run `body`; a UserError or AccessError becomes one sentence on stderr and exit code 2,
-    anything else a traceback and 1."""
+    anything else a traceback and 1, but for a reader that has gone (`run_command`)."""
     try:
         return body()
+    except ReaderGone:
+        raise
     except (UserError, AccessError) as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
@@ -199,6 +208,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def private_stdout() -> TextIO:
     """Standard output for the report alone; whatever a library prints goes to stderr."""
-    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    stdout = Output(os.fdopen(os.dup(1), "wb"), encoding="utf-8")
     os.dup2(2, 1)
     return stdout

@@ -15,7 +15,7 @@ from transformers_helpers import sample
 
 from zppo.data.pictures import refer
 from zppo.training.batch import assemble
-from zppo.training.layout import micro_batches
+from zppo.training.layout import deal_passes
 from zppo.training.policy import Policy
 from zppo_actors.engines.base import Engine
 from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
@@ -66,7 +66,7 @@ def read_by(
         look=policy.look,
     )
     log_probs_T, every = torch.zeros(rollouts.tokens), np.arange(rollouts.sequences)
-    for batch in micro_batches(rollouts, every, positions, share=policy.shares_prompts):
+    for batch in deal_passes(rollouts, every, positions, share=policy.shares_prompts).batches:
         targets_R = rollouts.token_ids_T[batch.tokens_R]
         log_probs_T[batch.tokens_R] = policy.log_probs(batch, targets_R, temperature=1.0)[0]
     return log_probs_T.numpy()

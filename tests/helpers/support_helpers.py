@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zppo.config.topology import StudentSampling
 from zppo.training.batch import assemble
-from zppo.training.layout import micro_batches
+from zppo.training.layout import deal_passes
 from zppo.training.policy import Policy
 from zppo_protocol.messages import GenerateTask, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -67,9 +67,9 @@ def trainer_log_probs(model: Any, samples: GroupSamples, temperature: float) -> 
         TrainWindow(step=step, groups=[group]), max_staleness=step, device=policy.device
     )
     found_T = torch.zeros(rollouts.tokens)
-    for batch in micro_batches(
+    for batch in deal_passes(
         rollouts, np.arange(rollouts.sequences), 512, share=policy.shares_prompts
-    ):
+    ).batches:
         targets_R = rollouts.token_ids_T[batch.tokens_R]
         found_T[batch.tokens_R] = policy.log_probs(batch, targets_R, temperature=temperature)[0]
     return found_T

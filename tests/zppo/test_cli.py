@@ -25,13 +25,12 @@ sys.exit(console())
 """
 
 
-FORBIDDEN = """\
+FAILING = """\
 import sys
-from pathlib import Path
 from zppo import cli
 
 def refused(arguments):
-    raise PermissionError(13, "Permission denied", "/models/student/config.json")
+    raise {error}
 
 cli.COMMANDS["doctor"] = refused
 sys.argv = ["zppo", "doctor"]
@@ -39,12 +38,21 @@ sys.exit(cli.console())
 """
 
 
-def test_what_this_user_may_not_read_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True)
-    assert done.stderr == (
-        "/models/student/config.json: Permission denied; expected what this user may use\n"
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("13, 'Permission denied', '/a'", "/a: Permission denied; expected what this user may use"),
+        ("2, 'No such file', '/a'", "/a: No such file; expected what is there"),
+        ("28, 'No space left'", "a file: No space left; expected room for what is written"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(raised: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING.format(error=f"OSError({raised})")],
+        capture_output=True,
+        text=True,
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
@@ -60,6 +68,18 @@ cli.COMMANDS["doctor"] = lambda arguments: print("a" * {length}) or 0
 sys.argv = ["zppo", "doctor"]
 sys.exit(cli.console())
 """
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+@pytest.mark.parametrize("length", [1, 10**6])
+def test_an_output_without_room_is_one_line(length: int) -> None:
+    command = [sys.executable, "-c", PIPED.format(length=length)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "the output cannot be written (No space left on device); expected room where it is led to\n",
+    )
 
 
 @pytest.mark.parametrize("length", [1, 10**6])
@@ -80,17 +100,15 @@ def test_an_output_that_is_closed_is_no_error() -> None:
 
 
 def test_another_pipe_that_breaks_is_no_reader_that_has_gone() -> None:
-    script = PIPED.replace('print("a" * {length}) or 0', "(_ for _ in ()).throw(BrokenPipeError)")
+    script = FAILING.format(error="BrokenPipeError")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "BrokenPipeError"
 
 
-NAMELESS = FORBIDDEN.replace(', "/models/student/config.json"', "")
-
-
 def test_what_has_no_name_is_no_file_that_this_user_may_not_read() -> None:
     """As when a port is another's; its traceback says more than a sentence about files."""
-    done = subprocess.run([sys.executable, "-c", NAMELESS], capture_output=True, text=True)
+    script = FAILING.format(error="PermissionError(13, 'Permission denied')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "PermissionError: [Errno 13] Permission denied"
     assert done.returncode == 1
 

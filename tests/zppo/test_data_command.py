@@ -173,7 +173,7 @@ def test_prompts_that_are_too_long_are_counted(
         ),
         (
             ["{}/bad.jsonl", "--show", "-1"],
-            "zppo data: argument --show: '-1' is not a whole number of at least 1; see zppo data "
+            "zppo data: argument --show: '-1' is not a whole number of at least 0; see zppo data "
             "--help",
         ),
     ],

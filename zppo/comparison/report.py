@@ -35,8 +35,8 @@ from zppo.errors import UserError
 from zppo.records.atomic_file import written_whole
 from zppo.records.flops import Sizes
 from zppo.report import plots
-from zppo.report.page import ASSETS as REPORT_ASSETS
-from zppo.report.page import digest, flatten
+from zppo.report.frame import ASSETS as REPORT_ASSETS
+from zppo.report.frame import digest, flatten
 
 ASSETS = Path(__file__).parent
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from zppo.config.strict_yaml import parse
 from zppo.config.topology import DataConfig, Field
 from zppo.errors import UserError
+
+Kind = TypeVar("Kind")
 
 
 def pair(text: str, option: str) -> tuple[str, Any]:
@@ -32,16 +34,30 @@ def data_settings(given: Mapping[str, Any]) -> DataConfig:
         raise UserError(f"--field: {error}; expected one of {names} = COLUMN") from None
 
 
-def positive(text: str) -> int:
-    """The type of an option that counts."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number, and not less than `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
-def counting(text: str) -> int:
-    """The type of an option that counts and may be 0."""
-    return 0 if text == "0" else positive(text)
+positive = at_least(1)
+"""The type of an option that counts."""
+counting = at_least(0)
+"""The type of an option that counts and may be 0."""
+
+
+def several(kind: Callable[[str], Kind]) -> Callable[[str], list[Kind]]:
+    """The type of an option that is one or more of a kind, with commas between them."""
+
+    def listed(text: str) -> list[Kind]:
+        return [kind(part) for part in text.split(",")]
+
+    return listed
 
 
 def finite(text: str) -> float:

@@ -105,15 +105,15 @@ class _CorpusBuilder:
         try:
             if isinstance(row, str):
                 raise RowError(row)
-            question = self.reader.read(row)
+            question, unshown = self.reader.read(row)
             self._claim(question, line)
         except RowError as error:
             repeats = isinstance(error, _Repeated)
             self.bad_rows.append(BadRow(line=line, reason=str(error), repeats=repeats))
         else:
             self.questions.append(question)
-            if (column := self.reader.unshown(row, question)) is not None:
-                self.unshown[question.id] = column
+            if unshown is not None:
+                self.unshown[question.id] = unshown
 
     def finish(self) -> Corpus:
         self._refuse_too_many()

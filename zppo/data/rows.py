@@ -80,11 +80,13 @@ class RowReader:
         for name in self._rules:
             get_grader(name)
 
-    def read(self, row: Mapping[str, Any]) -> Question:
-        """Raises RowError."""
+    def read(self, row: Mapping[str, Any]) -> tuple[Question, str | None]:
+        """The question, and the column of pictures or videos that it is asked without (see
+        `_unshown`). Raises RowError."""
         turns, inside = self._asked(row)
         answer = self._gold(row)
-        turns, media = self._shown(row, turns, inside)
+        cells = self._cells(row)
+        turns, media = self._shown(row, turns, inside, cells)
         *earlier, last = turns
         grader = self._own_grader(row)
         for name in self._rules_of(grader):
@@ -92,7 +94,7 @@ class RowReader:
                 raise RowError(
                     f"the gold answer is {answer[:40]!r}, which the grader {name!r} can never meet"
                 )
-        return Question(
+        question = Question(
             id=self._id(row, turns, media),
             text=last.content,
             answer=answer,
@@ -102,21 +104,22 @@ class RowReader:
             earlier=tuple(earlier),
             own_grader=grader is not None,
         )
+        return question, self._unshown(row, media, cells)
 
-    def unshown(self, row: Mapping[str, Any], question: Question) -> str | None:
+    def _unshown(
+        self, row: Mapping[str, Any], media: Sequence[Media], cells: Sequence[Cell]
+    ) -> str | None:
         """The column of pictures or videos of a row that shows none, or `image` where it holds
-        others than are shown; None without one, or where the user has said what the columns
-        are."""
+        others than those of its column, `cells`; None without one, or where the user has said what
+        the columns are."""
         columns = self._source.columns
         if not columns.chosen.isdisjoint({"images", "videos"}):
             return None
-        column = self._picture_column(row)
         held = {**self._source.pictured, **row}
-        if question.media:  # any other column may hold what they were made of
-            shown = self._cells(row)
+        if media:  # any other column may hold what they were made of
             others = picture_entries(held.get(ONE_IMAGE))
-            held = {ONE_IMAGE: [one for one in others if cell_of(one) not in shown]}
-        return unshown_column(held, {*columns.names.values(), column})
+            held = {ONE_IMAGE: [one for one in others if cell_of(one) not in cells]}
+        return unshown_column(held, {*columns.names.values(), self._picture_column(row)})
 
     # ---- what is asked ---------------------------------------------------------------------------
 
@@ -214,11 +217,15 @@ class RowReader:
     # ---- pictures --------------------------------------------------------------------------------
 
     def _shown(
-        self, row: Mapping[str, Any], turns: list[ChatMessage], inside: Sequence[Cell | str]
+        self,
+        row: Mapping[str, Any],
+        turns: list[ChatMessage],
+        inside: Sequence[Cell | str],
+        cells: Sequence[Cell],
     ) -> tuple[list[ChatMessage], tuple[Media, ...]]:
         """The turns with the places of pictures and videos, and these in their order. A system
         message has no places, and what looks like a mark there is none."""
-        columns: dict[str, list[Entry]] = {IMAGE: self._cells(row), VIDEO: self._films(row)}
+        columns: dict[str, Sequence[Entry]] = {IMAGE: cells, VIDEO: self._films(row)}
         if not inside and not any(columns.values()):
             return turns, ()
         self._check_as_many(row, inside, columns)
@@ -239,7 +246,10 @@ class RowReader:
         )
 
     def _check_as_many(
-        self, row: Mapping[str, Any], inside: Sequence[Cell | str], columns: dict[str, list[Entry]]
+        self,
+        row: Mapping[str, Any],
+        inside: Sequence[Cell | str],
+        columns: Mapping[str, Sequence[Entry]],
     ) -> None:
         """Raise RowError unless parts of messages take all of a column, or none of it is theirs."""
         pictures = [one for one in inside if one != VIDEO]

@@ -1,5 +1,8 @@
 """`python -m zppo.report`."""
 
+import sys
+
+from zppo.errors import run_command
 from zppo.report.cli import main
 
-raise SystemExit(main())
+sys.exit(run_command(main))

@@ -8,11 +8,8 @@ run is escaped by the template or goes through `textContent`.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,10 +18,9 @@ from markupsafe import Markup
 from zppo.report.audit_table import audit_table
 from zppo.report.browser import BrowserData, browser_data, embed
 from zppo.report.figures import draw_all
+from zppo.report.frame import ASSETS, digest, flatten
 from zppo.report.load import RunData
 from zppo.report.sentences import duration, sentences
-
-ASSETS = Path(__file__).parent
 
 
 def render_page(run: RunData) -> str:
@@ -113,20 +109,6 @@ def browser_note(browser: BrowserData) -> str:
         "prompts and visits, each fate in turn, as many as one page can carry. The rollout store "
         "holds them all."
     )
-
-
-def flatten(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The resolved topology as (path, value) lines."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from flatten(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, "–" if node is None else str(node)
-
-
-def digest(text: str) -> str:
-    """The content security policy's name for an inline script or style."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _environment() -> Environment:

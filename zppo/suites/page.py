@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from zppo.errors import UserError, nearest
 from zppo.records.atomic_file import written_whole
-from zppo.report.page import ASSETS, digest
+from zppo.report.frame import ASSETS, digest
 from zppo.suites.order import SuiteOrder
 from zppo.suites.plan import told
 from zppo.suites.results import (

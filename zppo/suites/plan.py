@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from zppo.prompting.prompts import PromptSet
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.pictures import server_options
 from zppo.suites.results import Column, RowResult, read_column
@@ -50,9 +49,10 @@ def _reason(row: Row, judged: bool, signed_in: bool) -> str | None:
     return None
 
 
-def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
+def settings_of(row: Row, model: Served, order: SuiteOrder, templates: str) -> dict[str, Any]:
     """What must be the same for a result of the row to count: what was asked of whom, how, and who
-    judged. Where a server listens may change."""
+    judged. Where a server listens may change. `templates` is the digest of the user's, empty
+    without any."""
     settings: dict[str, Any] = msgspec.to_builtins(row)
     for words in ("questions", "data", "note", "benchmark", "missing", "gated"):
         settings.pop(words)
@@ -65,7 +65,7 @@ def settings_of(row: Row, model: Served, order: SuiteOrder) -> dict[str, Any]:
         "judge": order.judge.model if order.judge is not None else None,
         "limit": order.limit,
         "seed": order.seed,
-        "templates": order.templates and PromptSet(Path(order.templates)).digest,
+        "templates": templates or None,
     }
 
 

@@ -119,22 +119,6 @@ class _Room:
         return width <= self.width and (self.crowded or row.tokens + length + 1 <= width)
 
 
-def micro_batches(
-    rollouts: Rollouts,
-    sequences: np.ndarray,
-    max_tokens: int,
-    *,
-    share: bool,
-    long: bool = False,
-    crowded: bool = True,
-) -> list[MicroBatch]:
-    """The passes of a rank that is alone."""
-    dealt = deal_passes(
-        rollouts, sequences, max_tokens, share=share, long=long, crowded=crowded, rank=0, ranks=1
-    )
-    return dealt.batches
-
-
 def deal_passes(
     rollouts: Rollouts,
     sequences: np.ndarray,
@@ -143,8 +127,8 @@ def deal_passes(
     share: bool,
     long: bool = False,
     crowded: bool = True,
-    rank: int,
-    ranks: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Deal:
     """Lay `sequences` into rows, sort these by length, longest first, deal them out among `ranks`,
     and cut each rank's into passes with B*L of at most `max_tokens` and little padding.

@@ -28,7 +28,7 @@ from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, first_line
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.prompting.prompts import PromptSet
 from zppo.records import run_directory
-from zppo.report.page import flatten
+from zppo.report.frame import flatten
 from zppo.suites import harness as harnesses
 from zppo.suites.harness import HARNESSES, Asking, SamplesError, shows_final_answer
 from zppo.suites.order import Served, SuiteOrder
@@ -170,7 +170,7 @@ class Session:
             folder = row_folder(self._out, model.label, row.short)
             result = read_result(folder)
             if result is not None:
-                _refuse_other(folder, result.settings, settings_of(row, model, self._order))
+                _refuse_other(folder, result.settings, self._settings(row, model))
             if result is None and row.short not in self._missing:
                 pending.append(row)
         return pending
@@ -185,9 +185,13 @@ class Session:
                 folder = row_folder(self._out, label, row.short)
                 result = read_result(folder)
                 if result is not None:
-                    now = settings_of(row, order.models[0], order)
+                    now = self._settings(row, order.models[0])
                     now |= {name: result.settings.get(name) for name in OF_MODEL}
                     _refuse_other(folder, result.settings, now)
+
+    def _settings(self, row: Row, model: Served) -> dict[str, Any]:
+        """With the templates as they were read at the start."""
+        return settings_of(row, model, self._order, self._prompts.digest)
 
     def _write_missing(self, model: Served) -> None:
         """Keep the reasons of the rows that cannot be run here, for the page."""
@@ -217,7 +221,7 @@ class Session:
 
     async def _ask_and_score(self, model: Served, url: str, row: Row, folder: Path) -> RowResult:
         order = self._order
-        settings = settings_of(row, model, order)
+        settings = self._settings(row, model)
         # By its tasks, because two rows may be parts of one.
         key = hashlib.sha256("\n".join(tasks_of(row)).encode()).hexdigest()[:16]
         asked = AskedModel(

@@ -19,6 +19,7 @@ from stub_harness import make_environment
 from suite_helpers import CLOSING, QUESTIONS, boxed, knows, order_of, result, run, summary, table
 
 from zppo.errors import UserError
+from zppo.prompting.prompts import PromptSet
 from zppo.suites.order import Judge, SuiteOrder
 from zppo.suites.table import Decoding
 
@@ -251,6 +252,13 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path, server: Server)
     assert refused(judged) == (
         f"--out: {str(folder)!r} holds a result of other settings (judge was '–', now 'judge'); "
         "name another folder or remove it"
+    )
+    own = tmp_path / "templates"
+    own.mkdir()
+    (own / "judge.j2").write_text("{{ question }} {{ gold }} {{ answer }}")
+    assert refused(replace(order, templates=str(own))) == (
+        f"--out: {str(folder)!r} holds a result of other settings (templates was '–', now "
+        f"'{PromptSet(own).digest}'); name another folder or remove it"
     )
     clash = replace(order.models[0], label="a/b")
     assert run(replace(order, models=[clash])) == 0

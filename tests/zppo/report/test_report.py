@@ -19,7 +19,8 @@ from zppo.records import rollouts
 from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
-from zppo.report.page import browser_note, digest, render_page
+from zppo.report.frame import digest
+from zppo.report.page import browser_note, render_page
 from zppo.scheduling.filling import plain_part
 from zppo_protocol.values import Grade
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from zppo.report.page import ASSETS
+from zppo.report.frame import ASSETS
 
 CSS = (ASSETS / "page.css").read_text("utf-8")
 LIGHT, DARK = (

@@ -41,7 +41,7 @@ def test_bounds_go_to_those_who_know_them(
         server_args={}, templates=None, baseline=None,
     )  # fmt: skip
     assert server_options(model, order) == options
-    assert settings_of(order.suite.rows[0], model, order)["server_args"] == options
+    assert settings_of(order.suite.rows[0], model, order, "")["server_args"] == options
     own = replace(order, server_args={"mm-processor-kwargs": "{}", "max-model-len": "9"})
     assert server_options(model, own) == own.server_args
     assert server_options(replace(model, folder=None), own) == {}, "a server of the user's"

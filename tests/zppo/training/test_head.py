@@ -23,7 +23,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 
 from zppo.training.batch import assemble
 from zppo.training.head import probe_head
-from zppo.training.layout import MicroBatch, micro_batches
+from zppo.training.layout import MicroBatch, deal_passes
 from zppo.training.step import train_step
 
 
@@ -117,7 +117,7 @@ def test_rows_whose_logits_are_the_models_own_give_the_update_of_rows_apart() ->
     assert any(batch.ends_BL is not None for batch in passes)
     assert all(_is_roomy(batch) for batch in passes)
     rollouts = assemble(BEGIN_ALIKE, max_staleness=0, device=CPU)
-    crowded = micro_batches(rollouts, np.arange(rollouts.sequences), 10_000, share=True)
+    crowded = deal_passes(rollouts, np.arange(rollouts.sequences), 10_000, share=True).batches
     assert not all(_is_roomy(batch) for batch in crowded)
     for key in ("loss", "grad_norm", "entropy", "approximate_kl"):
         assert found[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-6), key

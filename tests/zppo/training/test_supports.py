@@ -23,7 +23,7 @@ from training_cases import (
 )
 
 from zppo.training.batch import Reach, assemble
-from zppo.training.layout import micro_batches
+from zppo.training.layout import deal_passes
 from zppo.training.step import train_step
 from zppo.training.surrogate import step_advantages
 from zppo_protocol.messages import TrainWindow
@@ -82,7 +82,7 @@ def test_every_token_of_a_micro_batch_has_its_support(
         )
     ]
     everyone = np.arange(rollouts.sequences)
-    for batch in micro_batches(rollouts, everyone, max_tokens, share=True):
+    for batch in deal_passes(rollouts, everyone, max_tokens, share=True).batches:
         rows = [wanted[token] for token in batch.tokens_R.tolist()]
         if batch.support_RK is None:
             assert not any(rows)

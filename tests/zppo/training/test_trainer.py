@@ -47,7 +47,7 @@ from zppo.training.layout import (
     MicroBatch,
     attention_mask,
     cuts,
-    micro_batches,
+    deal_passes,
 )
 from zppo.training.measuring import Measuring
 from zppo.training.metrics import TRAINER_METRICS
@@ -106,9 +106,9 @@ def test_micro_batches_hold_every_token_once(
         for i, part in enumerate(lengths)
     ]
     rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
-    batches = micro_batches(
+    batches = deal_passes(
         rollouts, np.arange(rollouts.sequences), max_tokens, share=share, crowded=crowded
-    )
+    ).batches
     tokens = [token for batch in batches for token in batch.tokens_R.tolist()]
     assert sorted(tokens) == list(range(rollouts.tokens))
     for batch in batches:
@@ -191,7 +191,7 @@ def test_passes_are_cut_where_they_take_least(
 def test_rollouts_of_a_group_share_one_copy_of_the_prompt() -> None:
     task = window(group("a", [1, 0, 0], lengths=[3, 2, 4]), group("b", [1], lengths=[2]))
     rollouts = assemble(task, max_staleness=0, device=CPU)
-    (batch,) = micro_batches(rollouts, np.arange(4), 1000, share=True)
+    (batch,) = deal_passes(rollouts, np.arange(4), 1000, share=True).batches
     prompt, end = len(rollouts.prompts_G[0]), batch.input_ids_BL.shape[1]
     assert batch.input_ids_BL.shape == (2, prompt + 2 + 1 + 3)
     assert batch.ends_BL is not None
@@ -214,7 +214,7 @@ def test_what_rollouts_begin_with_alike_is_there_once() -> None:
     rollouts = assemble(
         window(msgspec.structs.replace(one, samples=samples)), max_staleness=0, device=CPU
     )
-    (batch,) = micro_batches(rollouts, np.arange(5), 1000, share=True)
+    (batch,) = deal_passes(rollouts, np.arange(5), 1000, share=True).batches
     prompt = len(rollouts.prompts_G[0])
     # Without their last tokens: 3 | 3 4 | 3 4 5 | 3 4 5 | 7 1 2.
     assert batch.input_ids_BL[0, prompt:].tolist() == [3, 4, 5, 7, 1, 2]
@@ -230,7 +230,7 @@ def test_rows_are_shared_only_up_to_a_width() -> None:
     rollouts = assemble(
         window(group("a", [1, 0, 0], lengths=[600, 400, 400])), max_staleness=0, device=CPU
     )
-    (batch,) = micro_batches(rollouts, np.arange(3), 10_000, share=True)
+    (batch,) = deal_passes(rollouts, np.arange(3), 10_000, share=True).batches
     assert batch.input_ids_BL.shape[0] == 2 and batch.input_ids_BL.shape[1] <= SHARED_WIDTH
 
 
@@ -285,9 +285,9 @@ def test_batched_log_probs_are_those_of_one_sequence_at_a_time(
     assert policy.head is not None
     task = mixed_window()
     rollouts = assemble(task, max_staleness=0, device=CPU)
-    (batch,) = micro_batches(
+    (batch,) = deal_passes(
         rollouts, np.arange(rollouts.sequences), 10_000, share=share and policy.shares_prompts
-    )
+    ).batches
     found, entropy = policy.log_probs(
         batch, rollouts.token_ids_T[batch.tokens_R], temperature=temperature
     )
@@ -322,7 +322,7 @@ def test_a_long_rollout_keeps_its_window_beside_others_that_share_a_prompt() -> 
         group("long", [1.0], lengths=[1200]), group("short", [1.0, 0.0], lengths=[480, 480])
     )
     rollouts = assemble(task, max_staleness=0, device=CPU)
-    batches = micro_batches(rollouts, np.arange(3), 10_000, share=True)
+    batches = deal_passes(rollouts, np.arange(3), 10_000, share=True).batches
     assert [batch.ends_BL is None for batch in batches] == [True, False]
     for batch in batches:
         found, _ = policy.log_probs(batch, rollouts.token_ids_T[batch.tokens_R], temperature=1.0)

@@ -22,7 +22,7 @@ from zppo.training.layout import (
     SHARED_WIDTH,
     MicroBatch,
     attention_mask,
-    micro_batches,
+    deal_passes,
     with_row,
 )
 from zppo.training.pictures import SeenPrompt
@@ -46,7 +46,7 @@ def ends_of(lengths: list[list[int]], alphabet: int) -> Tensor:
         for i, part in enumerate(lengths)
     ]
     rollouts = assemble(window(*groups), max_staleness=0, device=CPU)
-    batches = micro_batches(rollouts, np.arange(rollouts.sequences), 900, share=True)
+    batches = deal_passes(rollouts, np.arange(rollouts.sequences), 900, share=True).batches
     widest = max(batches, key=lambda batch: batch.input_ids_BL.numel())
     if widest.ends_BL is None:
         rows, width = widest.input_ids_BL.shape
@@ -92,13 +92,13 @@ def test_values_and_gradients_of_any_tree_are_those_with_a_mask(
 
 def batches_of(policy: Policy, task: TrainWindow) -> tuple[Any, list[MicroBatch]]:
     rollouts = assemble(task, max_staleness=0, device=CPU)
-    batches = micro_batches(
+    batches = deal_passes(
         rollouts,
         np.arange(rollouts.sequences),
         5000,
         share=policy.shares_prompts,
         long=policy.shares_long_rows,
-    )
+    ).batches
     return rollouts, batches
 
 
@@ -190,7 +190,7 @@ def test_only_groups_of_which_no_two_fit_a_masked_row_make_long_rows() -> None:
     rollouts = assemble(task, max_staleness=0, device=CPU)
 
     def widths(max_tokens: int, *, share: bool = True, long: bool = True) -> list[int]:
-        batches = micro_batches(rollouts, np.arange(8), max_tokens, share=share, long=long)
+        batches = deal_passes(rollouts, np.arange(8), max_tokens, share=share, long=long).batches
         return sorted(
             row // 100 * 100
             for batch in batches
