@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -143,10 +144,12 @@ def tie_to_supervisor(parent_fd: int, runtime_folder: Path, *, kernel_too: bool)
 
 
 def set_signals() -> None:
-    """Ctrl-C is the supervisor's business; SIGTERM leaves in order; SIGUSR1 prints where every
-    thread is."""
+    """Ctrl-C and SIGTERM are the supervisor's business, which a batch system or systemd sends to
+    all processes of a run alike; SIGUSR1 prints where every thread is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Not ignored: a program that this process starts would inherit that, and so could not be ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 

@@ -20,12 +20,21 @@ pytestmark = pytest.mark.slow
 TIMEOUT_SECONDS = 600
 
 TIED = """
-import sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from zppo_actors import process
 process.tie_to_supervisor(int(sys.argv[1]), Path(sys.argv[2]), kernel_too=False)
 process.set_signals()
 print("ready", flush=True)
+if not sys.stdin.readline():
+    time.sleep(600)
+executed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+forked = os.fork()
+if not forked:
+    time.sleep(600)
+for child in executed, forked:
+    os.kill(child, signal.SIGTERM)
+    print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 time.sleep(600)
 """
 
@@ -43,7 +52,9 @@ def start_tied(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
     read_end, write_end = os.pipe()
     (tmp_path / "rt").mkdir()
     command = [sys.executable, "-P", "-c", TIED, str(read_end), str(tmp_path / "rt")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=(read_end,))
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=(read_end,)
+    )
     os.close(read_end)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -83,13 +94,19 @@ def test_end_of_the_parent_pipe_ends_the_process_and_its_folder(tmp_path: Path) 
     assert not (tmp_path / "rt").exists()
 
 
-def test_ctrl_c_is_ignored_and_sigterm_leaves(tmp_path: Path) -> None:
+def test_what_all_processes_of_a_run_are_sent_ends_no_actor_but_what_it_has_started(
+    tmp_path: Path,
+) -> None:
     process, write_end = start_tied(tmp_path)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert [process.stdout.readline() for _ in range(2)] == ["15\n", "15\n"]
     os.close(write_end)
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 1
 
 
 def test_user_error_is_one_sentence_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

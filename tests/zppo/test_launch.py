@@ -422,7 +422,8 @@ PATHS = [
     ('run.directory="a\\0b"', "run.directory is 'a\\x00b'; expected a path without NUL"),
     (
         'student.model="a\\uD800b"',
-        "student.model is 'a\\ud800b'; expected a path without half a surrogate pair",
+        "--set student.model=\"a\\uD800b\":1: not YAML: the text 'a\\ud800b' holds half a "
+        "surrogate pair",
     ),
     (
         "data.train=~nobody-at-all/x",

@@ -13,6 +13,9 @@ MOST_PROCESSES = 10_000
 """Of one setting: a plan lists them all."""
 Share: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e9)]
+"""A wait; clocks and timers of the system take no more than some hundred years."""
+Threads: TypeAlias = Annotated[int, Meta(ge=1, le=1024)]
 NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, field
 
-from zppo.config.base import Config, Port, Positive, PositiveFloat
+from zppo.config.base import Config, Port, Positive, PositiveFloat, Seconds
 
 LOCALHOST = "localhost"
 MOST_CARDS = 1024
@@ -57,9 +57,9 @@ class ClusterConfig(Config, frozen=True, kw_only=True):
     (docs/clusters.md); the first one is the controller's; empty: this host alone"""
     port: Port | None = None
     """where the agents of further hosts reach the supervisor; null: any free one"""
-    join_seconds: PositiveFloat = 600.0
+    join_seconds: Seconds = 600.0
     """how long the run waits for its hosts before it begins"""
-    lease_seconds: PositiveFloat = 60.0
+    lease_seconds: Seconds = 60.0
     """a host that is not heard for so long is lost: its processes end, and start again when it is
     back"""
 
@@ -75,7 +75,7 @@ class TransportConfig(Config, frozen=True, kw_only=True):
     host must be asked for: 0.0.0.0 or ::"""
     port: Port | None = None
     """tcp: port of the controller; null: any free one"""
-    heartbeat_seconds: PositiveFloat = 1.0
+    heartbeat_seconds: Annotated[float, Meta(ge=0.01, le=1e9)] = 1.0
     """how often actors report progress"""
-    max_message_mib: Positive = 1024
+    max_message_mib: Annotated[int, Meta(ge=1, le=2**20)] = 1024
     """largest message, in MiB; a whole window must fit"""

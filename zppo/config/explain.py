@@ -60,7 +60,7 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
     value = _value_at(data, keys)
     hint = nearest(value, _literals(node)) if isinstance(value, str) and _literals(node) else ""
     named = _joined(prefix, dotted(keys)) or "the whole"
-    expected = _expectation(node)
+    expected = _expectation(node, value)
     if not found:
         values = [
             choice.value_type for choice in choices(node) if isinstance(choice, shape.DictType)
@@ -175,7 +175,6 @@ def nearest_setting(name: str, node: shape.Type, root: shape.Type) -> str:
         elsewhere_called = hint_for(name)
         if elsewhere_called is not None:
             return elsewhere_called
-    if not difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         elsewhere = [path for path in settings(root) if path.endswith(f".{name}")]
         if elsewhere:
             return f" (did you mean {elsewhere[0]!r}?)"
@@ -202,17 +201,18 @@ def settings(node: shape.Type, prefix: str = "") -> Iterator[str]:
                 yield from settings(field.type, f"{prefix}{field.name}.")
 
 
-def _expectation(node: shape.Type | None) -> str:
-    """What a setting may be, in words, e.g. `a whole number of at least 1, or null`."""
-    words = [_one_expectation(choice) for choice in choices(node or shape.AnyType())]
+def _expectation(node: shape.Type | None, value: Any = None) -> str:
+    """What a setting may be, in place of this value, in words, e.g. `a whole number of at least 1,
+    or null`."""
+    words = [_one_expectation(choice, value) for choice in choices(node or shape.AnyType())]
     return ", or ".join(dict.fromkeys(words))
 
 
-def _one_expectation(node: shape.Type) -> str:
+def _one_expectation(node: shape.Type, value: Any) -> str:
     match node:
         case shape.IntType() | shape.FloatType():
             noun = "a whole number" if isinstance(node, shape.IntType) else "a number"
-            return f"{noun}{_range(node)}"
+            return f"{noun}{_range(node, value)}"
         case shape.StrType():
             return "a text"
         case shape.BoolType():
@@ -232,7 +232,8 @@ def _one_expectation(node: shape.Type) -> str:
             return "any value"
 
 
-def _range(node: shape.IntType | shape.FloatType) -> str:
+def _range(node: shape.IntType | shape.FloatType, value: Any) -> str:
+    """The bounds; of a very large one only a value beyond it hears."""
     lower = (
         f"of at least {node.ge}"
         if node.ge is not None
@@ -240,6 +241,7 @@ def _range(node: shape.IntType | shape.FloatType) -> str:
         if node.gt is not None
         else ""
     )
-    upper = f"at most {node.le}" if node.le is not None and node.le < 1e9 else ""
+    beyond = isinstance(value, int | float) and node.le is not None and value > node.le
+    upper = f"at most {node.le}" if node.le is not None and (node.le < 1e9 or beyond) else ""
     limits = " and ".join(part for part in (lower, upper) if part)
     return f" {limits}" if limits else ""

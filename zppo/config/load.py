@@ -85,9 +85,11 @@ def resolve(topology: Topology, base: Path) -> Topology:
     data = replace(
         data,
         train=_question_source("data.train", data.train, base),
-        heldout=data.heldout and _question_source("data.heldout", data.heldout, base),
-        media_folder=data.media_folder and _absolute("data.media_folder", data.media_folder, base),
-        templates=data.templates and _absolute("data.templates", data.templates, base),
+        heldout=None
+        if data.heldout is None
+        else _question_source("data.heldout", data.heldout, base),
+        media_folder=_optional("data.media_folder", data.media_folder, base),
+        templates=_optional("data.templates", data.templates, base),
         reward=[
             _resolved_reward(f"data.reward[{i}]", entry, base)
             for i, entry in enumerate(data.reward)
@@ -210,6 +212,10 @@ def _read(path: Path) -> str:
 
 def _absolute(setting: str, path: str, base: Path) -> str:
     return str(absolute(setting, path, base))
+
+
+def _optional(setting: str, path: str | None, base: Path) -> str | None:
+    return None if path is None else _absolute(setting, path, base)
 
 
 def _question_source(setting: str, source: str, base: Path) -> str:

@@ -19,13 +19,10 @@ SHOWN = 60
 def absolute(setting: str, path: str, base: Path, room: int = 0) -> Path:
     """`path` from `base` on; `~` is the home folder. Raises UserError, naming `setting`, for a path
     that cannot be, or that leaves less than `room` bytes for the files in the folder it names."""
+    if not path:
+        raise UserError(f"{setting} is ''; expected a path")
     try:
-        path.encode()
         full = (base / Path(path).expanduser()).absolute()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{setting} is {path[:SHOWN]!r}; expected a path without half a surrogate pair"
-        ) from None
     except RuntimeError:  # from expanduser
         raise UserError(
             f"{setting} is {path[:SHOWN]!r}, whose home folder is not known; expected a whole path"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, field
 
-from zppo.config.base import Config, PositiveFloat
+from zppo.config.base import Config, Seconds
 
 Port: TypeAlias = Annotated[int, Meta(ge=1, le=65_535)]
 Filled: TypeAlias = Annotated[str, Meta(min_length=1)]
@@ -64,6 +64,6 @@ class SinksConfig(Config, frozen=True, kw_only=True):
     """sinks of your own, each {use: ./file.py:name, args} (docs/extending.md)"""
     aliases: list[Tool] = field(default_factory=lambda: ["trl", "verl"])
     """these tools' names for the same quantities go to all sinks as well; [] for ours alone"""
-    close_seconds: PositiveFloat = 20.0
+    close_seconds: Seconds = 20.0
     """so long the end of a run waits for sinks that have not taken everything (at most half of
     scheduler.lease_seconds)"""

@@ -20,6 +20,8 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 """Values with their aliases written out; a topology has some hundred, a bomb of aliases has
 billions."""
+MOST_DIGITS = 19
+"""Of a whole number of 64 bits."""
 
 
 class Loader(yaml.SafeLoader):
@@ -46,10 +48,23 @@ for _tag, _pattern, _first in (
     )
 
 
+def _construct_str(loader: Loader, node: yaml.ScalarNode) -> str:
+    """JSON writes a character beyond U+FFFF as two escapes, each half a surrogate pair; what PyYAML
+    makes of them is put together here. A half alone no file and no message could hold."""
+    text: str = loader.construct_scalar(node)
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        problem = f"the text {text[:40]!r} holds half a surrogate pair"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
-    value = int(loader.construct_scalar(node))
-    if not -(2**63) <= value < 2**63:  # no file and no message of ours could hold it
-        problem = f"the whole number {value} does not fit into 64 bits"
+    text = loader.construct_scalar(node)
+    # Python refuses to read thousands of digits.
+    value = int(text) if len(text.lstrip("+-0")) <= MOST_DIGITS else None
+    if value is None or not -(2**63) <= value < 2**63:  # no file and no message of ours could hold
+        problem = f"the whole number {text[:40]} does not fit into 64 bits"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return value
 
@@ -64,6 +79,7 @@ def _construct_float(loader: Loader, node: yaml.ScalarNode) -> float:
 
 
 # PyYAML's own constructors would read 010 as octal and 1:30 as ninety.
+Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
 Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
@@ -93,11 +109,23 @@ def parse(text: str, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{line}: not YAML: {error.problem or error.context}") from None
+        raise UserError(f"{name}{line}: not YAML: {_problem(error)}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{name}:{line}: not YAML: the character U+{error.character:04X} may not stand in it"
+        ) from None
     except RecursionError:
         raise UserError(f"{name}: is nested too deeply, or an alias refers to itself") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name}: not YAML: {error}") from None
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """What PyYAML says is wrong; where it only says what was found, with what was expected."""
+    problem = error.problem or ""
+    told = [] if problem and not problem.startswith("but ") else [error.context or ""]
+    return ", ".join(filter(None, [*told, problem]))
 
 
 class _Walk:

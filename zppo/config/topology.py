@@ -22,7 +22,9 @@ from zppo.config.base import (
     Port,
     Positive,
     PositiveFloat,
+    Seconds,
     Share,
+    Threads,
 )
 from zppo.config.cluster import LOCALHOST, ClusterConfig, TransportConfig
 from zppo.config.method import MethodConfig
@@ -119,7 +121,7 @@ class RunConfig(Config, frozen=True, kw_only=True):
     """passes over the corpus"""
     max_restarts: NonNegative = 3
     """new starts from the last checkpoint after the controller or the trainer died"""
-    no_progress_seconds: PositiveFloat = 600.0
+    no_progress_seconds: Seconds = 600.0
     """the run is stopped, and what it waits for is named, after this long without progress"""
     on_advice: Literal["warn", "stop"] = "warn"
     """severe advice (zppo doctor): warn shows it, stop ends the run, resumable"""
@@ -241,7 +243,7 @@ class SchedulerConfig(Config, frozen=True, kw_only=True):
     """ours: rho_aug follows the number of hard questions up to this share; null: it is fixed"""
     buffer_capacity: Positive = 10_000
     """hard questions kept for replay; the oldest leaves first"""
-    lease_seconds: PositiveFloat = 300.0
+    lease_seconds: Seconds = 300.0
     """a task goes to another actor when its holder made no progress for so long"""
     max_attempts: Positive = 5
     """tries of one task before the run stops"""
@@ -287,14 +289,14 @@ class ActorConfig(Config, frozen=True, kw_only=True):
     """given out in turn on each host: cpu, cuda, cuda:1, …"""
     hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
     """names of cluster.hosts; each runs an equal part of the processes, in this order"""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads of each process; null: the cores are shared out evenly"""
 
 
 class GraderConfig(Config, frozen=True, kw_only=True):
     count: Annotated[int, Meta(ge=1, le=MOST_PROCESSES)] = 1
     """number of processes"""
-    timeout_seconds: PositiveFloat = 5.0
+    timeout_seconds: Seconds = 5.0
     """processor time that scoring a response may take before it counts as wrong"""
     hosts: list[str] = field(default_factory=lambda: [LOCALHOST])
     """names of cluster.hosts; each runs an equal part of the processes"""
@@ -310,12 +312,12 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     ranks: Annotated[int, Meta(ge=1, le=MOST_PROCESSES)] | None = None
     """processes that share the student's weights and the work (docs/clusters.md); null: as many as
     devices, on each host"""
-    collective_seconds: PositiveFloat = 1800.0
+    collective_seconds: Seconds = 1800.0
     """longest that ranks wait for one another before the trainer ends"""
     port: Port | None = None
     """where ranks of several hosts meet, a TCP port of the first host; null: one that follows from
     the run's id"""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads of each rank; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384
     """padded tokens in one forward-backward pass"""
@@ -352,7 +354,7 @@ class ActorsConfig(Config, frozen=True, kw_only=True):
     """Processes that score responses"""
     trainer: TrainerConfig = TrainerConfig()
     """The process that trains the student"""
-    start_seconds: PositiveFloat = 300.0
+    start_seconds: Seconds = 300.0
     """an actor that starts and neither computes nor reads for so long is started again"""
     max_restarts: NonNegative = 10
     """restarts of one actor before the run gives up"""

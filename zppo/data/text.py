@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 from zppo.data.sources.jsonl import kind_of
 from zppo_protocol.places import without_places
@@ -21,17 +22,18 @@ class RowError(ValueError):
 
 
 def as_text(value: object, name: str) -> str:
-    """Text, or a finite number as its text. `name` is what the row calls it. Raises RowError."""
+    """Text, or a finite number (in tables a decimal one too) as its text. `name` is what the row
+    calls it. Raises RowError."""
     if isinstance(value, str):
         return words(value, name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         try:
             finite = math.isfinite(value)
         except OverflowError:  # a whole number of more digits than any float, or Python, takes
             raise RowError(f"{name} is a number of too many digits; expected it as text") from None
         if not finite:
             raise RowError(f"{name} is not a finite number")
-        return str(value)
+        return f"{value:f}" if isinstance(value, Decimal) else str(value)
     raise RowError(f"{name} is a {kind_of(value)}; expected text or a number")
 
 

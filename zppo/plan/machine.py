@@ -161,12 +161,12 @@ def _check_host(host: HostNeed, machine: Machine, plan: Plan) -> None:
     for entry in host.processes:
         _check_device(entry, plan.topology.actors.trainer, machine)
     if host.memory > machine.memory:
-        name, size = max(
-            zip(host.processes, host.needs, strict=True), key=lambda pair: pair[1].host
-        )
+        parts = {e.name: n.host for e, n in zip(host.processes, host.needs, strict=True)}
+        parts["the published weights (scheduler.max_staleness)"] = host.shared
+        largest = max(parts, key=parts.__getitem__)
         raise UserError(
             f"{where}the plan needs {gib(host.memory)} of memory but {gib(machine.memory)} are "
-            f"free; the largest part is {name.name} with {gib(size.host)}"
+            f"free; the largest part is {largest} with {gib(parts[largest])}"
             f"{_idle(plan.topology, machine)}"
         )
     if host.shared > machine.shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,29 @@ MISTAKES = [
         "t.yaml:4: optimizer.learning_rate is -0.001; expected a number above 0.0",
     ),
     (
+        "optimizer: {learning_rate: 1e31}",
+        "t.yaml:4: optimizer.learning_rate is 1e+31; expected a number above 0.0 and at most 1e+30",
+    ),
+    (
+        "scheduler: {lease_seconds: 1e12}",
+        "t.yaml:4: scheduler.lease_seconds is 1000000000000.0; expected a number above 0.0 and at "
+        "most 1000000000.0",
+    ),
+    (
+        "actors: {trainer: {threads: 9223372036854775807}}",
+        "t.yaml:4: actors.trainer.threads is 9223372036854775807; expected a whole number of at "
+        "least 1 and at most 1024, or null",
+    ),
+    (
+        "transport: {max_message_mib: 9223372036854775807}",
+        "t.yaml:4: transport.max_message_mib is 9223372036854775807; expected a whole number of at "
+        "least 1 and at most 1048576",
+    ),
+    (
+        "transport: {heartbeat_seconds: 1e-9}",
+        "t.yaml:4: transport.heartbeat_seconds is 1e-09; expected a number of at least 0.01",
+    ),
+    (
         "scheduler: {rho_aug: 2}",
         "t.yaml:4: scheduler.rho_aug is 2; expected a number of at least 0.0 and at most 1.0",
     ),
@@ -83,6 +107,25 @@ MISTAKES = [
     ("data: {train: other.jsonl}", "t.yaml:4: data is given twice, first on line 1"),
     ("x: {1: 2}", "t.yaml:4: a key is not a text; expected the name of a setting"),
     ("method: {dual_clip: 1e999}", "t.yaml:4: not YAML: the number 1e999 is too large"),
+    (
+        f"run: {{steps: {'9' * 5000}}}",
+        f"t.yaml:4: not YAML: the whole number {'9' * 40} does not fit into 64 bits",
+    ),
+    (
+        'run: {name: "a\\ud800"}',
+        "t.yaml:4: not YAML: the text 'a\\ud800' holds half a surrogate pair",
+    ),
+    ('"x\\udc00": 3', "t.yaml:4: not YAML: the text 'x\\udc00' holds half a surrogate pair"),
+    ("run:\n  name: a\1b", "t.yaml:5: not YAML: the character U+0001 may not stand in it"),
+    (
+        "---\nrun: {steps: 3}",
+        "t.yaml:4: not YAML: expected a single document in the stream, but found another document",
+    ),
+    ("steps: 3", "t.yaml:4: there is no setting steps (did you mean 'run.steps'?)"),
+    (
+        "=data: {train: q, heldout: ''}\nstudent: {model: m}",
+        "data.heldout is ''; expected a path",
+    ),
     ("run: &a [*a]", "t.yaml: is nested too deeply, or an alias refers to itself"),
     ("run: [", "t.yaml:5: not YAML: expected the node content, but found '<stream end>'"),
     (
@@ -133,6 +176,10 @@ SET_MISTAKES = [
         "--set run.steps=[:1: not YAML: expected the node content, but found '<stream end>'",
     ),
     (
+        "run.name=\udcff",
+        "--set run.name=\\udcff:1: not YAML: the character U+DCFF may not stand in it",
+    ),
+    (
         "data.fields.ids=x",
         "--set data.fields.ids=x: there is no setting data.fields.ids (did you mean 'id'?)",
     ),
@@ -164,6 +211,11 @@ def test_alias_bomb_is_refused_quickly() -> None:
     )
     with pytest.raises(UserError, match="holds more than 100000 values"):
         parse(bomb, "bomb.yaml")
+
+
+def test_a_topology_that_is_json_has_whole_characters() -> None:
+    said = {"system_prompt": "\U0001f600 é"}
+    assert parse(json.dumps(said), "t.json").data == said
 
 
 def test_scalars_are_yaml_1_2() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,30 @@ def test_narrow_floats_keep_their_digits(tmp_path: Path) -> None:
         "0.1",
         "0.001",
     ]
+
+
+def test_decimal_numbers_are_numbers(tmp_path: Path) -> None:
+    answers = [Decimal("1.50"), Decimal("-0.000000001"), None]
+    write_parquet(
+        tmp_path / "t.parquet",
+        [{"question": name, "answer": one} for name, one in zip("abc", answers, strict=True)],
+    )
+    corpus = load(tmp_path / "t.parquet", max_bad_rows=1)
+    assert [one.answer for one in corpus.questions] == ["1.500000000", "-0.000000001"]
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "dictionary"])
+def test_nested_narrow_floats_keep_their_digits(tmp_path: Path, kind: str) -> None:
+    narrow = pa.array([0.1, None, 1e-3], pa.float32())
+    wide = [0.1, None, 0.001]
+    column, expected = {
+        "struct": (pa.StructArray.from_arrays([narrow], ["x"]), [{"x": one} for one in wide]),
+        "list": (pa.FixedSizeListArray.from_arrays(narrow, 3), [wide]),
+        "dictionary": (narrow.dictionary_encode(), wide),
+    }[kind]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": column}), path)
+    assert [row["a"] for row in tables.table_rows(path, ["a"])] == expected
 
 
 def test_bad_rows_of_a_table_are_numbered_by_row(tmp_path: Path) -> None:

@@ -298,6 +298,12 @@ REFUSALS = [
         "the plan needs 1.8 GiB of memory but 1.0 GiB are free; the largest part is trainer with 0.4 GiB",
     ),
     (
+        ("scheduler.max_staleness=1000000000",),
+        replace(MACHINE, memory=GIB),
+        "the plan needs 16.7 GiB of memory but 1.0 GiB are free; the largest part is the published "
+        "weights (scheduler.max_staleness) with 14.9 GiB",
+    ),
+    (
         (),
         replace(MACHINE, shared=7),
         "the plan keeps weights of 48 bytes in the runtime folder but 7 bytes are free there; lower "

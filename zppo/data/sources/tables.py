@@ -162,15 +162,32 @@ def _as_rows(file: Path, batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _plain(column: Any) -> list[Any]:
-    """Values of a column. Narrow floats keep the digits they were written with: 0.1, not
-    0.10000000149."""
+    """Values of a column. Narrow floats, nested ones too, keep the digits they were written with:
+    0.1, not 0.10000000149."""
     import pyarrow as pa
 
-    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
-        texts = column.cast(pa.float32()).cast(pa.string()).to_pylist()
-        return [None if text is None else float(text) for text in texts]
+    narrow, texts, wide = (
+        _with_floats(column.type, leaf) for leaf in (pa.float32(), pa.string(), pa.float64())
+    )
+    if texts != wide:
+        column = column.cast(narrow).cast(texts).cast(wide)
     values: list[Any] = column.to_pylist()
     return values
+
+
+def _with_floats(kind: Any, leaf: Any) -> Any:
+    """A type with `leaf` in the place of narrow floats, also in lists and structs."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+        return leaf
+    if pa.types.is_dictionary(kind):
+        return _with_floats(kind.value_type, leaf)
+    if pa.types.is_struct(kind):
+        return pa.struct([one.with_type(_with_floats(one.type, leaf)) for one in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_floats(kind.value_type, leaf)))
+    return kind
 
 
 # ---- the two formats -----------------------------------------------------------------------------
