@@ -121,13 +121,13 @@ def best_ms(action: Callable[[], Any], repeats: int) -> float:
     return 1000 * min(times)
 
 
-def address_of(kind: str, folder: str) -> str:
-    """An address of this kind that nobody listens at."""
+def address_of(kind: str, folder: str) -> tuple[str, int | None]:
+    """An address of this kind, and the descriptor of a socket that listens there, if it is a
+    port."""
     if kind == "ipc":
-        return f"ipc://{folder}/bench.sock"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"ipc://{folder}/bench.sock", None
+    ear = socket.create_server(("127.0.0.1", 0))
+    return f"tcp://127.0.0.1:{ear.getsockname()[1]}", ear.detach()
 
 
 def bare_ms(
@@ -148,7 +148,9 @@ def bare_ms(
         dealer.curve_publickey, dealer.curve_secretkey = own_public, own_secret
         dealer.curve_serverkey = public
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        address = address_of(kind, folder)
+        address, ear = address_of(kind, folder)
+        if ear is not None:
+            router.set(zmq.USE_FD, ear)
         router.bind(address)
         dealer.connect(address)
 
@@ -167,8 +169,9 @@ def socket_ms(result: GenerateResult, repeats: int, kind: str) -> float:
     """Encode, send, receive and decode through our sockets, one message at a time."""
     limits = Limits(header_bytes=2**30)
     with tempfile.TemporaryDirectory(prefix="zp-") as folder:
-        access, credentials = issue(address_of(kind, folder), {"rollout-0": "rollout"})
-        router, dealer = Router(access, limits), Dealer(credentials["rollout-0"], limits)
+        address, ear = address_of(kind, folder)
+        access, credentials = issue(address, {"rollout-0": "rollout"})
+        router, dealer = Router(access, limits, ear), Dealer(credentials["rollout-0"], limits)
 
         def trip() -> None:
             dealer.send(result)

@@ -32,8 +32,7 @@ from zppo.suites.table import load_suite
 
 OWNED = {
     "model": "it is the checkpoint",
-    "host": "the server listens on the loopback interface",
-    "port": "a free one is taken",
+    **dict.fromkeys(("host", "port", "uds"), "the server listens at a Unix socket of its own"),
     "served-model-name": "it is --label",
     "api-key": "the server needs none",
 }

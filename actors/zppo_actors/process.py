@@ -75,6 +75,9 @@ class ActorContext:
     """What identified the user's own code when the run began, by its name in the topology."""
     timeline: Timeline = field(default_factory=Timeline)
     """Where this process says what it did when."""
+    ear: int | None = None
+    """The descriptor of the socket that others know to listen here; its port cannot be taken by
+    anybody else. None: this process listens on none that was bound before it began."""
 
     @property
     def credentials(self) -> Credentials:
@@ -172,6 +175,8 @@ def _wait_for_end(parent_fd: int, runtime_folder: Path) -> None:
 def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
     run_dir = Path(arguments.run)
     record = read(run_dir)
+    if arguments.ear is not None:
+        os.set_inheritable(arguments.ear, False)
     life = begin_life(record.run_id, arguments.actor, arguments.incarnation)
     # The controller's part is what nobody else is at work in.
     timeline = Timeline() if arguments.role == "controller" else Timeline(run_dir / TIMELINE, life)
@@ -186,6 +191,7 @@ def _run_role(arguments: argparse.Namespace, runtime_folder: Path) -> int:
         start_version=record.start_step,
         extensions=record.extensions,
         timeline=timeline,
+        ear=arguments.ear,
     )
     # Imported late: a grader should not wait for, or pay the memory of, what only a trainer needs.
     module = importlib.import_module(ROLES[arguments.role])
@@ -206,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--actor", required=True, metavar="NAME")
     parser.add_argument("--incarnation", required=True, type=int, metavar="N")
     parser.add_argument("--parent-fd", required=True, type=int, metavar="FD")
+    parser.add_argument("--ear", type=int, metavar="FD")
     return parser
 
 

@@ -29,6 +29,8 @@ from zppo_protocol.values import SUPERVISOR, Role
 
 TRAINING_NAME = "training"
 KEYS_NAME = "keys"
+MEETING_PORT = "ZPPO_MEETING_PORT"
+"""The variable that tells further ranks of the trainer where on the first host they all meet."""
 
 
 def create(run_id: str, base: Path | None = None) -> tuple[Path, int]:

@@ -36,6 +36,9 @@ ADMITTED, DENIED = b"200", b"400"
 HANDSHAKE_TRIES = 8
 """A dealer gives up after so many handshakes in a row that the other side broke off, if time is up
 as well: one or two may have met a controller that was being ended."""
+SILENT, UNANSWERED = 2, 3
+"""In `handshake_seconds`: a router that has taken a connection has answered or ended it before; so
+long a dealer waits for its answer."""
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 CRYPTOGRAPHIC = 0x11000001
 """What the monitor says of a box that cannot be opened."""
@@ -178,7 +181,7 @@ class Doorstep:
         self._name, self._address = credentials.name, credentials.address
         self._patience = limits.handshake_seconds
         self._broken_off, self._since = 0, 0.0
-        self._in_handshake = False
+        self._in_handshake, self._connected = False, 0.0
 
     def hear(self, message: list[bytes]) -> None:
         """Take one message of the monitor. Raises AccessError when this dealer will not be let
@@ -186,7 +189,7 @@ class Doorstep:
         found = parse_monitor_message(message)
         event, value = found["event"], found["value"]
         if event == zmq.EVENT_CONNECTED:
-            self._in_handshake = True
+            self._in_handshake, self._connected = True, time.monotonic()
             return
         left, self._in_handshake = self._in_handshake, False
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -205,6 +208,11 @@ class Doorstep:
             )
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             now = time.monotonic()
+            if now - self._connected > SILENT * self._patience:
+                # Nobody has broken it off: the controller has its port before it begins, and has
+                # said nothing yet.
+                self._broken_off = 0
+                return
             self._since = self._since if self._broken_off else now
             self._broken_off += 1
             if self._broken_off >= HANDSHAKE_TRIES and now - self._since >= self._patience:

@@ -30,7 +30,7 @@ import zmq.asyncio
 
 from zppo_protocol.addresses import TCP, check_private, ipc_path, scheme_of
 from zppo_protocol.codec import DEFAULT_LIMITS, Buffer, decode, encode
-from zppo_protocol.doors import Doorkeeper, Doorstep, guard, monitor, show
+from zppo_protocol.doors import UNANSWERED, Doorkeeper, Doorstep, guard, monitor, show
 from zppo_protocol.errors import AccessError, ProtocolError
 from zppo_protocol.keys import Access, Credentials
 from zppo_protocol.limits import MAX_FRAMES, PIECE_BYTES, Limits
@@ -59,9 +59,13 @@ NOW, MORE_NOW, READABLE, WRITABLE = map(
 class Router:
     """The controller's end: receives from all actors, sends to each by name. One thread only."""
 
-    def __init__(self, access: Access, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Bind `access.address` and let in whoever has a key of `access`. Raises AccessError, one
-        sentence, for an `ipc` address outside a private folder or one that cannot be bound."""
+    def __init__(
+        self, access: Access, limits: Limits = DEFAULT_LIMITS, ear: int | None = None
+    ) -> None:
+        """Listen at `access.address` and let in whoever has a key of `access`. `ear` is the
+        descriptor of a socket that listens there already, and is the router's from now on. Raises
+        AccessError, one sentence, for an `ipc` address outside a private folder or one that cannot
+        be bound."""
         self.limits = limits
         self.rejected = 0
         self.roles = access.roles
@@ -79,6 +83,8 @@ class Router:
         _set_bounds(self._socket, access.address, limits)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         guard(self._socket, access, limits)
+        if ear is not None:
+            self._socket.set(zmq.USE_FD, ear)
         self._keeper = Doorkeeper(self._context, self._socket, access)
         self._line = _Line(self._socket)
         self._close = _close_when_dropped(self, self._socket, self._context, self._keeper.thread)
@@ -412,6 +418,7 @@ def _connected(context: Any, credentials: Credentials, limits: Limits) -> tuple[
     _set_bounds(socket, credentials.address, limits)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS[0])
     socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MILLISECONDS[1])
+    socket.set(zmq.HANDSHAKE_IVL, round(1000 * UNANSWERED * limits.handshake_seconds))
     show(socket, credentials)
     ear = monitor(context, socket, Doorstep.EVENTS)
     socket.connect(credentials.address)

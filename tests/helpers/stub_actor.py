@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if arguments.role == "controller":
         if "slow" in words:
             time.sleep(600.0)
-        return Controller(folder, run_dir, words).run()
+        return Controller(folder, run_dir, words, arguments.ear).run()
     return process.guarded(lambda: act(word, arguments, folder))
 
 
@@ -114,8 +114,8 @@ def hello(arguments: object) -> Hello:
 
 
 class Controller:
-    def __init__(self, folder: Path, run_dir: Path, words: list[str]) -> None:
-        self.router = Router(runtime.access(folder))
+    def __init__(self, folder: Path, run_dir: Path, words: list[str], ear: int | None) -> None:
+        self.router = Router(runtime.access(folder), ear=ear)
         self.run_dir, self.words = run_dir, words
         self.peers: set[str] = set()
         self.greeted: dict[str, int] = {}

@@ -80,8 +80,10 @@ def until(condition: Path, ranks: list[subprocess.Popen[str]]) -> None:
 
 
 def test_ranks_on_two_hosts(hosts: list[str], tmp_path: Path) -> None:
-    ranks = [started(rank, tmp_path) for rank in range(2)]
+    ranks = [started(0, tmp_path)]
     try:
+        until(tmp_path / "port", ranks)
+        ranks.append(started(1, tmp_path))
         for rank in range(2):
             until(tmp_path / f"trained-{rank}", ranks)
         alone = train(CASE, ALONE).tensors

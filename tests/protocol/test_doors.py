@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -19,6 +20,7 @@ from wires import Wire, connected, free_port
 
 from zppo_protocol import messages as m
 from zppo_protocol.codec import encode
+from zppo_protocol.doors import HANDSHAKE_TRIES
 from zppo_protocol.errors import AccessError
 from zppo_protocol.keys import SecretKey
 from zppo_protocol.limits import PIECE_BYTES, Limits
@@ -172,6 +174,26 @@ def test_who_only_sends_hears_of_a_refusal(wire: Wire, opened: Any) -> None:
         until(lambda: left_over.send(m.Credits(count=1)) is not None)
     with pytest.raises(AccessError):
         left_over.send(m.Credits(count=1))
+
+
+def test_a_controller_that_has_its_port_and_has_not_begun_is_waited_for(
+    tcp: Wire, opened: Any
+) -> None:
+    """However many handshakes nobody answers: more than may be broken off."""
+    limits = Limits(handshake_seconds=0.03)
+    with socket.create_server(("127.0.0.1", int(tcp.address.rpartition(":")[2]))) as ear:
+        ear.setblocking(False)
+        dealer = opened(Dealer(tcp["rollout-0"], limits))
+        dealer.send(m.Credits(count=1))
+        knocks: list[socket.socket] = []
+        while len(knocks) < HANDSHAKE_TRIES + 2:
+            assert dealer.receive(0.01) is None
+            with contextlib.suppress(BlockingIOError):
+                knocks.append(ear.accept()[0])
+        for knock in knocks:
+            knock.close()
+        router = opened(Router(tcp.access, ear=os.dup(ear.fileno())))
+        assert router.receive(PATIENCE) == ("rollout-0", m.Credits(count=1))
 
 
 def test_what_listens_is_no_controller(tcp: Wire, opened: Any) -> None:

@@ -208,6 +208,23 @@ def test_dealers_may_start_before_the_router(wire: Wire, opened: Any) -> None:
     assert heard(opened(Router(wire.access))) == ("rollout-0", m.Credits(count=4))
 
 
+def test_a_router_has_a_port_that_was_bound_before_it_began(opened: Any) -> None:
+    """So has the next; whoever comes in between waits for it. Then the port is free."""
+    ear = socket.create_server(("127.0.0.1", 0))
+    wire = Wire(f"tcp://127.0.0.1:{ear.getsockname()[1]}")
+    dealer = opened(Dealer(wire["rollout-0"]))
+    dealer.send(m.Credits(count=1))
+    assert dealer.receive(0.05) is None
+    router = Router(wire.access, ear=os.dup(ear.fileno()))
+    assert heard(router) == ("rollout-0", m.Credits(count=1))
+    router.close()
+    dealer.send(m.Credits(count=2))
+    router = Router(wire.access, ear=ear.detach())
+    assert heard(router) == ("rollout-0", m.Credits(count=2))
+    router.close()
+    opened(Router(wire.access))
+
+
 def test_a_dealer_finds_a_router_that_was_started_anew(wire: Wire, opened: Any) -> None:
     router, dealer = Router(wire.access), opened(Dealer(wire["rollout-0"]))
     dealer.send(m.Credits(count=1))

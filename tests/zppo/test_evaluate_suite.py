@@ -50,7 +50,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "--harness-python lmeval=x: expected NAME=PYTHON (did you mean 'lm-eval'?)"
     )
     assert said(capsys, *paper, *out, *SERVER, "--server-arg", "port=1") == (
-        "--server-arg port cannot be set: a free one is taken"
+        "--server-arg port cannot be set: the server listens at a Unix socket of its own"
     )
     assert said(capsys, *paper, *out, *SERVER, "--label", "a", "--label", "b") == (
         "--label is given 2 times; expected once for each of the 1 models"

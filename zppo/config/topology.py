@@ -315,8 +315,7 @@ class TrainerConfig(Config, frozen=True, kw_only=True):
     collective_seconds: Seconds = 1800.0
     """longest that ranks wait for one another before the trainer ends"""
     port: Port | None = None
-    """where ranks of several hosts meet, a TCP port of the first host; null: one that follows from
-    the run's id"""
+    """where ranks of several hosts meet, a TCP port of the first host; null: any free one"""
     threads: Threads | None = None
     """CPU threads of each rank; null: the cores are shared out evenly"""
     micro_batch_tokens: Positive = 16_384

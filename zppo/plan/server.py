@@ -23,6 +23,9 @@ from zppo.plan.processes import asked_teachers
 
 PAUSE_SECONDS = 1.0
 CONNECT_SECONDS = 10.0
+UNIX = "unix:"
+"""Begins the address of a server that a suite has started: the path of its socket follows. No
+setting may name one."""
 MAX_SAID = 500
 """Characters of a server's error that are repeated."""
 MAX_BYTES = 8 << 20
@@ -64,6 +67,18 @@ def describe(error: Exception, key: str | None) -> str:
     return f"{type(error).__name__}: {text}"[:MAX_SAID] if text else type(error).__name__
 
 
+def unix_socket(arguments: OpenAIArguments) -> str | None:
+    """The path of the server's Unix socket, if it has one."""
+    url = arguments.base_url
+    return url.removeprefix(UNIX) if url.startswith(UNIX) else None
+
+
+def api_url(arguments: OpenAIArguments) -> str:
+    """What the paths of the API follow in a request."""
+    behind_socket = unix_socket(arguments) is not None
+    return "http://localhost/v1" if behind_socket else arguments.base_url.rstrip("/")
+
+
 class Served(Struct):
     id: str
 
@@ -92,7 +107,10 @@ def check_server(
     UserError."""
     deadline = time.monotonic() + patience
     where = f"{where}.engine_args"
-    with httpx2.Client(**options(arguments, key), timeout=CONNECT_SECONDS) as http:
+    path = unix_socket(arguments)
+    transport = None if path is None else httpx2.HTTPTransport(uds=path)
+    told = options(arguments, key)
+    with httpx2.Client(**told, transport=transport, timeout=CONNECT_SECONDS) as http:
         while True:
             trouble = _ask(http, arguments, model, key, where)
             if trouble is None:
@@ -111,7 +129,7 @@ def _ask(
 ) -> str | None:
     """None if all is well, or what may yet pass. Raises UserError for what will not."""
     try:
-        with http.stream("GET", arguments.base_url.rstrip("/") + "/models") as response:
+        with http.stream("GET", api_url(arguments) + "/models") as response:
             status = response.status_code
             body = _read(response) if status == 200 else b""
     except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:

@@ -82,6 +82,8 @@ def own_name(use: str) -> str:
 
 
 def _check_port(port: int) -> None:
+    # Looked at and not held: the number is the one that Prometheus scrapes, so there is no other to
+    # take, and the run goes on without this sink if somebody takes it before the sink listens.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -13,7 +13,6 @@ waits for what.
 from __future__ import annotations
 
 import logging
-import time
 
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo.plan.processes import carriers, cores, processes
@@ -35,6 +34,7 @@ from zppo_actors.controller.recorder import FILE_ERRORS, Recorder
 from zppo_actors.controller.restore import bound_to, load_scheduler
 from zppo_actors.controller.speech import SPEAKS, answer_of
 from zppo_actors.controller.status import StepClock, build_status
+from zppo_actors.own_time import OwnTime
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
 from zppo_protocol.errors import ProtocolError
@@ -56,7 +56,7 @@ log = logging.getLogger("zppo.controller")
 
 def main(context: ActorContext) -> int:
     """Run the controller to the end of the run; returns the run's exit code."""
-    router = Router(runtime.access(context.runtime), context.limits)
+    router = Router(runtime.access(context.runtime), context.limits, context.ear)
     try:
         controller = Controller(context, router)
         collect_less()
@@ -67,7 +67,8 @@ def main(context: ActorContext) -> int:
 
 class Controller:
     def __init__(self, context: ActorContext, router: Router) -> None:
-        now = time.monotonic()
+        self._time = OwnTime()
+        now = self._time.now()
         self.context, self.router = context, router
         record = run_directory.read(context.run_dir)
         made_with = bound_to(context, record.corpus)
@@ -113,14 +114,14 @@ class Controller:
     def turn(self) -> None:
         """Take what has come, then act on it."""
         self._receive()
-        self._act(time.monotonic())
+        self._act(self._time.now())
 
     def _receive(self) -> None:
         """Take everything that has come, so that decisions see the newest state."""
         received = self.router.receive(TICK_SECONDS)
         while received is not None:
             peer, message = received
-            now = time.monotonic()
+            now = self._time.now()
             self.peers.heard(peer, now)
             if self._handle(peer, message, now):
                 self._last_progress = now
@@ -266,8 +267,8 @@ class Controller:
         for peer in self.peers.actors():
             self.router.send(peer.name, messages.Shutdown(reason=verdict.verdict))
         self.router.send(SUPERVISOR, verdict)
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while self.peers.actors() and time.monotonic() < deadline:
+        deadline = self._time.now() + LEAVE_SECONDS
+        while self.peers.actors() and self._time.now() < deadline:
             received = self.router.receive(TICK_SECONDS)
             # A Goodbye speaks for its sender; an exit is told by the supervisor, about another.
             if received is not None and isinstance(
@@ -362,7 +363,7 @@ class Controller:
         if name in self.peers:
             # Its earlier incarnation ended without a word; what it held goes to others now.
             self._lost(name)
-        self.peers.add(name, hello, time.monotonic())
+        self.peers.add(name, hello, self._time.now())
         self._send(
             name,
             messages.Welcome(heartbeat_seconds=self.context.topology.transport.heartbeat_seconds),

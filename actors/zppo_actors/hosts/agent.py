@@ -23,6 +23,7 @@ from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from zppo.signals import Interrupts
 from zppo_actors import timeline
 from zppo_actors.hosts.attempt import HostAttempt
+from zppo_actors.own_time import OwnTime
 from zppo_actors.supervisor.fleet import GREET_ANEW, versions
 from zppo_protocol.errors import AccessError
 from zppo_protocol.messages import (
@@ -88,7 +89,8 @@ class Agent:
         self._received: dict[str, tuple[int, int]] = {}
         self._answered = False
         self._refusal: AccessError | None = None
-        self._heard = time.monotonic()
+        self._time = OwnTime()
+        self._heard = self._time.now()
         self._due = float("-inf")
 
     def run(self) -> int:
@@ -125,7 +127,7 @@ class Agent:
         while message is not None:
             self._hear(message)
             message = self._line.receive(0.0)
-        now = time.monotonic()
+        now = self._time.now()
         self._watch(now)
         if now >= self._due or (self._attempt is not None and self._attempt.has_news):
             self._speak(now)
@@ -151,7 +153,7 @@ class Agent:
         self._begin_anew()
         time.sleep(GREET_SECONDS)
         self._take_new_line()
-        self._watch(time.monotonic())
+        self._watch(self._time.now())
 
     def _speak(self, now: float) -> None:
         if self._welcome is None:
@@ -194,11 +196,11 @@ class Agent:
         self._line, self._greetings = line, 0
 
     def _hear(self, message: AnyMessage) -> None:
-        self._heard, self._refusal = time.monotonic(), None
+        self._heard, self._refusal = self._time.now(), None
         match message:
             case HostWelcome() if self._welcome is None:
                 self._check_folders(message.folders)
-                self._welcome, self._heard = message, time.monotonic()
+                self._welcome, self._heard = message, self._time.now()
                 self._due = float("-inf")
                 log.info("taken by the run")
             case HostOrders() if self._welcome is not None:

@@ -13,11 +13,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
+from zppo.errors import UserError
 from zppo_actors import runtime
 from zppo_actors.hosts.tails import Tails
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Child
 from zppo_actors.supervisor.vitals import Children, children_by_parent
+from zppo_protocol.errors import AccessError
 from zppo_protocol.messages import HostOrders, HostReport
 from zppo_protocol.values import ActorOrder, ActorReport
 
@@ -34,7 +36,7 @@ log = logging.getLogger("zppo.host")
 
 class HostAttempt:
     """One attempt, from the first orders that name it until others do. Raises UserError if the
-    runtime folder cannot be made."""
+    runtime folder cannot be made or written."""
 
     def __init__(self, host: str, orders: HostOrders) -> None:
         self.run_id = orders.attempt
@@ -49,6 +51,14 @@ class HostAttempt:
             (self._run_dir / "logs").mkdir(parents=True)
             (self._run_dir / "run.json").write_bytes(orders.record)
             runtime.write_keys(self.folder, orders.secrets)
+        except (OSError, AccessError) as error:
+            self.close()
+            # Not an AccessError: to the agent that is a line which does not let it in.
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"the runtime folder {str(self.folder)!r} cannot be written ({why}); "
+                "expected room there, or ZPPO_RUNTIME_DIR on that host with a larger folder"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -125,6 +135,9 @@ class HostAttempt:
             inherited=(self._parent_fd,),
         )
         self._children[order.name] = child
+        if child.process.reason:
+            log.warning("%s, incarnation %d: %s", *child.key, child.process.reason)
+            return
         log.info("started %s, incarnation %d, process %d", *child.key, child.process.pid)
 
 

@@ -11,12 +11,38 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from zppo.config.sinks import PrometheusConfig
 from zppo.plan.sinks import HOST
 from zppo_actors.sinks.base import Event, RunInfo
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+MOST_CONNECTIONS = 16
+"""At once; others are closed. Each takes a thread and a file of the controller, and whoever has an
+account on this machine may connect."""
+
+
+class _Server(ThreadingHTTPServer):
+    """A server that bears so many connections and no more."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.Semaphore(MOST_CONNECTIONS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
 
 class PrometheusSink:
@@ -47,7 +73,7 @@ class PrometheusSink:
             def log_message(self, format: str, *arguments: object) -> None:
                 """The log is the run's."""
 
-        self._server = ThreadingHTTPServer((HOST, self._config.port), Handler)
+        self._server = _Server((HOST, self._config.port), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True, name="prometheus").start()
         self._write()
 

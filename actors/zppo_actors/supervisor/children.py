@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
+from zppo.errors import EXIT_FAILED
 from zppo_actors.supervisor.vitals import Children, Usage, usage
 
 TAIL_LINES = 15
@@ -45,34 +46,46 @@ class Process(Protocol):
 
 
 class Adopted:
-    """A child of this process at the head of a session, whoever has started it."""
+    """A child of this process at the head of a session, whoever has started it.
+
+    Invariant: once it is known to have ended no signal is sent to its number, but at that moment,
+    to what it leaves behind: later the number may be that of somebody else."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.reason = pid, ""
         self._exit_code: int | None = None
 
     def poll(self) -> int | None:
-        return self._reap(os.WNOHANG)
+        return self._look(os.WNOHANG)
 
     def wait(self) -> int:
-        while (exit_code := self._reap(0)) is None:
+        while (exit_code := self._look(0)) is None:
             pass
         return exit_code
 
     def kill(self) -> None:
         """Kill the session, and reap the process."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.wait()
+        if self._exit_code is None:
+            self._end_session()
+            self.wait()
 
     def used(self, children: Children) -> Usage:
         return usage(self.pid, children)
 
-    def _reap(self, options: int) -> int | None:
+    def _look(self, options: int) -> int | None:
         if self._exit_code is None:
-            pid, status = os.waitpid(self.pid, options)
-            self._exit_code = os.waitstatus_to_exitcode(status) if pid else None
+            self._exit_code = self._reaped(options)
+            if self._exit_code is not None:
+                self._end_session()
         return self._exit_code
+
+    def _end_session(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _reaped(self, options: int) -> int | None:
+        pid, status = os.waitpid(self.pid, options)
+        return os.waitstatus_to_exitcode(status) if pid else None
 
 
 class Spawned(Adopted):
@@ -82,8 +95,30 @@ class Spawned(Adopted):
         super().__init__(popen.pid)
         self._popen = popen  # which reaps it, and warns of none that is collected
 
-    def _reap(self, options: int) -> int | None:
+    def _reaped(self, options: int) -> int | None:
         return self._popen.poll() if options else self._popen.wait()
+
+
+class Stillborn:
+    """A process that the system would not start: one that has ended at once, and may come about the
+    next time."""
+
+    pid = 0
+
+    def __init__(self, error: OSError) -> None:
+        self.reason = f"it could not be started ({error.strerror})"
+
+    def poll(self) -> int:
+        return EXIT_FAILED
+
+    def wait(self) -> int:
+        return EXIT_FAILED
+
+    def kill(self) -> None:
+        """There is nothing to kill."""
+
+    def used(self, children: Children) -> Usage:
+        return 0.0, 0
 
 
 @dataclass(frozen=True)
@@ -144,18 +179,21 @@ def spawn(command: Sequence[str], *, inherited: Sequence[int], **birth: Unpack[B
     those `inherited` are.
 
     A session of its own keeps the terminal's Ctrl-C away from it and lets `Child.kill` reach its
-    own children.
+    own children. Where the system is out of processes, files or memory the child has ended already.
     """
-    with birth["log"].open("ab") as output:
-        popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **birth["env"]},
-            pass_fds=inherited,
-            start_new_session=True,
-        )
+    try:
+        with birth["log"].open("ab") as output:
+            popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **birth["env"]},
+                pass_fds=inherited,
+                start_new_session=True,
+            )
+    except OSError as error:
+        return child_of(Stillborn(error), birth)
     return child_of(Spawned(popen), birth)
 
 

@@ -18,6 +18,7 @@ from typing import Unpack
 from zppo.records.clocks import Clocks, read_clocks, write_clocks
 from zppo.records.timeline import TIMELINE
 from zppo_actors import timeline
+from zppo_actors.own_time import OwnTime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Birth, Child, child_of
 from zppo_actors.supervisor.received_files import ReceivedFiles
@@ -64,7 +65,7 @@ class Fleet:
         self._router, self._folders, self._versions = router, folders, dict(versions)
         self._hosts = {name: RemoteHost(name) for name in folders}
         self._files = {name: ReceivedFiles(run_dir) for name in folders}
-        self._lease_seconds = lease_seconds
+        self._lease_seconds, self._time = lease_seconds, OwnTime()
         self._timelines = run_dir / TIMELINE
         self._clocks = Clocks(timeline.boot(), read_clocks(self._timelines))
         self._clocks_told = True
@@ -80,7 +81,7 @@ class Fleet:
         view."""
         lines: list[str] = []
         all_heard = self._listen(lines, time.monotonic() + TURN_SECONDS)
-        now = time.monotonic()
+        now = self._time.now()
         limit = self._lease_seconds + SPARE_BEATS * BEAT_SECONDS
         for host in self._hosts.values():
             if all_heard and host.silent_for(now) > limit:
@@ -94,7 +95,7 @@ class Fleet:
         while (received := self._router.receive(0.0)) is not None:
             host = self._hosts.get(received[0])
             if host is not None:
-                lines += self._hear(host, received[1], time.monotonic())
+                lines += self._hear(host, received[1], self._time.now())
             if time.monotonic() > until:
                 return False
         return True
@@ -176,7 +177,7 @@ class Fleet:
                 fresh = not host.ready
                 host.report(message, now)
                 # Where spans of this host belong.
-                if self._clocks.hear(message.boot, message.clock, now):
+                if self._clocks.hear(message.boot, message.clock, time.monotonic()):
                     self._clocks_told = False
                 return [f"{host.name} has joined"] if fresh else []
             case HostReport():

@@ -61,9 +61,10 @@ def gathered(
     if not further:
         yield None
         return
-    bound, reached = over_tcp(topology, "cluster.port", topology.cluster.port)
-    access, credentials = keys.issue(bound, dict.fromkeys(further, ROLE), reached_at=reached)
-    router = Router(access, LIMITS)
+    ear = over_tcp(topology, "cluster.port", topology.cluster.port)
+    roles = dict.fromkeys(further, ROLE)
+    access, credentials = keys.issue(ear.bound, roles, reached_at=ear.reached)
+    router = Router(access, LIMITS, ear.socket.detach())
     fleet = Fleet(router, folders_of(topology), versions(), run_dir, topology.cluster.lease_seconds)
     try:
         for name, one in credentials.items():

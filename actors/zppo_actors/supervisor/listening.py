@@ -1,11 +1,17 @@
-"""Where the sockets of a run listen: chosen and tried before anything is started."""
+"""Where the sockets of a run listen. The supervisor binds them before anything is started or told
+of a port, and whoever listens inherits its socket: between choice and use nobody can take a
+port."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from zppo.config.cluster import LOCALHOST
@@ -14,9 +20,13 @@ from zppo.errors import UserError
 from zppo.plan.placement import bind_address, check_reached, reached_at, transport_kind
 from zppo.plan.processes import host_name
 from zppo.records.run_directory import SOCKET_NAME
+from zppo_actors.runtime import MEETING_PORT
 from zppo_protocol.addresses import TCP, tcp_address
 
 MOST_FILES = 1 << 16
+RANKS_PORT = "actors.trainer.port"
+LET_GO_SECONDS = 5.0
+TRY_SECONDS = 0.1
 
 
 def raise_file_limit() -> None:
@@ -30,69 +40,157 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def listening(topology: Topology, folder: Path) -> tuple[str, str]:
-    """The address that the controller binds, and the one at which its actors reach it.
+@dataclass(frozen=True)
+class Ear:
+    """A socket that listens at the address `bound`, and where others reach it."""
 
-    Raises UserError if the host has no such address or the port is taken.
-    """
-    if transport_kind(topology) != TCP:
-        unix = f"ipc://{folder / SOCKET_NAME}"
-        return unix, unix
-    return over_tcp(topology, "transport.port", topology.transport.port)
+    socket: socket.socket
+    bound: str
+    reached: str
+
+    @property
+    def port(self) -> int:
+        """Its TCP port."""
+        found: int = self.socket.getsockname()[1]
+        return found
 
 
-def over_tcp(topology: Topology, setting: str, port: int | None) -> tuple[str, str]:
-    """The addresses of a port of this host, `port` or any free one. One that listens on every
-    interface is reached by the host's own address, or by loopback where it has none."""
+@dataclass(frozen=True)
+class Ears:
+    """The ports of this host that the processes of a run listen on. None: that of the controller is
+    a file in its runtime folder; the ranks of the trainer are on one host."""
+
+    controller: Ear | None = None
+    ranks: Ear | None = None
+
+    def addresses(self, folder: Path) -> tuple[str, str]:
+        """The address of the controller of the attempt in `folder`, and the one at which its actors
+        reach it."""
+        if self.controller is None:
+            unix = f"ipc://{folder / SOCKET_NAME}"
+            return unix, unix
+        return self.controller.bound, self.controller.reached
+
+    def of(self, role: str) -> list[int]:
+        """The descriptors that a process of this role inherits, to listen on: one at most."""
+        ear = {"controller": self.controller, "trainer": self.ranks}.get(role)
+        return [] if ear is None else [ear.socket.fileno()]
+
+    def told(self, role: str) -> dict[str, str]:
+        """What is added to the environment of a process of this role."""
+        if self.ranks is None or role != "rank":
+            return {}
+        return {MEETING_PORT: str(self.ranks.port)}
+
+
+@contextlib.contextmanager
+def opened(topology: Topology) -> Iterator[Ears]:
+    """All ears of a run, for as long as its supervisor lives: an attempt listens where the one
+    before did, and nobody can have taken the port in between. Raises UserError if this host has no
+    such address or a port is taken."""
+    with contextlib.ExitStack() as held:
+        controller = ranks = None
+        if transport_kind(topology) == TCP:
+            controller = over_tcp(topology, "transport.port", topology.transport.port)
+            held.enter_context(controller.socket)
+        if len(set(topology.actors.trainer.rank_hosts)) > 1:
+            ranks = of_ranks(topology)
+            held.enter_context(ranks.socket)
+        yield Ears(controller, ranks)
+
+
+def over_tcp(topology: Topology, setting: str, port: int | None) -> Ear:
+    """An ear at a port of this host, `port` or any free one. One that listens on every interface is
+    reached by the host's own address, or by loopback where it has none."""
     named, reached = bind_address(topology), reached_at(topology)
     if named is None or reached is None:
-        first = host_name(topology, LOCALHOST)
-        raise UserError(
-            f"cluster.hosts.{first}.address is missing; expected the address of this host under "
-            "which the other hosts reach it"
-        )
-    host = numeric(named)
+        raise nameless(topology)
+    host = numeric(named, setting)
     check_reached(topology, reached, host if reached == named else reached)
-    port = port_of(host, port, setting)
-    return tcp_address(host, port), tcp_address(reached, port)
+    ear = listener(host, port, setting)
+    found = ear.getsockname()[1]
+    return Ear(ear, tcp_address(host, found), tcp_address(reached, found))
 
 
-def numeric(host: str) -> str:
+def of_ranks(topology: Topology) -> Ear:
+    """Where the ranks of the trainer meet: at the address of the first host alone."""
+    address = topology.cluster.hosts[host_name(topology, LOCALHOST)].address
+    if address is None:
+        raise nameless(topology)
+    host = numeric(address, RANKS_PORT)
+    ear = listener(host, topology.actors.trainer.port, RANKS_PORT)
+    found = tcp_address(host, ear.getsockname()[1])
+    return Ear(ear, found, found)
+
+
+def listener(host: str, port: int | None, setting: str) -> socket.socket:
+    """A socket that listens at an IP address of this host, at `port` or, for None, at any that is
+    free. Raises UserError if that cannot be had.
+
+    A port that is given is tried for some seconds: the processes of a run that was killed a moment
+    ago have it until they have heard of its end."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # `::` is all addresses, those of IPv4 too, as it is to ZeroMQ.
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    deadline = time.monotonic() + LET_GO_SECONDS
+    while True:
+        try:
+            ear = socket.create_server((host, port or 0), family=family, dualstack_ipv6=both)
+        except OSError as error:
+            if not port or error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise no_ear(error, host, port, setting) from None
+            time.sleep(TRY_SECONDS)
+        else:
+            ear.setblocking(False)  # who comes may have gone before it is let in
+            return ear
+
+
+def no_ear(error: OSError, host: str, port: int | None, setting: str) -> UserError:
+    """The sentence for a port that cannot be listened on."""
+    if error.errno == errno.EADDRINUSE and not port:
+        return UserError(
+            f"{setting} is null, and this host has no free port at {host}: all that the system "
+            "gives out (net.ipv4.ip_local_port_range) are taken; expected one beyond these, or "
+            "some of them to be free again"
+        )
+    if error.errno == errno.EADDRINUSE:
+        return UserError(
+            f"{setting} is {port}, on which something listens at {host} already; expected "
+            "a free one, or null"
+        )
+    if error.errno == errno.EACCES:
+        return UserError(
+            f"{setting} is {port}, which this user may not listen on; expected one from "
+            "1024 on, or null"
+        )
+    return no_address(host, os.strerror(error.errno or 0), setting)
+
+
+def numeric(host: str, setting: str) -> str:
     """The IP address of a name, because sockets bind no names. Raises UserError if it has none."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise no_address(host, error) from None
+        raise no_address(host, error.strerror or str(error), setting) from None
 
 
-def port_of(host: str, port: int | None = None, setting: str = "transport.port") -> int:
-    """`port` if nobody listens on it at this address, or any such port for None. Raises UserError
-    if it is taken, or if the address is not one of this host's."""
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port or 0))
-            found: int = probe.getsockname()[1]
-            return found
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"{setting} is {port}, on which something listens at {host} already; expected "
-                "a free one, or null"
-            ) from None
-        if error.errno == errno.EACCES:
-            raise UserError(
-                f"{setting} is {port}, which this user may not listen on; expected one from "
-                "1024 on, or null"
-            ) from None
-        raise no_address(host, error) from None
-
-
-def no_address(host: str, error: OSError) -> UserError:
-    """The sentence for an address that is not one of this host's."""
+def no_address(host: str, reason: str, setting: str) -> UserError:
+    """The sentence for an address that is not one of this host's; `setting` is that of the port."""
+    if setting == RANKS_PORT:
+        return UserError(
+            f"the ranks of the trainer cannot meet at {host!r}, which is no address of this host "
+            f"({reason}); expected its own as the address of the first of cluster.hosts"
+        )
     return UserError(
         f"the controller cannot listen at {host!r}, which is no address of this host "
-        f"({error.strerror}); expected one in transport.bind, or as the address of the first "
+        f"({reason}); expected one in transport.bind, or as the address of the first "
         "of cluster.hosts"
+    )
+
+
+def nameless(topology: Topology) -> UserError:
+    """The sentence for a first host of which nobody has said where it is reached."""
+    return UserError(
+        f"cluster.hosts.{host_name(topology, LOCALHOST)}.address is missing; expected the address "
+        "of this host under which the other hosts reach it"
     )

@@ -15,9 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,16 +27,17 @@ from zppo.plan.processes import ProcessEntry, cores, processes
 from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
 from zppo_actors import runtime
+from zppo_actors.own_time import OwnTime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor import nursery as nurseries
 from zppo_actors.supervisor.children import Birth, Child
 from zppo_actors.supervisor.environment import environment
 from zppo_actors.supervisor.fleet import Fleet
-from zppo_actors.supervisor.listening import listening
+from zppo_actors.supervisor.listening import Ears
 from zppo_actors.supervisor.nursery import Nursery
+from zppo_actors.supervisor.resources import resources
 from zppo_actors.supervisor.watchdog import Watchdog
 from zppo_protocol import keys
-from zppo_protocol.limits import limits_for
 from zppo_protocol.messages import (
     PROTOCOL_VERSION,
     ActorExited,
@@ -50,7 +49,6 @@ from zppo_protocol.messages import (
     Status,
     StopRequested,
 )
-from zppo_protocol.sockets import Dealer
 from zppo_protocol.values import SUPERVISOR
 
 TICK_SECONDS = 0.1
@@ -59,6 +57,7 @@ LAST_WORDS_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 10.0
 TRAINERS = ("trainer", "rank")
 IRREPLACEABLE = ("controller", *TRAINERS)
+NO_EARS = Ears()
 NOT_BEGUN = "stopped while it started"
 FINAL = {EXIT_USER_ERROR: EXIT_USER_ERROR, EXIT_FATAL: EXIT_FAILED}
 """Exit codes of an actor that no restart would mend, and the exit code of the run that they end."""
@@ -101,40 +100,6 @@ def backoff_seconds(restarts: int) -> float:
     return min(LONGEST_BACKOFF_SECONDS, 0.5 * 2.0**restarts)
 
 
-class Resources(Struct, frozen=True):
-    """What an attempt holds of the system: the runtime folder, the reading end of the parent pipe,
-    the controller's ear."""
-
-    folder: Path
-    parent_fd: int
-    dealer: Dealer
-
-
-@contextmanager
-def resources(record: RunRecord, roles: Mapping[str, str]) -> Iterator[Resources]:
-    """Make the resources of one attempt, with the keys of `roles`, and take them away again, in the
-    order that leaves nothing behind. Raises UserError if the controller cannot listen where it is
-    to."""
-    folder, lock = runtime.create(record.run_id)
-    # Only the reading end is ever handed on: the end of this process, however it comes, is the end
-    # of the file for all others.
-    read_end, write_end = os.pipe()
-    dealer = None
-    try:
-        bound, reached = listening(record.topology, folder)
-        runtime.issue_keys(folder, roles, bound, reached)
-        limits = limits_for(record.topology.transport.max_message_mib)
-        dealer = Dealer(runtime.credentials(folder, SUPERVISOR), limits)
-        yield Resources(folder, read_end, dealer)
-    finally:
-        if dealer is not None:
-            dealer.close()
-        runtime.remove(folder)
-        # The lock after the folder, so that no sweep of another run meets it half removed.
-        for descriptor in (read_end, write_end, lock):
-            os.close(descriptor)
-
-
 class RunAttempt:
     """One set of processes from their start to their common end."""
 
@@ -147,8 +112,9 @@ class RunAttempt:
         interrupts: Interrupts,
         commands: Commands,
         fleet: Fleet | None = None,
+        ears: Ears = NO_EARS,
     ) -> None:
-        self._fleet = fleet
+        self._fleet, self._ears, self._time = fleet, ears, OwnTime()
         self._run_dir, self._record, self._number = run_dir, record, number
         self._view, self._interrupts, self._commands = view, interrupts, commands
         self._table = {entry.name: entry for entry in processes(record.topology, cores())}
@@ -168,14 +134,14 @@ class RunAttempt:
     def run(self) -> End:
         """Start everything, watch until the run has ended, and clear everything away."""
         roles = {entry.name: entry.role for entry in self._table.values()}
-        with resources(self._record, roles) as self._resources:
+        with resources(self._record, roles, self._ears) as self._resources:
             try:
                 self._resources.dealer.send(self._hello())
                 if self._fleet is not None:
                     self._fleet.begin(*self._for_further_hosts())
                 if self._forked:
                     self._nursery = self._open_nursery()
-                now = time.monotonic()
+                now = self._time.now()
                 for name, entry in self._table.items():
                     if self._is_further(entry):
                         self._restarts_due[name] = (now, 0)  # as soon as its host is there
@@ -197,7 +163,7 @@ class RunAttempt:
             if self._fleet is not None:
                 self._look_at(self._fleet)
             self._reap()
-            self._look_for_stuck(time.monotonic())
+            self._look_for_stuck(self._time.now())
             self._judge_the_left()
             self._take_born()
             self._start_due()
@@ -206,7 +172,7 @@ class RunAttempt:
                 return end
 
     def _outcome(self) -> End | None:
-        late = time.monotonic() > self._deadline
+        late = self._time.now() > self._deadline
         if self._ended is not None and (not self._children or late):
             return self._end or End(verdict=self._ended.verdict, exit_code=self._ended.exit_code)
         if self._interrupts.count >= 2:
@@ -242,13 +208,13 @@ class RunAttempt:
     def _on_message(self, message: AnyMessage) -> None:
         match message:
             case Status():
-                self._watchdog.heard(message, time.monotonic())
+                self._watchdog.heard(message, self._time.now())
                 self._view.update(self._with_earlier_attempts(message))
             case RestartActor():
                 self._kill_stuck(message)
             case RunEnded():
                 self._ended = message
-                self._deadline = time.monotonic() + LEAVE_SECONDS
+                self._deadline = self._time.now() + LEAVE_SECONDS
                 # Nobody tells these to leave, and they hold nothing yet.
                 for child in self._watchdog.unheard(self._children.values()):
                     child.kill()
@@ -305,7 +271,7 @@ class RunAttempt:
     def _open_nursery(self) -> Nursery:
         log_file = self._run_dir / "logs" / f"{nurseries.NAME}.log"
         entry = ProcessEntry(name=nurseries.NAME, role=nurseries.NAME, pool=nurseries.NAME)
-        return Nursery(log_file, environment(entry), self._resources.parent_fd)
+        return Nursery(log_file, environment(entry), self._inherited("trainer"))
 
     def _take_born(self) -> None:
         if self._nursery is None:
@@ -346,13 +312,15 @@ class RunAttempt:
             self._view.log(f"{name} does not answer; its agent ends what runs there")
 
     def _start(self, name: str, incarnation: int) -> None:
-        entry, parent_fd = self._table[name], self._resources.parent_fd
+        entry = self._table[name]
+        parent_fd, *ear = inherited = self._inherited(entry.role)
         options = {
             "--run": self._run_dir,
             "--runtime": self._resources.folder,
             "--actor": name,
             "--incarnation": incarnation,
             "--parent-fd": parent_fd,
+            **({"--ear": ear[0]} if ear else {}),
         }
         command = [
             *self._commands(entry),
@@ -363,18 +331,24 @@ class RunAttempt:
             "role": entry.role,
             "incarnation": incarnation,
             "log": self._run_dir / "logs" / f"{name}.log",
-            "env": environment(entry),
+            "env": {**environment(entry), **self._ears.told(entry.role)},
         }
         if self._nursery is not None and name in self._forked:
             self._nursery.ask(command, **birth)
         elif self._fleet is not None and self._fleet.has(entry.host):
             self._enter(self._fleet.start(entry.host, **birth))
         else:
-            self._enter(children.spawn(command, **birth, inherited=(parent_fd,)))
+            self._enter(children.spawn(command, **birth, inherited=inherited))
+
+    def _inherited(self, role: str) -> list[int]:
+        """The descriptors that a process of this role has of this one: the pipe, then its ear."""
+        return [self._resources.parent_fd, *self._ears.of(role)]
 
     def _enter(self, child: Child) -> None:
         """From now on this process is one of the attempt."""
         self._children[child.name] = child
+        if child.process.reason:
+            return  # its end is about to be seen
         log.info(
             "started %s, incarnation %d, process %d",
             child.name,
@@ -395,7 +369,7 @@ class RunAttempt:
             if child.role == "controller":
                 self._hear_last_words()
             if child.exit_code == 0 and child.role != "controller":
-                self._left.append((time.monotonic() + LEAVE_SECONDS, child))
+                self._left.append((self._time.now() + LEAVE_SECONDS, child))
             elif self._ended is None:
                 self._on_death(child)
         if self._nursery is not None:
@@ -405,8 +379,8 @@ class RunAttempt:
 
     def _hear_last_words(self) -> None:
         """What an ended controller had sent may still be on its way through the socket."""
-        deadline = time.monotonic() + LAST_WORDS_SECONDS
-        while self._ended is None and time.monotonic() < deadline:
+        deadline = self._time.now() + LAST_WORDS_SECONDS
+        while self._ended is None and self._time.now() < deadline:
             self._listen(TICK_SECONDS)
 
     def _judge_the_left(self) -> None:
@@ -414,7 +388,7 @@ class RunAttempt:
         way."""
         if self._ended is not None or self._stopping:
             return
-        due = [child for deadline, child in self._left if deadline <= time.monotonic()]
+        due = [child for deadline, child in self._left if deadline <= self._time.now()]
         self._left = [(deadline, child) for deadline, child in self._left if child not in due]
         for child in due:
             self._on_death(child)
@@ -456,12 +430,12 @@ class RunAttempt:
         pause = backoff_seconds(child.incarnation)
         self._view.log(f"restarting {child.name} in {pause:g} s")
         self._tell(child, verdict, restarting=True)
-        self._restarts_due[child.name] = (time.monotonic() + pause, child.incarnation + 1)
+        self._restarts_due[child.name] = (self._time.now() + pause, child.incarnation + 1)
 
     def _start_due(self) -> None:
         if self._stopping or self._ended is not None or self._end is not None:
             self._restarts_due.clear()
-        now = time.monotonic()
+        now = self._time.now()
         for name, (due, incarnation) in list(self._restarts_due.items()):
             if due <= now and self._can_start(self._table[name]):
                 del self._restarts_due[name]
@@ -486,7 +460,7 @@ class RunAttempt:
         self._end = end
         self._stop(end.verdict)
         # A step may take as long as the run allows for anything to move.
-        self._deadline = time.monotonic() + self._record.topology.run.no_progress_seconds
+        self._deadline = self._time.now() + self._record.topology.run.no_progress_seconds
 
     def _tell(self, child: Child, verdict: str, *, restarting: bool) -> None:
         self._resources.dealer.send(

@@ -34,7 +34,7 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.gathering import Interrupted, gathered
-from zppo_actors.supervisor.listening import raise_file_limit
+from zppo_actors.supervisor.listening import opened, raise_file_limit
 from zppo_actors.supervisor.run_attempt import (
     Commands,
     End,
@@ -57,21 +57,23 @@ def supervise(
     fleet: Fleet | None = None,
 ) -> End:
     """Bring the run to its end, with as many new attempts from the last checkpoint as
-    `run.max_restarts` allows."""
+    `run.max_restarts` allows. Raises UserError where a port of this host cannot be had."""
     record, number = read(run_dir), 0
-    while True:
-        attempt = RunAttempt(run_dir, record, number, view, interrupts, commands, fleet)
-        end = blamed(run_dir, attempt.run())
-        log.info("attempt %d ended: %s", number, end.verdict)
-        if not end.renewable or number >= record.topology.run.max_restarts:
-            return end
-        found = checkpoint.find_latest(run_dir)
-        for warning in found.warnings:
-            view.log(warning)
-        view.log(f"{end.verdict}; the run begins again from step {found.step}")
-        if _interrupted_within(backoff_seconds(number), interrupts):
-            return End(verdict="stopped between two lives of the run", exit_code=EXIT_INTERRUPTED)
-        record, number = renew(run_dir, found.step), number + 1
+    with opened(record.topology) as ears:
+        while True:
+            attempt = RunAttempt(run_dir, record, number, view, interrupts, commands, fleet, ears)
+            end = blamed(run_dir, attempt.run())
+            log.info("attempt %d ended: %s", number, end.verdict)
+            if not end.renewable or number >= record.topology.run.max_restarts:
+                return end
+            found = checkpoint.find_latest(run_dir)
+            for warning in found.warnings:
+                view.log(warning)
+            view.log(f"{end.verdict}; the run begins again from step {found.step}")
+            if _interrupted_within(backoff_seconds(number), interrupts):
+                verdict = "stopped between two lives of the run"
+                return End(verdict=verdict, exit_code=EXIT_INTERRUPTED)
+            record, number = renew(run_dir, found.step), number + 1
 
 
 def blamed(run_dir: Path, end: End) -> End:

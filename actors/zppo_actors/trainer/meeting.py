@@ -15,7 +15,6 @@ and the end of any rank breaks it on all others.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import socket
@@ -29,7 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from zppo.config.topology import Topology
@@ -37,6 +36,7 @@ from zppo.errors import UserError
 from zppo.plan.processes import host_name
 from zppo.training.ranks import ALONE, Ranks
 from zppo_actors.process import ActorContext
+from zppo_actors.runtime import MEETING_PORT
 from zppo_protocol.codec import DEFAULT_LIMITS, decode, encode
 from zppo_protocol.limits import MAX_FRAMES, Limits
 from zppo_protocol.messages import AnyMessage
@@ -44,8 +44,6 @@ from zppo_protocol.messages import AnyMessage
 STORE = "ranks"
 LOOPBACK = ("lo", "lo0")
 LEFT, RUN = "left", "run"
-PORTS = (20_000, 12_000)
-"""First port, and the number of ports, that attempts choose from."""
 GRACE_SECONDS = 5.0
 """So long a rank that lost the others waits for the supervisor to end it, so that the process that
 is the cause is the first to be seen dead."""
@@ -190,15 +188,11 @@ def kept_to(interface: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
-def port_of(run_id: str) -> int:
-    """Where the ranks of an attempt meet if no port is set: another one for each attempt, and not
-    one of those that systems give out of themselves."""
-    first, count = PORTS
-    return first + int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:4], "big") % count
-
-
 def _store(context: ActorContext, count: int, limit: timedelta) -> Store:
-    """What the ranks tell each other by before they can talk."""
+    """What the ranks tell each other by before they can talk.
+
+    Over several hosts it listens at a socket that the supervisor has bound, and for all attempts: a
+    rank of an earlier one that has not heard of its end speaks of other keys."""
     topology = context.topology
     hosts = topology.actors.trainer.rank_hosts
     if len(set(hosts)) == 1:
@@ -206,18 +200,27 @@ def _store(context: ActorContext, count: int, limit: timedelta) -> Store:
     first = host_name(topology, hosts[0])
     where = topology.cluster.hosts[first].address
     address = _resolved(f"cluster.hosts.{first}.address", where)
-    port = topology.actors.trainer.port or port_of(context.run_id)
-    ear = listener(address, port) if context.index == 0 else None
-    return TCPStore(
+    store = TCPStore(
         address,
-        port,
+        _port(context),
         count,
-        is_master=ear is not None,
+        is_master=context.ear is not None,
         timeout=limit,
         wait_for_workers=False,
-        # A socket of ours: torch's own would listen at every address of the host.
-        master_listen_fd=None if ear is None else ear.detach(),
+        # Torch's own would listen at every address of the host.
+        master_listen_fd=context.ear,
     )
+    return PrefixStore(context.run_id, store)
+
+
+def _port(context: ActorContext) -> int:
+    """Where on the first host the ranks meet: the first one has the socket, others are told."""
+    if context.ear is None:
+        return int(os.environ[MEETING_PORT])
+    ear = socket.socket(fileno=context.ear)
+    port: int = ear.getsockname()[1]
+    ear.detach()
+    return port
 
 
 def _run_dir(context: ActorContext, store: Store) -> Path | None:
@@ -228,19 +231,6 @@ def _run_dir(context: ActorContext, store: Store) -> Path | None:
     if hosts[context.index] == hosts[0]:
         return None
     return Path(store.get(RUN).decode())
-
-
-def listener(address: str, port: int) -> socket.socket:
-    """A socket that listens at `address` alone. Raises UserError if the port cannot be had."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, port), family=family)
-    except OSError as error:
-        raise UserError(
-            "actors.trainer.port: the ranks cannot meet at "
-            f"{address}:{port} ({os.strerror(error.errno or 0)}); "
-            "expected a free port of the first host"
-        ) from error
 
 
 def _resolved(where: str, address: str | None) -> str:

@@ -19,7 +19,7 @@ import xxhash
 from zppo_actors.weights.fetch import Chunk, WeightFetch
 from zppo_actors.weights.layout import file_size, weight_path
 from zppo_actors.weights.line import Line, LineCut, connect
-from zppo_actors.weights.recycling import begun, opened, written
+from zppo_actors.weights.recycling import begun, no_room, opened, written
 from zppo_protocol.messages import WeightSource
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
@@ -167,10 +167,7 @@ class _Arrival:
         except OSError as error:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-            raise OSError(
-                f"{folder} has no room for {self.fetch.size} bytes ({error.strerror}); set "
-                "ZPPO_RUNTIME_DIR there to a larger folder, or lower scheduler.max_staleness"
-            ) from error
+            raise no_room(folder, f"{self.fetch.size} bytes", error, "there ") from error
         self._mapped = mmap.mmap(self._file.fileno(), self.fetch.size)
         self.memory = memoryview(self._mapped)
 

@@ -26,6 +26,15 @@ WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP}
 over."""
 
 
+def no_room(folder: Path, what: str, error: OSError, where: str = "") -> OSError:
+    """What is said where `folder` cannot take `what`. `where` says on which host it is, if that is
+    not plain."""
+    return OSError(
+        f"{folder} has no room for {what} ({error.strerror}); set ZPPO_RUNTIME_DIR {where}to a "
+        "larger folder, or lower scheduler.max_staleness"
+    )
+
+
 def set_aside(path: Path) -> None:
     """Nobody needs the file at `path` any more: it is the folder's spare now, in place of an
     earlier one. Silent if it is gone."""

@@ -58,6 +58,7 @@ class WeightServer:
         family = socket.getaddrinfo(listening, port, type=socket.SOCK_STREAM)[0][0]
         # `::` is all addresses, those of IPv4 too, as it is to the controller's socket.
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        # Bound here, where it serves, and told of afterwards.
         self._socket = socket.create_server((listening, port), family=family, dualstack_ipv6=both)
         found: int = self._socket.getsockname()[1]
         self.source = WeightSource(
@@ -87,7 +88,13 @@ class WeightServer:
             if not self._strangers.acquire(blocking=False):
                 plain.close()
                 continue
-            threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
+            except RuntimeError as error:  # the system has no thread left just now
+                log.warning("a connection to the weights could not be served: %s", error)
+                self._strangers.release()
+                plain.close()
+                time.sleep(ACCEPT_PAUSE)
 
     def _serve(self, plain: socket.socket) -> None:
         try:

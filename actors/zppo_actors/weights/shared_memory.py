@@ -15,6 +15,7 @@ again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -36,7 +37,7 @@ from zppo_actors.weights.layout import (
     weight_path,
     whole_digest,
 )
-from zppo_actors.weights.recycling import begun, opened, set_aside, written
+from zppo_actors.weights.recycling import begun, no_room, opened, set_aside, written
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
@@ -49,6 +50,8 @@ INFINITY_BITS: dict[torch.dtype, tuple[str, str, int]] = {
 }
 """Signed whole numbers of a float's size, unsigned ones, and the bits of infinity."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Pairs = list[tuple[Tensor, Tensor]]
 """(parameter of the model, published tensor) of the same shape and dtype."""
@@ -77,12 +80,17 @@ def publish_each(
     """The same for tensors that come one at a time, none of them twice, such as those that several
     ranks gather."""
     path = weight_path(folder, version)
-    with written_whole(path, begun=begun) as file:
-        # One tensor after the other, so that the host never holds a second model.
-        entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in tensors]
-        _pad(file)
-        file.truncate()  # an earlier version on these pages may have been longer
-        written(file)
+    try:
+        with written_whole(path, begun=begun) as file:
+            # One tensor after the other, so that the host never holds a second model.
+            entries = [_append(file, name, _plain(tensor, dtype)) for name, tensor in tensors]
+            _pad(file)
+            file.truncate()  # an earlier version on these pages may have been longer
+            written(file)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise no_room(folder, f"policy version {version}", error) from error
     return PolicyManifest(
         version=version, path=str(path), tensors=entries, digest=whole_digest(entries)
     )

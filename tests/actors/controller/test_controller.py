@@ -27,6 +27,7 @@ from zppo.records.summary import summarise
 from zppo_actors.controller import controller as controller_module
 from zppo_actors.controller import restore
 from zppo_actors.controller.controller import Controller
+from zppo_actors.own_time import OwnTime
 from zppo_actors.process import ActorContext
 from zppo_protocol import messages
 from zppo_protocol.errors import ProtocolError
@@ -577,6 +578,25 @@ def test_the_watchdog_names_the_stuck_edge(stage: Stage) -> None:
         controller_module.RunFailure, match="nothing moved for 600 s: step 0 is in the trainer"
     ):
         stage.controller._act(stage.controller._last_progress + 601.0)
+
+
+def test_a_controller_that_was_stopped_for_a_night_goes_on(stage: Stage) -> None:
+    """Nobody is taken for stuck and nothing for still, before what waits has been heard; a standstill
+    of all others is noticed as ever."""
+    clock = [1e6]
+    controller = stage.controller
+    controller._time = OwnTime(lambda: clock[0])
+    controller._last_progress = controller._time.now()
+    stage.everybody()
+    for _ in range(10):
+        controller.turn()
+        stage.work()
+        clock[0] += 30_000.0
+    assert stage.router.to("supervisor", messages.RestartActor) == []
+    with pytest.raises(controller_module.RunFailure, match="nothing moved for 600 s"):
+        for _ in range(10_000):
+            clock[0] += 1.0
+            controller.turn()
 
 
 def test_the_watchdog_names_a_save_that_never_ends(stage: Stage) -> None:

@@ -16,10 +16,12 @@ import pytest
 from wires import free_port
 from worlds import topology
 
+from zppo.config.sinks import PrometheusConfig
 from zppo.config.topology import Topology
 from zppo_actors.sinks import outlet as outlet_module
-from zppo_actors.sinks.base import Event
+from zppo_actors.sinks.base import Event, RunInfo
 from zppo_actors.sinks.outlets import Outlets
+from zppo_actors.sinks.prometheus import MOST_CONNECTIONS, PrometheusSink
 
 OWN = '''
 import json
@@ -246,6 +248,29 @@ def test_prometheus_reads_the_last_step(tmp_path: Path) -> None:
     assert list(outlets.close()) == []
     with pytest.raises(urllib.error.URLError):
         scrape(port)
+
+
+def test_those_who_connect_and_say_nothing_take_no_more_than_they_may(tmp_path: Path) -> None:
+    sink = PrometheusSink(PrometheusConfig(port=free_port()))
+    run = RunInfo(id="r", name="run", directory=tmp_path, folder=tmp_path, settings={}, start=0)
+    sink.open(run)
+    address = "127.0.0.1", sink._config.port
+    silent = [socket.create_connection(address) for _ in range(MOST_CONNECTIONS)]
+    until(lambda: served() == MOST_CONNECTIONS)
+    for _ in range(50):
+        with socket.create_connection(address) as one:
+            assert one.recv(1) == b""
+    assert served() == MOST_CONNECTIONS
+    for one in silent:
+        one.close()
+    until(lambda: served() == 0)
+    assert "zppo_events_total" in scrape(sink._config.port)
+    sink.close()
+
+
+def served() -> int:
+    """The connections that have a thread."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
 
 
 def test_two_runs_on_one_port_cost_the_second_its_sink(tmp_path: Path) -> None:

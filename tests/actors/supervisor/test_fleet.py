@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from zppo_actors.own_time import OwnTime
 from zppo_actors.supervisor import fleet as fleets
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_protocol.messages import PROTOCOL_VERSION, AnyMessage, HostHello, HostOrders, HostReport
@@ -29,6 +30,23 @@ class Flood:
     def send(self, peer: str, message: AnyMessage) -> bool:
         self.sent.append((peer, message))
         return True
+
+
+def test_hosts_are_not_lost_while_the_supervisor_stands_still(tmp_path: Path) -> None:
+    """They may have stood still with it; those that are not heard afterwards are."""
+    clock, router = [1e6], Flood()
+    fleet = Fleet(router, {"n1": {}}, {}, tmp_path, 60.0)  # type: ignore[arg-type]
+    fleet._time = OwnTime(lambda: clock[0])
+    hello = HostHello(protocol_version=PROTOCOL_VERSION, host="n1", life="1", versions={})
+    router.first += [("n1", hello), ("n1", REPORT)]
+    assert fleet.turn() == ["n1 has joined"]
+    clock[0] += 86_400.0
+    assert fleet.turn() == [] and fleet.is_there("n1")
+    said = []
+    while not said:
+        clock[0] += 1.0
+        said = fleet.turn()
+    assert said == ["n1 was not heard for 63 s"] and clock[0] < 1e6 + 86_400.0 + 60.0
 
 
 def test_a_host_that_sends_without_end_stops_nothing(

@@ -59,12 +59,15 @@ class Ward:
         )
         run_directory.create(self.run, source)
         self.parent_fd, self.write_end = os.pipe()
-        self.nursery = Nursery(folder / "nursery.log", {"OMP_NUM_THREADS": "1"}, self.parent_fd)
+        self.ear = socket.create_server(("127.0.0.1", 0))
+        inherited = [self.parent_fd, self.ear.fileno()]
+        self.nursery = Nursery(folder / "nursery.log", {"OMP_NUM_THREADS": "1"}, inherited)
 
     def command(self, run: Path) -> list[str]:
         command = [sys.executable, "-P", "-m", "zppo_actors", "grader", "--run", str(run)]
         command += ["--runtime", str(self.folder / "rt"), "--actor", "grader-0"]
-        return [*command, "--incarnation", "0", "--parent-fd", str(self.parent_fd)]
+        command += ["--incarnation", "0", "--parent-fd", str(self.parent_fd)]
+        return [*command, "--ear", str(self.ear.fileno())]
 
     def ask(self, run: Path) -> None:
         self.nursery.ask(
@@ -118,6 +121,7 @@ def ward(tmp_path: Path) -> Iterator[Ward]:
     yield made
     made.nursery.close()
     os.close(made.parent_fd)
+    made.ear.close()
     # The process of the tests takes no orphans of other tests.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -143,6 +147,7 @@ def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
     assert process.cmdline()[: len(command)] == command and not any(
         process.cmdline()[len(command) :]
     )
+    assert [found.laddr for found in process.net_connections()] == [ward.ear.getsockname()]
     assert process.ppid() == os.getpid() and os.getsid(process.pid) == process.pid
     shown = psutil.Process(ward.nursery.child.process.pid).cmdline()
     assert shown[: shown.index("nursery") + 1] == [*command[:4], "nursery"]

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -19,6 +21,7 @@ from msgspec.structs import replace
 from stub_actor import LINGER_SECONDS
 from supervisor_helpers import STUB, Lines, stub_command
 
+from zppo.config.cluster import TransportConfig
 from zppo.config.topology import (
     ActorConfig,
     ActorsConfig,
@@ -39,6 +42,7 @@ from zppo_actors.supervisor.gathering import LIMITS
 from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
 from zppo_protocol import keys
+from zppo_protocol.addresses import tcp_endpoint
 from zppo_protocol.messages import RunEnded, Status
 from zppo_protocol.sockets import Router
 
@@ -46,7 +50,9 @@ PATIENCE_SECONDS = 300.0
 pytestmark = pytest.mark.slow
 
 
-def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
+def make_run(
+    path: Path, script: dict[str, list[str]], kind: Literal["ipc", "tcp"] = "ipc", **limits: int
+) -> Path:
     actors = ActorsConfig(
         rollout=ActorConfig(count=2),
         max_restarts=limits.get("actor", 2),
@@ -55,9 +61,12 @@ def make_run(path: Path, script: dict[str, list[str]], **limits: int) -> Path:
     topology = Topology(
         data=DataConfig(train="train.jsonl"),
         student=StudentConfig(model="student"),
-        run=RunConfig(max_restarts=limits.get("run", 0)),
+        run=RunConfig(
+            max_restarts=limits.get("run", 0), no_progress_seconds=limits.get("no_progress", 600)
+        ),
         actors=actors,
         scheduler=SchedulerConfig(lease_seconds=limits.get("lease", 300)),
+        transport=TransportConfig(kind=kind),
     )
     run_directory.create(path, topology)
     (path / "script.json").write_text(json.dumps(script))
@@ -344,6 +353,42 @@ def test_children_of_a_killed_actor_die_with_it(tmp_path: Path) -> None:
     wait_for(lambda: is_gone(pid))
 
 
+# ---- ports ---------------------------------------------------------------------------------------
+
+
+def test_nobody_can_take_the_port_of_the_controller(tmp_path: Path, runtime_base: Path) -> None:
+    """Somebody wants it at the worst moments: when it is chosen and the controller, of the first
+    attempt and of the second, is about to be started; and between the two."""
+    run, view = make_run(tmp_path / "run", {"controller": ["die"]}, run=1, kind="tcp"), Lines()
+    wanted: list[tuple[str, int]] = []
+
+    def taken_first(entry: ProcessEntry) -> list[str]:
+        if entry.role == "controller":
+            [file] = runtime_base.glob("zppo-*/keys/controller.key")
+            wanted.append(tcp_endpoint(keys.read_access(file).address))
+            assert_taken(wanted[0])
+        here = entry.role in ("controller", "trainer")
+        return stub_command(entry) if here else ["sh", "-c", "exec sleep 600", "sh"]
+
+    def between(line: str) -> None:
+        assert_taken(wanted[0])
+        Lines.log(view, line)
+
+    view.log = between  # type: ignore[method-assign]
+    end = supervise(run, view, Interrupts(), taken_first)
+    assert end.verdict == "controller ended with exit code 5"
+    assert view.lines == [f"{end.verdict}; the run begins again from step 0"]
+    assert wanted == 2 * [wanted[0]]
+    heard = (run / "heard.txt").read_text().splitlines()
+    assert "hello supervisor 0" in heard and "hello supervisor 1" in heard
+    socket.create_server(wanted[0]).close()  # it is let go in the end
+
+
+def assert_taken(address: tuple[str, int]) -> None:
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(address)
+
+
 # ---- signals: the supervisor as a process of its own ---------------------------------------------
 
 DRIVER = """
@@ -352,7 +397,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from supervisor_helpers import Lines, stub_command
 from zppo.signals import Interrupts
+from zppo_actors import own_time
 from zppo_actors.supervisor.supervisor import supervise
+own_time.MOST_SECONDS = 0.5
 class Seen(Lines):
     def update(self, status):
         Path(sys.argv[1], "seen").touch()
@@ -366,8 +413,8 @@ sys.exit(end.exit_code)
 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
-    def start(script: dict[str, list[str]]) -> tuple[subprocess.Popen[str], Path]:
-        path = make_run(tmp_path / "run", script)
+    def start(script: dict[str, list[str]], **limits: int) -> tuple[subprocess.Popen[str], Path]:
+        path = make_run(tmp_path / "run", script, **limits)
         command = [sys.executable, "-P", "-c", DRIVER, str(path), str(STUB.parent)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         heard = path / "heard.txt"
@@ -389,6 +436,19 @@ def test_one_interrupt_ends_in_order(supervisor: Callable, number: signal.Signal
     assert process.returncode == 130
     assert output == "interrupted after step 3\n"
     assert "stop: interrupted" in (path / "heard.txt").read_text()
+
+
+def test_a_supervisor_that_was_stopped_for_long_goes_on(supervisor: Callable) -> None:
+    """Ctrl-Z and fg, or a job that was suspended: that it has heard nobody is nobody's fault."""
+    process, path = supervisor({}, no_progress=3)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    (path / "seen").unlink()
+    process.send_signal(signal.SIGCONT)
+    wait_for(lambda: process.poll() is not None or (path / "seen").exists())
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, output) == (130, "interrupted after step 3\n")
 
 
 def test_two_interrupts_end_at_once(supervisor: Callable) -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from worlds import topology
 
 from zppo.config.topology import Topology
 from zppo.errors import UserError
 from zppo.training.ranks import Ranks
-from zppo_actors.trainer.meeting import Meeting, interface_of, kept_to, listener, port_of
+from zppo_actors.process import ActorContext
+from zppo_actors.runtime import MEETING_PORT
+from zppo_actors.trainer.meeting import Meeting, _store, interface_of, kept_to
 from zppo_protocol.codec import LARGE
 from zppo_protocol.messages import AnyMessage, SaveCheckpoint, Shutdown, TrainWindow
 from zppo_protocol.samples import GroupSamples, TrainGroup
@@ -106,21 +112,30 @@ def test_an_interface_that_is_not_there_is_named() -> None:
     )
 
 
-def test_a_port_that_is_taken_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError) as error:
-            listener("127.0.0.1", port)
-    assert str(error.value) == (
-        f"actors.trainer.port: the ranks cannot meet at 127.0.0.1:{port} (Address already in use); "
-        "expected a free port of the first host"
-    )
+def test_ranks_meet_at_a_socket_that_was_bound_before_they_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that comes before the first is waited for. One of an earlier attempt, which has not heard
+    of its end, says nothing to those of this one."""
 
+    def rank(index: int, run_id: str, ear: int | None = None) -> Store:
+        name = f"trainer-{index}" if index else "trainer"
+        context = ActorContext(Path(), Path(), name, "rank", 0, two_hosts(), run_id, 0, ear=ear)
+        return _store(context, 2, timedelta(seconds=PATIENCE))
 
-def test_each_attempt_has_a_port_of_its_own() -> None:
-    ports = {port_of(f"run-{number}") for number in range(50)}
-    assert len(ports) > 45 and min(ports) >= 20_000 and max(ports) < 32_000
-    assert port_of("run") == port_of("run")
+    ear = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv(MEETING_PORT, str(ear.getsockname()[1]))
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(rank, 1, "run")
+        while not select.select([ear], [], [], PATIENCE)[0]:
+            pass
+        first = rank(0, "run", ear.detach())
+        second = early.result(PATIENCE)
+    late = rank(1, "an earlier run")
+    late.set("port", "of the late")
+    first.set("who", "the first")
+    assert second.get("who") == b"the first"
+    assert not late.check(["who"]) and not second.check(["port"])
 
 
 def main(store_file: str) -> None:

@@ -389,6 +389,27 @@ def test_a_connection_that_cannot_be_taken_is_not_the_last(
         fetching.close()
 
 
+def test_a_connection_for_which_there_is_no_thread_is_not_the_last(
+    home: Path, away: Path, served: WeightServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often: each gives its place among the strangers back."""
+    start, failures = threading.Thread.start, list(range(server.STRANGERS + 1))
+
+    def failing(self: threading.Thread) -> None:
+        if failures:
+            failures.pop()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(server, "ACCEPT_PAUSE", 0.0)
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    fetching = Fetcher(away)
+    fetching.come_from(served.source)
+    fetching.want(manifest := published(home, 1))
+    assert arrived(fetching) == manifest and failures == []
+    fetching.close()
+
+
 @pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0", "::"])
 def test_where_it_listens_need_not_be_where_it_is_reached(
     home: Path, away: Path, bind: str

@@ -3,6 +3,8 @@ is touched."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +278,35 @@ def test_tensors_of_several_blocks_come_back_bit_for_bit(tmp_path: Path) -> None
     manifest = shared_memory.publish({"a": tensor}, 0, tmp_path)
     assert manifest.tensors[0].digest == xxhash.xxh3_128_hexdigest(tensor.numpy().data)
     assert torch.equal(shared_memory.open_policy(manifest)["a"], tensor)
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+import torch
+from zppo_actors.weights import shared_memory
+
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True)
+manifests = [shared_memory.publish({"a": torch.ones(20_000)}, 1, folder)]
+for count in (60_000, 20_000):
+    try:
+        manifests.append(shared_memory.publish({"a": torch.ones(count)}, 2, folder))
+    except OSError as error:
+        print(error)
+print([shared_memory.open_policy(one)["a"].sum().item() for one in manifests])
+print(sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_is_full_is_said_and_costs_no_earlier_version(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    command = ["unshare", "--mount", sys.executable, "-P", "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == (
+        f"{tmp_path} has no room for policy version 2 (No space left on device); set "
+        "ZPPO_RUNTIME_DIR to a larger folder, or lower scheduler.max_staleness\n"
+        "[20000.0, 20000.0]\n['policy-1.bin', 'policy-2.bin']\n"
+    ), done.stderr

@@ -22,9 +22,11 @@ from zppo.plan.server import (
     MAX_SAID,
     REFUSED_STATUSES,
     RETRYABLE_STATUSES,
+    api_url,
     describe,
     options,
     redact,
+    unix_socket,
 )
 from zppo_actors.engines.openai.reply import Collector, Events, Reply, whole_reply
 from zppo_actors.engines.openai.retry import RequestFailed, retry_after
@@ -38,12 +40,15 @@ class Client:
     """`complete` calls may overlap; `close` must be awaited."""
 
     def __init__(self, arguments: OpenAIArguments, key: str | None) -> None:
-        self._url = arguments.base_url.rstrip("/") + "/chat/completions"
+        self._url = api_url(arguments) + "/chat/completions"
         self._key = key
+        path = unix_socket(arguments)
+        limits = httpx2.Limits(max_connections=arguments.max_concurrent)
         self._http = httpx2.AsyncClient(
             **options(arguments, key),
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=arguments.max_concurrent),
+            limits=limits,
+            transport=None if path is None else httpx2.AsyncHTTPTransport(uds=path, limits=limits),
         )
 
     async def complete(

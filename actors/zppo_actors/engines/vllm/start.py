@@ -208,6 +208,7 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
         ) from error
     if spec.device == "cpu":
         _check_heads(config.model_config.get_head_size(), spec)
+    # The processes of one engine meet by a file of vLLM's (0.32), so there is no port to be lost.
     try:
         return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *arguments: counter])
     except (RuntimeError, MemoryError) as error:
