@@ -190,17 +190,20 @@ def in_own_process(size: Size, device: str, repeats: int, threads: int) -> dict[
 
 def run_all(options: argparse.Namespace) -> None:
     """All sizes, one after the other, into one JSON file; with --only, the file's other results
-    stay as they are."""
+    stay as they are. Raises UserError."""
     name = (
         torch.cuda.get_device_name()
         if options.device == "cuda"
         else f"{platform.machine()} CPU, {options.threads} thread{'s' * (options.threads > 1)}"
     )
     machine = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    chosen = sizes(options.device, options.only, options.quick)
+    if not chosen:
+        raise UserError(f"--only: no suite and no contestant has {options.only!r} in its name")
     path = Path(options.out) if options.out else RESULTS / f"kernels-{options.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = _earlier(path)
-    for size in sizes(options.device, options.only, options.quick):
+    for size in chosen:
         results[size] = asdict(size) | in_own_process(
             size, options.device, options.repeats, options.threads
         )
@@ -214,9 +217,17 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def _earlier(path: Path) -> dict[Size, dict[str, Any]]:
-    """Results already in the file."""
-    rows = json.loads(path.read_text())["results"] if path.exists() else []
-    return {Size(**{field.name: row[field.name] for field in fields(Size)}): row for row in rows}
+    """Results already in the file. Raises UserError for another file."""
+    if not path.is_file():
+        return {}
+    names = [field.name for field in fields(Size)]
+    try:
+        rows = json.loads(path.read_text())["results"]
+        return {Size(**{name: row[name] for name in names}): row for row in rows}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--out {path}: holds no results of this bench; expected a new file, or one with them"
+        ) from None
 
 
 def _order(size: Size) -> tuple[Any, ...]:

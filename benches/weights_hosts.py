@@ -259,7 +259,7 @@ def main() -> None:
     for name, value in {"tensors": 32, "rows": 2048, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=positive, default=value)
     parser.add_argument("--all", action="store_true", help="also what was not taken")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*CONTESTANTS, *NOT_TAKEN], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:

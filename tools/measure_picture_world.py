@@ -23,6 +23,7 @@ from picture_corpus import Corpus, Example
 from picture_world import ANSWERS, true_belief
 
 from zppo.errors import Parser, run_command
+from zppo.plan.model_class import SEEING
 from zppo.plan.model_folder import inspect_model
 
 QUESTIONS = 240
@@ -56,7 +57,10 @@ def main() -> int:
     parser.add_argument("models", type=Path, nargs="+", help="folders beside templates/")
     options = parser.parse_args()
     for folder in options.models:
-        inspect_model(folder, "MODELS")
+        if inspect_model(folder, "MODELS").opened_by != SEEING:
+            parser.error(f"{folder} sees no pictures")
+        if not (folder.resolve().parent / "templates" / "plain.j2").is_file():
+            parser.error(f"{folder}: has no templates/plain.j2 beside it")
     torch.set_num_threads(1)
     print(f"| | {' | '.join(ANSWERS)} |\n|---|{'---|' * len(ANSWERS)}")
     for folder in options.models:

@@ -30,6 +30,7 @@ from quickstart_world import MODULUS, World, compressed_text, make_world
 
 from zppo.config.options import counting, positive
 from zppo.errors import Parser, run_command
+from zppo.plan.model_class import SEEING
 from zppo.plan.model_folder import inspect_model
 
 ANSWER_TOKENS = 24
@@ -195,7 +196,10 @@ def main() -> None:
         "--candidates", action="store_true", help="also ask the hard questions as BCQ and NCQ"
     )
     options = parser.parse_args()
-    inspect_model(options.model, "MODEL")
+    if inspect_model(options.model, "MODEL").opened_by == SEEING:
+        parser.error(f"{options.model} is a model of pictures")
+    if not (options.world / "templates" / "plain.j2").is_file():
+        parser.error(f"--world {options.world}: has no templates/plain.j2")
     torch.manual_seed(options.seed)
     probe = Probe(options.model, options.world / "templates", options.group_size)
     for line in report(probe, read_rows(options.world / "heldout.jsonl"), options.candidates):

@@ -43,6 +43,7 @@ from zppo.evaluation.order import (
     served_as,
     served_folder,
 )
+from zppo.plan.checks import check_temperature
 from zppo.plan.engines.openai import read_openai_arguments
 from zppo.plan.machine import SLOW_BFLOAT16, cpu_dtype
 from zppo.plan.picture_checks import check_sees
@@ -121,12 +122,14 @@ def _sampling(arguments: argparse.Namespace) -> ResponseSampling:
         name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
     }
     try:
-        return msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, ResponseSampling)
+        asked = msgspec.convert({**msgspec.to_builtins(PAPER_SAMPLING), **given}, ResponseSampling)
     except msgspec.ValidationError as error:
         reason, _, field = str(error).partition(" - at `$.")
         option = "--" + field.rstrip("`").replace("_", "-")
         value = given[field.rstrip("`")]
         raise UserError(f"{option} is {value}; {reason[0].lower()}{reason[1:]}") from None
+    check_temperature("--temperature", asked.temperature)
+    return asked
 
 
 def _served(

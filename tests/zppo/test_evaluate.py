@@ -267,6 +267,11 @@ def test_a_judge_is_another_model(start: Start) -> None:
             "tran.jsonl: no such question file (did you mean 'train.jsonl'?)",
         ),
         (
+            "--model student --data train.jsonl --temperature 1e-9",
+            "--temperature is 1e-09; expected 0, which is greedy, or at least 0.001, because logits "
+            "are divided by it",
+        ),
+        (
             "--model student --data train.jsonl --temperature -1",
             "--temperature is -1.0; expected `float` >= 0.0",
         ),

@@ -111,9 +111,9 @@ def parse(text: str, name: str) -> Document:
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{name}{line}: not YAML: {_problem(error)}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        number = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{name}:{line}: not YAML: the character U+{error.character:04X} may not stand in it"
+            f"{name}:{number}: not YAML: the character U+{error.character:04X} may not stand in it"
         ) from None
     except RecursionError:
         raise UserError(f"{name}: is nested too deeply, or an alias refers to itself") from None

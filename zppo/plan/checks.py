@@ -40,6 +40,7 @@ ENGINE_ARGUMENTS: dict[str, type[Struct]] = {
 }
 """Engines and their arguments; the engines themselves are not imported here. Those of vLLM are its
 own."""
+LEAST_TEMPERATURE = 1e-3
 CAPACITY_ARGUMENTS = {OPENAI: "max_concurrent", VLLM: "max_num_seqs"}
 """The argument that says how many sequences an engine takes on; `max_sequences` where none is named
 here."""
@@ -227,6 +228,26 @@ def _check_sampling(topology: Topology, method: Method) -> None:
         )
 
 
+def _check_temperatures(topology: Topology, method: Method) -> None:
+    for one in served_models(topology):
+        check_temperature(f"{one.section}.sampling.temperature", one.model.sampling.temperature)
+    teacher, evaluation = topology.teacher, topology.evaluation.sampling
+    if teacher is not None:
+        writing = teacher.compression_sampling.temperature
+        check_temperature("teacher.compression_sampling.temperature", writing)
+    if evaluation is not None:
+        check_temperature("evaluation.sampling.temperature", evaluation.temperature)
+
+
+def check_temperature(setting: str, temperature: float) -> None:
+    """Raises UserError for one that float32 takes for 0, or that makes infinities of logits."""
+    if not (temperature == 0.0 or temperature >= LEAST_TEMPERATURE):
+        raise UserError(
+            f"{setting} is {temperature:g}; expected 0, which is greedy, or at least "
+            f"{LEAST_TEMPERATURE:g}, because logits are divided by it"
+        )
+
+
 def _check_names(topology: Topology, method: Method) -> None:
     get_grader(topology.data.grader)
     check_parts(parts_of(topology.data.reward))
@@ -251,6 +272,7 @@ CHECKS: tuple[Callable[[Topology, Method], None], ...] = (
     _check_recipe,
     check_loss,
     _check_sampling,
+    _check_temperatures,
     _check_templates,
     check_sinks,
 )

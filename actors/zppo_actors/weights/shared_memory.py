@@ -41,8 +41,9 @@ from zppo_actors.weights.recycling import begun, no_room, opened, set_aside, wri
 from zppo_protocol.values import PolicyManifest, TensorEntry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
-BLOCK = 1 << 19
-"""Bytes that are looked at in one go: they stay in the cache of one core."""
+BLOCK = 1 << 20
+"""Bytes that are written, looked at and taken a digest of in turn: they stay in the cache of one
+core."""
 INFINITY_BITS: dict[torch.dtype, tuple[str, str, int]] = {
     torch.float32: ("i4", "u4", 0x7F800000),
     torch.bfloat16: ("i2", "u2", 0x7F80),
@@ -206,10 +207,10 @@ def _append(file: BinaryIO, name: str, tensor: Tensor) -> TensorEntry:
     )
     start, digest = _pad(file), xxhash.xxh3_128()
     for block in _blocks(raw):
+        file.write(block)
         if not is_finite(block, tensor.dtype):
             raise NotFinite(name)
         digest.update(block)
-        file.write(block)
     return TensorEntry(
         name=name,
         dtype=DTYPE_NAMES[tensor.dtype],

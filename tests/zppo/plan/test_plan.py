@@ -520,6 +520,11 @@ METHOD_REFUSALS = [
         "sampled as a whole",
     ),
     (
+        ("evaluation.sampling={temperature: 1e-300}",),
+        "evaluation.sampling.temperature is 1e-300; expected 0, which is greedy, or at least 0.001, because logits are "
+        "divided by it",
+    ),
+    (
         ("scheduler.rho_aug_max=0.125",),
         "scheduler.rho_aug_max is 0.125; expected null or at least 0.25, scheduler.rho_aug",
     ),

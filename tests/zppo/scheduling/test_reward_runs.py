@@ -171,6 +171,9 @@ def check_step(world: RewardWorld, trained: events.Trained, rubric: bool) -> Non
     tau = world.topology.method.hard_threshold
     [sent] = [window for window in world.sent if window.step == trained.window.index][-1:]
     assert [g.group_id for g in sent.groups] == [c.id for _, c in trained.composed]
+    assert trained.tokens == sum(len(g.samples.prompt_ids) for g in sent.groups) + sum(
+        int(g.samples.offsets[-1]) for g in sent.groups
+    )
     for group, (visit, composition) in zip(sent.groups, trained.composed, strict=True):
         only = rule_of(visit.question.grader)[1]
         values = [value_of(of, index, rubric, only) for of, index in composition.members]

@@ -42,7 +42,13 @@ ROUNDING = 3e-5
 processor without AVX-512, 1.5e-6 where one rank cuts its passes otherwise. One pass of one update
 that weighs a thousandth more makes 5e-5."""
 GRADIENTS = 1e-6
-"""The same, of first moments after one update: 1e-8 was found, and 7e-8 against float64."""
+"""The same, of first moments after one or two updates: 1e-8 was found, 7e-8 against float64, and 5e-8
+without vector instructions (`ATEN_CPU_CAPABILITY=default`)."""
+SMALL = 2e-4
+"""The same of weights, where the gradient of one is as small as what rounding makes of it, since AdamW
+divides by its size. In `SPARE` one of 2.5e-8, of a norm of 0.65, is off by 8e-10 without vector
+instructions, between two ranks and one as between one and itself with shorter passes, and the weight by
+5e-5. There the gradients tell what the weights do not."""
 
 
 # ---- dealing -------------------------------------------------------------------------------------
@@ -153,9 +159,8 @@ def test_two_ranks_train_as_one_and_resume_as_another_number(nest: Nest, tmp_pat
         (3, Case(method=LOW, groups=20), ROUNDING),
         (2, Case(method=LOW, model="llama", recompute=True), ROUNDING),
         (5, Case(model="moe"), ROUNDING),
-        # AdamW divides by the size of a gradient, and some are as small as what rounding makes of them.
-        (2, Case(model="seeing", last=1, method=ONE_UPDATE), 2e-4),
-        (2, SPARE, ROUNDING),
+        (2, Case(model="seeing", last=1, method=ONE_UPDATE), SMALL),
+        (2, SPARE, SMALL),
         (2, Case(teacher=True), ROUNDING),
         (2, Case(method=MethodConfig(kl_coefficient=0.1, entropy_coefficient=0.01)), ROUNDING),
     ],
@@ -174,7 +179,7 @@ def test_more_of_the_same(nest: Nest, tmp_path: Path, count: int, case: Case, bo
     )
     check_metrics(one, many)
     assert difference(one.tensors, many.tensors) <= bound
-    if case.method == ONE_UPDATE:
+    if bound == SMALL:
         assert difference(first_moments(one), many.tensors) <= GRADIENTS
 
 
