@@ -204,9 +204,7 @@ class Dealer:
                 self._line.write(frames)
                 return
             except zmq.Again as error:
-                self._listen_at_the_door()
-                if not self._line.is_writable(self.limits.send_seconds):
-                    self._listen_at_the_door()
+                if not self._line.is_writable(self.limits.send_seconds, self._listen_at_the_door):
                     raise _stalled(self.limits) from error
 
     def close(self) -> None:
@@ -356,14 +354,15 @@ class _Line:
             self._socket.send(frame, MORE_NOW, False)
         self._socket.send(last, NOW, False)
 
-    def is_writable(self, wait_s: float) -> bool:
-        """Wait until a message can be queued; False when time is up."""
+    def is_writable(self, wait_s: float, look: Callable[[], object]) -> bool:
+        """Wait until a message can be queued; False when time is up. `look` is called meanwhile."""
         deadline = time.monotonic() + wait_s
         while not self._socket.get(zmq.EVENTS) & WRITABLE:
+            look()
             left = deadline - time.monotonic()
             if left <= 0.0:
                 return False
-            self._wait(left)
+            self._wait(min(left, LOOK_SECONDS))
         return True
 
     def _read(self, most: int) -> list[zmq.Frame]:

@@ -340,6 +340,29 @@ def test_a_dealer_says_so_when_the_controller_reads_nothing(wire: Wire, opened: 
             dealer.send(result(100_000))
 
 
+def test_a_dealer_that_is_refused_hears_it_while_it_waits_to_send(unix: Wire, opened: Any) -> None:
+    """And not after `send_seconds`, here an hour."""
+    blocked, refusals = threading.Event(), list[AccessError]()
+
+    def talk() -> None:
+        dealer = Dealer(unix["rollout-0"], Limits(queue=1, send_seconds=3600.0, linger_seconds=0.0))
+        with contextlib.closing(dealer):
+            dealer.send(m.Credits(count=1))
+            blocked.set()
+            try:
+                dealer.send(m.Credits(count=1))
+            except AccessError as refusal:
+                refusals.append(refusal)
+
+    talking = threading.Thread(target=talk, daemon=True)
+    talking.start()
+    assert blocked.wait(PATIENCE)
+    time.sleep(0.1)  # so that it mostly waits already
+    opened(Router(Wire(unix.address).access))
+    talking.join(PATIENCE)
+    assert ["does not let rollout-0 in" in str(refusal) for refusal in refusals] == [True]
+
+
 def test_an_async_dealer_says_so_too(wire: Wire) -> None:
     limits = Limits(queue=2, send_seconds=0.1, linger_seconds=0.0)
 
