@@ -236,7 +236,7 @@ def compose(window: Window, recipe: Recipe) -> list[tuple[Visit, Composition]]:
     # A generator takes longer to make than a group to compose, and this composer draws nothing.
     unused = random.Random(0) if composer is student_groups else None
     for visit in window.visits:
-        rng = unused or recipe.rng(window.index, visit.question.id, "compose")
+        rng = unused or recipe.rng(visit.window, visit.question.id, "compose")
         composed_of = composer(visit, rng)
         groups = [group for group in map(without_failed, composed_of) if group.members]
         if not (recipe.dynamic_sampling and all_same(groups)):

@@ -20,9 +20,9 @@ from msgspec import structs
 from naive_windows import members, naive_run, oracle
 from random_worlds import random_rates, random_topology, random_world
 from reference import METHODS
-from worlds import PROMPTS, World, questions, topology
+from worlds import PROMPTS, Fake, World, questions, topology
 
-from zppo.algorithm.composition import with_teacher_response
+from zppo.algorithm.composition import Composition, student_groups, with_teacher_response
 from zppo.algorithm.methods import get_method, method_names
 from zppo.algorithm.methods.base import Method
 from zppo.algorithm.window import Group, Visit, Window
@@ -33,7 +33,7 @@ from zppo.scheduling.scheduler import Scheduler
 from zppo.scheduling.state import SchedulerState
 from zppo.scheduling.waiting import waiting
 from zppo_protocol import codec
-from zppo_protocol.messages import GenerateTask, TrainWindow
+from zppo_protocol.messages import GenerateTask, ScoreTask, TrainWindow
 from zppo_protocol.values import seed_of, share_of
 
 TRAINED_WHOLE = {"grpo_replay_teacher_response", "off_distill", "off_distill_replay"}
@@ -411,6 +411,41 @@ def test_a_hard_question_waits_for_the_choice_of_those_that_the_teacher_is_asked
     world = World(config, questions(30), seed=4, rewards=lambda name, n: [0.0] * n).run()
     visits = [visit for step in world.steps for visit in step.window.visits]
     assert len(visits) == 30 and all(visit.selected and visit.teacher for visit in visits)
+
+
+def test_the_teacher_scores_the_rollouts_that_a_composer_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A method of a user's whose composer takes one rollout of each group by chance: a step that is
+    not that of its window must draw the same ones, or scores are those of other tokens."""
+
+    def one_of_each(visit: Visit, rng: random.Random) -> list[Composition]:
+        groups = student_groups(visit, rng)
+        return [structs.replace(one, members=[rng.choice(one.members)]) for one in groups]
+
+    method = structs.replace(get_method("on_distill"), name="drawn", composer=one_of_each)
+    monkeypatch.setattr("worlds.get_method", lambda name: method)
+    config = topology(
+        method={"name": "on_distill", "group_size": 4},
+        scheduler={"new_questions": 2, "max_staleness": 3, "batches": "filled"},
+        teacher={"scoring": "remote"},
+    )
+    world, scored = World(config, questions(12), seed=0), {}
+    answer = world.answer
+
+    def noted(actor: Fake, message: Any, versions: list[int]) -> events.Answer:
+        if isinstance(message, ScoreTask):
+            scored[message.task_id] = message.token_ids.tolist()
+        return answer(actor, message, versions)
+
+    monkeypatch.setattr(world, "answer", noted)
+    world.run()
+    visits = [(step.window, visit) for step in world.steps for visit in step.window.visits]
+    assert any(visit.window != step.index for step, visit in visits)
+    assert len(visits) == len(scored) == 12
+    for step in world.sent:
+        for group in step.groups:
+            assert scored[f"{group.group_id}/score"] == group.samples.token_ids.tolist()
 
 
 def test_waiting_says_what_for() -> None:
