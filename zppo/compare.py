@@ -267,8 +267,9 @@ class Session:
             time.sleep(POLL_SECONDS)
             shown = self._show_steps(pair, shown)
             if told < self._interrupts.count:
-                # The kernel takes two of one signal that come together for one.
-                process.send_signal((signal.SIGINT, signal.SIGTERM)[told % 2])
+                # SIGTERM first, which the run takes for the one that it may have been sent as well;
+                # then another, because two of one signal that come together are one.
+                process.send_signal((signal.SIGTERM, signal.SIGINT)[told % 2])
                 told += 1
                 if told == 1:
                     say(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,11 @@ from types import FrameType
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 """Both from <linux/prctl.h>."""
+
+
+SAME_SECONDS = 5.0
+"""A SIGTERM so soon after one is the same: where all processes of a run are sent it, whoever has
+started this one passes on what it was sent as well."""
 
 
 class Interrupts:
@@ -25,6 +31,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
+        self._terminated = float("-inf")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,6 +47,11 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            now = time.monotonic()
+            if now - self._terminated < SAME_SECONDS:
+                return
+            self._terminated = now
         self.count += 1
 
 

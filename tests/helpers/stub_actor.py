@@ -169,7 +169,7 @@ class Controller:
             case Hello(actor=actor, incarnation=incarnation):
                 self.note(f"hello {actor} {incarnation}")
                 self.greeted[actor] = incarnation
-                if "die" in self.words and actor == "trainer":
+                if "die" in self.words and self.greeted.keys() >= {"supervisor", "trainer"}:
                     sys.exit(5)
                 if "freeze" in self.words and actor == "supervisor":
                     self.router.send("supervisor", self.status())

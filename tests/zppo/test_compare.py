@@ -362,7 +362,7 @@ if {behaviour!r} == "waits":
     def stop(*_):
         MadeUpRun(Path({out!r}), pair).write(steps=4).checkpoint(4)
         sys.exit(130)
-    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     Path({out!r}, "waiting").touch()
     time.sleep(600)
 if {behaviour!r} == "waits for two":

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from zppo import signals
 from zppo.signals import Interrupts
 
 TIMEOUT_SECONDS = 600
@@ -35,6 +36,22 @@ def test_interrupts_are_counted_and_the_handlers_put_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
     assert interrupts.count == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_sigterm_that_is_passed_on_as_well_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    interrupts = Interrupts()
+    with interrupts.listening():
+        for passed in (0.0, 0.2, signals.SAME_SECONDS - 0.3):
+            clock[0] += passed
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.count == 1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.count == 2
+        clock[0] += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.count == 3
 
 
 @pytest.mark.slow

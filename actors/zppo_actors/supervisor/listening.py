@@ -76,6 +76,14 @@ class Ears:
         ear = {"controller": self.controller, "trainer": self.ranks}.get(role)
         return [] if ear is None else [ear.socket.fileno()]
 
+    def hang_up(self) -> None:
+        """End all connections that wait to be taken: they are of an attempt that has ended, whose
+        keys the controller of the next would take for a stranger's."""
+        for ear in filter(None, (self.controller, self.ranks)):
+            with contextlib.suppress(OSError):  # BlockingIOError: no more wait
+                for _ in range(socket.SOMAXCONN):
+                    ear.socket.accept()[0].close()
+
     def told(self, role: str) -> dict[str, str]:
         """What is added to the environment of a process of this role."""
         if self.ranks is None or role != "rank":
@@ -127,15 +135,18 @@ def listener(host: str, port: int | None, setting: str) -> socket.socket:
     """A socket that listens at an IP address of this host, at `port` or, for None, at any that is
     free. Raises UserError if that cannot be had.
 
-    A port that is given is tried for some seconds: the processes of a run that was killed a moment
-    ago have it until they have heard of its end."""
+    As many connections as the system allows wait there: all processes of a run come before its
+    controller has loaded. A port that is given is tried for some seconds: the processes of a run
+    that was killed a moment ago have it until they have heard of its end."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # `::` is all addresses, those of IPv4 too, as it is to ZeroMQ.
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     deadline = time.monotonic() + LET_GO_SECONDS
     while True:
         try:
-            ear = socket.create_server((host, port or 0), family=family, dualstack_ipv6=both)
+            ear = socket.create_server(
+                (host, port or 0), family=family, dualstack_ipv6=both, backlog=socket.SOMAXCONN
+            )
         except OSError as error:
             if not port or error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise no_ear(error, host, port, setting) from None

@@ -48,10 +48,9 @@ def forked(table: Collection[ProcessEntry]) -> list[str]:
 class Nursery:
     """One nursery, and the actors that are still to come of it."""
 
-    def __init__(self, log_file: Path, env: Mapping[str, str], inherited: Sequence[int]) -> None:
-        """`inherited` are the descriptors that its actors have of this process."""
+    def __init__(self, log_file: Path, env: Mapping[str, str], parent_fd: int) -> None:
         take_orphans()
-        self._inherited = tuple(inherited)
+        self._parent_fd = parent_fd
         self._asked: deque[tuple[Sequence[str], Birth]] = deque()
         self._sent = 0  # so many of the first of them
         self._ready, self._answer_due = False, float("inf")
@@ -64,7 +63,7 @@ class Nursery:
             incarnation=0,
             log=log_file,
             env=env,
-            inherited=(ear.fileno(), *self._inherited),
+            inherited=(ear.fileno(), parent_fd),
         )
         ear.close()
 
@@ -96,7 +95,7 @@ class Nursery:
                 self._end()
         while self._asked and not self._is_open:
             command, birth = self._asked.popleft()
-            born.append(spawn(command, **birth, inherited=self._inherited))
+            born.append(spawn(command, **birth, inherited=(self._parent_fd,)))
         return born
 
     def reap_orphans(self, others: Collection[Child]) -> None:

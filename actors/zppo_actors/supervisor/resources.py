@@ -29,6 +29,7 @@ class Resources(Struct, frozen=True):
 def resources(record: RunRecord, roles: Mapping[str, str], ears: Ears) -> Iterator[Resources]:
     """Make the resources of one attempt, with the keys of `roles`, and take them away again, in the
     order that leaves nothing behind. Raises UserError if its folder cannot be made."""
+    ears.hang_up()
     folder, lock = runtime.create(record.run_id)
     # Only the reading end is ever handed on: the end of this process, however it comes, is the end
     # of the file for all others.

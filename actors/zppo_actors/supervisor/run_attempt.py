@@ -122,6 +122,8 @@ class RunAttempt:
         self._left: list[tuple[float, Child]] = []
         self._restarts_due: dict[str, tuple[float, int]] = {}
         here = [entry for entry in self._table.values() if not self._is_further(entry)]
+        # One with an ear is spawned: all that are forked have what the nursery inherits.
+        here = [entry for entry in here if not ears.of(entry.role)]
         self._forked = nurseries.forked(here) if commands is actor_command else []
         self._nursery: Nursery | None = None
         self._reasons: dict[tuple[str, int], str] = {}
@@ -271,7 +273,7 @@ class RunAttempt:
     def _open_nursery(self) -> Nursery:
         log_file = self._run_dir / "logs" / f"{nurseries.NAME}.log"
         entry = ProcessEntry(name=nurseries.NAME, role=nurseries.NAME, pool=nurseries.NAME)
-        return Nursery(log_file, environment(entry), self._inherited("trainer"))
+        return Nursery(log_file, environment(entry), self._resources.parent_fd)
 
     def _take_born(self) -> None:
         if self._nursery is None:

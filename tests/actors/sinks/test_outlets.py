@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
 import threading
 import urllib.error
 import urllib.request
@@ -264,6 +265,25 @@ def test_those_who_connect_and_say_nothing_take_no_more_than_they_may(tmp_path: 
     for one in silent:
         one.close()
     until(lambda: served() == 0)
+    assert "zppo_events_total" in scrape(sink._config.port)
+    sink.close()
+
+
+def test_a_connection_that_finds_no_thread_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = PrometheusSink(PrometheusConfig(port=free_port()))
+    run = RunInfo(id="r", name="run", directory=tmp_path, folder=tmp_path, settings={}, start=0)
+    sink.open(run)
+
+    def no_thread(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socketserver.ThreadingMixIn, "process_request", no_thread)
+        for _ in range(MOST_CONNECTIONS + 1):
+            with socket.create_connection(("127.0.0.1", sink._config.port)) as one:
+                assert one.recv(1) == b""
     assert "zppo_events_total" in scrape(sink._config.port)
     sink.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 import socket
@@ -112,6 +113,20 @@ def test_a_port_that_a_killed_run_is_about_to_let_go(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(listening.time, "sleep", lambda seconds: other.close())
         bound, _ = addresses(topology(kind="tcp", port=port))
     assert bound == f"tcp://127.0.0.1:{port}"
+
+
+def test_more_processes_than_a_queue_holds_by_default_wait_for_their_controller() -> None:
+    """And none of them is left to that of the next attempt."""
+    with contextlib.ExitStack() as held, opened(topology(kind="tcp")) as ears:
+        assert ears.controller is not None
+        address = ears.controller.socket.getsockname()
+        many = [socket.create_connection(address, timeout=60.0) for _ in range(200)]
+        for one in many:
+            held.enter_context(one)
+        ears.hang_up()
+        assert {one.recv(1) for one in many} == {b""}
+        with socket.create_connection(address) as late:
+            assert ears.controller.socket.accept()[1] == late.getsockname()
 
 
 def test_a_port_for_the_mighty_alone() -> None:

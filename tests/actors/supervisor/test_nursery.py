@@ -28,8 +28,9 @@ from zppo_actors.supervisor import nursery as supervisor_side
 from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.gathering import LIMITS
+from zppo_actors.supervisor.listening import Ear, Ears
 from zppo_actors.supervisor.nursery import Nursery, forked
-from zppo_actors.supervisor.run_attempt import RunAttempt
+from zppo_actors.supervisor.run_attempt import RunAttempt, actor_command
 from zppo_protocol import keys
 from zppo_protocol.sockets import Router
 
@@ -49,6 +50,21 @@ def test_who_is_forked() -> None:
     assert table(simulated, "method.name=grpo", "teacher=null") == []
 
 
+def test_who_has_an_ear_is_not_forked(tmp_path: Path) -> None:
+    """What the nursery has, all that are forked of it have; an ear is nobody's but its owner's."""
+    run_directory.create(tmp_path / "run", load(QUICKSTART))
+    record = run_directory.read(tmp_path / "run")
+
+    def forked_with(ears: Ears) -> list[str]:
+        arguments = (record, 0, Lines(), Interrupts(), actor_command, None, ears)
+        return RunAttempt(tmp_path / "run", *arguments)._forked
+
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        ear = Ear(bound, "", "")
+        assert forked_with(Ears()) == ["trainer", "rollout-0", "rollout-1", "teacher-0"]
+        assert forked_with(Ears(ear, ear)) == ["rollout-0", "rollout-1", "teacher-0"]
+
+
 class Ward:
     """A nursery and what it takes to have actors of it."""
 
@@ -59,15 +75,12 @@ class Ward:
         )
         run_directory.create(self.run, source)
         self.parent_fd, self.write_end = os.pipe()
-        self.ear = socket.create_server(("127.0.0.1", 0))
-        inherited = [self.parent_fd, self.ear.fileno()]
-        self.nursery = Nursery(folder / "nursery.log", {"OMP_NUM_THREADS": "1"}, inherited)
+        self.nursery = Nursery(folder / "nursery.log", {"OMP_NUM_THREADS": "1"}, self.parent_fd)
 
     def command(self, run: Path) -> list[str]:
         command = [sys.executable, "-P", "-m", "zppo_actors", "grader", "--run", str(run)]
         command += ["--runtime", str(self.folder / "rt"), "--actor", "grader-0"]
-        command += ["--incarnation", "0", "--parent-fd", str(self.parent_fd)]
-        return [*command, "--ear", str(self.ear.fileno())]
+        return [*command, "--incarnation", "0", "--parent-fd", str(self.parent_fd)]
 
     def ask(self, run: Path) -> None:
         self.nursery.ask(
@@ -121,7 +134,6 @@ def ward(tmp_path: Path) -> Iterator[Ward]:
     yield made
     made.nursery.close()
     os.close(made.parent_fd)
-    made.ear.close()
     # The process of the tests takes no orphans of other tests.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -147,7 +159,6 @@ def test_a_forked_actor_is_a_child_like_any_other(ward: Ward) -> None:
     assert process.cmdline()[: len(command)] == command and not any(
         process.cmdline()[len(command) :]
     )
-    assert [found.laddr for found in process.net_connections()] == [ward.ear.getsockname()]
     assert process.ppid() == os.getpid() and os.getsid(process.pid) == process.pid
     shown = psutil.Process(ward.nursery.child.process.pid).cmdline()
     assert shown[: shown.index("nursery") + 1] == [*command[:4], "nursery"]

@@ -361,6 +361,7 @@ def test_nobody_can_take_the_port_of_the_controller(tmp_path: Path, runtime_base
     attempt and of the second, is about to be started; and between the two."""
     run, view = make_run(tmp_path / "run", {"controller": ["die"]}, run=1, kind="tcp"), Lines()
     wanted: list[tuple[str, int]] = []
+    left: list[socket.socket] = []
 
     def taken_first(entry: ProcessEntry) -> list[str]:
         if entry.role == "controller":
@@ -372,6 +373,7 @@ def test_nobody_can_take_the_port_of_the_controller(tmp_path: Path, runtime_base
 
     def between(line: str) -> None:
         assert_taken(wanted[0])
+        left.append(socket.create_connection(wanted[0]))
         Lines.log(view, line)
 
     view.log = between  # type: ignore[method-assign]
@@ -381,6 +383,9 @@ def test_nobody_can_take_the_port_of_the_controller(tmp_path: Path, runtime_base
     assert wanted == 2 * [wanted[0]]
     heard = (run / "heard.txt").read_text().splitlines()
     assert heard.count("hello trainer 0") == 2
+    assert "hello supervisor 0" in heard and "hello supervisor 1" in heard
+    assert left[0].recv(1) == b"", "it is for no controller of another attempt"
+    left[0].close()
     socket.create_server(wanted[0]).close()  # it is let go in the end
 
 
