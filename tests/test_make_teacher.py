@@ -218,7 +218,6 @@ def test_accuracy_is_told_before_and_after(
     [
         (["--epochs", "0"], "--epochs: is 0.0; expected a number above 0"),
         (["--learning-rate", "-1"], "--learning-rate: is -1.0; expected a number above 0"),
-        (["--learning-rate", "nan"], "--learning-rate: is nan; expected a number above 0"),
     ],
 )
 def test_senseless_numbers_are_refused(
@@ -226,6 +225,11 @@ def test_senseless_numbers_are_refused(
 ) -> None:
     assert run(tmp_path, *more) == 2
     assert capsys.readouterr().err == sentence + "\n"
+
+
+def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="argument --learning-rate: 'nan' is not a number; see "):
+        run(tmp_path, "--learning-rate", "nan")
 
 
 def test_folder_that_exists_is_left_alone(

@@ -12,7 +12,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -179,8 +179,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         }
         sys.stdout = sys.__stdout__ = Output(sys.stdout.detach(), **settings)  # type: ignore[misc]
     exit_code = _code_of(command)
-    # What is left is written now; when all is over it could only fail. `print` needs no output.
-    return max(exit_code, _code_of(lambda: print(end="", flush=True)))
+    # What is left is written now; when all is over it could only fail.
+    return max(exit_code, _code_of(lambda: _flush(sys.stdout)))
 
 
 def _code_of(command: Callable[[], int | None]) -> int:
@@ -204,10 +204,16 @@ def _code_of(command: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
 
 
+def _flush(stream: TextIO | None) -> None:
+    """Write what waits, and nothing where nothing waits: to a disk that is full even that fails."""
+    if stream is not None and not stream.closed:
+        stream.flush()
+
+
 def become_actor(role: str, *arguments: str) -> NoReturn:
     """Replace this process by `python -m zppo_actors ROLE …`: same process id, same terminal. `-P`
     keeps the current folder off the import path."""
     for stream in (sys.stdout, sys.stderr):
-        print(end="", file=stream, flush=True)  # also where it is closed
+        _flush(stream)
     command = [sys.executable, "-P", "-m", "zppo_actors", role, *arguments]
     os.execv(sys.executable, command)

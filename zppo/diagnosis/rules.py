@@ -269,8 +269,8 @@ def not_finite(evidence: Evidence) -> Iterator[Advisory]:
             severity=_severity(share >= LIMITS.many),
             found=f"{skipped:.0f} of the last {skipped + made:.0f} updates were skipped, because "
             "loss or gradient was not finite",
-            change="lower optimizer.learning_rate, or set student.dtype: float32",
-            settings=["optimizer.learning_rate", "student.dtype"],
+            change="lower optimizer.learning_rate, and begin anew where all updates are skipped",
+            settings=["optimizer.learning_rate"],
             numbers={"train/updates_skipped": skipped, "train/updates": made},
         )
 

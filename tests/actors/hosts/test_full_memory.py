@@ -29,16 +29,15 @@ for record, names in ((bytes(1 << 20), []), (bytes(52 << 10), [f"r{i}" for i in 
 """
 
 
-def test_it_is_said_which_memory_and_nothing_is_left_there(tmp_path: Path) -> None:
+def test_it_is_said_which_memory_and_nothing_is_left_there(runtime_base: Path) -> None:
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, "-P", "-c", SCRIPT],
-        env={**os.environ, "ZPPO_RUNTIME_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    folder = str(tmp_path / f"zppo-{os.getuid()}-a1-node-1")
+    folder = str(runtime_base / f"zppo-{os.getuid()}-a1-node-1")
     full = "No space left on device"
     expected = "expected room there, or ZPPO_RUNTIME_DIR on that host with a larger folder []\n"
     first, second = done.stdout.splitlines(keepends=True)
