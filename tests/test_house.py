@@ -228,6 +228,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "zppo_actors.nursery": {"zppo.signals", "zppo_actors.process"},
     "zppo_actors.weights": {
+        "zppo.errors",
         "zppo.records",
         "zppo_actors.membership",
         "zppo_actors.process",

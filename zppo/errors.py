@@ -25,10 +25,11 @@ EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C or SIGTERM (128 + SIGINT)."""
 LONGEST_SAID = 300
 """Characters of another library's error in a sentence of ours."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errors of a disk, a quota or a tmpfs without room."""
 _EXPECTED = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "what this user may use"),
-    **dict.fromkeys(_FULL, "room for what is written"),
+    **dict.fromkeys(FULL, "room for what is written"),
     errno.ENOENT: "what is there",
     errno.EEXIST: "what is not there yet",
     errno.EISDIR: "a file",
@@ -196,7 +197,7 @@ def _code_of(command: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         expected = _EXPECTED.get(error.errno or 0)
-        full = error.errno in _FULL
+        full = error.errno in FULL
         if expected is None or (error.filename is None and not full):
             raise  # no file's, so nothing that its name would explain
         where = "a file" if error.filename is None else error.filename

@@ -15,7 +15,6 @@ again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import mmap
 import os
@@ -28,6 +27,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from zppo.errors import FULL
 from zppo.records.atomic_file import written_whole
 from zppo_actors.weights import NotFinite, PublicationRefused
 from zppo_actors.weights.layout import (
@@ -51,8 +51,6 @@ INFINITY_BITS: dict[torch.dtype, tuple[str, str, int]] = {
 }
 """Signed whole numbers of a float's size, unsigned ones, and the bits of infinity."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Pairs = list[tuple[Tensor, Tensor]]
 """(parameter of the model, published tensor) of the same shape and dtype."""

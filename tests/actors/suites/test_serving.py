@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from process_ids import run_with_own_process_ids
 
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.plan.server import UNIX
@@ -126,10 +125,5 @@ def test_a_server_that_ends_is_not_waited_for(model: Served, tmp_path: Path) -> 
 
 
 def test_a_stranger_with_the_number_of_a_program_that_has_ended_lives_on(tmp_path: Path) -> None:
-    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
-        pytest.skip("there are no namespaces of process ids here")
-    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-P", "-c"]
-    done = subprocess.run(
-        [*command, TAKEN_NUMBER, str(tmp_path / "log")], capture_output=True, text=True
-    )
+    done = run_with_own_process_ids(TAKEN_NUMBER, str(tmp_path / "log"))
     assert done.stdout == "None\n-9\n", done.stderr

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from process_ids import run_with_own_process_ids
 
 from zppo_actors.supervisor.children import Child, spawn
 
@@ -41,12 +40,7 @@ def born(log: Path, *command: str) -> Child:
 
 def test_the_number_of_one_that_has_ended_is_somebody_elses(tmp_path: Path) -> None:
     """In a space of process ids of its own, where a number can be given out again on purpose."""
-    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
-        pytest.skip("there are no namespaces of process ids here")
-    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-P", "-c"]
-    done = subprocess.run(
-        [*command, TAKEN_NUMBER, str(tmp_path / "log")], capture_output=True, text=True
-    )
+    done = run_with_own_process_ids(TAKEN_NUMBER, str(tmp_path / "log"))
     assert done.stdout == "False\n-9\n", done.stderr
 
 
