@@ -1,11 +1,13 @@
 """How one process is told that another wants it to end: interrupts as a count that a loop looks at,
-and the kernel's word to a child whose parent has died."""
+what ends a process that was forked, and the kernel's word to a child whose parent has died."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +55,28 @@ class Interrupts:
                 return
             self._terminated = now
         self.count += 1
+
+
+def ends_forks(number: signal.Signals) -> None:
+    """Let the signal `number` end every process that this one forks from now on, although this one
+    has a handler for it.
+
+    It is held back for as long as a fork takes: until the child has let go of the handler it would
+    run that, and the signal would be lost.
+    """
+    thread = threading.local()
+
+    def hold() -> None:
+        thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, thread.mask)
+
+    def release_child() -> None:
+        signal.signal(number, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_child)
 
 
 def die_with_parent(number: signal.Signals) -> None:

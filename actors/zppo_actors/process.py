@@ -20,7 +20,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +34,7 @@ from zppo.errors import (
 )
 from zppo.records.run_directory import read
 from zppo.records.timeline import TIMELINE
-from zppo.signals import die_with_parent
+from zppo.signals import die_with_parent, ends_forks
 from zppo_actors import runtime
 from zppo_actors.timeline import Timeline, begin_life
 from zppo_protocol.errors import AccessError
@@ -152,7 +151,7 @@ def set_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not ignored: a program that this process starts would inherit that, and so could not be ended.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
+    ends_forks(signal.SIGTERM)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 

@@ -1,4 +1,5 @@
-"""Interrupts as a count, and a child that the kernel ends with its parent."""
+"""Interrupts as a count, a fork that ends by a signal, and a child that the kernel ends with its
+parent."""
 
 from __future__ import annotations
 
@@ -24,6 +25,33 @@ child = subprocess.Popen(
 )
 time.sleep(600)
 """
+FORKS = """
+import os, signal
+from zppo.signals import ends_forks
+# Called before what `ends_forks` has called: the signal comes as early as it can.
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+ends_forks(signal.SIGTERM)
+child = os.fork()
+if not child:
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os.kill(os.getpid(), signal.SIGTERM)
+print(heard)
+"""
+
+
+def test_a_fork_ends_by_a_signal_however_early_and_who_forked_it_still_hears_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FORKS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.stdout == "-15\n[15]\n"
 
 
 def test_interrupts_are_counted_and_the_handlers_put_back() -> None:
