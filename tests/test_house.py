@@ -336,6 +336,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.suites",
         "zppo_actors.engines",
         "zppo_actors.evaluator",
+        "zppo_actors.own_time",
         "zppo_actors.runtime",
         "zppo_protocol",
     },

@@ -26,3 +26,19 @@ class OwnTime:
         self._lost += max(0.0, found - self._last - MOST_SECONDS)
         self._last = found
         return found - self._lost
+
+
+class Patience:
+    """So many seconds of one's own from now on, for a loop that waits and looks in every round.
+
+    Whoever is waited for may have stood still as well, so time that nobody lived through ends no
+    wait.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._time = OwnTime(clock)
+        self._end = self._time.now() + seconds
+
+    @property
+    def over(self) -> bool:
+        return self._time.now() > self._end

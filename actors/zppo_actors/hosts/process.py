@@ -16,6 +16,7 @@ from zppo.plan.fingerprint import fingerprint
 from zppo.signals import Interrupts, die_with_parent, keep_exit_codes
 from zppo_actors import runtime
 from zppo_actors.hosts.agent import Agent
+from zppo_actors.own_time import Patience
 from zppo_actors.process import start_log
 from zppo_actors.supervisor.gathering import LIMITS
 from zppo_protocol import keys
@@ -92,11 +93,11 @@ def locked(key: Path) -> int | None:
 
 def key_is_there(path: Path, seconds: float, interrupts: Interrupts) -> bool:
     """Wait for the key file; False when interrupted. Raises UserError after `seconds`."""
-    deadline = time.monotonic() + seconds
+    patience = Patience(seconds)
     while not path.exists():
         if interrupts.count:
             return False
-        if time.monotonic() > deadline:
+        if patience.over:
             raise UserError(
                 f"zppo join: --key {str(path)!r} was not there within {seconds:g} s; expected the "
                 "file that zppo launch writes for this host"

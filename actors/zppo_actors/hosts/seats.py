@@ -19,7 +19,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -30,6 +29,7 @@ from msgspec import Struct
 from zppo.config.cluster import RAY_HERE, Strategy
 from zppo.errors import EXIT_FAILED, UserError, first_line
 from zppo.signals import die_with_parent
+from zppo_actors.own_time import Patience
 from zppo_actors.process import start_log
 
 MOST_SEATS = 5
@@ -155,13 +155,13 @@ def no_room(
 
 @dataclass
 class Sitting:
-    """A seat that was asked for `since`, by this host's clock. `there` and `ended` are Ray's
-    promises: that it has begun, and what has become of it."""
+    """A seat that was asked for. `there` and `ended` are Ray's promises: that it has begun, for
+    which there is `patience`, and what has become of it."""
 
     actor: Any
     there: Any
     ended: Any
-    since: float
+    patience: Patience
     begun: bool = False
 
 
@@ -194,7 +194,7 @@ class Holder:
         actor = self._ray.remote(Agent).options(**options).remote()
         self._taken[index] += 1
         there, ended = actor.begin.remote(), actor.run.remote(seat.key_file, self._wait_seconds)
-        return Sitting(actor, there, ended, time.monotonic())
+        return Sitting(actor, there, ended, Patience(self._wait_seconds))
 
     def _replace(self, index: int) -> None:
         seat, ended = self._seats[index], self._sitting.pop(index).ended
@@ -210,7 +210,7 @@ class Holder:
         sitting, seat = self._sitting[index], self._seats[index]
         if not sitting.begun:
             sitting.begun = bool(self._ray.wait([sitting.there], timeout=0)[0])
-        if not sitting.begun and time.monotonic() - sitting.since > self._wait_seconds:
+        if not sitting.begun and sitting.patience.over:
             # A seat that is taken again may go wherever its bundle does.
             raise GivenUp(
                 f"{seat.host} is given up: "

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from zppo.signals import die_with_parent
 from zppo.suites.harness import Harness
 from zppo.suites.order import Served
 from zppo_actors import runtime
+from zppo_actors.own_time import Patience
 from zppo_actors.suites.asked import ModelGone, check_model
 
 GRACE_SECONDS = 20.0
@@ -202,7 +202,7 @@ def _option(name: str, value: str) -> list[str]:
 async def _until_ready(
     child: asyncio.subprocess.Process, url: str, served: Served, patience: float, log: Path
 ) -> None:
-    deadline = time.monotonic() + patience
+    limit = Patience(patience)
     arguments = OpenAIArguments(base_url=url, api_key_env=None)
     while True:
         if child.returncode is not None:
@@ -210,7 +210,7 @@ async def _until_ready(
         try:
             return await asyncio.to_thread(check_model, arguments, served.model, served.label, 0.0)
         except UserError:
-            if time.monotonic() > deadline:
+            if limit.over:
                 raise ModelGone(
                     f"the server of {served.label} was not ready within {patience:g} s (log: "
                     f"{log}): {last_lines(log)}"

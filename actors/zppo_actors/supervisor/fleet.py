@@ -18,7 +18,7 @@ from typing import Unpack
 from zppo.records.clocks import Clocks, read_clocks, write_clocks
 from zppo.records.timeline import TIMELINE
 from zppo_actors import timeline
-from zppo_actors.own_time import OwnTime
+from zppo_actors.own_time import OwnTime, Patience
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Birth, Child, child_of
 from zppo_actors.supervisor.received_files import ReceivedFiles
@@ -159,8 +159,8 @@ class Fleet:
                 self._router.send(name, Shutdown(reason="the run has ended"))
 
     def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + seconds
-        while not done() and time.monotonic() < deadline:
+        patience = Patience(seconds)
+        while not done() and not patience.over:
             self.turn()
             time.sleep(TICK_SECONDS)
 

@@ -24,6 +24,7 @@ from zppo.plan.placement import cards_of, used_hosts
 from zppo.plan.processes import ProcessEntry, processes
 from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
+from zppo_actors.own_time import Patience
 from zppo_actors.supervisor import children
 from zppo_actors.supervisor.children import Child
 from zppo_actors.supervisor.fleet import Fleet, versions
@@ -120,8 +121,8 @@ def taken_seats(run_dir: Path, topology: Topology, key_folder: Path) -> Child:
 def let_go(seats: Child) -> None:
     """The agents leave, and with them their seats; Ray takes away what is left when its driver is
     gone."""
-    deadline = time.monotonic() + LEAVE_SECONDS
-    while not seats.ended and time.monotonic() < deadline:
+    patience = Patience(LEAVE_SECONDS)
+    while not seats.ended and not patience.over:
         time.sleep(TICK_SECONDS)
     seats.kill()
 
@@ -137,7 +138,7 @@ def wait_for_all(
     once. Raises UserError after `seconds`, with it, or when the process that holds their seats has
     ended; Interrupted on Ctrl-C."""
     said: set[str] = set()
-    deadline = time.monotonic() + seconds + (RAY_SPARE_SECONDS if fleet.keeper is not None else 0.0)
+    patience = Patience(seconds + (RAY_SPARE_SECONDS if fleet.keeper is not None else 0.0))
     while missing := fleet.missing():
         if (sentence := fleet.given_up()) is not None:
             raise UserError(sentence)
@@ -148,7 +149,7 @@ def wait_for_all(
             view.log(f"warning: {name}: {known[name]}")
         if interrupts.count:
             raise Interrupted
-        if time.monotonic() > deadline:
+        if patience.over:
             whys = {name: why or known.get(name, "") for name, why in missing.items()}
             reasons = [f"{name} ({why})" if why else name for name, why in whys.items()]
             raise UserError(

@@ -20,6 +20,7 @@ from zppo.errors import UserError
 from zppo.plan.placement import bind_address, check_reached, reached_at, transport_kind
 from zppo.plan.processes import host_name
 from zppo.records.run_directory import SOCKET_NAME
+from zppo_actors.own_time import Patience
 from zppo_actors.runtime import MEETING_PORT
 from zppo_protocol.addresses import TCP, tcp_address
 
@@ -141,14 +142,14 @@ def listener(host: str, port: int | None, setting: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # `::` is all addresses, those of IPv4 too, as it is to ZeroMQ.
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    deadline = time.monotonic() + LET_GO_SECONDS
+    patience = Patience(LET_GO_SECONDS)
     while True:
         try:
             ear = socket.create_server(
                 (host, port or 0), family=family, dualstack_ipv6=both, backlog=socket.SOMAXCONN
             )
         except OSError as error:
-            if not port or error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+            if not port or error.errno != errno.EADDRINUSE or patience.over:
                 raise no_ear(error, host, port, setting) from None
             time.sleep(TRY_SECONDS)
         else:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,15 @@ import msgspec
 from zppo.plan.processes import ProcessEntry
 from zppo.signals import take_orphans
 from zppo_actors.nursery import LONGEST_MESSAGE, READY, ROOM, Request
+from zppo_actors.own_time import OwnTime
 from zppo_actors.supervisor.children import Adopted, Birth, Child, child_of, reap_orphans, spawn
 
 NAME = "nursery"
 FEWEST = 2
 """One actor alone would start no sooner."""
 ANSWER_SECONDS = 30.0
-"""A nursery that is ready, was asked for an actor and says nothing for so long is ended."""
+"""A nursery that is ready, was asked for an actor and says nothing for so long of the
+supervisor's own time is ended."""
 
 log = logging.getLogger("zppo.supervisor")
 
@@ -53,7 +54,7 @@ class Nursery:
         self._parent_fd = parent_fd
         self._asked: deque[tuple[Sequence[str], Birth]] = deque()
         self._sent = 0  # so many of the first of them
-        self._ready, self._answer_due = False, float("inf")
+        self._ready, self._time, self._answer_due = False, OwnTime(), float("inf")
         self._socket, ear = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self.child = spawn(
@@ -89,7 +90,7 @@ class Nursery:
             elif answer.isdigit():
                 born.append(child_of(Adopted(int(answer)), self._asked.popleft()[1]))
                 self._sent -= 1
-                self._answer_due = time.monotonic() + ANSWER_SECONDS
+                self._answer_due = self._time.now() + ANSWER_SECONDS
             else:
                 log.warning("the nursery is gone; %s start without it", ", ".join(self.asked))
                 self._end()
@@ -124,7 +125,7 @@ class Nursery:
                 self._send(*self._asked[self._sent])
             return self._socket.recv(LONGEST_MESSAGE)
         except BlockingIOError:
-            return b"" if time.monotonic() > self._answer_due else None
+            return b"" if self._time.now() > self._answer_due else None
         except OSError:
             return b""
 
@@ -132,7 +133,7 @@ class Nursery:
         request = Request(list(command), dict(birth["env"]), str(birth["log"]))
         self._socket.send(msgspec.msgpack.encode(request))
         if not self._sent:
-            self._answer_due = time.monotonic() + ANSWER_SECONDS
+            self._answer_due = self._time.now() + ANSWER_SECONDS
         self._sent += 1
 
     def _end(self) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import msgspec
@@ -29,13 +30,16 @@ from zppo.records.run_directory import runtime_base, runtime_prefix
 from zppo.records.timeline import TIMELINE
 from zppo.signals import Interrupts
 from zppo_actors import timeline
+from zppo_actors.own_time import Patience
 from zppo_actors.supervisor import fleet as fleets
-from zppo_actors.supervisor.children import Child
+from zppo_actors.supervisor import gathering
+from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.fleet import Fleet, versions
 from zppo_actors.supervisor.gathering import (
     LIMITS,
     ROLE,
     Interrupted,
+    let_go,
     looked_up,
     wait_for_all,
 )
@@ -416,3 +420,29 @@ def test_hosts_that_do_not_join_are_named_and_ctrl_c_ends_the_wait(
     interrupts.count = 1
     with pytest.raises(Interrupted):
         wait_for_all(stage.fleet, PATIENCE_SECONDS, Lines(), interrupts)
+
+
+def test_a_standstill_is_no_waiting(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day of it, by the clock, in each wait for hosts: those that were let go leave after it, and
+    those that are to join may."""
+
+    def clock() -> Callable[[], float]:
+        return chain([0.0, 0.0], repeat(86_400.0)).__next__
+
+    monkeypatch.setattr(gathering, "Patience", lambda seconds: Patience(seconds, clock()))
+    stage.open()
+    stage.join()
+    wait_for_all(stage.fleet, PATIENCE_SECONDS, Lines(), Interrupts())
+    assert stage.fleet.missing() == {}
+
+    seats = spawn(
+        ["sh", "-c", "sleep 0.5; exit 3"],
+        name="ray",
+        role="ray",
+        incarnation=0,
+        log=stage.run / "logs" / "ray.log",
+        env={},
+        inherited=(),
+    )
+    let_go(seats)
+    assert seats.exit_code == 3

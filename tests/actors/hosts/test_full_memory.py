@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from unshared import MOUNTS, run_unshared
 
 SCRIPT = """
 import os, subprocess, sys
@@ -30,13 +28,7 @@ for record, names in ((bytes(1 << 20), []), (bytes(52 << 10), [f"r{i}" for i in 
 
 
 def test_it_is_said_which_memory_and_nothing_is_left_there(runtime_base: Path) -> None:
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-P", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-    )
+    done = run_unshared(MOUNTS, SCRIPT)
     folder = str(runtime_base / f"zppo-{os.getuid()}-a1-node-1")
     full = "No space left on device"
     expected = "expected room there, or ZPPO_RUNTIME_DIR on that host with a larger folder []\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from process_ids import run_with_own_process_ids
+from unshared import PROCESS_IDS, run_unshared
 
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.plan.server import UNIX
@@ -125,5 +125,5 @@ def test_a_server_that_ends_is_not_waited_for(model: Served, tmp_path: Path) -> 
 
 
 def test_a_stranger_with_the_number_of_a_program_that_has_ended_lives_on(tmp_path: Path) -> None:
-    done = run_with_own_process_ids(TAKEN_NUMBER, str(tmp_path / "log"))
+    done = run_unshared(PROCESS_IDS, TAKEN_NUMBER, str(tmp_path / "log"))
     assert done.stdout == "None\n-9\n", done.stderr

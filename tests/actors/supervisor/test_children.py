@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from process_ids import run_with_own_process_ids
+from unshared import PROCESS_IDS, run_unshared
 
 from zppo_actors.supervisor.children import Child, spawn
 
@@ -40,7 +40,7 @@ def born(log: Path, *command: str) -> Child:
 
 def test_the_number_of_one_that_has_ended_is_somebody_elses(tmp_path: Path) -> None:
     """In a space of process ids of its own, where a number can be given out again on purpose."""
-    done = run_with_own_process_ids(TAKEN_NUMBER, str(tmp_path / "log"))
+    done = run_unshared(PROCESS_IDS, TAKEN_NUMBER, str(tmp_path / "log"))
     assert done.stdout == "False\n-9\n", done.stderr
 
 

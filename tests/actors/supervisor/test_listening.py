@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import resource
+import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from msgspec import structs
+from unshared import NETWORK, run_unshared
 from wires import free_port
 
 from zppo.config.cluster import ClusterConfig, HostConfig, TransportConfig
@@ -153,10 +153,9 @@ try:
 except UserError as error:
     print(held.getsockname()[1], error)
 """
-    if subprocess.run(["unshare", "-n", "ip", "link"], capture_output=True).returncode:
-        pytest.skip("there are no network namespaces here")
-    command = ["unshare", "-n", sys.executable, "-P", "-c", script]
-    said = subprocess.run(command, capture_output=True, text=True)
+    if shutil.which("ip") is None:
+        pytest.skip("there is no ip (iproute2)")
+    said = run_unshared(NETWORK, script)
     assert said.stdout == (
         "40000 transport.port is null, and this host has no free port at 127.0.0.1: all that the "
         "system gives out (net.ipv4.ip_local_port_range) are taken; expected one beyond these, or "

@@ -24,6 +24,7 @@ from zppo.plan.processes import processes
 from zppo.records import run_directory
 from zppo.signals import PR_SET_CHILD_SUBREAPER, Interrupts
 from zppo_actors import nursery as inside
+from zppo_actors.own_time import MOST_SECONDS
 from zppo_actors.supervisor import nursery as supervisor_side
 from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.fleet import Fleet
@@ -204,8 +205,14 @@ def test_nobody_waits_for_a_nursery_that_was_stopped(
     ward.nursery.reap_orphans([first])
     assert zombies(), "it might be an actor whose word is on its way"
 
-    monkeypatch.setattr(ward.nursery, "_answer_due", 0.0)
-    spawned_instead = ward.born(2)
+    clock = [time.monotonic() + 86_400.0]  # the supervisor was stopped as well, for a day
+    monkeypatch.setattr(ward.nursery._time, "_clock", lambda: clock[0])
+    assert ward.nursery.turn() == [] and ward.nursery.asked == ["grader-0", "grader-0"]
+    spawned_instead: list[Child] = []
+    while not spawned_instead:
+        clock[0] += MOST_SECONDS
+        spawned_instead = ward.nursery.turn()
+    assert len(spawned_instead) == 2
     assert ward.nursery.child.exit_code == -signal.SIGKILL and ward.nursery.asked == []
     ours = {child.process.pid for child in (ward.nursery.child, first, *spawned_instead)}
     while zombies() - ours:  # an actor that ends now is a zombie until somebody asks for it

@@ -3,8 +3,6 @@ is touched."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from engine_helpers import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unshared import MOUNTS, run_unshared
 
 from zppo_actors.weights import NotFinite, PublicationRefused, shared_memory
 from zppo_actors.weights.layout import whole_digest
@@ -301,10 +300,7 @@ print(sorted(path.name for path in folder.iterdir()))
 
 @pytest.mark.slow
 def test_memory_that_is_full_is_said_and_costs_no_earlier_version(tmp_path: Path) -> None:
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    command = ["unshare", "--mount", sys.executable, "-P", "-c", FULL, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_unshared(MOUNTS, FULL, str(tmp_path))
     assert done.stdout == (
         f"{tmp_path} has no room for policy version 2 (No space left on device); set "
         "ZPPO_RUNTIME_DIR to a larger folder, or lower scheduler.max_staleness\n"
