@@ -116,6 +116,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """The help, like every other output: argparse would pass over one that is not taken."""
+        stream = file or sys.stderr
+        if stream is not None:
+            stream.write(message)
+
     def parse_args(  # type: ignore[override]  # of argparse's overloads we use this one
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
@@ -192,6 +198,8 @@ def _code_of(command: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
     except ReaderGone:
         return EXIT_FAILED
+    except SystemExit as end:  # argparse's, when it has shown the help
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -93,6 +93,22 @@ def test_a_reader_that_has_gone_is_no_traceback(length: int) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("command", ["init", "launch"])
+def test_a_help_that_nobody_takes_ends_like_every_other_output(command: str) -> None:
+    """Short ones and long ones; argparse, which shows them, would pass over it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "zppo", command, "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_an_output_that_is_closed_is_no_error() -> None:
     command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-P", "-m", "zppo", "--version"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
