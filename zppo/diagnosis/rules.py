@@ -187,15 +187,31 @@ def all_alike(evidence: Evidence) -> Iterator[Advisory]:
     if live is None or live >= LIMITS.live_rollouts:
         return
     accuracy = evidence.mean("accuracy/plain", LIMITS.steps) or 0.0
-    too = "hard" if accuracy < 0.5 else "easy"
+    start = mean(measured(evidence.first[: LIMITS.steps], "accuracy/plain")) or 0.0
+    if start >= LIMITS.able and accuracy <= LIMITS.accuracy_left * start:
+        # Of the same questions, so these are not too hard.
+        why = f"the student has lost the {percent(start)} of its first steps: lower "
+        why += "optimizer.learning_rate and begin anew"
+    else:
+        too = "hard" if accuracy < 0.5 else "easy"
+        why = f"the questions of data.train are too {too}; or raise method.group_size"
     yield Advisory(
         rule="all_alike",
         severity=_severity(live == 0.0),
         found=f"{percent(live)} of the last rollouts have an advantage, because their groups are "
         f"all right or all wrong; plain accuracy is {percent(accuracy)}",
-        change=f"the questions of data.train are too {too}; or raise method.group_size",
-        settings=["data.train", "method.group_size", "student.sampling.temperature"],
-        numbers={"train/live_rollout_share": live, "accuracy/plain": accuracy},
+        change=why,
+        settings=[
+            "data.train",
+            "method.group_size",
+            "student.sampling.temperature",
+            "optimizer.learning_rate",
+        ],
+        numbers={
+            "train/live_rollout_share": live,
+            "accuracy/plain": accuracy,
+            "accuracy/plain at the start": start,
+        },
     )
 
 

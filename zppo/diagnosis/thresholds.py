@@ -30,6 +30,10 @@ class Thresholds(Struct, frozen=True, kw_only=True):
     """The same, severe."""
     live_rollouts: float = 0.05
     """Share of rollouts with an advantage, below which hardly anything is learnt."""
+    able: float = 0.05
+    """Plain accuracy of the first steps that is no chance, in windows of a few dozen rollouts."""
+    accuracy_left: float = 0.1
+    """Share of it that must be left before questions are called too hard."""
     signal: float = 0.1
     """Share of mixed groups below which a kind of prompt has stopped teaching."""
     habit: float = 0.8

@@ -157,6 +157,28 @@ def test_one_good_step_is_enough_against_no_gradient() -> None:
     assert found(run_of(lambda step: {"train/updates": 2 * (step == STEPS - 3)})) == {}
 
 
+@pytest.mark.parametrize("start, now, why", [
+    (0.42, 0.0, "the student has lost the 42 % of its first steps: lower optimizer.learning_rate and begin anew"),
+    (0.01, 0.0, "the questions of data.train are too hard; or raise method.group_size"),
+    (0.42, 0.3, "the questions of data.train are too hard; or raise method.group_size"),
+    (0.42, 1.0, "the questions of data.train are too easy; or raise method.group_size"),
+])  # fmt: skip
+def test_questions_that_the_student_could_answer_are_not_too_hard(
+    start: float, now: float, why: str
+) -> None:
+    """As after weights that one update has moved too far."""
+
+    def change(step: int) -> Line:
+        begun = step < LIMITS.steps
+        return {
+            "accuracy/plain": start if begun else now,
+            "train/live_rollout_share": 0.4 if begun else 0.0,
+        }
+
+    [advisory] = advisories(run_of(change))
+    assert advisory.change == why
+
+
 def test_causes_come_before_effects_and_the_severe_first() -> None:
     sick = {"length/truncated": 1.0, "answers/missing": 1.0, "train/live_rollout_share": 0.0,
             "train/updates": 0, "time/rollout_idle": 0.95}  # fmt: skip
