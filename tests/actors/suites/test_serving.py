@@ -94,7 +94,7 @@ def test_a_checkpoint_is_served_where_nobody_else_can_be_or_ask(
     before = set(psutil.Process().children())
 
     async def asked() -> tuple[str, Path]:
-        async with serving(model, {}, 60.0, tmp_path / "server.log") as url:
+        async with serving(model, {}, 600.0, tmp_path / "server.log") as url:
             [server] = set(psutil.Process().children()) - before
             assert server.net_connections("inet") == []
             engine = OpenAIEngine(OpenAIArguments(base_url=url, api_key_env=None), "student", None)

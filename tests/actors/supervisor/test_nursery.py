@@ -25,7 +25,6 @@ from zppo.records import run_directory
 from zppo.signals import PR_SET_CHILD_SUBREAPER, Interrupts
 from zppo_actors import nursery as inside
 from zppo_actors.own_time import MOST_SECONDS
-from zppo_actors.supervisor import nursery as supervisor_side
 from zppo_actors.supervisor.children import Child, spawn
 from zppo_actors.supervisor.fleet import Fleet
 from zppo_actors.supervisor.gathering import LIMITS
@@ -200,7 +199,6 @@ def test_nobody_waits_for_a_nursery_that_was_stopped(
     os.kill(ward.nursery.child.process.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert ward.nursery.turn() == [] and ward.nursery.asked == ["grader-0", "grader-0"]
-    assert time.monotonic() - began < supervisor_side.ANSWER_SECONDS / 2
     left_behind(began + PATIENCE)
     ward.nursery.reap_orphans([first])
     assert zombies(), "it might be an actor whose word is on its way"
