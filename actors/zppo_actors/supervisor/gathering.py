@@ -140,6 +140,8 @@ def wait_for_all(
     said: set[str] = set()
     patience = Patience(seconds + (RAY_SPARE_SECONDS if fleet.keeper is not None else 0.0))
     while missing := fleet.missing():
+        if interrupts.count:
+            raise Interrupted
         if (sentence := fleet.given_up()) is not None:
             raise UserError(sentence)
         for line in fleet.turn():
@@ -147,8 +149,6 @@ def wait_for_all(
         for name in [name for name in list(known) if name not in said]:
             said.add(name)
             view.log(f"warning: {name}: {known[name]}")
-        if interrupts.count:
-            raise Interrupted
         if patience.over:
             whys = {name: why or known.get(name, "") for name, why in missing.items()}
             reasons = [f"{name} ({why})" if why else name for name, why in whys.items()]

@@ -302,7 +302,8 @@ class RunAttempt:
         for line in fleet.turn():
             self._view.log(line)
         sentence = fleet.given_up()
-        if sentence is not None and self._end is None and self._ended is None:
+        ending = self._stopping or self._end is not None or self._ended is not None
+        if sentence is not None and not ending:
             assert fleet.keeper is not None
             self._view.log(f"{sentence}; ending the run")
             self._end_early(End(verdict=sentence, exit_code=EXIT_FAILED, log=fleet.keeper.log))
@@ -407,9 +408,11 @@ class RunAttempt:
             )
             self._give_up(child, end)
         elif child.role in IRREPLACEABLE:
+            # With no end in sight yet, only an interrupt has it stop: whoever has sent that to all
+            # processes, on all hosts, has ended the trainer's ranks there as well.
             self._end = self._end or End(
-                verdict=verdict,
-                exit_code=EXIT_FAILED,
+                verdict=f"interrupted, and {verdict}" if self._stopping else verdict,
+                exit_code=EXIT_INTERRUPTED if self._stopping else EXIT_FAILED,
                 renewable=not self._stopping,
                 log=child.log,
                 window=self._window_of(child),

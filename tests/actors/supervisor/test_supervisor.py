@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ from zppo_actors import runtime
 from zppo_actors.supervisor import children, run_attempt, watchdog
 from zppo_actors.supervisor import supervisor as supervisor_module
 from zppo_actors.supervisor.fleet import Fleet
-from zppo_actors.supervisor.gathering import LIMITS
+from zppo_actors.supervisor.gathering import LIMITS, Interrupted, wait_for_all
 from zppo_actors.supervisor.run_attempt import End, backoff_seconds
 from zppo_actors.supervisor.supervisor import supervise
 from zppo_protocol import keys
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_a_run_whose_controller_is_frozen(
     view = Interrupting("controller")
     end = supervise(path, view, view.interrupts, stub_command)
     assert "said and did nothing for 3 s" in end.verdict
-    assert not end.renewable
+    assert (end.exit_code, end.renewable) == (130, False)
 
 
 class Interrupting(Lines):
@@ -173,6 +173,24 @@ class Interrupting(Lines):
     def update(self, status: Status) -> None:
         if self._names <= {actor.actor for actor in status.actors}:
             self.interrupts.count = 1
+
+
+def test_an_interrupt_that_ends_the_trainer_as_well_is_one_all_the_same(tmp_path: Path) -> None:
+    """As where all processes of all hosts are sent SIGTERM: agents leave, and with them ranks."""
+
+    class Ending(Interrupting):
+        def update(self, status: Status) -> None:
+            before = self.interrupts.count
+            super().update(status)
+            if self.interrupts.count > before:
+                children = psutil.Process().children()
+                [trainer] = [child for child in children if "trainer" in child.cmdline()]
+                trainer.kill()
+
+    view = Ending("trainer")
+    path = make_run(tmp_path / "run", {"controller": ["deaf"]}, run=3)
+    end = supervise(path, view, view.interrupts, stub_command)
+    assert (end.verdict, end.exit_code) == ("interrupted, and trainer was killed by SIGKILL", 130)
 
 
 def test_whoever_still_starts_when_the_run_ends_is_not_waited_for(
@@ -218,28 +236,55 @@ def test_nothing_is_restarted_once_the_run_stops(
     assert started.count("rollout-0") == 1
 
 
-def test_a_run_whose_hosts_cannot_come_back_saves_and_ends(tmp_path: Path) -> None:
-    """The process by which Ray holds the hosts gives one up while all else is well."""
-    sockets = tmp_path / "sockets"
+@contextlib.contextmanager
+def held_by(script: str, run: Path, folder: Path) -> Iterator[Fleet]:
+    """No further hosts, and a process that would hold them."""
+    sockets = folder / "sockets"
     sockets.mkdir(mode=0o700)
-    path, view = make_run(tmp_path / "run", {}, run=3), Lines()
-    sentence = "cluster.launcher ray: n1 is given up after 5 seats"
     access, _ = keys.issue(f"ipc://{sockets / 'hosts.sock'}", {})
     with contextlib.closing(Router(access, LIMITS)) as router:
-        fleet = Fleet(router, {}, {}, path, 20.0)
+        fleet = Fleet(router, {}, {}, run, 20.0)
         fleet.keeper = children.spawn(
-            [sys.executable, "-c", f"print({sentence!r}); exit(1)"],
+            [sys.executable, "-c", script],
             name="ray",
             role="ray",
             incarnation=0,
-            log=path / "logs" / "ray.log",
+            log=run / "logs" / "ray.log",
             env={},
             inherited=(),
         )
+        yield fleet
+        fleet.keeper.kill()
+
+
+def test_a_run_whose_hosts_cannot_come_back_saves_and_ends(tmp_path: Path) -> None:
+    """The process by which Ray holds the hosts gives one up while all else is well."""
+    path, view = make_run(tmp_path / "run", {}, run=3), Lines()
+    sentence = "cluster.launcher ray: n1 is given up after 5 seats"
+    with held_by(f"print({sentence!r}); exit(1)", path, tmp_path) as fleet:
         end = supervise(path, view, Interrupts(), stub_command, fleet)
     assert (end.verdict, end.exit_code) == (sentence, 1)
     assert f"{sentence}; ending the run" in view.lines
     assert f"stop: {sentence}" in (path / "heard.txt").read_text().splitlines()
+
+
+def test_an_interrupt_that_ends_who_holds_the_hosts_is_one_all_the_same(tmp_path: Path) -> None:
+    path, view = make_run(tmp_path / "run", {}, run=3), Interrupting("controller")
+    with held_by("import time; time.sleep(600)", path, tmp_path) as fleet:
+        assert fleet.keeper is not None
+        keeper, heard = fleet.keeper, view.update
+
+        def update(status: Status) -> None:
+            heard(status)
+            keeper.kill()
+
+        view.update = update  # type: ignore[method-assign]
+        end = supervise(path, view, view.interrupts, stub_command, fleet)
+        view.interrupts.count, hosts = 1, Fleet(None, {"n1": {}}, {}, path, 20.0)  # type: ignore[arg-type]
+        hosts.keeper = keeper
+        with pytest.raises(Interrupted):
+            wait_for_all(hosts, 600.0, view, view.interrupts)
+    assert (end.verdict, end.exit_code) == ("interrupted after step 3", 130)
 
 
 def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:
