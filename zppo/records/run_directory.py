@@ -207,7 +207,8 @@ def read(path: Path) -> RunRecord:
 
 
 def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunRecord:
-    """Begin another attempt at the run from the checkpoint of `start_step`, under a new run id."""
+    """Begin another attempt at the run from the checkpoint of `start_step`, under a new run id.
+    Raises UserError where the disk does not take its record."""
     old = read(path)
     # Attempts of one command go on with the code that it began with; a resume has compared it.
     extensions = identities(topology) if topology is not None else old.extensions
@@ -219,17 +220,30 @@ def renew(path: Path, start_step: int, topology: Topology | None = None) -> RunR
         journal_id=old.journal_id,
         trainer_deaths={w: n for w, n in old.trainer_deaths.items() if w >= start_step},
     )
-    write(path, record)
+    _write_over(path, record)
     return record
 
 
 def count_death(path: Path, window: int) -> RunRecord:
-    """The trainer died on a window: count it, over all attempts of the run."""
+    """The trainer died on a window: count it, over all attempts of the run. Raises UserError as
+    `renew` does."""
     old = read(path)
     deaths = {**old.trainer_deaths, window: old.trainer_deaths.get(window, 0) + 1}
     record = msgspec.structs.replace(old, trainer_deaths=deaths)
-    write(path, record)
+    _write_over(path, record)
     return record
+
+
+def _write_over(path: Path, record: RunRecord) -> None:
+    """Write `run.json` of a run that has begun. Raises UserError where the disk does not take it;
+    the one before is whole then."""
+    try:
+        write(path, record)
+    except OSError as error:
+        raise UserError(
+            f"{str(path / 'run.json')!r} cannot be written ({error.strerror}); expected room "
+            "there, then zppo launch --resume"
+        ) from None
 
 
 def write(path: Path, record: RunRecord) -> None:

@@ -13,6 +13,7 @@ waits for what.
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from zppo.plan.processes import carriers, cores, processes
@@ -30,7 +31,7 @@ from zppo_actors.controller.ending import Ending
 from zppo_actors.controller.file_thread import Background
 from zppo_actors.controller.peers import NO_WORKERS, TRAINER, WEIGHTS, Peer, Peers
 from zppo_actors.controller.policies import PolicyBoard
-from zppo_actors.controller.recorder import FILE_ERRORS, Recorder
+from zppo_actors.controller.recorder import FILE_ERRORS, Recorder, opening
 from zppo_actors.controller.restore import bound_to, load_scheduler
 from zppo_actors.controller.speech import SPEAKS, answer_of
 from zppo_actors.controller.status import StepClock, build_status
@@ -56,13 +57,11 @@ log = logging.getLogger("zppo.controller")
 
 def main(context: ActorContext) -> int:
     """Run the controller to the end of the run; returns the run's exit code."""
-    router = Router(runtime.access(context.runtime), context.limits, context.ear)
-    try:
-        controller = Controller(context, router)
+    with closing(Router(runtime.access(context.runtime), context.limits, context.ear)) as router:
+        with opening(context.run_dir):
+            controller = Controller(context, router)
         collect_less()
         return controller.run()
-    finally:
-        router.close()
 
 
 class Controller:

@@ -7,17 +7,19 @@ live view.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import PLAIN, Window
 from zppo.config.topology import TeacherConfig
-from zppo.errors import EXIT_FAILED
+from zppo.errors import EXIT_FAILED, UserError, words_of
 from zppo.records.flops import token_counts
 from zppo.records.metrics import (
     LASTING_FATES,
@@ -52,6 +54,19 @@ log = logging.getLogger("zppo.controller")
 
 FILE_ERRORS = (OSError, sqlite3.Error)
 """What a full disk makes of the records."""
+
+
+@contextlib.contextmanager
+def opening(run_dir: Path) -> Iterator[None]:
+    """While an attempt opens its records. Raises UserError where they cannot be written: another
+    attempt would find the same disk."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        raise UserError(
+            f"the records in {str(run_dir)!r} cannot be written ({words_of(error)}); expected room "
+            "there, then zppo launch --resume"
+        ) from error
 
 
 class Recorder:
