@@ -28,8 +28,8 @@ BESIDE = {name: ROOT / name for name in ("benches", "examples", "tools")}
 ROOMS: dict[str, set[str]] = {
     "zppo_protocol": set(),
     "zppo_kernels": set(),
-    "zppo.errors": set(),
     "zppo.signals": set(),
+    "zppo.errors": {"zppo.signals"},
     "zppo.extensions": {"zppo.errors"},
     "zppo.config": {"zppo.errors", "zppo.extensions", "zppo_protocol"},
     "zppo.grading": {"zppo.config", "zppo.errors", "zppo.extensions", "zppo_protocol"},
@@ -389,6 +389,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "zppo_actors.__main__": {
         "zppo.errors",
+        "zppo.signals",
         "zppo_actors.audit",
         "zppo_actors.calibrator",
         "zppo_actors.evaluator",

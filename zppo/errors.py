@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO
 
+from zppo.signals import take_for_ctrl_c
+
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 """The user can mend it; one sentence on stderr says what."""
@@ -176,9 +178,10 @@ class ReaderGone(BrokenPipeError):
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command that has this process to itself, and return its exit code. A UserError ends it
-    with its sentence; so does a file or folder, met anywhere, that cannot be used, Ctrl-C that the
-    command does not take, as while its modules are still imported, and an output that cannot be
-    written. Where nobody reads on it ends without a word."""
+    with its sentence; so does a file or folder, met anywhere, that cannot be used, Ctrl-C or
+    SIGTERM that the command does not take, as while its modules are still imported, and an output
+    that cannot be written. Where nobody reads on it ends without a word."""
+    take_for_ctrl_c()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
         settings = {
             name: getattr(sys.stdout, name)

@@ -57,6 +57,24 @@ class Interrupts:
         self.count += 1
 
 
+def take_for_ctrl_c() -> None:
+    """Let SIGTERM and the loss of the terminal (SIGHUP) be a KeyboardInterrupt of the main thread,
+    as Ctrl-C is, until this process counts them (`Interrupts`) or handles them otherwise. What is
+    ignored stays so, as under nohup."""
+    heard = float("-inf")
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        now = time.monotonic()
+        if now - heard >= SAME_SECONDS:  # one that is passed on must not disturb the end
+            heard = now
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
+
+
 def ends_forks(number: signal.Signals) -> None:
     """Let the signal `number` end every process that this one forks from now on, although this one
     has a handler for it.

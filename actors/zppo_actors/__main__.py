@@ -6,11 +6,13 @@ from __future__ import annotations
 import sys
 
 from zppo.errors import EXIT_INTERRUPTED, run_command
+from zppo.signals import take_for_ctrl_c
 
 
 def main(argv: list[str]) -> int:
-    """Hand over to the supervisor or to the named role. Ctrl-C that the role does not take, as
-    while its modules are still imported, ends it with one line."""
+    """Hand over to the supervisor or to the named role. Ctrl-C or SIGTERM that the role does not
+    take, as while its modules are still imported, ends it with one line."""
+    take_for_ctrl_c()
     try:
         return _role(argv)
     except KeyboardInterrupt:

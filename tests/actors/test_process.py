@@ -156,7 +156,7 @@ from zppo_actors.__main__ import main
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == "zppo_actors.suites":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), int(sys.argv.pop()))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupting())
@@ -164,6 +164,13 @@ sys.exit(main(["suite", "{}"]))
 """
 
 
-def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_while_modules_are_imported_is_one_line(number: signal.Signals) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(number))],
+        capture_output=True,
+        text=True,
+        # Under nohup the hang-up would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

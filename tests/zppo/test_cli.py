@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,11 @@ from zppo.cli import console
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == "zppo.compare":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), int(sys.argv.pop()))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["zppo", "compare"]
+sys.argv[:1] = ["zppo", "compare"]
 sys.exit(console())
 """
 
@@ -55,8 +56,15 @@ def test_what_is_wrong_with_a_file_is_one_line(raised: str, said: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
 
 
-def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_while_modules_are_imported_is_one_line(number: signal.Signals) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(number))],
+        capture_output=True,
+        text=True,
+        # Under nohup the hang-up would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
