@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+from living import command_of
 from namespaces import Network
 from runs_over_hosts import PATIENCE, QUICKSTART
 
@@ -74,7 +75,7 @@ class RayCluster:
         return [
             process
             for process in self.processes(host)
-            if any(name in " ".join(process.cmdline()) for name in ("gcs_server", "raylet"))
+            if any(name in " ".join(command_of(process)) for name in ("gcs_server", "raylet"))
         ]
 
     def processes(self, host: int | None = None) -> list[psutil.Process]:
@@ -86,14 +87,7 @@ class RayCluster:
         return [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
 
     def named(self, *words: str) -> list[psutil.Process]:
-        found = []
-        for process in self.processes():
-            try:
-                if set(words) <= set(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return [one for one in self.processes() if set(words) <= set(command_of(one))]
 
     def close(self) -> None:
         """Never `ray stop`, which ends every cluster of the machine."""

@@ -3,7 +3,6 @@ another number of them."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from living import command_of
 
 from zppo.records import checkpoint
 from zppo.records.run_directory import read, runtime_base, runtime_folder
@@ -69,9 +69,8 @@ def until(run: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
 def rank(run: subprocess.Popen[str], name: str) -> psutil.Process:
     """The process of an actor, by the name on its command line."""
     for child in psutil.Process(run.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if name in child.cmdline():
-                return child
+        if name in command_of(child):
+            return child
     raise AssertionError(f"there is no {name}")
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import psutil
 import pytest
+from living import command_of
 
 from zppo.capacity.recorded import read_recorded
 from zppo.records import checkpoint
@@ -100,11 +101,8 @@ class Run:
 
     def actor(self, name: str) -> psutil.Process | None:
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if name in child.cmdline():
-                    return child
-            except psutil.Error:
-                continue
+            if name in command_of(child):
+                return child
         return None
 
     def kill_actor(self, name: str) -> None:

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from living import command_of
 from msgspec import structs
 
 from zppo.comparison.record import read_record, run_folder
@@ -84,9 +85,8 @@ class Comparison:
 
     def _actor(self, name: str) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):  # it has just ended
-                if name in child.cmdline():
-                    return child
+            if name in command_of(child):
+                return child
         raise AssertionError(f"there is no {name}:\n{self.logs()}")
 
     def wait(self) -> str:

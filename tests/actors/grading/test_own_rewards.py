@@ -3,7 +3,6 @@ real workers where they do not."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from living import is_living
 
 from zppo.config.rewards import REWARD, RewardConfig, parts_of
 from zppo.errors import UserError
@@ -321,12 +321,7 @@ def worker(file: Path) -> Iterator[GradeWorker]:
 
 
 def living_children(worker: GradeWorker) -> list[psutil.Process]:
-    living = []
-    for child in psutil.Process(worker.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE:
-                living.append(child)
-    return living
+    return [child for child in psutil.Process(worker.pid).children() if is_living(child)]
 
 
 def ask(worker: GradeWorker, response: str) -> Grade:

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from living import is_living
 from supervisor_helpers import Lines
 
 from zppo.config.cluster import ClusterConfig, HostConfig
@@ -124,7 +125,7 @@ class Stage:
             line = process.info["cmdline"] or []
             if "grader" in line and any(str(self.base) in word for word in line):
                 found.append(process)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in found if is_living(process)]
 
     def logs(self) -> str:
         return "".join(log.read_text() for log in (self.run / "logs").glob("*.log"))

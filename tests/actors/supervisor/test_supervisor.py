@@ -17,6 +17,7 @@ from typing import Literal
 
 import psutil
 import pytest
+from living import command_of, is_living
 from msgspec.structs import replace
 from stub_actor import LINGER_SECONDS
 from supervisor_helpers import STUB, Lines, stub_command
@@ -184,7 +185,7 @@ def test_an_interrupt_that_ends_the_trainer_as_well_is_one_all_the_same(tmp_path
             super().update(status)
             if self.interrupts.count > before:
                 children = psutil.Process().children()
-                [trainer] = [child for child in children if "trainer" in child.cmdline()]
+                [trainer] = [child for child in children if "trainer" in command_of(child)]
                 trainer.kill()
 
     view = Ending("trainer")
@@ -382,7 +383,7 @@ def test_log_says_of_nobody_that_it_was_not_told_to_leave(
 
 def is_gone(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return not is_living(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return True
 

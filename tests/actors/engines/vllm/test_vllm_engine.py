@@ -31,6 +31,7 @@ from engine_helpers import (
     versions,
     words,
 )
+from living import titled
 from scoring_helpers import assert_scores, forward, to_score
 from support_helpers import assert_supports, task_with_support, trainer_log_probs
 from vllm_helpers import CONTEXT, save_tiny, spec_of, tiny, truncated_log_probs
@@ -542,12 +543,5 @@ def test_an_actor_serves_and_leaves_when_its_engine_dies_in_a_load(served: Serve
 def engine_processes(actor: int) -> tuple[psutil.Process, psutil.Process]:
     """The engine core of an actor, and the worker under it."""
     processes = psutil.Process(actor).children(recursive=True)
-    (core,) = [
-        process
-        for process in processes
-        if "EngineCore" in process.name() + " ".join(process.cmdline())
-    ]
-    (worker,) = [
-        process for process in processes if "Worker" in process.name() + " ".join(process.cmdline())
-    ]
+    (core,), (worker,) = titled(processes, "EngineCore"), titled(processes, "Worker")
     return core, worker

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from living import titled
 from vllm_helpers import ENGINE_ARGS, save_tiny
 
 from zppo import launch
@@ -90,9 +91,7 @@ def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None
 def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     """The process of vLLM that holds the model."""
     children = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = [
-        child for child in children if "Worker" in child.name() + " ".join(child.cmdline())
-    ]
+    (worker,) = titled(children, "Worker")
     return worker
 
 
