@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zppo.config.load import setting_names
+from zppo.config.load import load, setting_names
+from zppo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 OTHERWISE = ("CHANGELOG", "log", "from_trl", "from_verl")
@@ -37,7 +38,7 @@ SECTIONS = "|".join(sorted({name.partition(".")[0] for name in SETTINGS}))
 
 def wrong(code: str) -> bool:
     """Whether a piece of code in a page names something that is not there."""
-    if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]+\.(?:py|md|tsv|yaml|j2)", code):
+    if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]+(?:\.(?:py|md|tsv|yaml|j2)|/)", code):
         return not (ROOT / code).exists()
     if code in ENTRY_POINTS:
         return False
@@ -83,10 +84,37 @@ def test_the_documentation_names_what_is_there() -> None:
         "zppo.config.lode",
         "zppo_protocol.messages.ResponseStart",
         "tests/zppo/answer_pairs_blind.tsv",
+        "zppo/methods/",
     ],
 )
 def test_what_is_not_there_is_found(code: str) -> None:
     assert wrong(code)
+
+
+# ---- topologies ----------------------------------------------------------------------------------
+
+
+def topologies(page: Path) -> Iterator[tuple[int, str]]:
+    """The YAML blocks of a page that are of sections of a topology, with their lines."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if set(re.findall(r"^(\w+):", block[1], re.MULTILINE)) <= set(SECTIONS.split("|")):
+            yield text[: block.start()].count("\n") + 1, block[1]
+
+
+def test_topologies_can_be_read(tmp_path: Path) -> None:
+    """With what every topology must have, where a page shows a part of one."""
+    file, read = tmp_path / "topology.yaml", 0
+    for page in sorted(ROOT.glob("docs/*.md")):
+        for line, text in topologies(page):
+            read += 1
+            file.write_text(text, encoding="utf-8")
+            needed = ["data.train=a.jsonl", "student.model=a"]
+            try:
+                load(file, [*needed, *(["teacher.model=a"] if "teacher:" in text else [])])
+            except UserError as error:
+                raise AssertionError(f"{page.name}:{line}: {error}") from None
+    assert read > 10
 
 
 # ---- links ---------------------------------------------------------------------------------------

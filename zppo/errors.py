@@ -70,8 +70,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     if not names:
         return ""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(names)})"
+    return closest(name, names) or f" (valid: {', '.join(names)})"
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the closest valid name in capitals or not, or nothing if
+    none is close."""
+    by_letters = {one.lower(): one for one in sorted(valid)}
+    close = difflib.get_close_matches(name.lower(), by_letters, n=1, cutoff=0.5)
+    return f" (did you mean {by_letters[close[0]]!r}?)" if close else ""
 
 
 class PrintableFormatter(logging.Formatter):

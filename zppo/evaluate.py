@@ -47,7 +47,12 @@ from zppo.plan.checks import check_temperature
 from zppo.plan.engines.openai import read_openai_arguments
 from zppo.plan.machine import SLOW_BFLOAT16, cpu_dtype
 from zppo.plan.picture_checks import check_sees
-from zppo.plan.prompt_checks import LENGTH_ARGUMENTS, check_own_system, check_system_prompt
+from zppo.plan.prompt_checks import (
+    LENGTH_ARGUMENTS,
+    check_own_system,
+    check_question_shown,
+    check_system_prompt,
+)
 from zppo.prompting.chat_template import THINKING_OFF, check_template_variables
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import load_tokenizer
@@ -257,9 +262,9 @@ def _check_questions(
     pictured = next((question.id for question in chosen if question.media), None)
     if pictured is not None:
         check_sees(order.data.train, pictured, order.served)
-    told = order.data.system_prompt or any(question.has_system for question in chosen)
-    if told and order.served.actor.engine in LENGTH_ARGUMENTS:
+    if order.served.actor.engine in LENGTH_ARGUMENTS:
         tokenizer = load_tokenizer(order.served.model.model, order.served.model_path)
+        check_question_shown(tokenizer, order.served)
         check_system_prompt(tokenizer, order.data.system_prompt, order.served)
         check_own_system(tokenizer, order.data.train, chosen, order.served)
     if order.judge is None and any(question.grader == JUDGE for question in chosen):

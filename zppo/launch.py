@@ -48,6 +48,7 @@ from zppo.plan.processes import asked_teachers, cores
 from zppo.plan.prompt_checks import (
     Reader,
     check_own_system,
+    check_question_shown,
     check_room,
     check_system_prompt,
     check_teachers,
@@ -253,6 +254,7 @@ def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
     say. Raises UserError. Returns notes."""
     student, data = Reader.of(served_student(topology)), topology.data
     tokenizer = student.load_tokenizer()
+    check_question_shown(tokenizer, student.served)
     check_system_prompt(tokenizer, data.system_prompt, student.served)
     limit = data.max_prompt_tokens
     for where, questions in (

@@ -149,8 +149,25 @@ SETTING_MISTAKES = [
         "a group (method.group_size) would be the same, and such a group has no gradient; "
         "evaluation.sampling may be greedy",
     ),
+    *(
+        (
+            f"student.sampling.{setting}",
+            f"student.sampling.{words}, because the 8 responses of a group (method.group_size) "
+            "would be the same, and such a group has no gradient; evaluation.sampling may be "
+            "greedy",
+        )
+        for setting, words in (
+            ("top_k=1", "top_k is 1; expected 0, or 2 and more"),
+            ("min_p=1", "min_p is 1; expected a number below 1"),
+        )
+    ),
     ("optimizer.beta2=1", "optimizer.beta2 is 1; expected a number below 1"),
     ("run.name=a/b", "run.name is 'a/b'; expected a name that can be the name of a folder"),
+    (
+        "method.name=GRPO",
+        "method.name: there is no method 'GRPO' (did you mean 'grpo'?); or name "
+        "package.module:name or ./file.py:name",
+    ),
     ("data.grader=maths", "data.grader: unknown grader 'maths' (did you mean 'math'?)"),
     ("data.train=trian.jsonl", "trian.jsonl: no such question file (did you mean 'train.jsonl'?)"),
     (

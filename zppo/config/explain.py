@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec import inspect as shape
 
 from zppo.config.counterparts import hint_for
-from zppo.errors import nearest
+from zppo.errors import closest, nearest
 
 Key = str | int
 TYPING_ERROR = 0.8
@@ -58,7 +58,7 @@ def explain(message: str, data: Any, struct: type[Struct], prefix: str = "") -> 
         )
         return Mistake(path, missing)
     value = _value_at(data, keys)
-    hint = nearest(value, _literals(node)) if isinstance(value, str) and _literals(node) else ""
+    hint = closest(value, _literals(node)) if isinstance(value, str) else ""
     named = _joined(prefix, dotted(keys)) or "the whole"
     expected = _expectation(node, value)
     if not found:

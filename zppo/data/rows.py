@@ -35,7 +35,7 @@ from zppo.data.text import RowError, as_text, bounded
 from zppo.data.unshown import unshown_column
 from zppo.errors import UserError, nearest, sendable
 from zppo.grading import GRADERS, get_grader
-from zppo.grading.rewards import needs_row
+from zppo.grading.rewards import CODE, CodeArguments, needs_row
 from zppo_protocol.errors import ProtocolError
 from zppo_protocol.values import (
     MAX_FRAMES,
@@ -94,6 +94,7 @@ class RowReader:
                 raise RowError(
                     f"the gold answer is {answer[:40]!r}, which the grader {name!r} can never meet"
                 )
+        self._check_tests(row, grader)
         question = Question(
             id=self._id(row, turns, media),
             text=last.content,
@@ -191,6 +192,19 @@ class RowReader:
         return [p.use for p in self._parts if p.name == part and p.use in GRADERS] or (
             [] if self._parts else [own]
         )
+
+    def _check_tests(self, row: Mapping[str, Any], own: str | None) -> None:
+        """What `code` runs behind a program must be there, or no response would have a reward."""
+        for part in self._parts:
+            if part.use != CODE or (own is not None and rule_of(own)[1] != part.name):
+                continue
+            column = part.args.get("tests", CodeArguments().tests)
+            if not isinstance(row.get(column), str):
+                near = "" if column in row else nearest(column, row)
+                raise RowError(
+                    f"the tests ({column!r}), which the reward {part.name!r} runs, are missing"
+                    f"{near}; name their column in {part.setting}.args.tests"
+                )
 
     def _own_grader(self, row: Mapping[str, Any]) -> str | None:
         value, name = self._optional(row, "grader", "the grader")

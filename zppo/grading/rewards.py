@@ -333,13 +333,15 @@ def check_parts(parts: Iterable[Part]) -> None:
         of_teacher = part if part.of_teacher else of_teacher
 
 
-def largest_sum(parts: Sequence[Part]) -> float | None:
-    """The most that a response can earn; None where a reward of the user's decides it."""
+def bounds_of_sum(parts: Sequence[Part]) -> tuple[float, float] | None:
+    """The least and the most that a response can earn; None where a reward of the user's decides
+    it."""
     if not all(part.use in ARGUMENTS for part in parts):
         return None
     bounds = {part.name: (-1.0, 0.0) if part.use == "length" else (0.0, 1.0) for part in parts}
+    worst = {part.name: bounds[part.name][part.weight <= 0.0] for part in parts}
     best = {part.name: bounds[part.name][part.weight > 0.0] for part in parts}
-    return weighted(parts, best)
+    return weighted(parts, worst), weighted(parts, best)
 
 
 def needs_gold(parts: Iterable[Part]) -> bool:

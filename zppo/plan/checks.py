@@ -220,11 +220,17 @@ def _check_sampling(topology: Topology, method: Method) -> None:
             f"actors.rollout.engine_args.max_logprobs is {most}; expected at least {longest}, the "
             "tokens that one may be sampled from (student.sampling.top_k, support_limit)"
         )
-    if sampling.temperature == 0.0:
+    greedy = {
+        "temperature is 0; expected a number above 0": sampling.temperature == 0.0,
+        "top_k is 1; expected 0, or 2 and more": sampling.top_k == 1,
+        "support_limit is 1; expected 2 or more": longest == 1,
+        "min_p is 1; expected a number below 1": sampling.min_p == 1.0,
+    }
+    for words in (words for words, found in greedy.items() if found):
         raise UserError(
-            "student.sampling.temperature is 0; expected a number above 0, because the "
-            f"{topology.method.group_size} responses of a group (method.group_size) would be the "
-            "same, and such a group has no gradient; evaluation.sampling may be greedy"
+            f"student.sampling.{words}, because the {topology.method.group_size} responses of a "
+            "group (method.group_size) would be the same, and such a group has no gradient; "
+            "evaluation.sampling may be greedy"
         )
 
 

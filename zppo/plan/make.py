@@ -15,7 +15,7 @@ from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import TRANSFORMERS, VLLM, Topology
 from zppo.errors import UserError
-from zppo.grading.rewards import largest_sum
+from zppo.grading.rewards import bounds_of_sum
 from zppo.plan.architecture import (
     refuse_other_state,
     refuse_quantised,
@@ -41,6 +41,7 @@ from zppo.plan.processes import (
     uses_teacher,
 )
 from zppo.plan.teacher_work import teacher_work
+from zppo.plan.unread import unread_notes
 from zppo_protocol.values import share_of
 
 BYTES_PER_TOKEN = 8
@@ -186,14 +187,40 @@ def _windows(topology: Topology, method: Method, questions: int) -> Windows:
 
 
 def _reward_notes(topology: Topology) -> list[str]:
+    """Where what a response can earn makes all of them correct, or none."""
     parts, correct = parts_of(topology.data.reward), topology.method.correct_reward
-    most = largest_sum(parts) if parts else None
-    if most is None or most >= correct:
+    bounds = bounds_of_sum(parts) if parts else (0.0, 1.0)
+    if bounds is None:
         return []
-    return [
-        f"data.reward adds up to at most {most:g}, less than method.correct_reward, {correct:g}: "
-        "no response can be correct, and every question stays hard"
-    ]
+    (least, most), earns = bounds, "data.reward adds up to" if parts else "a grader gives"
+    if most < correct:
+        return [
+            f"{earns} at most {most:g}, less than method.correct_reward, {correct:g}: no response "
+            "can be correct, and every question stays hard"
+        ]
+    if least >= correct:
+        return [
+            f"{earns} at least {least:g}, not less than method.correct_reward, {correct:g}: every "
+            "response is correct, and no question is hard"
+        ]
+    return []
+
+
+def _size_notes(topology: Topology, method: Method, windows: Windows) -> list[str]:
+    """Numbers that a run cannot reach."""
+    notes, sampling = [], topology.student.sampling
+    updates = topology.method.updates_per_step
+    if method.updates_per_step is None and updates > windows.groups:
+        notes.append(
+            f"method.updates_per_step is {updates}, more than the {windows.groups} groups that a "
+            "step may have: an update takes one group at least"
+        )
+    if sampling.top_k > sampling.support_limit:
+        notes.append(
+            f"student.sampling.top_k is {sampling.top_k}, but support_limit, "
+            f"{sampling.support_limit}, is how many tokens are sampled from"
+        )
+    return notes
 
 
 def _host_notes(topology: Topology, table: list[ProcessEntry], machine: Machine) -> list[str]:
@@ -280,6 +307,7 @@ def _notes(topology: Topology, method: Method, models: Models, windows: Windows)
             "0.02; the paper's is 1e-06"
         )
     notes += [*loss_notes(topology.method), *_reward_notes(topology)]
+    notes += [*_size_notes(topology, method, windows), *unread_notes(topology, method)]
     if scheduler.max_staleness == 0:
         notes.append(
             "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1"

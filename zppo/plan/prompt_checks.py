@@ -7,6 +7,7 @@ server are left out: only the server knows their template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from heapq import nlargest
 from typing import Any
@@ -31,26 +32,29 @@ LONGEST = 256
 """A teacher's tokenizer is tried on so many of the longest questions, by characters, and as many by
 pixels."""
 SYSTEM_PROBE = "zppo-system-probe"
+QUESTION_PROBES = ("How much is 12 + 5?", "Which letter comes after B?")
 
 
 class Reader(Struct, frozen=True, kw_only=True):
     """A model that reads prompts in its own tokens. `context` is in tokens, `setting` what bounds
-    it."""
+    it, and token ids are below `vocabulary`."""
 
     served: ServedModel
     context: int
     setting: str
+    vocabulary: int
 
     @classmethod
     def of(cls, served: ServedModel) -> Reader:
         """How `served` reads. Raises UserError if its folder is no model."""
-        context = inspect_model(served.folder, served.model_path).context
+        facts = inspect_model(served.folder, served.model_path)
+        context = facts.context
         setting = f"the context of {served.model_path}"
         argument = LENGTH_ARGUMENTS.get(served.actor.engine, "")
         length = served.actor.engine_args.get(argument)
         if isinstance(length, int) and 0 < length < context:
             context, setting = length, f"{served.actor_path}.engine_args.{argument}"
-        return cls(served=served, context=context, setting=setting)
+        return cls(served=served, context=context, setting=setting, vocabulary=facts.vocabulary)
 
     def load_tokenizer(self) -> Any:
         return load_tokenizer(self.served.model.model, self.served.model_path)
@@ -61,7 +65,7 @@ class Reader(Struct, frozen=True, kw_only=True):
         own = [for_template(prompt, served.model.chat_template_kwargs) for prompt in prompts]
         pictures = layout_of(served, tokenizer)
         try:
-            return [len(ids) for ids in encode_prompts(tokenizer, own, pictures)]
+            encoded = encode_prompts(tokenizer, own, pictures)
         except MarkError:
             raise _marked(tokenizer, own, pictures, served) from None
         except UserError:
@@ -72,6 +76,19 @@ class Reader(Struct, frozen=True, kw_only=True):
                 f"({first_line(error)}); mend it, or the variables in "
                 f"{served.section}.chat_template_kwargs"
             ) from None
+        self._check_ids(tokenizer, encoded)
+        return [len(ids) for ids in encoded]
+
+    def _check_ids(self, tokenizer: Any, encoded: Sequence[Sequence[int]]) -> None:
+        """Raise UserError for tokens that the model does not have: the tokenizer is another's."""
+        highest = max((token for ids in encoded for token in ids), default=0)
+        if highest >= self.vocabulary:
+            raise UserError(
+                f"{self.served.model_path}: the tokenizer in {self.served.model.model!r} is not "
+                f"its model's: it gives prompts the token {highest} "
+                f"({tokenizer.convert_ids_to_tokens(highest)!r}), and the model has "
+                f"{self.vocabulary} tokens; expected the tokenizer that the model was trained with"
+            )
 
     def notes(self, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
         """What works but may surprise of a model that is asked these questions."""
@@ -81,10 +98,23 @@ class Reader(Struct, frozen=True, kw_only=True):
                 f"{self.served.model_path}: {self.served.model.model!r} has no chat template: "
                 "messages are put one below the other, and nothing tells the model whose they are"
             )
+        notes += self._unread_variables(tokenizer)
         notes += text_alone_note(self.served, tokenizer)
         if any(map(has_video, questions)):
             notes += video_note(self.served, tokenizer)
         return notes
+
+    def _unread_variables(self, tokenizer: Any) -> list[str]:
+        """A note on variables that the chat template does not have, such as misspelt ones."""
+        section, model = self.served.section, self.served.model
+        given = model.chat_template_kwargs
+        words = set(re.findall(r"\w+", str(tokenizer.chat_template or "")))
+        return [
+            f"{section}.chat_template_kwargs.{name} changes nothing: the chat template of "
+            f"{model.model!r} has no such variable"
+            for name in given
+            if name not in words
+        ]
 
 
 def _marked(
@@ -116,6 +146,27 @@ def _holds_marks(tokenizer: Any, prompt: Prompt, pictures: PictureLayout | None)
     return pictures is not None and any(
         not pictures.marks.isdisjoint(tokenizer(text)["input_ids"]) for text in words
     )
+
+
+def check_question_shown(tokenizer: Any, served: ServedModel) -> None:
+    """Raise UserError if the model's chat template shows nothing of what the user says, so that
+    every question would be the same to the model. One that fails is left to `Reader.lengths`."""
+    if tokenizer.chat_template is None:
+        return
+    chats = [[{"role": "user", "content": words}] for words in QUESTION_PROBES]
+    try:
+        first, second = (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            for chat in chats
+        )
+    except Exception:  # a template may raise whatever Jinja2 can
+        return
+    if first == second:
+        raise UserError(
+            f"{served.model_path}: the chat template of {served.model.model!r} shows nothing of "
+            "the question; expected one that shows the content of the messages, as the folder of "
+            "the original model has it"
+        )
 
 
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:
@@ -191,6 +242,7 @@ def check_teachers(
             continue
         reader = Reader.of(served)
         tokenizer = reader.load_tokenizer()
+        check_question_shown(tokenizer, served)
         check_system_prompt(tokenizer, system_prompt, served)
         check_own_system(tokenizer, "data.train", questions, served)
         lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])

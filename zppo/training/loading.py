@@ -19,6 +19,8 @@ from zppo.plan.architecture import refuse_no_decoder
 from zppo.plan.model_class import auto_class, refuse_unknown
 
 MOST_NAMED = 3
+OTHER_SHAPES = "ignore_mismatched_sizes"
+"""What transformers says of weights whose shapes are not the model's, with a report elsewhere."""
 FAULTS = (
     *(OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError),
     *(SafetensorError, StrictDataclassError),
@@ -46,6 +48,11 @@ def load_folder(folder: str, dtype: str, where: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
+        if OTHER_SHAPES in str(error):
+            raise UserError(
+                f"{where}: the weights in {folder!r} have other shapes than its config.json says; "
+                "expected both as save_pretrained wrote them together"
+            ) from error
         raise UserError(f"{where}: cannot load {folder!r}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""

@@ -65,6 +65,23 @@ def test_the_digest_covers_them_and_is_what_it_was_without(tmp_path: Path) -> No
     assert digest(read(tmp_path, edited, OWN)) != digest(own) != digest(plain)
 
 
+def test_a_row_without_the_tests_that_code_runs_is_bad(tmp_path: Path) -> None:
+    """Unless it names another reward, which counts in place of it."""
+    named = [{**ROWS[0], "by": "code"}, {**ROWS[1], "tests": None, "by": "math"}]
+    name, rewards = write(tmp_path, "jsonl", named), [RewardConfig(use="math"), CODE]
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, name, *rewards)
+    assert str(caught.value) == (
+        f"{tmp_path / name}:2: the tests ('tests'), which the reward 'code' runs, are missing; "
+        "name their column in data.reward[1].args.tests; 1 bad row where data.max_bad_rows allows "
+        "0: mend the file or raise the limit"
+    )
+    with pytest.raises(UserError, match=r"\('test'\).*missing \(did you mean 'tests'\?\)"):
+        read(tmp_path, name, RewardConfig(use="code", args={"tests": "test"}))
+    config = DataConfig(train=name, reward=rewards, fields={"grader": "by"})
+    assert len(load_questions(name, config, tmp_path).questions) == 2
+
+
 def test_a_gold_answer_may_be_missing_where_no_rule_needs_one(tmp_path: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "answer"} for row in ROWS]
     for kind in ("jsonl", "parquet"):

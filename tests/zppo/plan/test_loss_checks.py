@@ -171,7 +171,7 @@ def test_a_reward_that_nothing_can_earn_is_noted(
     small: Path, reward: str, most: str | None
 ) -> None:
     topology = load(small / "topology.yaml", [f"data.reward=[{reward}]"])
-    notes = [n for n in make_plan(topology, 6, MACHINE).notes if n.startswith("data.reward")]
+    notes = [n for n in make_plan(topology, 6, MACHINE).notes if "correct_reward" in n]
     assert notes == (
         []
         if most is None
@@ -180,6 +180,39 @@ def test_a_reward_that_nothing_can_earn_is_noted(
             "response can be correct, and every question stays hard"
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("correct", "reward", "note"),
+    [
+        ("1", "", None),
+        (
+            "2",
+            "",
+            "a grader gives at most 1, less than method.correct_reward, 2: no response can be "
+            "correct, and every question stays hard",
+        ),
+        (
+            "0",
+            "",
+            "a grader gives at least 0, not less than method.correct_reward, 0: every response is "
+            "correct, and no question is hard",
+        ),
+        ("-0.5", "{use: length, args: {free: 1, limit: 2}}", None),
+        (
+            "-1",
+            "{use: length, args: {free: 1, limit: 2}}",
+            "data.reward adds up to at least -1, not less than method.correct_reward, -1: every "
+            "response is correct, and no question is hard",
+        ),
+    ],
+)
+def test_a_bound_of_correctness_that_all_or_none_meet_is_noted(
+    small: Path, correct: str, reward: str, note: str | None
+) -> None:
+    words = [f"method.correct_reward={correct}", f"data.reward=[{reward}]"]
+    plan = make_plan(load(small / "topology.yaml", words), 6, MACHINE)
+    assert [n for n in plan.notes if "correct_reward" in n] == ([] if note is None else [note])
 
 
 def test_a_sequence_ratio_over_all_tokens_is_noted(small: Path) -> None:

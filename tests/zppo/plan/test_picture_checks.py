@@ -72,7 +72,9 @@ def test_a_mark_in_the_words_of_a_question_is_found_before_the_run(
 ) -> None:
     """With and without pictures in other prompts of the batch: the engine refuses both."""
     picture = coloured(tmp_path / "a.png", "red", (56, 56))
-    reader = Reader(served=served_student(topology_of(seeing)), context=512, setting="context")
+    reader = Reader(
+        served=served_student(topology_of(seeing)), context=512, setting="context", vocabulary=4096
+    )
     fine = [prompt("w3", media=[picture]), prompt("w4 w5")]
     lengths = reader.lengths(load_tokenizer(seeing, "student.model"), fine)
     assert lengths == [9, 3]
@@ -93,7 +95,9 @@ def test_a_picture_that_the_chat_template_leaves_out_is_found_before_the_run(
     turns = [("user", "w3"), ("assistant", f"w4 {PLACE}"), ("user", "w5")]
     messages = [ChatMessage(role=role, content=text) for role, text in turns]  # type: ignore[arg-type]
     shown = Prompt(messages=messages, media=[picture])
-    reader = Reader(served=served_student(topology_of(seeing)), context=512, setting="context")
+    reader = Reader(
+        served=served_student(topology_of(seeing)), context=512, setting="context", vocabulary=4096
+    )
     tokenizer = load_tokenizer(seeing, "student.model")
     reader.lengths(tokenizer, [shown])
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -178,7 +182,7 @@ def test_prompts_are_counted_as_videos_are_shown(filming: str, tmp_path: Path) -
     lengths, notes = [], []
     for engine in ("transformers", "vllm"):
         served = served_student(under(engine, topology_of(filming)))
-        reader = Reader(served=served, context=512, setting="context")
+        reader = Reader(served=served, context=512, setting="context", vocabulary=4096)
         lengths += reader.lengths(tokenizer, [prompt("w", media=[film(tmp_path)])])
         notes += reader.notes(tokenizer, [question_about(film(tmp_path))])
     assert lengths == [len("<0.2 seconds><1.0 seconds>") + 2 * (6 + 2) + 2 + 1] * 2
@@ -191,7 +195,12 @@ def test_a_plan_says_nothing_of_videos_without_one(
     picture, video = coloured(tmp_path / "a.png", "red"), film(tmp_path)
     notes = []
     for folder, medium in ((filming, picture), (blind, video), (seeing, video)):
-        reader = Reader(served=served_student(topology_of(folder)), context=512, setting="context")
+        reader = Reader(
+            served=served_student(topology_of(folder)),
+            context=512,
+            setting="context",
+            vocabulary=4096,
+        )
         notes.append(
             reader.notes(load_tokenizer(folder, "student.model"), [question_about(medium)])
         )
@@ -335,7 +344,9 @@ def test_settings_under_which_pictures_are_other_tokens(
             trained=True,
         )
     assert str(refused.value).startswith(sentence.format(folder=folder))
-    reader = Reader(served=served_student(topology), context=512, setting="context")
+    reader = Reader(
+        served=served_student(topology), context=512, setting="context", vocabulary=4096
+    )
     assert reader.lengths(load_tokenizer(folder, "student.model"), [prompt("w")]) == [1]
 
 
@@ -348,7 +359,9 @@ def test_text_is_trained_on_whatever_the_settings_of_pictures_say(
     file = folder / PICTURES
     file.write_text(file.read_text()[:40])
     topology = topology_of(str(folder))
-    reader = Reader(served=served_student(topology), context=512, setting="context")
+    reader = Reader(
+        served=served_student(topology), context=512, setting="context", vocabulary=4096
+    )
     tokenizer = load_tokenizer(str(folder), "student.model")
     assert reader.lengths(tokenizer, [prompt("w")]) == [1]
     asked = question_about(coloured(tmp_path / "a.png", "red"))
@@ -365,9 +378,9 @@ def test_text_is_trained_on_whatever_the_settings_of_pictures_say(
         reader.lengths(tokenizer, [prompt("w")])
     assert str(read.value) == said
     with pytest.raises(UserError, match="holds 1 marks of pictures for 0 pictures"):
-        Reader(served=served_student(topology), context=512, setting="context").lengths(
-            tokenizer, [prompt("a <|image_pad|>")]
-        )
+        Reader(
+            served=served_student(topology), context=512, setting="context", vocabulary=4096
+        ).lengths(tokenizer, [prompt("a <|image_pad|>")])
 
 
 @pytest.mark.parametrize(
@@ -425,7 +438,9 @@ def test_a_teacher_that_scores_must_make_the_students_tokens(filming: str, tmp_p
 def test_the_mark_of_a_video_in_the_words_of_a_question_is_found_before_the_run(
     filming: str,
 ) -> None:
-    reader = Reader(served=served_student(topology_of(filming)), context=512, setting="context")
+    reader = Reader(
+        served=served_student(topology_of(filming)), context=512, setting="context", vocabulary=4096
+    )
     with pytest.raises(UserError) as refused:
         reader.lengths(load_tokenizer(filming, "student.model"), [prompt("a <|video_pad|>")])
     assert str(refused.value) == (

@@ -105,6 +105,8 @@ def test_notes_say_what_may_surprise(small: Path) -> None:
         "method.hard_threshold is 0: no question is ever hard, so nothing is reformulated or replayed",
         "prompts and responses may have 68 tokens together, the student's context has 64: long prompts get shorter "
         "responses",
+        "method.updates_per_step is 4, more than the 2 groups that a step may have: an update takes one group at "
+        "least",
         "scheduler.max_staleness is 0: sampling and training take turns, as in Algorithm 1",
     ]
 

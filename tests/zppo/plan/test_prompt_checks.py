@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from engine_helpers import make_model, make_tokenizer
+from msgspec import structs
 from served import student_of
 
 from zppo.config.method import MethodConfig
@@ -27,6 +28,7 @@ from zppo.plan.processes import asked_teachers
 from zppo.plan.prompt_checks import (
     Reader,
     check_own_system,
+    check_question_shown,
     check_room,
     check_system_prompt,
     check_teachers,
@@ -84,6 +86,55 @@ def test_template_without_a_system_role_is_one_sentence(template: str, reason: s
         "data.train: the question 'b' has a system message, and the chat template of "
         f"student.model, 'models/a', takes none ({reason}); expected rows without one"
     )
+
+
+@pytest.mark.parametrize("template", [None, PLAIN, REFUSES, "{{ raise_exception('no') }}"])
+def test_a_template_that_shows_the_question_passes(template: str | None) -> None:
+    check_question_shown(tokenizer_with(template), student_of("models/a"))
+
+
+@pytest.mark.parametrize("template", ["", "hello", "{{ messages[0].role }}"])
+def test_a_template_that_shows_nothing_of_the_question_is_refused(
+    tmp_path: Path, template: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_question_shown(tokenizer_with(template), student_of("models/a"))
+    assert str(caught.value) == (
+        "student.model: the chat template of 'models/a' shows nothing of the question; expected "
+        "one that shows the content of the messages, as the folder of the original model has it"
+    )
+    run = topology(tmp_path, {})
+    tokenizer_with(template).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"^teacher\.model: .* shows nothing of the question"):
+        check_all_teachers(run, [])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "student", vocab_size=20)
+    reader = Reader.of(student_of(folder))
+    prompts = PromptSet.of(DataConfig(train="unused"))
+    prompt = prompts.plain(Question(id="q", text="w35", answer="1"))
+    tokenizer = reader.load_tokenizer()
+    highest = max(tokenizer("w35")["input_ids"])
+    with pytest.raises(UserError) as caught:
+        reader.lengths(tokenizer, [prompt])
+    assert str(caught.value) == (
+        f"student.model: the tokenizer in {folder!r} is not its model's: it gives prompts the token "
+        f"{highest} ('w35'), and the model has 20 tokens; expected the tokenizer that the model was "
+        "trained with"
+    )
+
+
+def test_a_variable_that_the_chat_template_does_not_have_is_noted() -> None:
+    one = student_of("models/a")
+    given = {"enable_thinkng": False, "thinking": True}
+    one = structs.replace(one, model=structs.replace(one.model, chat_template_kwargs=given))
+    reader = Reader(served=one, context=64, setting="context", vocabulary=64)
+    template = PLAIN + "{% if thinking %}<think>{% endif %}"
+    assert reader.notes(tokenizer_with(template), []) == [
+        "student.chat_template_kwargs.enable_thinkng changes nothing: the chat template of "
+        "'models/a' has no such variable"
+    ]
 
 
 def save(folder: Path, template: str | None = PLAIN, **sizes: Any) -> str:
