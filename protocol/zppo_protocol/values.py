@@ -201,8 +201,8 @@ class Grade(Value, frozen=True, omit_defaults=True):
     """The verdict on one response: what it earns, the parsed final answer, and why if something
     went wrong. `parts`: what the reward is made of, by name. `failed`: the reward could not be had,
     so that the response is neither right nor wrong and is left out of its group. `undecided`:
-    it earns what it earns because it was not graded to the end, or not for what it says, so it may
-    be right and is shown to nobody as a wrong one."""
+    what it earns does not tell that its answer is wrong, because it was not graded to the end or
+    not for its answer alone, so it is shown to nobody as a wrong one."""
 
     reward: Earned
     answer: Text | None = None

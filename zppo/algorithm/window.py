@@ -102,8 +102,8 @@ class Group(Struct, kw_only=True, omit_defaults=True):
 
     def found_wrong(self) -> list[int]:
         """Positions of the rollouts that may be shown as wrong ones: graded, and not right. What
-        only counts as wrong, because its grading came to no end or its right answer was cut off,
-        is not among them."""
+        only counts as wrong, because its grading came to no end or its right answer was cut off or
+        earns too little, is not among them."""
         wrong = self.indices(correct=False)
         return [index for index in wrong if not self.the_grades[index].undecided]
 

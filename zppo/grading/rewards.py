@@ -96,6 +96,8 @@ class CodeArguments(Config, frozen=True, kw_only=True):
 
 RULES = [name for name in GRADERS if name != JUDGE]
 CODE = "code"
+BY_GOLD = {*GRADERS, CODE}
+"""Rewards built in whose 1 says that the answer is right."""
 ARGUMENTS: dict[str, type[Config]] = {
     **dict.fromkeys(RULES, RuleArguments),
     JUDGE: NoArguments,
@@ -242,12 +244,14 @@ def summed(
     parts: Sequence[Part], values: dict[str, float], answer: str | None, note: str = ""
 ) -> Grade:
     """The grade of a response from the values of all its parts. A sum that is no lawful reward,
-    which takes weights as large as values, fails."""
+    which takes weights as large as values, fails. One whose answer a part finds right is never
+    shown as a wrong one, however little the rest lets it earn."""
     value = weighted(parts, values)
     if abs(value) > MAX_REWARD:
         note = f"the rewards add up to {value:g}; expected at most {MAX_REWARD:g}"
         return Grade(reward=0.0, answer=answer, note=note, failed=True)
-    return Grade(reward=value, answer=answer, note=note, parts=values)
+    right = any(values.get(part.name) == 1.0 for part in parts if part.use in BY_GOLD)
+    return Grade(reward=value, answer=answer, note=note, parts=values, undecided=right)
 
 
 def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Grade) -> Grade:
@@ -258,7 +262,7 @@ def together(parts: Sequence[Part], local: Grade, of_teacher: Part, verdict: Gra
     answer = local.answer if local.answer is not None else verdict.answer
     values = {**local.parts, of_teacher.name: verdict.reward}
     grade = summed(parts, values, answer, local.note or verdict.note)
-    return structs.replace(grade, undecided=verdict.undecided)
+    return structs.replace(grade, undecided=grade.undecided or verdict.undecided)
 
 
 def _number(value: object, what: str) -> float:

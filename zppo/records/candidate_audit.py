@@ -21,13 +21,13 @@ from zppo.algorithm.window import PLAIN, Candidate, Group, Reformulation, Visit,
 Shares = dict[str, float]
 
 AUDIT_METRICS: dict[str, str] = {
-    "audit/<kind>/mixed": "Groups with right and wrong replies, the only ones with a gradient; "
-    "plain too.",
+    "audit/<kind>/mixed": "Groups whose replies earn different rewards (right and wrong ones), the "
+    "only ones with a gradient; plain too.",
     "audit/<kind>/unanimous": "Groups whose replies all end in the same answer; plain too.",
     "audit/<kind>/right_repeats": "Right replies whose answer is written as a right candidate's.",
     "audit/<kind>/wrong_repeats": "Wrong replies whose answer is written as a wrong candidate's.",
     "audit/<kind>/listed_repeats": "Replies that repeat a listed wrong answer (prompts of wrong "
-    "candidates only).",
+    "candidates only, one at least with an answer).",
     "audit/<kind>/picked_first": "Picks of the first of two candidates; a pick repeats exactly "
     "one of them.",
     "audit/<kind>/picked_first_right_first": "The same where the first candidate is the right one.",
@@ -105,13 +105,15 @@ def _repeats(kind: str, reformulations: Sequence[Reformulation]) -> Shares:
 
 
 def _listed(kind: str, reformulations: Sequence[Reformulation]) -> Shares:
-    """Replies, right or wrong, that repeat an answer which the prompt calls wrong."""
+    """Replies, right or wrong, that repeat an answer which the prompt calls wrong. A prompt whose
+    candidates have no answer lists none, so there is nothing to repeat."""
     negative = [r for r in reformulations if not any(c.correct for c in r.candidates)]
     return _share(
         f"audit/{kind}/listed_repeats",
         (
-            answer in _answers(reformulation.candidates)
+            answer in listed
             for reformulation in negative
+            if (listed := _answers(reformulation.candidates))
             for answer, _ in _replies(_graded(reformulation))
         ),
     )

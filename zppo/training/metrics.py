@@ -94,7 +94,7 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "tokens_trained",
         "tokens",
-        "Response tokens of the window; all but masked ones count in the denominators.",
+        "Response tokens of the groups in the loss; all but masked ones count in the denominators.",
     ),
     Metric(
         "unreadable_rollouts",

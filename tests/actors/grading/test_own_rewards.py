@@ -12,13 +12,14 @@ import psutil
 import pytest
 from living import is_living
 
+from zppo.algorithm.window import PLAIN, Group
 from zppo.config.rewards import REWARD, RewardConfig, parts_of
 from zppo.errors import UserError
 from zppo.extensions import identity_of
 from zppo.grading import together
 from zppo_actors.grading.handle import GradeWorker, worker_command
 from zppo_actors.grading.own import OwnOrder, OwnRewards
-from zppo_protocol.values import TIMED_OUT, Grade
+from zppo_protocol.values import TIMED_OUT, Grade, Prompt
 
 FILE = '''
 import asyncio, os, sys, time
@@ -139,7 +140,7 @@ def configs(file: Path, entries: dict[str, dict]) -> list[RewardConfig]:
 def test_a_weighted_sum_of_what_is_built_in_and_what_is_own(graded: Grading) -> None:
     entries = {"math": {"weight": 0.7}, "mine:short": {"weight": 0.3, "most": 20}}
     assert graded(entries, r"so \boxed{7}", "seven") == [
-        Grade(reward=0.7 + 0.3 * 0.4, answer="7", parts={"math": 1.0, "short": 0.4}),
+        Grade(reward=0.82, answer="7", parts={"math": 1.0, "short": 0.4}, undecided=True),
         Grade(reward=0.225, note="no boxed answer", parts={"math": 0.0, "short": 0.75}),
     ]
 
@@ -290,9 +291,25 @@ def test_the_part_of_the_teacher_is_added_later(file: Path) -> None:
     [local] = OwnRewards(parts, {}).grades("q?", [r"\boxed{7}"], "", "7")
     assert local == Grade(reward=0.0, answer="7", parts={"exact": 1.0})
     grade = together(parts, local, parts[0], Grade(reward=0.25))
-    assert grade == Grade(reward=2.125, answer="7", parts={"exact": 1.0, "rubric": 0.25})
+    parts_of_it = {"exact": 1.0, "rubric": 0.25}
+    assert grade == Grade(reward=2.125, answer="7", parts=parts_of_it, undecided=True)
     failed = together(parts, local, parts[0], Grade(reward=0.0, note="silent", failed=True))
     assert (failed.failed, failed.reward, failed.note) == (True, 0.0, "silent")
+
+
+def test_a_right_answer_that_earns_too_little_is_no_wrong_candidate(file: Path) -> None:
+    rule = {"exact": {"weight": 0.5}, "format": {"weight": 0.5, "pattern": "So .*"}}
+    parts = parts_of(configs(file, rule))
+    texts = [r"So \boxed{7}", r"\boxed{7}", r"So \boxed{8}", r"\boxed{8}"]
+    grades = OwnRewards(parts, {}).grades("q?", texts, "", "7")
+    group = Group(id="g", kind=PLAIN, prompt=Prompt(messages=[]), grades=grades)
+    assert [grade.reward for grade in group.the_grades] == [1.0, 0.5, 0.5, 0.0]
+    assert group.indices(correct=False) == [1, 2, 3]
+    assert group.found_wrong() == [2, 3]
+    judged = parts_of(configs(file, {"format": {"pattern": "So .*"}, "judge": {}}))
+    [local] = OwnRewards(judged, {}).grades("q?", ["7"], "", "seven")
+    assert together(judged, local, judged[1], Grade(reward=1.0)).undecided
+    assert not together(judged, local, judged[1], Grade(reward=0.0)).undecided
 
 
 def test_code_that_has_changed_since_the_run_began_is_refused(file: Path) -> None:

@@ -87,6 +87,13 @@ def test_replies_that_repeat_a_candidate() -> None:
     assert "audit/bcq/listed_repeats" not in shares and "audit/ncq/right_repeats" not in shares
 
 
+def test_a_prompt_whose_candidates_have_no_answer_lists_nothing_to_repeat() -> None:
+    cut_off = visit("ncq", [None, None], ["7", "9"])
+    assert "audit/ncq/listed_repeats" not in audited(cut_off)
+    shares = audited(cut_off, visit("ncq", ["7", None], ["7", "9"]))
+    assert shares["audit/ncq/listed_repeats"] == 1 / 2
+
+
 def test_the_slot_that_is_picked() -> None:
     shares = audited(
         visit("bcq", ["5", "7"], ["5", "5", "7", "8"], length=3),
