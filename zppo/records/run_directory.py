@@ -271,16 +271,16 @@ class Place:
     """The folder that lies at a path now. It is kept open, so that no other gets its number."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def problem(self) -> str | None:
         """The sentence for a folder that is no longer where it was, else None."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
                 return None
         return (
-            f"run.directory: {str(self._path)!r} was removed or replaced while the run went on, so "
+            f"run.directory: {str(self.path)!r} was removed or replaced while the run went on, so "
             "what it recorded since then is lost; begin the run again, and leave its directory in "
             "its place"
         )

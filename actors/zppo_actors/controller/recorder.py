@@ -63,10 +63,14 @@ def opening(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except FILE_ERRORS as error:
-        raise UserError(
-            f"the records in {str(run_dir)!r} cannot be written ({words_of(error)}); expected room "
-            "there, then zppo launch --resume"
-        ) from error
+        raise UserError(_unwritable(run_dir, error)) from error
+
+
+def _unwritable(run_dir: Path, error: Exception) -> str:
+    return (
+        f"the records in {str(run_dir)!r} cannot be written ({words_of(error)}); expected a disk "
+        "with room there, then zppo launch --resume"
+    )
 
 
 class Recorder:
@@ -175,7 +179,7 @@ class Recorder:
 
     def trouble(self, error: Exception) -> RunEnded:
         """The end of a run whose records cannot be written."""
-        verdict = self._place.problem() or f"a file of the run: {error}"
+        verdict = self._place.problem() or _unwritable(self._place.path, error)
         return RunEnded(verdict=verdict, exit_code=EXIT_FAILED)
 
     def evaluated(self, result: EvaluationResult) -> None:

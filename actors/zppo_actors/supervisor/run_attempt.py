@@ -408,14 +408,15 @@ class RunAttempt:
             )
             self._give_up(child, end)
         elif child.role in IRREPLACEABLE:
-            # With no end in sight yet, only an interrupt has it stop: whoever has sent that to all
+            # With no end in sight yet, nothing else has it stop: whoever has sent that to all
             # processes, on all hosts, has ended the trainer's ranks there as well.
+            interrupted = self._stopping
             self._end = self._end or End(
-                verdict=f"interrupted, and {verdict}" if self._stopping else verdict,
-                exit_code=EXIT_INTERRUPTED if self._stopping else EXIT_FAILED,
-                renewable=not self._stopping,
+                verdict=f"interrupted, and {verdict}" if interrupted else verdict,
+                exit_code=EXIT_INTERRUPTED if interrupted else EXIT_FAILED,
+                renewable=not interrupted,
                 log=child.log,
-                window=self._window_of(child),
+                window=None if interrupted else self._window_of(child),
             )
             # A last step takes the controller and the trainer: there is nothing to wait for.
             self._stopping = False

@@ -364,6 +364,15 @@ def test_a_run_whose_directory_is_taken_away_does_not_finish(
     )
 
 
+def test_records_that_cannot_be_written_are_one_sentence(stage: Stage) -> None:
+    ended = stage.controller.recorder.trouble(OSError(28, "No space left on device"))
+    assert (ended.verdict, ended.exit_code) == (
+        f"the records in {str(stage.context.run_dir)!r} cannot be written ([Errno 28] No space left "
+        "on device); expected a disk with room there, then zppo launch --resume",
+        1,
+    )
+
+
 def test_an_old_incarnation_is_not_let_in(stage: Stage) -> None:
     stage.greet("rollout-0", "rollout", incarnation=2)
     stage.greet("rollout-0", "rollout", incarnation=1)

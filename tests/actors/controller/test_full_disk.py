@@ -56,5 +56,5 @@ def test_an_attempt_that_cannot_be_recorded_is_one_sentence(tmp_path: Path) -> N
     )
     assert done.stdout == (
         f"{record}{record}the records in '{tmp_path}/run' cannot be written (database or disk is "
-        "full); expected room there, then zppo launch --resume\nTrue\n"
+        "full); expected a disk with room there, then zppo launch --resume\nTrue\n"
     ), done.stderr

@@ -176,14 +176,19 @@ class Interrupting(Lines):
             self.interrupts.count = 1
 
 
-def test_an_interrupt_that_ends_the_trainer_as_well_is_one_all_the_same(tmp_path: Path) -> None:
-    """As where all processes of all hosts are sent SIGTERM: agents leave, and with them ranks."""
+def test_an_interrupt_that_ends_the_trainer_as_well_is_one_all_the_same(
+    tmp_path: Path, runtime_base: Path
+) -> None:
+    """As where all processes of all hosts are sent SIGTERM: agents leave, and with them ranks. The
+    window that it was at work on is not to blame."""
 
     class Ending(Interrupting):
         def update(self, status: Status) -> None:
             before = self.interrupts.count
             super().update(status)
             if self.interrupts.count > before:
+                [folder] = runtime_base.glob("zppo-*")
+                runtime.mark_training(folder, 3)
                 children = psutil.Process().children()
                 [trainer] = [child for child in children if "trainer" in command_of(child)]
                 trainer.kill()
@@ -192,6 +197,7 @@ def test_an_interrupt_that_ends_the_trainer_as_well_is_one_all_the_same(tmp_path
     path = make_run(tmp_path / "run", {"controller": ["deaf"]}, run=3)
     end = supervise(path, view, view.interrupts, stub_command)
     assert (end.verdict, end.exit_code) == ("interrupted, and trainer was killed by SIGKILL", 130)
+    assert run_directory.read(path).trainer_deaths == {}
 
 
 def test_whoever_still_starts_when_the_run_ends_is_not_waited_for(
