@@ -1,9 +1,9 @@
 """Time and peak memory of the loss kernels against their peers and against the limits of this
 machine.
 
-    python benches/kernels.py                       run everything here, write JSON, print the table
-    python benches/kernels.py --report              draw docs/benchmarks.md from benches/results
-    python benches/kernels.py --sweep               time the row kernels under other tunings (GPU)
+    python -P benches/kernels.py                    run everything here, write JSON, print the table
+    python -P benches/kernels.py --report           draw docs/benchmarks.md from benches/results
+    python -P benches/kernels.py --sweep            time the row kernels under other tunings (GPU)
 
 Sizes are those of the paper's students on a GPU and of the CPU job elsewhere. Every measurement
 runs in a process of its own, so that its peak memory is its own: on a GPU the allocator's peak, on
@@ -26,6 +26,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+# Last, because this file has the name of a package that transformers looks for.
+sys.path.append(str(Path(__file__).resolve().parent))
 
 import torch
 from kernel_contestants import GPU_ONLY, SUITES, make_problem

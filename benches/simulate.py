@@ -26,7 +26,7 @@ from typing import get_args
 import msgspec
 from msgspec import structs
 
-from zppo.config.options import counting, finite, positive, several
+from zppo.config.options import counting, positive, several, share
 from zppo.config.strict_yaml import parse
 from zppo.config.topology import Batches
 from zppo.errors import Parser, UserError, nearest, run_command
@@ -71,18 +71,29 @@ def small(world: World) -> World:
     )
 
 
-def part(world: World, share: float) -> World:
+def part(world: World, kept: float) -> World:
     """So many of the questions and slots, on machines that are slower by as much, so that a step
-    takes as long; fewer questions make chance weigh more."""
+    takes as long; fewer questions make chance weigh more. Raises UserError for a share that leaves
+    no question, or an engine without room for a group."""
     topology, speeds = world.topology, world.speeds
+    least = max(
+        1 / topology.scheduler.new_questions,
+        topology.method.group_size / speeds.rollout.slots,
+        *(topology.method.teacher_group_size / engines.slots for engines in speeds.teachers),
+    )
+    if kept < least:
+        raise UserError(
+            f"--share is {kept:g}; expected at least {least:g}, because a step has a question and "
+            "an engine samples a group as a whole"
+        )
 
     def fewer(engines: Engines) -> Engines:
-        curve = structs.replace(engines.curve, per_sequence=engines.curve.per_sequence / share)
-        return structs.replace(engines, slots=round(engines.slots * share), curve=curve)
+        curve = structs.replace(engines.curve, per_sequence=engines.curve.per_sequence / kept)
+        return structs.replace(engines, slots=round(engines.slots * kept), curve=curve)
 
-    new = round(topology.scheduler.new_questions * share)
+    new = round(topology.scheduler.new_questions * kept)
     scheduler = structs.replace(topology.scheduler, new_questions=new)
-    rate = speeds.trainer.tokens_per_second * share
+    rate = speeds.trainer.tokens_per_second * kept
     return structs.replace(
         world,
         topology=structs.replace(topology, scheduler=scheduler),
@@ -184,11 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batches", type=several(batches_of), default="windows", help="windows, filled or both"
     )
     parser.add_argument("--by-step", action="store_true", help="what each step trained, too")
-    parser.add_argument("--small", action="store_true", help="a sixteenth of each setting")
-    parser.add_argument("--share", type=finite, help="this share of the questions and slots")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="a sixteenth of each setting")
+    size.add_argument("--share", type=share, help="this share of the questions and slots")
     options = parser.parse_args(arguments)
-    if options.share is not None and not 0 < options.share <= 1:
-        raise UserError(f"--share is {options.share:g}; expected a number above 0, at most 1")
     for path in options.settings:
         world = read_world(path)
         if options.small:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -184,7 +185,7 @@ ROOMS: dict[str, set[str]] = {
         "zppo.prompting",
         "zppo.evaluate_suite",
     },
-    "zppo.join": {"zppo.errors"},
+    "zppo.join": {"zppo.config", "zppo.errors"},
     "zppo.render": {"zppo.algorithm", "zppo.config", "zppo.errors", "zppo.plan"},
     "zppo.grade": {"zppo.config", "zppo.data", "zppo.errors", "zppo.grading"},
     "zppo.compare": {
@@ -209,7 +210,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "zppo.build_data": {"zppo.curation", "zppo.errors"},
     "zppo.sample_videos": {"zppo.config", "zppo.data", "zppo.errors", "zppo_protocol"},
-    "zppo.timeline": {"zppo.errors", "zppo.records"},
+    "zppo.timeline": {"zppo.config", "zppo.errors", "zppo.records"},
     "zppo.quickstart": {"zppo.errors", "zppo.report", "zppo.signals"},
     "zppo.cli": {"zppo.config", "zppo.errors", "zppo.prompting"},
     "zppo.__main__": {"zppo.cli"},
@@ -636,6 +637,27 @@ def test_programs_read_their_arguments_and_end_as_commands_do() -> None:
     }
     texts = [path.read_text(encoding="utf-8") for path in PROGRAMS]
     assert [text for text in texts if not text.endswith(f"    {END}\n")] == []
+
+
+def test_no_option_of_a_command_takes_any_number() -> None:
+    found = {
+        name_of(path): [end for end in loose_ends(tree_of(path)) if end.startswith("type=")]
+        for path in sources([PACKAGES["zppo"]])
+    }
+    assert {name: ends for name, ends in found.items() if ends} == {}
+
+
+def test_programs_find_the_files_beside_them_under_any_python() -> None:
+    """`python -P`, which children run with, does not put a program's own folder on the path."""
+    lost = []
+    for path in PROGRAMS:
+        beside = {one.stem for one in path.parent.glob("*.py")}
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        imports = [n.lineno for n in body if isinstance(n, ast.ImportFrom) and n.module in beside]
+        paths = [n.lineno for n in body if ast.unparse(n).startswith("sys.path")]
+        if imports and not min(paths, default=math.inf) < min(imports):
+            lost.append(name_of(path))
+    assert lost == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,34 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--share", "0.01"],
+            "--share is 0.01; expected at least 0.03125, because a step has a question and an engine "
+            "samples a group as a whole\n",
+        ),
+        (
+            ["--share", "1.5"],
+            "simulate.py: argument --share: '1.5' is not a number above 0, at most 1; see "
+            "simulate.py --help\n",
+        ),
+        (
+            ["--share", "0.5", "--small"],
+            "simulate.py: argument --small: not allowed with argument --share; see simulate.py "
+            "--help\n",
+        ),
+    ],
+)
+def test_a_part_of_a_setting_that_is_none_is_one_sentence(
+    options: list[str], sentence: str
+) -> None:
+    command = [sys.executable, "-P", "benches/simulate.py", "benches/setting_p.yaml", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
 @pytest.mark.slow
 def test_the_bench_prints_a_row_for_every_bound() -> None:
     done = subprocess.run(

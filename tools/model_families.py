@@ -30,9 +30,12 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from tiny_models import CONTEXT, TOKENIZER, VOCABULARY, families, save_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny_models import CONTEXT, TOKENIZER, VOCABULARY, families, save_tiny
 
 from zppo.config.method import MethodConfig
 from zppo.config.options import positive

@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from mutants import MUTANTS, Mutant
 
 from zppo.errors import Parser, UserError, run_command

@@ -21,6 +21,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec import Struct
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from results_page import PAGE, replace_section
 
 from zppo.comparison.record import Record, read_record

@@ -48,6 +48,11 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+def count_of(number: float, one: str, several: str = "") -> str:
+    """`1 step`, `1,234 steps`, `1 question is`, `2 questions are`: a number and what it counts."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def printable(text: str) -> str:
     """Words of others (of data, a model, a server) as a terminal may be given them: what steers it
     or turns the direction of writing is spelled out. Blanks of any width, tabs and the joiners of

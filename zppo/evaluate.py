@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from zppo import evaluate_suite
-from zppo.config.options import data_settings, pair, positive, seconds
+from zppo.config.options import counting, data_settings, finite, pair, positive, seconds, threads
 from zppo.config.served import ServedModel
 from zppo.config.topology import (
     JUDGE,
@@ -322,7 +322,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     group.add_argument("--dtype", choices=DTYPES, help="default: that of the model")
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
     group.add_argument(
         "--judge", type=Path, metavar="FOLDER", help="model that compares answers not found right"
     )
@@ -350,7 +350,7 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
         help="processor time of one grading",
     )
     group.add_argument(
-        "--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out"
+        "--max-bad-rows", type=counting, default=0, metavar="N", help="rows that may be left out"
     )
     group.add_argument(
         "--templates", metavar="FOLDER", help="folder with plain.j2 (docs/templates.md)"
@@ -365,18 +365,18 @@ def _add_decoding_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"longest response ({defaults.max_new_tokens})",
     )
-    group.add_argument("--temperature", type=float, help=f"0 is greedy ({defaults.temperature})")
-    group.add_argument("--top-p", type=float, help=f"1 is off ({defaults.top_p})")
-    group.add_argument("--top-k", type=int, help=f"0 is off ({defaults.top_k})")
-    group.add_argument("--min-p", type=float, help=f"0 is off ({defaults.min_p})")
+    group.add_argument("--temperature", type=finite, help=f"0 is greedy ({defaults.temperature})")
+    group.add_argument("--top-p", type=finite, help=f"1 is off ({defaults.top_p})")
+    group.add_argument("--top-k", type=counting, help=f"0 is off ({defaults.top_k})")
+    group.add_argument("--min-p", type=finite, help=f"0 is off ({defaults.min_p})")
     group.add_argument(
-        "--presence-penalty", type=float, help=f"0 is off ({defaults.presence_penalty})"
+        "--presence-penalty", type=finite, help=f"0 is off ({defaults.presence_penalty})"
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=counting, default=0)
 
 
 if __name__ == "__main__":

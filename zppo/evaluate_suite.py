@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from zppo.config.options import positive, seconds
+from zppo.config.options import counting, positive, rate, seconds
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, first_line, nearest
 from zppo.evaluation.order import locate_model
 from zppo.plan.engines.openai import read_openai_arguments
@@ -201,10 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="results of all models; resumes")
     parser.add_argument("--dry-run", action="store_true", help="print the plan")
     parser.add_argument(
-        "--tokens-per-second", type=seconds, metavar="N", help="of the server, for the plan"
+        "--tokens-per-second", type=rate, metavar="N", help="of the server, for the plan"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="questions of each task")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=counting, default=0)
     parser.add_argument("--templates", type=Path, metavar="FOLDER", help="with plain.j2, judge.j2")
     parser.add_argument("--baseline", metavar="LABEL", help="model to compare with (the first)")
     _add_model_options(parser.add_argument_group("models"))

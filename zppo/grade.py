@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from zppo.config.options import data_settings, finite, pair, positive, seconds
+from zppo.config.options import counting, data_settings, finite, pair, positive, seconds
 from zppo.config.paths import absolute_use
 from zppo.config.rewards import RewardConfig, parts_of
 from zppo.config.strict_yaml import parse
@@ -120,13 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=positive, default=200, metavar="N", help="only the first N questions (200)"
     )
     parser.add_argument(
-        "--max-bad-rows", type=int, default=0, metavar="N", help="rows that may be left out"
+        "--max-bad-rows", type=counting, default=0, metavar="N", help="rows that may be left out"
     )
     parser.add_argument(
         "--grader-seconds", type=seconds, default=5.0, metavar="S", help="limit of one grading (5)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="which other question's answer a completion takes"
+        "--seed", type=counting, default=0, help="which other question's answer a completion takes"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from zppo.config.options import seconds
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
 
 WAIT_SECONDS = 600.0
@@ -30,15 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--wait",
-        type=float,
+        type=seconds,
         default=WAIT_SECONDS,
         metavar="SECONDS",
         help=f"how long to wait for the key file and the run (default: {WAIT_SECONDS:g})",
     )
     try:
         asked = parser.parse_args(argv)
-        if not 0 < asked.wait < float("inf"):
-            raise UserError(f"zppo join: --wait is {asked.wait:g}; expected seconds above 0")
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR

@@ -35,7 +35,7 @@ from zppo.data.corpus import (
     source_notes,
 )
 from zppo.data.question import Question, digest
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, run_command
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, become_actor, count_of, run_command
 from zppo.plan.extensions import changed
 from zppo.plan.machine import measure_machine, wants_gpu
 from zppo.plan.machines_file import Described
@@ -243,9 +243,10 @@ def check_vocabularies(topology: Topology, method: Method) -> None:
 def _check_overlap(train: Corpus, heldout: Corpus) -> None:
     shared = held_out_overlap(train.questions, heldout.questions)
     if shared:
+        both = count_of(len(shared), "of its questions is", "of its questions are")
         raise UserError(
-            f"data.heldout: {len(shared)} of its questions are in data.train too, first the "
-            f"training question {shared[0]!r}; expected none in both"
+            f"data.heldout: {both} in data.train too, first the training question "
+            f"{shared[0]!r}; expected none in both"
         )
 
 
@@ -270,7 +271,7 @@ def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
         ]
         if longer:
             question, length = longer[0]
-            count = "1 question is" if len(longer) == 1 else f"{len(longer)} questions are"
+            count = count_of(len(longer), "question is", "questions are")
             raise UserError(
                 f"{where}: the question {question.id!r} makes a prompt of {length} tokens; "
                 f"expected at most {limit}, data.max_prompt_tokens ({count} longer)"
@@ -411,8 +412,9 @@ def _cost_so_far(directory: Path, step: int) -> list[str]:
     if not requests:
         return []
     return [
-        f"the teachers have cost {requests:,} requests and {tokens:,} tokens so far, "
-        f"{requests / step:,.0f} and {tokens / step:,.0f} for each of {step} steps"
+        f"the teachers have cost {count_of(requests, 'request')} and {count_of(tokens, 'token')} "
+        f"so far, {requests / step:,.0f} and {tokens / step:,.0f} for each of "
+        f"{count_of(step, 'step')}"
     ]
 
 

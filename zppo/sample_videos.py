@@ -35,7 +35,7 @@ from zppo.data.pictures import NO_BOUNDS, PictureError, PixelBounds, picture_hea
 from zppo.data.sources.layouts import picture_column
 from zppo.data.text import RowError
 from zppo.data.videos import sample_frames
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, run_command
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, count_of, run_command
 from zppo_protocol.values import MAX_FRAMES
 
 ROWS = "train.jsonl"
@@ -71,7 +71,7 @@ def sample(rows: Path, out: Path, frames: int, max_pixels: int | None) -> str:
         raise UserError(f"--out: {str(out)!r} cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    made = f"rows: {len(lines)}, videos: {writer.videos}, of at most {frames} frames"
+    made = f"rows: {len(lines)}, videos: {writer.videos}, of at most {count_of(frames, 'frame')}"
     return f"wrote {out / ROWS}: {made}"
 
 
@@ -142,9 +142,11 @@ class _Writer:
 def _read(rows: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place for messages, row) of each line that is not blank."""
     try:
-        lines = rows.read_text(encoding="utf-8").split("\n")  # JSON holds other ends of lines
+        text = rows.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"ROWS: {str(rows)!r} cannot be read ({error}); expected JSONL") from None
+    # JSON holds other ends of lines; files that were joined keep their byte order marks.
+    lines = (line.removeprefix("\ufeff") for line in text.split("\n"))
     return [
         (f"{rows}:{number}", _object(f"{rows}:{number}", line))
         for number, line in enumerate(lines, start=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from zppo.config.options import seconds
 from zppo.errors import EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.records.atomic_file import written_whole
 from zppo.records.summary import read_lines, require_run
@@ -40,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _timeline(run_dir: Path, seconds: float | None) -> Timeline:
+def _timeline(run_dir: Path, newest: float | None) -> Timeline:
     timeline = read_timeline(run_dir)
     if timeline is None:
         raise UserError(
             f"{run_dir}: has no timeline (the folder {TIMELINE}/ is missing or empty); expected a "
             "run whose processes have begun, of a version that records one"
         )
-    return timeline if seconds is None else last(timeline, seconds)
+    return timeline if newest is None else last(timeline, newest)
 
 
 def _said(timeline: Timeline) -> list[str]:
@@ -69,16 +70,6 @@ def _write(out: Path, data: bytes) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="zppo timeline",
@@ -89,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="the trace (default: RUN/timeline/trace.json)"
     )
     parser.add_argument(
-        "--last", type=_seconds, metavar="SECONDS", help="only the end of the timeline"
+        "--last", type=seconds, metavar="SECONDS", help="only the end of the timeline"
     )
     return parser
 

@@ -80,7 +80,7 @@ class Heartbeat(Message, frozen=True):
     shows.
 
     `stats` are gauges for the live view, e.g. `tokens_total`, `tokens_per_second`, `running`,
-    `waiting`.
+    `waiting`, and `idle`, the share of an engine's room and time without work since the last one.
     """
 
     progress: Count

@@ -19,6 +19,7 @@ def test_quick_run_writes_numbers_and_prints_tables(tmp_path: Path) -> None:
     out = tmp_path / "kernels-cpu.json"
     command = [
         sys.executable,
+        "-P",
         str(ROOT / "benches/kernels.py"),
         "--quick",
         "--repeats",
@@ -40,7 +41,7 @@ def test_quick_run_writes_numbers_and_prints_tables(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_a_small_sweep_runs_interpreted_and_a_real_one_asks_for_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "sweep.json"
-    command = [sys.executable, str(ROOT / "benches/kernels.py"), "--sweep", "--device", "cpu"]
+    command = [sys.executable, "-P", str(ROOT / "benches/kernels.py"), "--sweep", "--device", "cpu"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr == (

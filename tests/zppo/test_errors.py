@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zppo.errors import UserError, printable
+from zppo.errors import UserError, count_of, printable
 
 HARMLESS = (
     "plain words, and two\nlines",
@@ -14,6 +14,17 @@ HARMLESS = (
     "\U0001f469\u200d\U0001f52c",  # one emoji of two
     "می\u200cخواهم",
 )
+
+
+def test_one_is_one_and_others_are_several() -> None:
+    assert [count_of(n, "row") for n in (0, 1, 2, 1234)] == [
+        "0 rows",
+        "1 row",
+        "2 rows",
+        "1,234 rows",
+    ]
+    assert count_of(1, "question is", "questions are") == "1 question is"
+    assert count_of(2, "question is", "questions are") == "2 questions are"
 
 
 @pytest.mark.parametrize("text", HARMLESS)

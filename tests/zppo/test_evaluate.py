@@ -275,6 +275,27 @@ def test_a_judge_is_another_model(start: Start) -> None:
             "--model student --data train.jsonl --temperature -1",
             "--temperature is -1.0; expected `float` >= 0.0",
         ),
+        (
+            "--model student --data train.jsonl --seed -1",
+            "zppo evaluate: argument --seed: '-1' is not a whole number of at least 0; see ",
+        ),
+        (
+            "--model student --data train.jsonl --seed 9223372036854775808",
+            "zppo evaluate: argument --seed: '9223372036854775808' is not a whole number from 0 to "
+            "9223372036854775807; see zppo evaluate --help",
+        ),
+        (
+            "--model student --data train.jsonl --max-bad-rows -1",
+            "zppo evaluate: argument --max-bad-rows: '-1' is not a whole number of at least 0; see",
+        ),
+        (
+            "--model student --data train.jsonl --top-p nan",
+            "zppo evaluate: argument --top-p: 'nan' is not a number; see zppo evaluate --help",
+        ),
+        (
+            "--model student --data train.jsonl --threads 1025",
+            "zppo evaluate: argument --threads: '1025' is not a whole number from 1 to 1024; see ",
+        ),
         ("--model student --data train.jsonl --top-p 2", "--top-p is 2.0; expected `float` <= 1.0"),
         (
             "--model student --data train.jsonl --samples 0",

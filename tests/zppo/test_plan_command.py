@@ -157,8 +157,8 @@ def test_a_curve_that_is_none_is_refused(curve: str, reason: str, tmp_path: Path
         (["--from-run", "run"], "run: no such folder; expected the directory of a run\n"),
         (
             ["--seconds", "0"],
-            "zppo plan: argument --seconds: '0' is not a number of seconds above 0; see zppo plan "
-            "--help\n",
+            "zppo plan: argument --seconds: '0' is not a number of seconds above 0, at most 1e9; "
+            "see zppo plan --help\n",
         ),
     ],
 )

@@ -237,6 +237,14 @@ def test_without_pyav_it_says_what_to_install(
     )
 
 
+def test_files_that_were_joined_keep_their_byte_order_marks(tmp_path: Path) -> None:
+    row = {**ROW, "question": "one"}
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\n" * 2 + "\ufeff\n")
+    assert main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "made")]) == 0
+    made = (tmp_path / "made/train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in made] == [row, row]
+
+
 def test_only_an_end_of_line_ends_a_row(tmp_path: Path) -> None:
     """JSON may hold the others as they are."""
     row = {**ROW, "question": "one\u2028two\x85three"}

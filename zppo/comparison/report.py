@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from zppo.comparison.figures import draw_all
@@ -36,7 +35,7 @@ from zppo.records.atomic_file import written_whole
 from zppo.records.flops import Sizes
 from zppo.report import plots
 from zppo.report.frame import ASSETS as REPORT_ASSETS
-from zppo.report.frame import digest, flatten
+from zppo.report.frame import digest, environment, flatten
 
 ASSETS = Path(__file__).parent
 
@@ -64,24 +63,21 @@ def write_report(out: Path, record: Record) -> list[Path]:
 def render_page(results: Results, pictures: Sequence[Picture], title: str) -> str:
     """The page as text."""
     style = (REPORT_ASSETS / "page.css").read_text("utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     with plots.look():
-        return environment.get_template("page.html.j2").render(
-            title=title,
-            sentences=sentences(results),
-            sections=_sections(pictures),
-            tables=tables(results),
-            command=command(results),
-            settings=list(flatten(msgspec.to_builtins(results.record.topology))),
-            uri=plots.to_uri,
-            style=Markup(style),
-            style_digest=digest(style),
+        return (
+            environment(ASSETS)
+            .get_template("page.html.j2")
+            .render(
+                title=title,
+                sentences=sentences(results),
+                sections=_sections(pictures),
+                tables=tables(results),
+                command=command(results),
+                settings=list(flatten(msgspec.to_builtins(results.record.topology))),
+                uri=plots.to_uri,
+                style=Markup(style),
+                style_digest=digest(style),
+            )
         )
 
 

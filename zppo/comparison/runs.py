@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from zppo.comparison.record import Pair, run_folder
-from zppo.errors import EXIT_USER_ERROR
+from zppo.errors import EXIT_USER_ERROR, count_of
 from zppo.records import checkpoint
 from zppo.records.summary import Record as Line
 from zppo.records.summary import read_lines, require_run, summarise, topology_value
@@ -116,7 +116,7 @@ def begin_line(number: int, clock: Clock, pair: Pair, state: State, left: Sequen
 def kept_line(number: int, clock: Clock, pair: Pair, progress: Progress) -> str:
     return (
         f"[{number}/{clock.total}] {pair.method} seed {pair.seed}: finished before, "
-        f"{progress.steps} steps"
+        f"{count_of(progress.steps, 'step')}"
     )
 
 
@@ -126,7 +126,7 @@ def end_line(number: int, clock: Clock, pair: Pair, directory: Path, seconds: fl
     ends = (summary["heldout_before"], summary["heldout_after"])
     shares = " → ".join("–" if value is None else f"{100 * value:.1f} %" for value in ends)
     name = f"[{number}/{clock.total}] {pair.method} seed {pair.seed}"
-    return f"{name}: {summary['steps']} steps in {duration(seconds)}, held-out {shares}"
+    return f"{name}: {count_of(summary['steps'], 'step')} in {duration(seconds)}, held-out {shares}"
 
 
 def failed_line(number: int, clock: Clock, pair: Pair, reason: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from zppo.comparison.results import MethodResult, Results, graduation
 from zppo.comparison.statistics import mean_interval, student_half_width
 from zppo.comparison.tables import points_text, share_text
+from zppo.errors import count_of
 
 COVERAGE = {2: 50, 3: 75, 4: 81, 5: 85, 6: 87, 7: 87, 8: 89}
 """How often a 95 % percentile bootstrap of so many normal values covers their mean, in per cent."""
@@ -46,9 +47,9 @@ def _what(results: Results) -> str:
     seeds = ", ".join(map(str, record.seeds))
     word = "seed" if len(record.seeds) == 1 else "seeds"
     return (
-        f"{_count(len(results.methods), 'method')}, each with {word} {seeds}; {done} of "
-        f"{_count(len(results.runs), 'run')} finished. All share every other setting, and runs of "
-        "one seed see the questions in the same order."
+        f"{count_of(len(results.methods), 'method')}, each with {word} {seeds}; {done} of "
+        f"{count_of(len(results.runs), 'run')} finished. All share every other setting, and runs "
+        "of one seed see the questions in the same order."
     )
 
 
@@ -130,7 +131,3 @@ def _limits(results: Results) -> list[str]:
             "that."
         )
     return notes
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

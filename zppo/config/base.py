@@ -13,9 +13,12 @@ MOST_PROCESSES = 10_000
 """Of one setting: a plan lists them all."""
 Share: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e30)]
-Seconds: TypeAlias = Annotated[float, Meta(gt=0.0, le=1e9)]
-"""A wait; clocks and timers of the system take no more than some hundred years."""
-Threads: TypeAlias = Annotated[int, Meta(ge=1, le=1024)]
+MOST_SECONDS = 1e9
+"""Clocks and timers of the system take no more than some hundred years."""
+Seconds: TypeAlias = Annotated[float, Meta(gt=0.0, le=MOST_SECONDS)]
+"""A wait."""
+MOST_THREADS = 1024
+Threads: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_THREADS)]
 NonNegativeFloat: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e30)]
 
 

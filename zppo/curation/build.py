@@ -33,7 +33,7 @@ from zppo.curation.shards import Shard, find_shards
 from zppo.curation.sieve import PromptLengths, Sieve
 from zppo.data.media import MEDIA
 from zppo.data.sources.built import Manifest
-from zppo.errors import UserError, nearest, printable
+from zppo.errors import UserError, count_of, nearest, printable
 
 BATCH = 256
 """Rows of one transaction."""
@@ -68,7 +68,8 @@ def build(order: Order, say: Say) -> Report:
     folder = Folder(order.out)
     manifest = folder.manifest(order.name, order.recipe.digest, order.prompt_digest)
     if manifest is not None:
-        say(f"{order.out}: holds this corpus already, {manifest.rows} rows; nothing to do")
+        rows = count_of(manifest.rows, "row")
+        say(f"{order.out}: holds this corpus already, {rows}; nothing to do")
         return folder.report()
     shards = [
         shard
@@ -77,7 +78,8 @@ def build(order: Order, say: Say) -> Report:
     ]
     with folder.work(order.name, order.recipe.digest, order.prompt_digest, shards) as ledger:
         before = ledger.rows(range(len(shards)))
-        say(f"{order.out}: {f'goes on behind {before} rows' if before else 'begun'}")
+        begins = f"goes on behind {count_of(before, 'row')}" if before else "begun"
+        say(f"{order.out}: {begins}")
         if ledger.fact("chosen") is None:
             _scan(order, ledger, shards, say)
             ledger.choose(order.recipe.caps)
@@ -134,7 +136,7 @@ def _scan_shard(sieve: Sieve, ledger: Ledger, say: Say) -> None:
         if before // NEWS < done // NEWS:
             say(f"{sieve.shard.place(done)}: looked at")
     ledger.record(sieve.index, [], done, whole=True)
-    say(f"{sieve.shard.file}: looked at, {ledger.rows([sieve.index])} rows")
+    say(f"{sieve.shard.file}: looked at, {count_of(ledger.rows([sieve.index]), 'row')}")
 
 
 def _refuse_unreadable(source: str, ledger: Ledger) -> None:
@@ -188,7 +190,7 @@ def _write(order: Order, ledger: Ledger, shards: list[Shard], folder: Folder, sa
             ledger.write(batch)
             written += len(batch)
         if written:
-            say(f"{shard.file}: written, {written} rows")
+            say(f"{shard.file}: written, {count_of(written, 'row')}")
 
 
 def _lines(

@@ -10,7 +10,7 @@ from zppo.curation.examples import RULES
 from zppo.curation.ledger import Ledger
 from zppo.curation.recipe import Recipe
 from zppo.curation.shards import Shard
-from zppo.errors import printable
+from zppo.errors import count_of, printable
 
 MAX_NAMES = 100
 """Sub-datasets that are counted one by one for each rule; a column of other things than names could
@@ -121,10 +121,10 @@ def report_text(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield f"{report.recipe}: {report.kept} of {report.rows} rows kept"
+    yield f"{report.recipe}: {report.kept:,} of {count_of(report.rows, 'row')} kept"
     for source in report.sources:
-        files = "1 file" if source.files == 1 else f"{source.files} files"
-        yield f"  {source.source}: {source.kept} of {source.rows} rows in {files}"
+        files = count_of(source.files, "file")
+        yield f"  {source.source}: {source.kept:,} of {count_of(source.rows, 'row')} in {files}"
     yield ""
     yield "kept"
     for kept in report.sub_datasets:

@@ -17,7 +17,7 @@ from msgspec import Struct, field
 
 from zppo.config.topology import REASONING_GYM, DataConfig
 from zppo.data.question import Question
-from zppo.errors import printable
+from zppo.errors import count_of, printable
 from zppo.grading.boxes import BOX, last_boxed, tidy
 from zppo.grading.graders import choice_letters, shown_gold
 from zppo.grading.maths import gold_content
@@ -231,8 +231,8 @@ def report_text(audit: Audit) -> str:
     """The audit for people."""
     lines = [
         (
-            f"{audit.source}: {audit.questions} questions, "
-            f"{audit.right.total() + audit.hostile.total()} completions"
+            f"{audit.source}: {count_of(audit.questions, 'question')}, "
+            f"{count_of(audit.right.total() + audit.hostile.total(), 'completion')}"
         )
     ]
     for name, mistakes, made in _sides(audit):

@@ -27,7 +27,7 @@ from zppo.data.sources.base import Unit, same_words
 from zppo.data.sources.layouts import Columns, Wanted
 from zppo.data.text import RowError
 from zppo.data.unshown import unshown_texts
-from zppo.errors import UserError
+from zppo.errors import UserError, count_of
 from zppo.grading.maths import gold_answer
 from zppo.grading.rewards import needs_gold, needs_row
 from zppo_protocol.values import Media, PictureReference
@@ -135,7 +135,7 @@ class _CorpusBuilder:
         count, limit = len(self.bad_rows), self.config.max_bad_rows
         if count > limit:
             first = self.bad_rows[0]
-            rows = "1 bad row" if count == 1 else f"{count} bad rows"
+            rows = count_of(count, "bad row")
             raise UserError(
                 f"{self.source.place(first.line)}: {first.reason}; {rows} where data.max_bad_rows "
                 f"allows {limit}: mend the file or raise the limit"
@@ -198,7 +198,7 @@ def gold_notes(where: str, questions: Iterable[Question]) -> list[str]:
     golds = [one for one in questions if one.grader == "math" and _is_prose(one.answer)]
     if not golds:
         return []
-    count = "1 gold answer is" if len(golds) == 1 else f"{len(golds)} gold answers are"
+    count = count_of(len(golds), "gold answer is", "gold answers are")
     return [
         f"{where}: {count} words, not mathematics, first {golds[0].answer[:40]!r} of the question "
         f"{golds[0].id!r}: the grader 'math' has little but the same words to go by, see "

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from zppo.data.media import Cell
 from zppo.data.text import RowError
+from zppo.errors import count_of
 from zppo_protocol.places import PLACE, without_places
 
 IMAGE, VIDEO = "<image>", "<video>"
@@ -89,7 +90,7 @@ def _is_marked(
     if count != wanted:
         times = "once" if count == 1 else f"{count} times"
         raise RowError(
-            f"{name} holds {mark} {times} and the row has {wanted} {noun}{'s' * (wanted > 1)}; "
+            f"{name} holds {mark} {times} and the row has {count_of(wanted, noun)}; "
             f"expected one for each {noun}, or none"
         )
     return True

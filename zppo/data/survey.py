@@ -12,7 +12,7 @@ from zppo.config.topology import REASONING_GYM
 from zppo.data.corpus import BadRow, Corpus, held_out_overlap
 from zppo.data.question import Question
 from zppo.data.unshown import unshown_texts
-from zppo.errors import printable
+from zppo.errors import count_of, printable
 from zppo.grading.boxes import tidy
 from zppo.grading.graders import choice_letters, shown_gold
 from zppo.grading.maths import gold_content
@@ -181,7 +181,8 @@ def _shown_lines(found: Survey) -> Iterator[str]:
 
 
 def _count_lines(found: Survey) -> Iterator[str]:
-    yield f"{found.source}: {found.questions} questions in {found.rows} {found.unit}s of data"
+    rows = count_of(found.rows, found.unit)
+    yield f"{found.source}: {count_of(found.questions, 'question')} in {rows} of data"
     yield _line("layout", found.layout)
     if found.conversations or found.system_messages:
         yield _line(
@@ -191,7 +192,9 @@ def _count_lines(found: Survey) -> Iterator[str]:
         )
     if found.pictures:
         where = f", {found.placed} of them at places in the words" if found.placed else ""
-        yield _line("pictures", f"{found.pictures} questions have some{where}")
+        yield _line(
+            "pictures", f"{count_of(found.pictures, 'question has', 'questions have')} some{where}"
+        )
     for text in unshown_texts(found.unshown):
         yield _line("not shown", printable(text))
     yield _line("graders", _listed(found.graders))
@@ -204,7 +207,8 @@ def _count_lines(found: Survey) -> Iterator[str]:
     yield from _some([f"{found.unit} {row.line}: {row.reason}" for row in found.bad_rows])
     if found.held_out is not None:
         yield _line(
-            "held out", f"{found.held_out} questions, {len(found.overlap)} of them here as well"
+            "held out",
+            f"{count_of(found.held_out, 'question')}, {len(found.overlap)} of them here as well",
         )
         yield from _some(found.overlap)
         for text in unshown_texts(found.held_out_unshown):

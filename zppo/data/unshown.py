@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from zppo.data.media import MAX_PATH, is_address, picture_entries
+from zppo.errors import count_of
 
 _FILE = re.compile(
     r"[^\n]+\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|m4v|mov|mkv|webm|avi)", re.IGNORECASE
@@ -44,7 +45,7 @@ def _is_one(entry: object) -> bool:
 def unshown_texts(unshown: Mapping[str, int]) -> Iterator[str]:
     """That questions are asked without what a column holds. `unshown`: column -> how many."""
     for column, count in unshown.items():
-        asked = "1 question is" if count == 1 else f"{count} questions are"
+        asked = count_of(count, "question is", "questions are")
         yield (
             f"{asked} asked without the picture or video of the column {column!r}; name it in "
             "data.fields (images or videos), or leave it out of the file"

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from zppo.diagnosis.examine import diagnosed
-from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, printable
+from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, count_of, printable
 from zppo.records.summary import Record
 
 SHOWN = ("run", "steps", "verdict", "advice")
@@ -36,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_lines(summary: Record) -> Iterator[str]:
     """The findings in plain text: three lines for each."""
     advice = summary["advice"]
-    steps = f"{summary['steps']} trained step{'s' if summary['steps'] != 1 else ''}"
-    yield f"run {summary['run']}: {steps}, {len(advice) or 'no'} " + (
-        "advisory" if len(advice) == 1 else "advisories"
-    )
+    steps = count_of(summary["steps"], "trained step")
+    many = count_of(len(advice), "advisory", "advisories") if advice else "no advisories"
+    yield f"run {summary['run']}: {steps}, {many}"
     for advisory in advice:
         yield f"{advisory['severity']} {advisory['rule']}: {advisory['found']}"
         yield f"  {advisory['change']}"

@@ -59,6 +59,11 @@ class Evidence(Struct, frozen=True, kw_only=True):
         enough = len(self.newest) >= steps or self.ended
         return self.newest[-steps:] if enough else []
 
+    def full(self, steps: int) -> bool:
+        """Whether there are so many lines. Speeds of a run that ended before are those of its start
+        and its end."""
+        return len(self.newest) >= steps
+
     def values(self, name: str, steps: int) -> list[float]:
         """A metric over the last `steps` lines, where it was measured."""
         return measured(self.last(steps), name)

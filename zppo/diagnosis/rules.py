@@ -381,7 +381,7 @@ def trainer_idle(evidence: Evidence) -> Iterator[Advisory]:
 def engines_idle(evidence: Evidence) -> Iterator[Advisory]:
     """The engines have room that nobody uses."""
     idle = evidence.mean("time/rollout_idle", LIMITS.long_steps)
-    if idle is not None and idle >= LIMITS.idle:
+    if idle is not None and idle >= LIMITS.idle and evidence.full(LIMITS.long_steps):
         yield Advisory(
             rule="engines_idle",
             severity="warning",
@@ -398,7 +398,9 @@ def engines_idle(evidence: Evidence) -> Iterator[Advisory]:
 
 
 def _waits(evidence: Evidence) -> float:
-    """Share of the last steps that the trainer waited."""
+    """Share of the last steps that the trainer waited; 0 where they are too few to say so."""
+    if not evidence.full(LIMITS.long_steps):
+        return 0.0
     steps = evidence.total("time/step", LIMITS.long_steps)
     return evidence.total("time/trainer_wait", LIMITS.long_steps) / steps if steps else 0.0
 

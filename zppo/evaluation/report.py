@@ -11,7 +11,7 @@ from math import comb
 
 from msgspec import Struct
 
-from zppo.errors import printable
+from zppo.errors import count_of, printable
 from zppo.scheduling.heldout import Estimate, estimate
 from zppo_protocol.values import Sampling
 
@@ -126,8 +126,8 @@ def report_text(report: EvaluationReport) -> str:
     """The report for people."""
     lines = [
         (
-            f"{report.model} on {report.data}: {report.questions} questions, {report.samples} "
-            "samples each"
+            f"{report.model} on {report.data}: {count_of(report.questions, 'question')}, "
+            f"{count_of(report.samples, 'sample')} each"
         )
     ]
     shares = {"1": report.pass_at_1, **report.pass_at}
@@ -151,9 +151,9 @@ def _details(report: EvaluationReport) -> list[str]:
     if report.tokens_per_response is not None:
         details.insert(0, f"{report.tokens_per_response:.1f} tokens per response")
     if report.judged:
-        details.append(f"{report.judged} responses judged")
+        details.append(f"{count_of(report.judged, 'response')} judged")
     if report.timed_out:
-        details.append(f"{report.timed_out} gradings timed out")
+        details.append(f"{count_of(report.timed_out, 'grading')} timed out")
     if report.tokens_per_second is not None:
         details.append(f"{report.tokens_per_second:.0f} tokens/s")
     return [*details, f"{report.seconds:.0f} s"]

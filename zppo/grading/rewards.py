@@ -21,7 +21,7 @@ from zppo.config.base import Config, Positive, PositiveFloat
 from zppo.config.explain import explain
 from zppo.config.rewards import RUBRIC, Part, weighted
 from zppo.config.topology import JUDGE
-from zppo.errors import UserError, sendable
+from zppo.errors import UserError, count_of, sendable
 from zppo.grading.boxes import last_boxed, shown
 from zppo.grading.graders import GRADERS, NO_BOX, get_grader
 from zppo_protocol.values import MAX_REWARD, Grade
@@ -234,9 +234,13 @@ def read_results(values: object, count: int) -> list[Reward]:
     RewardError."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise RewardError(f"returned {_shown(values)}; expected a list of {count} rewards")
+        raise RewardError(
+            f"returned {_shown(values)}; expected a list of {count_of(count, 'reward')}"
+        )
     if len(values) != count:
-        raise RewardError(f"returned {len(values)} rewards; expected {count}, one per response")
+        raise RewardError(
+            f"returned {count_of(len(values), 'reward')}; expected {count}, one per response"
+        )
     return [read_result(value) for value in values]
 
 

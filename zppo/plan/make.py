@@ -14,7 +14,7 @@ from zppo.config.cluster import LOCALHOST
 from zppo.config.rewards import parts_of
 from zppo.config.served import ServedModel, served_models, served_student, teachers
 from zppo.config.topology import TRANSFORMERS, VLLM, Topology
-from zppo.errors import UserError
+from zppo.errors import UserError, count_of
 from zppo.grading.rewards import bounds_of_sum
 from zppo.plan.architecture import (
     refuse_other_state,
@@ -228,7 +228,7 @@ def _host_notes(topology: Topology, table: list[ProcessEntry], machine: Machine)
     notes, used = [], {entry.host for entry in table}
     if cards := idle_cards(topology, machine):
         notes.append(
-            f"every device is cpu, though this machine has {cards} GPU{'s' if cards > 1 else ''}: "
+            f"every device is cpu, though this machine has {count_of(cards, 'GPU')}: "
             "see "
             "actors.trainer.device and actors.rollout.devices"
         )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zppo.errors import UserError
+from zppo.errors import UserError, count_of
 from zppo.prompting.content import frame_time
 from zppo.prompting.picture_families import (
     PictureFamily,
@@ -125,7 +125,8 @@ class PictureLayout:
             if ids.count(mark) != len(media_of_mark):
                 kind, count = self._kind(mark), len(media_of_mark)
                 raise MarkError(
-                    f"the prompt holds {ids.count(mark)} marks of {kind}s for {count} {kind}s"
+                    f"the prompt holds {count_of(ids.count(mark), 'mark')} of {kind}s for "
+                    f"{count_of(count, kind)}"
                 )
         expanded = list[int]()
         for one in ids:
@@ -232,7 +233,7 @@ def _other(medium: Media, number: int, count: int, expansion: Sequence[int]) -> 
     size = f"{first.width} × {first.height} pixels"
     what = f"picture {number} of {count}, of {size}"
     if isinstance(medium, VideoReference):
-        what = f"video {number} of {count}, of {len(medium.frames)} frames of {size}"
+        what = f"video {number} of {count}, of {count_of(len(medium.frames), 'frame')} of {size}"
     return ValueError(
-        f"{what}, should be {len(expansion)} tokens, and other ones stand in the prompt"
+        f"{what}, should be {count_of(len(expansion), 'token')}, and other ones stand in the prompt"
     )

@@ -391,7 +391,7 @@ class PromptSet:
     def _reads_pictures(self, name: str) -> bool:
         """Whether a template, or one that it includes, reads how many pictures there are."""
         if name not in self._reads:
-            tree = self._environment.parse(self._files[name][0].decode())
+            tree = self._environment.parse(self._text(name))
             included = self._references(name) & set(self._files) - {name}
             self._reads[name] = PICTURES in meta.find_undeclared_variables(tree) or any(
                 map(self._reads_pictures, included)
@@ -437,8 +437,12 @@ class PromptSet:
 
     def _source(self, name: str) -> tuple[str, str, None] | None:
         """A template as Jinja2 takes it: text, place, and no word on when to read it again."""
-        found = self._files.get("/".join(split_template_path(name)))
-        return None if found is None else (found[0].decode(), str(found[1]), None)
+        name = "/".join(split_template_path(name))
+        return (self._text(name), str(self._file(name)), None) if name in self._files else None
+
+    def _text(self, name: str) -> str:
+        """A template without the byte order mark that some editors write: no word of a prompt."""
+        return self._files[name][0].decode("utf-8-sig")
 
     def _read(self, name: str, file: Path) -> None:
         try:
@@ -476,7 +480,7 @@ class PromptSet:
         if name not in self._files:
             return set()
         try:
-            tree = self._environment.parse(self._files[name][0].decode())
+            tree = self._environment.parse(self._text(name))
             targets = [target for target in meta.find_referenced_templates(tree) if target]
             return {"/".join(split_template_path(target)) for target in targets}
         except (TemplateSyntaxError, TemplateNotFound, UnicodeDecodeError):

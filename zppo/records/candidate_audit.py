@@ -7,7 +7,8 @@ paper's own audit (Tables 16 and 17) has the shares of replies that repeat a can
 groups, the slot that was picked and agreement are ours.
 
 An answer repeats a candidate if both are written alike, spaces apart; no grader is asked. A *pick*
-is a reply that repeats exactly one of two candidates, one right and one wrong.
+is a reply that repeats exactly one of two candidates, one right and one wrong. Replies whose reward
+failed are left out of everything, and a group of them alone is neither mixed nor unanimous.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from zppo.algorithm.window import PLAIN, Candidate, Group, Reformulation, Visit, Window
+from zppo_protocol.values import Grade
 
 Shares = dict[str, float]
 
@@ -69,13 +71,12 @@ def audit(window: Window) -> Shares:
 
 def mixed(group: Group) -> bool:
     """Whether a graded group has replies of different reward, so that some have an advantage."""
-    return len({grade.reward for grade in group.grades or () if not grade.failed}) > 1
+    return len({grade.reward for grade in _judged(group)}) > 1
 
 
 def unanimous(group: Group) -> bool:
-    """Whether all replies of a graded group end in the same answer."""
-    answers = {grade.answer for grade in group.grades or ()}
-    answers = set(map(_written, answers))
+    """Whether all replies of a graded group end in the same answer, and there is one."""
+    answers = {_written(grade.answer) for grade in _judged(group)}
     return len(answers) == 1 and None not in answers
 
 
@@ -163,9 +164,13 @@ def _graded(reformulation: Reformulation) -> Group:
 
 def _replies(group: Group) -> Iterator[tuple[str | None, bool]]:
     """(answer, whether it is right) of each reply."""
-    for grade in group.grades or ():
-        if not grade.failed:
-            yield _written(grade.answer), group.is_correct(grade)
+    for grade in _judged(group):
+        yield _written(grade.answer), group.is_correct(grade)
+
+
+def _judged(group: Group) -> list[Grade]:
+    """The grades that the audit counts: a reply whose reward failed is no reply to it."""
+    return [grade for grade in group.grades or () if not grade.failed]
 
 
 def _answers(candidates: Iterable[Candidate]) -> set[str]:

@@ -42,7 +42,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("wall_seconds", "s", "Time in training since the run began; time between a stop and a resume is left out."),
     Metric("time/step", "s", "From the end of the previous step to the end of this one."),
     Metric("time/trainer_wait", "s", "Part of the step in which the trainer had no window to train on."),
-    Metric("time/rollout_idle", "share", "Share of sequence slots of the rollout actors that sampled nothing."),
+    Metric("time/rollout_idle", "share", "Share of room and time of the rollout actors that sampled nothing, by the heartbeats of the step."),
     Metric("time/grader_busy", "share",
            "Share of the step in which every grader had work, looked at twice a second."),
     Metric("accuracy/plain", "share", "Share of correct plain rollouts, new and replayed questions."),

@@ -20,7 +20,7 @@
   const plain = (visit) => visit.groups.find((group) => group.kind === "plain");
   const trail = (question) =>
     question.visits.map((visit) => score(plain(visit))).join(" → ") + (question.later ? " → …" : "");
-  const percent = (share) => `${Math.round(1000 * share) / 10} %`;
+  const percent = (share) => `${Math.round(1000 * share) / 10}\u00a0%`;
   const OUTCOMES = {
     admitted: "admitted to the buffer", kept: "stays in the buffer", graduated: "graduates", none: "buffer unchanged",
   };
@@ -41,7 +41,7 @@
   function refresh() {
     const found = data.questions.filter(matches);
     const more = found.length > MOST_LISTED ? `; the first ${MOST_LISTED} are listed` : "";
-    count.textContent = `${found.length} of ${data.questions.length} questions${more}`;
+    count.textContent = `${found.length} of ${data.questions.length} question${data.questions.length === 1 ? "" : "s"}${more}`;
     list.replaceChildren(...found.slice(0, MOST_LISTED).map(entry));
     return found;
   }

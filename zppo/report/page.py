@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from zppo.errors import count_of
 from zppo.report.audit_table import audit_table
 from zppo.report.browser import BrowserData, browser_data, embed
 from zppo.report.figures import draw_all
-from zppo.report.frame import ASSETS, digest, flatten
+from zppo.report.frame import ASSETS, digest, environment, flatten
 from zppo.report.load import RunData
 from zppo.report.sentences import duration, sentences
 
@@ -31,7 +31,7 @@ def render_page(run: RunData) -> str:
         (ASSETS / "browser.js").read_text("utf-8"),
         (ASSETS / "page.css").read_text("utf-8"),
     )
-    return _environment().get_template("page.html.j2").render(
+    return environment(ASSETS).get_template("page.html.j2").render(
         title=run.setting("run", "name", default=run.run_dir.name),
         method=run.summary["method"],
         run=run.run,
@@ -66,7 +66,7 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         )
 
     return [
-        (f"{summary['steps']:,}", "rollout steps", duration(summary["wall_seconds"])),
+        _tile(summary["steps"], "rollout step", duration(summary["wall_seconds"])),
         (
             change(summary["heldout_before"], summary["heldout_after"]),
             "held-out accuracy",
@@ -78,9 +78,14 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "first → last tenth",
         ),
         (f"{summary['graduated']:,}", "graduated", f"of {summary['admitted']:,} admitted"),
-        (f"{summary['max_staleness_seen']}", "versions", "greatest staleness"),
+        _tile(summary["max_staleness_seen"], "version", "greatest staleness"),
         _promise(summary),
     ]
+
+
+def _tile(number: float, noun: str, detail: str) -> tuple[str, str, str]:
+    value, _, what = count_of(number, noun).partition(" ")
+    return value, what, detail
 
 
 def _promise(summary: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -102,20 +107,14 @@ def browser_note(browser: BrowserData) -> str:
     """How much of the run the browser shows."""
     shown = len(browser.questions)
     if shown == browser.total:
-        return f"All {shown:,} questions that were hard at some visit."
+        return (
+            "The question that was hard at some visit."
+            if shown == 1
+            else (f"All {shown:,} questions that were hard at some visit.")
+        )
     return (
         f"{shown:,} of {browser.total:,} questions that were hard at some visit: those with the "
         "most reformulated "
         "prompts and visits, each fate in turn, as many as one page can carry. The rollout store "
         "holds them all."
-    )
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zppo.errors import count_of
 from zppo.records.metrics import KIND_TITLES
 from zppo.report.load import RunData
 
@@ -43,14 +44,17 @@ def _work(summary: Mapping[str, Any]) -> str:
         for name, n in summary.items()
         if name.startswith("groups_") and n
     }
+    replayed = count_of(summary["questions_replayed"], "replayed question")
     text = (
-        f"{summary['steps']:,} rollout steps in {duration(summary['wall_seconds'])} trained on "
-        f"{summary['questions_new']:,} new and {summary['questions_replayed']:,} replayed questions"
+        f"{count_of(summary['steps'], 'rollout step')} in {duration(summary['wall_seconds'])} "
+        f"trained on {summary['questions_new']:,} new and {replayed}"
     )
     if rewritten:
-        counts = [f"{n:,} {KIND_TITLES.get(kind, kind)}" for kind, n in rewritten.items()]
-        text += f", and on {' and '.join(counts)} groups"
-    return f"{text}; {summary['tokens_generated']:,} response tokens were sampled for it."
+        *others, last = [(n, KIND_TITLES.get(kind, kind)) for kind, n in rewritten.items()]
+        counts = [*(f"{n:,} {kind}" for n, kind in others), count_of(last[0], f"{last[1]} group")]
+        text += f", and on {' and '.join(counts)}"
+    tokens = count_of(summary["tokens_generated"], "response token was", "response tokens were")
+    return f"{text}; {tokens} sampled for it."
 
 
 def _updates(summary: Mapping[str, Any]) -> str:
@@ -60,7 +64,7 @@ def _updates(summary: Mapping[str, Any]) -> str:
         return ""
     if updates == 0:
         return "NOT ONE UPDATE WAS MADE: the student is what it was before."
-    return f"The optimizer made {updates:,} updates."
+    return f"The optimizer made {count_of(updates, 'update')}."
 
 
 def _responses(summary: Mapping[str, Any]) -> str:
@@ -112,24 +116,21 @@ def _buffer(summary: Mapping[str, Any]) -> list[str]:
         return []
     share = 100 * summary["graduated"] / summary["admitted"]
     return [
-        f"The replay buffer admitted {summary['admitted']:,} hard questions; "
-        f"{summary['graduated']:,} of them "
-        f"({share:.0f} %) graduated and {summary['evicted']:,} were evicted."
+        f"The replay buffer admitted {count_of(summary['admitted'], 'hard question')}; "
+        f"{summary['graduated']:,} of them ({share:.0f} %) graduated and "
+        f"{count_of(summary['evicted'], 'was', 'were')} evicted."
     ]
 
 
 def _staleness(run: RunData) -> str:
     bound, seen = run.setting("scheduler", "max_staleness"), run.summary["max_staleness_seen"]
     if bound is None:
-        return f"No token was older than {_versions(seen)} when it was trained on."
+        return f"No token was older than {count_of(seen, 'policy version')} when it was trained on."
     verdict = "within" if seen <= bound else "ABOVE"
     return (
-        f"The oldest token trained on was {_versions(seen)} behind, {verdict} the bound of {bound}."
+        f"The oldest token trained on was {count_of(seen, 'policy version')} behind, {verdict} the "
+        f"bound of {bound}."
     )
-
-
-def _versions(number: float) -> str:
-    return f"{number:g} policy version" + ("" if number == 1 else "s")
 
 
 def _promise(summary: Mapping[str, Any]) -> str:

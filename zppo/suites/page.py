@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from zppo.errors import UserError, nearest
 from zppo.records.atomic_file import written_whole
-from zppo.report.frame import ASSETS, digest
+from zppo.report.frame import ASSETS, digest, environment
 from zppo.suites.order import SuiteOrder
 from zppo.suites.plan import told
 from zppo.suites.results import (
@@ -149,29 +148,26 @@ def _model(rows: Sequence[Row], column: Column, baseline: Column) -> dict[str, A
 def render_page(order: SuiteOrder, columns: Sequence[Column], baseline: Column) -> str:
     """The page as text; it fetches nothing."""
     style = (ASSETS / "page.css").read_text("utf-8") + STYLE
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = order.suite.rows
     families = [(name, list(group)) for name, group in groupby(
         sorted(rows, key=lambda row: _place(rows, row)), key=lambda row: row.family)]  # fmt: skip
-    return environment.get_template("page.html.j2").render(
-        title=order.suite.name,
-        families=[(name, _table(name, group, columns, baseline)) for name, group in families],
-        missing=_missing(columns),
-        own_judges=[row.short for row in rows if row.scoring == OWN_JUDGE],
-        benchmarks=[_about(row, columns) for row in rows],
-        decoding=msgspec.to_builtins(order.suite.decoding),
-        judge=order.judge.model if order.judge is not None else None,
-        limit=order.limit,
-        baseline=baseline.label,
-        compared=len(columns) > 1,
-        style=Markup(style),
-        style_digest=digest(style),
+    return (
+        environment(Path(__file__).parent)
+        .get_template("page.html.j2")
+        .render(
+            title=order.suite.name,
+            families=[(name, _table(name, group, columns, baseline)) for name, group in families],
+            missing=_missing(columns),
+            own_judges=[row.short for row in rows if row.scoring == OWN_JUDGE],
+            benchmarks=[_about(row, columns) for row in rows],
+            decoding=msgspec.to_builtins(order.suite.decoding),
+            judge=order.judge.model if order.judge is not None else None,
+            limit=order.limit,
+            baseline=baseline.label,
+            compared=len(columns) > 1,
+            style=Markup(style),
+            style_digest=digest(style),
+        )
     )
 
 

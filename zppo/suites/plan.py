@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from zppo.errors import count_of
 from zppo.suites.order import Served, SuiteOrder
 from zppo.suites.pictures import server_options
 from zppo.suites.results import Column, RowResult, read_column
@@ -76,14 +77,16 @@ def plan_lines(order: SuiteOrder, missing: Mapping[str, str], speed: float | Non
     rows = order.suite.rows
     width = max(len(row.short) for row in rows)
     runnable = [row for row in rows if row.short not in missing]
-    lines = [f"suite {order.suite.name}: {len(rows)} benchmarks, {len(runnable)} can be run"]
+    lines = [
+        f"suite {order.suite.name}: {count_of(len(rows), 'benchmark')}, {len(runnable)} can be run"
+    ]
     for row in rows:
         if row.short in missing:
             lines.append(f"  {row.short:<{width}}  missing: {missing[row.short]}")
             continue
         asked, tokens = questions_of(row, order), _most_tokens(row, order)
-        many = "questions unknown" if asked is None else f"{asked:,} questions"
-        most = "" if tokens is None else f", at most {tokens:,} tokens"
+        many = "questions unknown" if asked is None else count_of(asked, "question")
+        most = "" if tokens is None else f", at most {count_of(tokens, 'token')}"
         lines.append(f"  {row.short:<{width}}  {row.harness}, {many}{most}")
     return [
         *lines,
@@ -144,7 +147,7 @@ def _measured(column: Column) -> tuple[float | None, float | None]:
 
 def told(result: RowResult) -> str:
     """What a result hangs on, in short, for the page."""
-    parts = [result.harness, f"{len(result.scores):,} questions"]
+    parts = [result.harness, count_of(len(result.scores), "question")]
     parts += [f"{result.judged} judged"] if result.judged else []
     parts += [f"{result.cut_off} cut off"] if result.cut_off else []
     parts += [f"{result.refused} not taken by the server"] if result.refused else []

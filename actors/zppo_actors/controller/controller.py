@@ -139,13 +139,9 @@ class Controller:
             self._send(SUPERVISOR, self._status())
 
     def _status(self) -> messages.Status:
+        waiting = self._waiting()
         return build_status(
-            self.scheduler,
-            self.peers,
-            self.recorder,
-            self.clock,
-            self._waiting(),
-            self.advisor.lines,
+            self.scheduler, self.peers, self.recorder, self.clock, waiting, self.advisor.lines
         )
 
     def _feed(self, event: events.Event, now: float) -> bool:
@@ -380,6 +376,7 @@ class Controller:
         if moved:
             self.scheduler.handle(events.Progressed(actor=peer.name, now=now))
         peer.progress, peer.stats = message.progress, message.stats
+        self.clock.beat(peer)
         self._feed(events.Heard(actor=peer.name, tasks=message.tasks, now=now), now)
         return moved
 

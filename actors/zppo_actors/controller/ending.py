@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, count_of
 from zppo.scheduling import events
 from zppo.scheduling.scheduler import RunFailure, Scheduler
 from zppo.scheduling.waiting import out_of_budget, teachers_at_work
@@ -64,7 +64,7 @@ class Ending:
         if self._paid_for:
             self._keep_paid()
             return None
-        steps = f"{self._scheduler.trained} of {self._scheduler.total_steps} steps"
+        steps = f"{self._scheduler.trained} of {count_of(self._scheduler.total_steps, 'step')}"
         if stopped:
             verdict = f"{self._reason}: {steps} are trained and saved"
             return RunEnded(verdict=verdict, exit_code=self._code)

@@ -16,14 +16,18 @@ RECENT_STEPS = 10
 
 
 class StepClock:
-    """Measures each step: how long the trainer waited for its window, and how idle the rollout
-    engines were."""
+    """Measures each step: how long the trainer waited for its window, how idle the rollout engines
+    were, and whether the graders were at work.
+
+    Each heartbeat of a rollout engine counts once, in the step in which it comes, because it speaks
+    of all the time since the one before. A step in which none comes says nothing of the engines.
+    """
 
     def __init__(self, now: float) -> None:
         self._step_began = now
         self._free_since: float | None = None
         self._waited = 0.0
-        self._idle: list[float] = []
+        self._idle_slots = self._slots = 0.0
         self._graders_busy: list[bool] = []
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
 
@@ -35,28 +39,29 @@ class StepClock:
             self._waited = now - self._free_since
         self._free_since = None
 
+    def beat(self, peer: Peer) -> None:
+        """A heartbeat came, with these `stats`; one of an engine that may not sample yet has no
+        `idle`."""
+        if peer.role == "rollout" and (idle := peer.stats.get("idle")) is not None:
+            self._idle_slots += peer.capacity * min(1.0, max(0.0, idle))
+            self._slots += peer.capacity
+
     def sample(self, peers: Peers, leases: Callable[[str], int]) -> None:
-        """Look at the rollout engines once, for the share of their slots that is sampling nothing,
-        and at the graders, for whether each holds tasks."""
+        """Look at the graders once, for whether each holds tasks."""
         graders = peers.of_role("grader")
         if graders:
             self._graders_busy.append(all(leases(grader.name) for grader in graders))
-        engines = peers.of_role("rollout")
-        slots = sum(peer.capacity for peer in engines)
-        if slots:
-            self._idle.append(
-                1.0 - min(1.0, sum(peer.stats.get("running", 0.0) for peer in engines) / slots)
-            )
 
     def step_done(self, now: float) -> Scalars:
         """Metrics of the step that ends now; the next one begins."""
         self._recent.append((now - self._step_began, self._waited))
         metrics: Scalars = {"time/trainer_wait": self._waited}
-        if self._idle:
-            metrics["time/rollout_idle"] = sum(self._idle) / len(self._idle)
+        if self._slots:
+            metrics["time/rollout_idle"] = self._idle_slots / self._slots
         if self._graders_busy:
             metrics["time/grader_busy"] = sum(self._graders_busy) / len(self._graders_busy)
-        self._step_began, self._waited, self._idle, self._graders_busy = now, 0.0, [], []
+        self._step_began, self._waited = now, 0.0
+        self._idle_slots, self._slots, self._graders_busy = 0.0, 0.0, []
         return metrics
 
     @property

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from zppo.algorithm.window import EVALUATE
 from zppo.config.topology import JUDGE, ModelConfig, is_procedural
 from zppo.data.question import Question
+from zppo.errors import count_of
 from zppo.evaluation.order import EvaluationOrder
 from zppo.evaluation.report import Answered, EvaluationReport, QuestionResult, Tally
 from zppo.grading import judged, quick_grade, shown_gold
@@ -197,7 +198,8 @@ class Evaluator:
         notes = list(order.notes)
         if tally.failed:
             notes.append(
-                f"{tally.failed} questions could not be asked and count as wrong; the last: "
+                f"{count_of(tally.failed, 'question')} could not be asked and "
+                f"{'counts' if tally.failed == 1 else 'count'} as wrong; the last: "
                 f"{self._last_failure}"
             )
         return EvaluationReport(

@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from zppo.config.cluster import RAY_HERE, Strategy
-from zppo.errors import EXIT_FAILED, UserError, first_line
+from zppo.errors import EXIT_FAILED, UserError, count_of, first_line
 from zppo.signals import die_with_parent
 from zppo_actors.own_time import Patience
 from zppo_actors.process import start_log
@@ -149,7 +149,7 @@ def no_room(
         for node in nodes
     )
     how = ", each on a node of its own beside this one" if strategy == SPREAD else ""
-    count = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+    count = count_of(len(nodes), "node")
     return f"no room for {wanted} within {seconds:g} s{how}; the cluster has {count}: {found}"
 
 

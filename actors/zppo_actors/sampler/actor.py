@@ -23,6 +23,7 @@ from zppo.records.timeline import START, WAIT
 from zppo_actors.engines import Engine, EngineError, EngineSpec, create
 from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
+from zppo_actors.sampler.occupancy import Occupancy
 from zppo_actors.weights import PublicationRefused
 from zppo_actors.weights.layout import weight_path
 from zppo_protocol.errors import ProtocolError
@@ -127,6 +128,8 @@ class EngineActor:
         self._room = asyncio.Event()
         self._loading = asyncio.Lock()
         self._open = False
+        self._occupancy: Occupancy | None = None
+        """from the first credits on"""
         self._timeline = context.timeline
         self._idle_since = self._timeline.now()
 
@@ -171,6 +174,7 @@ class EngineActor:
                     if not self._running:
                         self._timeline.span(WAIT, self._idle_since)
                     self._running.append(work := Work(message, self._timeline.now()))
+                    self._hold()
                     tasks.create_task(self._do(work))
                 case LoadPolicy():
                     tasks.create_task(self._load(message))
@@ -294,15 +298,25 @@ class EngineActor:
         """Grant what room the engine has, once for each Welcome."""
         if not self._open:
             self._open = True
-            self._free(max(0, self._engine.capacity - sum(work.left for work in self._running)))
+            if self._occupancy is None:
+                self._occupancy = Occupancy(self._engine.capacity, time.monotonic())
+            self._free(max(0, self._engine.capacity - self._sequences()))
 
     def _ended(self, work: Work, count: int) -> None:
         """So many sequences of the task have ended: their credits go back, but never more than the
         task cost."""
         count = min(count, work.left)
         work.left -= count
+        self._hold()
         if self._open:  # else it is among what `_open_up` grants
             self._free(count)
+
+    def _hold(self) -> None:
+        if self._occupancy is not None:
+            self._occupancy.holds(self._sequences(), time.monotonic())
+
+    def _sequences(self) -> int:
+        return sum(work.left for work in self._running)
 
     def _free(self, count: int) -> None:
         self._returned += count
@@ -313,7 +327,7 @@ class EngineActor:
             raise Leave(EXIT_FAILED, reason)
 
     def _heartbeat(self, progress: int, rate: float) -> Heartbeat:
-        sequences = sum(work.left for work in self._running)
+        sequences = self._sequences()
         running = min(sequences, self._engine.capacity)
         stats = {
             "tokens_total": float(progress),
@@ -321,6 +335,9 @@ class EngineActor:
             "running": float(running),
             "waiting": float(sequences - running),
         }
+        occupancy = self._occupancy
+        if occupancy is not None and (idle := occupancy.take_idle(time.monotonic())) is not None:
+            stats["idle"] = idle
         return Heartbeat(
             progress=progress, tasks=[work.task.task_id for work in self._running], stats=stats
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, first_line
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, count_of, first_line
 from zppo.plan.engines.openai import OpenAIArguments
 from zppo.prompting.prompts import PromptSet
 from zppo.records import run_directory
@@ -338,7 +338,8 @@ def _line(result: RowResult) -> str:
     refused = f", {result.refused} not taken by the server" if result.refused else ""
     return (
         f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f}), "
-        f"{len(result.scores)} questions, {result.judged} judged{refused}, {result.seconds:.0f} s"
+        f"{count_of(len(result.scores), 'question')}, {result.judged} judged{refused}, "
+        f"{result.seconds:.0f} s"
     )
 
 

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zppo.errors import count_of
 from zppo.records.metrics import KIND_TITLES, SPENT_PREFIX
 from zppo_protocol.messages import ActorStatus, Status
 
@@ -88,10 +89,6 @@ def count(value: float) -> str:
     return f"{value / 1e6:.1f}M" if abs(value) >= 999_500 else f"{value / 1e3:.0f}k"
 
 
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def duration(seconds: float) -> str:
     """`0:07`, `12:34`, `5:06:07`."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
@@ -159,8 +156,8 @@ def faults(status: Status) -> list[str]:
         if name.startswith("failed/"):
             failed[name.split("/")[1]] += tries
     return [
-        plural(counters.get("restarts", 0), "restart"),
-        f"{plural(counters.get('reissued', 0), 'task')} re-issued",
+        count_of(counters.get("restarts", 0), "restart"),
+        f"{count_of(counters.get('reissued', 0), 'task')} re-issued",
         *(f"{tries:,} {kind} failed" for kind, tries in failed.items()),
     ]
 
@@ -284,7 +281,7 @@ def final_lines(status: Status, verdict: str) -> list[str]:
         for first, last in [accuracy_ends(status, kind)]
         if last is not None
     )
-    updates = f" · {plural(counters['updates'], 'update')}" if "updates" in counters else ""
+    updates = f" · {count_of(counters['updates'], 'update')}" if "updates" in counters else ""
     before, after = gauges.get("heldout_before"), gauges.get("heldout_last")
     rows = {
         "steps": f"{status.step} of {status.total_steps} in "

@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct, structs
 
-from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from zppo.errors import EXIT_FAILED, EXIT_FATAL, EXIT_INTERRUPTED, EXIT_USER_ERROR, count_of
 from zppo.plan.processes import ProcessEntry, cores, processes
 from zppo.records.run_directory import RunRecord
 from zppo.signals import Interrupts
@@ -425,7 +425,7 @@ class RunAttempt:
         elif child.incarnation < self._record.topology.actors.max_restarts:
             self._restart(child, verdict)
         else:
-            verdict = f"{verdict} after {child.incarnation} restarts"
+            verdict = f"{verdict} after {count_of(child.incarnation, 'restart')}"
             self._give_up(child, End(verdict=verdict, exit_code=EXIT_FAILED, log=child.log))
 
     def _window_of(self, child: Child) -> int | None:

@@ -201,7 +201,7 @@ def test_a_batch_is_asked_once_for_all_responses(graded: Grading, file: Path) ->
         4.0
     ] * 3
     failed = graded({"mine:too_few": {}}, "a", "b", "a")
-    note = f"the reward '{file}:too_few' returned 1 rewards; expected 3, one per response"
+    note = f"the reward '{file}:too_few' returned 1 reward; expected 3, one per response"
     assert failed == [Grade(reward=0.0, note=note, failed=True)] * 3
 
 

@@ -369,7 +369,8 @@ def test_a_wait_that_is_none_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,
-        "zppo join: --wait is -1; expected seconds above 0\n",
+        "zppo join: argument --wait: '-1' is not a number of seconds above 0, at most 1e9; see "
+        "zppo join --help\n",
     )
 
 

@@ -108,11 +108,11 @@ def test_dead_rollout_actor_is_restarted_and_reported(tmp_path: Path) -> None:
 
 def test_budget_of_restarts_ends_the_run_with_the_log(tmp_path: Path) -> None:
     end, heard, _ = live(tmp_path / "run", {"rollout-1": ["die"]}, actor=1)
-    assert (end.verdict, end.exit_code) == ("rollout-1 ended with exit code 3 after 1 restarts", 1)
+    assert (end.verdict, end.exit_code) == ("rollout-1 ended with exit code 3 after 1 restart", 1)
     # Whoever starts slowly may greet after the last word.
     assert [line for line in heard if not line.startswith("hello")][-2:] == [
-        "exited rollout-1 1 False: rollout-1 ended with exit code 3 after 1 restarts",
-        "stop: rollout-1 ended with exit code 3 after 1 restarts",
+        "exited rollout-1 1 False: rollout-1 ended with exit code 3 after 1 restart",
+        "stop: rollout-1 ended with exit code 3 after 1 restart",
     ]
     assert end.log is not None
     assert "the stub dies as its script says" in end.log.read_text()

@@ -84,7 +84,7 @@ def test_a_source_may_be_called_like_the_beginning_of_an_option(
     (world / "mine.yaml").write_text("sources: {rec: {columns: {question: q, answer: a}}}")
     options = [f"--recipe={world}/mine.yaml", f"--rec={world}/rec", f"--out={world}/out"]
     assert main(options) == 0
-    assert "mine: 1 of 1 rows kept" in capsys.readouterr().out
+    assert "mine: 1 of 1 row kept" in capsys.readouterr().out
 
 
 def test_a_limit_on_prompts_needs_a_tokenizer(

@@ -163,6 +163,13 @@ def test_the_command_grades_in_a_worker_and_prints_json(tmp_path: Path) -> None:
         (["--audit", "x.jsonl", "--correct-reward", "nan"],
          "zppo grade: argument --correct-reward: 'nan' is not a number; see zppo grade --help"),
         (["--audit", "x.jsonl", "--grader", "maths"], "data.grader: unknown grader 'maths' (did you mean 'math'?)"),
+        (["--audit", "x.jsonl", "--seed", "-1"],
+         "zppo grade: argument --seed: '-1' is not a whole number of at least 0; see zppo grade --help"),
+        (["--audit", "x.jsonl", "--max-bad-rows", "1.5"],
+         (
+             "zppo grade: argument --max-bad-rows: '1.5' is not a whole number of at least 0; see "
+             "zppo grade --help"
+         )),
         (["--audit", "x.jsonl", "--limit", "0"],
          (
              "zppo grade: argument --limit: '0' is not a whole number of at least 1; see zppo grade "

@@ -66,6 +66,13 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
     assert [question.id for question in corpus.questions] == ["a", "b"]
 
 
+def test_files_that_were_joined_keep_their_byte_order_marks(tmp_path: Path) -> None:
+    first = json.dumps(GOOD).encode()
+    second = json.dumps({**GOOD, "id": "b", "question": "?"}).encode()
+    corpus = load(tmp_path, first, b"\xef\xbb\xbf" + second, b"\xef\xbb\xbf")
+    assert [question.id for question in corpus.questions] == ["a", "b"]
+
+
 def test_a_missing_id_comes_from_the_content(tmp_path: Path) -> None:
     rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
     ids = [question.id for question in load(tmp_path, *rows).questions]

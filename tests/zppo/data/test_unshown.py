@@ -120,7 +120,7 @@ def test_looking_at_data_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert data_command.main([str(file), "--heldout", str(held)]) == 0
     said = LEFT.format(asked="1 question is", column="film")
     assert capsys.readouterr().out.endswith(
-        f"  held out      1 questions, 0 of them here as well\n                {said}\n"
+        f"  held out      1 question, 0 of them here as well\n                {said}\n"
     )
     assert data_command.main([str(file)]) == 0
     said = LEFT.format(asked="1 question is", column="picture")

@@ -142,6 +142,14 @@ def test_a_run_that_goes_on_is_not_judged_by_its_first_steps() -> None:
     assert found(run_of(dead, steps=1, ended=True)) == {"no_gradient": "severe"}
 
 
+def test_the_speed_of_a_run_of_few_steps_is_that_of_its_start() -> None:
+    slow = always(time__rollout_idle=0.95, time__trainer_wait=1.9, time__grader_busy=1.0)
+    assert found(run_of(slow, steps=LIMITS.long_steps - 1, ended=True)) == {}
+    assert found(run_of(slow, steps=LIMITS.long_steps)).keys() == {
+        "grader_slow", "trainer_idle", "engines_idle",
+    }  # fmt: skip
+
+
 def test_a_teacher_that_did_not_answer_was_not_wrong() -> None:
     """Its first answers after a silence are too few to say that it is never right."""
     lines = [healthy(step) for step in range(STEPS)]

@@ -82,7 +82,7 @@ def test_a_mark_in_the_words_of_a_question_is_found_before_the_run(
     with pytest.raises(UserError) as refused:
         reader.lengths(load_tokenizer(seeing, "student.model"), marked)
     assert str(refused.value) == (
-        f"student.model: the prompt holds 1 marks of pictures for 0 pictures as {seeing!r} reads "
+        f"student.model: the prompt holds 1 mark of pictures for 0 pictures as {seeing!r} reads "
         "it, of the words that begin 'w3 <image> w4'; expected words without marks"
     )
 
@@ -106,7 +106,7 @@ def test_a_picture_that_the_chat_template_leaves_out_is_found_before_the_run(
     with pytest.raises(UserError) as refused:
         reader.lengths(tokenizer, [shown])
     assert str(refused.value) == (
-        f"student.model: the prompt holds 0 marks of pictures for 1 pictures as {seeing!r} reads "
+        f"student.model: the prompt holds 0 marks of pictures for 1 picture as {seeing!r} reads "
         "it, of the words that begin 'w5'; expected pictures in messages in which its chat "
         "template shows them"
     )
@@ -121,7 +121,7 @@ def test_a_mark_in_the_start_of_a_response_is_refused(seeing: str) -> None:
         for text in ("w4 w5 <image> w6", "w4 <image> w5 w6")
     ]
     assert len(encode_prompts(tokenizer, started[:1], layout)[0]) == 4
-    with pytest.raises(MarkError, match="the prompt holds 1 marks of pictures for 0 pictures"):
+    with pytest.raises(MarkError, match="the prompt holds 1 mark of pictures for 0 pictures"):
         encode_prompts(tokenizer, started, layout)
 
 
@@ -377,7 +377,7 @@ def test_text_is_trained_on_whatever_the_settings_of_pictures_say(
     with pytest.raises(UserError) as read:
         reader.lengths(tokenizer, [prompt("w")])
     assert str(read.value) == said
-    with pytest.raises(UserError, match="holds 1 marks of pictures for 0 pictures"):
+    with pytest.raises(UserError, match="holds 1 mark of pictures for 0 pictures"):
         Reader(
             served=served_student(topology), context=512, setting="context", vocabulary=4096
         ).lengths(tokenizer, [prompt("a <|image_pad|>")])
@@ -444,6 +444,6 @@ def test_the_mark_of_a_video_in_the_words_of_a_question_is_found_before_the_run(
     with pytest.raises(UserError) as refused:
         reader.lengths(load_tokenizer(filming, "student.model"), [prompt("a <|video_pad|>")])
     assert str(refused.value) == (
-        f"student.model: the prompt holds 1 marks of videos for 0 videos as {filming!r} reads it, "
+        f"student.model: the prompt holds 1 mark of videos for 0 videos as {filming!r} reads it, "
         "of the words that begin 'a <|video_pad|>'; expected words without marks"
     )

@@ -263,6 +263,14 @@ def test_the_least_that_an_engine_needs_is_no_upper_estimate(
     )
 
 
+def test_the_end_of_a_long_path_is_shown(small: Path) -> None:
+    out = io.StringIO()
+    show(
+        make_plan(topology_of(small), 10, MACHINE), small / ("a" * 200), Console(file=out, width=60)
+    )
+    assert "a" * 200 in "".join(line[16:].rstrip() for line in out.getvalue().splitlines())
+
+
 def test_a_plan_says_where_it_shows_the_least(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "zppo.plan.checks.check_vllm_arguments", lambda served: None

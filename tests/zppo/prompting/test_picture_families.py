@@ -145,7 +145,7 @@ def test_idefics_tiles_are_those_of_its_processor(width: int, height: int, longe
         (
             [7, 8, 9],
             [(32, 32)],
-            "picture 1 of 1, of 32 × 32 pixels, should be 1 tokens, and other ones stand in the "
+            "picture 1 of 1, of 32 × 32 pixels, should be 1 token, and other ones stand in the "
             "prompt",
         ),
     ],
@@ -161,7 +161,7 @@ def test_a_prompt_made_with_other_settings_or_pictures_is_refused(
 def test_words_cannot_stand_for_a_picture() -> None:
     with pytest.raises(ValueError) as caught:
         PictureLayout(QWEN, None).expand([7, MARK, 9, MARK], [shown((32, 32))])
-    assert str(caught.value) == "the prompt holds 2 marks of pictures for 1 pictures"
+    assert str(caught.value) == "the prompt holds 2 marks of pictures for 1 picture"
 
 
 def test_what_no_response_may_hold() -> None:

@@ -203,7 +203,7 @@ def test_another_video_than_was_referred_to(seeing: Seeing) -> None:
 def test_words_cannot_stand_for_a_video(seeing: Seeing) -> None:
     with pytest.raises(MarkError) as refused:
         seeing.ids(asked(seeing.picture((32, 32)), text="a <|video_pad|>"))
-    assert str(refused.value) == "the prompt holds 1 marks of videos for 0 videos"
+    assert str(refused.value) == "the prompt holds 1 mark of videos for 0 videos"
 
 
 def test_every_prompt_that_asks_the_question_brings_its_video(seeing: Seeing) -> None:

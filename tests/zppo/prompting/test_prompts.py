@@ -331,6 +331,16 @@ def test_own_templates_replace_one_by_one(tmp_path: Path) -> None:
     assert text_of(prompts, "bcq").endswith("</candidate>\n\nSay it in \\boxed{}.")
 
 
+def test_a_byte_order_mark_is_no_word_of_a_prompt(tmp_path: Path) -> None:
+    mark = "\ufeff"
+    own = folder(
+        tmp_path, plain=f'{mark}{{% include "head.j2" %}} {{{{ question }}}}', head=f"{mark}Q:"
+    )
+    prompts = PromptSet(own)
+    prompts.validate()
+    assert text_of(prompts, "plain") == "Q: How much is 3 * 4?"
+
+
 def test_own_include_files_are_welcome(tmp_path: Path) -> None:
     prompts = PromptSet(
         folder(tmp_path, plain='{% include "head.j2" %}\n\n{{ question }}', head="Hello.")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +74,24 @@ def test_only_mixed_groups_count_as_mixed_and_silence_is_no_agreement() -> None:
     assert shares["audit/bcq/mixed"] == 1 / 4
     assert shares["audit/bcq/unanimous"] == 2 / 4
     assert (shares["audit/plain/mixed"], shares["audit/plain/unanimous"]) == (0.0, 0.0)
+
+
+def test_a_reply_whose_reward_failed_is_left_out_of_all_of_it() -> None:
+    one = visit("bcq", ["5", "7"], ["5", "5", "7"])
+    two = visit("bcq", ["5", "7"], ["5", "7"])
+    for shown, failed in ((one, [2]), (two, [0, 1])):
+        group = shown.reformulations[0].group
+        assert group is not None
+        grades = [
+            msgspec.structs.replace(grade, failed=index in failed)
+            for index, grade in enumerate(group.the_grades)
+        ]
+        group.grades = grades
+    assert audited(one)["audit/bcq/mixed"] == 0.0
+    assert audited(one)["audit/bcq/unanimous"] == 1.0
+    assert audited(one)["audit/bcq/right_repeats"] == 1.0
+    assert "audit/bcq/wrong_repeats" not in audited(one)
+    assert audited(two)["audit/bcq/mixed"] == audited(two)["audit/bcq/unanimous"] == 0.0
 
 
 def test_replies_that_repeat_a_candidate() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pyarrow.parquet as parquet
 import pytest
+from markupsafe import Markup
 
 from zppo.algorithm.window import Window
 from zppo.data.question import Question
@@ -19,8 +20,8 @@ from zppo.records import rollouts
 from zppo.report import browser, figures, load, plots, sentences
 from zppo.report.audit_table import audit_table
 from zppo.report.cli import main
-from zppo.report.frame import digest
-from zppo.report.page import browser_note, render_page
+from zppo.report.frame import ASSETS, digest, environment
+from zppo.report.page import browser_note, render_page, tiles
 from zppo.scheduling.filling import plain_part
 from zppo_protocol.values import Grade
 
@@ -402,6 +403,23 @@ def test_sentences_say_when_a_promise_was_broken(fake_run: Callable[..., Path]) 
             "questions were lost."
         ),
     ]
+
+
+def test_one_step_is_one_step(fake_run: Callable[..., Path]) -> None:
+    run = load.load_run(fake_run(steps=1))
+    assert sentences.sentences(run)[0].startswith("1 rollout step in ")
+    assert tiles(run.summary)[0][:2] == ("1", "rollout step")
+    run.summary.update(updates=1, admitted=1, graduated=1, evicted=1, max_staleness_seen=1)
+    said = " ".join(sentences.sentences(run))
+    assert "The optimizer made 1 update." in said
+    assert "admitted 1 hard question; 1 of them (100 %) graduated and 1 was evicted." in said
+    assert "trained on was 1 policy version behind" in said
+
+
+def test_a_number_and_its_per_cent_sign_stay_on_one_line() -> None:
+    page = environment(ASSETS).from_string("{{ words }} {{ ours }} {{ number }}")
+    shown = page.render(words="95 % <b>", ours=Markup("<i>5 %</i>"), number=7)
+    assert shown == "95\u00a0% &lt;b&gt; <i>5 %</i> 7"
 
 
 def test_held_out_progress_is_told_with_its_intervals(fake_run: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from zppo.data.sources.base import RawRow, Source
 from zppo.data.sources.layouts import Wanted, check_columns, settle
 from zppo.data.sources.streams import MAX_LINE, lines_of, stem_of
-from zppo.errors import UserError, first_line
+from zppo.errors import UserError, count_of, first_line
 
 
 def open_csv(file: Path, wanted: Wanted) -> Source:
@@ -41,8 +41,7 @@ def _check_header(file: Path, header: Sequence[str]) -> None:
 def _rows(records: Iterator[tuple[int, list[str]]], header: Sequence[str]) -> Iterator[RawRow]:
     for line, values in records:
         if len(values) != len(header):
-            count = f"{len(values)} field" + ("" if len(values) == 1 else "s")
-            yield line, f"has {count} where the header has {len(header)}"
+            yield line, f"has {count_of(len(values), 'field')} where the header has {len(header)}"
         else:
             yield line, {name: value or None for name, value in zip(header, values, strict=True)}
 

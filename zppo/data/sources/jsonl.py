@@ -12,7 +12,7 @@ import msgspec
 
 from zppo.data.sources.base import RawRow, Source, by_first_row
 from zppo.data.sources.layouts import Wanted
-from zppo.data.sources.streams import lines_of, stem_of
+from zppo.data.sources.streams import BYTE_ORDER_MARK, lines_of, stem_of
 
 _ENDS = re.compile(rb'"[ \t\r\n]*:')
 _ESCAPED = re.compile(rb'\\"[ \t\r\n]*:')
@@ -33,11 +33,12 @@ def open_jsonl(file: Path, wanted: Wanted) -> Source:
 
 
 def jsonl_rows(file: Path) -> Iterator[RawRow]:
-    """One raw row per non-blank line; lines that are not UTF-8 or not a JSON object carry their
-    reason."""
+    """One raw row per non-blank line. Files that were joined keep the byte order marks that they
+    began with, before some line in the middle. Lines that are not UTF-8 or not a JSON object carry
+    their reason."""
     for line, data in lines_of(file):
-        if data.strip():
-            yield line, _decode(data)
+        if data.strip() not in (b"", BYTE_ORDER_MARK):
+            yield line, _decode(data.removeprefix(BYTE_ORDER_MARK))
 
 
 def _decode(data: bytes) -> dict[str, Any] | str:

@@ -267,7 +267,7 @@ def test_other_pictures_than_were_referred_to_are_refused_by_both_sides(tmp_path
     found, changed, words = run(engine, work())
     start = f"the picture {picture.path!r} has changed since the data was read"
     assert changed.startswith(start)
-    assert words == "the prompt holds 1 marks of pictures for 0 pictures"
+    assert words == "the prompt holds 1 mark of pictures for 0 pictures"
     with pytest.raises(UserError, match=re.escape(f"data.train: {start}")):
         read_by(policy, [task], [found], 200)
     wider = structs.replace(picture, width=96)
