@@ -30,7 +30,8 @@ TRAINER_METRICS: tuple[Metric, ...] = (
     Metric(
         "grad_norm",
         "",
-        "Global L2 norm of the gradient before clipping, mean over the applied updates.",
+        "Global L2 norm of the gradient before clipping, mean over the applied updates; 0 if there "
+        "was none.",
     ),
     Metric(
         "clip_low_share",
@@ -124,20 +125,23 @@ TRAINER_METRICS: tuple[Metric, ...] = (
 
 
 def window_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Numbers known without the model: rewards, lengths, staleness."""
-    staleness_T = rollouts.staleness_T if rollouts.tokens else np.zeros(1)
-    return {
-        "staleness_mean": float(staleness_T.mean()),
-        "staleness_max": float(staleness_T.max()),
+    """Numbers known without the model: rewards, lengths, staleness. A window without tokens has no
+    staleness, one without rollouts no mean length."""
+    found = {
         "tokens_trained": float(rollouts.tokens),
         "unreadable_rollouts": float(rollouts.unreadable),
-        "response_length_mean": rollouts.tokens / max(1, rollouts.sequences),
         **_accuracies(rollouts),
     }
+    if rollouts.tokens:
+        found["staleness_mean"] = float(rollouts.staleness_T.mean())
+        found["staleness_max"] = float(rollouts.staleness_T.max())
+    if rollouts.sequences:
+        found["response_length_mean"] = rollouts.tokens / rollouts.sequences
+    return found
 
 
 def advantage_metrics(advantages_S: Tensor) -> dict[str, float]:
-    """How many rollouts have something to say."""
+    """How many rollouts have something to say; 0 where none is left, which advice goes by."""
     sequences = max(1, len(advantages_S))
     return {
         "positive_advantage_share": float((advantages_S > 0).sum()) / sequences,
@@ -189,10 +193,11 @@ def _mean(values_T: Tensor, counts_T: Tensor) -> Tensor:
 
 
 def update_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Shares and means of the ratio from the sums that the loss returned for each micro-batch."""
+    """Shares and means of the ratio from the sums that the loss returned for each micro-batch;
+    nothing without an update."""
     summary = summarise_metrics(combine_metrics(parts))
     names = ("clip_low_share", "clip_high_share", "dual_clip_share", "approximate_kl")
-    return {name: summary.get(name, 0.0) for name in names}
+    return {name: summary[name] for name in names if name in summary}
 
 
 def regulariser_metrics(trainer: Trainer, parts: list[dict[str, Tensor]]) -> dict[str, float]:

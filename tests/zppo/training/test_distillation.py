@@ -362,7 +362,7 @@ def test_a_window_without_tokens_trains_nothing(objective: str, remote: bool) ->
     for task in (window(), window(empty)):
         metrics = train_step(trainer, task)
         assert (metrics["loss"], metrics["updates"], metrics["tokens_trained"]) == (0, 0, 0)
-        assert metrics["staleness_max"] == 0 and "jsd" not in metrics
+        assert not metrics.keys() & {"staleness_max", "approximate_kl", "jsd"}
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

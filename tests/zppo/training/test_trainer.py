@@ -759,7 +759,8 @@ def test_nothing_is_measured_where_nothing_is_trained() -> None:
     passes: list[None] = []
     trainer.tick = lambda: passes.append(None)
     metrics = train_step(trainer, window(group("right", [1, 1]), group("wrong", [0, 0])))
-    assert not passes and "entropy" not in metrics and metrics["updates"] == 0
+    assert not passes and metrics["updates"] == 0
+    assert not metrics.keys() & {"entropy", "clip_low_share", "dual_clip_share", "approximate_kl"}
 
 
 def test_a_window_of_trivial_groups_makes_no_update() -> None:
@@ -784,7 +785,11 @@ def test_empty_completions_and_an_empty_window_are_no_trouble() -> None:
         window(group("g", [1, 0, 0], lengths=[2, 0, 3]), group("e", [1], lengths=[0])),
     )
     assert metrics["tokens_trained"] == 5 and metrics["updates"] == 1
-    assert train_step(trainer_of(llama()), window())["updates"] == 0
+    nothing = train_step(trainer_of(llama()), window())
+    of_nothing = {"loss", "grad_norm", "positive_advantage_share", "live_rollout_share"}
+    counts = {"tokens_trained", "unreadable_rollouts", "updates", "updates_skipped"}
+    assert nothing.keys() == of_nothing | counts | {"seconds_proximal", "seconds_update"}
+    assert not any(nothing[name] for name in of_nothing | counts)
 
 
 @settings(max_examples=25, deadline=None)
