@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from zppo.errors import EXIT_USER_ERROR, Parser, UserError, nearest, run_command
+from zppo.errors import EXIT_USER_ERROR, Parser, UserError, closest, nearest, run_command
 
 USAGE = """\
 usage: zppo COMMAND …
@@ -78,7 +78,7 @@ def _init(arguments: list[str]) -> int:
     if asked.like is not None and like is None:
         raise UserError(
             f"zppo init: --like is {asked.like!r}; expected one of {', '.join(TOOLS)}"
-            f"{nearest(asked.like, TOOLS)}"
+            f"{closest(asked.like, TOOLS)}"
         )
     write_topology(asked.file, like)
     print(

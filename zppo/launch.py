@@ -22,7 +22,7 @@ from rich.console import Console
 
 from zppo.algorithm.methods import Method
 from zppo.config.explain import shown
-from zppo.config.load import load, override, resolve, run_folder
+from zppo.config.load import load, override, refuse_other_folder, resolve, run_folder
 from zppo.config.served import served_student, teachers
 from zppo.config.topology import Topology
 from zppo.config.typed import setting_typed
@@ -48,7 +48,6 @@ from zppo.plan.processes import asked_teachers, cores
 from zppo.plan.prompt_checks import (
     Reader,
     check_own_system,
-    check_question_shown,
     check_room,
     check_system_prompt,
     check_teachers,
@@ -255,7 +254,6 @@ def _check_prompts(topology: Topology, checked: Checked) -> list[str]:
     say. Raises UserError. Returns notes."""
     student, data = Reader.of(served_student(topology)), topology.data
     tokenizer = student.load_tokenizer()
-    check_question_shown(tokenizer, student.served)
     check_system_prompt(tokenizer, data.system_prompt, student.served)
     limit = data.max_prompt_tokens
     for where, questions in (
@@ -306,6 +304,7 @@ def _resumed_directory(arguments: argparse.Namespace) -> Path:
                 f"--resume: {arguments.resume!r} is a file; expected a run directory, or the "
                 f"topology in front of it: zppo launch {arguments.resume} --resume"
             )
+        refuse_other_folder(arguments.set, named)
         return named.absolute()
     if arguments.topology is None:
         raise UserError("--resume: expected a run directory, or the --topology of the run")

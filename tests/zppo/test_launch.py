@@ -164,6 +164,11 @@ SETTING_MISTAKES = [
     ("optimizer.beta2=1", "optimizer.beta2 is 1; expected a number below 1"),
     ("run.name=a/b", "run.name is 'a/b'; expected a name that can be the name of a folder"),
     (
+        "cluster.launcher=slurm",
+        "--set cluster.launcher=slurm: cluster.launcher is 'slurm'; expected one of local, ray, "
+        "render",
+    ),
+    (
         "method.name=GRPO",
         "method.name: there is no method 'GRPO' (did you mean 'grpo'?); or name "
         "package.module:name or ./file.py:name",
@@ -790,6 +795,16 @@ def interrupted(start: Launch, small: Path) -> Path:
     path = small / "small-run"
     finish(path, 2)
     return path
+
+
+def test_resume_goes_on_where_the_run_is(start: Launch, interrupted: Path) -> None:
+    same = f"run.directory={Path('small-run').absolute()}"
+    assert start("--resume", "small-run", "--set", same) == (None, "")
+    assert start("--resume", "small-run", "--set", "run.directory=elsewhere") == (
+        2,
+        "--set run.directory=elsewhere: the run goes on in 'small-run', which --resume names; "
+        "expected no other directory (move the run's before, and name it there)\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,18 @@ def resolve(topology: Topology, base: Path) -> Topology:
     )
 
 
+def refuse_other_folder(overrides: Sequence[str], named: Path) -> None:
+    """Raise UserError where a `run.directory` among the overrides is not the folder `named` of a
+    run that goes on: it does so where it is."""
+    for name, _, value in (text.partition("=") for text in overrides):
+        other = Path(value.strip("'\"")).expanduser()
+        if name == "run.directory" and other.absolute() != named.absolute():
+            raise UserError(
+                f"--set run.directory={value}: the run goes on in {str(named)!r}, which --resume "
+                "names; expected no other directory (move the run's before, and name it there)"
+            )
+
+
 def run_folder(topology: Topology) -> Path:
     """`run.directory` with `{name}` filled in, relative to the current folder. Raises UserError for
     a path that cannot be."""

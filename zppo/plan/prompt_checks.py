@@ -57,7 +57,10 @@ class Reader(Struct, frozen=True, kw_only=True):
         return cls(served=served, context=context, setting=setting, vocabulary=facts.vocabulary)
 
     def load_tokenizer(self) -> Any:
-        return load_tokenizer(self.served.model.model, self.served.model_path)
+        """Its tokenizer. Raises UserError if there is none, or its template shows no question."""
+        tokenizer = load_tokenizer(self.served.model.model, self.served.model_path)
+        check_question_shown(tokenizer, self.served)
+        return tokenizer
 
     def lengths(self, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt as this model reads it."""
@@ -242,7 +245,6 @@ def check_teachers(
             continue
         reader = Reader.of(served)
         tokenizer = reader.load_tokenizer()
-        check_question_shown(tokenizer, served)
         check_system_prompt(tokenizer, system_prompt, served)
         check_own_system(tokenizer, "data.train", questions, served)
         lengths = reader.lengths(tokenizer, [prompts.plain(question) for question in longest])

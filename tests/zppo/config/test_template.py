@@ -95,6 +95,10 @@ def test_init_writes_a_new_file_only(tmp_path: Path, capsys: pytest.CaptureFixtu
             "zppo init: --like is 'trll'; expected one of trl, verl (did you mean 'trl'?)\n",
         ),
         (
+            ["init", "--like", "foo"],
+            "zppo init: --like is 'foo'; expected one of trl, verl\n",
+        ),
+        (
             ["report"],
             "zppo report: the following arguments are required: RUN; see zppo report --help\n",
         ),
