@@ -408,6 +408,7 @@ SYSTEM = {"socket", "zmq", "subprocess", "multiprocessing", "threading", "asynci
 OUTSIDE = {
     "zppo/capacity/measuring.py",
     "zppo/compare.py",
+    "zppo/plan/cards.py",
     "zppo/plan/server.py",
     "zppo/plan/sinks.py",
     "zppo/plan_command.py",
@@ -415,8 +416,9 @@ OUTSIDE = {
     "zppo/signals.py",
 }
 """Files of `zppo` that look at the clock, at a port or start a process: one has a process measure,
-one runs several runs, one waits for a server, one looks whether a port is free, one searches for a
-bounded time, one runs one run and reports on it, one counts two signals that come together as one."""
+one runs several runs, one has a process ask cards, one waits for a server, one looks whether a port
+is free, one searches for a bounded time, one runs one run and reports on it, one counts two signals
+that come together as one."""
 READS_FILES = {
     "zppo/config/load.py",
     "zppo/config/template.py",

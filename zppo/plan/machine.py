@@ -16,6 +16,7 @@ from zppo.config.cluster import LOCALHOST, HostConfig
 from zppo.config.served import served_models
 from zppo.config.topology import VLLM, ActorConfig, Dtype, Topology, TrainerConfig
 from zppo.errors import UserError
+from zppo.plan.cards import free_of_cards
 from zppo.plan.engines.vllm import CACHE_BYTES, SHARE
 from zppo.plan.plan import HostNeed, Plan
 from zppo.plan.processes import ProcessEntry, host_name
@@ -69,12 +70,8 @@ def described(facts: HostConfig) -> Machine:
 
 
 def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bool) -> Machine:
-    """Ask the operating system, and torch only if a GPU is wanted (it takes seconds to import)."""
-    gpus: list[int] = []
-    if wants_gpu:
-        import torch
-
-        gpus = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    """Ask the operating system, and torch only if a GPU is wanted (it takes seconds to import).
+    Raises UserError for cards that torch cannot use."""
     memory = min(psutil.virtual_memory().available, _control_group_free())
     return Machine(
         cores=cores,
@@ -82,7 +79,7 @@ def measure_machine(cores: int, runtime_base: Path, run_dir: Path, wants_gpu: bo
         memory=memory,
         shared=shutil.disk_usage(runtime_base).free,
         disk=_disk_free(run_dir),
-        gpus=gpus,
+        gpus=free_of_cards() if wants_gpu else [],
         cards=len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0,
     )
 
@@ -203,9 +200,15 @@ def _check_device(entry: ProcessEntry, trainer: TrainerConfig, machine: Machine)
     if int(entry.cards[-1].removeprefix("cuda:")) >= len(machine.gpus):
         here = "this machine" if entry.host == LOCALHOST else f"{entry.host!r}"
         many = "" if len(entry.cards) == 1 else f", and {len(entry.cards)} cards from it on"
+        unseen = ""
+        if machine.cards > len(machine.gpus):
+            unseen = (
+                f" that torch can use, of {machine.cards} cards; expected a torch that was built "
+                "for CUDA, and a CUDA_VISIBLE_DEVICES, if it is set, that names them"
+            )
         raise UserError(
             f"{_setting(entry, trainer)} names {entry.device!r}{many}; {here} has "
-            f"{len(machine.gpus)} CUDA devices"
+            f"{len(machine.gpus)} CUDA devices{unseen}"
         )
 
 

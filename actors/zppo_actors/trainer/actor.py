@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
@@ -31,6 +32,7 @@ from zppo_actors.membership import LONGEST_REASON, Leave, Membership
 from zppo_actors.process import ActorContext
 from zppo_actors.trainer.checkpoint import starting_checkpoint
 from zppo_actors.trainer.meeting import Meeting, is_loss, meet
+from zppo_actors.trainer.memory import out_of_memory
 from zppo_actors.weights import NotFinite, shared_memory
 from zppo_protocol.messages import (
     AnyMessage,
@@ -67,6 +69,8 @@ def main(context: ActorContext) -> int:
     except StalenessError as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_FATAL
+    except torch.OutOfMemoryError as error:
+        return out_of_memory(error, context.topology.actors.trainer)
     except Exception as error:
         if is_loss(error):
             return actor.meeting.lost()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from zppo.errors import EXIT_FATAL
@@ -18,6 +19,7 @@ from zppo.training.step import train_step
 from zppo_actors.process import ActorContext
 from zppo_actors.trainer.checkpoint import starting_checkpoint
 from zppo_actors.trainer.meeting import Meeting, is_loss, meet
+from zppo_actors.trainer.memory import out_of_memory
 from zppo_protocol.messages import SaveCheckpoint, Shutdown, TrainWindow
 
 
@@ -30,6 +32,8 @@ def main(context: ActorContext) -> int:
     except StalenessError as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_FATAL
+    except torch.OutOfMemoryError as error:
+        return out_of_memory(error, context.topology.actors.trainer)
     except Exception as error:
         if is_loss(error):
             return meeting.lost()

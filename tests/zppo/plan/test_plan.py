@@ -325,6 +325,13 @@ REFUSALS = [
         "actors.rollout.devices names 'cuda:1'; this machine has 1 CUDA devices",
     ),
     (
+        ("actors.trainer.device=cuda",),
+        replace(MACHINE, gpus=[], cards=2),
+        "actors.trainer.device names 'cuda'; this machine has 0 CUDA devices that torch can use, of 2 "
+        "cards; expected a torch that was built for CUDA, and a CUDA_VISIBLE_DEVICES, if it is set, "
+        "that names them",
+    ),
+    (
         ("actors.trainer.device=cuda", "actors.trainer.micro_batch_tokens=1000000"),
         replace(MACHINE, gpus=[GIB // 8]),
         "the plan needs 0.3 GiB on cuda:0 but 0.1 GiB are free; the largest part is trainer with 0.3 "
@@ -479,6 +486,26 @@ def test_free_disk_counts_what_a_continued_run_has_there(tmp_path: Path) -> None
     with (run_dir / "checkpoints/step-1/model").open("wb") as sparse:
         sparse.truncate(1 << 40)
     assert measure_machine(1, tmp_path, run_dir, False).disk > machine.disk + (1 << 39)
+
+
+def test_cards_are_asked_by_another_process_and_their_driver_s_refusal_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks a card holds some of it, and `zppo compare` stays."""
+    assert measure_machine(1, tmp_path, tmp_path, True).gpus == [
+        torch.cuda.mem_get_info(one)[0] for one in range(torch.cuda.device_count())
+    ]
+    monkeypatch.setattr("zppo.plan.cards.ASK", "print('a note'); print([7, 5])")
+    assert measure_machine(1, tmp_path, tmp_path, True).gpus == [7, 5]
+    assert measure_machine(1, tmp_path, tmp_path, False).gpus == []
+    old = "The NVIDIA driver on your system is too old (found version 12020)."
+    monkeypatch.setattr("zppo.plan.cards.ASK", f"raise RuntimeError({old!r})")
+    with pytest.raises(UserError) as caught:
+        measure_machine(1, tmp_path, tmp_path, True)
+    assert str(caught.value) == (
+        f"torch cannot use the GPUs of this machine (RuntimeError: {old}); expected cards that are "
+        "free to use and a driver that suits this torch (nvidia-smi shows both)"
+    )
 
 
 SERVER = (

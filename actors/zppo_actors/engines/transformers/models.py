@@ -38,8 +38,15 @@ def load_model(spec: EngineSpec) -> Any:
     transformers_logging.disable_progress_bar()
     where, folder = spec.served.model_path, spec.served.model.model
     refuse_unserved(read_config(folder, where), folder, where)
+    device = _device(spec)
     model = load_folder(folder, spec.served.model.dtype, where)
-    model.to(device=_device(spec))
+    try:
+        model.to(device=device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{spec.served.actor_path}.devices: {folder!r} does not fit on {spec.device!r} "
+            f"({first_line(error)}); expected a card with more free memory"
+        ) from error
     return model.eval().requires_grad_(False)
 
 

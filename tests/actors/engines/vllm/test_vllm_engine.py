@@ -270,7 +270,9 @@ def test_prompts_that_cannot_be_sampled_are_refused(served: Served) -> None:
     assert len(samples.token_ids) == 3
 
 
-def test_settings_that_cannot_work_are_user_errors(tmp_path: Path) -> None:
+def test_settings_that_cannot_work_are_user_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_tiny(tmp_path / "model")
     with pytest.raises(
         UserError,
@@ -289,6 +291,13 @@ def test_settings_that_cannot_work_are_user_errors(tmp_path: Path) -> None:
         UserError, match=r"has attention heads of width 8; on a CPU vLLM serves 32, 64"
     ):
         create(spec_of(narrow))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError) as caught:
+        create(msgspec.structs.replace(spec_of(folder), device="cuda:0"))
+    assert str(caught.value) == (
+        "actors.rollout.devices names 'cuda:0', but the vLLM that is installed runs on cpu; "
+        "expected 'cpu' there, or the vLLM of '.[vllm]' (docs/vllm.md)"
+    )
 
 
 # ---- updates in flight ---------------------------------------------------------------------------
