@@ -213,8 +213,11 @@ def _code_of(command: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
     except ReaderGone:
         return EXIT_FAILED
-    except SystemExit as end:  # argparse's, when it has shown the help
-        return int(end.code or 0)
+    except SystemExit as end:  # argparse's, behind the help, or that of a user's code
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(printable(str(end.code)), file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED

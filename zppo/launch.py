@@ -142,6 +142,8 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise UserError(f"--resume: {str(directory)!r} {problem}; {begin} to begin anew")
     made = checkpoint.read_made_with(found.folder)
     topology = _resumed_topology(arguments, record.topology, made, found.step)
+    if arguments.resume:
+        refuse_other_folder(arguments.set, topology, Path(arguments.resume).expanduser())
     checked = _check(topology, directory, unpack=not arguments.dry_run)
     now = binding.made_with(topology, digest(checked.corpus.questions))
     recorded = made.corpus if made is not None else record.corpus
@@ -304,7 +306,6 @@ def _resumed_directory(arguments: argparse.Namespace) -> Path:
                 f"--resume: {arguments.resume!r} is a file; expected a run directory, or the "
                 f"topology in front of it: zppo launch {arguments.resume} --resume"
             )
-        refuse_other_folder(arguments.set, named)
         return named.absolute()
     if arguments.topology is None:
         raise UserError("--resume: expected a run directory, or the --topology of the run")

@@ -56,6 +56,12 @@ def test_what_is_wrong_with_a_file_is_one_line(raised: str, said: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{said}\n")
 
 
+def test_code_that_leaves_with_words_ends_a_command_as_it_ends_python() -> None:
+    leaving = FAILING.format(error="SystemExit('expected the package foo')")
+    done = subprocess.run([sys.executable, "-c", leaving], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "expected the package foo\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_while_modules_are_imported_is_one_line(number: signal.Signals) -> None:
     done = subprocess.run(

@@ -798,8 +798,10 @@ def interrupted(start: Launch, small: Path) -> Path:
 
 
 def test_resume_goes_on_where_the_run_is(start: Launch, interrupted: Path) -> None:
-    same = f"run.directory={Path('small-run').absolute()}"
-    assert start("--resume", "small-run", "--set", same) == (None, "")
+    Path("linked").symlink_to("small-run")
+    for same in (Path("small-run").absolute(), "linked", "./x/../small-run", "small-{name}"):
+        settings = ("--set", f"run.directory={same}", "--set", "run.name=run")
+        assert start("--resume", "small-run", *settings) == (None, ""), same
     assert start("--resume", "small-run", "--set", "run.directory=elsewhere") == (
         2,
         "--set run.directory=elsewhere: the run goes on in 'small-run', which --resume names; "

@@ -115,12 +115,11 @@ def resolve(topology: Topology, base: Path) -> Topology:
     )
 
 
-def refuse_other_folder(overrides: Sequence[str], named: Path) -> None:
-    """Raise UserError where a `run.directory` among the overrides is not the folder `named` of a
-    run that goes on: it does so where it is."""
-    for name, _, value in (text.partition("=") for text in overrides):
-        other = Path(value.strip("'\"")).expanduser()
-        if name == "run.directory" and other.absolute() != named.absolute():
+def refuse_other_folder(overrides: Sequence[str], topology: Topology, named: Path) -> None:
+    """Raise UserError where a `run.directory` among the overrides of `topology` is not the folder
+    `named` of a run that goes on: it does so where it is."""
+    for setting, _, value in (text.partition("=") for text in overrides):
+        if setting == "run.directory" and run_folder(topology).resolve() != named.resolve():
             raise UserError(
                 f"--set run.directory={value}: the run goes on in {str(named)!r}, which --resume "
                 "names; expected no other directory (move the run's before, and name it there)"

@@ -23,6 +23,7 @@ from zppo.data.pictures import PixelBounds
 from zppo.data.places import IMAGE, NOUNS, VIDEO, Entry, set_places
 from zppo.data.question import Question
 from zppo.data.sources import Source
+from zppo.data.sources.jsonl import kind_of
 from zppo.data.sources.layouts import (
     ONE_IMAGE,
     Wanted,
@@ -199,12 +200,14 @@ class RowReader:
             if part.use != CODE or (own is not None and rule_of(own)[1] != part.name):
                 continue
             column = part.args.get("tests", CodeArguments().tests)
-            if not isinstance(row.get(column), str):
+            tests, run = row.get(column), f"the tests ({column!r}), which the reward {part.name!r}"
+            if tests is None:
                 near = "" if column in row else nearest(column, row)
                 raise RowError(
-                    f"the tests ({column!r}), which the reward {part.name!r} runs, are missing"
-                    f"{near}; name their column in {part.setting}.args.tests"
+                    f"{run} runs, are missing{near}; name their column in {part.setting}.args.tests"
                 )
+            if not isinstance(tests, str):
+                raise RowError(f"{run} runs, are a {kind_of(tests)}; expected one text of Python")
 
     def _own_grader(self, row: Mapping[str, Any]) -> str | None:
         value, name = self._optional(row, "grader", "the grader")

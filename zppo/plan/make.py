@@ -190,8 +190,8 @@ def _reward_notes(topology: Topology) -> list[str]:
     """Where what a response can earn makes all of them correct, or none."""
     parts, correct = parts_of(topology.data.reward), topology.method.correct_reward
     bounds = bounds_of_sum(parts) if parts else (0.0, 1.0)
-    if bounds is None:
-        return []
+    if bounds is None or (parts and "grader" in topology.data.fields):
+        return []  # by a row that names one part, that part counts without its weight
     (least, most), earns = bounds, "data.reward adds up to" if parts else "a grader gives"
     if most < correct:
         return [

@@ -22,9 +22,9 @@ from zppo.plan.picture_checks import has_video, layout_of, text_alone_note, vide
 from zppo.prompting.chat_template import for_template
 from zppo.prompting.picture_layout import MarkError, PictureLayout
 from zppo.prompting.prompts import PromptSet
-from zppo.prompting.tokenization import encode_prompts, load_tokenizer
+from zppo.prompting.tokenization import encode_prompts, load_tokenizer, written_out
 from zppo_protocol.places import in_words
-from zppo_protocol.values import Prompt, pictures_of
+from zppo_protocol.values import ChatMessage, Prompt, pictures_of
 
 LENGTH_ARGUMENTS = {"transformers": "max_length", "vllm": "max_model_len"}
 """Engines that read a model folder, and their argument that makes the context shorter."""
@@ -156,12 +156,9 @@ def check_question_shown(tokenizer: Any, served: ServedModel) -> None:
     every question would be the same to the model. One that fails is left to `Reader.lengths`."""
     if tokenizer.chat_template is None:
         return
-    chats = [[{"role": "user", "content": words}] for words in QUESTION_PROBES]
+    write = _writer(tokenizer, served)
     try:
-        first, second = (
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            for chat in chats
-        )
+        first, second = (write(ChatMessage(role="user", content=one)) for one in QUESTION_PROBES)
     except Exception:  # a template may raise whatever Jinja2 can
         return
     if first == second:
@@ -172,10 +169,21 @@ def check_question_shown(tokenizer: Any, served: ServedModel) -> None:
         )
 
 
+def _writer(tokenizer: Any, served: ServedModel) -> Callable[..., str]:
+    """A function of messages that writes them out as `served` reads them."""
+    pictures, variables = layout_of(served, tokenizer), served.model.chat_template_kwargs
+
+    def write(*messages: ChatMessage) -> str:
+        prompt = for_template(Prompt(messages=[*messages]), variables)
+        return written_out(tokenizer, prompt, pictures)
+
+    return write
+
+
 def check_system_prompt(tokenizer: Any, system_prompt: str | None, served: ServedModel) -> None:
     """Raise UserError if there is a system prompt and the model's chat template refuses it or
     leaves it out."""
-    reason = _no_system(tokenizer) if system_prompt else ""
+    reason = _no_system(tokenizer, served) if system_prompt else ""
     if reason:
         raise UserError(
             f"data.system_prompt: the chat template of {served.model_path}, "
@@ -189,7 +197,7 @@ def check_own_system(
 ) -> None:
     """The same for the system messages that questions bring. `where` is their setting."""
     first = next((question.id for question in questions if question.has_system), None)
-    reason = _no_system(tokenizer) if first is not None else ""
+    reason = _no_system(tokenizer, served) if first is not None else ""
     if reason:
         raise UserError(
             f"{where}: the question {first!r} has a system message, and the chat template of "
@@ -198,13 +206,14 @@ def check_own_system(
         )
 
 
-def _no_system(tokenizer: Any) -> str:
+def _no_system(tokenizer: Any, served: ServedModel) -> str:
     """Why the chat template shows no system message; nothing if it does, or there is none."""
     if tokenizer.chat_template is None:
         return ""
-    messages = [{"role": "system", "content": SYSTEM_PROBE}, {"role": "user", "content": "?"}]
+    write = _writer(tokenizer, served)
+    told = ChatMessage(role="system", content=SYSTEM_PROBE)
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = write(told, ChatMessage(role="user", content="?"))
     except Exception as error:  # a template may raise whatever Jinja2 can
         return first_line(error)
     return "" if SYSTEM_PROBE in text else "it leaves them out"

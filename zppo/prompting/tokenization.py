@@ -195,9 +195,7 @@ def encode_prompts(
     """
     if not prompts:
         return []
-    parts = pictures is not None and takes_parts(tokenizer)
-    videos = pictures is not None and pictures.shows_videos
-    chats = _encode_chats(tokenizer, prompts, parts=parts, videos=videos)
+    chats = _encode_chats(tokenizer, prompts, pictures)
     encoded = [
         ids if prompt.start is None else ids + encode_start(tokenizer, prompt.start)
         for prompt, ids in zip(prompts, chats, strict=True)
@@ -207,6 +205,16 @@ def encode_prompts(
     return [
         pictures.expand(ids, prompt.media) for prompt, ids in zip(prompts, encoded, strict=True)
     ]
+
+
+def written_out(tokenizer: Any, prompt: Prompt, pictures: PictureLayout | None = None) -> str:
+    """What the chat template makes of a prompt that `encode_prompts` cuts into tokens. Raises
+    whatever the template does."""
+    (chat,) = _chats(tokenizer, [prompt], pictures)
+    text: str = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False, **prompt.chat_template_kwargs
+    )
+    return text
 
 
 def takes_parts(tokenizer: Any) -> bool:
@@ -258,7 +266,7 @@ def _quoted(token: str | None) -> str:
 
 
 def _encode_chats(
-    tokenizer: Any, prompts: Sequence[Prompt], *, parts: bool = False, videos: bool = False
+    tokenizer: Any, prompts: Sequence[Prompt], pictures: PictureLayout | None
 ) -> list[list[int]]:
     if tokenizer.chat_template is None:
         texts = [
@@ -268,18 +276,23 @@ def _encode_chats(
         framed = tokenizer(texts)["input_ids"]
         return [_open_ended(ids, inner) for ids, inner in zip(framed, bare, strict=True)]
     encoded: list[list[int]] = []
-    video = (lambda _: {"type": "video"}) if videos else None
     for variables, alike in groupby(prompts, key=lambda prompt: prompt.chat_template_kwargs):
-        chats = [
-            messages_in_parts(prompt, lambda _: {"type": "image"}, video)
-            if parts
-            else messages_as_text(prompt)
-            for prompt in alike
-        ]
+        chats = _chats(tokenizer, [*alike], pictures)
         encoded += tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
         )
     return encoded
+
+
+def _chats(
+    tokenizer: Any, prompts: Sequence[Prompt], pictures: PictureLayout | None
+) -> list[list[Any]]:
+    """The messages of each prompt as the chat template is given them: in parts for a model that is
+    shown pictures, if its template takes them."""
+    if pictures is None or not takes_parts(tokenizer):
+        return [list(messages_as_text(prompt)) for prompt in prompts]
+    video = (lambda _: {"type": "video"}) if pictures.shows_videos else None
+    return [messages_in_parts(prompt, lambda _: {"type": "image"}, video) for prompt in prompts]
 
 
 def _open_ended(framed: list[int], bare: list[int]) -> list[int]:

@@ -78,6 +78,12 @@ def test_a_row_without_the_tests_that_code_runs_is_bad(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"\('test'\).*missing \(did you mean 'tests'\?\)"):
         read(tmp_path, name, RewardConfig(use="code", args={"tests": "test"}))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, name, RewardConfig(use="code", args={"tests": "tags"}))
+    assert str(caught.value).startswith(
+        f"{tmp_path / name}:1: the tests ('tags'), which the reward 'code' runs, are a list; "
+        "expected one text of Python; "
+    )
     config = DataConfig(train=name, reward=rewards, fields={"grader": "by"})
     assert len(load_questions(name, config, tmp_path).questions) == 2
 

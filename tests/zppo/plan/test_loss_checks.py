@@ -215,6 +215,14 @@ def test_a_bound_of_correctness_that_all_or_none_meet_is_noted(
     assert [n for n in plan.notes if "correct_reward" in n] == ([] if note is None else [note])
 
 
+def test_a_row_that_names_its_reward_has_other_bounds(small: Path) -> None:
+    """What it names counts without its weight."""
+    words = ["data.reward=[{use: math, weight: 0.5}, {use: exact, weight: 0.4}]"]
+    for fields, notes in (({}, 1), ({"grader": "by"}, 0)):
+        topology = load(small / "topology.yaml", [*words, f"data.fields={fields}"])
+        assert len([n for n in make_plan(topology, 6, MACHINE).notes if "correct_r" in n]) == notes
+
+
 def test_a_sequence_ratio_over_all_tokens_is_noted(small: Path) -> None:
     plan = make_plan(plan_of(small, "ratio_level=sequence"), 6, MACHINE)
     assert (

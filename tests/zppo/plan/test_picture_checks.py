@@ -19,7 +19,13 @@ from zppo.config.topology import ActorsConfig, DataConfig, StudentConfig, Teache
 from zppo.data.question import Question
 from zppo.errors import UserError
 from zppo.plan.picture_checks import check_media, check_scores
-from zppo.plan.prompt_checks import LONGEST, Reader, check_teachers
+from zppo.plan.prompt_checks import (
+    LONGEST,
+    Reader,
+    check_question_shown,
+    check_system_prompt,
+    check_teachers,
+)
 from zppo.prompting.picture_layout import MarkError
 from zppo.prompting.prompts import PromptSet
 from zppo.prompting.tokenization import encode_prompts, load_picture_layout, load_tokenizer
@@ -110,6 +116,23 @@ def test_a_picture_that_the_chat_template_leaves_out_is_found_before_the_run(
         "it, of the words that begin 'w5'; expected pictures in messages in which its chat "
         "template shows them"
     )
+
+
+def test_a_template_that_takes_parts_alone_shows_questions_and_system_messages(seeing: str) -> None:
+    """As SmolVLM's does: a content that is one text has no parts, so that nothing is shown."""
+    tokenizer = load_tokenizer(seeing, "student.model")
+    served = served_student(topology_of(seeing))
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}{% for part in message.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    check_question_shown(tokenizer, served)
+    check_system_prompt(tokenizer, "Be brief.", served)
+    tokenizer.chat_template = "{{ messages[0].role }}"
+    with pytest.raises(UserError, match="shows nothing of the question"):
+        check_question_shown(tokenizer, served)
+    with pytest.raises(UserError, match="it leaves them out"):
+        check_system_prompt(tokenizer, "Be brief.", served)
 
 
 def test_a_mark_in_the_start_of_a_response_is_refused(seeing: str) -> None:
