@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from zppo.errors import EXIT_FAILED, EXIT_USER_ERROR, Parser, UserError, run_command
 from zppo.report import cli as report
@@ -40,14 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Sequence[str]) -> int:
-    """One child to its end. Ctrl-C reaches it from the terminal, SIGTERM from here."""
+    """One child to its end. Ctrl-C reaches it from the terminal, SIGTERM and SIGHUP from here."""
     process = subprocess.Popen(command, preexec_fn=partial(die_with_parent, signal.SIGTERM))
-    # Handlers, because a signal that is ignored here would be ignored by the child as well.
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    # Handlers, because a signal that is ignored here would be ignored by the child as well. Under
+    # nohup it ignores the SIGHUP that is passed on.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGTERM: signal.signal(
-            signal.SIGTERM, lambda number, frame: process.send_signal(number)
-        ),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, pass_on),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
     }
     try:
         code = process.wait()

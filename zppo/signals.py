@@ -19,8 +19,24 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 SAME_SECONDS = 5.0
-"""A SIGTERM so soon after one is the same: where all processes of a run are sent it, whoever has
-started this one passes on what it was sent as well."""
+"""A SIGTERM or SIGHUP so soon after one is the same: where all processes of a run are sent it,
+whoever has started this one passes on what it was sent as well, and systemd sends a session that it
+ends the one and then the other."""
+
+
+class Heard:
+    """When SIGTERM or SIGHUP was heard last."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def is_new(self) -> bool:
+        """Whether one that has come now is another than the last."""
+        now = time.monotonic()
+        if now - self._last < SAME_SECONDS:
+            return False
+        self._last = now
+        return True
 
 
 class Interrupts:
@@ -33,7 +49,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
-        self._terminated = float("-inf")
+        self._heard = Heard()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,30 +65,24 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
-            now = time.monotonic()
-            if now - self._terminated < SAME_SECONDS:
-                return
-            self._terminated = now
-        self.count += 1
+        if number == signal.SIGINT or self._heard.is_new():
+            self.count += 1
 
 
 def take_for_ctrl_c() -> None:
     """Let SIGTERM and the loss of the terminal (SIGHUP) be a KeyboardInterrupt of the main thread,
-    as Ctrl-C is, until this process counts them (`Interrupts`) or handles them otherwise. What is
-    ignored stays so, as under nohup."""
-    heard = float("-inf")
+    as Ctrl-C is, until this process counts them (`Interrupts`) or handles them otherwise. They end
+    what it forks, as ever. What is ignored stays so, as under nohup."""
+    heard = Heard()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        now = time.monotonic()
-        if now - heard >= SAME_SECONDS:  # one that is passed on must not disturb the end
-            heard = now
+        if heard.is_new():  # one that is passed on must not disturb the end
             raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, interrupt)
+            ends_forks(number)
 
 
 def ends_forks(number: signal.Signals) -> None:
@@ -91,7 +101,8 @@ def ends_forks(number: signal.Signals) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, thread.mask)
 
     def release_child() -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
         release()
 
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_child)

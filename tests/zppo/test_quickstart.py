@@ -15,7 +15,8 @@ from zppo.quickstart import TOPOLOGY
 
 CHILD = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: sys.exit(number))
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -30,20 +31,23 @@ def handles(pid: int, number: signal.Signals) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_sigterm_is_passed_on_and_ctrl_c_left_to_the_run() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_end_is_passed_on_and_ctrl_c_left_to_the_run(number: signal.Signals) -> None:
     """A terminal sends Ctrl-C to the run itself; here only the parent gets it, and waits on."""
     parent = subprocess.Popen(
         [sys.executable, "-P", "-c", PARENT, sys.executable, "-c", CHILD],
         stdout=subprocess.PIPE,
         text=True,
+        # Under nohup the hang-up would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     while not handles(parent.pid, signal.SIGTERM):  # it may not have got so far when its child has
         assert parent.poll() is None
         time.sleep(0.01)
     parent.send_signal(signal.SIGINT)
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=600) == 7
+    parent.send_signal(number)
+    assert parent.wait(timeout=600) == number
 
 
 def test_its_run_is_one_of_the_topology_in_examples() -> None:

@@ -41,6 +41,32 @@ os.kill(os.getpid(), signal.SIGTERM)
 print(heard)
 """
 
+CTRL_C = """
+import os, signal
+from zppo.signals import take_for_ctrl_c
+take_for_ctrl_c()
+for number in signal.SIGTERM, signal.SIGHUP:
+    child = os.fork()
+    if not child:
+        signal.pause()
+    os.kill(child, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_what_is_forked_ends_by_what_its_parent_takes_for_ctrl_c() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CTRL_C],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # Under nohup the hang-up would be ignored.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+        check=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert (done.stdout, done.stderr) == ("-15\n-1\n", "")
+
 
 def test_a_fork_ends_by_a_signal_however_early_and_who_forked_it_still_hears_it() -> None:
     done = subprocess.run(
@@ -67,13 +93,19 @@ def test_interrupts_are_counted_and_the_handlers_put_back() -> None:
 
 
 def test_a_sigterm_that_is_passed_on_as_well_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is the SIGHUP that systemd sends behind it."""
     clock = [100.0]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     interrupts = Interrupts()
     with interrupts.listening():
-        for passed in (0.0, 0.2, signals.SAME_SECONDS - 0.3):
+        for passed, number in (
+            (0.0, signal.SIGTERM),
+            (0.2, signal.SIGHUP),
+            (signals.SAME_SECONDS - 0.3, signal.SIGTERM),
+        ):
             clock[0] += passed
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             assert interrupts.count == 1
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.count == 2

@@ -15,7 +15,7 @@ from zppo.algorithm.methods import get_method
 from zppo.config.served import ServedModel, served_student, teachers
 from zppo.config.topology import Topology
 from zppo.data.question import Question
-from zppo.errors import UserError, first_line
+from zppo.errors import UserError, count_of, first_line
 from zppo.plan.processes import asked_teachers, trainer_scores
 from zppo.prompting.picture_families import FAMILIES
 from zppo.prompting.picture_layout import PictureLayout
@@ -160,7 +160,7 @@ def _sized(medium: Media) -> str:
     frame = next(pictures_of([medium]))
     size = f"{frame.width} × {frame.height} pixels"
     if isinstance(medium, VideoReference):
-        return f"video of {len(medium.frames)} frames of {size}"
+        return f"video of {count_of(len(medium.frames), 'frame')} of {size}"
     return f"picture of {size}"
 
 

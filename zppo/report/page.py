@@ -110,7 +110,7 @@ def browser_note(browser: BrowserData) -> str:
         return (
             "The question that was hard at some visit."
             if shown == 1
-            else (f"All {shown:,} questions that were hard at some visit.")
+            else f"All {shown:,} questions that were hard at some visit."
         )
     return (
         f"{shown:,} of {browser.total:,} questions that were hard at some visit: those with the "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 
-from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from zppo.errors import EXIT_FAILED, EXIT_INTERRUPTED, count_of
 from zppo.plan.processes import carriers, cores, processes
 from zppo.records import run_directory
 from zppo.scheduling import events
@@ -188,7 +188,7 @@ class Controller:
     def _evaluated(self, result: EvaluationResult) -> None:
         self.recorder.evaluated(result)
         self.recorder.event(
-            "evaluation", "held_out", f"{result.accuracy:.3f} after {result.step} steps"
+            "evaluation", "held_out", f"{result.accuracy:.3f} after {count_of(result.step, 'step')}"
         )
 
     def _watch(self, now: float) -> None:

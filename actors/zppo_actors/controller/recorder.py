@@ -19,7 +19,7 @@ from zppo.algorithm.methods import get_method
 from zppo.algorithm.replay_buffer import ReplayBuffer
 from zppo.algorithm.window import PLAIN, Window
 from zppo.config.topology import TeacherConfig
-from zppo.errors import EXIT_FAILED, UserError, words_of
+from zppo.errors import EXIT_FAILED, FULL, UserError, words_of
 from zppo.records.flops import token_counts
 from zppo.records.metrics import (
     LASTING_FATES,
@@ -58,11 +58,13 @@ FILE_ERRORS = (OSError, sqlite3.Error)
 
 @contextlib.contextmanager
 def opening(run_dir: Path) -> Iterator[None]:
-    """While an attempt opens its records. Raises UserError where they cannot be written: another
-    attempt would find the same disk."""
+    """While an attempt opens its records. Raises UserError where the disk is full: another attempt
+    would find it so. What is missing or cannot be read, as a checkpoint, is another error."""
     try:
         yield
     except FILE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
         raise UserError(_unwritable(run_dir, error)) from error
 
 

@@ -253,7 +253,7 @@ class RunAttempt:
         child.kill()
 
     def _heed_interrupts(self) -> None:
-        if not self._interrupts.count or self._stopping or self._ended is not None:
+        if not self._interrupted or self._stopping or self._ended is not None:
             return
         if not self._watchdog.has_heard:
             self._end = self._end or End(verdict=NOT_BEGUN, exit_code=EXIT_INTERRUPTED)
@@ -263,6 +263,11 @@ class RunAttempt:
                 "once"
             )
             self._stop("interrupted")
+
+    @property
+    def _interrupted(self) -> bool:
+        """Also by what has come since `_heed_interrupts` looked in this round."""
+        return self._interrupts.count > 0
 
     def _stop(self, reason: str) -> None:
         self._stopping = True
@@ -302,7 +307,7 @@ class RunAttempt:
         for line in fleet.turn():
             self._view.log(line)
         sentence = fleet.given_up()
-        ending = self._stopping or self._end is not None or self._ended is not None
+        ending = self._interrupted or self._end is not None or self._ended is not None
         if sentence is not None and not ending:
             assert fleet.keeper is not None
             self._view.log(f"{sentence}; ending the run")
@@ -408,9 +413,9 @@ class RunAttempt:
             )
             self._give_up(child, end)
         elif child.role in IRREPLACEABLE:
-            # With no end in sight yet, nothing else has it stop: whoever has sent that to all
-            # processes, on all hosts, has ended the trainer's ranks there as well.
-            interrupted = self._stopping
+            # Whoever has sent that to all processes, on all hosts, has ended the trainer's ranks
+            # there as well.
+            interrupted = self._interrupted
             self._end = self._end or End(
                 verdict=f"interrupted, and {verdict}" if interrupted else verdict,
                 exit_code=EXIT_INTERRUPTED if interrupted else EXIT_FAILED,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from unshared import MOUNTS, run_unshared
+
+from zppo_actors.controller.recorder import opening
 
 SCRIPT = """
 import subprocess, sys
@@ -58,3 +61,9 @@ def test_an_attempt_that_cannot_be_recorded_is_one_sentence(tmp_path: Path) -> N
         f"{record}{record}the records in '{tmp_path}/run' cannot be written (database or disk is "
         "full); expected a disk with room there, then zppo launch --resume\nTrue\n"
     ), done.stderr
+
+
+def test_what_is_not_there_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    """A checkpoint or a file of questions: another attempt may find it."""
+    with pytest.raises(FileNotFoundError), opening(tmp_path):
+        (tmp_path / "scheduler.msgpack").read_bytes()

@@ -260,8 +260,10 @@ def held_by(script: str, run: Path, folder: Path) -> Iterator[Fleet]:
             env={},
             inherited=(),
         )
-        yield fleet
-        fleet.keeper.kill()
+        try:
+            yield fleet
+        finally:
+            fleet.keeper.kill()
 
 
 def test_a_run_whose_hosts_cannot_come_back_saves_and_ends(tmp_path: Path) -> None:
@@ -292,6 +294,24 @@ def test_an_interrupt_that_ends_who_holds_the_hosts_is_one_all_the_same(tmp_path
         with pytest.raises(Interrupted):
             wait_for_all(hosts, 600.0, view, view.interrupts)
     assert (end.verdict, end.exit_code) == ("interrupted after step 3", 130)
+
+
+def test_an_interrupt_counts_from_the_moment_it_comes(tmp_path: Path) -> None:
+    """Here between the look at interrupts and the look at hosts, with the end of who holds them."""
+    path, interrupts = make_run(tmp_path / "run", {}, run=3), Interrupts()
+    with held_by("import time; time.sleep(600)", path, tmp_path) as fleet:
+        assert fleet.keeper is not None
+        keeper, turn = fleet.keeper, fleet.turn
+
+        def late() -> list[str]:
+            interrupts.count = 1
+            keeper.kill()
+            wait_for(lambda: keeper.ended)
+            return turn()
+
+        fleet.turn = late  # type: ignore[method-assign]
+        end = supervise(path, Lines(), interrupts, stub_command, fleet)
+    assert end.exit_code == 130
 
 
 def test_nothing_is_restarted_after_the_last_word(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_the_audit_is_a_table_by_kind(fake_run: Callable[..., Path]) -> None:
         == rows["plain (all)"]["accuracy, right one first"]
     )
     page = render_page(run)
-    assert "Candidate audit" in page and rows["BCQ"]["mixed groups"] in page
+    assert "Candidate audit" in page
+    assert rows["BCQ"]["mixed groups"].replace(" %", "\u00a0%") in page
     assert audit_table(load.load_run(fake_run(steps=3, method="grpo"))) is None
 
 
@@ -179,7 +180,7 @@ def test_the_page_and_the_json_give_the_advice(
     )
     page = render_page(load.load_run(run_dir))
     assert '<li class="severe"><b>severe · no_gradient.</b> no optimizer update was made' in page
-    assert "responses, 12.5 % were cut off at the length limit." in page
+    assert "responses, 12.5\u00a0% were cut off at the length limit." in page
     assert "Tasks that failed: 12 compress, 18 teacher (30 of teacher-0)." in page
     assert "NOT ONE UPDATE WAS MADE" in page and "No advisory" not in page
     assert main([str(run_dir), "--json"]) == 0
