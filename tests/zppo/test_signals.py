@@ -40,7 +40,6 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 os.kill(os.getpid(), signal.SIGTERM)
 print(heard)
 """
-
 CTRL_C = """
 import os, signal
 from zppo.signals import take_for_ctrl_c
@@ -54,9 +53,16 @@ for number in signal.SIGTERM, signal.SIGHUP:
 """
 
 
-def test_what_is_forked_ends_by_what_its_parent_takes_for_ctrl_c() -> None:
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        pytest.param(CTRL_C, "-15\n-1\n", id="taken for Ctrl-C"),
+        pytest.param(FORKS, "-15\n[15]\n", id="however early, and its parent still hears it"),
+    ],
+)
+def test_what_is_forked_ends_by_a_signal_that_its_parent_handles(script: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CTRL_C],
+        [sys.executable, "-P", "-c", script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -65,19 +71,7 @@ def test_what_is_forked_ends_by_what_its_parent_takes_for_ctrl_c() -> None:
         check=True,
         timeout=TIMEOUT_SECONDS,
     )
-    assert (done.stdout, done.stderr) == ("-15\n-1\n", "")
-
-
-def test_a_fork_ends_by_a_signal_however_early_and_who_forked_it_still_hears_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", FORKS],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.stdout == "-15\n[15]\n"
+    assert (done.stdout, done.stderr) == (said, "")
 
 
 def test_interrupts_are_counted_and_the_handlers_put_back() -> None:
